@@ -1,0 +1,4 @@
+"""flashtile: exact flash attention on tiles."""
+
+from __future__ import annotations
+

@@ -1,0 +1,238 @@
+"""AttentionSpec: what one call computes, validated, frozen and hashable. It holds no array values."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from flashtile.dtypes import DType, dtype_of
+from flashtile.errors import UnavailableError, wrong
+
+ALIGNMENTS = ("top_left", "bottom_right")
+PRECISIONS = ("ieee", "tf32", "bf16", "fp16")
+
+# Positions, windows and offsets stay below this, so that their sums never overflow 64 bits in a kernel.
+LARGEST_POSITION = 2**60
+
+# Stands for an integer array (B,) given as `align`: its values are run-time parameters, its presence is structure.
+PER_BATCH = type("PerBatch", (), {"__repr__": lambda self: "an integer per batch"})()
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Key j is visible to row i iff -left <= j - (i + offset) <= right; None is open on that side.
+
+    Causal is Band(None, 0); a window (l, r) is Band(l, r); both together intersect.
+    """
+
+    left: int | None
+    right: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """Everything that decides which kernel runs and how, except where the arrays lie.
+
+    Shapes:  q (batch, heads, q_len, head_size), k (batch, kv_heads, kv_len, head_size),
+             v (batch, kv_heads, kv_len, value_size) -> o (batch, heads, q_len, value_size).
+    offset anchors the band: 0 for top_left, kv_len - q_len for bottom_right, or any integer;
+    None if it is an array (batch,) that comes with each call. Without a band it is 0.
+    """
+
+    batch: int
+    heads: int
+    kv_heads: int
+    q_len: int
+    kv_len: int
+    head_size: int
+    value_size: int
+    dtype: str
+    precision: str
+    band: Band | None
+    offset: int | None
+    scale: float
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key/value head: head h reads key/value head h // group."""
+        return self.heads // self.kv_heads
+
+    @property
+    def options(self) -> frozenset[str]:
+        """The names of the features this call needs from a kernel, as in `Capabilities.options`."""
+        return frozenset({"band"} if self.band else ())
+
+    @classmethod
+    def of(
+        cls,
+        q: Any,
+        k: Any,
+        v: Any,
+        *,
+        causal: object = False,
+        window: object = None,
+        align: object = None,
+        scale: object = None,
+        precision: object = "ieee",
+    ) -> AttentionSpec:
+        """Validate a call. q, k and v are anything with a `shape` of rank 2, 3 or 4 and a `dtype`.
+
+        Raises: SpecError naming the first wrong argument, what came and what was expected.
+        """
+        dtype = common_dtype(q.dtype, k.dtype, v.dtype)
+        q4, k4, v4 = four_dims(tuple(q.shape), tuple(k.shape), tuple(v.shape))
+        for argument, holds, got, expected in SHAPE_RULES:
+            if not holds(q4, k4, v4):
+                raise wrong(argument, got(q4, k4, v4), expected(q4, k4, v4))
+        band = band_of(causal, window)
+        return cls(
+            batch=q4[0],
+            heads=q4[1],
+            kv_heads=k4[1],
+            q_len=q4[2],
+            kv_len=k4[2],
+            head_size=q4[3],
+            value_size=v4[3],
+            dtype=dtype.name,
+            precision=precision_of(precision, dtype),
+            band=band,
+            offset=offset_of(align, band, q4[2], k4[2]),
+            scale=scale_of(scale, q4[3]),
+        )
+
+
+ShapeRule = tuple[
+    str, Callable[[Shape, Shape, Shape], bool], Callable[[Shape, Shape, Shape], str], Callable[[Shape, Shape, Shape], str]
+]
+
+# argument, what must hold, what came, what was expected: of the three shapes as (B, H, S, D).
+SHAPE_RULES: tuple[ShapeRule, ...] = (
+    ("q", lambda q, k, v: q[3] >= 1, lambda q, k, v: f"head size {q[3]}", lambda q, k, v: "at least 1"),
+    ("q", lambda q, k, v: q[1] >= 1, lambda q, k, v: f"{q[1]} heads", lambda q, k, v: "at least 1"),
+    ("k", lambda q, k, v: k[1] >= 1, lambda q, k, v: f"{k[1]} heads", lambda q, k, v: "at least 1"),
+    ("v", lambda q, k, v: v[3] >= 1, lambda q, k, v: f"head size {v[3]}", lambda q, k, v: "at least 1"),
+    ("k", lambda q, k, v: k[0] == q[0], lambda q, k, v: f"batch {k[0]}", lambda q, k, v: f"{q[0]} as in q"),
+    ("v", lambda q, k, v: v[0] == q[0], lambda q, k, v: f"batch {v[0]}", lambda q, k, v: f"{q[0]} as in q"),
+    ("k", lambda q, k, v: k[3] == q[3], lambda q, k, v: f"head size {k[3]}", lambda q, k, v: f"{q[3]} as in q"),
+    ("v", lambda q, k, v: v[1] == k[1], lambda q, k, v: f"{v[1]} heads", lambda q, k, v: f"{k[1]} as in k"),
+    ("v", lambda q, k, v: v[2] == k[2], lambda q, k, v: f"length {v[2]}", lambda q, k, v: f"{k[2]} as in k"),
+    (
+        "k",
+        lambda q, k, v: q[1] % k[1] == 0,
+        lambda q, k, v: f"{k[1]} heads",
+        lambda q, k, v: f"a divisor of q's {q[1]} heads",
+    ),
+)
+
+# name of a later option, the values that leave it off
+LATER_OPTIONS: dict[str, tuple[object, ...]] = {
+    "mask": (None,),
+    "bias": (None,),
+    "score_mod": (None,),
+    "softcap": (None, 0, 0.0),
+    "alibi_slopes": (None,),
+    "sinks": (None,),
+    "dropout_p": (0, 0.0),
+    "seed": (None,),
+}
+
+
+def refuse_later(**options: object) -> None:
+    """Raise UnavailableError for the first option in `options` that is on and that this version lacks."""
+    for name, value in options.items():
+        if not any(value is off or (isinstance(value, (int, float)) and value == off) for off in LATER_OPTIONS[name]):
+            raise UnavailableError(f"{name}: got a {type(value).__name__}, expected its default: not available yet")
+
+
+def common_dtype(q: object, k: object, v: object) -> DType:
+    """The dtype that q, k and v share."""
+    dtype = dtype_of(q, "q")
+    for argument, other in (("k", dtype_of(k, "k")), ("v", dtype_of(v, "v"))):
+        if other is not dtype:
+            raise wrong(argument, f"dtype {other.name}", f"{dtype.name} as in q")
+    return dtype
+
+
+def four_dims(q: Shape, k: Shape, v: Shape) -> tuple[Shape, Shape, Shape]:
+    """The three shapes as (B, H, S, D): rank 3 is one batch, rank 2 is also one head."""
+    if not 2 <= len(q) <= 4:
+        raise wrong("q", f"shape {q}", "(B, H, S_q, D), (H, S_q, D) or (S_q, D)")
+    for argument, shape in (("k", k), ("v", v)):
+        if len(shape) != len(q):
+            raise wrong(argument, f"shape {shape}", f"rank {len(q)} as in q")
+    ones = (1,) * (4 - len(q))
+    return ones + q, ones + k, ones + v
+
+
+def integer(value: object) -> int | None:
+    """The value as an int if it is an integer other than a bool, else None."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    return None
+
+
+def band_of(causal: object, window: object) -> Band | None:
+    """The intersection of `causal` and `window`, None if every key is visible to every row."""
+    if type(causal).__name__ not in ("bool", "bool_"):  # bool_ is NumPy 1's
+        raise wrong("causal", repr(causal), "True or False")
+    left, right = (None, None) if window is None else _window(window)
+    right = 0 if causal else right
+    return None if left is None and right is None else Band(left, right)
+
+
+def _window(window: object) -> tuple[int | None, int | None]:
+    expected = f"a pair (left, right) of integers from 0 to {LARGEST_POSITION}, or -1 or None for an open side"
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise wrong("window", repr(window), expected)
+    sides = []
+    for side in window:
+        number = -1 if side is None else integer(side)
+        if number is None or not -1 <= number <= LARGEST_POSITION:
+            raise wrong("window", repr(window), expected)
+        sides.append(None if number == -1 else number)
+    return sides[0], sides[1]
+
+
+def offset_of(align: object, band: Band | None, q_len: int, kv_len: int) -> int | None:
+    """The offset that `align` stands for; see AttentionSpec."""
+    number = integer(align)
+    named = isinstance(align, str) and align in ALIGNMENTS
+    if not (align is None or align is PER_BATCH or named or (number is not None and abs(number) <= LARGEST_POSITION)):
+        raise wrong("align", repr(align), '"top_left", "bottom_right", an integer, or an integer array (B,)')
+    if band is None:
+        return 0
+    if align is None and q_len != kv_len:
+        raise wrong(
+            "align",
+            f"None with {q_len} queries and {kv_len} keys",
+            'a choice, because causal and window need one here: "top_left" (row 0 meets key 0), '
+            '"bottom_right" (the last row meets the last key), an integer offset, or an integer array (B,)',
+        )
+    if align is PER_BATCH:
+        return None
+    if named:
+        return 0 if align == "top_left" else kv_len - q_len
+    return number or 0
+
+
+def scale_of(scale: object, head_size: int) -> float:
+    """The factor of q.k; by default 1 / sqrt(head_size)."""
+    if scale is None:
+        return 1.0 / math.sqrt(head_size)
+    if not isinstance(scale, numbers.Real) or isinstance(scale, bool) or not math.isfinite(scale):
+        raise wrong("scale", repr(scale), "a finite real number or None")
+    return float(scale)
+
+
+def precision_of(precision: object, dtype: DType) -> str:
+    """The precision of the two products; only float32 inputs leave a choice."""
+    if not isinstance(precision, str) or precision not in PRECISIONS:
+        raise wrong("precision", repr(precision), "one of " + ", ".join(map(repr, PRECISIONS)))
+    if precision != "ieee" and dtype.name != "float32":
+        raise wrong("precision", f"{precision!r} with {dtype.name} inputs", "'ieee' (others are for float32 inputs)")
+    return precision
