@@ -1,0 +1,51 @@
+# Sourced by the scripts beside it: a virtual environment in the clone, made from nothing on Debian and Ubuntu.
+# shellcheck shell=bash
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$ROOT"
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+
+usable() { # usable PYTHON: is it 3.10 or newer, and can it make a virtual environment with pip in it?
+    "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1
+}
+
+find_python() { # prints an interpreter: $PYTHON if set, else the first that will do
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11 python3.10}; do
+        if usable "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+    return 1
+}
+
+require_python() { # sets python; installs Debian's when there is none and we may
+    if python=$(find_python); then return; fi
+    if [ -z "${PYTHON:-}" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        echo "No Python >= 3.10 with venv found: installing the distribution's." >&2
+        apt-get update -qq >&2
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3 python3-venv >&2
+        if python=$(find_python); then return; fi
+    fi
+    cat >&2 <<'ADVICE'
+flashtile needs Python 3.10 or newer with the venv module. On Debian 12+ or Ubuntu 22.04+:
+    sudo apt-get install python3 python3-venv
+With another interpreter: PYTHON=/path/to/python3 in front of the command.
+ADVICE
+    exit 1
+}
+
+install_into() { # install_into VENV EXTRAS: this clone, editable; costs nothing when neither has changed since
+    local venv=$1 extras=$2 stamp wanted
+    require_python
+    wanted=$( (echo "$extras $ROOT"; "$python" -V; cat pyproject.toml) | sha256sum)
+    stamp=$venv/.installed-${extras//,/-}
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then return; fi
+    if ! "$venv/bin/python" -c "import sys; sys.exit(sys.version_info[:2] != $("$python" -c 'import sys; print(sys.version_info[:2])'))" 2>/dev/null; then
+        "$python" -m venv --clear "$venv"
+    fi
+    echo "Installing flashtile[$extras] into $venv ..." >&2
+    "$venv/bin/python" -m pip install -q -e ".[$extras]"
+    echo "$wanted" >"$stamp"
+}
