@@ -1,0 +1,103 @@
+"""Every example that a reader can copy runs: docstrings, and the Python blocks of README.md and docs/."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pathlib
+import pkgutil
+import re
+import types
+
+import numpy as np
+import pytest
+
+import flashtile
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+OPTIONAL_IMPORT = re.compile(r"import (?:flashtile\.)?(torch|ml_dtypes)\b")
+
+
+def python_blocks(text: str) -> str:
+    """The Python blocks of a Markdown page, one after another, each line on its own line number."""
+    lines = [""] * text.count("\n")
+    for block in PYTHON_BLOCK.finditer(text):
+        first = text.count("\n", 0, block.start(1))
+        for offset, line in enumerate(block[1].splitlines()):
+            lines[first + offset] = line
+    return "\n".join(lines) + "\n"
+
+
+def run_page(text: str, name: str, path: str) -> doctest.TestResults:
+    """Run the examples of one page in one namespace; failures are printed."""
+    test = doctest.DocTestParser().get_doctest(python_blocks(text), {}, name, path, 0)
+    return doctest.DocTestRunner(optionflags=OPTIONS, verbose=False).run(test)
+
+
+def pages() -> list[pathlib.Path]:
+    candidates = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [p for p in candidates if PYTHON_BLOCK.search(p.read_text())]
+
+
+def modules() -> list[str]:
+    found = pkgutil.walk_packages(flashtile.__path__, "flashtile.")
+    return ["flashtile", *sorted(m.name for m in found if not m.name.endswith("__main__"))]
+
+
+def import_module(name: str) -> types.ModuleType:
+    """Import a module of the package; one whose optional package is missing skips the test."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as missing:
+        if missing.name is None or missing.name.startswith("flashtile"):
+            raise
+        pytest.skip(f"{name} needs {missing.name}")
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_page_examples_run(page: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = page.read_text()
+    for package in OPTIONAL_IMPORT.findall(python_blocks(text)):
+        pytest.importorskip(package)
+    results = run_page(text, page.name, str(page))
+    assert results.attempted > 0, "the page has a Python block without a `>>>` example"
+    assert results.failed == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_every_python_block_is_an_example(page: pathlib.Path) -> None:
+    blocks = [b[1] for b in PYTHON_BLOCK.finditer(page.read_text())]
+    assert [b for b in blocks if not b.startswith(">>> ")] == []
+
+
+@pytest.mark.parametrize("name", modules())
+def test_docstring_examples_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    module = import_module(name)
+    results = doctest.testmod(module, extraglobs={"np": np, "flashtile": flashtile}, optionflags=OPTIONS)
+    assert results.failed == 0, capsys.readouterr().out
+
+
+def test_the_page_checker_sees_a_wrong_result(capsys: pytest.CaptureFixture[str]) -> None:
+    page = "Text.\n```python\n>>> 1 + 1\n3\n```\n```python\n>>> 2 + 2\n4\n```\n"
+    results = run_page(page, "page", "page.md")
+    assert (results.attempted, results.failed) == (2, 1)
+    assert 'File "page.md", line 3' in capsys.readouterr().out
+
+
+def test_the_page_checker_keeps_names_from_block_to_block() -> None:
+    page = "```python\n>>> x = 41\n```\nand then\n```python\n>>> x + 1\n42\n```\n"
+    results = run_page(page, "page", "page.md")
+    assert (results.attempted, results.failed) == (2, 0)
+
+
+def test_relative_links_lead_somewhere() -> None:
+    link = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)")
+    broken = [
+        f"{page.relative_to(ROOT)}: {target}"
+        for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+        for target in link.findall(page.read_text())
+        if not (page.parent / target).exists()
+    ]
+    assert broken == []
