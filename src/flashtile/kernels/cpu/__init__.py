@@ -1,0 +1,138 @@
+"""CPU kernels generated from Python as LLVM IR: exact, fused, no S x S array, no compiler on the machine.
+
+    ir.py        the vocabulary: typed values over LLVM IR text          math.py      exp2, log2, tanh
+    isa/         one instruction set a file                              config.py    what a kernel depends on
+    params.py    the parameter block and scratch memory                  jit.py       text to callable code
+    forward.py   work item -> key blocks -> panels                       cache.py     objects on disk
+    panel.py     one panel on one block: scores.py, softmax.py, values.py
+    pack.py      layouts in    finish.py  outputs and lse    containment.py  NaN in hidden keys
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import TYPE_CHECKING
+
+from flashtile.errors import FlashtileError
+from flashtile.kernels import Capabilities, CompiledKernel, Layout
+from flashtile.kernels.cpu import isa as isas
+from flashtile.kernels.cpu import params
+from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.ir import SIZES
+
+if TYPE_CHECKING:
+    from flashtile.kernels.cpu.jit import Library
+    from flashtile.plan import Plan
+    from flashtile.spec import AttentionSpec
+
+_STORAGE = {"float64": "double", "float32": "float", "float16": "half", "bfloat16": "bfloat"}
+_PANELS = (1, 2, 4, 8)  # panels a work item may hold
+_AXES = "bhsd"
+
+
+def unavailable() -> str | None:
+    """Why no instruction set here can run the kernels; None if one can."""
+    try:
+        isas.current()
+    except FlashtileError as e:
+        return str(e)
+    return None
+
+
+def config_of(spec: AttentionSpec) -> Config:
+    """The configuration that computes this spec on the current instruction set."""
+    isa = isas.current()
+    sixteen = spec.dtype == "bfloat16" or spec.precision == "bf16"
+    return Config(isa, _STORAGE[spec.dtype], pairs=sixteen and isa.bf16_dot)
+
+
+def capabilities(spec: AttentionSpec) -> Capabilities:
+    """Tile menus and features for this dtype and precision on the current instruction set."""
+    c = config_of(spec)
+    return Capabilities(
+        name="cpu",
+        dtypes=frozenset(_STORAGE),
+        precisions=frozenset(("ieee", "bf16") if c.isa.bf16_dot else ("ieee",)),
+        max_head_size=None,
+        query_block=c.panel,
+        tile_q=tuple(n * c.panel for n in _PANELS),
+        tile_k=(c.key_block,),
+        options=frozenset(("band",)),
+        native=True,
+        isa=c.isa.name,
+    )
+
+
+def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> CompiledKernel:
+    """The kernel of this spec; machine code is shared by all specs with the same configuration."""
+    return Forward(config_of(spec), spec, plan, layout)
+
+
+@functools.cache
+def _library(c: Config) -> Library:
+    from flashtile.kernels.cpu import jit
+    from flashtile.kernels.cpu.forward import EXPORTS, forward_text
+
+    return jit.load(lambda: forward_text(c), repr(c), c.isa, EXPORTS)
+
+
+@functools.cache
+def _entry(c: Config):  # type: ignore[no-untyped-def]  # a ctypes function type made at run time
+    integer, pointer = ctypes.c_int64, ctypes.c_void_p
+    return _library(c).function("forward", ctypes.c_int32, ctypes.c_char_p, integer, integer, pointer)
+
+
+class Forward:
+    """A compiled forward kernel with the parameter block of one plan and layout."""
+
+    def __init__(self, c: Config, spec: AttentionSpec, plan: Plan, layout: Layout):
+        self._library = _library(c)  # keeps the code in memory
+        self.run = _entry(c)
+        panels = plan.tile_q // c.panel
+        offsets, self.scratch_bytes = params.Scratch(c).layout(c, spec.head_size, spec.value_size, panels)
+        self._tail = params.pack_tail(
+            {
+                **{f"{t}_{a}": n for t in "qkvo" for a, n in zip(_AXES, getattr(layout, t), strict=True)},
+                **_sizes(c, spec, plan, layout),
+                **offsets,
+                **params.split_scale(spec.scale, c.acc),
+            }
+        )
+
+    def pack(self, q: int, k: int, v: int, o: int, lse: int, offsets: int) -> bytes:
+        """The parameter block of one call."""
+        return params.pack_addresses(q, k, v, o, lse, offsets) + self._tail
+
+
+def _sizes(c: Config, spec: AttentionSpec, plan: Plan, layout: Layout) -> dict[str, int]:
+    """Lengths, band, and whether K and V must be converted before the kernels can read them."""
+    left, right = (spec.band.left, spec.band.right) if spec.band else (None, None)
+    columns, words = c.padded(spec.value_size), c.key_words(spec.head_size)
+    step = SIZES[c.memory]
+    foreign = c.memory != c.acc  # elements that the multiply-add cannot read from memory
+    loose_k, loose_v = layout.k[3] != step, layout.v[3] != step
+    bf16_words = c.pairs and c.storage == "bfloat" and spec.head_size % 2 == 0
+    return {
+        "heads": spec.heads,
+        "group": spec.group,
+        "q_len": spec.q_len,
+        "kv_len": spec.kv_len,
+        "head_size": spec.head_size,
+        "value_size": spec.value_size,
+        "value_columns": columns,
+        "key_words": words,
+        "tile_q": plan.tile_q,
+        "query_tiles": plan.query_tiles,
+        "offset": _bounded(spec.offset or 0),
+        "left": params.OPEN if left is None else _bounded(left),
+        "right": params.OPEN if right is None else _bounded(right),
+        "pack_k": int(loose_k or (c.pairs and not bf16_words) or (foreign and not c.pairs)),
+        "pack_v": int(loose_v or c.pairs or foreign or columns != spec.value_size),
+        "k_row": words * c.size,
+        "v_row": columns * c.size,
+    }
+
+
+def _bounded(distance: int) -> int:
+    return max(-params.OPEN, min(params.OPEN, distance))

@@ -1,0 +1,92 @@
+"""What a compiled kernel depends on, and what follows from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flashtile.kernels.cpu.ir import SIZES, vector
+from flashtile.kernels.cpu.isa import ISA
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides the machine code; all else is a run-time parameter.
+
+    storage     element in memory: "float", "double", "half", "bfloat"
+    pairs       products of bf16 pairs in the dot unit instead of fp32 multiply-adds
+    key_block   keys whose scores are held at a time: 128 rows of scores fit the first-level cache
+    unroll      contraction steps emitted per loop iteration
+    """
+
+    isa: ISA
+    storage: str
+    pairs: bool = False
+    key_block: int = 128
+    unroll: int = 2
+
+    @property
+    def acc(self) -> str:
+        """Type that sums are kept in."""
+        return "double" if self.storage == "double" else "float"
+
+    @property
+    def memory(self) -> str:
+        """Type that elements are loaded and stored as; 16-bit floats travel as their bits."""
+        return "i16" if self.storage in ("half", "bfloat") else self.storage
+
+    @property
+    def word(self) -> str:
+        """Type of one step of a product: an element, or two bf16 in 32 bits."""
+        return "i32" if self.pairs else self.acc
+
+    @property
+    def per_word(self) -> int:
+        return 2 if self.pairs else 1
+
+    @property
+    def size(self) -> int:
+        """Bytes of an accumulator, and of a word."""
+        return SIZES[self.acc]
+
+    @property
+    def lanes(self) -> int:
+        """Queries in one register."""
+        return self.isa.lanes(self.acc)
+
+    @property
+    def panel(self) -> int:
+        """Queries that a micro-kernel works on at once: one a lane, ``isa.vectors`` registers."""
+        return self.lanes * self.isa.vectors
+
+    @property
+    def rows(self) -> int:
+        """Keys of a score tile, and value columns of an output tile."""
+        return self.isa.rows
+
+    @property
+    def vector(self) -> str:
+        """A register of accumulators."""
+        return vector(self.lanes, self.acc)
+
+    @property
+    def words(self) -> str:
+        """A register of words."""
+        return vector(self.lanes, self.word)
+
+    @property
+    def line(self) -> int:
+        """Bytes of one accumulator a query of the panel."""
+        return self.panel * self.size
+
+    @property
+    def register(self) -> int:
+        """Bytes of a register: the step between the vectors of a line."""
+        return self.isa.vector_bytes
+
+    def padded(self, value_size: int) -> int:
+        """Value columns rounded up to whole output tiles."""
+        return -(-value_size // self.rows) * self.rows
+
+    def key_words(self, head_size: int) -> int:
+        """Words of a query or key row."""
+        return -(-head_size // self.per_word)

@@ -1,0 +1,66 @@
+"""The end of a panel: outputs divided by the sum of weights and transposed back, lse in nats."""
+
+from __future__ import annotations
+
+import math
+
+from flashtile.kernels.cpu import math as vmath
+from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.ir import SIZES, Function, Module, Value
+from flashtile.kernels.cpu.pack import write
+
+
+def emit_store_outputs(module: Module, c: Config) -> str:
+    """A function that writes a panel's normalised outputs, row-major, and its lse; its name.
+
+    Arguments: outputs (transposed, not normalised), state (maximum, sum), outputs in memory, bytes between rows,
+    bytes between elements, rows there are, elements, lse in memory (or null), factor from raw scores to nats.
+    """
+    f = Function(module, "store_outputs", "void",
+                 ["ptr", "ptr", "ptr", "i64", "i64", "i64", "i64", "ptr", c.acc], internal=True,
+                 names=["o", "state", "out", "stride", "step", "rows", "size", "lse", "nats"])  # fmt: skip
+    o, state, out, stride, step, rows, size, lse, nats = f.args
+    _reciprocal_and_lse(f, c, state, nats)  # state now holds 1 / sum, then lse
+    n = c.lanes
+    # Squares of lanes x lanes go through registers; what is left over goes one by one.
+    whole_rows = rows // n * n
+    whole_columns = f.select(step.eq(SIZES[c.memory]), size // n * n, f.const("i64", 0))
+    with f.range(0, whole_rows, n) as lane:
+        factor = f.load(c.vector, state + lane * c.size, align=c.register)
+        with f.range(0, whole_columns, n) as column:
+            corner = o + (column * c.line + lane * c.size)
+            square = [f.load(c.vector, corner + t * c.line, align=c.register) * factor for t in range(n)]
+            target = out + (lane * stride + column * SIZES[c.memory])
+            for r, row in enumerate(f.transpose(square)):
+                write(f, c, row, target + stride * r)
+
+    def one_by_one(lane: Value, first: Value | int) -> None:
+        factor = f.load(c.acc, state + lane * c.size)
+        with f.range(first, size) as column:
+            value = f.load(c.acc, o + (column * c.line + lane * c.size)) * factor
+            write(f, c, value, out + (lane * stride + column * step))
+
+    with f.range(0, whole_rows) as lane:
+        one_by_one(lane, whole_columns)
+    with f.range(whole_rows, rows) as lane:
+        one_by_one(lane, 0)
+    with f.when(f.is_null(lse).eq(0)), f.range(0, rows) as lane:
+        f.store(f.load(c.acc, state + (c.line + lane * c.size)), lse + lane * c.size, align=1)
+    f.ret()
+    return f.name
+
+
+def _reciprocal_and_lse(f: Function, c: Config, state: Value, nats: Value) -> None:
+    """(maximum, sum) in place to (1 / sum, lse); a row that saw no key: (0, -inf).
+
+    The sum compares unequal to 0 when it is NaN, so a poisoned row stays NaN.
+    """
+    with f.range(0, c.panel * c.size, c.register) as at:
+        top = f.load(c.vector, state + at, align=c.register)
+        total = f.load(c.vector, state + (at + c.line), align=c.register)
+        seen = total.ne(0.0)
+        inverse = f.select(seen, 1.0 / total, f.const(c.vector, 0.0))
+        log = vmath.log2(f, c.isa, f.select(seen, total, f.const(c.vector, 1.0))) * math.log(2)
+        lse = c.isa.multiply_add(f, top, f.splat(nats, c.lanes), log)
+        f.store(inverse, state + at, align=c.register)
+        f.store(f.select(seen, lse, f.const(c.vector, -math.inf)), state + (at + c.line), align=c.register)

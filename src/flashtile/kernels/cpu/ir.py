@@ -1,0 +1,429 @@
+"""A small vocabulary over textual LLVM IR: typed values, functions, loops.
+
+A kernel generator calls Python methods; each call appends one line of LLVM IR in static single
+assignment form.  Values carry their LLVM type as text (``i64``, ``float``, ``<16 x float>``), overload
+the arithmetic operators, and lift Python numbers to constants of their own type, so generator code reads
+like the arithmetic it emits.  Text, because llvmlite's object layer cannot name vector intrinsics.
+
+>>> module = Module()
+>>> f = Function(module, "axpy", "void", ["ptr", "ptr", "i64"], names=["x", "y", "n"])
+>>> x, y, n = f.args
+>>> with f.range(0, n) as i:
+...     at = i * 4
+...     f.store(f.fma(f.const("float", 2.0), f.load("float", x + at), f.load("float", y + at)), y + at)
+>>> f.ret()
+>>> "llvm.fma.f32" in module.text()
+True
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections.abc import Callable, Iterator, Sequence
+
+SIZES = {"i1": 1, "i8": 1, "i16": 2, "half": 2, "bfloat": 2, "i32": 4, "float": 4, "i64": 8, "double": 8, "ptr": 8}
+_MANGLED = {"float": "f32", "double": "f64", "half": "f16", "bfloat": "bf16", "ptr": "p0"}
+_FLOATS = frozenset(("float", "double", "half", "bfloat"))
+_COMPARE = {"lt": ("slt", "olt"), "le": ("sle", "ole"), "gt": ("sgt", "ogt"), "ge": ("sge", "oge"),
+            "eq": ("eq", "oeq"), "ne": ("ne", "une"), "ult": ("ult", "ult"), "uno": ("", "uno")}  # fmt: skip
+
+
+def vector(lanes: int, element: str) -> str:
+    """Type of a vector: ``vector(16, "float") == "<16 x float>"``."""
+    return f"<{lanes} x {element}>"
+
+
+def element(type_: str) -> str:
+    """Element type of a vector, or the scalar type itself."""
+    return type_[1:-1].split(" x ")[1] if type_[0] == "<" else type_
+
+
+def lanes(type_: str) -> int:
+    """Number of lanes of a vector type; 1 for a scalar."""
+    return int(type_[1:].split(" x ")[0]) if type_[0] == "<" else 1
+
+
+def sizeof(type_: str) -> int:
+    """Bytes a value of this type takes in memory."""
+    return lanes(type_) * SIZES[element(type_)]
+
+
+def like(type_: str, element_: str) -> str:
+    """The type of the same shape (scalar, or so many lanes) with another element."""
+    return vector(lanes(type_), element_) if type_[0] == "<" else element_
+
+
+def mangle(type_: str) -> str:
+    """The type as it stands in the name of an overloaded intrinsic: ``v16f32``."""
+    name = _MANGLED.get(element(type_), element(type_))
+    return f"v{lanes(type_)}{name}" if type_[0] == "<" else name
+
+
+def literal(type_: str, number: float) -> str:
+    """A number as LLVM writes it; floats as the hexadecimal image of a double, so no digit is lost."""
+    scalar = element(type_)
+    if scalar in _FLOATS:
+        if scalar == "float":
+            number = struct.unpack("f", struct.pack("f", number))[0]
+        elif scalar != "double":
+            raise ValueError(f"literal of {scalar}: emit it in float and narrow it")
+        text = f"0x{struct.unpack('<Q', struct.pack('<d', number))[0]:016X}"
+    else:
+        text = str(int(number))
+    return f"splat ({scalar} {text})" if type_[0] == "<" else text
+
+
+class Value:
+    """An SSA value (or constant) of a function under construction."""
+
+    __slots__ = ("function", "number", "ref", "type")
+
+    def __init__(self, function: Function, type_: str, ref: str, number: int | None = None):
+        self.function, self.type, self.ref, self.number = function, type_, ref, number
+
+    def __str__(self) -> str:
+        return f"{self.type} {self.ref}"
+
+    @property
+    def is_float(self) -> bool:
+        return element(self.type) in _FLOATS
+
+    def _lift(self, other: Value | float) -> Value:
+        return other if isinstance(other, Value) else self.function.const(self.type, other)
+
+    def _binary(self, op: str, other: Value | float, swap: bool = False) -> Value:
+        left, right = (self._lift(other), self) if swap else (self, self._lift(other))
+        if left.number is not None and right.number is not None and (fold := _FOLD.get(op)):
+            return self.function.const(self.type, fold(left.number, right.number))
+        if op == "add" and right.number == 0 or op == "mul" and right.number == 1:
+            return left
+        if op == "add" and left.number == 0 or op == "mul" and left.number == 1:
+            return right
+        return self.function.emit(left.type, f"{op} {left.type} {left.ref}, {right.ref}")
+
+    def __add__(self, other: Value | float) -> Value:
+        if self.type == "ptr":  # pointers move by bytes
+            return self.function.offset(self, other)
+        return self._binary("fadd" if self.is_float else "add", other)
+
+    def __sub__(self, other: Value | float) -> Value:
+        return self._binary("fsub" if self.is_float else "sub", other)
+
+    def __mul__(self, other: Value | float) -> Value:
+        return self._binary("fmul" if self.is_float else "mul", other)
+
+    def __radd__(self, other: float) -> Value:
+        return self._binary("fadd" if self.is_float else "add", other, swap=True)
+
+    def __rsub__(self, other: float) -> Value:
+        return self._binary("fsub" if self.is_float else "sub", other, swap=True)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Value | float) -> Value:
+        return self._binary("fdiv", other)
+
+    def __rtruediv__(self, other: float) -> Value:
+        return self._binary("fdiv", other, swap=True)
+
+    def __floordiv__(self, other: Value | int) -> Value:
+        """Signed division of non-negative integers (LLVM truncates; callers keep both signs positive)."""
+        return self._binary("sdiv", other)
+
+    def __mod__(self, other: Value | int) -> Value:
+        return self._binary("srem", other)
+
+    def __and__(self, other: Value | int) -> Value:
+        return self._binary("and", other)
+
+    def __or__(self, other: Value | int) -> Value:
+        return self._binary("or", other)
+
+    def __xor__(self, other: Value | int) -> Value:
+        return self._binary("xor", other)
+
+    def __lshift__(self, other: Value | int) -> Value:
+        return self._binary("shl", other)
+
+    def __rshift__(self, other: Value | int) -> Value:
+        """Logical shift right: zeros come in.  ``ashr`` keeps the sign."""
+        return self._binary("lshr", other)
+
+    def ashr(self, other: Value | int) -> Value:
+        return self._binary("ashr", other)
+
+    def _compare(self, how: str, other: Value | float) -> Value:
+        right = self._lift(other)
+        op = f"fcmp {_COMPARE[how][1]}" if self.is_float else f"icmp {_COMPARE[how][0]}"
+        return self.function.emit(like(self.type, "i1"), f"{op} {self.type} {self.ref}, {right.ref}")
+
+    def __lt__(self, other: Value | float) -> Value:
+        return self._compare("lt", other)
+
+    def __le__(self, other: Value | float) -> Value:
+        return self._compare("le", other)
+
+    def __gt__(self, other: Value | float) -> Value:
+        return self._compare("gt", other)
+
+    def __ge__(self, other: Value | float) -> Value:
+        return self._compare("ge", other)
+
+    def eq(self, other: Value | float) -> Value:
+        return self._compare("eq", other)
+
+    def ne(self, other: Value | float) -> Value:
+        """Not equal; true of NaN."""
+        return self._compare("ne", other)
+
+    def ult(self, other: Value | int) -> Value:
+        """Unsigned less-than of integers."""
+        return self._compare("ult", other)
+
+    def isnan(self) -> Value:
+        return self.function.emit(like(self.type, "i1"), f"fcmp uno {self.type} {self.ref}, {self.ref}")
+
+
+_FOLD: dict[str, Callable[[int, int], int]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+}
+
+
+class Module:
+    """LLVM functions and the external declarations that they need."""
+
+    def __init__(self) -> None:
+        self.functions: list[Function] = []
+        self.declarations: dict[str, str] = {}
+
+    def text(self) -> str:
+        return "\n".join([*self.declarations.values(), *(f.text() for f in self.functions)])
+
+
+class Function:
+    """One LLVM function under construction.
+
+    ``internal`` functions are called by others of the module only; they are kept out of line, since each
+    micro-kernel wants the register file to itself.
+    """
+
+    def __init__(self, module: Module, name: str, returns: str, args: Sequence[str], *,
+                 names: Sequence[str] | None = None, internal: bool = False):  # fmt: skip
+        labels = list(names) if names else [f"a{i}" for i in range(len(args))]
+        self.module, self.name, self.returns = module, name, returns
+        self.args = [Value(self, type_, f"%{label}") for type_, label in zip(args, labels, strict=True)]
+        signature = ", ".join(str(arg) for arg in self.args)
+        linkage, attributes = ("internal ", "noinline nounwind") if internal else ("", "nounwind")
+        self._head = f"define {linkage}{returns} @{name}({signature}) {attributes} {{"
+        self._lines = ["entry:"]
+        self._block = "entry"
+        self._count = 0
+        module.functions.append(self)
+
+    def text(self) -> str:
+        return "\n".join([self._head, *self._lines, "}"])
+
+    # -- one instruction each ------------------------------------------------------------------------
+
+    def put(self, line: str) -> None:
+        self._lines.append("  " + line)
+
+    def emit(self, type_: str, instruction: str) -> Value:
+        self._count += 1
+        ref = f"%v{self._count}"
+        self.put(f"{ref} = {instruction}")
+        return Value(self, type_, ref)
+
+    def const(self, type_: str, number: float) -> Value:
+        exact = int(number) if element(type_) not in _FLOATS and type_[0] != "<" else None
+        return Value(self, type_, literal(type_, number), exact)
+
+    def iota(self, type_: str, start: int = 0) -> Value:
+        """The constant vector start, start + 1, ... of an integer vector type."""
+        scalar = element(type_)
+        return Value(self, type_, "<" + ", ".join(f"{scalar} {start + i}" for i in range(lanes(type_))) + ">")
+
+    def cast(self, op: str, value: Value, type_: str) -> Value:
+        """Any LLVM cast: bitcast, zext, sext, trunc, sitofp, fptosi, fpext, fptrunc, ptrtoint, inttoptr."""
+        return value if value.type == type_ else self.emit(type_, f"{op} {value} to {type_}")
+
+    def bitcast(self, value: Value, element_: str) -> Value:
+        """The same bits as lanes of another element of equal size."""
+        return self.cast("bitcast", value, like(value.type, element_))
+
+    def select(self, condition: Value, yes: Value | float, no: Value | float) -> Value:
+        type_ = yes.type if isinstance(yes, Value) else no.type  # type: ignore[union-attr]  # one side is a Value
+        yes, no = (x if isinstance(x, Value) else self.const(type_, x) for x in (yes, no))
+        return self.emit(type_, f"select {condition}, {yes}, {no}")
+
+    def maximum(self, a: Value, b: Value | float) -> Value:
+        """The larger; b where either is NaN (one instruction on x86, hence the choice of operands)."""
+        return self.select(a > b, a, b)
+
+    def minimum(self, a: Value, b: Value | float) -> Value:
+        """The smaller; b where either is NaN."""
+        return self.select(a < b, a, b)
+
+    def clamp(self, x: Value, low: float, high: float) -> Value:
+        return self.minimum(self.maximum(x, low), high)
+
+    def fma(self, a: Value, b: Value, c: Value) -> Value:
+        """a * b + c with one rounding.  Only for targets that have the instruction."""
+        return self.intrinsic(f"llvm.fma.{mangle(a.type)}", a.type, [a, b, c])
+
+    def intrinsic(self, name: str, returns: str, args: Sequence[Value]) -> Value:
+        """Call of a function outside the module, declared on first use."""
+        self.module.declarations[name] = f"declare {returns} @{name}({', '.join(a.type for a in args)})"
+        return self.call(name, returns, args)
+
+    def call(self, name: str, returns: str, args: Sequence[Value]) -> Value:
+        text = f"call {returns} @{name}({', '.join(map(str, args))})"
+        if returns == "void":
+            self.put(text)
+            return self.const("i32", 0)
+        return self.emit(returns, text)
+
+    # -- memory, by byte offsets ---------------------------------------------------------------------
+
+    def offset(self, pointer: Value, nbytes: Value | float) -> Value:
+        count = nbytes if isinstance(nbytes, Value) else self.const("i64", nbytes)
+        if count.number == 0:
+            return pointer
+        return self.emit("ptr", f"getelementptr i8, ptr {pointer.ref}, i64 {count.ref}")
+
+    def load(self, type_: str, pointer: Value, align: int | None = None) -> Value:
+        return self.emit(type_, f"load {type_}, ptr {pointer.ref}, align {align or SIZES[element(type_)]}")
+
+    def store(self, value: Value, pointer: Value, align: int | None = None) -> None:
+        self.put(f"store {value}, ptr {pointer.ref}, align {align or SIZES[element(value.type)]}")
+
+    # -- lanes ---------------------------------------------------------------------------------------
+
+    def splat(self, scalar: Value, count: int) -> Value:
+        """The scalar in every lane."""
+        type_ = vector(count, scalar.type)
+        if scalar.number is not None:
+            return self.const(type_, scalar.number)
+        first = self.emit(type_, f"insertelement {type_} poison, {scalar}, i64 0")
+        return self.emit(type_, f"shufflevector {first}, {type_} poison, <{count} x i32> zeroinitializer")
+
+    def extract(self, value: Value, lane: int) -> Value:
+        return self.emit(element(value.type), f"extractelement {value}, i64 {lane}")
+
+    def insert(self, value: Value, scalar: Value, lane: int) -> Value:
+        return self.emit(value.type, f"insertelement {value}, {scalar}, i64 {lane}")
+
+    def shuffle(self, a: Value, b: Value, order: Sequence[int]) -> Value:
+        """Lanes picked from a, then b: index i < lanes(a) takes a[i], else b[i - lanes(a)]."""
+        type_ = vector(len(order), element(a.type))
+        picks = ", ".join(f"i32 {i}" for i in order)
+        return self.emit(type_, f"shufflevector {a}, {b}, <{len(order)} x i32> <{picks}>")
+
+    def interleave(self, a: Value, b: Value) -> tuple[Value, Value]:
+        """a0 b0 a1 b1 ... as two vectors: the lower half of both, the upper half of both."""
+        n = lanes(a.type)
+        pairs = [lane for t in range(n) for lane in (t, n + t)]
+        return self.shuffle(a, b, pairs[:n]), self.shuffle(a, b, pairs[n:])
+
+    def transpose(self, rows: Sequence[Value]) -> list[Value]:
+        """Square transpose of n vectors of n lanes: log2(n) rounds of interleaving."""
+        n, step = len(rows), len(rows)
+        rows = list(rows)
+        while step > 1:
+            rows = [half for i in range(n // 2) for half in self.interleave(rows[i], rows[i + n // 2])]
+            step //= 2
+        return rows
+
+    # -- control flow --------------------------------------------------------------------------------
+
+    def _label(self, name: str) -> None:
+        self._lines.append(f"{name}:")
+        self._block = name
+
+    def fold(self, start: Value | int, stop: Value | int, step: int, carry: Sequence[Value],
+             body: Callable[[Value, list[Value]], Sequence[Value] | None]) -> list[Value]:  # fmt: skip
+        """for i in range(start, stop, step): carry = body(i, carry); returns the last carry."""
+        loop = _Loop(self, start, stop, step, carry)
+        loop.close(list(body(loop.index, loop.carry) or []))
+        return loop.carry
+
+    @contextlib.contextmanager
+    def range(self, start: Value | int, stop: Value | int, step: int = 1) -> Iterator[Value]:
+        """``with f.range(0, n) as i:`` a loop that carries nothing but its index."""
+        loop = _Loop(self, start, stop, step, [])
+        yield loop.index
+        loop.close([])
+
+    @contextlib.contextmanager
+    def when(self, condition: Value) -> Iterator[None]:
+        """``with f.when(c):`` the block runs only if c."""
+        self._count += 1
+        tag = self._count
+        self.put(f"br i1 {condition.ref}, label %then{tag}, label %join{tag}")
+        self._label(f"then{tag}")
+        yield
+        self.put(f"br label %join{tag}")
+        self._label(f"join{tag}")
+
+    def value_when(self, condition: Value, compute: Callable[[], Value], otherwise: Value) -> Value:
+        """compute() if condition, else the value that is there already."""
+        self._count += 1
+        tag, before = self._count, self._block
+        self.put(f"br i1 {condition.ref}, label %then{tag}, label %join{tag}")
+        self._label(f"then{tag}")
+        computed = compute()
+        last = self._block
+        self.put(f"br label %join{tag}")
+        self._label(f"join{tag}")
+        type_ = otherwise.type
+        return self.emit(type_, f"phi {type_} [{computed.ref}, %{last}], [{otherwise.ref}, %{before}]")
+
+    def is_null(self, pointer: Value) -> Value:
+        return self.cast("ptrtoint", pointer, "i64").eq(0)
+
+    def either(self, condition: Value, yes: Callable[[], None], no: Callable[[], None]) -> None:
+        """yes() if condition else no()."""
+        self._count += 1
+        tag = self._count
+        self.put(f"br i1 {condition.ref}, label %then{tag}, label %else{tag}")
+        self._label(f"then{tag}")
+        yes()
+        self.put(f"br label %join{tag}")
+        self._label(f"else{tag}")
+        no()
+        self.put(f"br label %join{tag}")
+        self._label(f"join{tag}")
+
+    def ret(self, value: Value | None = None) -> None:
+        self.put(f"ret {value}" if value else "ret void")
+
+
+class _Loop:
+    """An open counted loop: the head is emitted at once, the back edge when it is closed."""
+
+    def __init__(self, f: Function, start: Value | int, stop: Value | int, step: int, carry: Sequence[Value]):
+        first, last = (x if isinstance(x, Value) else f.const("i64", x) for x in (start, stop))
+        f._count += 1
+        self.f, self.step, self.tag, self.before = f, step, f._count, f._block
+        self.initial = [first, *carry]
+        self.index = Value(f, "i64", f"%i{self.tag}")
+        self.carry = [Value(f, c.type, f"%c{self.tag}.{n}") for n, c in enumerate(carry)]
+        f.put(f"br label %head{self.tag}")
+        f._label(f"head{self.tag}")
+        self.phis_at = len(f._lines)
+        f._lines += [""] * len(self.initial)  # filled in by close(), when the values that come round are known
+        condition = self.index < last
+        f.put(f"br i1 {condition.ref}, label %body{self.tag}, label %done{self.tag}")
+        f._label(f"body{self.tag}")
+
+    def close(self, following: Sequence[Value]) -> None:
+        f = self.f
+        rounds = [self.index + self.step, *following]
+        f.put(f"br label %head{self.tag}")
+        for n, (phi, old, new) in enumerate(zip([self.index, *self.carry], self.initial, rounds, strict=True)):
+            line = f"{phi.ref} = phi {phi.type} [{old.ref}, %{self.before}], [{new.ref}, %{f._block}]"
+            f._lines[self.phis_at + n] = "  " + line
+        f._label(f"done{self.tag}")

@@ -1,0 +1,69 @@
+"""Instruction sets, one file each: what a machine has, as fields, and the few primitives that differ.
+
+    name                      needs                          falls back to
+    avx512_bf16               avx512{f,bw,dq,vl}, bf16 dot    avx512
+    avx512                    avx512{f,bw,dq,vl}              avx2
+    avx2                      avx2, fma, f16c                 generic
+    neon                      aarch64                         generic
+    generic                   nothing
+
+``current()`` picks the best that this machine has; the environment variable FLASHTILE_ISA forces one.
+``avx512_bf16_emulated`` runs the kernels of the bf16 dot on any AVX-512 machine, with that one instruction
+replaced by its definition: for tests, never picked by itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import pkgutil
+
+from flashtile.errors import UnavailableError
+from flashtile.kernels.cpu.isa.base import ISA
+
+__all__ = ["ISA", "current", "known", "unavailable", "usable"]
+
+
+@functools.cache
+def known() -> dict[str, ISA]:
+    """Every instruction set of this folder by name, best first."""
+    modules = (importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__))
+    found = [isa for module in modules for isa in getattr(module, "MACHINES", ())]
+    return {isa.name: isa for isa in sorted(found, key=lambda isa: -isa.rank)}
+
+
+@functools.cache
+def _host_features() -> frozenset[str]:
+    import llvmlite.binding as llvm
+
+    arch = llvm.get_process_triple().split("-")[0]
+    return frozenset((arch, *(name for name, there in llvm.get_host_cpu_features().items() if there)))
+
+
+def unavailable(isa: ISA) -> str | None:
+    """Why this machine cannot run the instruction set; None if it can."""
+    missing = sorted(isa.needs - _host_features())
+    return f"this machine has no {', '.join(missing)}" if missing else None
+
+
+def usable() -> list[str]:
+    """Names of the instruction sets that this machine runs, best first; emulated ones last."""
+    return [isa.name for isa in known().values() if unavailable(isa) is None]
+
+
+def current() -> ISA:
+    """The instruction set that kernels are generated for: FLASHTILE_ISA, else the best one here."""
+    return _named(os.environ.get("FLASHTILE_ISA", ""))
+
+
+@functools.cache
+def _named(name: str) -> ISA:
+    if not name:
+        return next(isa for isa in known().values() if isa.rank > 0 and unavailable(isa) is None)
+    isa = known().get(name)
+    if isa is None:
+        raise UnavailableError(f"FLASHTILE_ISA: got {name!r}, expected one of {', '.join(known())}")
+    if reason := unavailable(isa):
+        raise UnavailableError(f"FLASHTILE_ISA={name}: {reason}; usable here: {', '.join(usable())}")
+    return isa

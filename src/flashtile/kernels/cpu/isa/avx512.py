@@ -1,0 +1,50 @@
+"""AVX-512, without and with the bf16 dot: 32 registers of 64 bytes hold a tile of 8 rows by 3 vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from flashtile.kernels.cpu.ir import Function, Value, lanes, vector
+from flashtile.kernels.cpu.isa.base import ISA
+
+_AVX512 = ISA(
+    name="avx512",
+    rank=30,
+    cpu="x86-64-v4",
+    needs=frozenset(("x86_64", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "fma", "f16c", "bmi2")),
+    vector_bytes=64,
+    vectors=3,
+    rows=8,
+    fused=True,
+    half=True,
+)
+
+
+@dataclass(frozen=True)
+class _BF16Dot(ISA):
+    """AVX512_BF16: a dot of bf16 pairs, and the rounding of two fp32 registers into one of bf16."""
+
+    def dot_pairs(self, f: Function, acc: Value, a: Value, b: Value) -> Value:
+        n = lanes(acc.type)
+        a, b = (f.cast("bitcast", x, vector(2 * n, "bfloat")) for x in (a, b))
+        return f.intrinsic(f"llvm.x86.avx512bf16.dpbf16ps.{32 * n}", acc.type, [acc, a, b])
+
+    def narrow_pairs(self, f: Function, even: Value, odd: Value) -> Value:
+        n = lanes(even.type)
+        packed = f.intrinsic(f"llvm.x86.avx512bf16.cvtne2ps2bf16.{32 * n}", vector(2 * n, "bfloat"), [odd, even])
+        order = [lane for t in range(n) for lane in (t, n + t)]
+        return f.cast("bitcast", f.shuffle(packed, packed, order), vector(n, "i32"))
+
+
+_BF16 = _BF16Dot(
+    **{
+        **_AVX512.__dict__,
+        "name": "avx512_bf16",
+        "rank": 40,
+        "features": "+avx512bf16",
+        "needs": _AVX512.needs | {"avx512bf16"},
+        "bf16_dot": True,
+    }
+)
+
+MACHINES = (_AVX512, _BF16, replace(_AVX512, name="avx512_bf16_emulated", rank=0, bf16_dot=True))

@@ -1,0 +1,89 @@
+"""Score tiles: S^T[key][query] = K Q^T for a few keys by one panel of queries.
+
+Lanes run over queries.  A key's elements are broadcast from row-major memory, so K needs no packing; the
+queries were transposed once (pack.py).  ``rows`` keys by ``vectors`` registers of accumulators fill the
+register file; the contraction is the loop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.ir import Function, Module, Value
+
+FAR = 1 << 30  # beyond any distance inside a tile, and no overflow when a lane number is added
+
+
+def contract(f: Function, c: Config, acc: Value, a: Value, b: Value) -> Value:
+    """acc + a b over one word of each."""
+    return c.isa.dot_pairs(f, acc, a, b) if c.pairs else c.isa.multiply_add(f, a, b, acc)
+
+
+def emit_scores(module: Module, c: Config, vectors: int, *, edge: bool, first: int = 0) -> str:
+    """A function for one tile; the name of the function.
+
+    Arguments: queries (transposed), keys, bytes between keys, words of a row, scores (out), running block
+    maximum (updated).  An ``edge`` tile also takes the last valid key of the tile (keys beyond it are readable
+    memory, but hidden), and two distances: query lane i sees key r iff  i + above - r >= 0  and
+    i + below - r <= 0.  Vectors before ``first`` are known to be hidden: their scores are -inf, uncomputed.
+    """
+    name = f"scores_{vectors}_{'edge' if edge else 'full'}_{first}"
+    types, names = ["ptr", "ptr", "i64", "i64", "ptr", "ptr"], ["q", "k", "stride", "words", "s", "top"]
+    if edge:
+        types, names = types + ["i64", "i32", "i32"], names + ["last", "above", "below"]
+    f = Function(module, name, "void", types, names=names, internal=True)
+    q, k, stride, words, s, top = f.args[:6]
+    live = range(first, vectors)
+
+    rows = [k]
+    while len(rows) < c.rows:
+        rows.append(rows[-1] + stride)
+    acc = _contraction(f, c, q, rows, words, live)
+    hidden = f.const(c.vector, -math.inf)
+    tops = [f.load(c.vector, top + j * c.register, align=c.register) for j in live]
+    for r in range(c.rows):
+        for n, j in enumerate(live):
+            value = acc[r * len(live) + n]
+            if edge:
+                value = f.select(_visible(f, c, r, j), value, hidden)
+            f.store(value, s + (r * c.line + j * c.register), align=c.register)
+            tops[n] = f.maximum(value, tops[n])
+        for j in range(first):
+            f.store(hidden, s + (r * c.line + j * c.register), align=c.register)
+    for n, j in enumerate(live):
+        f.store(tops[n], top + j * c.register, align=c.register)
+    f.ret()
+    return name
+
+
+def _contraction(f: Function, c: Config, q: Value, rows: Sequence[Value], words: Value, live: range) -> list[Value]:
+    """The accumulators, row by row: acc[r][j] = sum over words of k[r] * q[j]."""
+
+    def step(d: Value, acc: list[Value]) -> list[Value]:
+        queries = [f.load(c.words, q + (d * c.line + j * c.register), align=c.register) for j in live]
+        at = d * c.size
+        out = []
+        for r, row in enumerate(rows):
+            key = f.splat(f.load(c.word, row + at, align=1), c.lanes)
+            out += [contract(f, c, acc[r * len(live) + n], key, queries[n]) for n in range(len(live))]
+        return out
+
+    def steps(d: Value, acc: list[Value]) -> list[Value]:
+        for u in range(c.unroll):
+            acc = step(d + u, acc)
+        return acc
+
+    zero = [f.const(c.vector, 0.0)] * (len(rows) * len(live))
+    whole = words - words % c.unroll
+    acc = f.fold(0, whole, c.unroll, zero, steps)
+    return f.fold(whole, words, 1, acc, step)
+
+
+def _visible(f: Function, c: Config, r: int, j: int) -> Value:
+    """Lanes of vector j that see key r of an edge tile."""
+    last, above, below = f.args[6:]
+    lane = f.iota(f"<{c.lanes} x i32>", j * c.lanes)
+    above = f.select(last < r, f.const("i32", -FAR), above - r)
+    return (lane + f.splat(above, c.lanes) >= 0) & (lane + f.splat(below - r, c.lanes) <= 0)
