@@ -1,4 +1,31 @@
-"""flashtile: exact flash attention on tiles."""
+"""flashtile: exact flash attention on tiles.
+
+>>> import numpy as np, flashtile
+>>> x = np.random.default_rng(0).standard_normal((1, 8, 512, 64), dtype=np.float32)
+>>> o = flashtile.attention(x, x, x, causal=True)
+"""
 
 from __future__ import annotations
 
+from flashtile import errors
+from flashtile.api import attention
+from flashtile.errors import FlashtileError, KernelError, SpecError, UnavailableError
+from flashtile.explain import Explanation, explain
+from flashtile.merge import merge
+from flashtile.threads import get_num_threads, set_num_threads
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Explanation",
+    "FlashtileError",
+    "KernelError",
+    "SpecError",
+    "UnavailableError",
+    "attention",
+    "errors",
+    "explain",
+    "get_num_threads",
+    "merge",
+    "set_num_threads",
+]

@@ -106,9 +106,8 @@ class AttentionSpec:
         )
 
 
-ShapeRule = tuple[
-    str, Callable[[Shape, Shape, Shape], bool], Callable[[Shape, Shape, Shape], str], Callable[[Shape, Shape, Shape], str]
-]
+Text = Callable[[Shape, Shape, Shape], str]
+ShapeRule = tuple[str, Callable[[Shape, Shape, Shape], bool], Text, Text]
 
 # argument, what must hold, what came, what was expected: of the three shapes as (B, H, S, D).
 SHAPE_RULES: tuple[ShapeRule, ...] = (
@@ -132,6 +131,7 @@ SHAPE_RULES: tuple[ShapeRule, ...] = (
 # name of a later option, the values that leave it off
 LATER_OPTIONS: dict[str, tuple[object, ...]] = {
     "mask": (None,),
+    "attn_mask": (None,),
     "bias": (None,),
     "score_mod": (None,),
     "softcap": (None, 0, 0.0),

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from flashtile import rooms
 from flashtile.errors import UnavailableError, wrong
-from flashtile.progress import Progress
+from flashtile.progress import Report
 
 AUTO_FIRST = ("direct",)
 
@@ -21,7 +21,7 @@ AUTO_FIRST = ("direct",)
 class Run(Protocol):
     """Run every work item of one call to its end, or raise. The arrays behind `params` outlive the call."""
 
-    def __call__(self, params: Any, progress: Progress = None) -> None: ...
+    def __call__(self, params: Any, report: Report | None = None) -> None: ...
 
 
 def engines() -> Iterator[tuple[str, ModuleType | str]]:

@@ -1,0 +1,129 @@
+"""`flashtile.attention`: the whole flow in one screen, from arrays to the kernel that attends them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from flashtile.arrays import address_of, is_torch, plain, view_of
+from flashtile.calls import Options, as_key, check_apart, clear_cache, lookup, prepare, split_align
+from flashtile.errors import wrong
+from flashtile.progress import reporter
+from flashtile.spec import refuse_later
+
+__all__ = ["attention", "clear_cache"]
+
+ndarray, empty = np.ndarray, np.empty
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    mask: Any = None,
+    bias: Any = None,
+    score_mod: Any = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    align: Any = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    precision: str = "ieee",
+    return_lse: bool = False,
+    kernel: str = "auto",
+    engine: str = "auto",
+    progress: Any = None,
+    out: Any = None,
+) -> Any:
+    """Exact attention: softmax(scale * q k^T) v, without storing the scores.
+
+    Shapes:   q (B, H, S_q, D), k (B, H_kv, S_kv, D), v (B, H_kv, S_kv, D_v) -> o (B, H, S_q, D_v); query head h reads
+              key/value head h // (H / H_kv). Or without B, or without B and H. NumPy arrays, or torch tensors
+              (which `flashtile.torch.attention` then takes), of one dtype: float64, float32, float16, bfloat16;
+              any strides and alignment. The inputs are never written.
+    Options:  causal    row i sees key j only if j <= i + offset.
+              window    (left, right): only if -left <= j - (i + offset) <= right; -1 or None is open on that side.
+              align     the offset: "top_left" (0), "bottom_right" (S_kv - S_q), an integer, or an integer array (B,);
+                        needed where S_q != S_kv and causal or window is used.
+              scale     by default 1 / sqrt(D).
+              precision of the two products on float32 inputs: "ieee", "tf32", "bf16", "fp16"; honoured at higher
+                        precision where the hardware has no such unit.
+              kernel, engine  a name, or "auto" for the fastest that can do the call; see `flashtile.explain`.
+              progress  a function (done, total) called on this thread about ten times a second; True shows a bar.
+              out       an array for o, that shares no memory with the inputs.
+              mask, bias, score_mod, softcap, alibi_slopes, sinks, dropout_p and seed are not available yet.
+    Returns:  o in q's dtype; with return_lse=True (o, lse), lse (B, H, S_q) being log sum exp of the scores, natural
+              logarithm, float32 (float64 for float64).
+    Numerics: sums and softmax in float32 (float64 for float64). A row that sees no key gives o = 0, lse = -inf. What a
+              hidden key holds never matters. The bits do not depend on the number of threads.
+    Raises:   SpecError, UnavailableError before any memory is touched; KernelError.
+    Source:   Dao 2023, FlashAttention-2, section 3.1.
+
+    >>> import numpy as np, flashtile
+    >>> x = np.random.default_rng(0).standard_normal((1, 8, 512, 64), dtype=np.float32)
+    >>> flashtile.attention(x, x, x, causal=True).shape
+    (1, 8, 512, 64)
+    """
+    if not (type(q) is type(k) is type(v) is ndarray):
+        return _attend_others(**locals())
+    if not (mask is bias is score_mod is softcap is alibi_slopes is sinks is seed is None and dropout_p == 0):
+        refuse_later(
+            mask=mask,
+            bias=bias,
+            score_mod=score_mod,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            seed=seed,
+            dropout_p=dropout_p,
+        )
+    offsets = target = target_key = None
+    if align is not None:
+        align, offsets = split_align(align, q.shape)
+    if out is not None:
+        target = plain(out, "out")
+        target_key = target.shape, target.strides, target.dtype
+    # fmt: off
+    options = causal, as_key(window), align, scale, precision, kernel, engine
+    key = (q.shape, q.strides, q.dtype, k.shape, k.strides, k.dtype, v.shape, v.strides, v.dtype, target_key, options)
+    # fmt: on
+    call = lookup(key) or prepare(key, q, k, v, target, Options(*options))
+    report = None if progress is None else reporter(progress)
+    if target is None:
+        out = target = empty(call.o_shape, q.dtype)
+    else:
+        _check_writable(target, q, k, v)
+    lse = empty(call.lse_shape, call.lse_dtype) if return_lse else None
+    params = call.pack(
+        address_of(q),
+        address_of(k),
+        address_of(v),
+        address_of(target),
+        0 if lse is None else address_of(lse),
+        0 if offsets is None or call.spec.offset is not None else address_of(offsets),
+    )
+    call.run(params, report)
+    return out if lse is None else (out, lse)
+
+
+def _attend_others(q: Any, k: Any, v: Any, **keywords: Any) -> Any:
+    """Hand torch tensors to their door, and subclasses of ndarray back to attention as plain arrays."""
+    if any(map(is_torch, (q, k, v))):
+        import flashtile.torch
+
+        return flashtile.torch.attention(q, k, v, **keywords)
+    return attention(plain(q, "q"), plain(k, "k"), plain(v, "v"), **keywords)
+
+
+def _check_writable(out: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+    """Raise SpecError if `out` is read-only or may share memory with an input."""
+    if not out.flags.writeable:
+        raise wrong("out", "a read-only array", "a writable one")
+    spans = [view_of(x).extent(address_of(x)) for x in (out, q, k, v)]
+    check_apart(spans[0], q=spans[1], k=spans[2], v=spans[3])

@@ -1,0 +1,104 @@
+"""What the core needs to know of an array, whoever owns it: NumPy, torch, or only a shape that is asked about."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flashtile.dtypes import dtype_of
+from flashtile.errors import wrong
+
+# An ndarray object starts with its reference count and type, then the address of its data: NumPy's C API has fixed
+# that since 1.0. Reading it there takes a tenth of the time of `x.ctypes.data`, and a tiny call takes four addresses.
+_HEADER = object.__basicsize__
+_pointer_at = ctypes.c_void_p.from_address
+
+
+def _read_address(x: np.ndarray) -> int:
+    return _pointer_at(id(x) + _HEADER).value or 0
+
+
+def _ask_address(x: np.ndarray) -> int:
+    return int(x.ctypes.data)
+
+
+def _header_is_as_expected() -> bool:
+    probes = [np.arange(6)[start:] for start in (0, 3)]
+    return all(_read_address(probe) == _ask_address(probe) for probe in probes)
+
+
+# Another interpreter may lay objects out differently.
+address_of = _read_address if _header_is_as_expected() else _ask_address
+
+
+class View(NamedTuple):
+    """An array without its memory. Strides in bytes, any sign, 0 included."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: Any
+
+    def strides4(self) -> tuple[int, int, int, int]:
+        """Byte strides along (B, H, S, D); an absent axis has stride 0, an innermost axis of one element is unit."""
+        *outer, inner = self.strides
+        if self.shape[-1] == 1:
+            inner = dtype_of(self.dtype).itemsize
+        b, h, s = [0] * (3 - len(outer)) + outer
+        return b, h, s, inner
+
+    def extent(self, address: int) -> tuple[int, int]:
+        """The memory [first byte, one past the last) that an array at `address` may touch; (0, 0) if it is empty."""
+        if 0 in self.shape:
+            return 0, 0
+        spans = [(n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True)]
+        below = sum(span for span in spans if span < 0)
+        above = sum(span for span in spans if span > 0)
+        return address + below, address + above + dtype_of(self.dtype).itemsize
+
+    def may_overlap_itself(self) -> bool:
+        """True if two elements may share memory. Each axis must step over everything inside it; an array that
+        interleaves axes otherwise is reported too, though its elements may be distinct."""
+        if 0 in self.shape:
+            return False
+        inside = dtype_of(self.dtype).itemsize
+        for stride, n in sorted((abs(stride), n) for n, stride in zip(self.shape, self.strides, strict=True) if n > 1):
+            if stride < inside:
+                return True
+            inside = stride * (n - 1) + inside
+        return False
+
+
+def contiguous(shape: tuple[int, ...], dtype: Any) -> View:
+    """A row-major array that does not exist yet."""
+    strides, step = [], dtype_of(dtype).itemsize
+    for n in reversed(shape):
+        strides.append(step)
+        step *= max(n, 1)
+    return View(tuple(shape), tuple(reversed(strides)), dtype)
+
+
+def is_torch(x: object) -> bool:
+    """True for a torch tensor or a subclass of it, without importing torch."""
+    return any(base.__module__ == "torch" and base.__name__ == "Tensor" for base in type(x).__mro__)
+
+
+def view_of(x: Any) -> View:
+    """Describe a NumPy array or a torch tensor."""
+    if is_torch(x):
+        size = x.element_size()
+        return View(tuple(x.shape), tuple(size * step for step in x.stride()), x.dtype)
+    return View(x.shape, x.strides, x.dtype)
+
+
+def plain(x: Any, argument: str) -> np.ndarray:
+    """The array as an ndarray proper, without a copy; memory maps and matrices lose their subclass.
+
+    Raises: SpecError for anything else, and for a masked array, whose mask would be ignored.
+    """
+    if not isinstance(x, np.ndarray):
+        raise wrong(argument, f"a {type(x).__module__}.{type(x).__qualname__}", "a NumPy array or a torch tensor")
+    if isinstance(x, np.ma.MaskedArray):
+        raise wrong(argument, "a masked array", "a plain array (fill it; masked elements are not skipped)")
+    return np.asarray(x)

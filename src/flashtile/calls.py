@@ -1,0 +1,147 @@
+"""A prepared call, and the cache of them: a repeated call is one dictionary lookup away from its kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flashtile import engines, kernels
+from flashtile.arrays import View, contiguous, view_of
+from flashtile.dtypes import DTYPES, dtype_of
+from flashtile.errors import wrong
+from flashtile.kernels import Layout
+from flashtile.plan import make_plan
+from flashtile.progress import Report
+from flashtile.spec import LARGEST_POSITION, PER_BATCH, AttentionSpec
+
+# A program that meets a new shape at every step, as a decoder does, must not collect calls without end.
+CACHE_ENTRIES = 1024
+
+cache: dict[Hashable, Call] = {}
+
+
+class Options(NamedTuple):
+    """The keywords of attention that decide which kernel runs. `align` is PER_BATCH where an array came."""
+
+    causal: Any
+    window: Any
+    align: Any
+    scale: Any
+    precision: Any
+    kernel: Any
+    engine: Any
+
+    def spec(self, q: Any, k: Any, v: Any) -> AttentionSpec:
+        """Validate the options against q, k and v (anything with `shape` and `dtype`)."""
+        return AttentionSpec.of(
+            q,
+            k,
+            v,
+            causal=self.causal,
+            window=self.window,
+            align=self.align,
+            scale=self.scale,
+            precision=self.precision,
+        )
+
+
+@dataclass(frozen=True)
+class Call:
+    """What every call with the same shapes, strides, dtypes and options has in common."""
+
+    spec: AttentionSpec
+    o_shape: tuple[int, ...]
+    lse_shape: tuple[int, ...]
+    lse_dtype: np.dtype[Any]
+    pack: Callable[[int, int, int, int, int, int], Any]  # addresses of q, k, v, o, lse, offsets -> parameters
+    run: Callable[[Any, Report | None], None]
+
+
+def lookup(key: Hashable) -> Call | None:
+    """The call prepared under a key, if there is one."""
+    try:
+        return cache.get(key)
+    except TypeError:  # an unhashable option is a wrong one; validation will name it
+        return None
+
+
+def prepare(key: Hashable, q: Any, k: Any, v: Any, out: Any, options: Options) -> Call:
+    """Validate, choose a kernel, plan and compile; remember the result under `key`. out may be None.
+
+    Raises: SpecError and UnavailableError, before any memory is touched.
+    """
+    spec = options.spec(q, k, v)
+    views = [view_of(x) for x in (q, k, v)]
+    o_shape = views[0].shape[:-1] + views[2].shape[-1:]
+    o = contiguous(o_shape, q.dtype) if out is None else check_out(view_of(out), o_shape, spec)
+    engine = engines.pick(as_name("engine", options.engine))
+    family = kernels.pick(spec, as_name("kernel", options.kernel))
+    plan = make_plan(spec, family.capabilities(spec))
+    kernel = family.compile(spec, plan, Layout(*(x.strides4() for x in (*views, o))))
+    lse_dtype = DTYPES[DTYPES[spec.dtype].accumulator].numpy
+    call = Call(spec, o_shape, o_shape[:-1], lse_dtype, kernel.pack, engine.prepare(plan, kernel))
+    if len(cache) >= CACHE_ENTRIES:
+        cache.pop(next(iter(cache), None), None)  # the oldest; another thread may have been faster
+    cache[key] = call
+    return call
+
+
+def clear_cache() -> None:
+    """Forget every prepared call: the next one chooses its kernel anew."""
+    cache.clear()
+
+
+def as_name(argument: str, value: object) -> str:
+    """The name of a kernel or engine, which must be a string."""
+    if not isinstance(value, str):
+        raise wrong(argument, repr(value), "a name")
+    return value
+
+
+def as_key(window: Any) -> Any:
+    """A window as a part of a cache key; a list is as good as a tuple."""
+    return tuple(window) if type(window) is list else window
+
+
+def as_offsets(align: Any, batch: int) -> np.ndarray:
+    """An integer array given as `align`, as the contiguous int64 array that kernels read."""
+    expected = f"an integer array of shape ({batch},)"
+    try:
+        offsets = np.asarray(align)
+    except Exception as cause:
+        raise wrong("align", f"a {type(align).__name__}", expected) from cause
+    if offsets.dtype.kind not in "iu":
+        raise wrong("align", f"dtype {offsets.dtype}", expected)
+    if offsets.shape != (batch,):
+        raise wrong("align", f"shape {offsets.shape}", expected)
+    if offsets.size and not -LARGEST_POSITION <= int(offsets.min()) <= int(offsets.max()) <= LARGEST_POSITION:
+        raise wrong("align", f"offsets from {offsets.min()} to {offsets.max()}", f"at most {LARGEST_POSITION}")
+    return np.ascontiguousarray(offsets, np.int64)
+
+
+def split_align(align: Any, q_shape: tuple[int, ...]) -> tuple[Any, np.ndarray | None]:
+    """(what `align` contributes to a cache key, the offsets if it is an array)."""
+    if align is None or isinstance(align, (str, int, np.integer)):
+        return align, None
+    return PER_BATCH, as_offsets(align, q_shape[0] if len(q_shape) == 4 else 1)
+
+
+def check_out(o: View, shape: tuple[int, ...], spec: AttentionSpec) -> View:
+    """`out`, if results of this shape can be written to it. Raises: SpecError."""
+    if tuple(o.shape) != shape:
+        raise wrong("out", f"shape {tuple(o.shape)}", f"{shape}")
+    if dtype_of(o.dtype, "out").name != spec.dtype:
+        raise wrong("out", f"dtype {dtype_of(o.dtype).name}", f"{spec.dtype} as in q")
+    if o.may_overlap_itself():
+        raise wrong("out", f"strides of {o.strides} bytes for shape {shape}", "elements that do not share memory")
+    return o
+
+
+def check_apart(out: tuple[int, int], **inputs: tuple[int, int]) -> None:
+    """Raise SpecError if `out` may share memory with an input, each given by the bytes it spans."""
+    for name, (first, end) in inputs.items():
+        if max(first, out[0]) < min(end, out[1]):
+            raise wrong("out", f"an array within the memory that {name} spans", "memory of its own")

@@ -1,0 +1,238 @@
+"""The embedded engine: a pool of threads over calls that release the GIL.
+
+Threads take ranges of work items from one counter, so that a slow core takes fewer. The calling thread takes
+part, which makes a call safe from any number of threads at once (nobody waits for a worker that never comes),
+reports progress between its ranges, and notices Ctrl-C there. A problem too small to share runs on the calling
+thread as one native call.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flashtile.errors import KernelError
+from flashtile.progress import Report
+from flashtile.threads import get_num_threads
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from flashtile.engines import Run
+    from flashtile.kernels import CompiledKernel
+    from flashtile.plan import Plan
+
+# Waking a thread costs some 50 us, in which one core does this much.
+SMALL_FLOPS = 4_000_000
+RANGE_SECONDS = 0.02  # long beside the cost of a call (1 us), short beside a person's patience
+RANGES_PER_THREAD = 4  # at least, so that threads end together
+REPORT_SECONDS = 0.1
+KEPT_SCRATCH_BYTES = 16 << 20  # a thread keeps its scratch for the next call up to this size
+CACHE_LINE = 64
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def prepare(plan: Plan, kernel: CompiledKernel) -> Run:
+    """Bind a compiled kernel to its plan. The result may be called from any thread, many times at once."""
+    items, scratch_bytes, run_items = plan.items, kernel.scratch_bytes, kernel.run
+    small = plan.flops <= SMALL_FLOPS or items == 1
+
+    def run(params: Any, report: Report | None = None) -> None:
+        if small and report is None:
+            if items:
+                scratch = _scratch(scratch_bytes)
+                try:
+                    status = run_items(params, 0, items, scratch.address)
+                except Exception as cause:
+                    raise _failure(plan, 0, items, str(cause)) from cause
+                if status:
+                    raise _failure(plan, 0, items, f"status {status}")
+            return
+        _Job(plan, kernel, params).run(1 if small else get_num_threads(), report)
+
+    return run
+
+
+class _Job:
+    """One call while it runs. The lock guards every field that changes."""
+
+    def __init__(self, plan: Plan, kernel: CompiledKernel, params: Any) -> None:
+        self.plan, self.kernel, self.params = plan, kernel, params
+        self.items = plan.items
+        self.next = 0  # first item not handed out
+        self.done = 0
+        self.seconds = 0.0  # spent by all threads on the done items
+        self.threads = 1
+        self.workers_busy = 0  # ranges that run on pool threads: memory is in use until it is 0
+        self.error: KernelError | None = None
+        # Entered in C: Ctrl-C cannot come between taking it and the block it guards. A Condition's own entry is Python.
+        self.lock = threading.Lock()
+        self.changed = threading.Condition(self.lock)
+
+    def run(self, threads: int, report: Report | None) -> None:
+        """Compute every item, or stop handing out ranges, wait for those that run, and raise."""
+        self.threads = max(1, min(threads, self.items))
+        try:
+            _submit(self, self.threads - 1)
+            self._take_part(report)
+        finally:
+            self._stop()
+        if self.error is not None:
+            raise self.error
+        if report is not None:
+            report(self.items, self.items)
+
+    def work(self) -> None:
+        """What a pool thread does. Signals reach the main thread only, so nothing interrupts this."""
+        scratch = _scratch(self.kernel.scratch_bytes)
+        while (taken := self._take(worker=True)) is not None:
+            began = time.perf_counter()
+            error = None
+            try:
+                error = self._attempt(*taken, scratch.address)
+            finally:
+                with self.lock:
+                    self._account(*taken, time.perf_counter() - began, error)
+                    self.workers_busy -= 1
+                    self.changed.notify()
+
+    def _take_part(self, report: Report | None) -> None:
+        """Run ranges on the calling thread, then wait for the workers; report in between."""
+        scratch = _scratch(self.kernel.scratch_bytes)
+        due = time.perf_counter() + REPORT_SECONDS
+        while True:
+            taken = self._take(worker=False)
+            now = began = time.perf_counter()
+            if taken is not None:
+                error = self._attempt(*taken, scratch.address)
+                now = time.perf_counter()
+                with self.lock:
+                    self._account(*taken, now - began, error)
+            else:
+                with self.lock:
+                    if not self.workers_busy:
+                        return
+                    self.changed.wait(REPORT_SECONDS)
+            if report is not None and now >= due and self.done < self.items:
+                report(self.done, self.items)
+                due = time.perf_counter() + REPORT_SECONDS
+
+    def _take(self, worker: bool) -> tuple[int, int] | None:
+        """The next range: about RANGE_SECONDS by the pace so far, and a share of what is left at most."""
+        with self.lock:
+            left = self.items - self.next
+            if left <= 0:
+                return None
+            by_pace = int(RANGE_SECONDS * self.done / self.seconds) if self.seconds > 0 else 1
+            begin = self.next
+            self.next += max(1, min(by_pace, left // (RANGES_PER_THREAD * self.threads)))
+            self.workers_busy += worker
+            return begin, self.next
+
+    def _attempt(self, begin: int, end: int, scratch: int) -> KernelError | None:
+        try:
+            status = self.kernel.run(self.params, begin, end, scratch)
+        except Exception as cause:
+            error = _failure(self.plan, begin, end, str(cause))
+            error.__cause__ = cause
+            return error
+        return _failure(self.plan, begin, end, f"status {status}") if status else None
+
+    def _account(self, begin: int, end: int, seconds: float, error: KernelError | None) -> None:
+        self.done += end - begin
+        self.seconds += seconds
+        if error is not None:
+            self.error = self.error or error
+            self.next = self.items  # no more ranges
+
+    def _stop(self) -> None:
+        """Hand out nothing more and wait for the ranges that run: they write to the caller's arrays."""
+        while True:
+            try:
+                with self.lock:
+                    self.next = self.items
+                    if not self.workers_busy:
+                        return
+                    self.changed.wait(REPORT_SECONDS)
+            except KeyboardInterrupt:  # a second Ctrl-C; the first is on its way up already
+                continue
+
+
+def _failure(plan: Plan, begin: int, end: int, what: str) -> KernelError:
+    batch, head, query_tile, _ = plan.locate(begin)
+    where = f"batch {batch}, head {head}, query tile {query_tile}"
+    return KernelError(f"a kernel failed in work items [{begin}, {end}) of {plan.items}, from {where}: {what}")
+
+
+# Scratch: one buffer a thread, kept between calls.
+
+
+class _Scratch:
+    """An aligned buffer; it lives as long as someone holds this object."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.buffer = np.empty(nbytes + CACHE_LINE, np.uint8)
+        self.address = -(-self.buffer.ctypes.data // CACHE_LINE) * CACHE_LINE
+
+
+_kept = threading.local()
+
+
+def _scratch(nbytes: int) -> _Scratch:
+    """This thread's scratch, at least nbytes long. Hold the object while the address is used."""
+    try:
+        scratch: _Scratch = _kept.scratch
+        if scratch.nbytes >= nbytes:
+            return scratch
+    except AttributeError:
+        pass
+    scratch = _Scratch(nbytes)
+    if nbytes <= KEPT_SCRATCH_BYTES:
+        _kept.scratch = scratch
+    return scratch
+
+
+# The pool: one for the process, made at first need and again when the number of threads changes.
+
+_pool: ThreadPoolExecutor | None = None
+_pool_size = 0
+_pool_lock = threading.RLock()  # reentrant: a signal handler may call attention
+
+
+def _submit(job: _Job, workers: int) -> None:
+    """Ask the pool for help. Help that never comes only makes the call slower."""
+    global _pool, _pool_size
+    if workers < 1:
+        return
+    size = get_num_threads() - 1
+    try:
+        with _pool_lock:
+            if _pool is None or _pool_size != size:
+                from concurrent.futures import ThreadPoolExecutor
+
+                if _pool is not None:
+                    _pool.shutdown(wait=False)
+                _pool, _pool_size = ThreadPoolExecutor(size, thread_name_prefix="flashtile"), size
+            pool = _pool
+        for _ in range(workers):
+            pool.submit(job.work)
+    except RuntimeError:  # the interpreter, or a pool that another thread replaced, is shutting down
+        return
+
+
+def _forget_pool() -> None:
+    """In a forked child: the threads stayed in the parent, and a lock may have been held by one of them."""
+    global _pool, _pool_size, _pool_lock
+    _pool, _pool_size, _pool_lock = None, 0, threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)

@@ -1,0 +1,166 @@
+"""`flashtile.explain`: what a call would do, without doing it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flashtile import engines, kernels
+from flashtile.arrays import View, contiguous, is_torch, plain, view_of
+from flashtile.calls import Options, as_name, split_align
+from flashtile.dtypes import DTYPES, dtype_of
+from flashtile.errors import wrong
+from flashtile.kernels import Layout
+from flashtile.plan import Coverage, Plan, coverage_of, make_plan
+from flashtile.plan.tiling import flops_of
+from flashtile.spec import AttentionSpec, refuse_later
+from flashtile.threads import get_num_threads
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `flashtile.explain` found. Sizes in bytes, FLOPs of the two products over visible pairs."""
+
+    spec: AttentionSpec
+    kernel: str
+    isa: str  # "" if the kernel does not depend on one
+    engine: str
+    threads: int
+    plan: Plan
+    coverage: Coverage
+    flops: int
+    scratch_bytes: int  # of each thread
+    unfused_bytes: int  # of the scores that an unfused attention would store
+    passed_over: tuple[tuple[str, str], ...]  # (kernel, why)
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        s, p, c = self.spec, self.plan, self.coverage
+        tiles = c.empty + c.full + c.partial
+        rows = [
+            ("call", f"q ({s.batch}, {s.heads}, {s.q_len}, {s.head_size}), k ({s.batch}, {s.kv_heads}, {s.kv_len}, "
+                     f"{s.head_size}), v (..., {s.value_size}), {s.dtype}, scale {s.scale:.6g}"),
+            ("positions", _positions(s)),
+            ("kernel", self.kernel + (f", {self.isa}" if self.isa else "")),
+            ("engine", f"{self.engine}, {self.threads} thread{'s' if self.threads > 1 else ''}"),
+            ("tiles", f"{p.tile_q} queries x {p.tile_k} keys; {p.items} work items"),
+            ("coverage", f"{c.full} full, {c.partial} partial, {c.empty} empty of {tiles} tiles; "
+                         f"{100 * c.visible / max(c.pairs, 1):.1f}% of the pairs visible"),
+            ("work", f"{self.flops / 1e9:.6g} GFLOP"),
+            ("scratch", f"{_bytes(self.scratch_bytes)} a thread; unfused scores take {_bytes(self.unfused_bytes)}"),
+            *((f"not {name}", reason) for name, reason in self.passed_over),
+            *(("note", note) for note in self.notes),
+        ]  # fmt: skip
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def explain(
+    q: Any,
+    k: Any = None,
+    v: Any = None,
+    *,
+    dtype: Any = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    align: Any = None,
+    scale: float | None = None,
+    precision: str = "ieee",
+    kernel: str = "auto",
+    engine: str = "auto",
+    **others: Any,
+) -> Explanation:
+    """Say which kernel, instruction set, tiles, coverage, FLOPs and scratch a call would use, without running it.
+
+    Takes the arguments of `flashtile.attention`; q, k and v may also be shapes, of arrays in row-major order, with
+    dtype= (by default float32); k is by default like q, and v like k. print() the result.
+    Raises: what attention raises for these arguments, but for `out`, which is not looked at.
+
+    >>> import flashtile
+    >>> flashtile.explain((1, 8, 4096, 64), causal=True).flops
+    34368126976
+    """
+    for ignored in ("return_lse", "progress", "out"):
+        others.pop(ignored, None)
+    refuse_later(**others)
+    k = q if k is None else k
+    v = k if v is None else v
+    views = [_view(x, argument, dtype) for argument, x in (("q", q), ("k", k), ("v", v))]
+    align, offsets = split_align(align, views[0].shape)
+    spec = Options(causal, window, align, scale, precision, kernel, engine).spec(*views)
+    offset_list = None if offsets is None or spec.offset is not None else [int(x) for x in offsets]
+    chosen = engines.pick(as_name("engine", engine))
+    family = kernels.pick(spec, as_name("kernel", kernel))
+    able = family.capabilities(spec)
+    plan = make_plan(spec, able)
+    o = contiguous(views[0].shape[:-1] + views[2].shape[-1:], spec.dtype)
+    compiled = family.compile(spec, plan, Layout(*(x.strides4() for x in (*views, o))))
+    name = _room(family)
+    pairs = spec.batch * spec.heads * spec.q_len * spec.kv_len
+    return Explanation(
+        spec=spec,
+        kernel=name,
+        isa=able.isa,
+        engine=_room(chosen),
+        threads=get_num_threads(),
+        plan=plan,
+        coverage=coverage_of(spec, plan, offset_list),
+        flops=flops_of(spec, offset_list),
+        scratch_bytes=compiled.scratch_bytes,
+        unfused_bytes=pairs * DTYPES[DTYPES[spec.dtype].accumulator].itemsize,
+        passed_over=_passed_over(spec, name, kernel),
+        notes=_notes(spec, able),
+    )
+
+
+def _view(x: Any, argument: str, dtype: Any) -> View:
+    if isinstance(x, (tuple, list)) and all(isinstance(n, (int, np.integer)) and n >= 0 for n in x):
+        row = dtype_of("float32" if dtype is None else dtype)
+        return contiguous(tuple(int(n) for n in x), row.name)
+    view = view_of(x if is_torch(x) else plain(x, argument))
+    if dtype is not None and dtype_of(dtype) is not dtype_of(view.dtype, argument):
+        raise wrong("dtype", dtype_of(dtype).name, f"{dtype_of(view.dtype).name} as in {argument}, or None")
+    return view
+
+
+def _passed_over(spec: AttentionSpec, chosen: str, requested: str) -> tuple[tuple[str, str], ...]:
+    rows = []
+    for name, family in kernels.families():
+        if name == chosen:
+            continue
+        reason = kernels.objection(family, spec)
+        if reason is None:
+            reason = "can do it, but " + ("comes later in the order" if requested == "auto" else f"{requested} was asked for")
+        rows.append((name, reason))
+    return tuple(rows)
+
+
+def _notes(spec: AttentionSpec, able: kernels.Capabilities) -> tuple[str, ...]:
+    notes = []
+    if spec.precision not in able.precisions:
+        notes.append(f"precision {spec.precision!r} is honoured at higher precision: this kernel has no such unit here")
+    if spec.offset is None:
+        notes.append("coverage and FLOPs are those of the offsets given; they are read anew at every call")
+    return tuple(notes)
+
+
+def _positions(spec: AttentionSpec) -> str:
+    if spec.band is None:
+        return "every key is visible to every row"
+    low = "" if spec.band.left is None else f"{-spec.band.left} <= "
+    high = "" if spec.band.right is None else f" <= {spec.band.right}"
+    offset = "per batch" if spec.offset is None else spec.offset
+    return f"key j is visible to row i iff {low}j - (i + offset){high}; offset {offset}"
+
+
+def _bytes(n: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if n >= size:
+            return f"{n / size:.4g} {unit}"
+    return f"{n} B"
+
+
+def _room(module: Any) -> str:
+    return str(module.__name__.rpartition(".")[2])

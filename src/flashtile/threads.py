@@ -1,0 +1,48 @@
+"""How many threads a call may use."""
+
+from __future__ import annotations
+
+import os
+
+from flashtile.errors import wrong
+from flashtile.spec import integer
+
+VARIABLE = "FLASHTILE_NUM_THREADS"
+
+_chosen: int | None = None
+
+
+def get_num_threads() -> int:
+    """Threads that a call may use, the calling one included.
+
+    What set_num_threads chose; else FLASHTILE_NUM_THREADS, read at the first call; else the number of CPUs that
+    this process may run on.
+    """
+    if _chosen is None:
+        set_num_threads(_default())
+    assert _chosen is not None
+    return _chosen
+
+
+def set_num_threads(n: int) -> None:
+    """Let later calls use n threads, the calling one included. The result of a call does not depend on n.
+
+    Raises: SpecError unless n is a positive integer.
+    """
+    global _chosen
+    number = integer(n)
+    if number is None or number < 1:
+        raise wrong("n", repr(n), "a positive integer")
+    _chosen = number
+
+
+def _default() -> int:
+    text = os.environ.get(VARIABLE, "").strip()
+    if not text:
+        try:
+            return len(os.sched_getaffinity(0))
+        except AttributeError:  # no such call on macOS and Windows
+            return os.cpu_count() or 1
+    if not text.isdecimal() or int(text) < 1:
+        raise wrong(VARIABLE, repr(text), "a positive integer")
+    return int(text)

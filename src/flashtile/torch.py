@@ -1,0 +1,176 @@
+"""The door for PyTorch: the same attention on CPU tensors, without a copy, and torch's own SDPA by signature."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from flashtile.arrays import view_of
+from flashtile.calls import Options, as_key, check_apart, lookup, prepare, split_align
+from flashtile.errors import UnavailableError, wrong
+from flashtile.progress import reporter
+from flashtile.spec import refuse_later
+
+__all__ = ["attention", "scaled_dot_product_attention"]
+
+Tensor = torch.Tensor
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Any = None,
+    bias: Any = None,
+    score_mod: Any = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    align: Any = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    precision: str = "ieee",
+    return_lse: bool = False,
+    kernel: str = "auto",
+    engine: str = "auto",
+    progress: Any = None,
+    out: Tensor | None = None,
+) -> Any:
+    """`flashtile.attention` on CPU tensors: the same keywords, shapes, numerics and errors; no copy of q, k, v.
+
+    Returns:  a tensor of q's dtype; with return_lse=True also lse, float32 (float64 for float64).
+    Raises:   as flashtile.attention; UnavailableError also if a tensor requires grad while gradients are recorded.
+
+    >>> import torch, flashtile.torch
+    >>> x = torch.ones(1, 8, 128, 64, dtype=torch.bfloat16)
+    >>> flashtile.torch.attention(x, x, x, window=(16, 0)).shape
+    torch.Size([1, 8, 128, 64])
+    """
+    if not (mask is bias is score_mod is softcap is alibi_slopes is sinks is seed is None and dropout_p == 0):
+        refuse_later(
+            mask=mask,
+            bias=bias,
+            score_mod=score_mod,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            seed=seed,
+            dropout_p=dropout_p,
+        )
+    _check_tensors(q=q, k=k, v=v)
+    offsets = out_key = None
+    if align is not None:
+        align, offsets = split_align(align, q.shape)
+    if out is not None:
+        _check_tensors(out=out)
+        out_key = out.shape, out.stride(), out.dtype
+    # fmt: off
+    options = causal, as_key(window), align, scale, precision, kernel, engine
+    key = (q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype, out_key, options)
+    # fmt: on
+    call = lookup(key) or prepare(key, q, k, v, out, Options(*options))
+    report = None if progress is None else reporter(progress)
+    if out is None:
+        out = torch.empty(call.o_shape, dtype=q.dtype)
+    else:
+        spans = [view_of(x).extent(x.data_ptr()) for x in (out, q, k, v)]
+        check_apart(spans[0], q=spans[1], k=spans[2], v=spans[3])
+    lse = None
+    if return_lse:
+        lse = torch.empty(call.lse_shape, dtype=torch.float64 if q.dtype is torch.float64 else torch.float32)
+    params = call.pack(
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        out.data_ptr(),
+        0 if lse is None else lse.data_ptr(),
+        0 if offsets is None or call.spec.offset is not None else offsets.ctypes.data,
+    )
+    call.run(params, report)
+    return out if lse is None else (out, lse)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """`torch.nn.functional.scaled_dot_product_attention` by its own signature and defaults, and a few options more.
+
+    Shapes:   query (..., H, L, E), key (..., H_kv, S, E), value (..., H_kv, S, E_v) -> (..., H, L, E_v). Leading axes
+              broadcast. Heads broadcast too unless enable_gqa, with which query head h reads head h // (H / H_kv).
+    Options:  is_causal and window are aligned top_left, as torch aligns is_causal: row i stands at key i.
+              attn_mask, dropout_p, softcap, alibi_slopes and sinks are not available yet.
+    Numerics: a row that sees no key gives 0, where torch may give NaN.
+    Raises:   as attention.
+    Source:   PyTorch 2.13, torch.nn.functional.scaled_dot_product_attention.
+    """
+    if attn_mask is not None and is_causal:
+        raise wrong("attn_mask", "a mask together with is_causal=True", "one of the two, as in torch")
+    refuse_later(attn_mask=attn_mask, dropout_p=dropout_p, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks)
+    _check_tensors(query=query, key=key, value=value)
+    batch = query.shape[:-3]
+    if query.ndim > 2 and not (query.ndim <= 4 and query.shape[:-2] == key.shape[:-2] == value.shape[:-2]):
+        query, key, value, batch = _like_torch(query, key, value, enable_gqa)
+    result = attention(
+        query, key, value, causal=is_causal, window=window, align="top_left", scale=scale, return_lse=return_lse
+    )
+    if len(batch) < 2:
+        return result
+    return tuple(x.unflatten(0, batch) for x in result) if return_lse else result.unflatten(0, batch)
+
+
+def _like_torch(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor, Any]:
+    """Broadcast the leading axes as torch does and make one of them: three tensors (B, H, S, D), and the axes."""
+    named = {"query": query, "key": key, "value": value}
+    for name, x in named.items():
+        if x.ndim < 3:
+            raise wrong(name, f"shape {tuple(x.shape)}", f"at least rank 3, as query has rank {query.ndim}")
+    last = -3 if enable_gqa else -2
+    try:
+        batch = torch.broadcast_shapes(*(x.shape[:last] for x in named.values()))
+    except RuntimeError as cause:
+        hint = "" if enable_gqa else " (heads that divide query's need enable_gqa=True)"
+        shapes = ", ".join(str(tuple(x.shape)) for x in named.values())
+        raise wrong("query, key, value", f"shapes {shapes}", f"leading axes that broadcast{hint}") from cause
+    query, key, value = (x.expand(*batch, *x.shape[last:]) for x in named.values())
+    axes = batch if enable_gqa else batch[:-1]
+    # A copy only where the axes cannot be seen as one, as after a broadcast of some of them.
+    query, key, value = (x.reshape(axes.numel(), *x.shape[-3:]) for x in (query, key, value))
+    return query, key, value, axes
+
+
+def _check_tensors(**tensors: Tensor) -> None:
+    """Raise unless each is a plain dense CPU tensor that no gradient is recorded for."""
+    recording = torch.is_grad_enabled()
+    for name, x in tensors.items():
+        if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+            got = f"a {type(x).__module__}.{type(x).__qualname__}"
+            raise wrong(name, got, "a torch.Tensor (a subclass may have x.as_subclass(torch.Tensor))")
+        if not x.is_cpu:
+            raise wrong(name, f"a tensor on {x.device}", "a tensor on the CPU")
+        if x.layout is not torch.strided:
+            raise wrong(name, f"layout {x.layout}", "a dense tensor")
+        if x.is_neg():
+            raise wrong(name, "a lazily negated view", "a tensor in memory (x.resolve_neg())")
+        if recording and x.requires_grad:
+            raise UnavailableError(
+                f"{name}: got a tensor that requires grad, expected one that does not, or torch.no_grad(): "
+                "gradients are not available yet"
+            )
