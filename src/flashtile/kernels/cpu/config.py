@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flashtile.kernels.cpu.ir import SIZES, vector
 from flashtile.kernels.cpu.isa import ISA
@@ -16,6 +16,7 @@ class Config:
     pairs       products of bf16 pairs in the dot unit instead of fp32 multiply-adds
     key_block   keys whose scores are held at a time: 128 rows of scores fit the first-level cache
     unroll      contraction steps emitted per loop iteration
+    partial     attend a part of the keys: outputs and lse in the accumulator's type, to be merged or carried on
     """
 
     isa: ISA
@@ -23,11 +24,17 @@ class Config:
     pairs: bool = False
     key_block: int = 128
     unroll: int = 2
+    partial: bool = False
 
     @property
     def acc(self) -> str:
         """Type that sums are kept in."""
         return "double" if self.storage == "double" else "float"
+
+    @property
+    def output(self) -> Config:
+        """The configuration of memory that outputs are written to: a partial's is in the accumulator's type."""
+        return replace(self, storage=self.acc, pairs=False) if self.partial else self
 
     @property
     def memory(self) -> str:

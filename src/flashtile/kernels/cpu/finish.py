@@ -10,6 +10,24 @@ from flashtile.kernels.cpu.ir import SIZES, Function, Module, Value
 from flashtile.kernels.cpu.pack import write
 
 
+def emit_load_state(module: Module, c: Config) -> str:
+    """A function that turns a carried lse into the softmax state of a panel; its name.
+
+    Arguments: state (out: maximum, sum), lse in memory, rows there are, factor from raw scores to nats.  The
+    carried output is normalised, so its sum of weights is 1 at a maximum of lse; no key yet: -inf and 0.
+    """
+    f = Function(module, "load_state", "void", ["ptr", "ptr", "i64", c.acc], internal=True,
+                 names=["state", "lse", "rows", "nats"])  # fmt: skip
+    state, lse, rows, nats = f.args
+    with f.range(0, rows) as lane:
+        value = f.load(c.acc, lse + lane * c.size, align=1)
+        total = f.select(value.eq(-math.inf), f.const(c.acc, 0.0), f.const(c.acc, 1.0))
+        f.store(value / nats, state + lane * c.size)
+        f.store(total, state + (c.line + lane * c.size))
+    f.ret()
+    return f.name
+
+
 def emit_store_outputs(module: Module, c: Config) -> str:
     """A function that writes a panel's normalised outputs, row-major, and its lse; its name.
 

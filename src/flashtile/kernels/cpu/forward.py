@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from flashtile.kernels.cpu import params
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.containment import emit_add_nonfinite, emit_collect_nonfinite, emit_scan_values
-from flashtile.kernels.cpu.finish import emit_store_outputs
+from flashtile.kernels.cpu.finish import emit_load_state, emit_store_outputs
 from flashtile.kernels.cpu.ir import Function, Module, Value
 from flashtile.kernels.cpu.pack import emit_load_queries, emit_pack_keys, emit_pack_values
 from flashtile.kernels.cpu.panel import PANEL_ARGUMENTS, emit_panel
@@ -59,8 +59,11 @@ class _Forward:
             "pack_keys": emit_pack_keys(module, c),
             "pack_values": emit_pack_values(module, c),
             "scan_values": emit_scan_values(module, c),
-            "store_outputs": emit_store_outputs(module, c),
+            "store_outputs": emit_store_outputs(module, c.output),
         }
+        if c.partial:
+            self.helpers["load_outputs"] = emit_load_queries(module, c.output, "load_outputs")
+            self.helpers["load_state"] = emit_load_state(module, c)
         containment = emit_collect_nonfinite(module, c), emit_add_nonfinite(module, c)
         self.panels = [emit_panel(module, c, n + 1, *containment) for n in range(c.isa.vectors)]
         self.f = Function(module, "forward", "i32", ["ptr", "i64", "i64", "ptr"],
@@ -82,32 +85,48 @@ class _Forward:
 
     def _item(self, item: Value) -> None:
         f, p, c = self.f, self.p, self.c
+        first_key, last_key = f.const("i64", 0), p["kv_len"]
+        split = item % p["splits"]
+        if c.partial:
+            item = item // p["splits"]
+            first_key = split * p["split_keys"]
+            last_key = f.minimum(first_key + p["split_keys"], last_key)
         head = item // p["query_tiles"]
         b, h = head // p["heads"], head % p["heads"]
         first = item % p["query_tiles"] * p["tile_q"]
         rows = f.minimum(p["q_len"] - first, p["tile_q"])
 
         def at(tensor: str, head_index: Value, row: Value | int) -> Value:
-            strides = (p[f"{tensor}_{axis}"] for axis in "bhs")
             base = p[tensor]
-            for index, stride in zip((b, head_index, row), strides, strict=True):
-                base = base + stride * index
+            for index, axis in zip((b, head_index, row), "bhs", strict=True):
+                base = base + p[f"{tensor}_{axis}"] * index
             return base
 
-        q, o = at("q", h, first), at("o", h, first)
         k, v = (at(x, h // p["group"], 0) for x in "kv")
-        per_batch = f.is_null(p["offsets"]).eq(0)
-        shift = f.value_when(per_batch, lambda: f.load("i64", p["offsets"] + b * 8), p["offset"])
-        shift = f.clamp(shift, -params.OPEN, params.OPEN)
-        low, high = first + shift - p["left"], first + shift + p["right"]  # keys that the item's first row sees
-        self._start(q, rows)
-        start = f.maximum(low, 0)
-        stop = f.minimum(high + rows, p["kv_len"])
+        o, lse = at("o", h, first), self._advance(p["lse"], head * p["q_len"] + first)
+        if c.partial:
+            o, lse = o + split * p["o_split"], lse + split * p["lse_split"]
+        low, high = self._band(b, first)
+        self._start(at("q", h, first), o, lse, rows)
+        start = f.maximum(low, first_key)
+        stop = f.minimum(high + rows, last_key)
         with f.range(start // c.key_block * c.key_block, stop, c.key_block) as begin:
-            block = self._block(begin, f.minimum(begin + c.key_block, stop), k, v)
+            block = self._block(f.maximum(begin, first_key), f.minimum(begin + c.key_block, stop), k, v)
             with f.range(0, rows, c.panel) as panel:
                 self._attend(panel, f.minimum(rows - panel, c.panel), low + panel, high + panel, block)
-        self._finish(o, p["lse"], head * p["q_len"] + first, rows)
+        self._finish(o, lse, rows)
+
+    def _band(self, b: Value, row: Value) -> tuple[Value, Value]:
+        """The first and the last key that a row sees."""
+        f, p = self.f, self.p
+        per_batch = f.is_null(p["offsets"]).eq(0)
+        offset = f.value_when(per_batch, lambda: f.load("i64", p["offsets"] + b * 8), p["offset"])
+        offset = f.clamp(offset, -params.OPEN, params.OPEN)
+        return row + offset - p["left"], row + offset + p["right"]
+
+    def _advance(self, lse: Value, rows: Value) -> Value:
+        """The lse of a row further on; null, if it is not wanted, stays null."""
+        return self.f.select(self.f.is_null(lse), lse, lse + rows * self.c.size)
 
     def _areas(self, panel: Value) -> tuple[Value, Value, Value]:
         """Transposed queries, outputs and state of the panel that begins at this row of the item."""
@@ -116,8 +135,8 @@ class _Forward:
         o = self.scratch + (p["at_o"] + panel * p["value_columns"] * c.size)
         return q, o, self.scratch + (p["at_state"] + panel * (2 * c.size))
 
-    def _start(self, q: Value, rows: Value) -> None:
-        """Queries of every panel transposed; outputs and sums 0, maxima -inf."""
+    def _start(self, q: Value, o: Value, lse: Value, rows: Value) -> None:
+        """Queries of every panel transposed; outputs and sums 0, maxima -inf, or as carried."""
         f, p, c = self.f, self.p, self.c
         low, zero = f.const(c.vector, -math.inf), f.const(c.vector, 0.0)
         top = self.scratch + params.Scratch(c).block_max
@@ -125,13 +144,20 @@ class _Forward:
             f.store(low, top + at, align=c.register)
         with f.range(0, rows, c.panel) as panel:
             queries, outputs, state = self._areas(panel)
-            self._call("load_queries", "void", q + panel * p["q_s"], p["q_s"], p["q_d"], f.minimum(rows - panel, c.panel),
-                       p["head_size"], p["key_words"], queries, p["sign"])  # fmt: skip
+            here = f.minimum(rows - panel, c.panel)
+            self._call("load_queries", "void", q + panel * p["q_s"], p["q_s"], p["q_d"], here, p["head_size"],
+                       p["key_words"], queries, p["sign"])  # fmt: skip
             with f.range(0, c.line, c.register) as at:
                 f.store(low, state + at, align=c.register)
                 f.store(zero, state + (at + c.line), align=c.register)
             with f.range(0, p["value_columns"] * c.line, c.register) as at:
                 f.store(zero, outputs + at, align=c.register)
+            if c.partial:
+                with f.when(p["carry"].ne(0)):
+                    size = p["value_size"]
+                    self._call("load_outputs", "void", o + panel * p["o_s"], p["o_s"], p["o_d"], here, size, size,
+                               outputs, f.const(c.acc, 1.0))  # fmt: skip
+                    self._call("load_state", "void", state, lse + panel * c.size, here, p["lse_scale"])
 
     def _block(self, start: Value, stop: Value, k: Value, v: Value) -> _Block:
         """K and V of the keys [start, stop): as they lie, or converted into scratch.
@@ -197,13 +223,10 @@ class _Forward:
         with f.when(some_from < some_to):
             dispatch(c.isa.vectors)
 
-    def _finish(self, o: Value, lse: Value, row: Value, rows: Value) -> None:
+    def _finish(self, o: Value, lse: Value, rows: Value) -> None:
         f, p, c = self.f, self.p, self.c
-        unwanted = f.is_null(lse)
-        lse = f.select(unwanted, lse, lse + row * c.size)
         with f.range(0, rows, c.panel) as panel:
             _, outputs, state = self._areas(panel)
-            here = f.select(unwanted, lse, lse + panel * c.size)
-            left = f.minimum(rows - panel, c.panel)
-            self._call("store_outputs", "void", outputs, state, o + panel * p["o_s"], p["o_s"], p["o_d"], left,
-                       p["value_size"], here, p["lse_scale"])  # fmt: skip
+            here = f.minimum(rows - panel, c.panel)
+            self._call("store_outputs", "void", outputs, state, o + panel * p["o_s"], p["o_s"], p["o_d"], here,
+                       p["value_size"], self._advance(lse, panel), p["lse_scale"])  # fmt: skip

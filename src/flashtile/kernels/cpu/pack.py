@@ -31,13 +31,13 @@ def word_of(f: Function, c: Config, even: Value, odd: Value) -> Value:
     return low | (high << 16)
 
 
-def emit_load_queries(module: Module, c: Config) -> str:
-    """A function that transposes a panel of queries: out[word][query]; its name.
+def emit_load_queries(module: Module, c: Config, name: str = "load_queries") -> str:
+    """A function that transposes a panel of queries (or carried outputs): out[word][query]; its name.
 
     Arguments: queries, bytes between rows, bytes between elements, rows there are, elements, words, out, sign
     (multiplies every query).  Lanes of the last register without a row repeat the last row.
     """
-    f = Function(module, "load_queries", "void", ["ptr", "i64", "i64", "i64", "i64", "i64", "ptr", c.acc],
+    f = Function(module, name, "void", ["ptr", "i64", "i64", "i64", "i64", "i64", "ptr", c.acc],
                  names=["q", "stride", "step", "rows", "size", "words", "out", "sign"], internal=True)  # fmt: skip
     q, stride, step, rows, size, words, out, sign = f.args
     n = c.lanes

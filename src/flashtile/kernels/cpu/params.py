@@ -13,9 +13,12 @@ from flashtile.kernels.cpu.config import Config
 ADDRESSES = ("q", "k", "v", "o", "lse", "offsets")
 STRIDES = tuple(f"{tensor}_{axis}" for tensor in "qkvo" for axis in "bhsd")
 SIZES = ("heads", "group", "q_len", "kv_len", "head_size", "value_size", "value_columns", "key_words", "tile_q",
-         "query_tiles", "offset", "left", "right", "pack_k", "pack_v", "k_row", "v_row")  # fmt: skip
+         "query_tiles", "splits", "split_keys", "o_split", "lse_split", "carry", "offset", "left", "right", "pack_k", "pack_v",
+         "k_row", "v_row")  # fmt: skip
 SCRATCH = ("at_q", "at_o", "at_state", "at_k", "at_v", "at_extra")
 REALS = ("sign", "c_high", "c_low", "lse_scale")
+# splits: parts of the keys, split_keys each, that are work items of their own; o_split, lse_split: bytes between their
+# results.  carry: o and lse hold the state of earlier keys, to be continued.
 FIELDS = (*ADDRESSES, *STRIDES, *SIZES, *SCRATCH, *REALS)
 INDEX: Mapping[str, int] = {name: i for i, name in enumerate(FIELDS)}
 
