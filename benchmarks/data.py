@@ -1,0 +1,53 @@
+"""Inputs shared by all peers: drawn once, handed over as files, so that every peer computes the same numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .cases import Case
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    if name == "bf16":
+        import ml_dtypes  # NumPy itself has no bfloat16
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype({"f64": np.float64, "f32": np.float32, "f16": np.float16}[name])
+
+
+def make_inputs(case: Case, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Standard normal q, k, v: zeros or constants would let a peer skip work, and would hide a wrong result."""
+    rng = np.random.default_rng(seed)
+    q_shape = (case.batch, case.heads, case.queries, case.head_size)
+    k_shape = (case.batch, case.kv_heads, case.keys, case.head_size)
+    kind = np.float64 if case.dtype == "f64" else np.float32
+    dtype = numpy_dtype(case.dtype)
+    q, k, v = (rng.standard_normal(shape, dtype=kind).astype(dtype) for shape in (q_shape, k_shape, k_shape))
+    return q, k, v
+
+
+def save_inputs(folder: Path, case: Case, arrays: tuple[np.ndarray, ...]) -> None:
+    for name, array in zip("qkv", arrays, strict=True):
+        # .npy knows no bfloat16: its bits travel as uint16
+        np.save(folder / f"{name}.npy", array.view(np.uint16) if case.dtype == "bf16" else array)
+
+
+def load_inputs(folder: Path, case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    dtype = numpy_dtype(case.dtype)
+    q, k, v = (np.load(folder / f"{name}.npy").view(dtype) for name in "qkv")
+    return q, k, v
+
+
+def visible_mask(case: Case) -> np.ndarray:
+    """Boolean (queries, keys), True where a key is attended to: for peers that take a mask as an array."""
+    position = np.arange(case.queries)[:, None] + (case.keys - case.queries)
+    key = np.arange(case.keys)[None, :]
+    mask = np.ones((case.queries, case.keys), dtype=bool)
+    if case.hides:
+        mask &= key <= position
+    if case.window:
+        mask &= key > position - case.window
+    return mask

@@ -1,0 +1,80 @@
+"""Fixed costs: a tiny call, and what the first call of a process takes beyond the run itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from . import machine
+from .report import Verdict
+
+DOORS = (
+    "flashtile.attention",
+    "flashtile.torch.scaled_dot_product_attention",
+    "torch.nn.functional.scaled_dot_product_attention",
+)
+TINY_TARGET = 10.0  # microseconds
+FIRST_TARGETS = {"cold": 1.0, "warm": 0.060}  # seconds
+
+
+def run_snippet(name: str, *arguments: str, threads: int, cache: str | None = None) -> dict[str, Any]:
+    """Run a function of this package's snippets.py in a fresh, pinned process and return what it found."""
+    env = machine.child_environment(threads)
+    if cache is not None:
+        env["FLASHTILE_CACHE_DIR"] = cache
+    cpus = machine.pick_cpus(threads)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.snippets", name, *arguments],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        preexec_fn=lambda: os.sched_setaffinity(0, cpus),
+    )
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:200]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def tiny_call(threads: int) -> list[Verdict]:
+    """Whole calls at (1, 1, 16, 64) fp32, second and later; torch's own call beside it where torch is installed."""
+    verdicts = []
+    for door in DOORS:
+        found = run_snippet("tiny_call", door, threads=threads)
+        target = TINY_TARGET if door.startswith("flashtile") else None
+        note = found.get("error", "for comparison" if target is None else "")
+        value = found.get("microseconds")
+        verdicts.append(
+            Verdict(
+                "tiny call",
+                f"us, {door.replace('scaled_dot_product_attention', 'sdpa')}",
+                value,
+                target,
+                note,
+                at_most=True,
+            )
+        )
+    return verdicts
+
+
+def first_call(threads: int, repeats: int) -> list[Verdict]:
+    """First minus second call at (1, 8, 1024, 64) fp32 with an empty and with a filled disk cache, imports aside."""
+    found: dict[str, list[float]] = {"cold": [], "warm": []}
+    error = ""
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory(prefix="flashtile-cache-") as cache:
+            for state in found:
+                answer = run_snippet("first_call", threads=threads, cache=cache)
+                error = answer.get("error", error)
+                found[state] += [answer["seconds"]] if "seconds" in answer else []
+    verdicts = []
+    for state, times in found.items():
+        value, target = statistics.median(times) if times else None, FIRST_TARGETS[state]
+        measure = "seconds beyond the run, no imports"
+        verdicts.append(Verdict(f"first call, {state} disk cache", measure, value, target, error, at_most=True))
+    return verdicts

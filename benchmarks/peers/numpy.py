@@ -1,0 +1,48 @@
+"""NumPy's unfused form: scores, softmax, output, with every score stored. 16-bit inputs are widened to fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..cases import Case
+from ..data import numpy_dtype, visible_mask
+
+SCORE_LIMIT = 1 << 30  # bytes
+
+
+def refuses(case: Case) -> str | None:
+    if case.score_bytes > SCORE_LIMIT:
+        return f"its scores would take {case.score_bytes / 2**30:.1f} GiB"
+    return None
+
+
+def versions() -> dict[str, str]:
+    return {"numpy": np.__version__}
+
+
+def prepare(case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray, threads: int) -> tuple[Callable, Callable]:
+    dtype = numpy_dtype(case.dtype)
+    compute: Any = np.float64 if case.dtype == "f64" else np.float32
+    bias = np.where(visible_mask(case), compute(0), compute(-np.inf)) if case.hides else None
+    group = case.heads // case.kv_heads
+
+    def run() -> np.ndarray:
+        wide_q, wide_k, wide_v = (x.astype(compute, copy=False) for x in (q, k, v))
+        if group > 1:
+            wide_k, wide_v = (np.repeat(x, group, axis=1) for x in (wide_k, wide_v))
+        scores = (wide_q * compute(case.scale)) @ wide_k.swapaxes(-1, -2)
+        if bias is not None:
+            scores += bias
+        scores -= scores.max(axis=-1, keepdims=True)
+        np.exp(scores, out=scores)
+        out = scores @ wide_v
+        out /= scores.sum(axis=-1, keepdims=True)
+        return out.astype(dtype, copy=False)
+
+    def to_numpy(out: Any) -> np.ndarray:
+        return out
+
+    return run, to_numpy
