@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from flashtile.arrays import address_of, is_torch, plain, view_of
+from flashtile.arrays import address_of, is_torch, plain
 from flashtile.calls import Options, as_key, check_apart, clear_cache, lookup, prepare, split_align
 from flashtile.errors import wrong
 from flashtile.progress import reporter
@@ -95,19 +95,17 @@ def attention(
     # fmt: on
     call = lookup(key) or prepare(key, q, k, v, target, Options(*options))
     report = None if progress is None else reporter(progress)
+    q_at, k_at, v_at = address_of(q), address_of(k), address_of(v)
     if target is None:
         out = target = empty(call.o_shape, q.dtype)
+    elif not target.flags.writeable:
+        raise wrong("out", "a read-only array", "a writable one")
     else:
-        _check_writable(target, q, k, v)
+        check_apart(call, address_of(target), q_at, k_at, v_at)
     lse = empty(call.lse_shape, call.lse_dtype) if return_lse else None
-    params = call.pack(
-        address_of(q),
-        address_of(k),
-        address_of(v),
-        address_of(target),
-        0 if lse is None else address_of(lse),
-        0 if offsets is None or call.spec.offset is not None else address_of(offsets),
-    )
+    lse_at = 0 if lse is None else address_of(lse)
+    offsets_at = 0 if offsets is None or call.spec.offset is not None else address_of(offsets)
+    params = call.pack(q_at, k_at, v_at, address_of(target), lse_at, offsets_at)
     call.run(params, report)
     return out if lse is None else (out, lse)
 
@@ -119,11 +117,3 @@ def _attend_others(q: Any, k: Any, v: Any, **keywords: Any) -> Any:
 
         return flashtile.torch.attention(q, k, v, **keywords)
     return attention(plain(q, "q"), plain(k, "k"), plain(v, "v"), **keywords)
-
-
-def _check_writable(out: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
-    """Raise SpecError if `out` is read-only or may share memory with an input."""
-    if not out.flags.writeable:
-        raise wrong("out", "a read-only array", "a writable one")
-    spans = [view_of(x).extent(address_of(x)) for x in (out, q, k, v)]
-    check_apart(spans[0], q=spans[1], k=spans[2], v=spans[3])

@@ -48,14 +48,14 @@ class View(NamedTuple):
         b, h, s = [0] * (3 - len(outer)) + outer
         return b, h, s, inner
 
-    def extent(self, address: int) -> tuple[int, int]:
-        """The memory [first byte, one past the last) that an array at `address` may touch; (0, 0) if it is empty."""
+    def extent(self) -> tuple[int, int]:
+        """The bytes [first, last) that the array may touch, counted from its address; (0, 0) if it is empty."""
         if 0 in self.shape:
             return 0, 0
         spans = [(n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True)]
         below = sum(span for span in spans if span < 0)
         above = sum(span for span in spans if span > 0)
-        return address + below, address + above + dtype_of(self.dtype).itemsize
+        return below, above + dtype_of(self.dtype).itemsize
 
     def may_overlap_itself(self) -> bool:
         """True if two elements may share memory. Each axis must step over everything inside it; an array that

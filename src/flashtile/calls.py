@@ -56,6 +56,7 @@ class Call:
     o_shape: tuple[int, ...]
     lse_shape: tuple[int, ...]
     lse_dtype: np.dtype[Any]
+    extents: tuple[tuple[int, int], ...]  # of o, q, k, v; see View.extent
     pack: Callable[[int, int, int, int, int, int], Any]  # addresses of q, k, v, o, lse, offsets -> parameters
     run: Callable[[Any, Report | None], None]
 
@@ -81,8 +82,15 @@ def prepare(key: Hashable, q: Any, k: Any, v: Any, out: Any, options: Options) -
     family = kernels.pick(spec, as_name("kernel", options.kernel))
     plan = make_plan(spec, family.capabilities(spec))
     kernel = family.compile(spec, plan, Layout(*(x.strides4() for x in (*views, o))))
-    lse_dtype = DTYPES[DTYPES[spec.dtype].accumulator].numpy
-    call = Call(spec, o_shape, o_shape[:-1], lse_dtype, kernel.pack, engine.prepare(plan, kernel))
+    call = Call(
+        spec,
+        o_shape,
+        lse_shape=o_shape[:-1],
+        lse_dtype=DTYPES[DTYPES[spec.dtype].accumulator].numpy,
+        extents=tuple(x.extent() for x in (o, *views)),
+        pack=kernel.pack,
+        run=engine.prepare(plan, kernel),
+    )
     if len(cache) >= CACHE_ENTRIES:
         cache.pop(next(iter(cache), None), None)  # the oldest; another thread may have been faster
     cache[key] = call
@@ -140,8 +148,13 @@ def check_out(o: View, shape: tuple[int, ...], spec: AttentionSpec) -> View:
     return o
 
 
-def check_apart(out: tuple[int, int], **inputs: tuple[int, int]) -> None:
-    """Raise SpecError if `out` may share memory with an input, each given by the bytes it spans."""
-    for name, (first, end) in inputs.items():
-        if max(first, out[0]) < min(end, out[1]):
+def check_apart(call: Call, o: int, q: int, k: int, v: int) -> None:
+    """Raise SpecError if `out` may share memory with an input, by the bytes that each spans from its address.
+
+    Arrays that interleave within one span count as sharing: telling them apart can take exponential time.
+    """
+    below, above = call.extents[0]
+    first, last = o + below, o + above
+    for name, address, (below, above) in zip("qkv", (q, k, v), call.extents[1:], strict=True):
+        if max(first, address + below) < min(last, address + above):
             raise wrong("out", f"an array within the memory that {name} spans", "memory of its own")

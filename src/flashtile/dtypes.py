@@ -8,6 +8,7 @@ conversions at the end of this file.
 from __future__ import annotations
 
 import sys
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,12 +43,18 @@ DTYPES: dict[str, DType] = {
     )
 }
 
+# Rows by the dtype objects met so far: NumPy takes microseconds to spell a dtype's name.
+_seen: dict[object, DType] = {}
+
 
 def dtype_of(dtype: object, argument: str = "dtype") -> DType:
     """Find the row of a dtype given as a name, a NumPy dtype or scalar type, or a torch dtype.
 
     Raises: SpecError, naming `argument`, for any other dtype and for a byte order that is not this machine's.
     """
+    row = _seen.get(dtype) if isinstance(dtype, Hashable) else None
+    if row is not None:
+        return row
     if isinstance(dtype, np.dtype):
         name = dtype.name
         if not dtype.isnative:
@@ -61,12 +68,14 @@ def dtype_of(dtype: object, argument: str = "dtype") -> DType:
     row = DTYPES.get(name)
     if row is None:
         raise wrong(argument, f"dtype {name}", "one of " + ", ".join(DTYPES))
+    _seen[dtype] = row
     return row
 
 
 def widen_bits(bits: np.ndarray) -> np.ndarray:
     """Turn bfloat16 bits (uint16) into float32, exactly. A bfloat16 is the upper half of a float32."""
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    wide: np.ndarray = bits.astype(np.uint32) << np.uint32(16)
+    return wide.view(np.float32)
 
 
 def round_to_bf16(x: np.ndarray) -> np.ndarray:

@@ -132,7 +132,8 @@ def _passed_over(spec: AttentionSpec, chosen: str, requested: str) -> tuple[tupl
             continue
         reason = kernels.objection(family, spec)
         if reason is None:
-            reason = "can do it, but " + ("comes later in the order" if requested == "auto" else f"{requested} was asked for")
+            why = "comes later in the order" if requested == "auto" else f"{requested} was asked for"
+            reason = f"can do it, but {why}"
         rows.append((name, reason))
     return tuple(rows)
 

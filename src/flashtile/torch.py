@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from flashtile.arrays import view_of
 from flashtile.calls import Options, as_key, check_apart, lookup, prepare, split_align
 from flashtile.errors import UnavailableError, wrong
 from flashtile.progress import reporter
@@ -15,6 +14,7 @@ from flashtile.spec import refuse_later
 __all__ = ["attention", "scaled_dot_product_attention"]
 
 Tensor = torch.Tensor
+_STRIDED = torch.strided
 
 
 def attention(
@@ -51,6 +51,8 @@ def attention(
     >>> flashtile.torch.attention(x, x, x, window=(16, 0)).shape
     torch.Size([1, 8, 128, 64])
     """
+    if not (_is_ready(q) and _is_ready(k) and _is_ready(v)) or torch.is_grad_enabled():
+        _check_tensors(q=q, k=k, v=v)
     if not (mask is bias is score_mod is softcap is alibi_slopes is sinks is seed is None and dropout_p == 0):
         refuse_later(
             mask=mask,
@@ -62,7 +64,6 @@ def attention(
             seed=seed,
             dropout_p=dropout_p,
         )
-    _check_tensors(q=q, k=k, v=v)
     offsets = out_key = None
     if align is not None:
         align, offsets = split_align(align, q.shape)
@@ -75,22 +76,17 @@ def attention(
     # fmt: on
     call = lookup(key) or prepare(key, q, k, v, out, Options(*options))
     report = None if progress is None else reporter(progress)
+    q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
     if out is None:
         out = torch.empty(call.o_shape, dtype=q.dtype)
     else:
-        spans = [view_of(x).extent(x.data_ptr()) for x in (out, q, k, v)]
-        check_apart(spans[0], q=spans[1], k=spans[2], v=spans[3])
+        check_apart(call, out.data_ptr(), q_at, k_at, v_at)
     lse = None
     if return_lse:
         lse = torch.empty(call.lse_shape, dtype=torch.float64 if q.dtype is torch.float64 else torch.float32)
-    params = call.pack(
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        out.data_ptr(),
-        0 if lse is None else lse.data_ptr(),
-        0 if offsets is None or call.spec.offset is not None else offsets.ctypes.data,
-    )
+    lse_at = 0 if lse is None else lse.data_ptr()
+    offsets_at = 0 if offsets is None or call.spec.offset is not None else offsets.ctypes.data
+    params = call.pack(q_at, k_at, v_at, out.data_ptr(), lse_at, offsets_at)
     call.run(params, report)
     return out if lse is None else (out, lse)
 
@@ -123,25 +119,30 @@ def scaled_dot_product_attention(
     """
     if attn_mask is not None and is_causal:
         raise wrong("attn_mask", "a mask together with is_causal=True", "one of the two, as in torch")
-    refuse_later(attn_mask=attn_mask, dropout_p=dropout_p, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks)
-    _check_tensors(query=query, key=key, value=value)
-    batch = query.shape[:-3]
-    if query.ndim > 2 and not (query.ndim <= 4 and query.shape[:-2] == key.shape[:-2] == value.shape[:-2]):
-        query, key, value, batch = _like_torch(query, key, value, enable_gqa)
+    if not (attn_mask is softcap is alibi_slopes is sinks is None and dropout_p == 0):
+        refuse_later(attn_mask=attn_mask, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p)
+    if not (_is_ready(query) and _is_ready(key) and _is_ready(value)) or torch.is_grad_enabled():
+        _check_tensors(query=query, key=key, value=value)
+    axes = None
+    if query.ndim > 4 or not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
+        query, key, value, axes = _like_torch(query, key, value, enable_gqa)
     result = attention(
         query, key, value, causal=is_causal, window=window, align="top_left", scale=scale, return_lse=return_lse
     )
-    if len(batch) < 2:
+    if axes is None:
         return result
-    return tuple(x.unflatten(0, batch) for x in result) if return_lse else result.unflatten(0, batch)
+    results = tuple(x.reshape(*axes, *x.shape[1:]) for x in (result if return_lse else (result,)))
+    return results if return_lse else results[0]
 
 
-def _like_torch(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor, Any]:
-    """Broadcast the leading axes as torch does and make one of them: three tensors (B, H, S, D), and the axes."""
+def _like_torch(
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor, torch.Size]:
+    """Broadcast the leading axes as torch does: three tensors (B, H, S, D), and the axes that B stands for."""
     named = {"query": query, "key": key, "value": value}
     for name, x in named.items():
         if x.ndim < 3:
-            raise wrong(name, f"shape {tuple(x.shape)}", f"at least rank 3, as query has rank {query.ndim}")
+            raise wrong(name, f"shape {tuple(x.shape)}", "rank 3 or more, as the leading axes differ")
     last = -3 if enable_gqa else -2
     try:
         batch = torch.broadcast_shapes(*(x.shape[:last] for x in named.values()))
@@ -154,6 +155,11 @@ def _like_torch(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> 
     # A copy only where the axes cannot be seen as one, as after a broadcast of some of them.
     query, key, value = (x.reshape(axes.numel(), *x.shape[-3:]) for x in (query, key, value))
     return query, key, value, axes
+
+
+def _is_ready(x: Tensor) -> bool:
+    """True for a plain dense CPU tensor; a tensor that requires grad may be among them."""
+    return type(x) is Tensor and x.is_cpu and x.layout is _STRIDED and not x.is_neg()
 
 
 def _check_tensors(**tensors: Tensor) -> None:
