@@ -1,0 +1,22 @@
+"""What changes a score before the softmax: masks, biases and score functions, one small language."""
+
+from __future__ import annotations
+
+from .alibi import alibi
+from .bias import bias
+from .causal import causal
+from .coverage import EMPTY, FULL, PARTIAL, Coverage, coverage
+from .dense import dense
+from .document import document
+from .mask import Mask, Score
+from .padding import padding
+from .prefix import prefix
+from .program import Program
+from .relative import relative
+from .softcap import softcap
+from .window import window
+
+__all__ = [
+    "EMPTY", "FULL", "PARTIAL", "Coverage", "Mask", "Program", "Score", "alibi", "bias", "causal", "coverage", "dense",
+    "document", "padding", "prefix", "relative", "softcap", "window",
+]  # fmt: skip

@@ -1,0 +1,31 @@
+"""ALiBi: scores fall linearly with distance, at a slope of the head's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import SpecError
+from .capture import capture
+from .causal import anchor
+from .mask import Score
+
+
+def alibi(slopes: Any) -> Score:
+    """s - slope[h] * |i + offset - j|; slopes (H,) or (B, H), floats.
+
+    Raises: SpecError for other ranks and dtypes.
+    Source: Press, Smith, Lewis 2022, Train Short, Test Long.
+    """
+    found = capture(slopes, "alibi_slopes")
+    if found.rank not in (1, 2) or found.type != "float":
+        got = f"{found.element} of shape {found.array.shape}"
+        raise SpecError(f"alibi_slopes: got {got}, expected floats (H,) or (B, H)")
+
+    def build(offset: Any) -> Any:
+        def biased(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+            slope = slopes[b, h] if len(slopes.shape) == 2 else slopes[h]
+            return s - slope * abs(i + anchor(offset, b) - j)
+
+        return biased
+
+    return Score(build, positional=True, name="alibi_slopes")

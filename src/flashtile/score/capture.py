@@ -1,0 +1,138 @@
+"""Captured values: the arrays and scalars that a function closes over, which stay run-time parameters.
+
+Arrays are read where they lie, in their own element type: NumPy arrays, CPU torch tensors, and whatever
+`numpy.asarray` takes. bf16 has no NumPy type, so it is held as its 16 bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..errors import SpecError
+from .expr import INT_MAX, INT_MIN
+
+# Element -> type in the language, by NumPy's code; bf16 stands apart.
+_ELEMENTS = {
+    "b1": ("bool", "bool"), "i1": ("i8", "int"), "i2": ("i16", "int"), "i4": ("i32", "int"), "i8": ("i64", "int"),
+    "u1": ("u8", "int"), "u2": ("u16", "int"), "u4": ("u32", "int"), "u8": ("u64", "int"),
+    "f2": ("f16", "float"), "f4": ("f32", "float"), "f8": ("f64", "float"),
+}  # fmt: skip
+TYPE_OF = {**dict(_ELEMENTS.values()), "bf16": "float"}
+_WIDE = ("u32", "i64", "u64")  # may hold what int32 cannot
+
+
+@dataclass(frozen=True, eq=False)
+class ScalarCapture:
+    """A captured number; another value runs the same compiled kernel."""
+
+    value: float
+    type: str
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayCapture:
+    """A captured array, not copied: `array` is its storage (bf16 as uint16), `source` what the caller gave."""
+
+    array: np.ndarray
+    element: str
+    source: Any = field(repr=False)
+    name: str = "captured array"
+
+    @property
+    def type(self) -> str:
+        return TYPE_OF[self.element]
+
+    @property
+    def rank(self) -> int:
+        return self.array.ndim
+
+    def widen(self, raw: np.ndarray, float_type: np.dtype) -> np.ndarray:
+        """Stored elements as bool, int32 or float_type."""
+        if self.element == "bf16":
+            raw = (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return raw.astype({"bool": np.dtype(bool), "int": np.dtype(np.int32), "float": float_type}[self.type])
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of a captured value among a program's run-time parameters: what remains of it in the structure."""
+
+    number: int
+    element: str  # of an array; for a scalar its type
+    rank: int  # of an array; -1 for a scalar
+
+    @property
+    def type(self) -> str:
+        return TYPE_OF.get(self.element, self.element)
+
+    def __str__(self) -> str:
+        return f"#{self.number} {self.element}" + (f" rank {self.rank}" if self.rank >= 0 else "")
+
+
+@dataclass(frozen=True)
+class Access:
+    """What a load reads, and on which axes the index still has to be clamped into bounds."""
+
+    source: ArrayCapture | Slot
+    clamp: tuple[bool, ...]
+
+    def __str__(self) -> str:
+        return f"{self.source} clamp {''.join('ny'[c] for c in self.clamp)}"
+
+
+def is_array(value: Any) -> bool:
+    """NumPy, torch, JAX and other arrays, recognised without importing their packages."""
+    return isinstance(value, np.ndarray) or (
+        hasattr(value, "shape") and hasattr(value, "dtype") and hasattr(value, "__getitem__")
+        and not isinstance(value, (np.generic, type))
+    )  # fmt: skip
+
+
+def capture(value: Any, name: str = "captured array") -> ArrayCapture:
+    """A view of the array for reading.
+
+    Raises: SpecError for a device other than the CPU, an element type that the language has no type for, and
+            integers that do not fit in int32.
+    """
+    raw, element = _storage(value, name)
+    if element in _WIDE and raw.size and not (raw.min() >= INT_MIN and raw.max() <= INT_MAX):
+        raise SpecError(f"{name}: got integers from {raw.min()} to {raw.max()}, expected values that fit in int32")
+    return ArrayCapture(raw, element, value, name)
+
+
+def _storage(value: Any, name: str) -> tuple[np.ndarray, str]:
+    if type(value).__module__.partition(".")[0] == "torch" or hasattr(value, "__torch_function__"):
+        return _torch_storage(value, name)
+    try:
+        raw = np.asarray(value)
+    except Exception as e:
+        raise SpecError(f"{name}: got {type(value).__name__}, expected an array in CPU memory") from e
+    if raw.dtype.name == "bfloat16":
+        return raw.view(np.uint16), "bf16"
+    return raw, _element(raw.dtype, name)
+
+
+def _torch_storage(tensor: Any, name: str) -> tuple[np.ndarray, str]:
+    if tensor.device.type != "cpu":
+        raise SpecError(f"{name}: got a tensor on {tensor.device}, expected one in CPU memory")
+    tensor = tensor.detach()
+    if str(tensor.dtype) == "torch.bfloat16":
+        import torch
+
+        return tensor.view(torch.int16).numpy().view(np.uint16), "bf16"
+    try:
+        raw = tensor.numpy()
+    except (TypeError, RuntimeError) as e:
+        got = f"{tensor.dtype} ({tensor.layout})"
+        raise SpecError(f"{name}: got {got}, expected a strided bool, integer or float tensor") from e
+    return raw, _element(raw.dtype, name)
+
+
+def _element(dtype: np.dtype, name: str) -> str:
+    found = _ELEMENTS.get(f"{dtype.kind}{dtype.itemsize}")
+    if found is None or not dtype.isnative:
+        raise SpecError(f"{name}: got dtype {dtype}, expected bool, an integer, float16, bfloat16, float32 or float64")
+    return found[0]

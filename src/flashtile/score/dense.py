@@ -1,0 +1,45 @@
+"""A stored boolean mask, read in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import SpecError
+from .capture import capture
+from .mask import Mask
+
+
+def dense(array: Any) -> Mask:
+    """Key j is visible to row i iff array[b, h, i, j], under NumPy broadcasting to (B, H, S_q, S_kv).
+
+    Raises: SpecError for a dtype other than bool and for more than four axes.
+    """
+    found = capture(array, "mask")
+    if found.type != "bool":
+        raise SpecError(f"mask: got {found.element}, expected bool (True: attend); a float mask is a bias")
+    read = broadcast_reader(found.array.shape, "mask")
+    return Mask(lambda offset: lambda b, h, i, j: read(array, (b, h, i, j)), name="mask")
+
+
+def broadcast_reader(shape: tuple[int, ...], argument: str) -> Callable[[Any, tuple[Any, ...]], Any]:
+    """A function (array, (b, h, i, j)) -> element of an array of this shape that broadcasts to four axes.
+
+    An axis of length 1 is read at 0, so that the program does not depend on its variable.
+    """
+    rank = len(shape)
+    if rank > 4:
+        raise SpecError(f"{argument}: got shape {shape}, expected one that broadcasts to (B, H, S_q, S_kv)")
+
+    def read(array: Any, position: tuple[Any, ...]) -> Any:
+        last = position[4 - rank :]
+        return array[tuple(0 if n == 1 else at for n, at in zip(shape, last, strict=True))] if rank else array
+
+    return read
+
+
+def check_broadcast(array: Any, shape: tuple[int, int, int, int], argument: str) -> None:
+    """Raise SpecError unless the array's shape broadcasts to (B, H, S_q, S_kv)."""
+    got = capture(array, argument).array.shape
+    if len(got) > 4 or any(n not in (1, m) for n, m in zip(got[::-1], shape[::-1], strict=False)):
+        raise SpecError(f"{argument}: got shape {got}, expected one that broadcasts to (B, H, S_q, S_kv) = {shape}")

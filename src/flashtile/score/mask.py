@@ -1,0 +1,97 @@
+"""Mask and score objects: rules that can be named, composed, and anchored at a call's offset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import SpecError
+from .expr import Expr
+from .operations import apply
+from .trace import trace_mask, trace_score
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Which keys a row may see: a rule over (b, h, i, j), composed with & | ~.
+
+    build(offset) gives the predicate ``f(b, h, i, j)``; `offset` is the call's alignment (an int or an integer
+    array (B,)), which anchors positional rules.  Rules that ignore it say so by ``positional=False``.
+    """
+
+    build: Callable[[Any], Callable[..., Any]]
+    positional: bool = False
+    name: str = "mask"
+
+    def expression(self, offset: Any = 0) -> Expr:
+        return trace_mask(self.build(offset), self.name)
+
+    def __and__(self, other: Any) -> Mask:
+        return _Combined.of("and", self, other)
+
+    def __or__(self, other: Any) -> Mask:
+        return _Combined.of("or", self, other)
+
+    def __invert__(self) -> Mask:
+        return _Combined.of("invert", self)
+
+    __rand__, __ror__ = __and__, __or__
+
+    def __bool__(self) -> bool:
+        raise SpecError("mask: and, or, not do not compose masks, use & | ~")
+
+
+@dataclass(frozen=True, eq=False)
+class _Combined(Mask):
+    operation: str = "and"
+    parts: tuple[Mask, ...] = ()
+
+    @classmethod
+    def of(cls, operation: str, *parts: Any) -> Mask:
+        masks = tuple(as_mask(p) for p in parts)
+        sign = {"and": " & ", "or": " | ", "invert": "~"}[operation]
+        label = sign + masks[0].name if len(masks) == 1 else "(" + sign.join(m.name for m in masks) + ")"
+        return cls(_unused, any(m.positional for m in masks), label, operation, masks)
+
+    def expression(self, offset: Any = 0) -> Expr:
+        return apply(self.operation, *(p.expression(offset) for p in self.parts))
+
+
+def _unused(offset: Any) -> Callable[..., Any]:
+    raise AssertionError("a composed mask is built from its parts")
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """What happens to a score: a function (s, b, h, i, j) -> s, anchored like a Mask."""
+
+    build: Callable[[Any], Callable[..., Any]]
+    positional: bool = False
+    name: str = "score_mod"
+
+    def expression(self, offset: Any = 0) -> Expr:
+        return trace_score(self.build(offset), self.name)
+
+
+def as_mask(value: Any) -> Mask:
+    """A mask object of whatever mask= takes: a Mask, a function (b, h, i, j), a boolean array."""
+    from .capture import is_array
+    from .dense import dense
+
+    if isinstance(value, Mask):
+        return value
+    if is_array(value):
+        return dense(value)
+    if callable(value):
+        return Mask(lambda offset: value, name="mask")
+    raise SpecError(f"mask: got {type(value).__name__}, expected a boolean array, a mask or a function of (b, h, i, j)")
+
+
+def as_score(value: Any) -> Score:
+    """A score object of whatever score_mod= takes: a Score, or a function (s, b, h, i, j)."""
+    if isinstance(value, Score):
+        return value
+    if callable(value):
+        return Score(lambda offset: value)
+    raise SpecError(f"score_mod: got {type(value).__name__}, expected a function of (s, b, h, i, j)")

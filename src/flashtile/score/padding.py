@@ -1,0 +1,31 @@
+"""Per-sequence lengths: keys past the end of their sequence are padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..errors import SpecError
+from .capture import capture, is_array
+from .mask import Mask
+
+
+def padding(lengths: Any) -> Mask:
+    """Key j of batch b is visible iff j < lengths[b]; `lengths` is an integer array (B,)."""
+    lengths = per_batch(lengths, "padding", scalar=False)
+    return Mask(lambda offset: lambda b, h, i, j: j < lengths[b], name="padding")
+
+
+def per_batch(value: Any, argument: str, scalar: bool = True) -> Any:
+    """An integer, or an integer array (B,), checked; lists are taken as arrays."""
+    if scalar and isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        return int(value)
+    value = np.asarray(value) if isinstance(value, (list, tuple)) else value
+    expected = f"an integer array (B,){' or an integer' if scalar else ''}"
+    if not is_array(value):
+        raise SpecError(f"{argument}: got {type(value).__name__}, expected {expected}")
+    found = capture(value, argument)
+    if found.rank != 1 or found.type != "int":
+        raise SpecError(f"{argument}: got {found.element} of shape {found.array.shape}, expected {expected}")
+    return value

@@ -1,0 +1,195 @@
+"""A call's program: what happens to a score, in the order the definitions give, and which elements are visible."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ..errors import SpecError
+from .alibi import alibi
+from .bias import bias as bias_score
+from .bounds import check_bounds, proven
+from .capture import Access, ArrayCapture, ScalarCapture, Slot, capture, is_array
+from .causal import causal as causal_mask
+from .dense import check_broadcast
+from .derivative import ArrayGradient, array_gradients, derivative
+from .evaluate import Evaluation
+from .expr import Expr, node, postorder, rewrite, substitute, text
+from .mask import as_mask, as_score
+from .operations import apply, is_const, variable
+from .softcap import is_off
+from .softcap import softcap as softcap_score
+from .window import window as window_mask
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """What changes a score before the softmax, and what hides it.
+
+    shape      (B, H, S_q, S_kv) that it was checked for
+    score      float expression over (s, b, h, i, j), or None: scores stay as they are. s arrives scaled.
+    mask       bool expression over (b, h, i, j), or None: every key is visible
+    captures   arrays and numbers, the run-time parameters, by slot
+    structure  the program without the values of its captures: what a kernel is compiled for, stable across processes
+    """
+
+    shape: tuple[int, int, int, int]
+    score: Expr | None
+    mask: Expr | None
+    captures: tuple[ArrayCapture | ScalarCapture, ...]
+    slots: tuple[Slot, ...]
+    structure: str
+
+    @classmethod
+    def of(cls, shape: tuple[int, int, int, int], *, softcap: float | None = None, score_mod: Any = None,
+           alibi_slopes: Any = None, bias: Any = None, mask: Any = None, causal: bool = False,
+           window: tuple[int | None, int | None] | None = None, offset: Any = 0) -> Program:  # fmt: skip
+        """The program of a call's options: softcap, score_mod, ALiBi, bias, then the masks, which intersect.
+
+        `offset` anchors the positional rules: an int or an integer array (B,).
+        A score_mod whose result is ``where(c, x, -inf)`` hides where it says -inf, as a mask does.
+        Raises: SpecError for arrays whose shape or dtype does not fit, functions outside the language, and loads
+                that are certain to leave their array.
+        """
+        _check_arrays(shape, alibi_slopes, bias, mask, offset)
+        scores = [] if is_off(softcap) else [softcap_score(softcap).expression()]  # type: ignore[arg-type]
+        visible = [causal_mask().expression(offset)] if causal else []
+        if window is not None:
+            visible.append(window_mask(*window).expression(offset))
+        if mask is not None:
+            visible.append(as_mask(mask).expression(offset))
+        if score_mod is not None:
+            kept, hidden = split_hidden(as_score(score_mod).expression(offset))
+            scores.append(kept)
+            visible += hidden
+        scores += [alibi(alibi_slopes).expression(offset)] if alibi_slopes is not None else []
+        scores += [bias_score(bias).expression()] if bias is not None else []
+        return cls.compose(shape, scores, visible)
+
+    @classmethod
+    def compose(cls, shape: tuple[int, int, int, int], scores: Sequence[Expr], masks: Sequence[Expr]) -> Program:
+        """Scores applied one after the other, masks intersected, captures numbered, loads checked."""
+        score = variable("s")
+        for step in scores:
+            score = substitute(step, variable("s"), score)
+        mask: Expr | None = None
+        for part in masks:
+            mask = part if mask is None else apply("and", mask, part)
+        if mask is not None and is_const(mask) and mask.data:
+            mask = None
+        given = None if score is variable("s") else score
+        check_bounds(given, mask, shape)
+        roots = proven([r for r in (given, mask) if r is not None], shape)
+        bound, captures, slots = _number_captures(roots)
+        parts = iter(bound)
+        final = (next(parts) if given is not None else None, next(parts) if mask is not None else None)
+        return cls(shape, *final, captures, slots, _structure(*final))
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether scores stay as they are and every key is visible."""
+        return self.score is None and self.mask is None
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """The variables that the program depends on."""
+        return frozenset().union(*(x.variables for x in (self.score, self.mask) if x is not None))
+
+    @property
+    def dense_loads(self) -> tuple[Expr, ...]:
+        """Loads that depend on both i and j: what a kernel may want to read by tiles."""
+        loads = (x for x in postorder(self._roots) if x.operation.name == "load")
+        return tuple(x for x in loads if {"i", "j"} <= x.variables)
+
+    @property
+    def _roots(self) -> list[Expr]:
+        return [x for x in (self.score, self.mask) if x is not None]
+
+    @cached_property
+    def score_derivative(self) -> Expr | None:
+        """d score / d s as an expression; None where the score is s itself."""
+        return None if self.score is None else derivative(self.score, variable("s"))
+
+    @cached_property
+    def array_gradients(self) -> tuple[ArrayGradient, ...]:
+        """d score / d captured float arrays, one a distinct load."""
+        return () if self.score is None else array_gradients(self.score)
+
+    def capture(self, source: Any) -> Any:
+        """The captured value that a leaf of the expressions reads."""
+        return self.captures[source.number]
+
+    def run(self, roots: Sequence[Expr], s: Any, b: Any, h: Any, i: Any, j: Any,
+            dtype: Any = np.float64) -> list[np.ndarray]:  # fmt: skip
+        """Any expressions of this program in NumPy; the variables broadcast against each other."""
+        return Evaluation({"s": s, "b": b, "h": h, "i": i, "j": j}, self.capture, dtype).run(roots)
+
+    def evaluate(self, s: Any, b: Any, h: Any, i: Any, j: Any, dtype: Any = np.float64) -> np.ndarray:
+        """The new scores, -inf where hidden, in NumPy: the oracle of every other form."""
+        shape = np.broadcast_shapes(*map(np.shape, (s, b, h, i, j)))
+        score = np.asarray(s, dtype) if self.score is None else self.run([self.score], s, b, h, i, j, dtype)[0]
+        hidden = ~self.visible(b, h, i, j)
+        return np.where(np.broadcast_to(hidden, shape), np.asarray(-np.inf, dtype), np.broadcast_to(score, shape))
+
+    def visible(self, b: Any, h: Any, i: Any, j: Any, dtype: Any = np.float64) -> np.ndarray:
+        """The mask in NumPy, broadcast over the variables: True where key j is visible to row i."""
+        shape = np.broadcast_shapes(*map(np.shape, (b, h, i, j)))
+        return np.broadcast_to(True if self.mask is None else self.run([self.mask], 0.0, b, h, i, j, dtype)[0], shape)
+
+
+def split_hidden(score: Expr) -> tuple[Expr, list[Expr]]:
+    """A score that is -inf by choice, as the score elsewhere and masks that say where: ``where(c, x, -inf)``."""
+    masks = []
+    while score.operation.name == "where":
+        condition, yes, no = score.args
+        if is_const(no, -np.inf):
+            masks.append(condition)
+            score = yes
+        elif is_const(yes, -np.inf):
+            masks.append(apply("invert", condition))
+            score = no
+        else:
+            break
+    return score, masks
+
+
+def _check_arrays(shape: tuple[int, int, int, int], slopes: Any, bias: Any, mask: Any, offset: Any) -> None:
+    batch, heads = shape[:2]
+    if slopes is not None and (got := capture(slopes, "alibi_slopes").array.shape) not in ((heads,), (batch, heads)):
+        raise SpecError(f"alibi_slopes: got shape {got}, expected (H,) = ({heads},) or (B, H) = ({batch}, {heads})")
+    if bias is not None:
+        check_broadcast(bias, shape, "bias")
+    if is_array(mask):
+        check_broadcast(mask, shape, "mask")
+    if is_array(offset) and (tuple(offset.shape) != (batch,) or capture(offset, "align").type != "int"):
+        shown = f"{offset.dtype} of shape {tuple(offset.shape)}"
+        raise SpecError(f"align: got {shown}, expected integers of shape (B,) = ({batch},)")
+
+
+def _number_captures(roots: list[Expr]) -> tuple[list[Expr], tuple[Any, ...], tuple[Slot, ...]]:
+    """Captured values replaced by slots, numbered in order of first use."""
+    captures: dict[Any, Slot] = {}
+
+    def slot(source: Any) -> Slot:
+        if source not in captures:
+            kind = (source.element, source.rank) if isinstance(source, ArrayCapture) else (source.type, -1)
+            captures[source] = Slot(len(captures), *kind)
+        return captures[source]
+
+    def replace(x: Expr) -> Expr | None:
+        if isinstance(x.data, ScalarCapture):
+            return node(x.operation, (), x.type, slot(x.data))
+        if isinstance(x.data, Access):
+            return node(x.operation, x.args, x.type, Access(slot(x.data.source), x.data.clamp))
+        return None
+
+    return rewrite(roots, replace), tuple(captures), tuple(captures.values())
+
+
+def _structure(score: Expr | None, mask: Expr | None) -> str:
+    parts = (f"{name}: {text([x])}" for name, x in (("score", score), ("mask", mask)) if x is not None)
+    return " | ".join(parts)

@@ -1,0 +1,55 @@
+"""T5's relative position bias: a learnt number for each head and each bucket of distances."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from ..errors import SpecError
+from .capture import capture
+from .causal import anchor
+from .mask import Score
+
+
+def relative(table: Any, *, max_distance: int = 128, bidirectional: bool = True) -> Score:
+    """s + table[bucket(j - (i + offset)), h].
+
+    Shapes:  table (buckets, H), floats.
+    Buckets: half of them (of each direction's share) for the distances 0, 1, 2, ..., the rest spaced
+             logarithmically up to max_distance, the last for everything beyond. Looked up in a small integer
+             table made once, so that every kernel agrees on the bucket edges.
+    Raises:  SpecError for another rank or dtype, or max_distance not beyond the exact buckets.
+    Source:  Raffel et al. 2020, T5, section 2.1; mesh_tensorflow's relative_position_bucket.
+    """
+    found = capture(table, "relative")
+    if found.rank != 2 or found.type != "float":
+        raise SpecError(f"relative: got {found.element} of shape {found.array.shape}, expected floats (buckets, H)")
+    buckets = distance_buckets(found.array.shape[0] // (2 if bidirectional else 1), max_distance)
+    share = found.array.shape[0] // 2 if bidirectional else 0
+    last = len(buckets) - 1
+
+    def build(offset: Any) -> Any:
+        def biased(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+            ahead = j - (i + anchor(offset, b))
+            distance = np.abs(ahead) if bidirectional else np.maximum(-ahead, 0)
+            bucket = buckets[np.minimum(distance, last)]
+            return s + table[bucket + np.where(ahead > 0, share, 0), h]
+
+        return biased
+
+    return Score(build, positional=True, name="relative")
+
+
+def distance_buckets(count: int, max_distance: int) -> np.ndarray:
+    """Bucket of each distance 0 ... max_distance, int32; computed in fp32 as T5 does."""
+    exact = count // 2
+    if exact < 1 or max_distance <= exact:
+        raise SpecError(f"relative: got {count} buckets a direction and max_distance {max_distance}, "
+                        "expected at least 2 buckets and max_distance beyond half of them")  # fmt: skip
+    distance = np.arange(max_distance + 1)
+    beyond = np.maximum(distance, exact).astype(np.float32) / np.float32(exact)
+    ratio = np.log(beyond) / np.float32(math.log(max_distance / exact))
+    far = exact + (ratio * np.float32(count - exact)).astype(np.int32)
+    return np.where(distance < exact, distance, np.minimum(far, count - 1)).astype(np.int32)

@@ -1,0 +1,205 @@
+"""From a Python function to an expression: run it once on symbols.
+
+The function is rebuilt with stand-ins (`proxies`) for the arrays and numbers in its closure cells, in the
+globals that it names, in its defaults, in partial arguments and in ``self``; so are the functions that it
+calls. The caller's function and its data are not touched.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import inspect
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..errors import SpecError
+from .capture import is_array
+from .expr import Expr
+from .operations import cast, variable
+from .proxies import ArrayProxy, replace_array, runtime
+from .symbol import Symbol, lift
+
+# Packages whose functions and modules are used as they are: symbols answer to torch and NumPy by protocol.
+_LIBRARIES = frozenset(("torch", "numpy", "jax", "jaxlib", "scipy", "ml_dtypes", "flashtile")) | sys.stdlib_module_names
+
+
+def trace_mask(function: Callable[..., Any], argument: str = "mask") -> Expr:
+    """The bool expression of a ``mask_mod(b, h, i, j)``: true where key j is visible to row i.
+
+    Raises: SpecError if it does not take four arguments, does not return a bool, or leaves the language.
+    """
+    result = _trace(function, "bhij", argument)
+    if result.type != "bool":
+        kind = "a float" if result.type == "float" else "an integer"
+        raise SpecError(f"{argument}: got a function that returns {kind}, expected a bool (True: attend); "
+                        "a function that changes scores is a score_mod")  # fmt: skip
+    return result
+
+
+def trace_score(function: Callable[..., Any], argument: str = "score_mod") -> Expr:
+    """The float expression of a ``score_mod(s, b, h, i, j)``.
+
+    Raises: SpecError if it does not take five arguments, returns a bool, or leaves the language.
+    """
+    result = _trace(function, "sbhij", argument)
+    if result.type == "bool":
+        raise SpecError(f"{argument}: got a function that returns a bool, expected the new score; a mask goes to mask=")
+    return cast(result, "float")
+
+
+def _trace(function: Callable[..., Any], names: str, argument: str) -> Expr:
+    if not callable(function):
+        raise SpecError(f"{argument}: got {type(function).__name__}, expected a function of ({', '.join(names)})")
+    _check_arity(function, names, argument)
+    rebuilt = _Rebuild(argument).value(function, _name_of(function))
+    result = rebuilt(*(Symbol(variable(name)) for name in names))
+    if result is None or isinstance(result, (tuple, list, dict, str, ArrayProxy)):
+        got = "a whole captured array" if isinstance(result, ArrayProxy) else type(result).__name__
+        raise SpecError(f"{argument}: got a function that returns {got}, expected one traced value")
+    return lift(result)
+
+
+def _check_arity(function: Callable[..., Any], names: str, argument: str) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return  # a callable without a signature: its own TypeError will tell
+    try:
+        signature.bind(*names)
+    except TypeError:
+        kinds = ", ".join(f"{n}" for n in names)
+        raise SpecError(f"{argument}: got {_name_of(function)}{signature}, "
+                        f"expected a function of {len(names)} arguments ({kinds})") from None  # fmt: skip
+
+
+def _name_of(function: Any) -> str:
+    return getattr(function, "__qualname__", None) or type(function).__name__
+
+
+def _is_library(module: str | None) -> bool:
+    return (module or "").partition(".")[0] in _LIBRARIES
+
+
+class _Rebuild:
+    """One replacement an object, so that shared captures stay shared and recursive functions end."""
+
+    def __init__(self, argument: str) -> None:
+        self.argument = argument
+        self.memo: dict[int, Any] = {}
+        self.kept: list[Any] = []  # keeps the originals alive while their ids serve as keys
+
+    def value(self, value: Any, name: str) -> Any:
+        """The stand-in of a captured value (often the value itself)."""
+        if value is None or isinstance(value, (str, bytes, type, enum.Enum, Symbol, ArrayProxy)):
+            return value
+        if isinstance(value, (bool, int, float)) or isinstance(value, np.generic) and value.dtype.kind in "biuf":
+            return runtime(value)  # never shared: which parameters exist must not depend on their values
+        if id(value) in self.memo:
+            return self.memo[id(value)]
+        self.kept.append(value)
+        if isinstance(value, types.FunctionType):
+            return self._function(value)
+        self.memo[id(value)] = result = self._other(value, name)
+        return result
+
+    def _other(self, value: Any, name: str) -> Any:
+        if is_array(value):
+            return replace_array(value, f"{self.argument}: {name}")
+        if isinstance(value, functools.partial):
+            keywords = {k: self.value(v, k) for k, v in value.keywords.items()}
+            args = (self.value(a, f"argument {n}") for n, a in enumerate(value.args))
+            return functools.partial(self.value(value.func, name), *args, **keywords)
+        if isinstance(value, types.MethodType):
+            return types.MethodType(self.value(value.__func__, name), self.value(value.__self__, "self"))
+        if isinstance(value, (list, tuple, dict)):
+            return self._container(value, name)
+        if isinstance(value, types.ModuleType):
+            return value if _is_library(value.__name__) else ObjectProxy(value, self)
+        library = _is_library(type(value).__module__) and not hasattr(value, "forward")  # modules hold parameters
+        if library or isinstance(value, types.BuiltinFunctionType):
+            return value
+        return ObjectProxy(value, self)
+
+    def _container(self, value: Any, name: str) -> Any:
+        if isinstance(value, dict):
+            return {k: self.value(v, f"{name}[{k!r}]") for k, v in value.items()}
+        items = [self.value(v, f"{name}[{n}]") for n, v in enumerate(value)]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+    def _function(self, function: types.FunctionType) -> Any:
+        library = _is_library(function.__module__)
+        if library and not function.__closure__:
+            return function
+        cells = tuple(types.CellType() for _ in function.__closure__ or ())
+        module = function.__globals__
+        names = set() if library else _global_names(function.__code__) & module.keys()
+        scope: dict[str, Any] = dict(module)
+        rebuilt = types.FunctionType(function.__code__, scope, function.__name__, None, cells)
+        rebuilt.__kwdefaults__ = {k: self.value(v, k) for k, v in (function.__kwdefaults__ or {}).items()} or None
+        self.memo[id(function)] = rebuilt  # before its contents, which may name the function itself
+        scope.update({n: self.value(module[n], n) for n in sorted(names)})
+        rebuilt.__defaults__ = tuple(self.value(v, "default") for v in function.__defaults__ or ()) or None
+        for cell, old, name in zip(cells, function.__closure__ or (), function.__code__.co_freevars, strict=True):
+            try:
+                cell.cell_contents = self.value(old.cell_contents, name)
+            except ValueError as e:
+                if isinstance(e, SpecError):
+                    raise  # anything else: the cell is empty, and stays so
+        return rebuilt
+
+
+def _global_names(code: types.CodeType) -> set[str]:
+    """Names that the code, and the code of functions defined inside, may look up as globals."""
+    inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
+    return set(code.co_names).union(*(_global_names(c) for c in inner))
+
+
+class ObjectProxy:
+    """A captured object (``self``, a configuration): its attributes and items, with stand-ins for the data."""
+
+    def __init__(self, target: Any, rebuild: _Rebuild):
+        object.__setattr__(self, "_target", target)
+        object.__setattr__(self, "_rebuild", rebuild)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """So that isinstance in the traced function says what it says of the object."""
+        return type(self._target)
+
+    def __getattr__(self, name: str) -> Any:
+        return self._rebuild.value(getattr(self._target, name), name)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._rebuild.value(self._target[key], f"item {key!r}")
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        method = type(self._target).__call__
+        if _is_library(getattr(method, "__module__", None)):  # torch.nn.Module: run its forward
+            method = type(self._target).forward
+        return self._rebuild.value(method, "__call__")(self, *args, **keywords)
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self._target == (other._target if type(other) is ObjectProxy else other))
+
+    def __hash__(self) -> int:
+        return hash(self._target)
+
+    def __contains__(self, item: object) -> bool:
+        return item in self._target
+
+    def __len__(self) -> int:
+        return len(self._target)
+
+    def __iter__(self) -> Any:
+        return (self._rebuild.value(item, "item") for item in self._target)
+
+    def __bool__(self) -> bool:
+        return bool(self._target)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise SpecError(f"{self._rebuild.argument}: a traced function may not set attributes (.{name})")
