@@ -3,9 +3,12 @@
 A file is named by a digest of what the code depends on: the kernel's configuration, the instruction set,
 llvmlite's version, and the sources of the generator itself, so an edited generator never finds an old
 object.  Each file begins with a digest of its contents; one that does not match is rebuilt.  Files appear
-by rename, so many processes can fill the cache at once.  Machine code that another user could have written
-is never run: a folder or file that is not ours alone to write is refused, with a warning, and the code is
-generated in memory.
+by rename, so many processes can fill the cache at once.
+
+Machine code that another user could have written is never run: the folder and the file are opened without
+following links, and what was opened is examined, so nothing can be swapped between the look and the read.
+A folder that is not fit is refused, with a warning; a folder that is read-only, full or missing costs time
+only.  Kept are the 512 objects last used, 20 to 60 KB each.
 """
 
 from __future__ import annotations
@@ -13,32 +16,58 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import os
 import stat
-import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from flashtile.errors import FlashtileError
+
+KEPT = 512
+
 _MAGIC = b"flashtile object 1\n"
+_HEAD = len(_MAGIC) + hashlib.sha256().digest_size
+_REMEDY = "set FLASHTILE_CACHE_DIR to a folder that only you can write, or chmod go-w"
+
+
+class _Refused(FlashtileError):
+    """The cache could hold code that another user wrote."""
 
 
 def directory() -> Path:
     """Where objects are kept: FLASHTILE_CACHE_DIR, else flashtile/ in the XDG cache folder."""
     if chosen := os.environ.get("FLASHTILE_CACHE_DIR"):
-        return Path(chosen)
+        return Path(os.path.abspath(os.path.expanduser(chosen)))
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path("~/.cache").expanduser()) / "flashtile"
+    if not os.path.isabs(base):  # the XDG specification ignores relative paths
+        base = os.path.expanduser("~/.cache")
+    if not os.path.isabs(base):  # a user without a home, as containers have them: no folder of this name exists
+        base = os.devnull
+    return Path(base) / "flashtile"
+
+
+def unavailable() -> str | None:
+    """Why objects are not kept; None if they are.  Makes the folder if there is none."""
+    try:
+        with _folder(directory(), create=True):
+            return None if os.access(directory(), os.W_OK) else "read-only"
+    except (OSError, _Refused) as e:
+        return str(e)
 
 
 @functools.cache
 def sources_digest() -> str:
     """Digest of every source file that takes part in generating code: this folder's and the score language's."""
-    here = Path(__file__).parent
-    files = sorted([*here.rglob("*.py"), *(here.parent.parent / "score").rglob("*.py")])
+    here = os.path.dirname(__file__)
+    root = os.path.dirname(os.path.dirname(here))
+    walks = itertools.chain(os.walk(here), os.walk(os.path.join(root, "score")))
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    for file in sorted(os.path.join(at, name) for at, _, names in walks for name in names if name.endswith(".py")):
+        with open(file, "rb") as source:
+            content = source.read()
+        digest.update(f"{os.path.relpath(file, root)}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
 
 
@@ -59,49 +88,113 @@ def rebuild(key: str, build: Callable[[], bytes]) -> bytes:
     return obj
 
 
-def _ours(path: Path) -> bool:
-    """Whether the file or folder belongs to us (or root) and no one else may write it."""
-    info = path.lstat()
-    if stat.S_ISLNK(info.st_mode):
-        return False
-    return info.st_uid in (os.geteuid(), 0) and not info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-
-
-def _refuse(path: Path) -> None:
-    warnings.warn(
-        f"flashtile's cache {path} can be written by another user (or is a link) and is not used; "
-        "set FLASHTILE_CACHE_DIR to a folder of your own, or chmod go-w",
-        RuntimeWarning,
-        stacklevel=6,
-    )
+# -- files ---------------------------------------------------------------------------------------------
 
 
 def _read(path: Path) -> bytes | None:
+    """The object in the file; None if there is none that is whole and ours."""
     try:
-        for part in (path.parent, path):
-            if not _ours(part):
-                _refuse(part)
-                return None
-        content = path.read_bytes()
+        with _folder(path.parent) as folder:
+            handle = os.open(path.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+            with os.fdopen(handle, "rb") as file:
+                _examine(path, os.fstat(handle), stat.S_ISREG)
+                content = file.read()
+                with contextlib.suppress(OSError):  # the time says what was used last; a read-only folder keeps none
+                    os.utime(handle)
+    except _Refused as e:
+        _warn(str(e))
+        return None
     except OSError:
         return None
-    head = len(_MAGIC) + hashlib.sha256().digest_size
-    obj = content[head:]
-    return obj if content[:head] == _MAGIC + hashlib.sha256(obj).digest() else None
+    obj = content[_HEAD:]
+    return obj if content[:_HEAD] == _header(obj) else None
 
 
 def _write(path: Path, obj: bytes) -> None:
-    """Keep the object; a cache that cannot be written (read-only, full, refused) costs time, nothing else."""
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not _ours(path.parent):
-            _refuse(path.parent)
-            return
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(_MAGIC + hashlib.sha256(obj).digest() + obj)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+    """Keep the object; where that is not possible, it is built again next time."""
+    try:
+        with _folder(path.parent, create=True) as folder:
+            temporary = f"{os.urandom(8).hex()}.tmp"
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+            handle = os.open(temporary, flags, 0o600, dir_fd=folder)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(_header(obj) + obj)
+                os.rename(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+            except BaseException:
+                os.unlink(temporary, dir_fd=folder)
+                raise
+            _prune(folder)
+    except _Refused as e:
+        _warn(str(e))
+    except OSError:
+        pass
+
+
+def _header(obj: bytes) -> bytes:
+    return _MAGIC + hashlib.sha256(obj).digest()
+
+
+def _prune(folder: int) -> None:
+    """Remove what was used least recently, down to the limit; files of writers that were killed go the same way."""
+    with os.scandir(folder) as entries:
+        files = [e for e in entries if e.name.endswith((".o", ".tmp"))]
+    if len(files) <= KEPT:
+        return
+    ages = []
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):  # another process prunes, too
+            ages.append((file.stat(follow_symlinks=False).st_mtime_ns, file.name))
+    for _, name in sorted(ages)[: len(ages) - KEPT]:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=folder)
+
+
+# -- who could have written it -----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _folder(path: Path, create: bool = False) -> Iterator[int]:
+    """A descriptor of the folder, which only we (or root) can write; _Refused or OSError if there is none."""
+    if create:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        if path.is_symlink():
+            raise _Refused(f"flashtile's cache {path} is a symbolic link and is not used; {_REMEDY}") from None
+        raise
+    try:
+        _examine(path, os.fstat(handle), stat.S_ISDIR)
+        _examine_parents(path)
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _examine(path: Path, info: os.stat_result, kind: Callable[[int], bool]) -> None:
+    """_Refused unless the file or folder is of this kind, belongs to us (or root) and no one else may write it."""
+    if info.st_uid not in (os.geteuid(), 0):
+        raise _Refused(f"flashtile's cache {path} belongs to another user and is not used; {_REMEDY}")
+    if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise _Refused(f"flashtile's cache {path} can be written by another user and is not used; {_REMEDY}")
+    if not kind(info.st_mode):
+        raise _Refused(f"flashtile's cache {path} is of an unexpected kind and is not used; {_REMEDY}")
+
+
+def _examine_parents(path: Path) -> None:
+    """_Refused if anyone could put another folder in this one's place: a parent that all may write, and not sticky.
+
+    Parents that a group may write pass: many systems give each user a group of their own.  What such a group
+    puts in our folder's place belongs to another user, which _examine refuses.
+    """
+    for parent in {*path.parents, *path.resolve().parents}:
+        mode = parent.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise _Refused(f"flashtile's cache is not used: its parent {parent} can be written by anyone; {_REMEDY}")
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    """Say it once in a process."""
+    warnings.warn(reason, RuntimeWarning, stacklevel=2)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import os
 import threading
 from collections.abc import Callable
 
@@ -20,7 +21,10 @@ from flashtile.errors import KernelError
 from flashtile.kernels.cpu import cache
 from flashtile.kernels.cpu.isa import ISA
 
-_lock = threading.Lock()
+# One thread at a time generates code: the second to want the same kernel then finds it on disk.  A fork waits for
+# the end of it, or the child would inherit LLVM half way, and a lock that no one releases.
+_lock = threading.RLock()
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 _serial = itertools.count()
 
 
@@ -55,12 +59,13 @@ def parse(text: str) -> llvm.ModuleRef:
 
 def assembly(text: str, isa: ISA) -> str:
     """The machine code as text, for tests that look for spills and for the curious."""
-    return target_machine(isa).emit_assembly(parse(text))
+    with _lock:
+        return target_machine(isa).emit_assembly(parse(text))
 
 
 def object_code(text: str, isa: ISA) -> bytes:
     """The machine code as a relocatable object file."""
-    with _lock:  # code generation is quick beside the harm that two generators in one LLVM context can do
+    with _lock:
         return target_machine(isa).emit_object(parse(text))
 
 
@@ -71,10 +76,13 @@ def _linker() -> llvm.LLJIT:
 
 
 class Library:
-    """Linked machine code; functions stay callable as long as this object lives."""
+    """Linked machine code; functions stay callable as long as this object lives.
+
+    The code stands alone: a symbol that it does not define itself is an error, not a call into the C library.
+    """
 
     def __init__(self, obj: bytes, exports: tuple[str, ...]):
-        builder = llvm.JITLibraryBuilder().add_object_img(obj).add_current_process()
+        builder = llvm.JITLibraryBuilder().add_object_img(obj)
         for name in exports:
             builder.export_symbol(name)
         with _lock:
@@ -98,9 +106,10 @@ def load(generate: Callable[[], str], key: str, isa: ISA, exports: tuple[str, ..
     ``key`` is everything the text depends on besides the generator's own sources (cache.py adds a digest of
     those), so a hit neither generates text nor starts LLVM's code generator.
     """
-    full_key = f"{key} {isa!r} llvmlite {llvmlite.__version__}"
-    obj = cache.fetch(full_key, lambda: object_code(generate(), isa))
-    try:
-        return Library(obj, exports)
-    except KernelError:  # a file whose digest is right but which this LLVM will not link: build it again
-        return Library(cache.rebuild(full_key, lambda: object_code(generate(), isa)), exports)
+    full_key = f"{key} {isa!r} {llvm.get_process_triple()} llvmlite {llvmlite.__version__}"
+    with _lock:
+        obj = cache.fetch(full_key, lambda: object_code(generate(), isa))
+        try:
+            return Library(obj, exports)
+        except KernelError:  # a file whose digest is right but which this LLVM will not link: build it again
+            return Library(cache.rebuild(full_key, lambda: object_code(generate(), isa)), exports)

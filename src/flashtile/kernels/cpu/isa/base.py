@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flashtile.kernels.cpu.ir import SIZES, Function, Value, like, vector
 
@@ -25,7 +25,7 @@ class ISA:
     arch: str = "x86_64"
     cpu: str = "x86-64"
     features: str = ""
-    needs: frozenset[str] = frozenset()
+    needs: frozenset[str] = field(default=frozenset(), repr=False)  # a set's order would change cache keys
     vector_bytes: int = 16
     vectors: int = 2
     rows: int = 4
