@@ -59,8 +59,6 @@ def dtype_of(dtype: object, argument: str = "dtype") -> DType:
         name = dtype.name
         if not dtype.isnative:
             raise wrong(argument, f"dtype {name} in foreign byte order ({dtype.str})", "this machine's byte order")
-    elif isinstance(dtype, str):
-        name = dtype
     elif isinstance(dtype, type):
         name = dtype.__name__  # np.float32, ml_dtypes.bfloat16
     else:

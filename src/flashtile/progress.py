@@ -24,7 +24,7 @@ def reporter(progress: Any) -> Report | None:
         return _bar()
     if not callable(progress):
         raise wrong("progress", repr(progress), "a function (done, total), True for a bar, or None")
-    return progress  # type: ignore[no-any-return]
+    return progress
 
 
 def _bar() -> Report:
