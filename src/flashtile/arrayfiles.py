@@ -1,0 +1,101 @@
+"""Arrays in .npy and .npz files, mapped into memory rather than read, so that they may be larger than it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flashtile.errors import wrong
+
+_LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member; at its end the lengths of the name and of the extra field
+_HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+def open_npy(path: Path) -> np.ndarray:
+    """Map an .npy file, read only. Raises: SpecError, naming the file, if it is not one that can be read."""
+    with _named(path, "a readable .npy file"):
+        return _with_bfloat16(np.lib.format.open_memmap(path, mode="r"), path)
+
+
+def open_npz(path: Path, names: tuple[str, ...]) -> list[np.ndarray]:
+    """Map the named arrays of an .npz file, read only; compressed ones are read.
+
+    Raises: SpecError, naming the file, if it is not one that can be read or lacks one of the arrays.
+    """
+    with _named(path, "a readable .npz file"), zipfile.ZipFile(path) as archive:
+        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        missing = [name for name in names if name not in members]
+        if missing:
+            raise wrong(str(path), f"arrays {', '.join(members) or 'none'}", f"also {', '.join(missing)}")
+        return [_with_bfloat16(_member(archive, members[name], path), path) for name in names]
+
+
+def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> np.ndarray:
+    with archive.open(info) as stream:
+        version = np.lib.format.read_magic(stream)
+        if info.compress_type != zipfile.ZIP_STORED or version not in _HEADER_READERS:
+            stream.seek(0)
+            return np.lib.format.read_array(stream, allow_pickle=False)
+        shape, by_columns, dtype = _HEADER_READERS[version](stream)
+        npy_header = stream.tell()
+    if dtype.hasobject:
+        raise wrong(f"{path}: {info.filename}", "Python objects", "numbers")
+    with path.open("rb") as file:
+        file.seek(info.header_offset)
+        lengths = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+    offset = info.header_offset + _LOCAL_HEADER.size + sum(lengths) + npy_header
+    return np.memmap(path, dtype, "r", offset, shape, "F" if by_columns else "C")
+
+
+def _with_bfloat16(array: np.ndarray, path: Path) -> np.ndarray:
+    """Two bytes without a type are how NumPy stores the bfloat16 of ml_dtypes."""
+    if array.dtype.str.lstrip("<|") != "V2":
+        return array
+    try:
+        from ml_dtypes import bfloat16
+    except ImportError as missing:
+        expected = "float64, float32 or float16; bfloat16 needs ml_dtypes (pip install ml_dtypes)"
+        raise wrong(str(path), "values of two bytes and no type", expected) from missing
+    return array.view(bfloat16)
+
+
+@contextlib.contextmanager
+def _named(path: Path, expected: str) -> Iterator[None]:
+    """Turn what reading a file may raise into a SpecError that names the file."""
+    try:
+        yield
+    except OSError as e:
+        raise wrong(str(path), (e.strerror or str(e)).lower(), expected) from e
+    except (zipfile.BadZipFile, EOFError, struct.error, RuntimeError) as e:
+        raise wrong(str(path), str(e), expected) from e
+    except ValueError as e:
+        if type(e) is not ValueError:  # a SpecError says what is wrong already
+            raise
+        raise wrong(str(path), str(e).splitlines()[0], expected) from e
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`, and put the file written there in its place, unless the block raises.
+
+    An output may therefore have the name of an input that is mapped: the input lives on until it is unmapped.
+    """
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def create_npy(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Create an .npy file and map it for writing."""
+    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)

@@ -1,0 +1,240 @@
+"""The command `flashtile`: demo, run, bench, explain, doctor. Each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+import flashtile
+from flashtile.errors import FlashtileError, KernelError, wrong
+
+OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0, 1 if a kernel failed, 2 for bad input, 130 after Ctrl-C.
+
+    Wrong options exit with code 2 through SystemExit, as argparse does.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        if getattr(options, "threads", None) is not None:
+            flashtile.set_num_threads(options.threads)
+        return int(options.command(options))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (FlashtileError, OSError, MemoryError) as e:
+        message = " ".join(str(e).split()) or type(e).__name__
+        print(f"flashtile {options.name}: error: {message}", file=sys.stderr)
+        return FAILED if isinstance(e, KernelError) else BAD_INPUT
+
+
+def demo(options: argparse.Namespace) -> int:
+    """Denoise a real photograph by exact non-local means: one attention call over all of its pixels."""
+    from flashtile import demo as denoising
+
+    size = None if options.full else denoising.SIZE if options.size is None else options.size
+    sigma = denoising.SIGMA if options.sigma is None else options.sigma
+    report = denoising.run(options.output, size=size, sigma=sigma, seed=options.seed, progress=not options.quiet)
+    print(report, end="")
+    print(f"{'written':<14} {', '.join(str(options.output / name) for name in denoising.FILES)}")
+    return OK
+
+
+def run(options: argparse.Namespace) -> int:
+    """Attention over arrays in files: q, k and v in one .npz, or in three .npy, mapped into memory."""
+    from flashtile import arrayfiles
+
+    output, lse_output = _outputs(options.output)
+    q, k, v = _inputs(options.inputs)
+    keywords = _keywords(options)
+    call = flashtile.explain(q, k, v, **keywords)  # validates: nothing is written for a call that cannot run
+    keywords.update(return_lse=True, progress=sys.stderr.isatty() and not options.quiet)
+    start = time.perf_counter()
+    with arrayfiles.replacing(output) as temporary:
+        if output.suffix == ".npz":
+            o, lse = flashtile.attention(q, k, v, **keywords)
+            np.savez(temporary, o=o, **({"lse": lse} if options.return_lse else {}))
+        else:
+            o = arrayfiles.create_npy(temporary, q.shape[:-1] + v.shape[-1:], q.dtype)
+            _, lse = flashtile.attention(q, k, v, out=o, **keywords)
+            if options.return_lse:
+                with arrayfiles.replacing(lse_output) as temporary_lse:
+                    np.save(temporary_lse, lse)
+    if not options.quiet:
+        seconds = time.perf_counter() - start
+        speed = f"{seconds:.3f} s with files, {call.flops / seconds / 1e9:.4g} GFLOP/s"
+        print(f"{output}: o {tuple(o.shape)} {o.dtype}, {speed}")
+    return OK
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Speed of this machine, beside NumPy and, where it is installed, PyTorch."""
+    from flashtile import bench as benchmark
+
+    shape = options.shape
+    if shape is not None and (len(shape) != 4 or 0 in shape):
+        raise wrong("--shape", ",".join(map(str, shape)), "four positive numbers B,H,S,D")
+    print(f"{flashtile.get_num_threads()} threads; each result checked, then medians of {benchmark.ROUNDS} rounds")
+    for line in benchmark.table(list(benchmark.CASES) if shape is None else benchmark.cases_of(shape)):
+        print(line, flush=True)
+    return OK
+
+
+def explain(options: argparse.Namespace) -> int:
+    """What a call would use, without running it: kernel, instruction set, tiles, coverage, FLOPs, scratch."""
+    q = options.shape
+    if not 2 <= len(q) <= 4:
+        raise wrong("--shape", ",".join(map(str, q)), "B,H,S,D or H,S,D or S,D")
+    if options.kv_heads is not None and len(q) == 2:
+        raise wrong("--kv-heads", options.kv_heads, "a --shape with heads: B,H,S,D or H,S,D")
+    heads = q[-3:-2] if options.kv_heads is None else (options.kv_heads,)
+    rows = q[-2] if options.s_kv is None else options.s_kv
+    kv = (*q[:-3], *heads, rows)
+    columns = q[-1] if options.d_v is None else options.d_v
+    print(flashtile.explain(q, (*kv, q[-1]), (*kv, columns), dtype=options.dtype, **_keywords(options)))
+    return OK
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """What this machine can run: every kernel, instruction set, engine and door, or why not."""
+    from flashtile import doctor as examination
+
+    print(examination.text())
+    return OK
+
+
+def _inputs(paths: list[Path]) -> list[np.ndarray]:
+    """q, k and v, mapped."""
+    from flashtile.arrayfiles import open_npy, open_npz
+
+    suffixes = [path.suffix for path in paths]
+    if suffixes == [".npz"]:
+        return open_npz(paths[0], ("q", "k", "v"))
+    if suffixes == [".npy"] * 3:
+        return [open_npy(path) for path in paths]
+    raise wrong("INPUT", " ".join(map(str, paths)), "one .npz with q, k and v, or three .npy files")
+
+
+def _outputs(output: Path) -> tuple[Path, Path]:
+    """Where o goes, and where lse goes if that is a file of its own."""
+    if output.suffix not in (".npy", ".npz"):
+        raise wrong("--output", output, "a name that ends in .npy or .npz")
+    if not output.parent.is_dir():
+        raise wrong("--output", output, f"a name in a folder that exists; {output.parent} does not")
+    return output, output.with_suffix(".lse.npy")
+
+
+def _keywords(options: argparse.Namespace) -> dict[str, Any]:
+    """The keywords of flashtile.attention that _add_attention_options offers."""
+    names = ("causal", "window", "align", "scale", "precision", "kernel", "engine")
+    keywords = {name: getattr(options, name) for name in names}
+    if keywords["window"] is not None:
+        keywords["window"] = tuple(keywords["window"])
+    return keywords
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line; --help has the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"{self.prog}: error: {message}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="flashtile", description="Exact flash attention on tiles.")
+    parser.add_argument("--version", action="version", version=f"flashtile {flashtile.__version__}")
+    commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
+
+    def add(command: Any) -> argparse.ArgumentParser:
+        summary = command.__doc__.strip()
+        sub = commands.add_parser(command.__name__, help=summary, description=summary)
+        sub.set_defaults(command=command)
+        return sub
+
+    _add_demo_options(add(demo))
+    _add_run_options(add(run))
+    sub = add(bench)
+    sub.add_argument("--shape", type=_numbers, metavar="B,H,S,D", help="measure every dtype at this shape instead")
+    _add_threads(sub)
+    _add_explain_options(add(explain))
+    add(doctor)
+    return parser
+
+
+def _add_demo_options(sub: argparse.ArgumentParser) -> None:
+    extent = sub.add_mutually_exclusive_group()
+    extent.add_argument("--size", type=int, metavar="N", help="crop of N x N pixels (default 352: 123,904 tokens)")
+    extent.add_argument("--full", action="store_true", help="the whole picture: 307,200 tokens, six times the work")
+    sub.add_argument("--sigma", type=float, help="standard deviation of the noise, where white is 1 (default 0.1)")
+    sub.add_argument("--seed", type=_natural, default=0, help="of the noise (default 0)")
+    sub.add_argument("-o", "--output", type=Path, default=Path("flashtile-demo"), help="folder (default %(default)s)")
+    sub.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    _add_threads(sub)
+
+
+def _add_run_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "inputs", nargs="+", type=Path, metavar="INPUT", help="one .npz with arrays q, k, v; or q.npy k.npy v.npy"
+    )
+    sub.add_argument("-o", "--output", type=Path, required=True, help="OUT.npy, or OUT.npz with the array o")
+    sub.add_argument("--return-lse", action="store_true", help="also write lse: into OUT.npz, or to OUT.lse.npy")
+    sub.add_argument("-q", "--quiet", action="store_true", help="no progress bar, no summary")
+    _add_attention_options(sub)
+    _add_threads(sub)
+
+
+def _add_explain_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--shape", type=_numbers, required=True, metavar="B,H,S,D", help="of q; also H,S,D or S,D")
+    sub.add_argument("--s-kv", type=_natural, metavar="N", help="keys (default: as many as queries)")
+    sub.add_argument("--kv-heads", type=_natural, metavar="N", help="heads of k and v (default: as many as of q)")
+    sub.add_argument("--d-v", type=_natural, metavar="N", help="head size of v (default: as of q)")
+    sub.add_argument("--dtype", default="float32", help="float64, float32 (default), float16 or bfloat16")
+    _add_attention_options(sub)
+    _add_threads(sub)
+
+
+def _add_attention_options(sub: argparse.ArgumentParser) -> None:
+    group = sub.add_argument_group("attention", "as the keywords of flashtile.attention")
+    group.add_argument("--causal", action="store_true")
+    group.add_argument("--window", type=int, nargs=2, metavar=("LEFT", "RIGHT"), help="-1 is open on that side")
+    group.add_argument("--align", type=_align, help="top_left, bottom_right or an integer")
+    group.add_argument("--scale", type=float, help="default 1 / sqrt(D)")
+    group.add_argument("--precision", default="ieee", help="of float32 inputs: ieee (default), tf32, bf16, fp16")
+    group.add_argument("--kernel", default="auto")
+    group.add_argument("--engine", default="auto")
+
+
+def _add_threads(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--threads", type=_threads, metavar="N", help="default: the CPUs that this process may use")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected numbers with commas, as 1,8,4096,64")
+    return tuple(map(int, parts))
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 0")
+    return int(text)
+
+
+def _threads(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a positive integer")
+    return int(text)
+
+
+def _align(text: str) -> str | int:
+    try:
+        return int(text)
+    except ValueError:
+        return text

@@ -1,0 +1,94 @@
+"""`flashtile doctor`: what this machine can run, and why not the rest."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import importlib.util
+import platform
+import sys
+from pathlib import Path
+
+import flashtile
+from flashtile import engines, kernels
+from flashtile.errors import FlashtileError
+from flashtile.kernels.cpu import cache, isa
+from flashtile.threads import get_num_threads
+
+Row = tuple[str, str, bool, str]  # room, name, available, why not (or a remark)
+
+_PACKAGES = ("numpy", "llvmlite", "ml_dtypes", "torch", "jax", "matplotlib", "tqdm")
+
+
+def survey() -> list[Row]:
+    """Every kernel, instruction set, engine and door: (room, name, available, why not, or a remark)."""
+    return [*kernels.survey(), *_isas(), *engines.survey(), *_doors()]
+
+
+def text() -> str:
+    """The survey with the machine, the versions, the threads and the cache, for reading."""
+    facts = [
+        ("flashtile", f"{flashtile.__version__} in {Path(flashtile.__file__).parent}"),
+        ("python", f"{platform.python_version()}, {platform.python_implementation()}, {sys.executable}"),
+        ("machine", f"{platform.system()} {platform.machine()}"),
+        ("packages", ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)),
+        ("threads", str(get_num_threads())),
+        ("cache", _cache()),
+    ]
+    lines = [f"{name:<10} {value}" for name, value in facts] + [""]
+    for room, name, available, remark in survey():
+        state = ("" if available else "not ") + "available" + (f": {remark}" if remark else "")
+        lines.append(f"{room:<10} {name:<22} {state}")
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "-"
+
+
+def _cache() -> str:
+    folder = cache.directory()
+    try:
+        sizes = [file.stat().st_size for file in folder.glob("*.o")]
+    except OSError as e:
+        return f"{folder}: {e.strerror}"
+    return f"{folder}: {len(sizes)} kernels, {sum(sizes) / 1e6:.1f} MB"
+
+
+def _isas() -> list[Row]:
+    try:
+        chosen = isa.current().name
+    except FlashtileError:  # the survey of the kernels says why
+        chosen = ""
+    rows = []
+    for name, machine in isa.known().items():
+        reason = isa.unavailable(machine)
+        rows.append(("isa", name, reason is None, reason or ("in use" if name == chosen else "")))
+    return rows
+
+
+def _doors() -> list[Row]:
+    """The modules beside api.py whose docstring begins "The door for". They are read, not imported: a door imports
+    the package that it is for."""
+    rows = []
+    for file in sorted(Path(flashtile.__file__).parent.glob("*.py")):
+        tree = ast.parse(file.read_bytes())
+        if (ast.get_docstring(tree) or "").startswith("The door for"):
+            missing = sorted(name for name in _imports(tree) if importlib.util.find_spec(name) is None)
+            reason = f"{', '.join(missing)} not installed" if missing else ""
+            rows.append(("door", f"flashtile.{file.stem}", not missing, reason))
+    return rows
+
+
+def _imports(tree: ast.Module) -> set[str]:
+    """The packages that a module imports when it is imported itself."""
+    names: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            names.update(alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.partition(".")[0])
+    return names
