@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import signal
 import sys
 from pathlib import Path
 
@@ -75,6 +76,7 @@ def run_short(options: argparse.Namespace, lines: list[str]) -> list[report.Verd
 def main(arguments: list[str] | None = None) -> int:
     """Run the chosen parts. A missed target is reported, not an error; a wrong result of flashtile's own is."""
     options = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the stopped processes of the peers would stay behind
     options.output.mkdir(parents=True, exist_ok=True)
     lines = heading(options)
     print(*lines, sep="\n")

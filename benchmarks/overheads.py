@@ -48,17 +48,8 @@ def tiny_call(threads: int) -> list[Verdict]:
         found = run_snippet("tiny_call", door, threads=threads)
         target = TINY_TARGET if door.startswith("flashtile") else None
         note = found.get("error", "for comparison" if target is None else "")
-        value = found.get("microseconds")
-        verdicts.append(
-            Verdict(
-                "tiny call",
-                f"us, {door.replace('scaled_dot_product_attention', 'sdpa')}",
-                value,
-                target,
-                note,
-                at_most=True,
-            )
-        )
+        measure = f"us, {door.replace('scaled_dot_product_attention', 'sdpa')}"
+        verdicts.append(Verdict("tiny call", measure, found.get("microseconds"), target, note, at_most=True))
     return verdicts
 
 

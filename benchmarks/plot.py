@@ -23,6 +23,7 @@ def draw(path: Path, results: Sequence[CaseResult], peers: Sequence[str], thread
     _draw_ratios(left, results, peers, threads, rows)
     _draw_shares(right, results, threads, rows)
     left.set_yticks(list(rows.values()), [f"{r.case.name}  {r.case.shape}" for r in results], fontsize=8)
+    figure.legend(loc="outside lower center", ncols=len(peers) + 1, fontsize=8)
     figure.suptitle("\n".join(heading), fontsize=8)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
@@ -44,9 +45,8 @@ def _draw_ratios(axes, results, peers, threads, rows) -> None:  # type: ignore[n
     axes.set_xscale("log")
     axes.set_xticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "1", "2", "5", "10", "20", "50"])
     axes.minorticks_off()
-    axes.set_xlabel(f"peer's time / flashtile's, {threads} threads (right of 1: flashtile is faster)")
+    axes.set_xlabel(f"peer's time / flashtile's, {threads} threads (right of 1: flashtile is faster)", fontsize=9)
     axes.grid(axis="both", linewidth=0.3)
-    axes.legend(fontsize=7, loc="lower right")
 
 
 def _draw_shares(axes, results, threads, rows) -> None:  # type: ignore[no-untyped-def]
@@ -57,5 +57,5 @@ def _draw_shares(axes, results, threads, rows) -> None:  # type: ignore[no-untyp
                 if verdict.target:
                     axes.scatter(verdict.target, rows[result.case.name], marker="|", color="black", s=160, zorder=3)
     axes.set_xlim(0, 110)
-    axes.set_xlabel("flashtile, % of the peak of one core (dark), of read bandwidth (light)")
+    axes.set_xlabel("flashtile: % of one core's peak (dark), of bandwidth (light)", fontsize=9)
     axes.grid(axis="x", linewidth=0.3)

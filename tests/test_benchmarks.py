@@ -158,11 +158,11 @@ def test_flops_and_mask_against_brute_force(case):
     assert case.flops == 4 * case.batch * case.heads * pairs * case.head_size
 
 
-@pytest.mark.parametrize("dtype", ["f64", "f32", "f16", "bf16"])
-def test_inputs_survive_their_files_and_are_not_degenerate(tmp_path, dtype):
-    if dtype == "bf16":
+@pytest.mark.parametrize("element", ["f64", "f32", "f16", "bf16"])
+def test_inputs_survive_their_files_and_are_not_degenerate(tmp_path, element):
+    if element == "bf16":
         pytest.importorskip("ml_dtypes")
-    case = dataclasses.replace(TINY, dtype=dtype)
+    case = dataclasses.replace(TINY, dtype=element)
     arrays = make_inputs(case)
     save_inputs(tmp_path, case, arrays)
     for made, loaded in zip(arrays, load_inputs(tmp_path, case), strict=True):
