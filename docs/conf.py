@@ -12,9 +12,11 @@ release = importlib.metadata.version("flashtile")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["width.css"]
 html_title = f"flashtile {release}"
 exclude_patterns = ["_build"]
-myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
@@ -22,27 +24,28 @@ autodoc_typehints = "none"
 default_role = "code"
 
 HEADING = re.compile(r"(Shapes|Units|Options|Returns|Numerics|Memory|Threads|Errors|Raises|Source):\s+(?=\S)")
+OPTION = re.compile(r"(\w+(?:, \w+)*) +(.*)")
 
 
 def headings_to_fields(app, what, name, obj, options, lines):
-    """Make the headings of our docstrings (see CONTRIBUTING.md) a list of fields, each on a line of its own.
-
-    What hangs below a heading keeps its lines where they are a table, as in Options, and flows elsewhere.
-    """
+    """Make the headings of our docstrings (see CONTRIBUTING.md) a list of fields, and Options a list in its own."""
     result: list[str] = []
-    table: int | None = None  # the column at which the lines of a table begin
+    column = 0  # at which the text of the current field began; 0 outside of fields
+    listed = False  # the field is Options
     for line in lines:
         if heading := HEADING.match(line):
-            table = heading.end() if heading[1] == "Options" else None
-            first = line[heading.end() :]
-            if result and result[-1] and not result[-1].startswith((":", " ")):
+            if not column and result and result[-1]:
                 result.append("")
-            result += [f":{heading[1]}:", *(["  ::", "", f"    {first}"] if table else [f"  {first}"])]
-        elif table and line.startswith(" " * table):
-            result.append(" " * 4 + line[table:])
+            column, listed = heading.end(), heading[1] == "Options"
+            result.append(f":{heading[1]}:")
+            line = " " * column + line[column:]
+        if not line.startswith(" "):
+            column = 0
+            result.append(line)
+        elif listed and line[column : column + 1].strip() and (option := OPTION.match(line[column:])):
+            result.append(f"  * `{option[1]}` {option[2]}")
         else:
-            in_field = line.startswith(" ") and result and result[-1].startswith("  ") and not table
-            result.append(f"  {line.strip()}" if in_field else line)
+            result.append((" " * (4 if listed else 2) + line.strip()) if column else line)
     lines[:] = result
 
 
