@@ -22,6 +22,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 
 default_role = "code"
+smartquotes = False
 
 HEADING = re.compile(r"(Shapes|Units|Options|Returns|Numerics|Memory|Threads|Errors|Raises|Source):\s+(?=\S)")
 OPTION = re.compile(r"(\w+(?:, \w+)*) +(.*)")
