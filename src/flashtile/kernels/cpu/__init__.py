@@ -102,7 +102,7 @@ class Forward:
 
     def pack(self, q: int, k: int, v: int, o: int, lse: int, offsets: int) -> bytes:
         """The parameter block of one call."""
-        return params.pack_addresses(q, k, v, o, lse, offsets) + self._tail
+        return params.pack_addresses(q, k, v, o, lse, offsets, 0, 0, 0, 0) + self._tail
 
 
 def _sizes(c: Config, spec: AttentionSpec, plan: Plan, layout: Layout) -> dict[str, int]:
@@ -129,6 +129,7 @@ def _sizes(c: Config, spec: AttentionSpec, plan: Plan, layout: Layout) -> dict[s
         "o_split": 0,
         "lse_split": 0,
         "carry": 0,
+        **dict.fromkeys(("segment_b", "segment_h", "sink_b", "sink_h"), 0),
         "offset": _bounded(spec.offset or 0),
         "left": params.OPEN if left is None else _bounded(left),
         "right": params.OPEN if right is None else _bounded(right),

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from flashtile.kernels.cpu.ir import SIZES, vector
 from flashtile.kernels.cpu.isa import ISA
+
+if TYPE_CHECKING:
+    from flashtile.score.capture import Slot
+    from flashtile.score.expr import Expr
+
+
+@dataclass(frozen=True)
+class Code:
+    """A score program as the generators see it; two are equal when their structure is."""
+
+    structure: str
+    score: Expr | None = field(compare=False, repr=False)
+    mask: Expr | None = field(compare=False, repr=False)
+    slots: tuple[Slot, ...] = field(compare=False, repr=False)
+    dense: tuple[Expr, ...] = field(compare=False, repr=False)  # loads that are read by tiles (dense.py)
 
 
 @dataclass(frozen=True)
@@ -17,6 +33,7 @@ class Config:
     key_block   keys whose scores are held at a time: 128 rows of scores fit the first-level cache
     unroll      contraction steps emitted per loop iteration
     partial     attend a part of the keys: outputs and lse in the accumulator's type, to be merged or carried on
+    code        the score program, if there is one
     """
 
     isa: ISA
@@ -25,6 +42,17 @@ class Config:
     key_block: int = 128
     unroll: int = 2
     partial: bool = False
+    code: Code | None = None
+
+    @property
+    def masked(self) -> bool:
+        """The program hides keys: which, the plan's segments say, and in part tiles its mask."""
+        return self.code is not None and self.code.mask is not None
+
+    @property
+    def scored(self) -> bool:
+        """The program changes scores, so they are scaled before it sees them."""
+        return self.code is not None and self.code.score is not None
 
     @property
     def acc(self) -> str:

@@ -32,13 +32,14 @@ def emit_store_outputs(module: Module, c: Config) -> str:
     """A function that writes a panel's normalised outputs, row-major, and its lse; its name.
 
     Arguments: outputs (transposed, not normalised), state (maximum, sum), outputs in memory, bytes between rows,
-    bytes between elements, rows there are, elements, lse in memory (or null), factor from raw scores to nats.
+    bytes between elements, rows there are, elements, lse in memory (or null), factor from raw scores to nats,
+    sink (a logit that joins the sum only; -inf: none).
     """
     f = Function(module, "store_outputs", "void",
-                 ["ptr", "ptr", "ptr", "i64", "i64", "i64", "i64", "ptr", c.acc], internal=True,
-                 names=["o", "state", "out", "stride", "step", "rows", "size", "lse", "nats"])  # fmt: skip
-    o, state, out, stride, step, rows, size, lse, nats = f.args
-    _reciprocal_and_lse(f, c, state, nats)  # state now holds 1 / sum, then lse
+                 ["ptr", "ptr", "ptr", "i64", "i64", "i64", "i64", "ptr", c.acc, c.acc], internal=True,
+                 names=["o", "state", "out", "stride", "step", "rows", "size", "lse", "nats", "sink"])  # fmt: skip
+    o, state, out, stride, step, rows, size, lse, nats, sink = f.args
+    _reciprocal_and_lse(f, c, state, nats, sink)  # state now holds 1 / sum, then lse
     n = c.lanes
     # Squares of lanes x lanes go through registers; what is left over goes one by one.
     whole_rows = rows // n * n
@@ -68,17 +69,26 @@ def emit_store_outputs(module: Module, c: Config) -> str:
     return f.name
 
 
-def _reciprocal_and_lse(f: Function, c: Config, state: Value, nats: Value) -> None:
-    """(maximum, sum) in place to (1 / sum, lse); a row that saw no key: (0, -inf).
+def _reciprocal_and_lse(f: Function, c: Config, state: Value, nats: Value, sink: Value) -> None:
+    """(maximum, sum) in place to (1 / sum, lse); a row that saw no key: (0, -inf), or (0, sink).
 
-    The sum compares unequal to 0 when it is NaN, so a poisoned row stays NaN.
+    The sum compares unequal to 0 when it is NaN, so a poisoned row stays NaN.  Without a sink the larger
+    maximum is the row's own, its weight exp(0) is exactly 1, and nothing changes.
     """
+    nothing, sinks = f.const(c.vector, -math.inf), f.splat(sink, c.lanes)
+
+    def exp(x: Value) -> Value:
+        return vmath.exp2(f, c.isa, x * (1 / math.log(2)), nonpositive=True)
+
     with f.range(0, c.panel * c.size, c.register) as at:
-        top = f.load(c.vector, state + at, align=c.register)
+        top = f.load(c.vector, state + at, align=c.register) * f.splat(nats, c.lanes)
         total = f.load(c.vector, state + (at + c.line), align=c.register)
+        highest = f.maximum(sinks, top)
+        reference = f.select(highest.eq(-math.inf), f.const(c.vector, 0.0), highest)
+        own = exp(top - reference)
+        total = c.isa.multiply_add(f, total, own, exp(sinks - reference))
         seen = total.ne(0.0)
-        inverse = f.select(seen, 1.0 / total, f.const(c.vector, 0.0))
+        inverse = f.select(seen, own / total, f.const(c.vector, 0.0))
         log = vmath.log2(f, c.isa, f.select(seen, total, f.const(c.vector, 1.0))) * math.log(2)
-        lse = c.isa.multiply_add(f, top, f.splat(nats, c.lanes), log)
         f.store(inverse, state + at, align=c.register)
-        f.store(f.select(seen, lse, f.const(c.vector, -math.inf)), state + (at + c.line), align=c.register)
+        f.store(f.select(seen, reference + log, nothing), state + (at + c.line), align=c.register)

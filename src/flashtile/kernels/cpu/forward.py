@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from flashtile.kernels.cpu import params
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.containment import emit_add_nonfinite, emit_collect_nonfinite, emit_scan_values
+from flashtile.kernels.cpu.dense import emit_dense
 from flashtile.kernels.cpu.finish import emit_load_state, emit_store_outputs
 from flashtile.kernels.cpu.ir import Function, Module, Value
 from flashtile.kernels.cpu.pack import emit_load_queries, emit_pack_keys, emit_pack_values
@@ -23,6 +24,7 @@ from flashtile.kernels.cpu.panel import PANEL_ARGUMENTS, emit_panel
 from flashtile.kernels.cpu.scores import FAR
 
 EXPORTS = ("forward",)
+SEGMENT = 4  # words of a segment: keys some_from, some_to, all_from, all_to
 
 
 def forward_text(c: Config) -> str:
@@ -33,6 +35,20 @@ def forward_text(c: Config) -> str:
     module = Module()
     _Forward(module, c).emit()
     return module.text()
+
+
+@dataclass
+class _Item:
+    """A work item: its rows from ``first`` on, K and V of its head, and the keys it may look at."""
+
+    b: Value
+    h: Value
+    first: Value
+    rows: Value
+    k: Value
+    v: Value
+    first_key: Value
+    last_key: Value
 
 
 @dataclass
@@ -65,7 +81,8 @@ class _Forward:
             self.helpers["load_outputs"] = emit_load_queries(module, c.output, "load_outputs")
             self.helpers["load_state"] = emit_load_state(module, c)
         containment = emit_collect_nonfinite(module, c), emit_add_nonfinite(module, c)
-        self.panels = [emit_panel(module, c, n + 1, *containment) for n in range(c.isa.vectors)]
+        dense = [emit_dense(module, c, n) for n in range(len(c.code.dense) if c.code else 0)]
+        self.panels = [emit_panel(module, c, n + 1, *containment, dense) for n in range(c.isa.vectors)]
         self.f = Function(module, "forward", "i32", ["ptr", "i64", "i64", "ptr"],
                           names=["params", "begin", "end", "scratch"])  # fmt: skip
         self.scratch = self.f.args[3]
@@ -75,7 +92,8 @@ class _Forward:
         types = {**dict.fromkeys(params.ADDRESSES, "ptr"), **dict.fromkeys(params.REALS, "double")}
         self.p = {name: f.load(types.get(name, "i64"), block + 8 * i) for name, i in params.INDEX.items()}
         for name in params.REALS:
-            self.p[name] = f.cast("fptrunc", self.p[name], self.c.acc)
+            if name != "scale":  # the score program's frame takes it as it is
+                self.p[name] = f.cast("fptrunc", self.p[name], self.c.acc)
         with f.range(begin, end) as item:
             self._item(item)
         f.ret(f.const("i32", 0))
@@ -106,15 +124,104 @@ class _Forward:
         o, lse = at("o", h, first), self._advance(p["lse"], head * p["q_len"] + first)
         if c.partial:
             o, lse = o + split * p["o_split"], lse + split * p["lse_split"]
-        low, high = self._band(b, first)
         self._start(at("q", h, first), o, lse, rows)
-        start = f.maximum(low, first_key)
-        stop = f.minimum(high + rows, last_key)
+        if c.code:
+            self._frame(b, h)
+        if c.masked:
+            self._walk_segments(_Item(b, h, first, rows, k, v, first_key, last_key))
+        else:
+            self._walk_band(_Item(b, h, first, rows, k, v, first_key, last_key))
+        sink = self._sink(b, h)
+        self._finish(o, lse, rows, sink)
+
+    def _walk_band(self, item: _Item) -> None:
+        """Every key block between the first key that the first row sees and the last that the last row sees."""
+        f, c = self.f, self.c
+        low, high = self._band(item.b, item.first)
+        start = f.maximum(low, item.first_key)
+        stop = f.minimum(high + item.rows, item.last_key)
         with f.range(start // c.key_block * c.key_block, stop, c.key_block) as begin:
-            block = self._block(f.maximum(begin, first_key), f.minimum(begin + c.key_block, stop), k, v)
-            with f.range(0, rows, c.panel) as panel:
-                self._attend(panel, f.minimum(rows - panel, c.panel), low + panel, high + panel, block)
-        self._finish(o, lse, rows)
+            block = self._block(f.maximum(begin, item.first_key), f.minimum(begin + c.key_block, stop), item)
+            with f.range(0, item.rows, c.panel) as panel:
+                rows = f.minimum(item.rows - panel, c.panel)
+                self._attend(item, panel, block, *self._band_keys(low + panel, high + panel, rows, block))
+
+    def _walk_segments(self, item: _Item) -> None:
+        """The key blocks that the plan's segments name (plan/segments.py), skipping those that no panel sees.
+
+        Each panel has a cursor into its segments.  While it does one block, the item notes where the next one
+        begins: the least of where its panels go on.
+        """
+        f, p, c = self.f, self.p, self.c
+        cursors = self.scratch + p["at_cursor"]
+        next_key = cursors + (item.rows + (c.panel - 1)) // c.panel * 8
+        table = p["rows"] + (item.b * p["segment_b"] + item.h * p["segment_h"] + item.first // c.panel) * 8
+        f.store(item.last_key, next_key)
+        with f.range(0, item.rows, c.panel) as panel:
+            at = panel // c.panel * 8
+            first = f.load("i64", table + at)
+            f.store(self._skip(first, f.load("i64", table + at + 8), item.first_key, next_key), cursors + at)
+
+        def one_block(keys: list[Value]) -> list[Value]:
+            key = f.maximum(keys[0], item.first_key)
+            stop = f.minimum(key // c.key_block * c.key_block + c.key_block, item.last_key)
+            block = self._block(f.maximum(key // c.key_block * c.key_block, item.first_key), stop, item)
+            f.store(item.last_key, next_key)
+            with f.range(0, item.rows, c.panel) as panel:
+                at = panel // c.panel * 8
+                cursor, end = f.load("i64", cursors + at), f.load("i64", table + at + 8)
+                with f.when(cursor < end):
+                    self._attend(item, panel, block, *self._segment_keys(cursor, block))
+                    f.store(self._skip(cursor, end, stop, next_key), cursors + at)
+            return [f.load("i64", next_key)]
+
+        f.repeat([f.load("i64", next_key)], lambda keys: keys[0] < item.last_key, one_block)
+
+    def _segment(self, cursor: Value, field: int) -> Value:
+        return self.f.load("i64", self.p["segments"] + cursor * (8 * SEGMENT) + 8 * field)
+
+    def _skip(self, cursor: Value, end: Value, key: Value, next_key: Value) -> Value:
+        """The first segment from the cursor on that reaches beyond the key; notes where it goes on."""
+        f = self.f
+
+        def behind(cursors: list[Value]) -> Value:
+            # Past the last segment there is nothing to load: the first one stands in.
+            at = f.select(cursors[0] < end, cursors[0], 0)
+            inside = f.select(cursors[0] < end, f.const("i64", 1), 0).ne(0)
+            return inside & (self._segment(at, 1) <= key)
+
+        cursor = f.repeat([cursor], behind, lambda cursors: [cursors[0] + 1])[0]
+        with f.when(cursor < end):
+            begins = f.maximum(self._segment(cursor, 0), key)
+            f.store(f.minimum(f.load("i64", next_key), begins), next_key)
+        return cursor
+
+    def _segment_keys(self, cursor: Value, block: _Block) -> list[Value]:
+        """A segment's keys that lie in the block, as ``_attend`` takes them."""
+        f, size = self.f, block.stop - block.start
+        some_from, some_to, all_from, all_to = (self._segment(cursor, n) - block.start for n in range(SEGMENT))
+        zero = f.const("i32", 0)
+        return [f.maximum(some_from, 0), f.minimum(some_to, size), f.maximum(all_from, 0), f.minimum(all_to, size),
+                zero, zero]  # fmt: skip
+
+    def _frame(self, b: Value, h: Value) -> None:
+        """What the score program needs of this head, for every tile."""
+        f, p = self.f, self.p
+        dense = self.scratch + p["at_dense"]
+        fields = {"captures": p["captures"], "b": b, "h": h, "last_row": p["q_len"] - 1, "last_key": p["kv_len"] - 1,
+                  "scale": p["scale"], "dense": dense}  # fmt: skip
+        for name, value in fields.items():
+            f.store(value, self._frame_at(name))
+
+    def _frame_at(self, name: str) -> Value:
+        return self.scratch + (params.Scratch(self.c).frame + 8 * params.FRAME.index(name))
+
+    def _sink(self, b: Value, h: Value) -> Value:
+        """The head's sink; -inf if there is none."""
+        f, p = self.f, self.p
+        none = f.const(self.c.acc, -math.inf)
+        at = p["sinks"] + b * p["sink_b"] + h * p["sink_h"]
+        return f.value_when(f.is_null(p["sinks"]).eq(0), lambda: f.load(self.c.acc, at), none)
 
     def _band(self, b: Value, row: Value) -> tuple[Value, Value]:
         """The first and the last key that a row sees."""
@@ -159,13 +266,13 @@ class _Forward:
                                outputs, f.const(c.acc, 1.0))  # fmt: skip
                     self._call("load_state", "void", state, lse + panel * c.size, here, p["lse_scale"])
 
-    def _block(self, start: Value, stop: Value, k: Value, v: Value) -> _Block:
+    def _block(self, start: Value, stop: Value, item: _Item) -> _Block:
         """K and V of the keys [start, stop): as they lie, or converted into scratch.
 
         Score tiles read whole: keys whose last tile would reach beyond the end of K are copied, too.
         """
         f, p = self.f, self.p
-        k, v, keys = k + start * p["k_s"], v + start * p["v_s"], stop - start
+        k, v, keys = item.k + start * p["k_s"], item.v + start * p["v_s"], stop - start
         packed_k, packed_v = self.scratch + p["at_k"], self.scratch + p["at_v"]
         whole = start + (keys + (self.c.rows - 1)) // self.c.rows * self.c.rows
         pack_k, pack_v = p["pack_k"].ne(0) | (whole > p["kv_len"]), p["pack_v"].ne(0)
@@ -186,27 +293,37 @@ class _Forward:
         return _Block(start, stop, f.select(pack_k, packed_k, k), f.select(pack_k, p["k_row"], p["k_s"]),
                       f.select(copied, packed_v, v), f.select(copied, p["v_row"], p["v_s"]), v, bad)  # fmt: skip
 
-    def _attend(self, panel: Value, rows: Value, low: Value, high: Value, block: _Block) -> None:
-        """One panel against one key block: which of its keys any row sees, and which all rows see.
+    def _band_keys(self, low: Value, high: Value, rows: Value, block: _Block) -> list[Value]:
+        """Which keys of a block the band shows a panel whose first row sees low ... high, as ``_attend`` takes them.
 
-        ``low`` and ``high`` are the first and last key that the panel's first row sees; row i sees i further.
-        Counts are relative to the block's start; the first is cut down to a whole tile, so that pairs of keys
-        stay together.
+        Row i sees i further.  The first key is cut down to a whole tile, so that pairs of keys stay together.
         """
-        f, p, c = self.f, self.p, self.c
-        keys = block.stop - block.start
+        f, c = self.f, self.c
         some_from = f.maximum(low - block.start, 0) // c.rows * c.rows
-        some_to = f.minimum(high + rows - block.start, keys)
+        some_to = f.minimum(high + rows - block.start, block.stop - block.start)
         all_from = f.maximum(low + rows - 1 - block.start, some_from)
         all_to = f.minimum(high + 1 - block.start, some_to)
-        queries, outputs, state = self._areas(panel)
         near = [f.cast("trunc", f.clamp(x - block.start, -FAR // 2, FAR // 2), "i32") for x in (high, low)]
+        return [some_from, some_to, all_from, all_to, *near]
+
+    def _attend(self, item: _Item, panel: Value, block: _Block, *keys: Value) -> None:
+        """One panel against one key block.
+
+        ``keys``, counted from the block's start: [some_from, some_to) that some row sees, [all_from, all_to) that
+        all rows see, and the last and the first key that the panel's first row sees (a band's).
+        """
+        f, p, c = self.f, self.p, self.c
+        names = ("some_from", "some_to", "all_from", "all_to", "above", "below")
+        rows = f.minimum(item.rows - panel, c.panel)
+        if c.code:
+            f.store(item.first + panel, self._frame_at("row"))
+            f.store(block.start, self._frame_at("block"))
+        queries, outputs, state = self._areas(panel)
         values = {
             "scratch": self.scratch, "q": queries, "o": outputs, "state": state,
             "k": block.k, "k_stride": block.k_stride, "v": block.v, "v_stride": block.v_stride,
             "words": p["key_words"], "columns": p["value_columns"],
-            "some_from": some_from, "some_to": some_to, "all_from": all_from, "all_to": all_to,
-            "above": near[0], "below": near[1], "bad": block.bad, "raw": block.raw, "raw_stride": p["v_s"],
+            **dict(zip(names, keys, strict=True)), "rows": rows, "dense": p["at_dense"], "bad": block.bad, "raw": block.raw, "raw_stride": p["v_s"],
             "raw_step": p["v_d"], "size": p["value_size"], "extra": self.scratch + p["at_extra"],
             "c_high": p["c_high"], "c_low": p["c_low"],
         }  # fmt: skip
@@ -220,13 +337,13 @@ class _Forward:
             else:
                 f.either(count.eq(n), lambda: f.call(self.panels[n - 1], "void", args), lambda: dispatch(n - 1))
 
-        with f.when(some_from < some_to):
+        with f.when(keys[0] < keys[1]):
             dispatch(c.isa.vectors)
 
-    def _finish(self, o: Value, lse: Value, rows: Value) -> None:
+    def _finish(self, o: Value, lse: Value, rows: Value, sink: Value) -> None:
         f, p, c = self.f, self.p, self.c
         with f.range(0, rows, c.panel) as panel:
             _, outputs, state = self._areas(panel)
             here = f.minimum(rows - panel, c.panel)
             self._call("store_outputs", "void", outputs, state, o + panel * p["o_s"], p["o_s"], p["o_d"], here,
-                       p["value_size"], self._advance(lse, panel), p["lse_scale"])  # fmt: skip
+                       p["value_size"], self._advance(lse, panel), p["lse_scale"], sink)  # fmt: skip

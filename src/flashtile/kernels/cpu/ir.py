@@ -344,18 +344,32 @@ class Function:
         self._block = name
 
     def fold(self, start: Value | int, stop: Value | int, step: int, carry: Sequence[Value],
-             body: Callable[[Value, list[Value]], Sequence[Value] | None]) -> list[Value]:  # fmt: skip
+             body: Callable[[Value, list[Value]], Sequence[Value]]) -> list[Value]:  # fmt: skip
         """for i in range(start, stop, step): carry = body(i, carry); returns the last carry."""
-        loop = _Loop(self, start, stop, step, carry)
-        loop.close(list(body(loop.index, loop.carry) or []))
-        return loop.carry
+        loop = _Loop(self, [self._index(start), *carry])
+        loop.enter(loop.phis[0] < self._index(stop))
+        following = body(loop.phis[0], loop.phis[1:])
+        loop.close([loop.phis[0] + step, *following])
+        return loop.phis[1:]
+
+    def _index(self, number: Value | int) -> Value:
+        return number if isinstance(number, Value) else self.const("i64", number)
 
     @contextlib.contextmanager
     def range(self, start: Value | int, stop: Value | int, step: int = 1) -> Iterator[Value]:
         """``with f.range(0, n) as i:`` a loop that carries nothing but its index."""
-        loop = _Loop(self, start, stop, step, [])
-        yield loop.index
-        loop.close([])
+        loop = _Loop(self, [self._index(start)])
+        loop.enter(loop.phis[0] < self._index(stop))
+        yield loop.phis[0]
+        loop.close([loop.phis[0] + step])
+
+    def repeat(self, carry: Sequence[Value], condition: Callable[[list[Value]], Value],
+               body: Callable[[list[Value]], Sequence[Value]]) -> list[Value]:  # fmt: skip
+        """while condition(carry): carry = body(carry); returns the last carry."""
+        loop = _Loop(self, carry)
+        loop.enter(condition(loop.phis))
+        loop.close(body(loop.phis))
+        return loop.phis
 
     @contextlib.contextmanager
     def when(self, condition: Value) -> Iterator[None]:
@@ -402,28 +416,27 @@ class Function:
 
 
 class _Loop:
-    """An open counted loop: the head is emitted at once, the back edge when it is closed."""
+    """An open loop: the head is emitted at once, its phis completed when the loop is closed."""
 
-    def __init__(self, f: Function, start: Value | int, stop: Value | int, step: int, carry: Sequence[Value]):
-        first, last = (x if isinstance(x, Value) else f.const("i64", x) for x in (start, stop))
+    def __init__(self, f: Function, initial: Sequence[Value]):
         f._count += 1
-        self.f, self.step, self.tag, self.before = f, step, f._count, f._block
-        self.initial = [first, *carry]
-        self.index = Value(f, "i64", f"%i{self.tag}")
-        self.carry = [Value(f, c.type, f"%c{self.tag}.{n}") for n, c in enumerate(carry)]
+        self.f, self.initial, self.tag, self.before = f, initial, f._count, f._block
+        self.phis = [Value(f, c.type, f"%c{self.tag}.{n}") for n, c in enumerate(initial)]
         f.put(f"br label %head{self.tag}")
         f._label(f"head{self.tag}")
         self.phis_at = len(f._lines)
-        f._lines += [""] * len(self.initial)  # filled in by close(), when the values that come round are known
-        condition = self.index < last
-        f.put(f"br i1 {condition.ref}, label %body{self.tag}, label %done{self.tag}")
-        f._label(f"body{self.tag}")
+        f._lines += [""] * len(self.initial)
+
+    def enter(self, condition: Value) -> None:
+        """The body follows, run while the condition holds."""
+        self.f.put(f"br i1 {condition.ref}, label %body{self.tag}, label %done{self.tag}")
+        self.f._label(f"body{self.tag}")
 
     def close(self, following: Sequence[Value]) -> None:
+        """The body ends; these values come round."""
         f = self.f
-        rounds = [self.index + self.step, *following]
         f.put(f"br label %head{self.tag}")
-        for n, (phi, old, new) in enumerate(zip([self.index, *self.carry], self.initial, rounds, strict=True)):
+        for n, (phi, old, new) in enumerate(zip(self.phis, self.initial, following, strict=True)):
             line = f"{phi.ref} = phi {phi.type} [{old.ref}, %{self.before}], [{new.ref}, %{f._block}]"
             f._lines[self.phis_at + n] = "  " + line
         f._label(f"done{self.tag}")

@@ -15,17 +15,19 @@ PANEL_ARGUMENTS = {
     "scratch": "ptr", "q": "ptr", "o": "ptr", "state": "ptr", "k": "ptr", "k_stride": "i64", "v": "ptr",
     "v_stride": "i64", "words": "i64", "columns": "i64", "some_from": "i64", "some_to": "i64", "all_from": "i64",
     "all_to": "i64", "above": "i32", "below": "i32", "bad": "i64", "raw": "ptr", "raw_stride": "i64",
-    "raw_step": "i64", "size": "i64", "extra": "ptr", "c_high": "acc", "c_low": "acc",
+    "raw_step": "i64", "size": "i64", "extra": "ptr", "rows": "i64", "dense": "i64", "c_high": "acc", "c_low": "acc",
 }  # fmt: skip
 
 
-def emit_panel(module: Module, c: Config, vectors: int, collect: str, add: str) -> str:
+def emit_panel(module: Module, c: Config, vectors: int, collect: str, add: str, dense: list[str]) -> str:
     """A function that adds one key block to a panel of up to ``vectors`` registers of queries; its name.
 
-    ``collect`` and ``add`` are the functions of NaN containment (containment.py).
+    ``collect`` and ``add`` are the functions of NaN containment (containment.py), ``dense`` those that lay out
+    the tiles of dense loads (dense.py).
     """
     full = emit_scores(module, c, vectors, edge=False)
-    edges = [emit_scores(module, c, vectors, edge=True, first=first) for first in range(vectors)]
+    skips = 1 if c.masked else vectors  # only a band tells which registers of queries see nothing of a tile
+    edges = [emit_scores(module, c, vectors, edge=True, first=first) for first in range(skips)]
     softmax, values = emit_softmax(module, c, vectors), emit_values(module, c, vectors)
     types = [c.acc if t == "acc" else t for t in PANEL_ARGUMENTS.values()]
     f = Function(module, f"panel_{vectors}", "void", types, names=list(PANEL_ARGUMENTS), internal=True)
@@ -33,9 +35,12 @@ def emit_panel(module: Module, c: Config, vectors: int, collect: str, add: str) 
     at = Scratch(c)
     top, alpha, s = (a["scratch"] + x for x in (at.block_max, at.alpha, at.scores))
 
-    _score_tiles(f, c, a, top, s, full, edges)
-    tiles = (a["some_to"] - a["some_from"] + (c.rows - 1)) // c.rows
     keys = a["some_to"] - a["some_from"]
+    for n, stage in enumerate(dense):
+        tile = a["scratch"] + (a["dense"] + n * at.dense)
+        f.call(stage, "void", [a["scratch"] + at.frame, a["some_from"], keys, a["rows"], tile])
+    _score_tiles(f, c, a, full, edges)
+    tiles = (keys + (c.rows - 1)) // c.rows
     bad = a["bad"].ne(0)
     with f.when(bad):
         f.call(collect, "void", [s, a["raw"] + a["some_from"] * a["raw_stride"], a["raw_stride"], a["raw_step"], keys,
@@ -51,8 +56,7 @@ def emit_panel(module: Module, c: Config, vectors: int, collect: str, add: str) 
     return f.name
 
 
-def _score_tiles(f: Function, c: Config, a: dict[str, Value], top: Value, s: Value, full: str,
-                 edges: list[str]) -> None:  # fmt: skip
+def _score_tiles(f: Function, c: Config, a: dict[str, Value], full: str, edges: list[str]) -> None:
     """Edge tiles up to the first that every row sees whole, full tiles, edge tiles to the end."""
     some_from, some_to = a["some_from"], a["some_to"]
     whole = some_from + (a["all_from"] - some_from + (c.rows - 1)) // c.rows * c.rows
@@ -60,8 +64,8 @@ def _score_tiles(f: Function, c: Config, a: dict[str, Value], top: Value, s: Val
     until = f.maximum(whole + f.maximum(a["all_to"] - whole, 0) // c.rows * c.rows, whole)
 
     def common(key: Value) -> list[Value]:
-        score = s + (key - some_from) * c.line
-        return [a["q"], a["k"] + key * a["k_stride"], a["k_stride"], a["words"], score, top]
+        here = a["k"] + key * a["k_stride"]
+        return [a["scratch"], a["q"], here, a["k_stride"], a["words"], key, key - some_from]
 
     def edge_tile(key: Value) -> None:
         near = f.cast("trunc", key, "i32")

@@ -10,13 +10,17 @@ import numpy as np
 
 from flashtile.kernels.cpu.config import Config
 
-ADDRESSES = ("q", "k", "v", "o", "lse", "offsets")
+# captures: the program's capture block.  rows, segments: which keys each panel of queries sees (plan/segments.py).
+ADDRESSES = ("q", "k", "v", "o", "lse", "offsets", "captures", "rows", "segments", "sinks")
 STRIDES = tuple(f"{tensor}_{axis}" for tensor in "qkvo" for axis in "bhsd")
 SIZES = ("heads", "group", "q_len", "kv_len", "head_size", "value_size", "value_columns", "key_words", "tile_q",
          "query_tiles", "splits", "split_keys", "o_split", "lse_split", "carry", "offset", "left", "right", "pack_k", "pack_v",
-         "k_row", "v_row")  # fmt: skip
-SCRATCH = ("at_q", "at_o", "at_state", "at_k", "at_v", "at_extra")
-REALS = ("sign", "c_high", "c_low", "lse_scale")
+         "k_row", "v_row", "segment_b", "segment_h", "sink_b", "sink_h")  # fmt: skip
+SCRATCH = ("at_q", "at_o", "at_state", "at_k", "at_v", "at_extra", "at_cursor", "at_dense")
+REALS = ("sign", "scale", "c_high", "c_low", "lse_scale")
+
+# What the score program of a tile needs, in scratch memory: 64-bit words.
+FRAME = ("captures", "b", "h", "row", "last_row", "block", "last_key", "scale", "dense")
 # splits: parts of the keys, split_keys each, that are work items of their own; o_split, lse_split: bytes between their
 # results.  carry: o and lse hold the state of earlier keys, to be continued.
 FIELDS = (*ADDRESSES, *STRIDES, *SIZES, *SCRATCH, *REALS)
@@ -57,22 +61,29 @@ def split_scale(scale: float, accumulator: str) -> dict[str, float]:
     if np.longdouble(high) >= c:
         high = np.nextafter(high, real(0))
     low = real(c - np.longdouble(high))
-    return {"sign": sign, "c_high": float(high), "c_low": float(low), "lse_scale": float(c * np.log(np.longdouble(2)))}
+    return {"sign": sign, "scale": scale, "c_high": float(high), "c_low": float(low), "lse_scale": float(c * np.log(np.longdouble(2)))}
+
+
+def scores_in_nats(scale: float, accumulator: str) -> dict[str, float]:
+    """The same where a score program needs the scores themselves: they are scaled first, and then are in nats."""
+    return {**split_scale(1.0, accumulator), "scale": scale}
 
 
 class Scratch:
     """Where things stand in a thread's scratch memory.
 
-    The first areas have sizes known when the kernel is generated: the running maximum of the block, the
-    factor for older sums, and the scores.  The others follow at offsets that ride in the parameter block:
-    transposed queries and outputs and the softmax state of each panel, and a converted block of K and V.
+    The first areas have sizes known when the kernel is generated: the frame of the score program, the running
+    maximum of the block, the factor for older sums, and the scores.  The others follow at offsets that ride in the parameter block:
+    transposed queries and outputs and the softmax state of each panel, a converted block of K and V, and more.
     """
 
     def __init__(self, c: Config):
-        self.block_max = 0
-        self.alpha = _aligned(c.line)
+        self.frame = 0
+        self.block_max = _aligned(8 * len(FRAME))
+        self.alpha = self.block_max + _aligned(c.line)
         self.scores = self.alpha + _aligned(c.line)
-        self.rest = self.scores + (c.key_block + c.rows) * c.line
+        self.dense = (c.key_block + c.rows) * c.line  # one dense load's tile: a line a key, as the scores
+        self.rest = self.scores + self.dense
 
     def layout(self, c: Config, head_size: int, value_size: int, panels: int) -> tuple[dict[str, int], int]:
         """Offsets of the areas whose size depends on the call, and the bytes of all."""
@@ -84,6 +95,8 @@ class Scratch:
             "at_k": c.key_block * c.key_words(head_size) * c.size,
             "at_v": (c.key_block // c.per_word + 1) * columns * c.size,
             "at_extra": columns * c.line,
+            "at_cursor": 8 * (panels + 1),
+            "at_dense": len(c.code.dense) * self.dense if c.code else 0,
         }
         offsets, at = {}, _aligned(self.rest)
         for name, size in areas.items():

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.ir import Function, Module, Value
+from flashtile.kernels.cpu.params import Scratch
+from flashtile.kernels.cpu.program import TileProgram
 
 FAR = 1 << 30  # beyond any distance inside a tile, and no overflow when a lane number is added
 
@@ -24,30 +26,38 @@ def contract(f: Function, c: Config, acc: Value, a: Value, b: Value) -> Value:
 def emit_scores(module: Module, c: Config, vectors: int, *, edge: bool, first: int = 0) -> str:
     """A function for one tile; the name of the function.
 
-    Arguments: queries (transposed), keys, bytes between keys, words of a row, scores (out), running block
-    maximum (updated).  An ``edge`` tile also takes the last valid key of the tile (keys beyond it are readable
-    memory, but hidden), and two distances: query lane i sees key r iff  i + above - r >= 0  and
-    i + below - r <= 0.  Vectors before ``first`` are known to be hidden: their scores are -inf, uncomputed.
+    Arguments: scratch memory, queries (transposed), keys, bytes between keys, words of a row, the tile's first
+    key counted from the block, and its line among the scores.  An ``edge`` tile also takes the last valid key of
+    the tile (keys beyond it are readable memory, but hidden), and two distances: query lane i sees key r iff
+    i + above - r >= 0  and  i + below - r <= 0, unless a program's mask decides.  Vectors before ``first`` are
+    known to be hidden: their scores are -inf, uncomputed.
     """
     name = f"scores_{vectors}_{'edge' if edge else 'full'}_{first}"
-    types, names = ["ptr", "ptr", "i64", "i64", "ptr", "ptr"], ["q", "k", "stride", "words", "s", "top"]
+    types = ["ptr", "ptr", "ptr", "i64", "i64", "i64", "i64"]
+    names = ["scratch", "q", "k", "stride", "words", "key", "line"]
     if edge:
         types, names = types + ["i64", "i32", "i32"], names + ["last", "above", "below"]
     f = Function(module, name, "void", types, names=names, internal=True)
-    q, k, stride, words, s, top = f.args[:6]
-    live = range(first, vectors)
+    scratch, q, k, stride, words, key, line = f.args[:7]
+    at, live = Scratch(c), range(first, vectors)
 
     rows = [k]
     while len(rows) < c.rows:
         rows.append(rows[-1] + stride)
     acc = _contraction(f, c, q, rows, words, live)
+
+    s, top = scratch + at.scores + line * c.line, scratch + at.block_max
+    program = TileProgram(f, c, scratch + at.frame, key, line, masked=edge and c.masked) if c.code else None
     hidden = f.const(c.vector, -math.inf)
     tops = [f.load(c.vector, top + j * c.register, align=c.register) for j in live]
     for r in range(c.rows):
         for n, j in enumerate(live):
-            value = acc[r * len(live) + n]
+            value, visible = acc[r * len(live) + n], None
+            if program:
+                value, visible = program.element(r, j, value)
             if edge:
-                value = f.select(_visible(f, c, r, j), value, hidden)
+                seen = _in_tile(f, c, r) & visible if visible else _in_band(f, c, r, j)
+                value = f.select(seen, value, hidden)
             f.store(value, s + (r * c.line + j * c.register), align=c.register)
             tops[n] = f.maximum(value, tops[n])
         for j in range(first):
@@ -81,9 +91,14 @@ def _contraction(f: Function, c: Config, q: Value, rows: Sequence[Value], words:
     return f.fold(whole, words, 1, acc, step)
 
 
-def _visible(f: Function, c: Config, r: int, j: int) -> Value:
-    """Lanes of vector j that see key r of an edge tile."""
-    last, above, below = f.args[6:]
+def _in_tile(f: Function, c: Config, r: int) -> Value:
+    """Whether key r is a valid one, in every lane."""
+    return f.splat(f.args[7] >= r, c.lanes)
+
+
+def _in_band(f: Function, c: Config, r: int, j: int) -> Value:
+    """Lanes of register j whose band holds key r of an edge tile."""
+    last, above, below = f.args[7:]
     lane = f.iota(f"<{c.lanes} x i32>", j * c.lanes)
     above = f.select(last < r, f.const("i32", -FAR), above - r)
     return (lane + f.splat(above, c.lanes) >= 0) & (lane + f.splat(below - r, c.lanes) <= 0)

@@ -1,0 +1,128 @@
+"""Outputs of a few queries: lanes run over value columns, and each value is read once for all the rows of a tile."""
+
+from __future__ import annotations
+
+import math
+
+from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.decode_pack import Slots
+from flashtile.kernels.cpu.decode_scores import ROW_TILES, accumulators, each_row_tile
+from flashtile.kernels.cpu.decode_softmax import STATE, state
+from flashtile.kernels.cpu.ir import SIZES, Function, Module, Value
+from flashtile.kernels.cpu.pack import read
+
+WIDEST = 8  # registers of value columns in a tile
+ARGUMENTS = ["ptr", "i64", "ptr", "ptr", "i64", "ptr", "ptr", "i64"]
+NAMES = ["o", "o_row", "state", "v", "stride", "p", "s", "count"]
+
+
+def emit_values(module: Module, c: Config, rows: int, vectors: int, contained: str) -> str:
+    """A function for ``rows`` queries and ``vectors`` registers of value columns; its name.
+
+    Arguments: outputs (updated), bytes between their rows, state of the rows, values at the tile's first column, bytes
+    between them, weights and scores (row-major, a key block apart), keys.  Sums of one key block are formed apart
+    and then added to what was there: blocked summation.
+
+    A hidden key's weight is 0, but 0 * NaN is NaN.  So a block whose sums are not all finite, as happens with broken
+    data only, is summed again by ``contained``, which leaves hidden keys out; finite data costs one test a block.
+    """
+    f = Function(module, f"values_{rows}_{vectors}", "void", ARGUMENTS, names=NAMES, internal=True)
+    o, o_row, states, v, stride, p, s, count = f.args
+    line = c.key_block * c.size
+    each = c.lanes * SIZES[c.memory]
+
+    def step(key: Value, acc: list[Value]) -> list[Value]:
+        at = v + key * stride
+        values = [read(f, c, at + j * each, c.lanes) for j in range(vectors)]
+        weights = [f.splat(f.load(c.acc, p + (key * c.size + r * line)), c.lanes) for r in range(rows)]
+        return [c.isa.multiply_add(f, weights[n // vectors], values[n % vectors], a) for n, a in enumerate(acc)]
+
+    def steps(key: Value, acc: list[Value]) -> list[Value]:
+        for u in range(c.unroll):
+            acc = step(key + u, acc)
+        return acc
+
+    whole = count - count % c.unroll
+    acc = f.fold(0, whole, c.unroll, [f.const(c.vector, 0.0)] * (rows * vectors), steps)
+    acc = f.fold(whole, count, 1, acc, step)
+    wild = acc[0] * 0.0  # NaN where a sum is not finite
+    for a in acc[1:]:
+        wild = wild + a * 0.0
+    bad = f.cast("bitcast", wild.isnan(), f"i{c.lanes}").ne(0)
+    outputs = [o + o_row * r for r in range(rows)]
+    row_states = [states + r * len(STATE) * c.size for r in range(rows)]
+
+    def add() -> None:
+        for r in range(rows):
+            alpha = f.splat(f.load(c.acc, state(c, row_states[r], "alpha")), c.lanes)
+            for j in range(vectors):
+                at = outputs[r] + j * c.register
+                before = f.load(c.vector, at, align=c.register)
+                f.store(c.isa.multiply_add(f, before, alpha, acc[r * vectors + j]), at, align=c.register)
+
+    def contain() -> None:
+        for r in range(rows):
+            for j in range(vectors):
+                f.call(contained, "void", [outputs[r] + j * c.register, o_row, row_states[r], v + j * each, stride,
+                                           p + r * line, s + r * line, count])  # fmt: skip
+
+    f.either(bad, contain, add)
+    f.ret()
+    return f.name
+
+
+def emit_contained_values(module: Module, c: Config) -> str:
+    """As ``emit_values`` for one row and one register, but keys with score -inf are left out; its name.
+
+    The order of additions is the same, so a row that sees only finite values gets the bits of the fast function.  A
+    value that is not finite enters unweighted: its weight is positive, however small it was rounded.
+    """
+    f = Function(module, "contained_values", "void", ARGUMENTS, names=NAMES, internal=True)
+    o, _, states, v, stride, p, s, count = f.args
+
+    def step(key: Value, acc: list[Value]) -> list[Value]:
+        value = read(f, c, v + key * stride, c.lanes)
+        weight = f.splat(f.load(c.acc, p + key * c.size), c.lanes)
+        wild = (value * 0.0).isnan()
+        added = f.select(wild, acc[0] + value, c.isa.multiply_add(f, weight, value, acc[0]))
+        seen = f.load(c.acc, s + key * c.size).ne(-math.inf)
+        return [f.select(f.splat(seen, c.lanes), added, acc[0])]
+
+    (total,) = f.fold(0, count, 1, [f.const(c.vector, 0.0)], step)
+    alpha = f.splat(f.load(c.acc, state(c, states, "alpha")), c.lanes)
+    before = f.load(c.vector, o, align=c.register)
+    f.store(c.isa.multiply_add(f, before, alpha, total), o, align=c.register)
+    f.ret()
+    return f.name
+
+
+def emit_value_tiles(module: Module, c: Config) -> str:
+    """A function that adds a range of values to the outputs of every row; its name.
+
+    Arguments: as of ``emit_values``, then elements of a value, and the number of rows.  A row of outputs is cut into
+    column tiles of as many registers as the accumulators allow, and single registers for what is left.
+    """
+    contained = emit_contained_values(module, c)
+    wide = {rows: min(WIDEST, accumulators(c) // rows) for rows in ROW_TILES}
+    tiles = {(rows, n): emit_values(module, c, rows, n, contained) for rows in ROW_TILES for n in (wide[rows], 1)}
+    f = Function(module, "value_tiles", "void", [*ARGUMENTS, "i64", "i64"], names=[*NAMES, "size", "rows"], internal=True)
+    o, o_row, states, v, stride, p, s, count, size, rows = f.args
+    slots = Slots.of(f, size, c.lanes)
+
+    def row_tile(n: int, row: Value) -> None:
+        line = row * (c.key_block * c.size)
+
+        def tile(vectors: int, slot: Value, element: Value) -> None:
+            args = [o + row * o_row + slot * c.register, o_row, states + row * (len(STATE) * c.size),
+                    v + element * SIZES[c.memory], stride, p + line, s + line, count]  # fmt: skip
+            f.call(tiles[n, vectors], "void", args)
+
+        edge = slots.whole // wide[n] * wide[n]
+        with f.range(0, edge, wide[n]) as slot:
+            tile(wide[n], slot, slot * c.lanes)
+        with f.range(edge, slots.count) as slot:
+            tile(1, slot, f.minimum(slot * c.lanes, slots.padded - c.lanes))
+
+    each_row_tile(f, rows, row_tile)
+    f.ret()
+    return f.name

@@ -1,0 +1,157 @@
+"""Kernels whose keys are computed in parts by separate work items, and merged: what binds them to one plan."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from flashtile.arrays import address_of
+from flashtile.kernels import Layout, Stage, Strides
+from flashtile.kernels.cpu import decode, jit, merge, params
+from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.decode_pack import slot_width
+from flashtile.kernels.cpu.ir import SIZES
+
+if TYPE_CHECKING:
+    from flashtile.kernels.cpu.jit import Library
+    from flashtile.plan import Plan
+    from flashtile.spec import AttentionSpec
+
+_MODULES: dict[str, tuple[Callable[[Config], str], tuple[str, ...]]] = {
+    "decode": (decode.decode_text, decode.EXPORTS),
+    "merge": (merge.merge_text, merge.EXPORTS),
+}
+MERGE_WORK = 4  # operations an output element and part, beside 2 * D of the products that made it
+
+
+@functools.cache
+def _library(name: str, c: Config) -> Library:
+    text, exports = _MODULES[name]
+    return jit.load(lambda: text(c), f"{name} {c!r}", c.isa, exports)
+
+
+@functools.cache
+def entry(name: str, c: Config) -> Callable[..., int]:
+    """The exported function (params, begin, end, scratch) -> status of a kernel; its code stays in memory."""
+    integer, pointer = ctypes.c_int64, ctypes.c_void_p
+    return _library(name, c).function(name, ctypes.c_int32, ctypes.c_char_p, integer, integer, pointer)
+
+
+class InParts(NamedTuple):
+    """The parameters of one call in parts: a block for each stage, and the memory that lies between them."""
+
+    parts: bytes
+    merge: bytes
+    workspace: np.ndarray
+
+
+class Merge:
+    """The second stage of a plan in parts: partial results in a workspace, merged into o and lse.
+
+    The workspace holds o (splits, B, H, S_q, D_v), then lse (splits, B, H, S_q), in accumulators.
+    """
+
+    def __init__(self, c: Config, spec: AttentionSpec, plan: Plan, o: Strides):
+        self.rows = spec.batch * spec.heads * spec.q_len
+        self.row_bytes = spec.value_size * c.size
+        self.o_split, self.lse_split = self.rows * self.row_bytes, self.rows * c.size
+        self.scratch_bytes = merge.scratch_bytes(c, plan.splits)
+        self.strides = (spec.heads * spec.q_len * self.row_bytes, spec.q_len * self.row_bytes, self.row_bytes, c.size)
+        self._lse_at = plan.splits * self.o_split
+        self._tail = merge.pack_tail(
+            {
+                **dict(zip(("o_b", "o_h", "o_s", "o_d"), o, strict=True)),
+                "heads": spec.heads,
+                "q_len": spec.q_len,
+                "value_size": spec.value_size,
+                "splits": plan.splits,
+                "o_split": self.o_split,
+                "lse_split": self.lse_split,
+            }
+        )
+        run = entry("merge", c)
+        self.stage = Stage(
+            items=self.rows,
+            run=lambda call, begin, end, scratch: run(call.merge, begin, end, scratch),
+            work=MERGE_WORK * self.rows * spec.value_size * plan.splits,
+            workspace_bytes=plan.splits * (self.o_split + self.lse_split),
+        )
+
+    def workspace(self) -> tuple[np.ndarray, int, int]:
+        """Memory for one call, and where o and lse of the parts begin in it."""
+        memory = np.empty(self.stage.workspace_bytes, np.uint8)
+        address = address_of(memory)
+        return memory, address, address + self._lse_at
+
+    def pack(self, parts_o: int, parts_lse: int, o: int, lse: int) -> bytes:
+        """The parameter block of the stage."""
+        return merge.pack_addresses(parts_o, parts_lse, o, lse) + self._tail
+
+
+class Decode:
+    """A compiled decode kernel with the parameter blocks of one plan and layout."""
+
+    def __init__(self, c: Config, spec: AttentionSpec, plan: Plan, layout: Layout):
+        run = entry("decode", c)
+        self.run = run
+        self.merge_stage = None
+        self._merge = Merge(c, spec, plan, layout.o) if plan.splits > 1 else None
+        rows = spec.group * spec.q_len
+        offsets, self.scratch_bytes = decode.scratch_layout(c, rows, spec.head_size, spec.value_size)
+        if self._merge is not None:
+            self.scratch_bytes = max(self.scratch_bytes, self._merge.scratch_bytes)
+            self.run = lambda call, begin, end, scratch: run(call.parts, begin, end, scratch)
+            self.merge_stage = self._merge.stage
+        self._tail = decode.pack_tail(
+            {
+                **_strides(layout, self._merge),
+                **_sizes(c, spec, plan, layout, self._merge),
+                **offsets,
+                **params.split_scale(spec.scale, c.acc),
+            }
+        )
+
+    def pack(self, q: int, k: int, v: int, o: int, lse: int, offsets: int) -> bytes | InParts:
+        """The parameters of one call; in parts, with a workspace of its own."""
+        if self._merge is None:
+            return decode.pack_addresses(q, k, v, o, lse, offsets) + self._tail
+        memory, parts_o, parts_lse = self._merge.workspace()
+        block = decode.pack_addresses(q, k, v, parts_o, parts_lse, offsets) + self._tail
+        return InParts(block, self._merge.pack(parts_o, parts_lse, o, lse), memory)
+
+
+def _strides(layout: Layout, merging: Merge | None) -> dict[str, int]:
+    tensors = {"q": layout.q, "k": layout.k, "v": layout.v, "o": merging.strides if merging else layout.o}
+    return {f"{t}_{axis}": n for t, strides in tensors.items() for axis, n in zip("bhsd", strides, strict=True)}
+
+
+def _sizes(c: Config, spec: AttentionSpec, plan: Plan, layout: Layout, merging: Merge | None) -> dict[str, int]:
+    """Lengths, band, parts, and whether K and V must be copied before their rows can be read as slots."""
+    left, right = (spec.band.left, spec.band.right) if spec.band else (None, None)
+    step = SIZES[c.memory]
+    return {
+        "heads": spec.heads,
+        "kv_heads": spec.kv_heads,
+        "q_len": spec.q_len,
+        "kv_len": spec.kv_len,
+        "head_size": spec.head_size,
+        "value_size": spec.value_size,
+        "splits": plan.splits,
+        "split_keys": plan.split_keys or spec.kv_len,
+        "offset": _bounded(spec.offset or 0),
+        "left": params.OPEN if left is None else _bounded(left),
+        "right": params.OPEN if right is None else _bounded(right),
+        "pack_k": int(layout.k[3] != step or spec.head_size < slot_width(c)),
+        "pack_v": int(layout.v[3] != step or spec.value_size < c.lanes),
+        "partial": int(merging is not None),
+        "o_split": merging.o_split if merging else 0,
+        "lse_split": merging.lse_split if merging else 0,
+    }
+
+
+def _bounded(distance: int) -> int:
+    return max(-params.OPEN, min(params.OPEN, distance))
