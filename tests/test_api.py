@@ -200,9 +200,9 @@ def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(calls.cache) <= 4
 
 
-@pytest.mark.parametrize("x", [np.arange(6.0)[2:], np.zeros((0, 3)), np.ones((2, 2), ml_dtypes.bfloat16).T, np.array(1.0)])
-def test_addresses_are_what_numpy_says(x: np.ndarray) -> None:
-    assert address_of(x) == _ask_address(x) == x.__array_interface__["data"][0]
+def test_addresses_are_what_numpy_says() -> None:
+    for x in (np.arange(6.0)[2:], np.zeros((0, 3)), np.ones((2, 2), ml_dtypes.bfloat16).T, np.array(1.0)):
+        assert address_of(x) == _ask_address(x) == x.__array_interface__["data"][0]
 
 
 def test_threads_by_default_by_variable_and_by_call(threads: Callable[[int], None]) -> None:

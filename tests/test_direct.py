@@ -17,6 +17,7 @@ import pytest
 import flashtile
 from flashtile.engines import direct
 from flashtile.errors import KernelError
+from flashtile.kernels import Stage
 from flashtile.plan import Plan
 
 pytestmark = pytest.mark.core
@@ -32,6 +33,7 @@ class Counting:
     """A kernel that counts how often each item runs, and may sleep or fail."""
 
     scratch_bytes = 100
+    merge_stage: Stage | None = None
 
     def __init__(self, items: int, seconds: float = 0.0, fail: Callable[[int], int] | None = None) -> None:
         self.counts = np.zeros(items, np.int64)
@@ -100,7 +102,8 @@ def test_a_status_becomes_an_error_that_names_the_place(threads: Callable[[int],
     threads(2)
     kernel = Counting(50, fail=lambda item: 7 if item == 33 else 0)
     run = direct.prepare(plan_of(50, flops), kernel)
-    with pytest.raises(KernelError, match=r"work items \[\d+, \d+\) of 50, from batch 0, head 0, query tile \d+: status 7"):
+    where = r"work items \[\d+, \d+\) of 50, from batch 0, head 0, query tile \d+: status 7"
+    with pytest.raises(KernelError, match=where):
         run(None)
     kernel.fail = None
     kernel.counts[:] = 0

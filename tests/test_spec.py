@@ -149,9 +149,10 @@ def test_coverage_counts_what_enumeration_counts(left: Any, right: Any, q_len: i
         assert plan.flops == 6 * visible.sum() * 2 * (8 + 8)
 
 
-@given(
-    st.integers(0, 2**40), st.integers(0, 2**40), st.integers(-(2**41), 2**41), st.integers(0, 2**41), st.integers(0, 2**41)
-)
+LENGTH, DISTANCE = st.integers(0, 2**40), st.integers(0, 2**41)
+
+
+@given(LENGTH, LENGTH, st.integers(-(2**41), 2**41), DISTANCE, DISTANCE)
 def test_visible_pairs_are_exact_at_any_size(q_len: int, kv_len: int, offset: int, left: int, right: int) -> None:
     """What is visible, and what lies to the left and to the right of it, make up the whole plane."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -92,7 +93,8 @@ def prepare(key: Hashable, q: Any, k: Any, v: Any, out: Any, options: Options) -
         run=engine.prepare(plan, kernel),
     )
     if len(cache) >= CACHE_ENTRIES:
-        cache.pop(next(iter(cache), None), None)  # the oldest; another thread may have been faster
+        with contextlib.suppress(RuntimeError, StopIteration, KeyError):  # another thread was faster
+            del cache[next(iter(cache))]  # the oldest
     cache[key] = call
     return call
 
@@ -132,7 +134,7 @@ def as_offsets(align: Any, batch: int) -> np.ndarray:
 
 def split_align(align: Any, q_shape: tuple[int, ...]) -> tuple[Any, np.ndarray | None]:
     """(what `align` contributes to a cache key, the offsets if it is an array)."""
-    if align is None or isinstance(align, (str, int, np.integer)):
+    if align is None or isinstance(align, (str, int, float, np.generic)):
         return align, None
     return PER_BATCH, as_offsets(align, q_shape[0] if len(q_shape) == 4 else 1)
 

@@ -15,8 +15,10 @@ from flashtile.errors import wrong
 from flashtile.kernels import Layout
 from flashtile.plan import Coverage, Plan, coverage_of, make_plan
 from flashtile.plan.tiling import flops_of
-from flashtile.spec import AttentionSpec, refuse_later
+from flashtile.spec import LATER_OPTIONS, AttentionSpec, refuse_later
 from flashtile.threads import get_num_threads
+
+_WITHOUT_EFFECT = {"return_lse", "progress", "out"}  # on what explain says
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,9 @@ def explain(
     >>> flashtile.explain((1, 8, 4096, 64), causal=True).flops
     34368126976
     """
-    for ignored in ("return_lse", "progress", "out"):
-        others.pop(ignored, None)
-    refuse_later(**others)
+    if unknown := others.keys() - LATER_OPTIONS.keys() - _WITHOUT_EFFECT:
+        raise TypeError(f"explain() got an unexpected keyword argument {min(unknown)!r}")
+    refuse_later(**{name: value for name, value in others.items() if name in LATER_OPTIONS})
     k = q if k is None else k
     v = k if v is None else v
     views = [_view(x, argument, dtype) for argument, x in (("q", q), ("k", k), ("v", v))]

@@ -131,7 +131,6 @@ SHAPE_RULES: tuple[ShapeRule, ...] = (
 # name of a later option, the values that leave it off
 LATER_OPTIONS: dict[str, tuple[object, ...]] = {
     "mask": (None,),
-    "attn_mask": (None,),
     "bias": (None,),
     "score_mod": (None,),
     "softcap": (None, 0, 0.0),
@@ -143,9 +142,10 @@ LATER_OPTIONS: dict[str, tuple[object, ...]] = {
 
 
 def refuse_later(**options: object) -> None:
-    """Raise UnavailableError for the first option in `options` that is on and that this version lacks."""
+    """Raise UnavailableError for the first of these options that is on. Options not in the table are off at None."""
     for name, value in options.items():
-        if not any(value is off or (isinstance(value, (int, float)) and value == off) for off in LATER_OPTIONS[name]):
+        offs = LATER_OPTIONS.get(name, (None,))
+        if not any(value is off or (isinstance(value, (int, float)) and value == off) for off in offs):
             raise UnavailableError(f"{name}: got a {type(value).__name__}, expected its default: not available yet")
 
 

@@ -51,7 +51,7 @@ def attention(
     >>> flashtile.torch.attention(x, x, x, window=(16, 0)).shape
     torch.Size([1, 8, 128, 64])
     """
-    if not (_is_ready(q) and _is_ready(k) and _is_ready(v)) or torch.is_grad_enabled():
+    if not (_is_ready(q) and _is_ready(k) and _is_ready(v)):
         _check_tensors(q=q, k=k, v=v)
     if not (mask is bias is score_mod is softcap is alibi_slopes is sinks is seed is None and dropout_p == 0):
         refuse_later(
@@ -121,7 +121,7 @@ def scaled_dot_product_attention(
         raise wrong("attn_mask", "a mask together with is_causal=True", "one of the two, as in torch")
     if not (attn_mask is softcap is alibi_slopes is sinks is None and dropout_p == 0):
         refuse_later(attn_mask=attn_mask, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p)
-    if not (_is_ready(query) and _is_ready(key) and _is_ready(value)) or torch.is_grad_enabled():
+    if not (_is_ready(query) and _is_ready(key) and _is_ready(value)):
         _check_tensors(query=query, key=key, value=value)
     axes = None
     if query.ndim > 4 or not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
@@ -158,8 +158,8 @@ def _like_torch(
 
 
 def _is_ready(x: Tensor) -> bool:
-    """True for a plain dense CPU tensor; a tensor that requires grad may be among them."""
-    return type(x) is Tensor and x.is_cpu and x.layout is _STRIDED and not x.is_neg()
+    """True for a plain dense CPU tensor that does not require grad: whatever else must be looked at closely."""
+    return type(x) is Tensor and x.is_cpu and x.layout is _STRIDED and not x.requires_grad and not x.is_neg()
 
 
 def _check_tensors(**tensors: Tensor) -> None:

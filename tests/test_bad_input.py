@@ -1,0 +1,218 @@
+"""Every wrong argument gets one error that names it, what came and what was expected; out is untouched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.lib.stride_tricks import as_strided
+
+import flashtile
+from flashtile.errors import FlashtileError, KernelError, SpecError, UnavailableError
+from flashtile.spec import LARGEST_POSITION
+
+pytestmark = pytest.mark.core
+
+
+def a(*shape: int, name: Any = "float32") -> np.ndarray:
+    return np.ones(shape, name)
+
+
+SHAPE = (2, 4, 5, 8)
+NAN, INF = float("nan"), float("inf")
+PAIR = r"expected a pair \(left, right\) of integers"
+ALIGN = r'expected "top_left", "bottom_right", an integer, or an integer array \(B,\)'
+
+# the arguments that differ from four arrays of SHAPE; the error's text from its start
+WRONG: list[tuple[dict[str, Any], str]] = [
+    # rank
+    ({"q": a(8)}, r"q: got shape \(8,\), expected \(B, H, S_q, D\), \(H, S_q, D\) or \(S_q, D\)"),
+    ({"q": a(1, 2, 4, 5, 8)}, r"q: got shape \(1, 2, 4, 5, 8\), expected \(B, H, S_q, D\)"),
+    ({"k": a(4, 5, 8)}, r"k: got shape \(4, 5, 8\), expected rank 4 as in q"),
+    ({"v": a(5, 8)}, r"v: got shape \(5, 8\), expected rank 4 as in q"),
+    # shape
+    ({"k": a(3, 4, 5, 8)}, "k: got batch 3, expected 2 as in q"),
+    ({"v": a(1, 4, 5, 8)}, "v: got batch 1, expected 2 as in q"),
+    ({"k": a(2, 4, 5, 9)}, "k: got head size 9, expected 8 as in q"),
+    ({"v": a(2, 2, 5, 8)}, "v: got 2 heads, expected 4 as in k"),
+    ({"v": a(2, 4, 6, 8)}, "v: got length 6, expected 5 as in k"),
+    ({"k": a(2, 3, 5, 8), "v": a(2, 3, 5, 8)}, "k: got 3 heads, expected a divisor of q's 4 heads"),
+    ({"k": a(2, 8, 5, 8), "v": a(2, 8, 5, 8)}, "k: got 8 heads, expected a divisor of q's 4 heads"),
+    ({"q": a(2, 0, 5, 8)}, "q: got 0 heads, expected at least 1"),
+    ({"k": a(2, 0, 5, 8), "v": a(2, 0, 5, 8)}, "k: got 0 heads, expected at least 1"),
+    ({"q": a(2, 4, 5, 0), "k": a(2, 4, 5, 0)}, "q: got head size 0, expected at least 1"),
+    ({"v": a(2, 4, 5, 0)}, "v: got head size 0, expected at least 1"),
+    # dtype
+    ({"k": a(*SHAPE, name="float64")}, "k: got dtype float64, expected float32 as in q"),
+    ({"v": a(*SHAPE, name="float16")}, "v: got dtype float16, expected float32 as in q"),
+    ({"q": a(*SHAPE, name="int32")}, "q: got dtype int32, expected one of float64, float32, float16, bfloat16"),
+    ({"q": a(*SHAPE, name="uint16")}, "q: got dtype uint16, expected one of"),
+    ({"k": a(*SHAPE, name="complex64")}, "k: got dtype complex64, expected one of"),
+    ({"v": a(*SHAPE, name="object")}, "v: got dtype object, expected one of"),
+    ({"q": a(*SHAPE, name=">f4")}, r"q: got dtype float32 in foreign byte order \(>f4\), expected this machine's"),
+    # kind of array
+    ({"q": a(*SHAPE).tolist()}, "q: got a builtins.list, expected a NumPy array or a torch tensor"),
+    ({"k": None}, "k: got a builtins.NoneType, expected a NumPy array or a torch tensor"),
+    ({"v": 1.0}, "v: got a builtins.float, expected a NumPy array or a torch tensor"),
+    ({"k": np.ma.masked_array(a(*SHAPE))}, "k: got a masked array, expected a plain array"),
+    # options
+    ({"causal": "yes"}, "causal: got 'yes', expected True or False"),
+    ({"causal": None}, "causal: got None, expected True or False"),
+    ({"window": (-2, 0)}, r"window: got \(-2, 0\), " + PAIR),
+    ({"window": (0, -2)}, r"window: got \(0, -2\), " + PAIR),
+    ({"window": (1.5, 0)}, r"window: got \(1.5, 0\), " + PAIR),
+    ({"window": (0, LARGEST_POSITION + 1)}, r"window: got \(0, \d+\), " + PAIR),
+    ({"window": 4}, "window: got 4, " + PAIR),
+    ({"window": (1, 2, 3)}, r"window: got \(1, 2, 3\), " + PAIR),
+    ({"window": [[1], 2]}, r"window: got \(\[1\], 2\), " + PAIR),
+    ({"window": (True, 2)}, r"window: got \(True, 2\), " + PAIR),
+    ({"align": "left"}, "align: got 'left', " + ALIGN),
+    ({"align": True, "causal": True}, "align: got True, " + ALIGN),
+    ({"align": LARGEST_POSITION + 1}, r"align: got \d+, " + ALIGN),
+    ({"align": 1.5}, "align: got 1.5, " + ALIGN),
+    ({"align": np.zeros(2)}, r"align: got dtype float64, expected an integer array of shape \(2,\)"),
+    ({"align": np.zeros(3, int)}, r"align: got shape \(3,\), expected an integer array of shape \(2,\)"),
+    ({"align": np.zeros((2, 1), int)}, r"align: got shape \(2, 1\), expected an integer array of shape \(2,\)"),
+    ({"align": np.array([0, 2**62])}, r"align: got offsets from 0 to \d+, expected at most \d+"),
+    ({"align": object()}, "align: got dtype object, expected an integer array"),
+    ({"align": [[1], [2, 3]]}, "align: got a list, expected an integer array"),
+    ({"scale": NAN}, "scale: got nan, expected a finite real number or None"),
+    ({"scale": -INF}, "scale: got -inf, expected a finite real number or None"),
+    ({"scale": "1"}, "scale: got '1', expected a finite real number or None"),
+    ({"scale": 1j}, "scale: got 1j, expected a finite real number or None"),
+    ({"scale": True}, "scale: got True, expected a finite real number or None"),
+    ({"scale": a(1)}, r"scale: got array\(.*\), expected a finite real number or None"),
+    ({"precision": "high"}, "precision: got 'high', expected one of 'ieee', 'tf32', 'bf16', 'fp16'"),
+    ({"precision": ["ieee"]}, r"precision: got \['ieee'\], expected one of"),
+    ({"kernel": "quick"}, "kernel: got 'quick', expected one of 'auto', .*'vanilla', 'reference'"),
+    ({"kernel": "views"}, "kernel: got 'views', expected one of 'auto'"),
+    ({"kernel": ["auto"]}, r"kernel: got \['auto'\], expected a name"),
+    ({"engine": "steam"}, "engine: got 'steam', expected one of 'auto', 'direct'"),
+    ({"engine": None}, "engine: got None, expected a name"),
+    ({"progress": 7}, "progress: got 7, expected a function"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
+def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
+    # Among calls that are right, so that nothing a cached call knows hides an error.
+    flashtile.attention(a(*SHAPE), a(*SHAPE), a(*SHAPE), out=a(*SHAPE))
+    out = np.full(SHAPE, 7, np.float32)
+    for _ in range(2):
+        with pytest.raises(SpecError, match="^" + message) as caught:
+            flashtile.attention(**{"q": a(*SHAPE), "k": a(*SHAPE), "v": a(*SHAPE), "out": out, **arguments})
+        assert isinstance(caught.value, ValueError) and isinstance(caught.value, FlashtileError)
+    assert (out == 7).all()
+
+
+@pytest.mark.parametrize("rule", [{"causal": True}, {"window": (1, 1)}])
+@pytest.mark.parametrize("kv_len", [4, 6, 0])
+def test_ambiguous_alignment(rule: dict[str, Any], kv_len: int) -> None:
+    k = a(2, 4, kv_len, 8)
+    choices = '"top_left".*"bottom_right".*an integer offset, or an integer array'
+    with pytest.raises(SpecError, match=f"^align: got None with 5 queries and {kv_len} keys, expected .*{choices}"):
+        flashtile.attention(a(*SHAPE), k, k, **rule)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["float64", "float16"])
+def test_precision_is_for_float32(name: str, precision: str) -> None:
+    q = a(*SHAPE, name=name)
+    with pytest.raises(SpecError, match=f"^precision: got '{precision}' with {name} inputs, expected 'ieee'"):
+        flashtile.attention(q, q, q, precision=precision)
+
+
+LATER: dict[str, Any] = {
+    "mask": a(5, 5),
+    "bias": a(5, 5),
+    "score_mod": lambda s, b, h, i, j: s,
+    "softcap": 30.0,
+    "alibi_slopes": a(4),
+    "sinks": a(4),
+    "dropout_p": 0.5,
+    "seed": 0,
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_options_that_are_not_available_yet(name: str) -> None:
+    out = np.full(SHAPE, 7, np.float32)
+    with pytest.raises(UnavailableError, match=f"^{name}: got a .*, expected its default: not available yet") as caught:
+        flashtile.attention(a(*SHAPE), a(*SHAPE), a(*SHAPE), out=out, **{name: LATER[name]})
+    assert isinstance(caught.value, NotImplementedError) and (out == 7).all()
+
+
+def test_options_of_later_may_be_off() -> None:
+    off: dict[str, Any] = {name: None for name in LATER} | {"dropout_p": 0}
+    flashtile.attention(a(*SHAPE), a(*SHAPE), a(*SHAPE), **off)
+    flashtile.attention(a(*SHAPE), a(*SHAPE), a(*SHAPE), softcap=0)
+
+
+def bad_outs() -> list[tuple[Any, str]]:
+    """out, and the error's text from its start."""
+    return [
+        (a(2, 4, 5, 9), r"out: got shape \(2, 4, 5, 9\), expected \(2, 4, 5, 8\)"),
+        (a(4, 5, 8), r"out: got shape \(4, 5, 8\), expected \(2, 4, 5, 8\)"),
+        (a(*SHAPE, name="float64"), "out: got dtype float64, expected float32 as in q"),
+        (a(*SHAPE, name=">f4"), "out: got dtype float32 in foreign byte order"),
+        (as_strided(a(1), SHAPE, (0,) * 4), "out: got strides of .* for shape .*, expected elements that do not share"),
+        (as_strided(a(999), SHAPE, (640, 160, 16, 4)), "out: got strides of .*, expected elements that do not share"),
+        (a(*SHAPE).tolist(), "out: got a builtins.list, expected a NumPy array"),
+        (np.ma.masked_array(a(*SHAPE)), "out: got a masked array"),
+    ]
+
+
+@pytest.mark.parametrize("n", range(len(bad_outs())))
+def test_bad_out(n: int) -> None:
+    out, message = bad_outs()[n]
+    before = np.array(out)
+    with pytest.raises(SpecError, match="^" + message):
+        flashtile.attention(a(*SHAPE), a(*SHAPE), a(*SHAPE), out=out)
+    assert np.array_equal(np.array(out), before)
+
+
+def test_read_only_out_is_refused_at_every_call() -> None:
+    q, out = a(*SHAPE), np.full(SHAPE, 7, np.float32)
+    flashtile.attention(q, q, q, out=out.copy())
+    out.flags.writeable = False
+    with pytest.raises(SpecError, match="^out: got a read-only array, expected a writable one"):
+        flashtile.attention(q, q, q, out=out)
+    assert (out == 7).all()
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+@pytest.mark.parametrize("shift", [0, 1, -1, 319, -319])
+def test_out_that_overlaps_an_input(which: str, shift: int) -> None:
+    """From one element in common to all: SHAPE is 320 elements."""
+    room = np.full(3 * 320, 7, np.float32)
+    shared = room[320:640].reshape(SHAPE)
+    out = room[320 + shift : 640 + shift].reshape(SHAPE)
+    arrays = {name: shared if name == which else a(*SHAPE) for name in "qkv"}
+    flashtile.attention(**arrays, out=a(*SHAPE))  # the same strides, prepared and cached
+    with pytest.raises(SpecError, match=f"^out: got an array within the memory that {which} spans"):
+        flashtile.attention(**arrays, out=out)
+    with pytest.raises(SpecError, match=f"^out: got an array within the memory that {which} spans"):
+        flashtile.attention(**arrays, out=out[::-1, ::-1, ::-1, ::-1])
+    assert (room == 7).all()
+
+
+@pytest.mark.parametrize("shift", [320, -320])
+def test_out_beside_an_input_is_right(shift: int) -> None:
+    room = np.full(3 * 320, 7, np.float32)
+    q, out = room[320:640].reshape(SHAPE), room[320 + shift : 640 + shift].reshape(SHAPE)
+    assert flashtile.attention(q, q[::-1], q, out=out) is out
+
+
+@pytest.mark.parametrize("n", [0, -1, 1.5, "2", None, True])
+def test_bad_numbers_of_threads(n: Any) -> None:
+    before = flashtile.get_num_threads()
+    with pytest.raises(SpecError, match="^n: got .*, expected a positive integer"):
+        flashtile.set_num_threads(n)
+    assert flashtile.get_num_threads() == before
+
+
+def test_the_family_of_errors() -> None:
+    assert issubclass(SpecError, (FlashtileError, ValueError)) and issubclass(SpecError, ValueError)
+    assert issubclass(UnavailableError, FlashtileError) and issubclass(UnavailableError, NotImplementedError)
+    assert issubclass(KernelError, FlashtileError) and issubclass(KernelError, RuntimeError)

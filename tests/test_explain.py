@@ -1,0 +1,154 @@
+"""flashtile.explain: what a call would do, as data and as text."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import plain
+import pytest
+
+import flashtile
+from flashtile import kernels
+from flashtile.errors import SpecError, UnavailableError
+from flashtile.kernels import Capabilities
+
+pytestmark = pytest.mark.core
+
+
+class Compiled:
+    scratch_bytes = 3 << 20
+
+    def pack(self, *addresses: int) -> Any:
+        raise AssertionError("explain must not run the call")
+
+    run = pack
+
+
+def family(name: str, reason: str | None = None, **changes: Any) -> types.ModuleType:
+    """A kernel family that must not be run."""
+    module = types.ModuleType(f"flashtile.kernels.{name}")
+    able = Capabilities(
+        name=name,
+        dtypes=frozenset({"float32", "bfloat16"}),
+        precisions=frozenset({"ieee", "bf16"}),
+        max_head_size=128,
+        query_block=16,
+        tile_q=(16, 32),
+        tile_k=(64,),
+        options=frozenset({"band"}),
+        native=True,
+        isa="isa9",
+    )
+    members = {
+        "unavailable": lambda: reason,
+        "capabilities": lambda spec: dataclasses.replace(able, **changes),
+        "compile": lambda spec, plan, layout: Compiled(),
+    }
+    for key, value in members.items():
+        setattr(module, key, value)
+    return module
+
+
+@pytest.fixture
+def families(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Five families: missing a package, unable here, without masks, the one that fits, and a slower one."""
+    found: list[tuple[str, Any]] = [
+        ("gone", "No module named 'gone'"),
+        ("asleep", family("asleep", reason="no such device")),
+        ("bare", family("bare", options=frozenset())),
+        ("quick", family("quick")),
+        ("slow", family("slow")),
+    ]
+    monkeypatch.setattr(kernels, "families", lambda: iter(found))
+    flashtile.api.clear_cache()
+    yield
+    flashtile.api.clear_cache()
+
+
+@pytest.mark.usefixtures("families")
+def test_everything_about_a_call() -> None:
+    got = flashtile.explain((2, 4, 100, 8), (2, 2, 200, 8), (2, 2, 200, 24), window=(9, 5), align="bottom_right")
+    visible = 2 * 4 * int(plain.seen(100, 200, 100, 9, 5).sum())
+    assert (got.kernel, got.isa, got.engine, got.threads) == ("quick", "isa9", "direct", flashtile.get_num_threads())
+    assert (got.plan.tile_q, got.plan.tile_k, got.plan.items) == (32, 64, 32)
+    assert got.coverage.visible == visible and got.flops == visible * 2 * (8 + 24)
+    assert got.scratch_bytes == 3 << 20 and got.unfused_bytes == 2 * 4 * 100 * 200 * 4
+    assert dict(got.passed_over) == {
+        "gone": "No module named 'gone'",
+        "asleep": "no such device",
+        "bare": "does not know band",
+        "slow": "can do it, but comes later in the order",
+    }
+    assert got.notes == ()
+    text = str(got)
+    for part in ("quick, isa9", "32 queries x 64 keys", "3 MiB a thread", "not asleep  no such device", "offset 100"):
+        assert part in text
+    assert "-9 <= j - (i + offset) <= 5" in text and len({line.find("  ") > 0 for line in text.splitlines()}) == 1
+
+
+@pytest.mark.usefixtures("families")
+def test_precision_without_a_unit_is_noted() -> None:
+    assert flashtile.explain((4, 8), precision="bf16").notes == ()
+    (note,) = flashtile.explain((4, 8), precision="tf32").notes
+    assert "'tf32' is honoured at higher precision" in note
+
+
+@pytest.mark.usefixtures("families")
+def test_kernels_asked_for_and_kernels_that_cannot() -> None:
+    got = flashtile.explain((4, 8), kernel="slow")
+    assert got.kernel == "slow" and dict(got.passed_over)["quick"] == "can do it, but slow was asked for"
+    with pytest.raises(UnavailableError, match="kernel: got 'auto'.*asleep: no such device.*not float64"):
+        flashtile.explain((4, 8), dtype="float64")
+    with pytest.raises(UnavailableError, match="quick: head sizes up to 128, not 129"):
+        flashtile.explain((4, 129))
+    with pytest.raises(UnavailableError, match="kernel: got 'asleep'.*no such device"):
+        flashtile.attention(*[np.ones((4, 8), np.float32)] * 3, kernel="asleep")
+    with pytest.raises(UnavailableError, match="bare: does not know band$"):
+        flashtile.attention(*[np.ones((4, 8), np.float32)] * 3, kernel="bare", causal=True)
+
+
+def test_arrays_and_shapes_give_the_same() -> None:
+    q, k = np.zeros((2, 4, 9, 8), np.float16), np.zeros((2, 2, 9, 8), np.float16)
+    assert flashtile.explain(q, k, causal=True) == flashtile.explain(q.shape, k.shape, dtype="float16", causal=True)
+    assert flashtile.explain(q.shape).spec.dtype == "float32"
+    assert flashtile.explain(q, out=q, progress=True, return_lse=True) == flashtile.explain(q)
+
+
+def test_offsets_of_each_batch_are_counted() -> None:
+    got = flashtile.explain((3, 1, 4, 8), (3, 1, 9, 8), causal=True, align=np.array([0, 5, -9]))
+    assert got.coverage.visible == sum(plain.seen(4, 9, offset, None, 0).sum() for offset in (0, 5, -9))
+    assert "offset per batch" in str(got) and len(got.notes) == 1
+
+
+def test_torch_tensors_are_described() -> None:
+    torch = pytest.importorskip("torch")
+    assert flashtile.explain(torch.ones(2, 4, 9, 8, dtype=torch.bfloat16)).spec.dtype == "bfloat16"
+
+
+def test_every_kernel_explains_itself(kernel: Any, dtype: str) -> None:
+    got = flashtile.explain((1, 2, 300, 64), dtype=dtype, causal=True, kernel=kernel.name)
+    assert got.kernel == kernel.name and got.scratch_bytes >= 0
+    assert got.isa == (kernel.isa or "")
+    assert str(got).count("\n") >= 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"q": (1, 2, 3, 4, 5)}, SpecError, "q: got shape"),
+        ({"q": "text"}, SpecError, "q: got a builtins.str"),
+        ({"q": (4, -8)}, SpecError, "q: got a builtins.tuple"),
+        ({"q": (4, 8), "dtype": "int8"}, SpecError, "dtype: got dtype int8"),
+        ({"q": np.ones((4, 8)), "dtype": "float32"}, SpecError, "dtype: got float32, expected float64 as in q"),
+        ({"q": (4, 8), "mask": 1}, UnavailableError, "mask: "),
+        ({"q": (4, 8), "kernel": "none"}, SpecError, "kernel: got 'none'"),
+        ({"q": (4, 8), "no_such": 1}, TypeError, "no_such"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        flashtile.explain(**arguments)

@@ -1,0 +1,228 @@
+"""flashtile.torch: CPU tensors without a copy, and torch's own signature with torch's own defaults."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from inputs import Shape, uniform
+
+import flashtile
+from flashtile.errors import SpecError, UnavailableError
+
+torch = pytest.importorskip("torch")
+import flashtile.torch  # noqa: E402  (after torch is known to be there)
+
+sdpa = torch.nn.functional.scaled_dot_product_attention
+
+TOLERANCE = {"float64": 1e-13, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
+
+
+def tensors(shape: Shape, name: str = "float32", seed: int = 0) -> list[Any]:
+    return [torch.from_numpy(x).to(getattr(torch, name)) for x in uniform(shape, "float64", seed=seed)]
+
+
+def close(got: Any, want: Any, name: str = "float32") -> None:
+    assert got.dtype == want.dtype and got.shape == want.shape
+    torch.testing.assert_close(got, want, rtol=TOLERANCE[name], atol=TOLERANCE[name])
+
+
+def test_every_dtype_and_rank(dtype: str) -> None:
+    q, k, v = tensors(Shape(2, 3, 3, 9, 13, 8, 5), dtype)
+    for index in ((), (1,), (1, 1)):
+        parts = [x[index] for x in (q, k, v)]
+        o, lse = flashtile.torch.attention(*parts, return_lse=True)
+        close(o, sdpa(*(x[None, None] if x.ndim == 2 else x for x in parts)).reshape(o.shape), dtype)
+        assert lse.shape == parts[0].shape[:-1]
+        assert lse.dtype == (torch.float64 if dtype == "float64" else torch.float32)
+        s = parts[0].double() @ parts[1].double().mT / 8**0.5
+        torch.testing.assert_close(lse.double(), s.logsumexp(-1), rtol=0, atol=1e-5)
+
+
+def test_same_bits_as_numpy_through_the_core() -> None:
+    arrays = uniform(Shape(2, 4, 2, 12, 20), "float32")
+    options: dict[str, Any] = {"causal": True, "window": (5, -1), "align": np.array([8, -1]), "return_lse": True}
+    o, lse = flashtile.attention(*arrays, **options)
+    options["align"] = torch.tensor([8, -1])
+    for attend in (flashtile.attention, flashtile.torch.attention):
+        got_o, got_lse = attend(*map(torch.from_numpy, arrays), **options)
+        assert np.array_equal(got_o.numpy(), o) and np.array_equal(got_lse.numpy(), lse)
+
+
+def test_nothing_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel is given the tensors' own addresses and strides, whatever those are."""
+    room = torch.zeros(2, 20, 3, 16)
+    q = room[..., ::2].transpose(1, 2)
+    o = torch.empty(2, 3, 20, 8)
+    seen: list[Any] = []
+    vanilla = flashtile.kernels.vanilla
+    compile_vanilla = vanilla.compile
+
+    def spy(spec: Any, plan: Any, layout: Any) -> Any:
+        kernel = compile_vanilla(spec, plan, layout)
+        seen.append(layout)
+
+        class Spy:
+            scratch_bytes = kernel.scratch_bytes
+            run = kernel.run
+
+            @staticmethod
+            def pack(*addresses: int) -> Any:
+                seen.append(addresses[:4])
+                return kernel.pack(*addresses)
+
+        return Spy
+
+    flashtile.api.clear_cache()
+    monkeypatch.setattr(vanilla, "compile", spy)
+    assert flashtile.torch.attention(q, q, q, out=o, kernel="vanilla") is o
+    assert seen[0].q == seen[0].v == (20 * 3 * 16 * 4, 16 * 4, 3 * 16 * 4, 8)
+    assert seen[1] == (q.data_ptr(), q.data_ptr(), q.data_ptr(), o.data_ptr())
+    flashtile.api.clear_cache()
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("q_len", "kv_len"), [(9, 9), (9, 13), (13, 9)])
+def test_sdpa_by_its_own_signature(dtype: str, q_len: int, kv_len: int, is_causal: bool) -> None:
+    """torch anchors is_causal at the top left also where the lengths differ."""
+    q, k, v = tensors(Shape(2, 3, 3, q_len, kv_len, 8, 5), dtype)
+    arguments: dict[str, Any] = {"attn_mask": None, "dropout_p": 0.0, "is_causal": is_causal, "scale": 0.2}
+    ours = flashtile.torch.scaled_dot_product_attention
+    close(ours(q, k, v, **arguments), sdpa(q, k, v, **arguments), dtype)
+    close(ours(q, k, v, None, 0.0, is_causal), sdpa(q, k, v, None, 0.0, is_causal), dtype)
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "gqa"),
+    [
+        ((2, 8, 9, 4), (2, 2, 7, 4), True),
+        ((8, 9, 4), (2, 7, 4), True),
+        ((2, 8, 9, 4), (1, 2, 7, 4), True),
+        ((2, 8, 9, 4), (2, 1, 7, 4), False),
+        ((2, 8, 9, 4), (8, 7, 4), False),
+        ((8, 9, 4), (1, 7, 4), False),
+        ((1, 9, 4), (8, 7, 4), False),
+        ((5, 2, 3, 9, 4), (5, 2, 3, 7, 4), False),
+        ((5, 1, 3, 9, 4), (2, 3, 7, 4), False),
+        ((5, 2, 6, 9, 4), (5, 2, 3, 7, 4), True),
+    ],
+)
+def test_sdpa_broadcasts_as_torch_does(query: Any, key: Any, gqa: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(shape, generator=generator) for shape in (query, key, key))
+    o, lse = flashtile.torch.scaled_dot_product_attention(q, k, v, enable_gqa=gqa, return_lse=True)
+    if gqa:
+        k, v = (x.repeat_interleave(query[-3] // key[-3], dim=-3) for x in (k, v))
+    s = q @ k.mT / 2
+    close(o, s.softmax(-1) @ v)
+    torch.testing.assert_close(lse, s.logsumexp(-1))
+    close(o, flashtile.torch.scaled_dot_product_attention(q, k, v))
+
+
+def test_sdpa_window_is_anchored_as_causal_is() -> None:
+    q, k, v = tensors(Shape(1, 2, 2, 6, 9))
+    distance = torch.arange(9)[None] - torch.arange(6)[:, None]
+    mask = (distance >= -2) & (distance <= 1)
+    close(flashtile.torch.scaled_dot_product_attention(q, k, v, window=(2, 1)), sdpa(q, k, v, attn_mask=mask))
+
+
+def test_rows_that_see_nothing_give_zero() -> None:
+    q, k, v = tensors(Shape(1, 1, 1, 3, 0))
+    o, lse = flashtile.torch.scaled_dot_product_attention(q, k, v, return_lse=True)
+    assert (o == 0).all() and torch.isneginf(lse).all()
+
+
+def test_gradients_are_refused_only_while_they_are_recorded() -> None:
+    q, k, v = tensors(Shape())
+    want = flashtile.torch.attention(q, k, v)
+    for n in range(3):
+        arrays = [x.clone().requires_grad_() if i == n else x for i, x in enumerate((q, k, v))]
+        for attend in (flashtile.torch.attention, flashtile.attention, flashtile.torch.scaled_dot_product_attention):
+            with pytest.raises(UnavailableError, match="requires grad.*gradients are not available yet"):
+                attend(*arrays)
+            for quiet in (torch.no_grad(), torch.inference_mode()):
+                with quiet:
+                    assert torch.equal(attend(*arrays), want)
+    with torch.no_grad():
+        assert torch.equal(flashtile.torch.attention(torch.nn.Parameter(q), k, v), want)
+    with pytest.raises(UnavailableError, match="^out: "):
+        flashtile.torch.attention(q, k, v, out=torch.empty_like(q).requires_grad_())
+
+
+class Renamed(torch.Tensor):
+    pass
+
+
+X = torch.ones(1, 2, 4, 8)
+NEGATED = torch.ones(1, 2, 4, 8, dtype=torch.complex64).conj().imag
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (np.ones((1, 2, 4, 8), np.float32), "got a numpy.ndarray, expected a torch.Tensor"),
+        ([1.0], "got a builtins.list, expected a torch.Tensor"),
+        (X.to("meta"), "got a tensor on meta, expected a tensor on the CPU"),
+        (X.to_sparse(), "got layout torch.sparse_coo, expected a dense tensor"),
+        (X[0, 0].to_mkldnn(), "got layout torch._mkldnn, expected a dense tensor"),
+        (NEGATED, r"got a lazily negated view, expected .*resolve_neg"),
+        (X.as_subclass(Renamed), r"got a test_torch.Renamed, expected a torch.Tensor .*as_subclass"),
+        (X.int(), "got dtype int32, expected one of"),
+        (X.to(torch.complex64), "got dtype complex64, expected one of"),
+    ],
+)
+def test_other_tensors_are_refused(bad: Any, message: str) -> None:
+    with pytest.raises(SpecError, match="^q: " + message):
+        flashtile.torch.attention(bad, X, X)
+    if torch.is_tensor(bad):
+        with pytest.raises(SpecError, match="^k: "):
+            flashtile.attention(X, bad, X)
+
+
+@pytest.mark.parametrize(
+    ("option", "error", "message"),
+    [
+        ({"attn_mask": X}, UnavailableError, "attn_mask: got a Tensor, .* not available yet"),
+        ({"attn_mask": X, "is_causal": True}, SpecError, "attn_mask: got a mask together with is_causal"),
+        ({"dropout_p": 0.1}, UnavailableError, "dropout_p: .* not available yet"),
+        ({"softcap": 30.0}, UnavailableError, "softcap: .* not available yet"),
+        ({"alibi_slopes": X}, UnavailableError, "alibi_slopes: .* not available yet"),
+        ({"sinks": X}, UnavailableError, "sinks: .* not available yet"),
+        ({"window": (-2, 0)}, SpecError, r"window: got \(-2, 0\), expected a pair"),
+        ({"scale": float("nan")}, SpecError, "scale: got nan, expected a finite real number"),
+    ],
+)
+def test_sdpa_options(option: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match="^" + message):
+        flashtile.torch.scaled_dot_product_attention(X, X, X, **option)
+    if len(option) == 1 and error is UnavailableError and "attn_mask" not in option:
+        with pytest.raises(error, match="^" + message):
+            flashtile.torch.attention(X, X, X, **option)
+
+
+def test_sdpa_shapes_that_do_not_broadcast() -> None:
+    ours = flashtile.torch.scaled_dot_product_attention
+    with pytest.raises(SpecError, match="leading axes that broadcast.*enable_gqa=True"):
+        ours(torch.ones(1, 8, 4, 8), torch.ones(1, 2, 4, 8), torch.ones(1, 2, 4, 8))
+    with pytest.raises(SpecError, match="k: got 3 heads, expected a divisor of q's 8 heads"):
+        ours(torch.ones(1, 8, 4, 8), torch.ones(1, 3, 4, 8), torch.ones(1, 3, 4, 8), enable_gqa=True)
+    with pytest.raises(SpecError, match="key: got shape .*rank 3 or more"):
+        ours(torch.ones(2, 4, 8), torch.ones(4, 8), torch.ones(4, 8))
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (torch.full((1, 2, 4, 7), 7.0), r"out: got shape \(1, 2, 4, 7\), expected \(1, 2, 4, 8\)"),
+        (torch.full((1, 2, 4, 8), 7.0, dtype=torch.float64), "out: got dtype float64, expected float32 as in q"),
+        (torch.full((1, 2, 1, 8), 7.0).expand(1, 2, 4, 8), "out: got strides .* do not share memory"),
+        (X, "out: got an array within the memory that q spans"),
+        (np.full((1, 2, 4, 8), 7.0, np.float32), "out: got a numpy.ndarray, expected a torch.Tensor"),
+    ],
+)
+def test_bad_out(out: Any, message: str) -> None:
+    before = np.asarray(out).copy()
+    with pytest.raises(SpecError, match="^" + message):
+        flashtile.torch.attention(X, X.clone(), X.clone(), out=out)
+    assert np.array_equal(np.asarray(out), before)
