@@ -65,8 +65,8 @@ def table(cases: list[Case]) -> Iterator[str]:
     for case in cases:
         speed = _measure(case, peers)
         best = max((speed[name] for name in peers if name in speed), default=None)
-        ratio = "-" if best is None else f"{speed['flashtile'] / best:.2f}"
-        cells = [f"{speed[name]:.1f}" if name in speed else "wrong" for name in ["flashtile", *peers]]
+        ratio = "-" if best is None else f"{speed['flashtile'] / best:.3g}"
+        cells = [f"{speed[name]:.3g}" if name in speed else "wrong" for name in ["flashtile", *peers]]
         yield f"{case!s:<36}" + "".join(f"{cell:>11}" for cell in [*cells, ratio])
 
 

@@ -23,7 +23,8 @@ def peak_growth() -> Iterator[Growth]:
     """Measure the peak of resident memory within a block, above what was resident when it began.
 
     Linux only: elsewhere a process knows its all-time peak at most, which says nothing of one call. Where the
-    kernel does not let the peak be reset, what came before counts in: the result is then too large, never too small.
+    kernel does not let the peak be reset, what came before counts in and the result is too large. Linux counts pages
+    in batches of each thread, which makes a fraction of a megabyte either way.
     """
     growth = Growth()
     with contextlib.suppress(OSError):

@@ -1,0 +1,32 @@
+"""Every file in examples/ runs as it stands, and checks its own result."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs(example: Path, tmp_path: Path) -> None:
+    if "\nimport torch\n" in example.read_text():
+        pytest.importorskip("torch")
+    run = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip()
+
+
+def test_examples_are_found() -> None:
+    assert len(EXAMPLES) >= 3
+
+
+def test_denoising_example_removes_noise() -> None:
+    example = next(path for path in EXAMPLES if path.stem == "denoise_your_picture")
+    run = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, timeout=300)
+    before, after = (float(number) for number in re.findall(r"([\d.]+) dB", run.stdout))
+    assert after > before + 5
