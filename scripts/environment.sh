@@ -46,6 +46,6 @@ install_into() { # install_into VENV EXTRAS: this clone, editable; costs nothing
         "$python" -m venv --clear "$venv"
     fi
     echo "Installing flashtile[$extras] into $venv ..." >&2
-    "$venv/bin/python" -m pip install -q -e ".[$extras]"
+    "$venv/bin/python" -m pip install -q --no-compile -e ".[$extras]"
     echo "$wanted" >"$stamp"
 }
