@@ -263,3 +263,28 @@ def test_scratch_is_as_long_as_was_asked_for() -> None:
 def test_the_interpreter_exits_while_the_pool_lives() -> None:
     code = "import flashtile, numpy as np; q = np.ones((1, 8, 256, 64)); flashtile.attention(q, q, q, kernel='vanilla')"
     subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
+
+
+def test_a_second_ctrl_c_does_not_leave_workers_behind() -> None:
+    """They write to the caller's arrays, so the wait for their ranges is not cut short."""
+    code = """
+import os, signal, sys, threading, time
+import flashtile
+sys.path.insert(0, {tests!r})
+from test_direct import Counting, direct, plan_of
+flashtile.set_num_threads(2)
+kernel = Counting(100, seconds=0.6)  # a worker is in its range when both signals come
+def interrupt_twice():
+    for _ in range(2):
+        time.sleep(0.15)
+        os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=interrupt_twice).start()
+try:
+    direct.prepare(plan_of(100), kernel)(None)
+except KeyboardInterrupt:
+    after = kernel.counts.sum()
+    time.sleep(0.8)
+    print(kernel.counts.sum() - after, len(kernel.threads))
+""".format(tests=os.path.dirname(__file__))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["0", "2"]

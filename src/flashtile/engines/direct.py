@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flashtile.errors import KernelError
+from flashtile.kernels import Stage
 from flashtile.progress import Report
 from flashtile.threads import get_num_threads
 
@@ -41,8 +42,9 @@ def unavailable() -> str | None:
 
 def prepare(plan: Plan, kernel: CompiledKernel) -> Run:
     """Bind a compiled kernel to its plan. The result may be called from any thread, many times at once."""
-    items, scratch_bytes, run_items = plan.items, kernel.scratch_bytes, kernel.run
+    items, scratch_bytes, run_items, merge = plan.items, kernel.scratch_bytes, kernel.run, kernel.merge_stage
     small = plan.flops <= SMALL_FLOPS or items == 1
+    first = Stage(items, run_items, plan.flops, 0)
 
     def run(params: Any, report: Report | None = None) -> None:
         if small and report is None:
@@ -54,18 +56,21 @@ def prepare(plan: Plan, kernel: CompiledKernel) -> Run:
                     raise _failure(plan, 0, items, str(cause)) from cause
                 if status:
                     raise _failure(plan, 0, items, f"status {status}")
-            return
-        _Job(plan, kernel, params).run(1 if small else get_num_threads(), report)
+        else:
+            _Job(plan, first, scratch_bytes, params).run(1 if small else get_num_threads(), report)
+        if merge is not None:
+            threads = 1 if merge.work <= SMALL_FLOPS else get_num_threads()
+            _Job(plan, merge, scratch_bytes, params).run(threads, None)
 
     return run
 
 
 class _Job:
-    """One call while it runs. The lock guards every field that changes."""
+    """One stage of a call while it runs. The lock guards every field that changes."""
 
-    def __init__(self, plan: Plan, kernel: CompiledKernel, params: Any) -> None:
-        self.plan, self.kernel, self.params = plan, kernel, params
-        self.items = plan.items
+    def __init__(self, plan: Plan, stage: Stage, scratch_bytes: int, params: Any) -> None:
+        self.plan, self.stage, self.scratch_bytes, self.params = plan, stage, scratch_bytes, params
+        self.items = stage.items
         self.next = 0  # first item not handed out
         self.done = 0
         self.seconds = 0.0  # spent by all threads on the done items
@@ -91,7 +96,7 @@ class _Job:
 
     def work(self) -> None:
         """What a pool thread does. Signals reach the main thread only, so nothing interrupts this."""
-        scratch = _scratch(self.kernel.scratch_bytes)
+        scratch = _scratch(self.scratch_bytes)
         while (taken := self._take(worker=True)) is not None:
             began = time.perf_counter()
             error = None
@@ -105,7 +110,7 @@ class _Job:
 
     def _take_part(self, report: Report | None) -> None:
         """Run ranges on the calling thread, then wait for the workers; report in between."""
-        scratch = _scratch(self.kernel.scratch_bytes)
+        scratch = _scratch(self.scratch_bytes)
         due = time.perf_counter() + REPORT_SECONDS
         while True:
             taken = self._take(worker=False)
@@ -138,12 +143,17 @@ class _Job:
 
     def _attempt(self, begin: int, end: int, scratch: int) -> KernelError | None:
         try:
-            status = self.kernel.run(self.params, begin, end, scratch)
+            status = self.stage.run(self.params, begin, end, scratch)
         except Exception as cause:
-            error = _failure(self.plan, begin, end, str(cause))
+            error = self._failure(begin, end, str(cause))
             error.__cause__ = cause
             return error
-        return _failure(self.plan, begin, end, f"status {status}") if status else None
+        return self._failure(begin, end, f"status {status}") if status else None
+
+    def _failure(self, begin: int, end: int, what: str) -> KernelError:
+        if self.stage.workspace_bytes:
+            return KernelError(f"merging the parts of rows [{begin}, {end}) of {self.items} failed: {what}")
+        return _failure(self.plan, begin, end, what)
 
     def _account(self, begin: int, end: int, seconds: float, error: KernelError | None) -> None:
         self.done += end - begin

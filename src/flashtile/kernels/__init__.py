@@ -10,10 +10,10 @@ A kernel family is a module in this folder with three functions:
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from flashtile import rooms
 from flashtile.errors import UnavailableError, wrong
@@ -39,6 +39,9 @@ class Capabilities:
     options: frozenset[str]  # "band", "lse", ...: see AttentionSpec.options
     native: bool  # runs without the GIL
     isa: str = ""  # the instruction set in use, for explain and doctor
+    variant: str = ""  # which of the family's kernels computes this spec, for explain
+    head_block: int = 1  # query heads of a work item; divides spec.heads
+    part_keys: int | None = None  # fewest keys worth a work item of their own; None: keys are never split
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +54,20 @@ class Layout:
     o: Strides
 
 
+class Stage(NamedTuple):
+    """Work that follows the items of a plan: the merge of their partial results."""
+
+    items: int
+    run: Callable[[Any, int, int, int], int]  # as CompiledKernel.run
+    work: int  # operations, by which an engine decides whether sharing pays
+    workspace_bytes: int  # of the partial results; pack allocates them, the parameters own them
+
+
 class CompiledKernel(Protocol):
     """A kernel for one spec, plan and layout. Safe to run from many threads at once, each with its own scratch."""
 
     scratch_bytes: int  # needed by each thread; the engine gives a 64-byte aligned address
+    merge_stage: Stage | None  # to be run when every item of the plan is done, if plan.splits > 1
 
     def pack(self, q: int, k: int, v: int, o: int, lse: int, offsets: int) -> Any:
         """Turn addresses into the opaque, immutable parameters of one call.

@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 
 # Larger tiles of queries read K and V less often; fewer items than this would leave threads idle at the end.
 ENOUGH_ITEMS = 32
+MOST_PARTS = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The work items of a call. Item ((b * heads + h) * query_tiles + query_tile) * splits + split computes rows
-    [query_tile * tile_q, min(q_len, (query_tile + 1) * tile_q)) of head h of batch b."""
+    """The work items of a call. Item ((b * heads + h) / head_block * query_tiles + query_tile) * splits + split
+    computes rows [query_tile * tile_q, min(q_len, (query_tile + 1) * tile_q)) of heads h ... h + head_block - 1 of
+    batch b, against keys [split * split_keys, (split + 1) * split_keys)."""
 
     batch: int
     heads: int
@@ -28,35 +30,62 @@ class Plan:
     tile_q: int  # rows of a work item, a multiple of the kernel's query_block
     tile_k: int  # keys of a key tile
     flops: int  # of the two products, visible pairs only (an upper bound if offsets come with the call)
+    split_keys: int = 0  # keys of a part, a multiple of tile_k; split n begins at key n * split_keys. 0: not split
+    head_block: int = 1  # query heads of a work item
 
     @property
     def items(self) -> int:
-        return self.batch * self.heads * self.query_tiles * self.splits
+        return self.batch * self.heads // self.head_block * self.query_tiles * self.splits
 
     def locate(self, item: int) -> tuple[int, int, int, int]:
-        """(batch, head, query tile, split) of a work item."""
+        """(batch, first head, query tile, split) of a work item."""
         rest, split = divmod(item, self.splits)
         rest, query_tile = divmod(rest, self.query_tiles)
-        batch, head = divmod(rest, self.heads)
-        return batch, head, query_tile, split
+        batch, block = divmod(rest, self.heads // self.head_block)
+        return batch, block * self.head_block, query_tile, split
 
 
 def make_plan(spec: AttentionSpec, capabilities: Capabilities) -> Plan:
     """Choose tile sizes from the kernel's menus."""
-    heads = spec.batch * spec.heads
+    heads = spec.batch * spec.heads // capabilities.head_block
     tile_q = capabilities.tile_q[0]
     for candidate in _up_to(capabilities.tile_q, spec.q_len):
         if heads * -(-spec.q_len // candidate) >= ENOUGH_ITEMS:
             tile_q = candidate
+    tile_k = max(_up_to(capabilities.tile_k, spec.kv_len))
+    query_tiles = -(-spec.q_len // tile_q)
+    split_keys = _keys_of_a_part(spec, capabilities, heads * query_tiles, tile_k)
     return Plan(
         batch=spec.batch,
         heads=spec.heads,
-        query_tiles=-(-spec.q_len // tile_q),
-        splits=1,
+        query_tiles=query_tiles,
+        splits=-(-spec.kv_len // split_keys) if split_keys else 1,
         tile_q=tile_q,
-        tile_k=max(_up_to(capabilities.tile_k, spec.kv_len)),
+        tile_k=tile_k,
         flops=flops_of(spec),
+        split_keys=split_keys,
+        head_block=capabilities.head_block,
     )
+
+
+def _keys_of_a_part(spec: AttentionSpec, capabilities: Capabilities, items: int, tile_k: int) -> int:
+    """How many keys a work item attends where few items on long keys would leave threads idle; 0: all of them."""
+    if capabilities.part_keys is None or not 0 < items < ENOUGH_ITEMS:
+        return 0
+    seen = keys_seen(spec)
+    parts = min(-(-ENOUGH_ITEMS // items), seen // capabilities.part_keys)
+    if parts < 2:
+        return 0
+    # A window sees a few of many parts, and the merge reads all: their number is bounded.
+    keys = max(-(-seen // parts), -(-spec.kv_len // MOST_PARTS))
+    return -(-keys // tile_k) * tile_k
+
+
+def keys_seen(spec: AttentionSpec) -> int:
+    """The most keys that the rows of one head can see between them, whatever the offset."""
+    if spec.band is None or spec.band.left is None or spec.band.right is None:
+        return spec.kv_len
+    return min(spec.kv_len, max(0, spec.band.left + spec.band.right + spec.q_len))
 
 
 def flops_of(spec: AttentionSpec, offsets: Iterable[int] | None = None) -> int:

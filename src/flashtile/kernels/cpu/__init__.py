@@ -6,13 +6,17 @@
     forward.py   work item -> key blocks -> panels                       cache.py     objects on disk
     panel.py     one panel on one block: scores.py, softmax.py, values.py
     pack.py      layouts in    finish.py  outputs and lse    containment.py  NaN in hidden keys
+    decode.py    few queries on long keys, lanes over the head size: decode_pack.py, decode_scores.py,
+                 decode_softmax.py, decode_values.py
+    parts.py     keys split over work items, and merge.py, which puts the parts together
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from flashtile.errors import FlashtileError
 from flashtile.kernels import Capabilities, CompiledKernel, Layout
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
 _STORAGE = {"float64": "double", "float32": "float", "float16": "half", "bfloat16": "bfloat"}
 _PANELS = (1, 2, 4, 8)  # panels a work item may hold
 _AXES = "bhsd"
+_PART_KEYS = 1024  # a part takes some 0.1 ms: long beside handing it out and merging it
+_FEW_ROWS = 16  # so many rows on a key/value head are quicker without transposing them (experiments.md)
 
 
 def unavailable() -> str | None:
@@ -47,9 +53,28 @@ def config_of(spec: AttentionSpec) -> Config:
     return Config(isa, _STORAGE[spec.dtype], pairs=sixteen and isa.bf16_dot)
 
 
+def decodes(spec: AttentionSpec) -> bool:
+    """Whether the rows on each key/value head are so few that decode.py computes them."""
+    return spec.group * spec.q_len <= _FEW_ROWS and spec.options <= {"band"}
+
+
 def capabilities(spec: AttentionSpec) -> Capabilities:
     """Tile menus and features for this dtype and precision on the current instruction set."""
     c = config_of(spec)
+    general = _capabilities(c)
+    if not decodes(spec):
+        return general
+    return replace(
+        general,
+        precisions=frozenset(("ieee",)),
+        query_block=1,
+        tile_q=(max(1, spec.q_len),),
+        variant="decode",
+        head_block=spec.group,
+    )
+
+
+def _capabilities(c: Config) -> Capabilities:
     return Capabilities(
         name="cpu",
         dtypes=frozenset(_STORAGE),
@@ -61,12 +86,19 @@ def capabilities(spec: AttentionSpec) -> Capabilities:
         options=frozenset(("band",)),
         native=True,
         isa=c.isa.name,
+        variant="forward",
+        part_keys=_PART_KEYS,
     )
 
 
 def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> CompiledKernel:
     """The kernel of this spec; machine code is shared by all specs with the same configuration."""
-    return Forward(config_of(spec), spec, plan, layout)
+    c = config_of(spec)
+    if decodes(spec):
+        from flashtile.kernels.cpu.parts import Decode
+
+        return Decode(replace(c, pairs=c.pairs and c.storage == "bfloat"), spec, plan, layout)
+    return Forward(replace(c, partial=plan.splits > 1), spec, plan, layout)
 
 
 @functools.cache
@@ -91,18 +123,34 @@ class Forward:
         self.run = _entry(c)
         panels = plan.tile_q // c.panel
         offsets, self.scratch_bytes = params.Scratch(c).layout(c, spec.head_size, spec.value_size, panels)
+        self.merge_stage, self._merge = None, None
+        parts = {"splits": 1, "split_keys": spec.kv_len, "o_split": 0, "lse_split": 0}
+        if plan.splits > 1:
+            from flashtile.kernels.cpu.parts import Merge, first_stage
+
+            self._merge = merge = Merge(c, spec, plan, layout.o)
+            layout = replace(layout, o=merge.strides)
+            parts = {"splits": plan.splits, "split_keys": plan.split_keys, **merge.steps}
+            self.run, self.merge_stage = first_stage(self.run), merge.stage
+            self.scratch_bytes = max(self.scratch_bytes, merge.scratch_bytes)
         self._tail = params.pack_tail(
             {
                 **{f"{t}_{a}": n for t in "qkvo" for a, n in zip(_AXES, getattr(layout, t), strict=True)},
                 **_sizes(c, spec, plan, layout),
+                **parts,
                 **offsets,
                 **params.split_scale(spec.scale, c.acc),
             }
         )
 
-    def pack(self, q: int, k: int, v: int, o: int, lse: int, offsets: int) -> bytes:
-        """The parameter block of one call."""
-        return params.pack_addresses(q, k, v, o, lse, offsets, 0, 0, 0, 0) + self._tail
+    def pack(self, q: int, k: int, v: int, o: int, lse: int, offsets: int) -> Any:
+        """The parameters of one call: a block, or in parts (parts.py) one for each stage."""
+        if self._merge is not None:
+            return self._merge.pack(lambda o, lse: self._block(q, k, v, o, lse, offsets), o, lse)
+        return self._block(q, k, v, o, lse, offsets)
+
+    def _block(self, *addresses: int) -> bytes:
+        return params.pack_addresses(*addresses, 0, 0, 0, 0) + self._tail
 
 
 def _sizes(c: Config, spec: AttentionSpec, plan: Plan, layout: Layout) -> dict[str, int]:
@@ -124,10 +172,6 @@ def _sizes(c: Config, spec: AttentionSpec, plan: Plan, layout: Layout) -> dict[s
         "key_words": words,
         "tile_q": plan.tile_q,
         "query_tiles": plan.query_tiles,
-        "splits": 1,
-        "split_keys": spec.kv_len,
-        "o_split": 0,
-        "lse_split": 0,
         "carry": 0,
         **dict.fromkeys(("segment_b", "segment_h", "sink_b", "sink_h"), 0),
         "offset": _bounded(spec.offset or 0),

@@ -13,6 +13,9 @@ from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.ir import SIZES, Function, Module, Value, like, vector
 from flashtile.kernels.cpu.pack import read
 
+# Tiles of several rows compute while memory waits; so many keys ahead it is told what comes (rows far apart in memory
+# are nothing that hardware would foresee).  With one row the loads themselves run far enough ahead.
+KEYS_AHEAD = 16
 BITS = {"i16": "i16", "float": "i32", "double": "i64"}  # integers as wide as an element in memory
 
 
@@ -102,6 +105,12 @@ def emit_copy_rows(module: Module, c: Config) -> str:
             f.store(zero, target + d * each)
     f.ret()
     return f.name
+
+
+def prefetch(f: Function, at: Value) -> None:
+    """Ask for a line of memory to be brought into the second-level cache; any address will do."""
+    read_it, second_level, data = (f.const("i32", n) for n in (0, 2, 1))
+    f.intrinsic("llvm.prefetch.p0", "void", [at, read_it, second_level, data])
 
 
 def read_slot(f: Function, c: Config, at: Value, mask: Value | None = None) -> Value:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 
 from flashtile.kernels.cpu.config import Config
-from flashtile.kernels.cpu.decode_pack import Slots
+from flashtile.kernels.cpu.decode_pack import KEYS_AHEAD, Slots, prefetch
 from flashtile.kernels.cpu.decode_scores import ROW_TILES, accumulators, each_row_tile
 from flashtile.kernels.cpu.decode_softmax import STATE, state
 from flashtile.kernels.cpu.ir import SIZES, Function, Module, Value
 from flashtile.kernels.cpu.pack import read
 
+CACHE_LINE = 64
 WIDEST = 8  # registers of value columns in a tile
 ARGUMENTS = ["ptr", "i64", "ptr", "ptr", "i64", "ptr", "ptr", "i64"]
 NAMES = ["o", "o_row", "state", "v", "stride", "p", "s", "count"]
@@ -30,9 +31,12 @@ def emit_values(module: Module, c: Config, rows: int, vectors: int, contained: s
     o, o_row, states, v, stride, p, s, count = f.args
     line = c.key_block * c.size
     each = c.lanes * SIZES[c.memory]
+    ahead = stride * KEYS_AHEAD
 
     def step(key: Value, acc: list[Value]) -> list[Value]:
         at = v + key * stride
+        for line_at in range(0, vectors * each, CACHE_LINE) if rows > 1 else ():
+            prefetch(f, at + (ahead + line_at))
         values = [read(f, c, at + j * each, c.lanes) for j in range(vectors)]
         weights = [f.splat(f.load(c.acc, p + (key * c.size + r * line)), c.lanes) for r in range(rows)]
         return [c.isa.multiply_add(f, weights[n // vectors], values[n % vectors], a) for n, a in enumerate(acc)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -49,6 +50,11 @@ class InParts(NamedTuple):
     workspace: np.ndarray
 
 
+def first_stage(run: Callable[..., int]) -> Callable[[InParts, int, int, int], int]:
+    """The native function of the items of a plan in parts, taking the call's parameters."""
+    return lambda call, begin, end, scratch: run(call.parts, begin, end, scratch)
+
+
 class Merge:
     """The second stage of a plan in parts: partial results in a workspace, merged into o and lse.
 
@@ -56,12 +62,13 @@ class Merge:
     """
 
     def __init__(self, c: Config, spec: AttentionSpec, plan: Plan, o: Strides):
-        self.rows = spec.batch * spec.heads * spec.q_len
-        self.row_bytes = spec.value_size * c.size
-        self.o_split, self.lse_split = self.rows * self.row_bytes, self.rows * c.size
+        rows = spec.batch * spec.heads * spec.q_len
+        row_bytes = spec.value_size * c.size
+        o_split, lse_split = rows * row_bytes, rows * c.size
         self.scratch_bytes = merge.scratch_bytes(c, plan.splits)
-        self.strides = (spec.heads * spec.q_len * self.row_bytes, spec.q_len * self.row_bytes, self.row_bytes, c.size)
-        self._lse_at = plan.splits * self.o_split
+        self.strides = (spec.heads * spec.q_len * row_bytes, spec.q_len * row_bytes, row_bytes, c.size)
+        self.steps = {"o_split": o_split, "lse_split": lse_split}  # bytes between the results of two parts
+        self._lse_at = plan.splits * o_split
         self._tail = merge.pack_tail(
             {
                 **dict(zip(("o_b", "o_h", "o_s", "o_d"), o, strict=True)),
@@ -69,27 +76,24 @@ class Merge:
                 "q_len": spec.q_len,
                 "value_size": spec.value_size,
                 "splits": plan.splits,
-                "o_split": self.o_split,
-                "lse_split": self.lse_split,
+                **self.steps,
             }
         )
-        run = entry("merge", c)
+        run = entry("merge", replace(c, partial=False, pairs=False, code=None))
         self.stage = Stage(
-            items=self.rows,
+            items=rows,
             run=lambda call, begin, end, scratch: run(call.merge, begin, end, scratch),
-            work=MERGE_WORK * self.rows * spec.value_size * plan.splits,
-            workspace_bytes=plan.splits * (self.o_split + self.lse_split),
+            work=MERGE_WORK * rows * spec.value_size * plan.splits,
+            workspace_bytes=plan.splits * (o_split + lse_split),
         )
 
-    def workspace(self) -> tuple[np.ndarray, int, int]:
-        """Memory for one call, and where o and lse of the parts begin in it."""
+    def pack(self, parts: Callable[[int, int], bytes], o: int, lse: int) -> InParts:
+        """The parameters of one call; ``parts`` gives the items' block, from where they write o and lse."""
         memory = np.empty(self.stage.workspace_bytes, np.uint8)
-        address = address_of(memory)
-        return memory, address, address + self._lse_at
-
-    def pack(self, parts_o: int, parts_lse: int, o: int, lse: int) -> bytes:
-        """The parameter block of the stage."""
-        return merge.pack_addresses(parts_o, parts_lse, o, lse) + self._tail
+        parts_o = address_of(memory)
+        parts_lse = parts_o + self._lse_at
+        block = merge.pack_addresses(parts_o, parts_lse, o, lse) + self._tail
+        return InParts(parts(parts_o, parts_lse), block, memory)
 
 
 class Decode:
@@ -104,8 +108,7 @@ class Decode:
         offsets, self.scratch_bytes = decode.scratch_layout(c, rows, spec.head_size, spec.value_size)
         if self._merge is not None:
             self.scratch_bytes = max(self.scratch_bytes, self._merge.scratch_bytes)
-            self.run = lambda call, begin, end, scratch: run(call.parts, begin, end, scratch)
-            self.merge_stage = self._merge.stage
+            self.run, self.merge_stage = first_stage(run), self._merge.stage
         self._tail = decode.pack_tail(
             {
                 **_strides(layout, self._merge),
@@ -117,11 +120,12 @@ class Decode:
 
     def pack(self, q: int, k: int, v: int, o: int, lse: int, offsets: int) -> bytes | InParts:
         """The parameters of one call; in parts, with a workspace of its own."""
-        if self._merge is None:
-            return decode.pack_addresses(q, k, v, o, lse, offsets) + self._tail
-        memory, parts_o, parts_lse = self._merge.workspace()
-        block = decode.pack_addresses(q, k, v, parts_o, parts_lse, offsets) + self._tail
-        return InParts(block, self._merge.pack(parts_o, parts_lse, o, lse), memory)
+        if self._merge is not None:
+            return self._merge.pack(lambda o, lse: self._block(q, k, v, o, lse, offsets), o, lse)
+        return self._block(q, k, v, o, lse, offsets)
+
+    def _block(self, *addresses: int) -> bytes:
+        return decode.pack_addresses(*addresses) + self._tail
 
 
 def _strides(layout: Layout, merging: Merge | None) -> dict[str, int]:
@@ -148,8 +152,7 @@ def _sizes(c: Config, spec: AttentionSpec, plan: Plan, layout: Layout, merging: 
         "pack_k": int(layout.k[3] != step or spec.head_size < slot_width(c)),
         "pack_v": int(layout.v[3] != step or spec.value_size < c.lanes),
         "partial": int(merging is not None),
-        "o_split": merging.o_split if merging else 0,
-        "lse_split": merging.lse_split if merging else 0,
+        **(merging.steps if merging else {"o_split": 0, "lse_split": 0}),
     }
 
 

@@ -1,0 +1,103 @@
+"""NumPy views over raw addresses, and the kernel object that the NumPy families share.
+
+A door hands a kernel addresses and byte strides, whoever owns the memory. The NumPy kernels rebuild
+arrays from them without a copy, so every door works with every kernel and an engine runs them all alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from flashtile.dtypes import dtype_of, round_to_bf16, widen_bits
+
+if TYPE_CHECKING:
+    from flashtile.kernels import Layout
+    from flashtile.plan import Plan
+    from flashtile.spec import AttentionSpec
+
+# The rows of one head: (q (r, D), k (S_kv, D), v (S_kv, D_v), first row, offset) -> (o (r, D_v), lse (r,)).
+AttendRows = Callable[[np.ndarray, np.ndarray, np.ndarray, int, int], "tuple[np.ndarray, np.ndarray]"]
+
+
+class _Memory:
+    """What NumPy's array interface asks for; the memory itself belongs to the caller."""
+
+    def __init__(self, interface: dict[str, Any]) -> None:
+        self.__array_interface__ = interface
+
+
+def view(
+    address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype, *, writable: bool = False
+) -> np.ndarray:
+    """An array over memory that already exists; nothing is copied.
+
+    Shapes:  any; strides in bytes, of any sign, 0 included; the address may be misaligned.
+    Numerics: none; the dtype names the storage (bfloat16 is its bits, uint16).
+    Errors:  none of its own: the caller vouches that the memory lives as long as the view.
+    """
+    if 0 in shape:  # an empty array may come with a null address, which the interface refuses
+        return np.empty(shape, dtype)
+    where = {"data": (address, not writable), "shape": shape, "strides": strides, "typestr": dtype.str, "version": 3}
+    return np.asarray(_Memory(where))
+
+
+class Views(NamedTuple):
+    """The arrays of one call, rebuilt from their addresses."""
+
+    q: np.ndarray  # (B, H, S_q, D)
+    k: np.ndarray  # (B, H_kv, S_kv, D)
+    v: np.ndarray  # (B, H_kv, S_kv, D_v)
+    o: np.ndarray  # (B, H, S_q, D_v)
+    lse: np.ndarray | None  # (B, H, S_q)
+    offsets: np.ndarray  # (B,)
+
+
+@dataclass(frozen=True)
+class RowsKernel:
+    """A compiled kernel made of one NumPy function that attends some rows of one head."""
+
+    spec: AttentionSpec
+    plan: Plan
+    layout: Layout
+    attend_rows: AttendRows
+    scratch_bytes: int = 0
+    merge_stage: None = None
+
+    def pack(self, q: int, k: int, v: int, o: int, lse: int, offsets: int) -> Views:
+        """Views over one call's addresses; lse is 0 if it is not wanted, offsets if spec.offset is a number."""
+        spec, layout, dtype = self.spec, self.layout, dtype_of(self.spec.dtype)
+        batch, heads, kv_heads = spec.batch, spec.heads, spec.kv_heads
+        lse_dtype = np.dtype(dtype.accumulator)
+        lse_strides = tuple(lse_dtype.itemsize * n for n in (heads * spec.q_len, spec.q_len, 1))
+        return Views(
+            view(q, (batch, heads, spec.q_len, spec.head_size), layout.q, dtype.numpy),
+            view(k, (batch, kv_heads, spec.kv_len, spec.head_size), layout.k, dtype.numpy),
+            view(v, (batch, kv_heads, spec.kv_len, spec.value_size), layout.v, dtype.numpy),
+            view(o, (batch, heads, spec.q_len, spec.value_size), layout.o, dtype.numpy, writable=True),
+            view(lse, (batch, heads, spec.q_len), lse_strides, lse_dtype, writable=True) if lse else None,
+            view(offsets, (batch,), (8,), np.dtype(np.int64)) if offsets else np.full(batch, spec.offset or 0),
+        )
+
+    def run(self, params: Views, begin: int, end: int, scratch: int) -> int:
+        """Work items [begin, end) of the plan; always 0, since a NumPy failure is an exception already."""
+        spec, plan = self.spec, self.plan
+        for item in range(begin, end):
+            b, h, tile, _ = plan.locate(item)
+            first, kv = tile * plan.tile_q, h // spec.group
+            rows = slice(first, min(first + plan.tile_q, spec.q_len))
+            q, k, v = widen(params.q[b, h, rows]), widen(params.k[b, kv]), widen(params.v[b, kv])
+            o, lse = self.attend_rows(q, k, v, first, int(params.offsets[b]))
+            with np.errstate(over="ignore"):  # what the output's type cannot hold is an infinity there
+                params.o[b, h, rows] = round_to_bf16(o) if spec.dtype == "bfloat16" else o
+                if params.lse is not None:
+                    params.lse[b, h, rows] = lse
+        return 0
+
+
+def widen(x: np.ndarray) -> np.ndarray:
+    """The values of a kernel's operand: bfloat16 arrives as its bits (uint16) and becomes float32, the rest stays."""
+    return widen_bits(x) if x.dtype == np.uint16 else x
