@@ -267,10 +267,10 @@ def test_the_interpreter_exits_while_the_pool_lives() -> None:
 
 def test_a_second_ctrl_c_does_not_leave_workers_behind() -> None:
     """They write to the caller's arrays, so the wait for their ranges is not cut short."""
-    code = """
+    code = f"""
 import os, signal, sys, threading, time
 import flashtile
-sys.path.insert(0, {tests!r})
+sys.path.insert(0, {os.path.dirname(__file__)!r})
 from test_direct import Counting, direct, plan_of
 flashtile.set_num_threads(2)
 kernel = Counting(100, seconds=0.6)  # a worker is in its range when both signals come
@@ -285,6 +285,6 @@ except KeyboardInterrupt:
     after = kernel.counts.sum()
     time.sleep(0.8)
     print(kernel.counts.sum() - after, len(kernel.threads))
-""".format(tests=os.path.dirname(__file__))
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == ["0", "2"]
