@@ -1,0 +1,173 @@
+"""The checker is checked: it must fail on everything that is wrong, and pass what is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from inputs import Shape, numpy_dtype, uniform
+
+from flashtile import testing
+from flashtile.kernels import reference, vanilla
+
+pytestmark = pytest.mark.core
+
+SHAPE = Shape(1, 2, 1, 9, 13, 8, 5)
+AT = (0, 1, 4, 2)  # the element that is spoiled
+
+
+def _right(dtype: str) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+    """The reference's answer rounded to the dtype, and its inputs."""
+    q, k, v = uniform(SHAPE, dtype)
+    return testing.expect(q, k, v)[0].value.astype(numpy_dtype(dtype)), (q, k, v)
+
+
+def _spoil(change: Callable[[np.ndarray, float], object]) -> Callable[[np.ndarray, float], np.ndarray]:
+    """A copy of the answer with `change(copy, allowed)` done to it."""
+
+    def spoiled(o: np.ndarray, allowed: float) -> np.ndarray:
+        o = o.copy()
+        change(o, allowed)
+        return o
+
+    return spoiled
+
+
+def _set(value: float) -> Callable[[np.ndarray, float], np.ndarray]:
+    return _spoil(lambda o, _: o.__setitem__(AT, value))
+
+
+def _shift(times: float) -> Callable[[np.ndarray, float], np.ndarray]:
+    return _spoil(lambda o, allowed: o.__setitem__(AT, float(o[AT]) + times * allowed))
+
+
+WRONG = {
+    "NaN": (_set(np.nan), "NaN in one and not the other"),
+    "inf": (_set(np.inf), r"\+inf in one and not the other"),
+    "-inf": (_set(-np.inf), "-inf in one and not the other"),
+    "one element too high": (_shift(2), r"in 1 of 90 elements; at \(0, 1, 4, 2\)"),
+    "one element too low": (_shift(-2), r"in 1 of 90 elements; at \(0, 1, 4, 2\)"),
+    "all zero": (lambda o, _: np.zeros_like(o), "error over"),
+    "all NaN": (lambda o, _: np.full_like(o, np.nan), "NaN in one"),
+    "negated": (lambda o, _: -o, "error over"),
+    "heads swapped": (lambda o, _: o[:, ::-1], "error over"),
+    "a row short": (lambda o, _: o[:, :, 1:], "got shape"),
+    "an axis short": (lambda o, _: o[0], "got shape"),
+    "an axis more": (lambda o, _: o[None], "got shape"),
+    "another dtype": (lambda o, _: o.astype(np.float32 if o.dtype.name != "float32" else np.float64), "got dtype"),
+}
+
+
+def test_right_answer_passes(dtype: str) -> None:
+    o, inputs = _right(dtype)
+    testing.assert_accurate(o, *inputs)
+
+
+def test_small_error_passes(dtype: str) -> None:
+    o, inputs = _right(dtype)
+    allowed = testing.allowed_error(*inputs)
+    exact = testing.expect(*inputs)[0].value
+    near = (exact + 0.6 * allowed).astype(o.dtype)
+    assert (near != o).any()
+    testing.assert_accurate(near, *inputs)
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
+def test_wrong_answer_fails(dtype: str, wrong: tuple[Callable[[np.ndarray, float], np.ndarray], str]) -> None:
+    spoil, message = wrong
+    o, inputs = _right(dtype)
+    with pytest.raises(AssertionError, match=message):
+        testing.assert_accurate(spoil(o, testing.allowed_error(*inputs)), *inputs)
+
+
+@pytest.mark.parametrize("times", [2, -2, np.nan, np.inf])
+def test_wrong_lse_fails(dtype: str, times: float) -> None:
+    q, k, v = uniform(SHAPE, dtype)
+    lse = testing.expect(q, k, v)[1]
+    right = lse.value.astype(numpy_dtype(lse.dtype))
+    testing.assert_accurate(right, q, k, v, kind="lse")
+    right[0, 1, 3] += times * lse.allowed
+    with pytest.raises(AssertionError, match="lse"):
+        testing.assert_accurate(right, q, k, v, kind="lse")
+
+
+def test_missing_nan_fails() -> None:
+    q, k, v = uniform(SHAPE, "float32")
+    clean = testing.expect(q, k, v)[0].value.astype(np.float32)
+    q[AT[:3]] = np.nan
+    with pytest.raises(AssertionError, match="NaN in one and not the other, in 5 of 90"):
+        testing.assert_accurate(clean, q, k, v)
+
+
+def test_missing_infinity_of_lse_fails() -> None:
+    q, k, v = uniform(SHAPE, "float32")
+    options = {"causal": True, "align": -3}  # the first three rows see no key
+    lse = testing.expect(q, k, v, **options)[1].value.astype(np.float32)
+    testing.assert_accurate(lse, q, k, v, kind="lse", **options)
+    lse[0, 0, 1] = -1e30
+    with pytest.raises(AssertionError, match="-inf in one and not the other"):
+        testing.assert_accurate(lse, q, k, v, kind="lse", **options)
+
+
+def test_answer_to_another_question_fails(dtype: str) -> None:
+    q, k, v = uniform(SHAPE, dtype, size=3)
+    o = testing.expect(q, k, v)[0].value.astype(numpy_dtype(dtype))
+    for options in ({"scale": 0.4}, {"causal": True, "align": "bottom_right"}, {"window": (2, 2), "align": 0}):
+        with pytest.raises(AssertionError):
+            testing.assert_accurate(o, q, k, v, **options)
+
+
+def test_allowed_error_is_small(dtype: str) -> None:
+    """The rule would be void if it allowed much: on ordinary data it is a few units in the last place of 1."""
+    q, k, v = uniform(SHAPE, dtype)
+    eps = testing.ulp(1.0, dtype)
+    assert 0 < testing.allowed_error(q, k, v) < 8 * eps
+    assert 0 < testing.allowed_error(q, k, v, kind="lse") < 32 * eps
+
+
+def test_allowed_error_follows_the_rule() -> None:
+    q, k, v = uniform(SHAPE, "float32")
+    exact = reference.attend(q, k, v, scale=8**-0.5).o
+    errors = [
+        np.abs(vanilla.attend(q, k, v, scale=8**-0.5, dtype="float32", order=order).o - exact).max()
+        for order in testing.key_orders(SHAPE.kv_len)
+    ]
+    assert len(set(errors)) > 1  # the orders do sum differently
+    two_ulp = 2 * float(np.spacing(np.float32(np.abs(exact).max())))
+    assert testing.allowed_error(q, k, v) == pytest.approx(2 * max(errors) + two_ulp, rel=1e-9)
+
+
+def test_lse_is_allowed_the_rounding_of_a_dot_product() -> None:
+    """One key, so that no order of keys shows any error; its lse is its score."""
+    q = k = np.ones((1, 1, 1, 64), np.float32)
+    assert testing.allowed_error(q, k, q, kind="lse", scale=1.0) == 2 * 2.0**-17 + 8 * 2.0**-24 * 64
+    k = k.copy()
+    k[..., 1::2] = -1  # the score is 0, but it was a sum of 64 numbers of size 1
+    assert testing.allowed_error(q, k, q, kind="lse", scale=1.0) == pytest.approx(8 * 2.0**-24 * 64)
+
+
+def test_gradient_is_allowed_three_times_the_error() -> None:
+    exact = np.array([1.5, -3.0])
+    baselines = [np.array([1.5, -3.25]), np.array([1.625, -3.0])]
+    assert testing.allow(exact, baselines, "float32", kind="gradient") == 3 * 0.25 + 2 * 2.0**-22
+    assert testing.allow(exact, baselines, "float32", kind="output") == 2 * 0.25 + 2 * 2.0**-22
+
+
+def test_overflowed_baseline_says_nothing() -> None:
+    exact = np.array([1.0, 2.0])
+    assert testing.allow(exact, [np.array([1.0, np.nan])], "float64") == 2 * 2.0**-51
+    with pytest.raises(ValueError, match="says nothing"):
+        testing.allow(exact, [np.array([np.inf, np.nan])], "float64")
+
+
+@pytest.mark.parametrize("x", [1.0, 1.5, 2.0, 32768.0, 6.1e-5, 3e-7, -0.3])
+def test_ulp_is_numpys_spacing(x: float) -> None:
+    for name in ("float16", "float32", "float64"):
+        assert testing.ulp(float(np.dtype(name).type(x)), name) == abs(float(np.spacing(np.dtype(name).type(x))))
+
+
+def test_unknown_kind_is_refused() -> None:
+    q, k, v = uniform(SHAPE, "float32")
+    with pytest.raises(ValueError, match="kind: got 'sum', expected"):
+        testing.assert_accurate(q, q, k, v, kind="sum")

@@ -1,0 +1,46 @@
+"""Optional packages load only on use: a fresh interpreter imports NumPy, llvmlite and nothing else of ours."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.core
+
+_REPORT = """
+import sys
+before = set(sys.modules)  # what the interpreter's own site packages load is not ours
+{action}
+roots = {{name.split(".")[0] for name in set(sys.modules) - before}}
+print(*sorted(roots - set(sys.stdlib_module_names) - {{"flashtile", "numpy", "llvmlite"}}))
+"""
+
+_SETUP = "import numpy as np, flashtile; q = np.ones((1, 1, 4, 8), np.float32); "
+_ACTIONS = {
+    "import": "import flashtile",
+    "testing": "import flashtile.testing",
+    "explain": _SETUP + "flashtile.explain(q, q, q)",
+    **{
+        f"call {name}": f"{_SETUP}flashtile.attention(q, q, q, kernel={name!r})"
+        for name in ("auto", "reference", "vanilla")
+    },
+}
+
+
+def _foreign_modules(action: str) -> list[str]:
+    """The top-level modules that an action loads beyond the standard library and the core's two dependencies."""
+    command = [sys.executable, "-c", _REPORT.format(action=action)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.split()
+
+
+@pytest.mark.parametrize("action", _ACTIONS.values(), ids=_ACTIONS.keys())
+def test_core_loads_no_optional_package(action: str) -> None:
+    assert _foreign_modules(action) == []
+
+
+def test_report_sees_an_optional_package() -> None:
+    assert "ml_dtypes" in _foreign_modules("import ml_dtypes")
