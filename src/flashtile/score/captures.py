@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .emit import Emission
 
 # Element -> (LLVM type in memory, how it becomes a bool, i32 or float).
-_STORAGE = {
+STORAGE = {
     "bool": ("i8", ""), "i8": ("i8", "sext"), "u8": ("i8", "zext"), "i16": ("i16", "sext"), "u16": ("i16", "zext"),
     "i32": ("i32", ""), "u32": ("i32", ""), "i64": ("i64", "trunc"), "u64": ("i64", "trunc"),
     "f16": ("i16", "half"), "bf16": ("i16", "bfloat"), "f32": ("float", ""), "f64": ("double", ""),
@@ -54,19 +54,19 @@ class Block:
 
     # -- emitted code --------------------------------------------------------------------------------
 
-    def _field(self, at: Emission, slot: Slot, type_: str, word: int) -> Value:
+    def field(self, at: Emission, slot: Slot, type_: str, word: int) -> Value:
         return at.f.load(type_, at.captures + (self.word(slot) + word) * 8, align=8)
 
     def load(self, at: Emission, access: Access, index: list[Value]) -> Value:
         """The element at the indices, clamped where the access says so; scalar if all indices are."""
         f, slot = at.f, access.source
         assert isinstance(slot, Slot)
-        pointer = self._field(at, slot, "ptr", 0)
+        pointer = self.field(at, slot, "ptr", 0)
         lanes: Value | None = None
         for axis, i in enumerate(index):
-            stride = self._field(at, slot, "i64", 2 + 2 * axis)
+            stride = self.field(at, slot, "i64", 2 + 2 * axis)
             if access.clamp[axis]:
-                last = self._field(at, slot, "i32", 1 + 2 * axis) - 1  # lengths that matter fit: an index is int32
+                last = self.field(at, slot, "i32", 1 + 2 * axis) - 1  # lengths that matter fit: an index is int32
                 i, last = at.together([i, last])
                 i = f.maximum(f.minimum(i, last), 0)
             if i.type[0] != "<":
@@ -74,15 +74,15 @@ class Block:
                 continue
             step = f.cast("sext", i, at.like(i, "i64")) * at.widen(stride)
             lanes = step if lanes is None else lanes + step
-        stored, _ = _STORAGE[slot.element]
+        stored, _ = STORAGE[slot.element]
         raw = f.load(stored, pointer, align=1) if lanes is None else _gather(at, stored, pointer, lanes)
-        return _widened(at, raw, slot.element)
+        return widened(at, raw, slot.element)
 
     def inside(self, at: Emission, access: Access, index: list[Value]) -> Value:
         """Whether every index is in bounds."""
         result = at.f.const("i1", 1)
         for axis, i in enumerate(index):
-            length = self._field(at, access.source, "i32", 1 + 2 * axis)  # type: ignore[arg-type]
+            length = self.field(at, access.source, "i32", 1 + 2 * axis)  # type: ignore[arg-type]
             i, length = at.together([i, length])
             result, here = at.together([result, i.ult(length)])
             result = result & here
@@ -102,9 +102,9 @@ def _gather(at: Emission, stored: str, pointer: Value, offsets: Value) -> Value:
     return result
 
 
-def _widened(at: Emission, raw: Value, element: str) -> Value:
+def widened(at: Emission, raw: Value, element: str) -> Value:
     """A stored element (or a vector of them) as a bool, an i32 or the accumulator's type."""
-    f, (_, how) = at.f, _STORAGE[element]
+    f, (_, how) = at.f, STORAGE[element]
     if element == "bool":
         return raw.ne(0)
     if how in ("sext", "zext", "trunc"):

@@ -115,7 +115,7 @@ def _classify(program: Program, kinds: np.ndarray, tile_q: int, tile_k: int, flo
 
 def _runs(kinds: np.ndarray, tile_q: int, tile_k: int, s_kv: int) -> Coverage:
     """Neighbouring tiles of one kind joined."""
-    rows = kinds.reshape(-1, kinds.shape[3])
+    rows = kinds.reshape(int(np.prod(kinds.shape[:3])), kinds.shape[3])
     first = np.ones(rows.shape, bool)
     first[:, 1:] = rows[:, 1:] != rows[:, :-1]
     row, column = np.nonzero(first)

@@ -78,6 +78,11 @@ class Emission:
         """Variables that have a value here."""
         return frozenset(self._variables) | (self.outer.variables if self.outer else frozenset())
 
+    @property
+    def known(self) -> Mapping[Expr, Value]:
+        """What has been emitted at this place itself, for another place that can see it (``given``)."""
+        return self._known
+
     # -- what node kinds call ----------------------------------------------------------------------------
 
     def _find(self, x: Expr) -> Value | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ class Evaluation:
             if x.operation.name == "load":
                 shape = self.capture(x.data.source).array.shape
                 beyond = [(values[a] < 0) | (values[a] >= n) for a, n in zip(x.args, shape, strict=True)]
-                loads[x] = np.asarray(np.logical_or.reduce(beyond)) if beyond else np.asarray(False)
+                loads[x] = functools.reduce(np.logical_or, beyond, np.asarray(False))
                 below.append(loads[x])
             outside[x] = _spoilt(x, [values[a] for a in x.args], below)
         return np.asarray(outside[root]), loads

@@ -23,6 +23,7 @@ class Mask:
     build: Callable[[Any], Callable[..., Any]]
     positional: bool = False
     name: str = "mask"
+    __array_ufunc__ = None  # array & mask is this class's &, not an & with every element
 
     def expression(self, offset: Any = 0) -> Expr:
         return trace_mask(self.build(offset), self.name)

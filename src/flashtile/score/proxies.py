@@ -88,7 +88,9 @@ class ArrayProxy:
         free = [axis for axis, at in enumerate(self._index) if at is None]
         symbolic = any(isinstance(p, Symbol) for p in parts) or len(free) < len(self._index)
         if not symbolic:
-            return replace_array(self._array[index], self._name)
+            # NumPy would copy a single element out; the Ellipsis keeps it a view, so its value stays a parameter.
+            single = isinstance(self._array, np.ndarray) and Ellipsis not in parts
+            return replace_array(self._array[(*parts, Ellipsis) if single else index], self._name)
         bound = list(self._index)
         for axis, part in zip(free, self._spread(parts, len(free)), strict=False):
             if not (isinstance(part, slice) and part == slice(None)):

@@ -250,10 +250,11 @@ class _Extremum(Operation):
         """Of the operand taken; half of each where they are equal."""
         if d == (None, None):
             return None
-        a, b = x.args if self.larger else x.args[::-1]
-        da, db = (t if t is not None else const(0.0) for t in (d if self.larger else d[::-1]))
+        a, b = x.args
+        da, db = (t if t is not None else const(0.0) for t in d)
         both = scaled(total(da, db), const(0.5)) or const(0.0)
-        return apply("where", apply("lt", b, a), da, apply("where", apply("lt", a, b), db, both))
+        above, below = (da, db) if self.larger else (db, da)
+        return apply("where", apply("lt", b, a), above, apply("where", apply("lt", a, b), below, both))
 
 
 class Minimum(_Extremum):

@@ -64,23 +64,40 @@ class Exp2(_Function):
         return at.exp2(x)
 
 
-class Log(_Function):
-    """Natural logarithm: -inf at 0, NaN below."""
+class _Logarithm(_Function):
+    """-inf at 0, NaN below."""
+
+    def interval(self, x: Interval) -> Interval:
+        wide = monotone(self.value, x, ulps=_ULPS)
+        return wide._replace(nan=either(wide.nan, x.lo < 0))
+
+
+class Log(_Logarithm):
+    """Natural logarithm."""
 
     name, triton = "log", "tl.log({0})"
 
     def value(self, x: Any) -> Any:
         return np.log(x)
 
-    def interval(self, x: Interval) -> Interval:
-        wide = monotone(np.log, x, ulps=_ULPS)
-        return wide._replace(nan=either(wide.nan, x.lo < 0))
-
     def slope(self, x: Expr) -> Expr:
         return apply("div", const(1.0), x.args[0])
 
     def llvm(self, at: Emission, x: Value) -> Value:
         return at.log(x)
+
+
+class Log2(_Logarithm):
+    name, triton = "log2", "tl.log2({0})"
+
+    def value(self, x: Any) -> Any:
+        return np.log2(x)
+
+    def slope(self, x: Expr) -> Expr:
+        return apply("div", const(1 / math.log(2)), x.args[0])
+
+    def llvm(self, at: Emission, x: Value) -> Value:
+        return at.log2(x)
 
 
 class Sqrt(_Function):
