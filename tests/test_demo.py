@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -132,6 +133,11 @@ def test_memory_meter_sees_a_passing_peak() -> None:
 def test_memory_is_not_that_of_the_scores(tmp_path: Path) -> None:
     report = demo.run(tmp_path, size=96)
     assert report.extra_bytes is None or report.extra_bytes < report.unfused_bytes / 8
+
+
+@pytest.mark.parametrize(("extra", "text"), [(None, "not measured"), (4e5, "less than 1 MB"), (52e6, "52 MB")])
+def test_report_claims_no_more_than_the_meter_tells(report: Report, extra: float | None, text: str) -> None:
+    assert f"extra memory   {text}" in str(dataclasses.replace(report, extra_bytes=extra))
 
 
 def _png(path: Path) -> np.ndarray:

@@ -41,7 +41,10 @@ class Report:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     def __str__(self) -> str:
-        extra = "not measured on this system" if self.extra_bytes is None else f"{self.extra_bytes / 1e6:.1f} MB"
+        if self.extra_bytes is None:
+            extra = "not measured on this system:"
+        else:  # the meter does not tell fractions of a megabyte
+            extra = "less than 1 MB" if self.extra_bytes < 1e6 else f"{self.extra_bytes / 1e6:.0f} MB"
         kernel = ", ".join(filter(None, (self.kernel, self.isa)))
         lines = [
             ("picture", f"{self.photo}, {self.columns} x {self.rows}, noise sigma {self.sigma:g}, seed {self.seed}"),
