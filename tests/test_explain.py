@@ -21,6 +21,7 @@ pytestmark = pytest.mark.core
 
 class Compiled:
     scratch_bytes = 3 << 20
+    merge_stage = None
 
     def pack(self, *addresses: int) -> Any:
         raise AssertionError("explain must not run the call")

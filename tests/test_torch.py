@@ -65,6 +65,7 @@ def test_nothing_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
 
         class Spy:
             scratch_bytes = kernel.scratch_bytes
+            merge_stage = kernel.merge_stage
             run = kernel.run
 
             @staticmethod

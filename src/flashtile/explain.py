@@ -27,6 +27,7 @@ class Explanation:
 
     spec: AttentionSpec
     kernel: str
+    variant: str  # which of the family's kernels, "" if it has but one
     isa: str  # "" if the kernel does not depend on one
     engine: str
     threads: int
@@ -34,6 +35,7 @@ class Explanation:
     coverage: Coverage
     flops: int
     scratch_bytes: int  # of each thread
+    workspace_bytes: int  # of the call: results of parts of the keys, before they are merged
     unfused_bytes: int  # of the scores that an unfused attention would store
     passed_over: tuple[tuple[str, str], ...]  # (kernel, why)
     notes: tuple[str, ...]
@@ -45,9 +47,12 @@ class Explanation:
             ("call", f"q ({s.batch}, {s.heads}, {s.q_len}, {s.head_size}), k ({s.batch}, {s.kv_heads}, {s.kv_len}, "
                      f"{s.head_size}), v (..., {s.value_size}), {s.dtype}, scale {s.scale:.6g}"),
             ("positions", _positions(s)),
-            ("kernel", self.kernel + (f", {self.isa}" if self.isa else "")),
+            ("kernel", ", ".join(filter(None, (self.kernel, self.variant, self.isa)))),
             ("engine", f"{self.engine}, {self.threads} thread{'s' if self.threads > 1 else ''}"),
-            ("tiles", f"{p.tile_q} queries x {p.tile_k} keys; {p.items} work items"),
+            ("tiles", f"{p.tile_q} queries" + (f" of {p.head_block} heads" if p.head_block > 1 else "") +
+                      f" x {p.tile_k} keys; {p.items} work items"),
+            *([("parts", f"keys in {p.splits} parts of {p.split_keys}, merged in order; "
+                         f"{_bytes(self.workspace_bytes)} between")] if p.splits > 1 else ()),
             ("coverage", f"{c.full} full, {c.partial} partial, {c.empty} empty of {tiles} tiles; "
                          f"{100 * c.visible / max(c.pairs, 1):.1f}% of the pairs visible"),
             ("work", f"{self.flops / 1e9:.6g} GFLOP"),
@@ -104,6 +109,7 @@ def explain(
     return Explanation(
         spec=spec,
         kernel=name,
+        variant=able.variant,
         isa=able.isa,
         engine=_room(chosen),
         threads=get_num_threads(),
@@ -111,6 +117,7 @@ def explain(
         coverage=coverage_of(spec, plan, offset_list),
         flops=flops_of(spec, offset_list),
         scratch_bytes=compiled.scratch_bytes,
+        workspace_bytes=compiled.merge_stage.workspace_bytes if compiled.merge_stage else 0,
         unfused_bytes=pairs * DTYPES[DTYPES[spec.dtype].accumulator].itemsize,
         passed_over=_passed_over(spec, name, kernel),
         notes=_notes(spec, able),

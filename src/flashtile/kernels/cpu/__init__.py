@@ -5,6 +5,7 @@
     params.py    the parameter block and scratch memory                  jit.py       text to callable code
     forward.py   work item -> key blocks -> panels                       cache.py     objects on disk
     panel.py     one panel on one block: scores.py, softmax.py, values.py
+    program.py   the score program in a tile    dense.py  arrays it reads there    score_values.py  their addresses
     pack.py      layouts in    finish.py  outputs and lse    containment.py  NaN in hidden keys
     decode.py    few queries on long keys, lanes over the head size: decode_pack.py, decode_scores.py,
                  decode_softmax.py, decode_values.py
@@ -16,7 +17,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flashtile.errors import FlashtileError
 from flashtile.kernels import Capabilities, CompiledKernel, Layout
@@ -24,17 +25,21 @@ from flashtile.kernels.cpu import isa as isas
 from flashtile.kernels.cpu import params
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.ir import SIZES
+from flashtile.kernels.cpu.score_values import NO_SCORES, ScoreValues, score_steps
 
 if TYPE_CHECKING:
     from flashtile.kernels.cpu.jit import Library
+    from flashtile.kernels.cpu.parts import InParts
     from flashtile.plan import Plan
+    from flashtile.score.options import Scoring
     from flashtile.spec import AttentionSpec
 
 _STORAGE = {"float64": "double", "float32": "float", "float16": "half", "bfloat16": "bfloat"}
 _PANELS = (1, 2, 4, 8)  # panels a work item may hold
 _AXES = "bhsd"
-_PART_KEYS = 1024  # a part takes some 0.1 ms: long beside handing it out and merging it
-_FEW_ROWS = 16  # so many rows on a key/value head are quicker without transposing them (experiments.md)
+_PART_KEYS = 1024  # a part of one row takes some 0.1 ms: long beside handing it out and merging it
+_FEW_QUERIES = 12  # with so many queries a head decode.py beats forward.py, whose lanes they leave idle
+_MOST_ROWS = 128  # on a key/value head; beyond it their scores and outputs crowd the cache
 
 
 def unavailable() -> str | None:
@@ -50,18 +55,21 @@ def config_of(spec: AttentionSpec) -> Config:
     """The configuration that computes this spec on the current instruction set."""
     isa = isas.current()
     sixteen = spec.dtype == "bfloat16" or spec.precision == "bf16"
-    return Config(isa, _STORAGE[spec.dtype], pairs=sixteen and isa.bf16_dot)
+    return Config(isa, _STORAGE[spec.dtype], pairs=sixteen and isa.bf16_dot, code=spec.program)
 
 
 def decodes(spec: AttentionSpec) -> bool:
-    """Whether the rows on each key/value head are so few that decode.py computes them."""
-    return spec.group * spec.q_len <= _FEW_ROWS and spec.options <= {"band"}
+    """Whether there are so few queries that decode.py computes them: measured, and a matter of shapes only."""
+    few = spec.q_len <= _FEW_QUERIES and spec.group * spec.q_len <= _MOST_ROWS
+    return few and spec.options <= {"band"}
 
 
 def capabilities(spec: AttentionSpec) -> Capabilities:
     """Tile menus and features for this dtype and precision on the current instruction set."""
     c = config_of(spec)
     general = _capabilities(c)
+    if spec.sinks:  # they join a row's sum when the row is done, which no part of its keys knows
+        general = replace(general, part_keys=None)
     if not decodes(spec):
         return general
     return replace(
@@ -71,6 +79,7 @@ def capabilities(spec: AttentionSpec) -> Capabilities:
         tile_q=(max(1, spec.q_len),),
         variant="decode",
         head_block=spec.group,
+        part_keys=_PART_KEYS if spec.group * spec.q_len == 1 else _PART_KEYS // 2,
     )
 
 
@@ -83,7 +92,7 @@ def _capabilities(c: Config) -> Capabilities:
         query_block=c.panel,
         tile_q=tuple(n * c.panel for n in _PANELS),
         tile_k=(c.key_block,),
-        options=frozenset(("band",)),
+        options=frozenset(("band", "program", "sinks")),
         native=True,
         isa=c.isa.name,
         variant="forward",
@@ -119,6 +128,7 @@ class Forward:
     """A compiled forward kernel with the parameter block of one plan and layout."""
 
     def __init__(self, c: Config, spec: AttentionSpec, plan: Plan, layout: Layout):
+        self._config = c
         self._library = _library(c)  # keeps the code in memory
         self.run = _entry(c)
         panels = plan.tile_q // c.panel
@@ -139,18 +149,22 @@ class Forward:
                 **_sizes(c, spec, plan, layout),
                 **parts,
                 **offsets,
-                **params.split_scale(spec.scale, c.acc),
+                **(params.scores_in_nats if c.scored else params.split_scale)(spec.scale, c.acc),
             }
         )
 
-    def pack(self, q: int, k: int, v: int, o: int, lse: int, offsets: int) -> Any:
+    def pack(
+        self, q: int, k: int, v: int, o: int, lse: int, offsets: int, scoring: Scoring | None = None
+    ) -> bytes | InParts:
         """The parameters of one call: a block, or in parts (parts.py) one for each stage."""
+        extra = ScoreValues.of(scoring, self._config) if scoring else NO_SCORES
         if self._merge is not None:
-            return self._merge.pack(lambda o, lse: self._block(q, k, v, o, lse, offsets), o, lse)
-        return self._block(q, k, v, o, lse, offsets)
+            return self._merge.pack(lambda o, lse: self._block(extra, q, k, v, o, lse, offsets), o, lse)
+        return self._block(extra, q, k, v, o, lse, offsets)
 
-    def _block(self, *addresses: int) -> bytes:
-        return params.pack_addresses(*addresses, 0, 0, 0, 0) + self._tail
+    def _block(self, scores: ScoreValues, *addresses: int) -> bytes:
+        block = params.pack_addresses(*addresses, *scores.addresses) + self._tail
+        return scores.hold(block) if scores.arrays else block
 
 
 def _sizes(c: Config, spec: AttentionSpec, plan: Plan, layout: Layout) -> dict[str, int]:
@@ -173,7 +187,7 @@ def _sizes(c: Config, spec: AttentionSpec, plan: Plan, layout: Layout) -> dict[s
         "tile_q": plan.tile_q,
         "query_tiles": plan.query_tiles,
         "carry": 0,
-        **dict.fromkeys(("segment_b", "segment_h", "sink_b", "sink_h"), 0),
+        **score_steps(c, spec),
         "offset": _bounded(spec.offset or 0),
         "left": params.OPEN if left is None else _bounded(left),
         "right": params.OPEN if right is None else _bounded(right),
