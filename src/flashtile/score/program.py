@@ -15,6 +15,7 @@ from .bias import bias as bias_score
 from .bounds import check_bounds, proven
 from .capture import Access, ArrayCapture, ScalarCapture, Slot, capture, is_array
 from .causal import causal as causal_mask
+from .code import Code
 from .dense import check_broadcast
 from .derivative import ArrayGradient, array_gradients, derivative
 from .evaluate import Evaluation
@@ -88,6 +89,11 @@ class Program:
         parts = iter(bound)
         final = (next(parts) if given is not None else None, next(parts) if mask is not None else None)
         return cls(shape, *final, captures, slots, _structure(*final))
+
+    @cached_property
+    def code(self) -> Code:
+        """The program without its captured values: what a kernel is compiled for."""
+        return Code(self.structure, self.score, self.mask, self.slots)
 
     @property
     def is_identity(self) -> bool:

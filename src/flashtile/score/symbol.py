@@ -21,13 +21,16 @@ _LIBRARIES = tuple(f"{os.sep}site-packages{os.sep}{name}{os.sep}" for name in ("
 def refuse(operation: str, remedy: str) -> NoReturn:
     """Raise the one error of an operation outside the language: what, where in the user's source, and the remedy."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and (
-        frame.f_code.co_filename.startswith(_HERE) or any(p in frame.f_code.co_filename for p in _LIBRARIES)
-    ):
+    while frame.f_back is not None and _is_ours(frame.f_code.co_filename):
         frame = frame.f_back
     file, line = frame.f_code.co_filename, frame.f_lineno
     source = linecache.getline(file, line).strip()
     raise SpecError(f"{file}:{line}: {operation} on a traced value{f' in `{source}`' if source else ''}: {remedy}")
+
+
+def _is_ours(file: str) -> bool:
+    """Whether the code is not the user's: this folder, torch, NumPy (whose older dispatchers have no file)."""
+    return file.startswith((_HERE, "<__array_function__")) or any(part in file for part in _LIBRARIES)
 
 
 class Symbol:

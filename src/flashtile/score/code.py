@@ -1,0 +1,41 @@
+"""The code of a program: what a kernel is compiled for, without the values that the program captured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from .capture import Slot
+from .expr import Expr, postorder
+from .operations import variable
+
+
+@dataclass(frozen=True)
+class Code:
+    """A program's expressions over slots; two are equal, and share a kernel, when their structure is.
+
+    structure  text of both expressions, the same in every process
+    score      float expression over (s, b, h, i, j), or None: scores stay as they are
+    mask       bool expression over (b, h, i, j), or None: every key is visible
+    slots      the captured values that the expressions read, in order
+    """
+
+    structure: str
+    score: Expr | None = field(compare=False, repr=False)
+    mask: Expr | None = field(compare=False, repr=False)
+    slots: tuple[Slot, ...] = field(compare=False, repr=False)
+
+    @cached_property
+    def dense_loads(self) -> tuple[Expr, ...]:
+        """Loads at the element itself: one index is i, one is j, the others depend on batch and head alone.
+
+        Kernels read them by tiles.
+        """
+        roots = [root for root in (self.score, self.mask) if root is not None]
+        return tuple(x for x in postorder(roots) if x.operation.name == "load" and _is_dense(x))
+
+
+def _is_dense(load: Expr) -> bool:
+    i, j = variable("i"), variable("j")
+    rest = [index for index in load.args if index is not i and index is not j]
+    return load.args.count(i) == 1 and load.args.count(j) == 1 and all(x.variables <= {"b", "h"} for x in rest)

@@ -1,0 +1,84 @@
+"""From the options of a call to what changes its scores: a program, and sinks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..dtypes import DTYPES
+from ..errors import wrong
+from .capture import capture, is_array
+from .code import Code
+from .mask import Mask
+from .program import Program
+
+if TYPE_CHECKING:
+    from ..spec import AttentionSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Scoring:
+    """What changes the scores of one call: run-time values, beside the spec that knows their structure.
+
+    program   with its captured values, or None
+    sinks     (B, H) logits in the accumulator's dtype, or None
+    """
+
+    program: Program | None
+    sinks: np.ndarray | None
+
+    @property
+    def code(self) -> Code | None:
+        return None if self.program is None else self.program.code
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreOptions:
+    """The keywords of attention that change scores, as the caller gave them."""
+
+    mask: Any = None
+    bias: Any = None
+    score_mod: Any = None
+    softcap: Any = None
+    alibi_slopes: Any = None
+    sinks: Any = None
+
+    @property
+    def positional(self) -> bool:
+        """Whether a rule among them is anchored by the call's alignment."""
+        return self.alibi_slopes is not None or (isinstance(self.mask, Mask) and self.mask.positional)
+
+    def scoring(self, spec: AttentionSpec, causal: bool, window: Any, offset: Any) -> tuple[AttentionSpec, Scoring]:
+        """Trace and check the options; the spec that includes them, and their values.
+
+        ``offset`` is the call's alignment, a number or (B,).  A band alone stays a band, for which kernels have
+        formulas; where a mask is there as well, it becomes a part of the mask.
+        Raises: SpecError naming the option.
+        """
+        shape = spec.batch, spec.heads, spec.q_len, spec.kv_len
+        sinks = None if self.sinks is None else sinks_of(self.sinks, spec)
+        given = {"softcap": self.softcap, "score_mod": self.score_mod, "alibi_slopes": self.alibi_slopes,
+                 "bias": self.bias, "mask": self.mask, "offset": offset}  # fmt: skip
+        banded = {"causal": bool(causal), "window": window} if spec.band else {}
+        program = Program.of(shape, **given, **(banded if self.mask is not None else {}))
+        if program.mask is not None and self.mask is None and banded:  # a score function that hides
+            program = Program.of(shape, **given, **banded)
+        scoring = Scoring(None if program.is_identity else program, sinks)
+        band = None if program.mask is not None else spec.band
+        return replace(spec, band=band, program=scoring.code, sinks=sinks is not None), scoring
+
+
+def sinks_of(sinks: Any, spec: AttentionSpec) -> np.ndarray:
+    """Sinks as a contiguous (B, H) array of the accumulator's dtype."""
+    expected = f"float32 or float64 of shape (H,) = ({spec.heads},) or (B, H) = ({spec.batch}, {spec.heads})"
+    if not is_array(sinks):
+        raise wrong("sinks", f"a {type(sinks).__name__}", expected)
+    found = capture(sinks, "sinks")
+    if found.element not in ("f32", "f64"):
+        raise wrong("sinks", f"dtype {sinks.dtype}", expected)
+    if found.array.shape not in ((spec.heads,), (spec.batch, spec.heads)):
+        raise wrong("sinks", f"shape {tuple(found.array.shape)}", expected)
+    accumulator = DTYPES[spec.dtype].accumulator
+    return np.ascontiguousarray(np.broadcast_to(found.array, (spec.batch, spec.heads)), accumulator)
