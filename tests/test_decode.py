@@ -1,0 +1,233 @@
+"""Few queries on long keys, keys in parts, and the kernel that merges them: on every instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from inputs import Shape, numpy_dtype, same_bits, uniform
+
+import flashtile
+from flashtile.arrays import address_of
+from flashtile.calls import clear_cache
+from flashtile.kernels import cpu
+from flashtile.kernels.cpu import isa as isas
+from flashtile.kernels.cpu import merge, parts
+from flashtile.plan import make_plan
+from flashtile.plan.tiling import ENOUGH_ITEMS, MOST_PARTS
+from flashtile.spec import AttentionSpec
+from flashtile.testing import assert_accurate
+
+pytestmark = pytest.mark.core
+
+BOTTOM_RIGHT: dict[str, Any] = {"causal": True, "align": "bottom_right"}
+CASES = {
+    "one row": (Shape(1, 2, 2, 1, 300, 64, 64), {}),
+    "parts": (Shape(1, 1, 1, 1, 2100, 32, 16), {}),
+    "group of 7 in parts": (Shape(2, 7, 1, 1, 1300, 40, 72), {}),
+    "group and positions": (Shape(1, 6, 2, 3, 333, 33, 100), BOTTOM_RIGHT),
+    "window in the middle": (Shape(1, 2, 1, 5, 700, 24, 8), {"window": (100, 3), "align": 250}),
+    "parts that some rows do not see": (Shape(1, 2, 2, 3, 2000, 48, 31), {"causal": True, "align": 1022}),
+    "rows without keys": (Shape(1, 1, 1, 4, 90, 16, 16), {"causal": True, "align": -2}),
+    "offsets a batch": (Shape(3, 2, 1, 2, 400, 17, 19), {"window": (64, 0), "align": np.array([398, 100, -5])}),
+    "smallest": (Shape(1, 1, 1, 1, 1, 1, 1), {}),
+    "negative scale": (Shape(1, 1, 1, 2, 129, 5, 3), {"scale": -0.7}),
+    "scale 0": (Shape(1, 2, 1, 2, 65, 20, 20), {"scale": 0.0}),
+    "largest head": (Shape(1, 2, 1, 1, 70, 512, 511), {}),
+}
+
+
+@pytest.fixture(params=isas.usable())
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Every instruction set that this machine runs, in turn."""
+    monkeypatch.setenv("FLASHTILE_ISA", request.param)
+    clear_cache()
+    yield request.param
+    clear_cache()
+
+
+on_every_isa = pytest.mark.usefixtures("isa")
+
+
+def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    return flashtile.attention(q, k, v, kernel="cpu", return_lse=True, **options)
+
+
+def same(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> bool:
+    return all(same_bits(x, y) for x, y in zip(a, b, strict=True))
+
+
+@on_every_isa
+@pytest.mark.parametrize("name", CASES)
+def test_decode_is_accurate(name: str, dtype: str) -> None:
+    shape, options = CASES[name]
+    inputs = uniform(shape, dtype)
+    told = flashtile.explain(*inputs, kernel="cpu", **options)
+    assert told.variant == "decode" and (told.plan.splits > 1) == ("parts" in name)
+    o, lse = attend(*inputs, **options)
+    assert_accurate(o, *inputs, **options)
+    assert_accurate(lse, *inputs, kind="lse", **options)
+
+
+@on_every_isa
+def test_no_keys(dtype: str) -> None:
+    o, lse = attend(*uniform(Shape(1, 2, 1, 2, 0, 8, 8), dtype))
+    assert not o.astype(np.float32).any() and np.isneginf(lse).all()
+
+
+@on_every_isa
+@pytest.mark.parametrize("options", [{}, BOTTOM_RIGHT], ids=["dense", "causal"])
+def test_threads_change_no_bit(options: dict[str, Any], dtype: str, threads: Callable[[int], None]) -> None:
+    inputs = uniform(Shape(1, 8, 2, 2, 3000, 64, 64), dtype)
+    plan = flashtile.explain(*inputs, kernel="cpu", **options).plan
+    assert plan.splits > 1
+    threads(1)
+    alone = attend(*inputs, **options)
+    for n in (2, 3, 8):
+        threads(n)
+        assert flashtile.explain(*inputs, kernel="cpu", **options).plan == plan
+        assert same(attend(*inputs, **options), alone), f"{n} threads"
+
+
+@on_every_isa
+def test_rows_together_have_the_bits_of_rows_alone(dtype: str) -> None:
+    """Tiles of one, two and four rows do the same arithmetic."""
+    q, k, v = uniform(Shape(1, 7, 1, 1, 301, 40, 72), dtype)
+    together = attend(q, k, v)
+    for h in range(7):
+        assert same(attend(q[:, h : h + 1], k, v), tuple(x[:, h : h + 1] for x in together)), f"head {h}"
+
+
+@on_every_isa
+def test_any_strides_have_the_same_bits(dtype: str) -> None:
+    """In place with rows far apart, copied where the innermost axis is not adjacent, outputs placed likewise."""
+    q, k, v = uniform(Shape(1, 4, 2, 2, 203, 40, 40), dtype)
+    want = attend(q, k, v, **BOTTOM_RIGHT)
+
+    def by_rows(x: np.ndarray) -> np.ndarray:  # stored (B, S, H, D)
+        return np.ascontiguousarray(x.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
+
+    def by_columns(x: np.ndarray) -> np.ndarray:  # stored (B, H, D, S)
+        return np.ascontiguousarray(x.swapaxes(2, 3)).swapaxes(2, 3)
+
+    def reversed_(x: np.ndarray) -> np.ndarray:
+        return x[..., ::-1].copy()[..., ::-1]
+
+    for place in (by_rows, by_columns, reversed_):
+        out = place(np.zeros_like(want[0]))
+        got = flashtile.attention(*map(place, (q, k, v)), kernel="cpu", return_lse=True, out=out, **BOTTOM_RIGHT)
+        assert same(got, want), place.__name__
+
+
+@on_every_isa
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("kv_len", [200, 1500])
+def test_a_hidden_key_changes_no_bit(bad: float, kv_len: int, dtype: str) -> None:
+    """Rows at positions kv_len - 40 + i: what lies beyond must not matter to a row, whatever it is."""
+    q, k, v = uniform(Shape(1, 3, 1, 3, kv_len, 40, 24), dtype)
+    options = {"window": (kv_len // 2, 0), "align": kv_len - 40}
+    clean = attend(q, k, v, **options)
+    k[..., kv_len - 39 :, ::3] = bad  # row 0 sees none of these, row 1 the first
+    v[..., kv_len - 39 :, 1::2] = bad
+    k[..., 3, :] = v[..., 5, :] = bad  # behind every row's window
+    o, lse = attend(q, k, v, **options)
+    assert same_bits(o[:, :, 0], clean[0][:, :, 0]) and same_bits(lse[:, :, 0], clean[1][:, :, 0])
+    assert_accurate(o, q, k, v, **options)
+    assert_accurate(lse, q, k, v, kind="lse", **options)
+
+
+@on_every_isa
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_visible_value_counts_in_its_columns_only(bad: float, dtype: str) -> None:
+    q, k, v = uniform(Shape(1, 2, 1, 2, 150, 16, 40), dtype)
+    v[..., 70, 3] = bad
+    o, lse = attend(q, k, v)
+    assert_accurate(o, q, k, v)
+    assert np.isfinite(np.delete(o.astype(np.float32), 3, -1)).all() and np.isfinite(lse).all()
+
+
+@on_every_isa
+def test_a_score_of_minus_infinity_hides_its_value(dtype: str) -> None:
+    q, k, v = uniform(Shape(1, 2, 1, 1, 150, 16, 16), dtype)
+    q[..., 0] = 1
+    k[..., 70, 0] = -np.inf
+    v[..., 70, :] = np.nan
+    o, _ = attend(q, k, v)
+    keep = np.delete(np.arange(150), 70)
+    assert_accurate(o, q, k[..., keep, :], v[..., keep, :])
+
+
+@on_every_isa
+@pytest.mark.parametrize("options", [{}, BOTTOM_RIGHT], ids=["dense", "causal"])
+def test_many_queries_in_parts(options: dict[str, Any], threads: Callable[[int], None]) -> None:
+    """The forward kernel's keys are split, too, where its work items are few."""
+    inputs = uniform(Shape(1, 1, 1, 60, 5000, 16, 24), "float32")
+    told = flashtile.explain(*inputs, kernel="cpu", **options)
+    assert told.variant == "forward" and told.plan.splits > 1 and told.workspace_bytes
+    threads(1)
+    o, lse = attend(*inputs, **options)
+    assert_accurate(o, *inputs, **options)
+    assert_accurate(lse, *inputs, kind="lse", **options)
+    threads(3)
+    assert same(attend(*inputs, **options), (o, lse))
+
+
+@on_every_isa
+@pytest.mark.parametrize("adjacent", [True, False])
+def test_merge_kernel(adjacent: bool, dtype: str) -> None:
+    """Against flashtile.merge, with parts and whole rows that saw nothing."""
+    shape = Shape(2, 3, 3, 2, 4, 8, 37)
+    spec = AttentionSpec.of(*uniform(shape, dtype))
+    c = cpu.config_of(spec)
+    accumulator = np.float64 if dtype == "float64" else np.float32
+    rng = np.random.default_rng(0)
+    rows, splits = (2, 3, 2), 5
+    parts_o = rng.uniform(-1, 1, (splits, *rows, 37)).astype(accumulator)
+    parts_lse = rng.uniform(-9, 9, (splits, *rows)).astype(accumulator)
+    parts_lse[2], parts_o[2] = -np.inf, 0
+    parts_lse[:, 1, 2, 0], parts_o[:, 1, 2, 0] = -np.inf, 0
+    parts_o[3, 0, 0, 0, 5] = np.nan
+    o = np.full((*rows, 37 * (1 if adjacent else 2)), 7).astype(numpy_dtype(dtype))[..., :: 1 if adjacent else 2]
+    lse = np.empty(rows, accumulator)
+    tail = {"heads": 3, "q_len": 2, "value_size": 37, "splits": splits,
+            "o_split": parts_o.strides[0], "lse_split": parts_lse.strides[0]}  # fmt: skip
+    tail.update(zip(("o_b", "o_h", "o_s", "o_d"), o.strides, strict=True))
+    block = merge.pack_addresses(*map(address_of, (parts_o, parts_lse, o, lse))) + merge.pack_tail(tail)
+    scratch = np.empty(merge.scratch_bytes(c, splits), np.uint8)
+    assert parts.entry("merge", c)(block, 0, lse.size, address_of(scratch)) == 0
+    want_o, want_lse = flashtile.merge(list(zip(parts_o, parts_lse, strict=True)))
+    eps = float(np.finfo(accumulator).eps)
+    np.testing.assert_allclose(lse, want_lse, rtol=4 * eps)
+    coarse = {"float16": 2.0**-11, "bfloat16": 2.0**-8}.get(dtype, 0.0)
+    np.testing.assert_allclose(o.astype(accumulator), want_o, rtol=coarse, atol=16 * eps)
+    assert np.isnan(want_o[0, 0, 0, 5]) and not o[1, 2, 0].astype(accumulator).any()
+
+
+def test_explain_tells_the_kernel_and_the_parts(isa: str) -> None:
+    told = flashtile.explain((1, 32, 1, 128), (1, 8, 8192, 128), kernel="cpu")
+    assert (told.variant, told.isa, told.plan.head_block) == ("decode", isa, 4)
+    assert f"cpu, decode, {isa}" in str(told) and "keys in 4 parts of 2048, merged in order" in str(told)
+    assert told.workspace_bytes == 4 * 32 * (128 + 1) * 4
+    assert flashtile.explain((1, 32, 13, 128), (1, 8, 8192, 128), kernel="cpu").variant == "forward"
+
+
+@pytest.mark.parametrize("kv_len", [1, 1023, 1024, 2048, 100_000, 10_000_000])
+@pytest.mark.parametrize("heads", [1, 5, ENOUGH_ITEMS])
+@pytest.mark.parametrize("options", [{}, {"window": (4096, 0), "align": 0}], ids=["dense", "window"])
+def test_parts_cover_the_keys(kv_len: int, heads: int, options: dict[str, Any]) -> None:
+    plan = flashtile.explain((1, heads, 1, 8), (1, heads, kv_len, 8), kernel="cpu", **options).plan
+    assert 1 <= plan.splits <= MOST_PARTS and plan.items == heads * plan.splits
+    if heads == ENOUGH_ITEMS or kv_len < 2048:
+        assert plan.splits == 1
+    if plan.splits > 1:
+        assert plan.split_keys % plan.tile_k == 0 and plan.split_keys >= 1024
+        assert (plan.splits - 1) * plan.split_keys < kv_len <= plan.splits * plan.split_keys
+    assert [plan.locate(n)[3] for n in range(plan.splits)] == list(range(plan.splits))
+
+
+def test_a_group_is_one_work_item() -> None:
+    spec = AttentionSpec.of(*uniform(Shape(2, 6, 2, 1, 10), "float32"))
+    plan = make_plan(spec, cpu.capabilities(spec))
+    assert [plan.locate(n)[:2] for n in range(plan.items)] == [(0, 0), (0, 3), (1, 0), (1, 3)]
