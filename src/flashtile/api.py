@@ -10,6 +10,7 @@ from flashtile.arrays import address_of, is_torch, plain
 from flashtile.calls import Options, as_key, check_apart, clear_cache, lookup, prepare, split_align
 from flashtile.errors import wrong
 from flashtile.progress import reporter
+from flashtile.score.options import ScoreOptions
 from flashtile.spec import refuse_later
 
 __all__ = ["attention", "clear_cache"]
@@ -57,7 +58,14 @@ def attention(
               kernel, engine  a name, or "auto" for the fastest that can do the call; see `flashtile.explain`.
               progress  a function (done, total) called on this thread about ten times a second; True shows a bar.
               out       an array for o, that shares no memory with the inputs.
-              mask, bias, score_mod, softcap, alibi_slopes, sinks, dropout_p and seed are not available yet.
+              mask      which keys a row may see: a boolean array that broadcasts to (B, H, S_q, S_kv), True = attend;
+                        a mask of `flashtile.score`, composed with & | ~; or a function (b, h, i, j) -> bool.
+              bias      a float array that broadcasts to (B, H, S_q, S_kv), added to the scores; -inf hides.
+              score_mod a function (s, b, h, i, j) -> a new score, s being scaled and capped.
+              softcap   scores become softcap * tanh(score / softcap); None or 0 is off.
+              alibi_slopes  (H,) or (B, H): scores lose slope * |i + offset - j|.
+              sinks     (H,) or (B, H): a logit a head that joins the denominator only.
+              dropout_p and seed are not available yet.
     Returns:  o in q's dtype; with return_lse=True (o, lse), lse (B, H, S_q) being log sum exp of the scores, natural
               logarithm, float32 (float64 for float64).
     Numerics: sums and softmax in float32 (float64 for float64). A row that sees no key gives o = 0, lse = -inf. What a
@@ -72,18 +80,9 @@ def attention(
     """
     if not (type(q) is type(k) is type(v) is ndarray):
         return _attend_others(**locals())
-    if not (mask is bias is score_mod is softcap is alibi_slopes is sinks is seed is None and dropout_p == 0):
-        refuse_later(
-            mask=mask,
-            bias=bias,
-            score_mod=score_mod,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
-            seed=seed,
-            dropout_p=dropout_p,
-        )
-    offsets = target = target_key = None
+    if seed is not None or dropout_p != 0:
+        refuse_later(seed=seed, dropout_p=dropout_p)
+    offsets = target = target_key = spec = scoring = None
     if align is not None:
         align, offsets = split_align(align, q.shape)
     if out is not None:
@@ -93,7 +92,11 @@ def attention(
     options = causal, as_key(window), align, scale, precision, kernel, engine
     key = (q.shape, q.strides, q.dtype, k.shape, k.strides, k.dtype, v.shape, v.strides, v.dtype, target_key, options)
     # fmt: on
-    call = lookup(key) or prepare(key, q, k, v, target, Options(*options))
+    if not (mask is bias is score_mod is softcap is alibi_slopes is sinks is None):
+        scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks)
+        spec, scoring = Options(*options).scored(scores, q, k, v, offsets)
+        key += spec.program, spec.sinks
+    call = lookup(key) or prepare(key, q, k, v, target, Options(*options), spec)
     report = None if progress is None else reporter(progress)
     q_at, k_at, v_at = address_of(q), address_of(k), address_of(v)
     if target is None:
@@ -105,7 +108,7 @@ def attention(
     lse = empty(call.lse_shape, call.lse_dtype) if return_lse else None
     lse_at = 0 if lse is None else address_of(lse)
     offsets_at = 0 if offsets is None or call.spec.offset is not None else address_of(offsets)
-    params = call.pack(q_at, k_at, v_at, address_of(target), lse_at, offsets_at)
+    params = call.pack(q_at, k_at, v_at, address_of(target), lse_at, offsets_at, scoring)
     call.run(params, report)
     return out if lse is None else (out, lse)
 

@@ -16,6 +16,7 @@ from flashtile.errors import wrong
 from flashtile.kernels import Layout
 from flashtile.plan import make_plan
 from flashtile.progress import Report
+from flashtile.score.options import ScoreOptions, Scoring
 from flashtile.spec import LARGEST_POSITION, PER_BATCH, AttentionSpec
 
 # A program that meets a new shape at every step, as a decoder does, must not collect calls without end.
@@ -35,8 +36,8 @@ class Options(NamedTuple):
     kernel: Any
     engine: Any
 
-    def spec(self, q: Any, k: Any, v: Any) -> AttentionSpec:
-        """Validate the options against q, k and v (anything with `shape` and `dtype`)."""
+    def spec(self, q: Any, k: Any, v: Any, positional: bool = False) -> AttentionSpec:
+        """Validate the options against q, k and v (anything with `shape` and `dtype`); see AttentionSpec.of."""
         return AttentionSpec.of(
             q,
             k,
@@ -46,7 +47,16 @@ class Options(NamedTuple):
             align=self.align,
             scale=self.scale,
             precision=self.precision,
+            positional=positional,
         )
+
+    def scored(
+        self, scores: ScoreOptions, q: Any, k: Any, v: Any, offsets: np.ndarray | None
+    ) -> tuple[AttentionSpec, Scoring]:
+        """Validate a call with options that change scores: its spec, and their values, read anew at every call."""
+        spec = self.spec(q, k, v, scores.positional)
+        offset = offsets if spec.offset is None else spec.offset
+        return scores.scoring(spec, self.causal, self.window, offset)
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ class Call:
     lse_shape: tuple[int, ...]
     lse_dtype: np.dtype[Any]
     extents: tuple[tuple[int, int], ...]  # of o, q, k, v; see View.extent
-    pack: Callable[[int, int, int, int, int, int], Any]  # addresses of q, k, v, o, lse, offsets -> parameters
+    pack: Callable[..., Any]  # addresses of q, k, v, o, lse, offsets, and the Scoring or None -> parameters
     run: Callable[[Any, Report | None], None]
 
 
@@ -70,12 +80,16 @@ def lookup(key: Hashable) -> Call | None:
         return None
 
 
-def prepare(key: Hashable, q: Any, k: Any, v: Any, out: Any, options: Options) -> Call:
-    """Validate, choose a kernel, plan and compile; remember the result under `key`. out may be None.
+def prepare(
+    key: Hashable, q: Any, k: Any, v: Any, out: Any, options: Options, spec: AttentionSpec | None = None
+) -> Call:
+    """Validate (unless there is a spec), choose a kernel, plan and compile; remember the result under `key`.
+
+    out may be None.
 
     Raises: SpecError and UnavailableError, before any memory is touched.
     """
-    spec = options.spec(q, k, v)
+    spec = options.spec(q, k, v) if spec is None else spec
     views = [view_of(x) for x in (q, k, v)]
     o_shape = views[0].shape[:-1] + views[2].shape[-1:]
     o = contiguous(o_shape, q.dtype) if out is None else check_out(view_of(out), o_shape, spec)

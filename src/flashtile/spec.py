@@ -6,10 +6,13 @@ import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flashtile.dtypes import DType, dtype_of
 from flashtile.errors import UnavailableError, wrong
+
+if TYPE_CHECKING:
+    from flashtile.score.code import Code
 
 ALIGNMENTS = ("top_left", "bottom_right")
 PRECISIONS = ("ieee", "tf32", "bf16", "fp16")
@@ -42,6 +45,8 @@ class AttentionSpec:
              v (batch, kv_heads, kv_len, value_size) -> o (batch, heads, q_len, value_size).
     offset anchors the band: 0 for top_left, kv_len - q_len for bottom_right, or any integer;
     None if it is an array (batch,) that comes with each call. Without a band it is 0.
+    program is what else changes scores or hides keys; where it has a mask, that mask includes the band. sinks says
+    whether each query head has a logit that joins its denominators.
     """
 
     batch: int
@@ -56,6 +61,8 @@ class AttentionSpec:
     band: Band | None
     offset: int | None
     scale: float
+    program: Code | None = None
+    sinks: bool = False
 
     @property
     def group(self) -> int:
@@ -65,7 +72,8 @@ class AttentionSpec:
     @property
     def options(self) -> frozenset[str]:
         """The names of the features this call needs from a kernel, as in `Capabilities.options`."""
-        return frozenset({"band"} if self.band else ())
+        named = (("band", self.band), ("program", self.program), ("sinks", self.sinks))
+        return frozenset(name for name, value in named if value)
 
     @classmethod
     def of(
@@ -79,8 +87,10 @@ class AttentionSpec:
         align: object = None,
         scale: object = None,
         precision: object = "ieee",
+        positional: bool = False,
     ) -> AttentionSpec:
-        """Validate a call. q, k and v are anything with a `shape` of rank 2, 3 or 4 and a `dtype`.
+        """Validate a call. q, k and v are anything with a `shape` of rank 2, 3 or 4 and a `dtype`; positional says that
+        a rule other than the band is anchored by `align`.
 
         Raises: SpecError naming the first wrong argument, what came and what was expected.
         """
@@ -101,7 +111,7 @@ class AttentionSpec:
             dtype=dtype.name,
             precision=precision_of(precision, dtype),
             band=band,
-            offset=offset_of(align, band, q4[2], k4[2]),
+            offset=offset_of(align, positional or band is not None, q4[2], k4[2]),
             scale=scale_of(scale, q4[3]),
         )
 
@@ -130,12 +140,6 @@ SHAPE_RULES: tuple[ShapeRule, ...] = (
 
 # name of a later option, the values that leave it off
 LATER_OPTIONS: dict[str, tuple[object, ...]] = {
-    "mask": (None,),
-    "bias": (None,),
-    "score_mod": (None,),
-    "softcap": (None, 0, 0.0),
-    "alibi_slopes": (None,),
-    "sinks": (None,),
     "dropout_p": (0, 0.0),
     "seed": (None,),
 }
@@ -198,19 +202,19 @@ def _window(window: object) -> tuple[int | None, int | None]:
     return sides[0], sides[1]
 
 
-def offset_of(align: object, band: Band | None, q_len: int, kv_len: int) -> int | None:
+def offset_of(align: object, needed: bool, q_len: int, kv_len: int) -> int | None:
     """The offset that `align` stands for; see AttentionSpec."""
     number = integer(align)
     named = isinstance(align, str) and align in ALIGNMENTS
     if not (align is None or align is PER_BATCH or named or (number is not None and abs(number) <= LARGEST_POSITION)):
         raise wrong("align", repr(align), '"top_left", "bottom_right", an integer, or an integer array (B,)')
-    if band is None:
+    if not needed:
         return 0
     if align is None and q_len != kv_len:
         raise wrong(
             "align",
             f"None with {q_len} queries and {kv_len} keys",
-            'a choice, because causal and window need one here: "top_left" (row 0 meets key 0), '
+            'a choice, because a positional rule (causal, window, ALiBi, ...) needs one here: "top_left" (row 0 meets key 0), '
             '"bottom_right" (the last row meets the last key), an integer offset, or an integer array (B,)',
         )
     if align is PER_BATCH:

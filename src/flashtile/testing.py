@@ -24,9 +24,11 @@ from typing import Any
 
 import numpy as np
 
+from flashtile.calls import Options
 from flashtile.dtypes import dtype_of
 from flashtile.kernels import reference, vanilla
-from flashtile.spec import PER_BATCH, AttentionSpec, integer
+from flashtile.score.options import ScoreOptions, Scoring
+from flashtile.spec import PER_BATCH, integer
 
 # How many times the baseline's largest error a tensor of each kind may err.
 FACTOR = {"output": 2, "lse": 2, "gradient": 3}
@@ -74,10 +76,12 @@ def expect(
     window: Any = None,
     align: Any = None,
     precision: str = "ieee",
+    **scores: Any,
 ) -> tuple[Expected, Expected]:
     """What `flashtile.attention` of the same arguments should return: the output, and lse.
 
-    Shapes:  as `flashtile.attention`: (B, H, S, D), (H, S, D) or (S, D); NumPy arrays or CPU torch tensors.
+    Shapes:  as `flashtile.attention`: (B, H, S, D), (H, S, D) or (S, D); NumPy arrays or CPU torch tensors; `scores`
+             are its options mask, bias, score_mod, softcap, alibi_slopes and sinks.
     Units:   lse in nats.
     Numerics: see the module's text; lse is judged by the same rule, in the accumulator's dtype.
     Errors:  SpecError as `flashtile.attention`; ValueError where the baseline overflows in every element that the
@@ -85,13 +89,12 @@ def expect(
     Source:  docs, "What flashtile computes", the accuracy rule.
     """
     per_batch = not (align is None or isinstance(align, str) or integer(align) is not None)
-    spec = AttentionSpec.of(
-        q, k, v, scale=scale, causal=causal, window=window, align=PER_BATCH if per_batch else align, precision=precision
-    )
+    options = Options(causal, window, PER_BATCH if per_batch else align, scale, precision, "auto", "auto")
+    spec, scoring = options.scored(ScoreOptions(**scores), q, k, v, np.asarray(align) if per_batch else None)
     rank, dtype = len(q.shape), dtype_of(spec.dtype)
     wide = [_values(x)[(None,) * (4 - rank)] for x in (q, k, v)]
     offset = np.asarray(align) if spec.offset is None else spec.offset
-    common: dict[str, Any] = {"scale": spec.scale, "band": spec.band, "offset": offset}
+    common: dict[str, Any] = {"scale": spec.scale, "band": spec.band, "offset": offset, "scoring": scoring}
     exact = reference.attend(*wide, dtype=reference.oracle_dtype(dtype.name), **common)
     accumulator = np.dtype(dtype.accumulator)
     narrow = [x.astype(accumulator) for x in wide]
@@ -160,15 +163,21 @@ def key_orders(kv_len: int) -> list[np.ndarray]:
     return [np.arange(kv_len), *(shuffles.permutation(kv_len) for _ in range(_ORDERS - 1))]
 
 
-def _largest_products(q: np.ndarray, k: np.ndarray, *, scale: float, band: Any, offset: Any) -> float:
+def _largest_products(
+    q: np.ndarray, k: np.ndarray, *, scale: float, band: Any, offset: Any, scoring: Scoring
+) -> float:
     """The largest |scale| * sum |q||k| of a visible pair whose score is finite; 0 without any."""
     (batch, heads, q_len, _), group = q.shape, q.shape[1] // k.shape[1]
     offsets, largest = np.broadcast_to(offset, (batch,)), 0.0
     with np.errstate(all="ignore"):
         for b, h in np.ndindex(batch, heads):
             sums = np.abs(q[b, h]).astype(np.float64) @ np.abs(k[b, h // group]).astype(np.float64).T  # (S_q, S_kv)
-            seen = reference.visible(band, int(offsets[b]), np.arange(q_len), np.arange(k.shape[2]))
-            counted = np.isfinite(sums) if seen is None else np.isfinite(sums) & seen
+            rows, keys = np.arange(q_len), np.arange(k.shape[2])
+            counted = np.isfinite(sums)
+            if (seen := reference.visible(band, int(offsets[b]), rows, keys)) is not None:
+                counted &= seen
+            if scoring.program is not None:
+                counted &= scoring.program.visible(b, h, rows[:, None], keys[None, :])
             largest = max(largest, np.max(sums, where=counted, initial=0.0))
     return abs(scale) * largest
 

@@ -9,6 +9,7 @@ import torch
 from flashtile.calls import Options, as_key, check_apart, lookup, prepare, split_align
 from flashtile.errors import UnavailableError, wrong
 from flashtile.progress import reporter
+from flashtile.score.options import ScoreOptions
 from flashtile.spec import refuse_later
 
 __all__ = ["attention", "scaled_dot_product_attention"]
@@ -53,18 +54,9 @@ def attention(
     """
     if not (_is_ready(q) and _is_ready(k) and _is_ready(v)):
         _check_tensors(q=q, k=k, v=v)
-    if not (mask is bias is score_mod is softcap is alibi_slopes is sinks is seed is None and dropout_p == 0):
-        refuse_later(
-            mask=mask,
-            bias=bias,
-            score_mod=score_mod,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
-            seed=seed,
-            dropout_p=dropout_p,
-        )
-    offsets = out_key = None
+    if seed is not None or dropout_p != 0:
+        refuse_later(seed=seed, dropout_p=dropout_p)
+    offsets = out_key = spec = scoring = None
     if align is not None:
         align, offsets = split_align(align, q.shape)
     if out is not None:
@@ -72,9 +64,15 @@ def attention(
         out_key = out.shape, out.stride(), out.dtype
     # fmt: off
     options = causal, as_key(window), align, scale, precision, kernel, engine
-    key = (q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype, out_key, options)
+    cache_key: Any = (q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype, out_key, options)
     # fmt: on
-    call = lookup(key) or prepare(key, q, k, v, out, Options(*options))
+    if not (mask is bias is score_mod is softcap is alibi_slopes is sinks is None):
+        given = {"mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks}
+        _check_tensors(**{name: x for name, x in given.items() if isinstance(x, Tensor)})
+        scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks)
+        spec, scoring = Options(*options).scored(scores, q, k, v, offsets)
+        cache_key += spec.program, spec.sinks
+    call = lookup(cache_key) or prepare(cache_key, q, k, v, out, Options(*options), spec)
     report = None if progress is None else reporter(progress)
     q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
     if out is None:
@@ -86,7 +84,7 @@ def attention(
         lse = torch.empty(call.lse_shape, dtype=torch.float64 if q.dtype is torch.float64 else torch.float32)
     lse_at = 0 if lse is None else lse.data_ptr()
     offsets_at = 0 if offsets is None or call.spec.offset is not None else offsets.ctypes.data
-    params = call.pack(q_at, k_at, v_at, out.data_ptr(), lse_at, offsets_at)
+    params = call.pack(q_at, k_at, v_at, out.data_ptr(), lse_at, offsets_at, scoring)
     call.run(params, report)
     return out if lse is None else (out, lse)
 
@@ -112,22 +110,28 @@ def scaled_dot_product_attention(
     Shapes:   query (..., H, L, E), key (..., H_kv, S, E), value (..., H_kv, S, E_v) -> (..., H, L, E_v). Leading axes
               broadcast. Heads broadcast too unless enable_gqa, with which query head h reads head h // (H / H_kv).
     Options:  is_causal and window are aligned top_left, as torch aligns is_causal: row i stands at key i.
-              attn_mask, dropout_p, softcap, alibi_slopes and sinks are not available yet.
+              attn_mask broadcasts to (..., H, L, S): boolean, True = attend, or of a float dtype, added to the scores.
+              softcap, alibi_slopes, sinks as attention. dropout_p is not available yet.
     Numerics: a row that sees no key gives 0, where torch may give NaN.
     Raises:   as attention.
     Source:   PyTorch 2.13, torch.nn.functional.scaled_dot_product_attention.
     """
     if attn_mask is not None and is_causal:
         raise wrong("attn_mask", "a mask together with is_causal=True", "one of the two, as in torch")
-    if not (attn_mask is softcap is alibi_slopes is sinks is None and dropout_p == 0):
-        refuse_later(attn_mask=attn_mask, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p)
+    if dropout_p != 0:
+        refuse_later(dropout_p=dropout_p)
     if not (_is_ready(query) and _is_ready(key) and _is_ready(value)):
         _check_tensors(query=query, key=key, value=value)
     axes = None
     if query.ndim > 4 or not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
         query, key, value, axes = _like_torch(query, key, value, enable_gqa)
+    more: dict[str, Any] = {}
+    if attn_mask is not None:
+        more = _mask_like_torch(attn_mask, query, key, axes)
+    if not (softcap is alibi_slopes is sinks is None):
+        more.update(softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks)
     result = attention(
-        query, key, value, causal=is_causal, window=window, align="top_left", scale=scale, return_lse=return_lse
+        query, key, value, causal=is_causal, window=window, align="top_left", scale=scale, return_lse=return_lse, **more
     )
     if axes is None:
         return result
@@ -155,6 +159,19 @@ def _like_torch(
     # A copy only where the axes cannot be seen as one, as after a broadcast of some of them.
     query, key, value = (x.reshape(axes.numel(), *x.shape[-3:]) for x in (query, key, value))
     return query, key, value, axes
+
+
+def _mask_like_torch(attn_mask: Tensor, query: Tensor, key: Tensor, axes: torch.Size | None) -> dict[str, Tensor]:
+    """`attn_mask` as the keyword it stands for; `axes` are those that the batch of query stands for, if any do."""
+    _check_tensors(attn_mask=attn_mask)
+    if axes is not None:
+        full = *axes, query.shape[1], query.shape[2], key.shape[2]
+        try:
+            attn_mask = attn_mask.expand(full)
+        except RuntimeError as cause:
+            raise wrong("attn_mask", f"shape {tuple(attn_mask.shape)}", f"one that broadcasts to {full}") from cause
+        attn_mask = attn_mask.reshape(-1, *full[-3:])
+    return {"mask" if attn_mask.dtype is torch.bool else "bias": attn_mask}
 
 
 def _is_ready(x: Tensor) -> bool:

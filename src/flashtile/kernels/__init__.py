@@ -13,11 +13,14 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from flashtile import rooms
 from flashtile.errors import UnavailableError, wrong
 from flashtile.spec import AttentionSpec
+
+if TYPE_CHECKING:
+    from flashtile.score.options import Scoring
 
 # kernel="auto" takes the first family in this order that can do the call.
 FASTEST_FIRST = ("cpu", "vanilla", "reference")
@@ -69,11 +72,12 @@ class CompiledKernel(Protocol):
     scratch_bytes: int  # needed by each thread; the engine gives a 64-byte aligned address
     merge_stage: Stage | None  # to be run when every item of the plan is done, if plan.splits > 1
 
-    def pack(self, q: int, k: int, v: int, o: int, lse: int, offsets: int) -> Any:
+    def pack(self, q: int, k: int, v: int, o: int, lse: int, offsets: int, scoring: Scoring | None = None) -> Any:
         """Turn addresses into the opaque, immutable parameters of one call.
 
         lse is the address of a contiguous (B, H, S_q) buffer of the accumulator's dtype, 0 if it is not wanted;
-        offsets that of B int64 numbers, 0 where spec.offset is a scalar.
+        offsets that of B int64 numbers, 0 where spec.offset is a scalar; scoring has the values of the spec's
+        program and sinks.
         """
         ...
 

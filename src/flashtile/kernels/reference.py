@@ -19,6 +19,8 @@ from flashtile.kernels.views import RowsKernel
 
 if TYPE_CHECKING:
     from flashtile.plan import Plan
+    from flashtile.score.options import Scoring
+    from flashtile.score.program import Program
     from flashtile.spec import AttentionSpec, Band
 
 # Scores held at a time (16 bytes each in longdouble): bounds memory whatever S_q is.
@@ -36,6 +38,31 @@ class Attended(NamedTuple):
     lse: np.ndarray
 
 
+class Rule(NamedTuple):
+    """What a call's program and sinks mean for one head."""
+
+    program: Program | None
+    b: int
+    h: int
+    sink: float
+
+    def change(self, s: np.ndarray, rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """The scores of these rows and keys after the program, -inf where it hides: (r, n) -> (r, n)."""
+        if self.program is None:
+            return s
+        return self.program.evaluate(s, self.b, self.h, rows[:, None], keys[None, :], s.dtype)
+
+
+NO_RULE = Rule(None, 0, 0, -np.inf)
+
+
+def rule_of(scoring: Scoring | None, b: int, h: int) -> Rule:
+    """The rule of batch b and query head h."""
+    if scoring is None:
+        return NO_RULE
+    return Rule(scoring.program, b, h, -np.inf if scoring.sinks is None else float(scoring.sinks[b, h]))
+
+
 def attend(
     q: np.ndarray,
     k: np.ndarray,
@@ -44,12 +71,14 @@ def attend(
     scale: float,
     band: Band | None = None,
     offset: int | np.ndarray = 0,
+    scoring: Scoring | None = None,
     dtype: np.typing.DTypeLike = np.float64,
 ) -> Attended:
     """Attend every query row to all keys, by the definition.
 
     Shapes:  q (B, H, S_q, D), k (B, H_kv, S_kv, D), v (B, H_kv, S_kv, D_v) -> o (B, H, S_q, D_v), lse (B, H, S_q);
-             offset is one integer or (B,); key j is visible to row i iff -left <= j - (i + offset) <= right.
+             offset is one integer or (B,); key j is visible to row i iff -left <= j - (i + offset) <= right and
+             the program of `scoring`, if there is one, shows it.
     Units:   lse in nats; scale multiplies q.k before the mask.
     Numerics: everything in `dtype`. A score of -inf has weight 0 and counts as hidden; a hidden key never reaches
              its row, whatever it holds; a visible NaN or a score of +inf makes the row NaN, lse included; a row
@@ -67,7 +96,7 @@ def attend(
     for b, h in np.ndindex(batch, heads):
         kv = h // (heads // kv_heads)
         o[b, h], lse[b, h] = attend_rows(
-            q[b, h], k[b, kv], v[b, kv], 0, int(offsets[b]), scale=scale, band=band, dtype=dtype
+            q[b, h], k[b, kv], v[b, kv], 0, int(offsets[b]), rule_of(scoring, b, h), scale=scale, band=band, dtype=dtype
         )
     return Attended(o, lse)
 
@@ -78,6 +107,7 @@ def attend_rows(
     v: np.ndarray,
     first: int,
     offset: int,
+    rule: Rule = NO_RULE,
     *,
     scale: float,
     band: Band | None,
@@ -92,8 +122,9 @@ def attend_rows(
         for begin in range(0, len(q), block):
             rows = slice(begin, min(begin + block, len(q)))
             s = q.dtype.type(scale) * product(q[rows], k.T)  # (r, S_kv)
-            s = hide(s, visible(band, offset, first + np.arange(rows.start, rows.stop), keys))
-            weight, lse[rows] = weights(s)
+            here = first + np.arange(rows.start, rows.stop)
+            s = hide(rule.change(s, here, keys), visible(band, offset, here, keys))
+            weight, lse[rows] = weights(s, rule.sink)
             o[rows] = weighted_values(weight, v, s)
     return Attended(o, lse)
 
@@ -116,12 +147,15 @@ def hide(s: np.ndarray, seen: np.ndarray | None) -> np.ndarray:
     return s if seen is None else np.where(seen, s, -np.inf).astype(s.dtype, copy=False)
 
 
-def weights(s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Softmax of each row and its lse: s (r, n) -> p (r, n), lse (r,); NaN and +inf spread over the visible keys."""
-    peak = np.max(s, axis=1, initial=-np.inf)
+def weights(s: np.ndarray, sink: float = -np.inf) -> tuple[np.ndarray, np.ndarray]:
+    """Softmax of each row and its lse: s (r, n) -> p (r, n), lse (r,); NaN and +inf spread over the visible keys.
+
+    The sink is one more score in the denominator; -inf is none.
+    """
+    peak = np.max(s, axis=1, initial=sink)
     shift = np.where(np.isneginf(peak), 0, peak).astype(s.dtype, copy=False)  # -inf - -inf would be NaN
     p = np.exp(s - shift[:, None])
-    total = p.sum(axis=1)
+    total = p.sum(axis=1) + np.exp(sink - shift)
     return p / np.where(total == 0, 1, total)[:, None], shift + np.log(total)
 
 
@@ -172,7 +206,7 @@ def capabilities(spec: AttentionSpec) -> Capabilities:
         query_block=1,
         tile_q=(16, 32, 64, 128, 256),
         tile_k=(max(1, spec.kv_len),),
-        options=frozenset({"band"}),
+        options=frozenset({"band", "program", "sinks"}),
         native=False,
     )
 
@@ -180,7 +214,7 @@ def capabilities(spec: AttentionSpec) -> Capabilities:
 def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> RowsKernel:
     """The oracle bound to one specification; nothing is generated, so nothing is cached."""
     dtype = oracle_dtype(spec.dtype)
-    return RowsKernel(spec, plan, layout, partial(attend_rows, scale=spec.scale, band=spec.band, dtype=dtype))
+    return RowsKernel(spec, plan, layout, partial(attend_rows, scale=spec.scale, band=spec.band, dtype=dtype), rule_of)
 
 
 def oracle_dtype(dtype: str) -> np.dtype:

@@ -6,6 +6,7 @@ BLAS in the accumulator's dtype, and a 16-bit type also rounds the stored scores
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,12 +14,25 @@ import numpy as np
 
 from flashtile.dtypes import DTYPES, round_to_bf16, widen_bits
 from flashtile.kernels import Capabilities, Layout
-from flashtile.kernels.reference import Attended, hide, product, visible, weighted_values, weights
+from flashtile.kernels.reference import (
+    NO_RULE,
+    Attended,
+    Rule,
+    hide,
+    product,
+    rule_of,
+    visible,
+    weighted_values,
+    weights,
+)
 from flashtile.kernels.views import RowsKernel
 
 if TYPE_CHECKING:
     from flashtile.plan import Plan
+    from flashtile.score.options import Scoring
     from flashtile.spec import AttentionSpec, Band
+
+Change = Callable[[np.ndarray], np.ndarray]  # scores (r, n) to changed scores, -inf where hidden
 
 # The type that a precision request on fp32 inputs gives to the operands of the two products.
 OPERANDS = {"ieee": None, "tf32": "tf32", "bf16": "bfloat16", "fp16": "float16"}
@@ -28,17 +42,17 @@ STORED = {"float16": "float16", "bfloat16": "bfloat16"}
 
 
 def scores(
-    q: np.ndarray, k: np.ndarray, *, scale: float, seen: np.ndarray | None = None, store: str | None = None
+    q: np.ndarray, k: np.ndarray, *, scale: float, change: Change | None = None, store: str | None = None
 ) -> np.ndarray:
-    """Stage one: scale * q.k with -inf where hidden, rounded to the `store` type: (r, D), (n, D) -> (r, n)."""
+    """Stage one: scale * q.k, changed (-inf where hidden), rounded to the `store` type: (r, D), (n, D) -> (r, n)."""
     s = product(q, k.T)
     s *= s.dtype.type(scale)
-    return hide(rounded(s, store), seen)
+    return rounded(s if change is None else change(s), store)
 
 
-def softmax(s: np.ndarray, *, store: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+def softmax(s: np.ndarray, sink: float = -np.inf, *, store: str | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Stage two: the weights, rounded to the `store` type, and the lse in nats: (r, n) -> (r, n), (r,)."""
-    p, lse = weights(s)
+    p, lse = weights(s, sink)
     return rounded(p, store), lse
 
 
@@ -56,6 +70,7 @@ def attend(
     dtype: str,
     band: Band | None = None,
     offset: int | np.ndarray = 0,
+    scoring: Scoring | None = None,
     precision: str = "ieee",
     order: np.ndarray | None = None,
 ) -> Attended:
@@ -76,7 +91,7 @@ def attend(
     for b, h in np.ndindex(batch, heads):
         kv = h // (heads // kv_heads)
         o[b, h], lse[b, h] = attend_rows(
-            q[b, h], k[b, kv], v[b, kv], 0, int(offsets[b]),
+            q[b, h], k[b, kv], v[b, kv], 0, int(offsets[b]), rule_of(scoring, b, h),
             scale=scale, dtype=dtype, band=band, precision=precision, order=order,
         )  # fmt: skip
     return Attended(o, lse)
@@ -88,6 +103,7 @@ def attend_rows(
     v: np.ndarray,
     first: int,
     offset: int,
+    rule: Rule = NO_RULE,
     *,
     scale: float,
     dtype: str,
@@ -102,8 +118,13 @@ def attend_rows(
     keys = np.arange(len(k)) if order is None else order
     q, k, v = (rounded(x.astype(accumulator, copy=False), operand) for x in (q, k[keys], v[keys]))
     with np.errstate(all="ignore"):  # inf and NaN are answers here, not accidents
-        s = scores(q, k, scale=scale, seen=visible(band, offset, first + np.arange(len(q)), keys), store=store)
-        p, lse = softmax(s, store=store or operand)
+        rows = first + np.arange(len(q))
+
+        def change(s: np.ndarray) -> np.ndarray:
+            return hide(rule.change(s, rows, keys), visible(band, offset, rows, keys))
+
+        s = scores(q, k, scale=scale, change=change, store=store)
+        p, lse = softmax(s, rule.sink, store=store or operand)
         return Attended(output(p, v, s), lse)
 
 
@@ -141,7 +162,7 @@ def capabilities(spec: AttentionSpec) -> Capabilities:
         query_block=1,
         tile_q=(max(1, spec.q_len),),
         tile_k=(max(1, spec.kv_len),),
-        options=frozenset({"band"}),
+        options=frozenset({"band", "program", "sinks"}),
         native=False,
     )
 
@@ -149,4 +170,4 @@ def capabilities(spec: AttentionSpec) -> Capabilities:
 def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> RowsKernel:
     """The baseline bound to one specification; nothing is generated, so nothing is cached."""
     attend = partial(attend_rows, scale=spec.scale, dtype=spec.dtype, band=spec.band, precision=spec.precision)
-    return RowsKernel(spec, plan, layout, attend)
+    return RowsKernel(spec, plan, layout, attend, rule_of)

@@ -16,11 +16,13 @@ from flashtile.dtypes import dtype_of, round_to_bf16, widen_bits
 
 if TYPE_CHECKING:
     from flashtile.kernels import Layout
+    from flashtile.kernels.reference import Rule
     from flashtile.plan import Plan
+    from flashtile.score.options import Scoring
     from flashtile.spec import AttentionSpec
 
-# The rows of one head: (q (r, D), k (S_kv, D), v (S_kv, D_v), first row, offset) -> (o (r, D_v), lse (r,)).
-AttendRows = Callable[[np.ndarray, np.ndarray, np.ndarray, int, int], "tuple[np.ndarray, np.ndarray]"]
+# The rows of one head: (q (r, D), k (S_kv, D), v (S_kv, D_v), first row, offset, rule) -> (o (r, D_v), lse (r,)).
+AttendRows = Callable[[np.ndarray, np.ndarray, np.ndarray, int, int, "Rule"], "tuple[np.ndarray, np.ndarray]"]
 
 
 class _Memory:
@@ -54,6 +56,7 @@ class Views(NamedTuple):
     o: np.ndarray  # (B, H, S_q, D_v)
     lse: np.ndarray | None  # (B, H, S_q)
     offsets: np.ndarray  # (B,)
+    scoring: Scoring | None
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,13 @@ class RowsKernel:
     plan: Plan
     layout: Layout
     attend_rows: AttendRows
+    rule_of: Callable[[Scoring | None, int, int], Rule]
     scratch_bytes: int = 0
     merge_stage: None = None
 
-    def pack(self, q: int, k: int, v: int, o: int, lse: int, offsets: int) -> Views:
+    def pack(
+        self, q: int, k: int, v: int, o: int, lse: int, offsets: int, scoring: Scoring | None = None
+    ) -> Views:
         """Views over one call's addresses; lse is 0 if it is not wanted, offsets if spec.offset is a number."""
         spec, layout, dtype = self.spec, self.layout, dtype_of(self.spec.dtype)
         batch, heads, kv_heads = spec.batch, spec.heads, spec.kv_heads
@@ -80,6 +86,7 @@ class RowsKernel:
             view(o, (batch, heads, spec.q_len, spec.value_size), layout.o, dtype.numpy, writable=True),
             view(lse, (batch, heads, spec.q_len), lse_strides, lse_dtype, writable=True) if lse else None,
             view(offsets, (batch,), (8,), np.dtype(np.int64)) if offsets else np.full(batch, spec.offset or 0),
+            scoring,
         )
 
     def run(self, params: Views, begin: int, end: int, scratch: int) -> int:
@@ -90,7 +97,7 @@ class RowsKernel:
             first, kv = tile * plan.tile_q, h // spec.group
             rows = slice(first, min(first + plan.tile_q, spec.q_len))
             q, k, v = widen(params.q[b, h, rows]), widen(params.k[b, kv]), widen(params.v[b, kv])
-            o, lse = self.attend_rows(q, k, v, first, int(params.offsets[b]))
+            o, lse = self.attend_rows(q, k, v, first, int(params.offsets[b]), self.rule_of(params.scoring, b, h))
             with np.errstate(over="ignore"):  # what the output's type cannot hold is an infinity there
                 params.o[b, h, rows] = round_to_bf16(o) if spec.dtype == "bfloat16" else o
                 if params.lse is not None:

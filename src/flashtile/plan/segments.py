@@ -18,17 +18,14 @@ class Segments:
     """Stretches of keys for every panel of queries, ascending.
 
     rows       int64 (panels + 1,): the segments of panel r are rows[r] : rows[r + 1]; panels are ordered by batch,
-               head and query, batch and head only where the mask depends on them
+               head and query; a batch or head stands for all where the mask does not depend on it
     keys       int64 (n, 4): some_from, some_to, all_from, all_to.  Keys outside [some_from, some_to) are hidden from
                every query of the panel, those in [all_from, all_to) are seen by every one.  A segment lies in one key
                block, or covers whole blocks, all seen.
-    batch_step, head_step   panels between batches and between heads; 0 where all share
     """
 
     rows: np.ndarray
     keys: np.ndarray
-    batch_step: int
-    head_step: int
 
 
 def segments_of(coverage: Coverage, key_block: int) -> Segments:
@@ -39,10 +36,8 @@ def segments_of(coverage: Coverage, key_block: int) -> Segments:
     order = np.lexsort((start, row))
     row, start, stop, full = (x[order] for x in (row, start, stop, full))
     panels = len(coverage.indptr) - 1
-    batches, heads, tiles, _ = coverage.shape
-    steps = (heads * tiles if batches > 1 else 0, tiles if heads > 1 else 0)
     if not len(row):
-        return Segments(np.zeros(panels + 1, np.int64), np.empty((0, 4), np.int64), *steps)
+        return Segments(np.zeros(panels + 1, np.int64), np.empty((0, 4), np.int64))
 
     block = start // key_block
     first = np.flatnonzero(np.append(True, (row[1:] != row[:-1]) | (block[1:] != block[:-1])))
@@ -58,7 +53,7 @@ def segments_of(coverage: Coverage, key_block: int) -> Segments:
     keys[chosen, 2], keys[chosen, 3] = start[hits[where]], stop[hits[where]]
     rows = np.zeros(panels + 1, np.int64)
     np.cumsum(np.bincount(row[first], minlength=panels), out=rows[1:])
-    return Segments(rows, keys, *steps)
+    return Segments(rows, keys)
 
 
 _Pieces = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # panel, start, stop, whether every query sees it

@@ -11,7 +11,7 @@ from ..dtypes import DTYPES
 from ..errors import wrong
 from .capture import capture, is_array
 from .code import Code
-from .mask import Mask
+from .mask import Mask, Score
 from .program import Program
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ class ScoreOptions:
     @property
     def positional(self) -> bool:
         """Whether a rule among them is anchored by the call's alignment."""
-        return self.alibi_slopes is not None or (isinstance(self.mask, Mask) and self.mask.positional)
+        rules = (x for x in (self.mask, self.score_mod) if isinstance(x, (Mask, Score)))
+        return self.alibi_slopes is not None or any(rule.positional for rule in rules)
 
     def scoring(self, spec: AttentionSpec, causal: bool, window: Any, offset: Any) -> tuple[AttentionSpec, Scoring]:
         """Trace and check the options; the spec that includes them, and their values.

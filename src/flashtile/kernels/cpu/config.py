@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from flashtile.kernels.cpu.ir import SIZES, vector
 from flashtile.kernels.cpu.isa import ISA
 
 if TYPE_CHECKING:
-    from flashtile.score.capture import Slot
-    from flashtile.score.expr import Expr
-
-
-@dataclass(frozen=True)
-class Code:
-    """A score program as the generators see it; two are equal when their structure is."""
-
-    structure: str
-    score: Expr | None = field(compare=False, repr=False)
-    mask: Expr | None = field(compare=False, repr=False)
-    slots: tuple[Slot, ...] = field(compare=False, repr=False)
-    dense: tuple[Expr, ...] = field(compare=False, repr=False)  # loads that are read by tiles (dense.py)
+    from flashtile.score.code import Code
 
 
 @dataclass(frozen=True)

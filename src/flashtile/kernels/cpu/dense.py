@@ -15,13 +15,6 @@ from flashtile.score.expr import Expr
 from flashtile.score.operations import variable
 
 
-def is_dense(load: Expr) -> bool:
-    """Whether a load's indices are i, j and others that depend on batch and head alone."""
-    i, j = variable("i"), variable("j")
-    rest = [index for index in load.args if index is not i and index is not j]
-    return load.args.count(i) == 1 and load.args.count(j) == 1 and all(x.variables <= {"b", "h"} for x in rest)
-
-
 def emit_dense(module: Module, c: Config, number: int) -> str:
     """A function that lays out one dense load; its name.
 
@@ -29,7 +22,7 @@ def emit_dense(module: Module, c: Config, number: int) -> str:
     accumulators; integers and bools keep their value as integers of that size.
     """
     assert c.code is not None
-    load = c.code.dense[number]
+    load = c.code.dense_loads[number]
     f = Function(module, f"dense_{number}", "void", ["ptr", "i64", "i64", "i64", "ptr"], internal=True,
                  names=["frame", "first", "keys", "rows", "out"])  # fmt: skip
     frame, first, keys, rows, out = f.args

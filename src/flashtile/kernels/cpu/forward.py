@@ -81,7 +81,7 @@ class _Forward:
             self.helpers["load_outputs"] = emit_load_queries(module, c.output, "load_outputs")
             self.helpers["load_state"] = emit_load_state(module, c)
         containment = emit_collect_nonfinite(module, c), emit_add_nonfinite(module, c)
-        dense = [emit_dense(module, c, n) for n in range(len(c.code.dense) if c.code else 0)]
+        dense = [emit_dense(module, c, n) for n in range(len(c.code.dense_loads) if c.code else 0)]
         self.panels = [emit_panel(module, c, n + 1, *containment, dense) for n in range(c.isa.vectors)]
         self.f = Function(module, "forward", "i32", ["ptr", "i64", "i64", "ptr"],
                           names=["params", "begin", "end", "scratch"])  # fmt: skip

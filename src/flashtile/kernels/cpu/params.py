@@ -96,7 +96,7 @@ class Scratch:
             "at_v": (c.key_block // c.per_word + 1) * columns * c.size,
             "at_extra": columns * c.line,
             "at_cursor": 8 * (panels + 1),
-            "at_dense": len(c.code.dense) * self.dense if c.code else 0,
+            "at_dense": len(c.code.dense_loads) * self.dense if c.code else 0,
         }
         offsets, at = {}, _aligned(self.rest)
         for name, size in areas.items():

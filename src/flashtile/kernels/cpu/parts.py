@@ -20,6 +20,7 @@ from flashtile.kernels.cpu.ir import SIZES
 if TYPE_CHECKING:
     from flashtile.kernels.cpu.jit import Library
     from flashtile.plan import Plan
+    from flashtile.score.options import Scoring
     from flashtile.spec import AttentionSpec
 
 _MODULES: dict[str, tuple[Callable[[Config], str], tuple[str, ...]]] = {
@@ -118,8 +119,10 @@ class Decode:
             }
         )
 
-    def pack(self, q: int, k: int, v: int, o: int, lse: int, offsets: int) -> bytes | InParts:
-        """The parameters of one call; in parts, with a workspace of its own."""
+    def pack(
+        self, q: int, k: int, v: int, o: int, lse: int, offsets: int, scoring: Scoring | None = None
+    ) -> bytes | InParts:
+        """The parameters of one call; in parts, with a workspace of its own. It never has a scoring."""
         if self._merge is not None:
             return self._merge.pack(lambda o, lse: self._block(q, k, v, o, lse, offsets), o, lse)
         return self._block(q, k, v, o, lse, offsets)

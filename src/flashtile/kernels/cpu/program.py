@@ -65,7 +65,7 @@ class TileProgram:
         """Loads that dense.py has laid out like the scores."""
         assert self.c.code is not None
         f, c, found = self.f, self.c, {}
-        for n, load in enumerate(self.c.code.dense):
+        for n, load in enumerate(self.c.code.dense_loads):
             at = self.dense + (n * Scratch(c).dense + r * c.line + j * c.register)
             stored = f.load(c.vector, at, align=c.register)
             if load.type != "float":  # integers and bools were widened to the accumulator's size

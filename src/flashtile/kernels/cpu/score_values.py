@@ -1,0 +1,72 @@
+"""What a score program needs at run time, as addresses: captured values, segments of visible keys, sinks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flashtile.arrays import address_of
+from flashtile.kernels.cpu.config import Config
+
+if TYPE_CHECKING:
+    from flashtile.score.options import Scoring
+    from flashtile.spec import AttentionSpec
+
+COVERAGE_KEYS = 32  # keys of a tile that the plan classifies: finer than a key block, so that edges cost little
+
+
+class _Block(bytes):
+    """A parameter block that keeps alive the arrays whose addresses it holds."""
+
+    arrays: tuple[object, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreValues:
+    """Addresses of the capture block, the segments' rows and keys, and the sinks; 0 where there are none."""
+
+    addresses: tuple[int, int, int, int]
+    arrays: tuple[object, ...]
+
+    @classmethod
+    def of(cls, scoring: Scoring, c: Config) -> ScoreValues:
+        """The values of one call, read as they are now: O(S) for a mask that depends on captured arrays."""
+        captures = rows = keys = None
+        if scoring.program is not None:
+            from flashtile.plan.segments import segments_of
+            from flashtile.score.captures import Block
+            from flashtile.score.coverage import coverage
+
+            program = scoring.program
+            captures = Block(program.slots).pack(program.captures)
+            if c.masked:
+                real = np.float64 if c.acc == "double" else np.float32
+                segments = segments_of(coverage(program, c.panel, COVERAGE_KEYS, real), c.key_block)
+                rows, keys = segments.rows, segments.keys
+        arrays = captures, rows, keys, scoring.sinks
+        addresses = tuple(0 if x is None else address_of(x) for x in arrays)
+        return cls(addresses, (*arrays, scoring))  # type: ignore[arg-type]
+
+    def hold(self, block: bytes) -> bytes:
+        """The block, with the arrays for as long as it lives."""
+        held = _Block(block)
+        held.arrays = self.arrays
+        return held
+
+
+NO_SCORES = ScoreValues((0, 0, 0, 0), ())
+
+
+def score_steps(c: Config, spec: AttentionSpec) -> dict[str, int]:
+    """Panels between the segments of two batches and two heads, bytes between their sinks."""
+    panels = -(-spec.q_len // c.panel)
+    used = c.code.mask.variables if c.code and c.code.mask else frozenset()
+    heads = spec.heads if "h" in used else 1
+    return {
+        "segment_b": heads * panels if "b" in used else 0,
+        "segment_h": panels if "h" in used else 0,
+        "sink_b": spec.heads * c.size,
+        "sink_h": c.size,
+    }
