@@ -43,6 +43,7 @@ MASKED: list[tuple[Shape, dict[str, Any]]] = [
     (WIDE, {"window": (3, 150), "causal": True, "align": "bottom_right"}),
     (TALL, {"causal": True, "align": 10**15}),
     (TALL, {"causal": True, "align": -(10**15)}),
+    (TALL, {"window": (10**15 + 7, None), "align": 10**15}),
     (Shape(1, 1, 1, 1, 300, 16, 16), {"window": (63, 0), "align": "bottom_right"}),
 ]
 

@@ -88,10 +88,12 @@ def test_any_shape_layout_and_option(kernel: Kernel, data: st.DataObject, dtype:
 def test_order_of_keys_does_not_matter(kernel: Kernel, shape: Shape, dtype: str, seed: int) -> None:
     q, k, v = uniform(shape, dtype, seed=seed)
     order = np.random.default_rng(seed).permutation(shape.kv_len)
-    want_o, want_lse = expect(q, k, v)
-    o, lse = kernel(q, k[:, :, order], v[:, :, order], return_lse=True)
-    want_o.check(o, "output")
-    want_lse.check(lse, "lse")
+    allowed_o, allowed_lse = (want.allowed for want in expect(q, k, v))
+    o, lse = kernel(q, k, v, return_lse=True)
+    other_o, other_lse = kernel(q, k[:, :, order], v[:, :, order], return_lse=True)
+    # Each of the two may be off by what is allowed.
+    assert np.abs(o.astype(np.float64) - other_o.astype(np.float64)).max() <= 2 * allowed_o
+    assert np.abs(lse - other_lse).max() <= 2 * allowed_lse
 
 
 @given(shape=shapes(), dtype=DTYPE, seed=SEED, shift=st.sampled_from([-16.0, 8.0, 64.0]))
