@@ -8,8 +8,10 @@ from flashtile.kernels.cpu import math as vmath
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.decode_scores import fold_lanes
 from flashtile.kernels.cpu.ir import Function, Module, Value
+from flashtile.kernels.cpu.softmax import PAIR_DEGREE
 
-STATE = ("maximum", "sum", "alpha", "spare")  # accumulators that a row keeps: raw scores, weights, factor for older sums
+# Accumulators that a row keeps: of raw scores, of weights, and the factor for what was summed before.
+STATE = ("maximum", "sum", "alpha", "spare")
 
 
 def state(c: Config, row: Value, name: str) -> Value:
@@ -17,12 +19,17 @@ def state(c: Config, row: Value, name: str) -> Value:
     return row + STATE.index(name) * c.size
 
 
+def weight_size(c: Config) -> int:
+    """Bytes of a weight: an accumulator, or with ``pairs`` a bf16, so that two keys' weights make a word."""
+    return c.size // c.per_word
+
+
 def emit_row_softmax(module: Module, c: Config) -> str:
     """A function over one row's scores of one key block; its name.
 
     Arguments: state of the row (updated), scores (updated: -inf where hidden), weights (out), first key that the row
     sees and first beyond those, both from the block's start, keys, c_high, c_low.  Whole registers are read and
-    written: up to lanes - 1 scores beyond the keys, which are taken as hidden.
+    written: up to lanes - 1 scores beyond the keys, which are taken as hidden.  The sum is of weights before rounding.
     """
     f = Function(module, "row_softmax", "void", ["ptr", "ptr", "ptr", "i64", "i64", "i64", c.acc, c.acc], internal=True,
                  names=["state", "s", "p", "first", "beyond", "keys", "high", "low"])  # fmt: skip
@@ -33,7 +40,7 @@ def emit_row_softmax(module: Module, c: Config) -> str:
 
     def weight(difference: Value) -> Value:  # the difference first: the largest weight is exactly 1
         scaled = c.isa.multiply_add(f, difference, factor[0], difference * factor[1])
-        return vmath.exp2(f, c.isa, scaled, nonpositive=True)
+        return vmath.exp2(f, c.isa, scaled, degree=PAIR_DEGREE if c.pairs else None, nonpositive=True)
 
     def highest(key: Value, top: list[Value]) -> list[Value]:
         at = s + key * c.size
@@ -50,9 +57,8 @@ def emit_row_softmax(module: Module, c: Config) -> str:
     alpha = f.extract(weight(f.splat(old, c.lanes) - safe), 0)
 
     def weigh(key: Value, total: list[Value]) -> list[Value]:
-        at = key * c.size
-        w = weight(f.load(c.vector, s + at) - safe)
-        f.store(w, p + at)
+        w = weight(f.load(c.vector, s + key * c.size) - safe)
+        f.store(c.isa.narrow(f, w, "bfloat") if c.pairs else w, p + key * weight_size(c))
         return [total[0] + w]
 
     (total,) = f.fold(0, keys, c.lanes, [f.const(c.vector, 0.0)], weigh)

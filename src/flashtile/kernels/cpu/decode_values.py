@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.decode_pack import KEYS_AHEAD, Slots, prefetch
 from flashtile.kernels.cpu.decode_scores import ROW_TILES, accumulators, each_row_tile
 from flashtile.kernels.cpu.decode_softmax import STATE, state
-from flashtile.kernels.cpu.ir import SIZES, Function, Module, Value
+from flashtile.kernels.cpu.ir import SIZES, Function, Module, Value, vector
 from flashtile.kernels.cpu.pack import read
+from flashtile.kernels.cpu.scores import contract
 
 CACHE_LINE = 64
 WIDEST = 8  # registers of value columns in a tile
@@ -21,7 +23,8 @@ def emit_values(module: Module, c: Config, rows: int, vectors: int, contained: s
     """A function for ``rows`` queries and ``vectors`` registers of value columns; its name.
 
     Arguments: outputs (updated), bytes between their rows, state of the rows, values at the tile's first column, bytes
-    between them, weights and scores (row-major, a key block apart), keys.  Sums of one key block are formed apart
+    between them, weights and scores (row-major, a key block apart), keys.  With ``pairs`` two keys' products are added
+    at once, their weights rounded to bf16.  Sums of one key block are formed apart
     and then added to what was there: blocked summation.
 
     A hidden key's weight is 0, but 0 * NaN is NaN.  So a block whose sums are not all finite, as happens with broken
@@ -33,22 +36,27 @@ def emit_values(module: Module, c: Config, rows: int, vectors: int, contained: s
     each = c.lanes * SIZES[c.memory]
     ahead = stride * KEYS_AHEAD
 
-    def step(key: Value, acc: list[Value]) -> list[Value]:
-        at = v + key * stride
+    def step(word: Value, acc: list[Value], keys: int = c.per_word) -> list[Value]:
+        key = word * c.per_word
+        at = [v + (key + u) * stride for u in range(keys)]
         for line_at in range(0, vectors * each, CACHE_LINE) if rows > 1 else ():
-            prefetch(f, at + (ahead + line_at))
-        values = [read(f, c, at + j * each, c.lanes) for j in range(vectors)]
-        weights = [f.splat(f.load(c.acc, p + (key * c.size + r * line)), c.lanes) for r in range(rows)]
-        return [c.isa.multiply_add(f, weights[n // vectors], values[n % vectors], a) for n, a in enumerate(acc)]
+            for row in at:
+                prefetch(f, row + (ahead + line_at))
+        values = _words(f, c, at, vectors)
+        weights = [f.splat(f.load(c.word, p + (word * c.size + r * line)), c.lanes) for r in range(rows)]
+        return [contract(f, c, a, weights[n // vectors], values[n % vectors]) for n, a in enumerate(acc)]
 
-    def steps(key: Value, acc: list[Value]) -> list[Value]:
+    def steps(word: Value, acc: list[Value]) -> list[Value]:
         for u in range(c.unroll):
-            acc = step(key + u, acc)
+            acc = step(word + u, acc)
         return acc
 
-    whole = count - count % c.unroll
+    words = count // c.per_word
+    whole = words - words % c.unroll
     acc = f.fold(0, whole, c.unroll, [f.const(c.vector, 0.0)] * (rows * vectors), steps)
-    acc = f.fold(whole, count, 1, acc, step)
+    acc = f.fold(whole, words, 1, acc, step)
+    if c.pairs:  # a last key without a partner: the weight beside its own is 0
+        acc = f.fold(words, words + count % 2, 1, acc, lambda word, acc: step(word, acc, keys=1))
     wild = acc[0] * 0.0  # NaN where a sum is not finite
     for a in acc[1:]:
         wild = wild + a * 0.0
@@ -75,6 +83,21 @@ def emit_values(module: Module, c: Config, rows: int, vectors: int, contained: s
     return f.name
 
 
+def _words(f: Function, c: Config, rows: Sequence[Value], vectors: int) -> list[Value]:
+    """Registers of value columns of one key, or with ``pairs`` of two keys in words (of one, with itself)."""
+    each = c.lanes * SIZES[c.memory]
+    if not c.pairs:
+        return [read(f, c, rows[0] + j * each, c.lanes) for j in range(vectors)]
+    bits = [[f.load(vector(c.lanes, c.memory), row + j * each, align=1) for row in rows] for j in range(vectors)]
+    return [_interleaved(f, c, pair) for pair in bits]
+
+
+def _interleaved(f: Function, c: Config, keys: Sequence[Value]) -> Value:
+    """Words of bf16 of two keys, the first one's low."""
+    order = [lane for t in range(c.lanes) for lane in (t, c.lanes + t)]
+    return f.cast("bitcast", f.shuffle(keys[0], keys[-1], order), c.words)
+
+
 def emit_contained_values(module: Module, c: Config) -> str:
     """As ``emit_values`` for one row and one register, but keys with score -inf are left out; its name.
 
@@ -84,15 +107,23 @@ def emit_contained_values(module: Module, c: Config) -> str:
     f = Function(module, "contained_values", "void", ARGUMENTS, names=NAMES, internal=True)
     o, _, states, v, stride, p, s, count = f.args
 
-    def step(key: Value, acc: list[Value]) -> list[Value]:
-        value = read(f, c, v + key * stride, c.lanes)
-        weight = f.splat(f.load(c.acc, p + key * c.size), c.lanes)
-        wild = (value * 0.0).isnan()
-        added = f.select(wild, acc[0] + value, c.isa.multiply_add(f, weight, value, acc[0]))
-        seen = f.load(c.acc, s + key * c.size).ne(-math.inf)
-        return [f.select(f.splat(seen, c.lanes), added, acc[0])]
+    def step(word: Value, acc: list[Value]) -> list[Value]:
+        key = word * c.per_word
+        total, clean = acc[0], []
+        for u in range(c.per_word):
+            at = v + (f.minimum(key + u, count - 1) if u else key) * stride
+            value = read(f, c, at, c.lanes)
+            seen = f.splat(f.load(c.acc, s + (key + u) * c.size).ne(-math.inf), c.lanes)
+            wild = (value * 0.0).isnan()
+            total = f.select(seen & wild, total + value, total)
+            bits = f.load(vector(c.lanes, c.memory), at, align=1) if c.pairs else value
+            zero = f.const(bits.type, 0)
+            clean.append(f.select(seen, f.select(wild, zero, bits), zero))
+        weight = f.splat(f.load(c.word, p + word * c.size), c.lanes)
+        return [contract(f, c, total, weight, _interleaved(f, c, clean) if c.pairs else clean[0])]
 
-    (total,) = f.fold(0, count, 1, [f.const(c.vector, 0.0)], step)
+    words = (count + (c.per_word - 1)) // c.per_word
+    (total,) = f.fold(0, words, 1, [f.const(c.vector, 0.0)], step)
     alpha = f.splat(f.load(c.acc, state(c, states, "alpha")), c.lanes)
     before = f.load(c.vector, o, align=c.register)
     f.store(c.isa.multiply_add(f, before, alpha, total), o, align=c.register)
