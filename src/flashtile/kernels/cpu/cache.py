@@ -188,7 +188,7 @@ def _examine_parents(path: Path) -> None:
     Parents that a group may write pass: many systems give each user a group of their own.  What such a group
     puts in our folder's place belongs to another user, which _examine refuses.
     """
-    for parent in {*path.parents, *path.resolve().parents}:
+    for parent in dict.fromkeys((*path.parents, *path.resolve().parents)):
         mode = parent.stat().st_mode
         if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
             raise _Refused(f"flashtile's cache is not used: its parent {parent} can be written by anyone; {_REMEDY}")

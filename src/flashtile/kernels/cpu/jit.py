@@ -21,11 +21,12 @@ from flashtile.errors import KernelError
 from flashtile.kernels.cpu import cache
 from flashtile.kernels.cpu.isa import ISA
 
-# One thread at a time generates code: the second to want the same kernel then finds it on disk.  A fork waits for
-# the end of it, or the child would inherit LLVM half way, and a lock that no one releases.
+# One thread at a time uses LLVM: the second to want the same kernel then finds it on disk.  A fork waits for the end
+# of it, or the child would inherit LLVM half way, and locks that no one releases.
 _lock = threading.RLock()
 os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 _serial = itertools.count()
+_linked: list[llvm.ResourceTracker] = []  # never unloaded: a thread may be inside, and LLVM would be used unlocked
 
 
 @functools.cache
@@ -76,10 +77,7 @@ def _linker() -> llvm.LLJIT:
 
 
 class Library:
-    """Linked machine code; functions stay callable as long as this object lives.
-
-    The code stands alone: a symbol that it does not define itself is an error, not a call into the C library.
-    """
+    """Linked machine code; functions stay callable as long as the process lives."""
 
     def __init__(self, obj: bytes, exports: tuple[str, ...]):
         builder = llvm.JITLibraryBuilder().add_object_img(obj)
@@ -90,6 +88,7 @@ class Library:
                 self._tracker = builder.link(_linker(), f"flashtile.{next(_serial)}")
             except RuntimeError as e:
                 raise KernelError(f"linking {', '.join(exports)} failed: {e}") from e
+            _linked.append(self._tracker)
 
     def address(self, name: str) -> int:
         """Address of an exported function, for callers outside Python."""

@@ -24,9 +24,10 @@ class _Format:
     mantissa: int
     bias: int
     degree: int  # of the exp2 polynomial: the least whose error vanishes in the rounding
+    negligible: float  # exponent of weights that are taken for 0
 
 
-_FORMATS = {"float": _Format("i32", 23, 127, 6), "double": _Format("i64", 52, 1023, 11)}
+_FORMATS = {"float": _Format("i32", 23, 127, 6, -100.0), "double": _Format("i64", 52, 1023, 11, -960.0)}
 
 
 @functools.cache
@@ -51,24 +52,36 @@ def exp2_coefficients(degree: int) -> tuple[float, ...]:
     return (1.0, *map(float, q))
 
 
-def exp2(f: Function, isa: ISA, x: Value, *, degree: int | None = None, nonpositive: bool = False) -> Value:
+def exp2(f: Function, isa: ISA, x: Value, *, degree: int | None = None) -> Value:
     """2^x lane by lane, within 1 ulp (1.2), exact at integers; +0 where the result is not normal, inf from 2^bias on.
 
     x = n + r with n the nearest integer: 2^n is made of exponent bits, 2^r is a polynomial.  ``degree`` gives a
-    coarser one, within 2^-17 at degree 4.  ``nonpositive`` is for x <= 0, as in a softmax, which leans on
-    exp2(0) == 1 and exp2(-inf) == +0: it leaves out what the upper end takes.
+    coarser one, within 2^-17 at degree 4.
     """
     form = _FORMATS[element(x.type)]
     x = f.maximum(f.const(x.type, -float(form.bias)), x)  # 2^-bias is +0 below; operand order keeps NaN
-    doubled = None
-    if not nonpositive:  # 2^n is inf at n = bias + 1, where 2^x need not be: take the half, of which 2^n is finite
-        x = f.minimum(f.const(x.type, form.bias + 1.0), x)
-        above = x > 1.0
-        doubled = f.select(above, f.const(x.type, 2.0), 1.0)
-        x = x - f.select(above, f.const(x.type, 1.0), 0.0)
+    # 2^n is inf at n = bias + 1, where 2^x need not be: take the half, of which 2^n is finite.
+    x = f.minimum(f.const(x.type, form.bias + 1.0), x)
+    above = x > 1.0
+    doubled = f.select(above, f.const(x.type, 2.0), 1.0)
+    return _exp2(f, isa, x - f.select(above, f.const(x.type, 1.0), 0.0), degree or form.degree) * doubled
+
+
+def weight(f: Function, isa: ISA, x: Value, *, degree: int | None = None) -> Value:
+    """2^x for x <= 0, as a softmax needs it: 1 at 0, +0 at -inf, NaN at NaN, otherwise as exp2.
+
+    Weights below 2^-100 (2^-960 in fp64) are 0.  Beside the row's largest, which is 1, they are nothing; but a
+    sum of products with them can fall into the subnormal range, where some machines take a hundred times as long.
+    """
+    form = _FORMATS[element(x.type)]
+    tiny = x < form.negligible
+    return f.select(tiny, f.const(x.type, 0.0), _exp2(f, isa, x, degree or form.degree))
+
+
+def _exp2(f: Function, isa: ISA, x: Value, degree: int) -> Value:
+    """2^x where 2^n, n the integer nearest to x, is normal or 0; rubbish elsewhere, but NaN at NaN."""
     whole, power = _nearest(f, x)
-    result = _polynomial(f, isa, exp2_coefficients(degree or form.degree), x - whole) * power
-    return result if doubled is None else result * doubled
+    return _polynomial(f, isa, exp2_coefficients(degree), x - whole) * power
 
 
 def _nearest(f: Function, x: Value) -> tuple[Value, Value]:
@@ -95,8 +108,8 @@ def _polynomial(f: Function, isa: ISA, coefficients: Sequence[float], x: Value) 
 def log2(f: Function, isa: ISA, x: Value) -> Value:
     """log2 of normal x below 2^(bias - 1), within 2 epsilon of 1 or of the result if larger; exact at powers of two.
 
-    The bits of x, read as an integer, are a piecewise linear guess, exact at powers of two.  Halley steps on exp2 (once a
-    row, so plain) each cube the error: three from 0.086 reach the last bit of either format.
+    The bits of x, read as an integer, are a piecewise linear guess, exact at powers of two.  Halley steps on exp2
+    (once a row, so plain) each cube the error: three from 0.086 reach the last bit of either format.
     """
     form = _FORMATS[element(x.type)]
     bits = f.cast("sitofp", f.bitcast(x, form.integer), x.type)

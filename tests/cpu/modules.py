@@ -1,0 +1,41 @@
+"""Every module of machine code that the package generates, on every instruction set, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from flashtile.kernels.cpu import isa as isas
+from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.decode import decode_text
+from flashtile.kernels.cpu.forward import forward_text
+from flashtile.kernels.cpu.isa import ISA
+from flashtile.kernels.cpu.merge import merge_text
+
+STORAGES = ("double", "float", "half", "bfloat")
+
+
+def configs(isa: ISA) -> dict[str, Config]:
+    """The configurations that calls lead to: with the bf16 dot, bf16 takes it always and fp32 if it may."""
+    found = {}
+    for storage in STORAGES:
+        pairs = {"bfloat": (True,), "float": (False, True)}.get(storage, (False,)) if isa.bf16_dot else (False,)
+        found |= {f"{storage}{'-pairs' * p}": Config(isa, storage, pairs=p) for p in pairs}
+    return found
+
+
+def modules(isa: ISA) -> dict[str, Callable[[], str]]:
+    """The text of each module, generated when it is called for."""
+    found: dict[str, Callable[[], str]] = {}
+    for name, c in configs(isa).items():
+        found[f"forward-{name}"] = partial(forward_text, c)
+        found[f"merge-{name}"] = partial(merge_text, c)
+        if not c.pairs or c.storage == "bfloat":
+            found[f"decode-{name}"] = partial(decode_text, c)
+    return found
+
+
+def every_module(*, for_tests_too: bool) -> dict[str, tuple[ISA, Callable[[], str]]]:
+    """isa-module -> (isa, text), also of instruction sets that this machine lacks: code is only generated."""
+    machines = [isa for isa in isas.known().values() if for_tests_too or isa.rank]
+    return {f"{isa.name}-{name}": (isa, text) for isa in machines for name, text in modules(isa).items()}
