@@ -40,7 +40,7 @@ def emit_row_softmax(module: Module, c: Config) -> str:
 
     def weight(difference: Value) -> Value:  # the difference first: the largest weight is exactly 1
         scaled = c.isa.multiply_add(f, difference, factor[0], difference * factor[1])
-        return vmath.exp2(f, c.isa, scaled, degree=PAIR_DEGREE if c.pairs else None, nonpositive=True)
+        return vmath.weight(f, c.isa, scaled, degree=PAIR_DEGREE if c.pairs else None)
 
     def highest(key: Value, top: list[Value]) -> list[Value]:
         at = s + key * c.size

@@ -78,7 +78,7 @@ def _reciprocal_and_lse(f: Function, c: Config, state: Value, nats: Value, sink:
     nothing, sinks = f.const(c.vector, -math.inf), f.splat(sink, c.lanes)
 
     def exp(x: Value) -> Value:
-        return vmath.exp2(f, c.isa, x * (1 / math.log(2)), nonpositive=True)
+        return vmath.weight(f, c.isa, x * (1 / math.log(2)))
 
     with f.range(0, c.panel * c.size, c.register) as at:
         top = f.load(c.vector, state + at, align=c.register) * f.splat(nats, c.lanes)

@@ -121,10 +121,10 @@ def log2(f: Function, isa: ISA, x: Value) -> Value:
 
 
 def tanh(f: Function, isa: ISA, x: Value) -> Value:
-    """tanh x = m / (m + 2) with m = exp(2x) - 1, within 3 ulp; odd to the last bit.
+    """tanh x = h / (h + 1) with h = (exp(2x) - 1) / 2, within 3 ulp; odd to the last bit.
 
-    2x = n ln 2 + 2r, so m is 2^n (exp(2r) - 1) + (2^n - 1); the polynomial for exp(2r) has no constant term
-    left to cancel, so small x need no series of their own.  Beyond 20 the result is 1 to the last bit.
+    2x = n ln 2 + 2r, so h is 2^n (exp(2r) - 1) / 2 + (2^n - 1) / 2; the polynomial for exp(2r) has no constant
+    term left to cancel, so small x need no series of their own.  Beyond 20 the result is 1 to the last bit.
     """
     form = _FORMATS[element(x.type)]
     bits = f.bitcast(x, form.integer)
@@ -132,12 +132,17 @@ def tanh(f: Function, isa: ISA, x: Value) -> Value:
     magnitude = f.bitcast(bits & (-1 - sign_bit), element(x.type))
     magnitude = f.minimum(f.const(x.type, 20.0), magnitude)  # operand order keeps NaN
     whole, power = _nearest(f, magnitude * (2 / math.log(2)))
-    high, low = _HALF_LN2[element(x.type)]
-    r = (magnitude - whole * high) - whole * low
-    _, slope, *rest = (c * (2 / math.log(2)) ** k for k, c in enumerate(exp2_coefficients(form.degree)))
-    grown = isa.multiply_add(f, _polynomial(f, isa, rest, r), r * r, r * slope)
-    m = isa.multiply_add(f, grown, power, power - 1.0)
-    result = m / (m + 2.0)
+    if isa.fused:  # n is small and what its product loses of ln 2 is nothing where n is not
+        r = isa.multiply_add(f, whole, f.const(x.type, -math.log(2) / 2), magnitude)
+    else:
+        high, low = _HALF_LN2[element(x.type)]
+        r = (magnitude - whole * high) - whole * low
+    # (exp(2r) - 1) / 2 = r + r^2 q(r): 2 ln 2 / 2 scales the first coefficient of exp2 to 1.
+    _, _, *rest = (c * (2 / math.log(2)) ** k / 2 for k, c in enumerate(exp2_coefficients(form.degree)))
+    grown = isa.multiply_add(f, _polynomial(f, isa, rest, r), r * r, r)
+    half = isa.multiply_add(f, power, f.const(x.type, 0.5), f.const(x.type, -0.5))
+    h = isa.multiply_add(f, grown, power, half)
+    result = isa.divide(f, h, h + 1.0)
     return f.bitcast(f.bitcast(result, form.integer) | (bits & sign_bit), element(x.type))
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.ir import Function, Module, Value
 from flashtile.kernels.cpu.params import Scratch
+from flashtile.kernels.cpu.rescore import emit_rescore
 from flashtile.kernels.cpu.scores import emit_scores
 from flashtile.kernels.cpu.softmax import emit_softmax
 from flashtile.kernels.cpu.values import emit_values
@@ -19,15 +23,16 @@ PANEL_ARGUMENTS = {
 }  # fmt: skip
 
 
+_Tile = Callable[[Function, dict[str, Value], Value, list[Value]], None]
+
+
 def emit_panel(module: Module, c: Config, vectors: int, collect: str, add: str, dense: list[str]) -> str:
     """A function that adds one key block to a panel of up to ``vectors`` registers of queries; its name.
 
     ``collect`` and ``add`` are the functions of NaN containment (containment.py), ``dense`` those that lay out
     the tiles of dense loads (dense.py).
     """
-    full = emit_scores(module, c, vectors, edge=False)
-    skips = 1 if c.masked else vectors  # only a band tells which registers of queries see nothing of a tile
-    edges = [emit_scores(module, c, vectors, edge=True, first=first) for first in range(skips)]
+    tiles = _Tiles(module, c, vectors)
     softmax, values = emit_softmax(module, c, vectors), emit_values(module, c, vectors)
     types = [c.acc if t == "acc" else t for t in PANEL_ARGUMENTS.values()]
     f = Function(module, f"panel_{vectors}", "void", types, names=list(PANEL_ARGUMENTS), internal=True)
@@ -39,13 +44,13 @@ def emit_panel(module: Module, c: Config, vectors: int, collect: str, add: str, 
     for n, stage in enumerate(dense):
         tile = a["scratch"] + (a["dense"] + n * at.dense)
         f.call(stage, "void", [a["scratch"] + at.frame, a["some_from"], keys, a["rows"], tile])
-    _score_tiles(f, c, a, full, edges)
-    tiles = (keys + (c.rows - 1)) // c.rows
+    tiles.call(f, a)
+    whole = (keys + (c.rows - 1)) // c.rows * c.rows
     bad = a["bad"].ne(0)
     with f.when(bad):
         f.call(collect, "void", [s, a["raw"] + a["some_from"] * a["raw_stride"], a["raw_stride"], a["raw_step"], keys,
                                  a["size"], a["columns"], a["extra"]])  # fmt: skip
-    f.call(softmax, "void", [a["state"], top, alpha, s, tiles * c.rows, a["c_high"], a["c_low"]])
+    f.call(softmax, "void", [a["state"], top, alpha, s, whole, a["c_high"], a["c_low"]])
     v = a["v"] + a["some_from"] // c.per_word * a["v_stride"]
     words = (keys + (c.per_word - 1)) // c.per_word
     with f.range(0, a["columns"], c.rows) as column:
@@ -56,37 +61,66 @@ def emit_panel(module: Module, c: Config, vectors: int, collect: str, add: str, 
     return f.name
 
 
-def _score_tiles(f: Function, c: Config, a: dict[str, Value], full: str, edges: list[str]) -> None:
-    """Edge tiles up to the first that every row sees whole, full tiles, edge tiles to the end."""
-    some_from, some_to = a["some_from"], a["some_to"]
-    whole = some_from + (a["all_from"] - some_from + (c.rows - 1)) // c.rows * c.rows
-    whole = f.minimum(whole, some_to)
-    until = f.maximum(whole + f.maximum(a["all_to"] - whole, 0) // c.rows * c.rows, whole)
+class _Tiles:
+    """The functions that fill the scores of a block: edge tiles, which are masked, and full ones, which are not."""
 
-    def common(key: Value) -> list[Value]:
-        here = a["k"] + key * a["k_stride"]
-        return [a["scratch"], a["q"], here, a["k_stride"], a["words"], key, key - some_from]
+    def __init__(self, module: Module, c: Config, vectors: int):
+        self.c = c
+        self.full = emit_scores(module, c, vectors)
+        if c.code is None:
+            self.edges = [emit_scores(module, c, vectors, edge=True, first=first) for first in range(vectors)]
+        else:
+            self.rescore = {edge: emit_rescore(module, c, vectors, edge=edge) for edge in (False, True)}
 
-    def edge_tile(key: Value) -> None:
+    def call(self, f: Function, a: dict[str, Value]) -> None:
+        """Edge keys up to the first tile that every row sees whole, full tiles, edge keys to the end."""
+        rows, some_from, some_to = self.c.rows, a["some_from"], a["some_to"]
+        whole = f.minimum(some_from + (a["all_from"] - some_from + (rows - 1)) // rows * rows, some_to)
+        until = f.maximum(whole + f.maximum(a["all_to"] - whole, 0) // rows * rows, whole)
+        if self.c.code is None:
+            self._tiles(f, a, some_from, whole, self._edge_tile)
+            self._tiles(f, a, whole, until, self._full_tile)
+            self._tiles(f, a, until, some_to, self._edge_tile)
+        else:
+            self._tiles(f, a, some_from, some_to, self._full_tile)
+            self._rescore(f, a, some_from, whole, edge=True)
+            self._rescore(f, a, whole, until, edge=False)
+            self._rescore(f, a, until, some_to, edge=True)
+            self._hide_rest(f, a)
+
+    def _tiles(self, f: Function, a: dict[str, Value], first: Value, last: Value, tile: _Tile) -> None:
+        with f.range(first, last, self.c.rows) as key:
+            k = a["k"] + key * a["k_stride"]
+            tile(f, a, key, [a["scratch"], a["q"], k, a["k_stride"], a["words"], key - a["some_from"]])
+
+    def _full_tile(self, f: Function, a: dict[str, Value], key: Value, args: list[Value]) -> None:
+        f.call(self.full, "void", args)
+
+    def _edge_tile(self, f: Function, a: dict[str, Value], key: Value, args: list[Value]) -> None:
+        """The variant that leaves out every vector none of whose queries sees even the tile's first key."""
         near = f.cast("trunc", key, "i32")
         above, below = a["above"] - near, a["below"] - near
-        args = [*common(key), some_to - key - 1, above, below]
+        args = [*args, a["some_to"] - key - 1, above, below]
 
         def skip(first: int) -> None:
-            """The variant that leaves out every vector none of whose queries sees even the tile's first key."""
             if first == 0:
-                f.call(edges[0], "void", args)
+                f.call(self.edges[0], "void", args)
             else:
-                hidden = above < -(first * c.lanes - 1)
-                f.either(hidden, lambda: f.call(edges[first], "void", args), lambda: skip(first - 1))
+                hidden = above < -(first * self.c.lanes - 1)
+                f.either(hidden, lambda: f.call(self.edges[first], "void", args), lambda: skip(first - 1))
 
-        skip(len(edges) - 1)
+        skip(len(self.edges) - 1)
 
-    with f.range(some_from, whole, c.rows) as key:
-        edge_tile(key)
-    with f.range(whole, until, c.rows) as key:
-        f.call(full, "void", common(key))
-    with f.range(until, some_to, c.rows) as key:
-        edge_tile(key)
+    def _rescore(self, f: Function, a: dict[str, Value], first: Value, last: Value, *, edge: bool) -> None:
+        with f.when(first < last):
+            args = [a["scratch"], first, last, a["some_from"], a["above"], a["below"]]
+            f.call(self.rescore[edge], "void", args)
 
-
+    def _hide_rest(self, f: Function, a: dict[str, Value]) -> None:
+        """-inf for the lines of the last tile that stand for no key."""
+        c = self.c
+        keys = a["some_to"] - a["some_from"]
+        end = (keys + (c.rows - 1)) // c.rows * c.rows
+        s = a["scratch"] + Scratch(c).scores
+        with f.range(keys * c.line, end * c.line, c.register) as at:
+            f.store(f.const(c.vector, -math.inf), s + at, align=c.register)

@@ -26,7 +26,7 @@ FRAME = ("captures", "b", "h", "row", "last_row", "block", "last_key", "scale", 
 FIELDS = (*ADDRESSES, *STRIDES, *SIZES, *SCRATCH, *REALS)
 INDEX: Mapping[str, int] = {name: i for i, name in enumerate(FIELDS)}
 
-OPEN = 1 << 40  # a distance no pair of positions reaches: the open side of a band
+OPEN = 1 << 61  # beyond every position, window and offset that a spec may hold: the open side of a band
 
 _addresses = struct.Struct(f"{len(ADDRESSES)}q")
 _tail = struct.Struct(f"{len(FIELDS) - len(ADDRESSES) - len(REALS)}q{len(REALS)}d")

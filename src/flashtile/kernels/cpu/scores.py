@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.ir import Function, Module, Value
 from flashtile.kernels.cpu.params import Scratch
-from flashtile.kernels.cpu.program import TileProgram
 
 FAR = 1 << 30  # beyond any distance inside a tile, and no overflow when a lane number is added
 
@@ -23,47 +22,43 @@ def contract(f: Function, c: Config, acc: Value, a: Value, b: Value) -> Value:
     return c.isa.dot_pairs(f, acc, a, b) if c.pairs else c.isa.multiply_add(f, a, b, acc)
 
 
-def emit_scores(module: Module, c: Config, vectors: int, *, edge: bool, first: int = 0) -> str:
+def emit_scores(module: Module, c: Config, vectors: int, *, edge: bool = False, first: int = 0) -> str:
     """A function for one tile; the name of the function.
 
-    Arguments: scratch memory, queries (transposed), keys, bytes between keys, words of a row, the tile's first
-    key counted from the block, and its line among the scores.  An ``edge`` tile also takes the last valid key of
-    the tile (keys beyond it are readable memory, but hidden), and two distances: query lane i sees key r iff
-    i + above - r >= 0  and  i + below - r <= 0, unless a program's mask decides.  Vectors before ``first`` are
-    known to be hidden: their scores are -inf, uncomputed.
+    Arguments: scratch memory, queries (transposed), keys, bytes between keys, words of a row, and the tile's line
+    among the scores.  It keeps the running maximum, unless a score program does that later (rescore.py).  An
+    ``edge`` tile also takes the last valid key of the tile (keys beyond it are readable memory, but hidden), and
+    two distances: query lane i sees key r iff  i + above - r >= 0  and  i + below - r <= 0.  Vectors before
+    ``first`` are known to be hidden: their scores are -inf, uncomputed.
     """
     name = f"scores_{vectors}_{'edge' if edge else 'full'}_{first}"
-    types = ["ptr", "ptr", "ptr", "i64", "i64", "i64", "i64"]
-    names = ["scratch", "q", "k", "stride", "words", "key", "line"]
+    types, names = ["ptr", "ptr", "ptr", "i64", "i64", "i64"], ["scratch", "q", "k", "stride", "words", "line"]
     if edge:
         types, names = types + ["i64", "i32", "i32"], names + ["last", "above", "below"]
     f = Function(module, name, "void", types, names=names, internal=True)
-    scratch, q, k, stride, words, key, line = f.args[:7]
-    at, live = Scratch(c), range(first, vectors)
+    scratch, q, k, stride, words, line = f.args[:6]
+    live = range(first, vectors)
 
     rows = [k]
     while len(rows) < c.rows:
         rows.append(rows[-1] + stride)
     acc = _contraction(f, c, q, rows, words, live)
 
-    s, top = scratch + at.scores + line * c.line, scratch + at.block_max
-    program = TileProgram(f, c, scratch + at.frame, key, line, masked=edge and c.masked) if c.code else None
+    s, top = scratch + Scratch(c).scores + line * c.line, scratch + Scratch(c).block_max
     hidden = f.const(c.vector, -math.inf)
-    tops = [f.load(c.vector, top + j * c.register, align=c.register) for j in live]
     for r in range(c.rows):
         for n, j in enumerate(live):
-            value, visible = acc[r * len(live) + n], None
-            if program:
-                value, visible = program.element(r, j, value)
+            at = r * len(live) + n
             if edge:
-                seen = _in_tile(f, c, r) & visible if visible else _in_band(f, c, r, j)
-                value = f.select(seen, value, hidden)
-            f.store(value, s + (r * c.line + j * c.register), align=c.register)
-            tops[n] = f.maximum(value, tops[n])
+                acc[at] = f.select(_in_band(f, c, r, j), acc[at], hidden)
+            f.store(acc[at], s + (r * c.line + j * c.register), align=c.register)
         for j in range(first):
             f.store(hidden, s + (r * c.line + j * c.register), align=c.register)
-    for n, j in enumerate(live):
-        f.store(tops[n], top + j * c.register, align=c.register)
+    for n, j in enumerate(live if c.code is None else ()):
+        largest = f.load(c.vector, top + j * c.register, align=c.register)
+        for r in range(c.rows):
+            largest = f.maximum(acc[r * len(live) + n], largest)
+        f.store(largest, top + j * c.register, align=c.register)
     f.ret()
     return name
 
@@ -74,11 +69,9 @@ def _contraction(f: Function, c: Config, q: Value, rows: Sequence[Value], words:
     def step(d: Value, acc: list[Value]) -> list[Value]:
         queries = [f.load(c.words, q + (d * c.line + j * c.register), align=c.register) for j in live]
         at = d * c.size
-        out = []
-        for r, row in enumerate(rows):
-            key = f.splat(f.load(c.word, row + at, align=1), c.lanes)
-            out += [contract(f, c, acc[r * len(live) + n], key, queries[n]) for n in range(len(live))]
-        return out
+        keys = (f.splat(f.load(c.word, row + at, align=1), c.lanes) for row in rows)
+        products = ((key, query) for key in keys for query in queries)
+        return [contract(f, c, sum_, *factors) for sum_, factors in zip(acc, products, strict=True)]
 
     def steps(d: Value, acc: list[Value]) -> list[Value]:
         for u in range(c.unroll):
@@ -91,14 +84,9 @@ def _contraction(f: Function, c: Config, q: Value, rows: Sequence[Value], words:
     return f.fold(whole, words, 1, acc, step)
 
 
-def _in_tile(f: Function, c: Config, r: int) -> Value:
-    """Whether key r is a valid one, in every lane."""
-    return f.splat(f.args[7] >= r, c.lanes)
-
-
 def _in_band(f: Function, c: Config, r: int, j: int) -> Value:
     """Lanes of register j whose band holds key r of an edge tile."""
-    last, above, below = f.args[7:]
+    last, above, below = f.args[6:]
     lane = f.iota(f"<{c.lanes} x i32>", j * c.lanes)
     above = f.select(last < r, f.const("i32", -FAR), above - r)
     return (lane + f.splat(above, c.lanes) >= 0) & (lane + f.splat(below - r, c.lanes) <= 0)

@@ -9,6 +9,7 @@ from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.ir import Function, Module, Value
 
 PAIR_DEGREE = 4  # the weights are rounded to bf16 anyway
+SUM_KEYS = 16  # weights summed apart before they join the block's sum: a short chain of roundings, then another
 
 
 def emit_softmax(module: Module, c: Config, vectors: int) -> str:
@@ -27,7 +28,7 @@ def emit_softmax(module: Module, c: Config, vectors: int) -> str:
 
     def weight(difference: Value) -> Value:  # the difference first: the largest weight is exactly 1
         scaled = c.isa.multiply_add(f, difference, factor[0], difference * factor[1])
-        return vmath.exp2(f, c.isa, scaled, degree=degree, nonpositive=True)
+        return vmath.weight(f, c.isa, scaled, degree=degree)
 
     maxima = []
     for j in range(vectors):
@@ -57,7 +58,12 @@ def emit_softmax(module: Module, c: Config, vectors: int) -> str:
                 f.store(c.isa.narrow_pairs(f, *pair), to, align=c.register)
         return sums
 
-    sums = f.fold(0, count, 2, [f.const(c.vector, 0.0)] * vectors, two_keys)
+    def some_keys(key: Value, sums: list[Value]) -> list[Value]:
+        zeros = [f.const(c.vector, 0.0)] * vectors
+        new = f.fold(key, f.minimum(key + SUM_KEYS, count), 2, zeros, two_keys)
+        return [a + b for a, b in zip(sums, new, strict=True)]
+
+    sums = f.fold(0, count, SUM_KEYS, [f.const(c.vector, 0.0)] * vectors, some_keys)
     for j in range(vectors):
         at = state + (c.line + j * c.register)
         before = f.load(c.vector, at, align=c.register)

@@ -7,7 +7,23 @@ from dataclasses import dataclass, replace
 from flashtile.kernels.cpu.ir import Function, Value, lanes, vector
 from flashtile.kernels.cpu.isa.base import ISA
 
-_AVX512 = ISA(
+@dataclass(frozen=True)
+class _AVX512(ISA):
+    """AVX-512's own primitive: an estimate of the reciprocal to 14 bits."""
+
+    def divide(self, f: Function, a: Value, b: Value) -> Value:
+        """One Newton step for 1 / b and one for the quotient: half the time of the division of 16 lanes."""
+        if a.type != self.vector_of("float"):
+            return a / b
+        lanes_ = [f.const(a.type, 0.0), f.const("i16", -1)]
+        inverse = f.intrinsic(f"llvm.x86.avx512.rcp14.ps.{8 * self.vector_bytes}", a.type, [b, *lanes_])
+        minus_b = f.const(a.type, -0.0) - b
+        inverse = f.fma(f.fma(minus_b, inverse, f.const(a.type, 1.0)), inverse, inverse)
+        quotient = a * inverse
+        return f.fma(f.fma(minus_b, quotient, a), inverse, quotient)
+
+
+_PLAIN = _AVX512(
     name="avx512",
     rank=30,
     cpu="x86-64-v4",
@@ -21,7 +37,7 @@ _AVX512 = ISA(
 
 
 @dataclass(frozen=True)
-class _BF16Dot(ISA):
+class _BF16Dot(_AVX512):
     """AVX512_BF16: a dot of bf16 pairs, and the rounding of two fp32 registers into one of bf16."""
 
     def dot_pairs(self, f: Function, acc: Value, a: Value, b: Value) -> Value:
@@ -38,13 +54,13 @@ class _BF16Dot(ISA):
 
 _BF16 = _BF16Dot(
     **{
-        **_AVX512.__dict__,
+        **_PLAIN.__dict__,
         "name": "avx512_bf16",
         "rank": 40,
         "features": "+avx512bf16",
-        "needs": _AVX512.needs | {"avx512bf16"},
+        "needs": _PLAIN.needs | {"avx512bf16"},
         "bf16_dot": True,
     }
 )
 
-MACHINES = (_AVX512, _BF16, replace(_AVX512, name="avx512_bf16_emulated", rank=0, bf16_dot=True))
+MACHINES = (_PLAIN, _BF16, replace(_PLAIN, name="avx512_bf16_emulated", rank=0, bf16_dot=True))

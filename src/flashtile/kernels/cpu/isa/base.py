@@ -41,6 +41,10 @@ class ISA:
         """a * b + c; one rounding where the machine has it.  NumPy: a * b + c."""
         return f.fma(a, b, c) if self.fused else a * b + c
 
+    def divide(self, f: Function, a: Value, b: Value) -> Value:
+        """a / b within an ulp, for b and 1 / b both normal, or NaN.  NumPy: a / b."""
+        return a / b
+
     def dot_pairs(self, f: Function, acc: Value, a: Value, b: Value) -> Value:
         """acc + a.lo * b.lo + a.hi * b.hi over words that each hold two bf16, accumulated in fp32.
 
