@@ -129,7 +129,9 @@ def test_maps_of_4_by_4_tiles():
     assert tiles_of(mask=padding([5])) == ["##/."] * 4
     assert tiles_of(mask=lambda b, h, i, j: i // 2 == j // 2) == ["#...", ".#..", "..#.", "...#"]
     assert tiles_of(mask=lambda b, h, i, j: (i < 4) & (j >= 2)) == [".###", ".###", "....", "...."]
-    assert tiles_of(mask=np.tri(8, dtype=bool)) == ["/...", "#/..", "##/.", "###/"]
+    assert tiles_of(mask=np.tri(8, dtype=bool)) == ["////"] * 4  # an S x S array is not looked through
+    assert tiles_of(mask=np.tri(8, dtype=bool), causal=True) == ["/...", "//..", "///.", "////"]
+    assert tiles_of(mask=np.arange(8) < 5) == ["##/."] * 4
     assert tiles_of(mask=window(None, 1) & ~window(0, None)) == ["/...", "#/..", "##/.", "###/"]
 
 

@@ -1,4 +1,8 @@
-"""Coverage of the (query, key) plane by a band, counted by formula: nothing here grows with q_len x kv_len."""
+"""Coverage of the (query, key) plane by a band, counted by formula: nothing here grows with q_len x kv_len.
+
+These are numbers for the plan and for explain, of causal and window masks alone.  (score/coverage.py maps the tiles of
+any other mask by interval analysis.)
+"""
 
 from __future__ import annotations
 

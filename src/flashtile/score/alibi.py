@@ -11,15 +11,15 @@ from .mask import Score
 
 
 def alibi(slopes: Any) -> Score:
-    """s - slope[h] * |i + offset - j|; slopes (H,) or (B, H), floats.
+    """s - slope[h] * |i + offset - j|; slopes (H,) or (B, H), float32 or float64.
 
     Raises: SpecError for other ranks and dtypes.
     Source: Press, Smith, Lewis 2022, Train Short, Test Long.
     """
     found = capture(slopes, "alibi_slopes")
-    if found.rank not in (1, 2) or found.type != "float":
+    if found.rank not in (1, 2) or found.element not in ("f32", "f64"):
         got = f"{found.element} of shape {found.array.shape}"
-        raise SpecError(f"alibi_slopes: got {got}, expected floats (H,) or (B, H)")
+        raise SpecError(f"alibi_slopes: got {got}, expected float32 or float64 of shape (H,) or (B, H)")
 
     def build(offset: Any) -> Any:
         def biased(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:

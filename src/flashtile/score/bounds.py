@@ -10,10 +10,11 @@ import numpy as np
 
 from ..errors import SpecError
 from .capture import Access, ArrayCapture
+from .code import is_dense
 from .evaluate import Evaluation
 from .expr import Expr, node, postorder
 from .interval import Interval, anything
-from .ranges import range_extremes
+from .ranges import range_extremes, unknown
 
 Shape = tuple[int, int, int, int]
 
@@ -37,11 +38,21 @@ class Bounds:
         return [found[root] for root in roots]
 
     def extremes(self, load: Expr, index: list[Interval]) -> Interval:
-        """Least and greatest element that a load can read, its indices clamped."""
+        """Least and greatest element that a load can read, its indices clamped.
+
+        An array with an element for each (i, j) may hold anything: finding out would take as long as using it.
+        """
         source = self.capture(load.data.source)
+        if is_dense(load):
+            return unknown(source, self.float_type)
         shape = source.array.shape
-        clipped = [(np.clip(i.lo, 0, n - 1), np.clip(i.hi, 0, n - 1)) for i, n in zip(index, shape, strict=True)]
-        return range_extremes(source, clipped, self.float_type)
+        return range_extremes(source, [clipped(i, n) for i, n in zip(index, shape, strict=True)], self.float_type)
+
+
+def clipped(index: Interval, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """First and last index in bounds of an axis of n; one object where the index is known."""
+    low = np.clip(index.lo, 0, n - 1)
+    return low, low if index.hi is index.lo else np.clip(index.hi, 0, n - 1)
 
 
 def itself(source: Any) -> Any:

@@ -30,6 +30,7 @@ class ScalarCapture:
 
     value: float
     type: str
+    name: str = "captured number"
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +111,7 @@ def _storage(value: Any, name: str) -> tuple[np.ndarray, str]:
         raw = np.asarray(value)
     except Exception as e:
         raise SpecError(f"{name}: got {type(value).__name__}, expected an array in CPU memory") from e
-    if raw.dtype.name == "bfloat16":
+    if raw.dtype.kind == "V" and raw.dtype.name == "bfloat16":
         return raw.view(np.uint16), "bf16"
     return raw, _element(raw.dtype, name)
 
@@ -132,7 +133,7 @@ def _torch_storage(tensor: Any, name: str) -> tuple[np.ndarray, str]:
 
 
 def _element(dtype: np.dtype, name: str) -> str:
-    found = _ELEMENTS.get(f"{dtype.kind}{dtype.itemsize}")
+    found = _ELEMENTS.get(dtype.str[1:])
     if found is None or not dtype.isnative:
         raise SpecError(f"{name}: got dtype {dtype}, expected bool, an integer, float16, bfloat16, float32 or float64")
     return found[0]

@@ -32,10 +32,13 @@ class Code:
         Kernels read them by tiles.
         """
         roots = [root for root in (self.score, self.mask) if root is not None]
-        return tuple(x for x in postorder(roots) if x.operation.name == "load" and _is_dense(x))
+        return tuple(x for x in postorder(roots) if is_dense(x))
 
 
-def _is_dense(load: Expr) -> bool:
+def is_dense(x: Expr) -> bool:
+    """Whether this is a load of an array with an element for each (i, j), at that element."""
+    if x.operation.name != "load":
+        return False
     i, j = variable("i"), variable("j")
-    rest = [index for index in load.args if index is not i and index is not j]
-    return load.args.count(i) == 1 and load.args.count(j) == 1 and all(x.variables <= {"b", "h"} for x in rest)
+    rest = [index for index in x.args if index is not i and index is not j]
+    return x.args.count(i) == 1 and x.args.count(j) == 1 and all(index.variables <= {"b", "h"} for index in rest)

@@ -1,22 +1,30 @@
-"""Coverage: which tiles of the score matrix a mask leaves out, leaves whole, or cuts.
+"""Coverage: which tiles of the score matrix a program's mask leaves out, leaves whole, or cuts.
+
+This is the map that kernels walk, for any mask.  (plan/coverage.py counts the tiles of a causal or window band,
+which need no map: there a formula says where they are.)
 
 Interval analysis of the mask over the tile grid, coarse to fine: what is EMPTY or FULL in a large tile is so in
 the small ones, so only the cut regions are looked at more closely. The result is runs of key tiles for each
-query tile, in NumPy arrays: no Python object a tile.
+query tile, in NumPy arrays: no Python object a tile.  A mask stored with an element for each (i, j) is not looked
+through, which would take as long as using it: its tiles are PARTIAL.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from .bounds import Bounds
+from .code import is_dense
+from .expr import Expr
 from .interval import Interval
 from .program import Program
 
 EMPTY, PARTIAL, FULL = 0, 1, 2  # what a tile needs: nothing, mask code, no mask code
 _REFINE = 8  # side of a coarse tile in finer ones
+_AT_ONCE = 1 << 11  # tiles that are looked at sooner than a coarser map of them
 _BATCH = 1 << 17  # tiles looked at together, to bound memory
 
 
@@ -78,23 +86,47 @@ def coverage(program: Program, tile_q: int, tile_k: int, float_type: object = np
     batches, maps = (n if v in used else min(n, 1) for v, n in (("b", batch), ("h", heads)))
     shape = (batches, maps, -(-s_q // tile_q), -(-s_kv // tile_k))
     if program.mask is None or 0 in shape:
-        return _runs(np.full(shape, FULL, np.uint8), tile_q, tile_k, s_kv)
-    factor = 1
-    while max(-(-shape[2] // factor), -(-shape[3] // factor)) > _REFINE:
-        factor *= _REFINE
-    kinds = np.full((*shape[:2], 1, 1), PARTIAL, np.uint8)
-    parent = factor * _REFINE
-    while factor:
-        kinds = _split(kinds, shape, parent // factor, factor)
-        _classify(program, kinds, tile_q * factor, tile_k * factor, float_type)
-        parent, factor = factor, factor // _REFINE
+        kinds = np.full(shape, FULL, np.uint8)
+    elif _is_stored(program.mask):
+        kinds = np.full(shape, PARTIAL, np.uint8)
+    else:  # along an axis that the mask does not depend on all tiles are alike
+        sides = tile_q if "i" in used else s_q, tile_k if "j" in used else s_kv
+        kinds = np.broadcast_to(_kinds(program, (batches, maps), sides, float_type), shape)
     return _runs(kinds, tile_q, tile_k, s_kv)
 
 
-def _split(kinds: np.ndarray, shape: tuple[int, ...], parts: int, factor: int) -> np.ndarray:
-    """The map on a grid that is `parts` times finer."""
-    finer = kinds.repeat(parts, 2).repeat(parts, 3)
-    return finer[:, :, : -(-shape[2] // factor), : -(-shape[3] // factor)].copy()
+def _is_stored(mask: Expr) -> bool:
+    """Whether nothing but arrays with an element for each (i, j) decides: these are not looked through."""
+    stack, seen = [mask], set()
+    while stack:
+        x = stack.pop()
+        if x.operation.name == "var":
+            return False
+        if x not in seen and not is_dense(x):
+            seen.add(x)
+            stack += x.args
+    return True
+
+
+def _kinds(program: Program, maps: tuple[int, int], sides: tuple[int, int], float_type: object) -> np.ndarray:
+    """The map of tiles of these sides, coarse to fine."""
+    s_q, s_kv = program.shape[2:]
+
+    def grid(factor: int) -> tuple[int, int, int, int]:
+        return (*maps, -(-s_q // (sides[0] * factor)), -(-s_kv // (sides[1] * factor)))
+
+    factor = 1
+    while max(grid(factor)[2:]) > _REFINE and math.prod(grid(factor)) > _AT_ONCE:
+        factor *= _REFINE
+    kinds = np.full(grid(factor), PARTIAL, np.uint8)
+    while True:
+        _classify(program, kinds, sides[0] * factor, sides[1] * factor, float_type)
+        if factor == 1:
+            return kinds
+        factor //= _REFINE
+        finer = kinds.repeat(_REFINE, 2).repeat(_REFINE, 3)
+        rows, columns = grid(factor)[2:]
+        kinds = finer[:, :, :rows, :columns].copy()
 
 
 def _classify(program: Program, kinds: np.ndarray, tile_q: int, tile_k: int, float_type: object) -> None:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from ..spec import AttentionSpec
 
 
+# Positions and offsets up to here have sums and differences in int32.
+FARTHEST = 1 << 29
+
+
 @dataclass(frozen=True, eq=False)
 class Scoring:
     """What changes the scores of one call: run-time values, beside the spec that knows their structure.
@@ -59,16 +63,31 @@ class ScoreOptions:
         Raises: SpecError naming the option.
         """
         shape = spec.batch, spec.heads, spec.q_len, spec.kv_len
+        if self.mask is not None or self.positional:
+            check_reach(offset)
         sinks = None if self.sinks is None else sinks_of(self.sinks, spec)
         given = {"softcap": self.softcap, "score_mod": self.score_mod, "alibi_slopes": self.alibi_slopes,
                  "bias": self.bias, "mask": self.mask, "offset": offset}  # fmt: skip
-        banded = {"causal": bool(causal), "window": window} if spec.band else {}
+        banded = {"window": (_near(spec.band.left), _near(spec.band.right))} if spec.band else {}
         program = Program.of(shape, **given, **(banded if self.mask is not None else {}))
         if program.mask is not None and self.mask is None and banded:  # a score function that hides
             program = Program.of(shape, **given, **banded)
         scoring = Scoring(None if program.is_identity else program, sinks)
         band = None if program.mask is not None else spec.band
         return replace(spec, band=band, program=scoring.code, sinks=sinks is not None), scoring
+
+
+def check_reach(offset: Any) -> None:
+    """Raise SpecError for an offset whose sum with positions might leave the language's int32."""
+    values = np.asarray(offset)
+    if values.size and max(-int(values.min()), int(values.max())) > FARTHEST:
+        got = offset if values.ndim == 0 else f"offsets from {values.min()} to {values.max()}"
+        raise wrong("align", got, f"at most {FARTHEST} in size beside a mask or alibi_slopes")
+
+
+def _near(distance: int | None) -> int | None:
+    """A side of a window that reaches beyond every position is open."""
+    return None if distance is None or distance > 3 * FARTHEST else distance
 
 
 def sinks_of(sinks: Any, spec: AttentionSpec) -> np.ndarray:

@@ -13,6 +13,7 @@ from ..errors import SpecError
 from .alibi import alibi
 from .bias import bias as bias_score
 from .bounds import check_bounds, proven
+from .builtin import builtin
 from .capture import Access, ArrayCapture, ScalarCapture, Slot, capture, is_array
 from .causal import causal as causal_mask
 from .code import Code
@@ -32,18 +33,13 @@ class Program:
     """What changes a score before the softmax, and what hides it.
 
     shape      (B, H, S_q, S_kv) that it was checked for
-    score      float expression over (s, b, h, i, j), or None: scores stay as they are. s arrives scaled.
-    mask       bool expression over (b, h, i, j), or None: every key is visible
+    code       its expressions, without the values that they captured: what a kernel is compiled for
     captures   arrays and numbers, the run-time parameters, by slot
-    structure  the program without the values of its captures: what a kernel is compiled for, stable across processes
     """
 
     shape: tuple[int, int, int, int]
-    score: Expr | None
-    mask: Expr | None
+    code: Code
     captures: tuple[ArrayCapture | ScalarCapture, ...]
-    slots: tuple[Slot, ...]
-    structure: str
 
     @classmethod
     def of(cls, shape: tuple[int, int, int, int], *, softcap: float | None = None, score_mod: Any = None,
@@ -51,13 +47,24 @@ class Program:
            window: tuple[int | None, int | None] | None = None, offset: Any = 0) -> Program:  # fmt: skip
         """The program of a call's options: softcap, score_mod, ALiBi, bias, then the masks, which intersect.
 
-        `offset` anchors the positional rules: an int or an integer array (B,).
+        `offset` anchors the positional rules: an int or an integer array (B,).  Functions and mask objects are
+        traced at every call, since what they close over may change; built-in options alone are traced once.
         A score_mod whose result is ``where(c, x, -inf)`` hides where it says -inf, as a mask does.
         Raises: SpecError for arrays whose shape or dtype does not fit, functions outside the language, and loads
                 that are certain to leave their array.
         """
         _check_arrays(shape, alibi_slopes, bias, mask, offset)
-        scores = [] if is_off(softcap) else [softcap_score(softcap).expression()]  # type: ignore[arg-type]
+        given = {"softcap": softcap, "alibi_slopes": alibi_slopes, "bias": bias, "mask": mask, "causal": causal,
+                 "window": window, "offset": offset}  # fmt: skip
+        if score_mod is None and (mask is None or is_array(mask)):
+            return builtin(shape, given, lambda: cls.traced(shape, **given))
+        return cls.traced(shape, score_mod=score_mod, **given)
+
+    @classmethod
+    def traced(cls, shape: tuple[int, int, int, int], *, softcap: Any, alibi_slopes: Any, bias: Any, mask: Any,
+               causal: bool, window: Any, offset: Any, score_mod: Any = None) -> Program:  # fmt: skip
+        """`of`, by running every rule on symbols."""
+        scores = [] if is_off(softcap) else [softcap_score(softcap).expression()]
         visible = [causal_mask().expression(offset)] if causal else []
         if window is not None:
             visible.append(window_mask(*window).expression(offset))
@@ -88,12 +95,27 @@ class Program:
         bound, captures, slots = _number_captures(roots)
         parts = iter(bound)
         final = (next(parts) if given is not None else None, next(parts) if mask is not None else None)
-        return cls(shape, *final, captures, slots, _structure(*final))
+        return cls(shape, Code(_structure(*final), *final, slots), captures)
 
-    @cached_property
-    def code(self) -> Code:
-        """The program without its captured values: what a kernel is compiled for."""
-        return Code(self.structure, self.score, self.mask, self.slots)
+    @property
+    def score(self) -> Expr | None:
+        """Float expression over (s, b, h, i, j), or None: scores stay as they are. s arrives scaled."""
+        return self.code.score
+
+    @property
+    def mask(self) -> Expr | None:
+        """Bool expression over (b, h, i, j), or None: every key is visible."""
+        return self.code.mask
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """What the captures are, without their values."""
+        return self.code.slots
+
+    @property
+    def structure(self) -> str:
+        """The code as text, the same in every process."""
+        return self.code.structure
 
     @property
     def is_identity(self) -> bool:
@@ -108,11 +130,12 @@ class Program:
     @property
     def dense_loads(self) -> tuple[Expr, ...]:
         """Loads that depend on both i and j: what a kernel may want to read by tiles."""
-        loads = (x for x in postorder(self._roots) if x.operation.name == "load")
+        loads = (x for x in postorder(self.roots) if x.operation.name == "load")
         return tuple(x for x in loads if {"i", "j"} <= x.variables)
 
     @property
-    def _roots(self) -> list[Expr]:
+    def roots(self) -> list[Expr]:
+        """The expressions that there are."""
         return [x for x in (self.score, self.mask) if x is not None]
 
     @cached_property

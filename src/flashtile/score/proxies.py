@@ -24,12 +24,16 @@ from .symbol import Symbol, lift, refuse
 class RuntimeInt(int):
     """A captured integer."""
 
+    name: str
+
     def __flashtile_expr__(self) -> Expr:
         return _as_parameter(self, "int")
 
 
 class RuntimeFloat(float):
     """A captured float."""
+
+    name: str
 
     def __flashtile_expr__(self) -> Expr:
         return _as_parameter(self, "float")
@@ -39,17 +43,20 @@ def _as_parameter(number: Any, type_: str) -> Expr:
     """One parameter an object, however often it is used."""
     if "expr" not in number.__dict__:
         value = (int if type_ == "int" else float)(number)
-        number.expr = scalar(ScalarCapture(value, type_))
+        number.expr = scalar(ScalarCapture(value, type_, number.__dict__.get("name", "captured number")))
     return number.expr
 
 
-def runtime(number: Any) -> Any:
+def runtime(number: Any, name: str | None = None) -> Any:
     """A number as a run-time number; a bool stays what it is, since it only ever decides."""
     if isinstance(number, (bool, np.bool_)):
         return bool(number)
-    if isinstance(number, (int, np.integer)):
-        return number if isinstance(number, RuntimeInt) else RuntimeInt(number)
-    return number if isinstance(number, RuntimeFloat) else RuntimeFloat(number)
+    if isinstance(number, (RuntimeInt, RuntimeFloat)):
+        return number
+    result = RuntimeInt(number) if isinstance(number, (int, np.integer)) else RuntimeFloat(number)
+    if name is not None:
+        result.name = name
+    return result
 
 
 def _arithmetic(name: str, base: type) -> Callable[..., Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from .capture import ArrayCapture
-from .interval import Interval
+from .expr import INT_MAX, INT_MIN
+from .interval import Interval, anything
 
 # Elements that the reductions may visit in all; beyond, the extremes of the whole array serve every box.
 _MOST_WORK = 1 << 27
@@ -21,13 +22,17 @@ def range_extremes(source: ArrayCapture, index: list[Axis], float_type: np.dtype
     array = source.array
     if not array.size:
         return _typed(source, np.zeros((), array.dtype), np.zeros((), array.dtype), float_type)
+    fixed = [lo is hi and lo.ndim == 0 for lo, hi in index]
+    if any(fixed) and not all(fixed):  # a smaller array does
+        array = array[tuple(int(lo) if f else slice(None) for (lo, _), f in zip(index, fixed, strict=True))]
+        index = [axis for axis, f in zip(index, fixed, strict=True) if not f]
     if all(lo is hi or np.array_equal(lo, hi) for lo, hi in index):
         values = np.asarray(array[tuple(lo for lo, _ in index)])
         return _typed(source, values, values, float_type)
     axes = [_distinct(lo, hi) for lo, hi in index]
     work = array.size // array.shape[-1] * max(array.shape[-1], int((axes[-1][1] - axes[-1][0] + 1).sum()))
     if work > _MOST_WORK:
-        return _whole(source, index, float_type)
+        return _whole(source, array, index, float_type)
     low = high = array.view(np.uint8) if array.dtype == bool else array
     if source.element == "bf16":  # its bits are not in the order of its values
         low = high = source.widen(array, np.dtype(np.float32))
@@ -36,6 +41,14 @@ def range_extremes(source: ArrayCapture, index: list[Axis], float_type: np.dtype
         low, high = _reduce(np.minimum, low, first, last, axis), _reduce(np.maximum, high, first, last, axis)
     pick = tuple(which for _, _, which in axes)
     return _typed(source, low[pick], high[pick], float_type)
+
+
+def unknown(source: ArrayCapture, float_type: np.dtype) -> Interval:
+    """The bounds of whatever an array of this type may hold."""
+    if source.type == "float":
+        return anything(np.zeros((), float_type))
+    low, high = (0, 1) if source.type == "bool" else (INT_MIN, INT_MAX)
+    return _typed(source, np.asarray(low), np.asarray(high), float_type)
 
 
 def _distinct(lo: np.ndarray, hi: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -66,9 +79,9 @@ def _reduce(op: np.ufunc, array: np.ndarray, first: np.ndarray, last: np.ndarray
     return reduced
 
 
-def _whole(source: ArrayCapture, index: list[Axis], float_type: np.dtype) -> Interval:
+def _whole(source: ArrayCapture, array: np.ndarray, index: list[Axis], float_type: np.dtype) -> Interval:
     shape = np.broadcast_shapes(*(lo.shape for lo, _ in index))
-    array = source.widen(source.array, np.dtype(np.float32)) if source.element == "bf16" else source.array
+    array = source.widen(array, np.dtype(np.float32)) if source.element == "bf16" else array
     return _typed(source, np.full(shape, array.min()), np.full(shape, array.max()), float_type)
 
 

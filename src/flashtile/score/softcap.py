@@ -17,10 +17,17 @@ def softcap(cap: float) -> Score:
     Raises: SpecError for anything else.
     Source: Gemma 2, section 2.
     """
-    if isinstance(cap, bool) or not isinstance(cap, (int, float, np.number)) or not (cap > 0 and math.isfinite(cap)):
-        raise SpecError(f"softcap: got {cap!r}, expected a finite number > 0 (None or 0: off)")
-    cap, inverse = float(cap), 1.0 / float(cap)  # a division costs a kernel as much as the rest of tanh
+    cap = check_cap(cap)
+    inverse = 1.0 / cap  # a division costs a kernel as much as the rest of tanh
     return Score(lambda offset: lambda s, b, h, i, j: cap * np.tanh(s * inverse), name="softcap")
+
+
+def check_cap(cap: Any) -> float:
+    """The cap as a float. Raises: SpecError unless it is a finite number > 0."""
+    number = isinstance(cap, (int, float, np.integer, np.floating)) and not isinstance(cap, bool)
+    if not number or not (cap > 0 and math.isfinite(cap)):
+        raise SpecError(f"softcap: got {cap!r}, expected a finite number > 0 (None or 0: off)")
+    return float(cap)
 
 
 def is_off(cap: Any) -> bool:

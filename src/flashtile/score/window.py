@@ -14,18 +14,23 @@ def window(left: int | None, right: int | None) -> Mask:
 
     Raises: SpecError for distances below -1.
     """
-    for side, distance in (("left", left), ("right", right)):
-        if distance is not None and (isinstance(distance, bool) or not isinstance(distance, int) or distance < -1):
-            raise SpecError(f"window: got {side} {distance!r}, expected a distance >= 0, or None or -1 (open)")
-    before, after = (None if distance == -1 else distance for distance in (left, right))
+    low, high = sides(left, right)
 
     def build(offset: Any) -> Any:
         def visible(b: Any, h: Any, i: Any, j: Any) -> Any:
             ahead = j - (i + anchor(offset, b))
-            if before is None:
-                return True if after is None else ahead <= after
-            return ahead >= -before if after is None else (ahead >= -before) & (ahead <= after)
+            if low is None:
+                return True if high is None else ahead <= high
+            return ahead >= low if high is None else (ahead >= low) & (ahead <= high)
 
         return visible
 
     return Mask(build, positional=True, name="window")
+
+
+def sides(left: Any, right: Any) -> tuple[int | None, int | None]:
+    """The least and the greatest j - (i + offset) that a window shows; None is open. Raises: SpecError."""
+    for side, distance in (("left", left), ("right", right)):
+        if distance is not None and (isinstance(distance, bool) or not isinstance(distance, int) or distance < -1):
+            raise SpecError(f"window: got {side} {distance!r}, expected a distance >= 0, or None or -1 (open)")
+    return (None if left in (None, -1) else -left), (None if right == -1 else right)

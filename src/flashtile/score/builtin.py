@@ -1,0 +1,98 @@
+"""Programs of built-in options alone: traced once a structure, then only given the values of each call.
+
+What a built-in option does to a score is known from the kind of its arrays, so a call need not run it on symbols
+again.  A user's function is another matter: anything that it closes over may have changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .capture import ArrayCapture, ScalarCapture, capture, is_array
+from .code import Code
+from .expr import check_int32, postorder
+from .softcap import check_cap, is_off
+from .window import sides
+
+if TYPE_CHECKING:
+    from .program import Program
+
+Captured = ArrayCapture | ScalarCapture
+
+
+class Template(NamedTuple):
+    """A traced program: its code, and for each slot the name of the value that fills it."""
+
+    code: Code
+    names: tuple[str, ...]
+
+
+_ENTRIES = 256  # a program uses a few
+_templates: dict[Hashable, Template] = {}
+
+
+def builtin(shape: tuple[int, int, int, int], given: dict[str, Any], trace: Callable[[], Program]) -> Program:
+    """The program of options whose arrays are known to fit the shape; `trace` makes it the slow way.
+
+    Loads of built-in options stay inside arrays that fit, whatever the shape, so neither the shape nor a value is a
+    part of the structure.
+    """
+    key, values = _parts(given)
+    template = _templates.get(key)
+    if template is not None:
+        from .program import Program
+
+        return Program(shape, template.code, tuple(values[name] for name in template.names))
+    program = trace()
+    proven = 0 not in shape and not any(any(x.data.clamp) for x in postorder(program.roots) if x.operation.name == "load")
+    if proven and len(_templates) < _ENTRIES:
+        names = tuple(_name(c.name) for c in program.captures)
+        if set(names) <= values.keys():
+            _templates[key] = Template(program.code, names)
+    return program
+
+
+def _parts(given: dict[str, Any]) -> tuple[Hashable, dict[str, Captured]]:
+    """What the structure depends on, and the values by the names that tracing gives them."""
+    values: dict[str, Captured] = {}
+    low, high = (None, None) if given["window"] is None else sides(*given["window"])
+    key: list[Hashable] = [bool(given["causal"]), low is None, high is None]
+    if is_off(given["softcap"]):
+        key.append(None)
+    else:
+        cap = check_cap(given["softcap"])
+        key.append("softcap")
+        values["cap"], values["inverse"] = ScalarCapture(cap, "float"), ScalarCapture(1.0 / cap, "float")
+    for name in ("alibi_slopes", "bias", "mask"):
+        if given[name] is None:
+            key.append(None)
+            continue
+        found = capture(given[name], name)
+        values[name] = _single(found) if found.array.size == 1 and name != "alibi_slopes" else found
+        key.append((found.element, len(found.array.shape) if name == "alibi_slopes" else _pattern(found)))
+    for name, side in (("low", low), ("high", high)):
+        if side is not None:
+            values[name] = ScalarCapture(check_int32(side, "window"), "int")
+    if given["causal"] or low is not None or high is not None or given["alibi_slopes"] is not None:
+        offset = given["offset"]
+        fixed = not is_array(offset)
+        values["offset"] = ScalarCapture(check_int32(int(offset), "align"), "int") if fixed else capture(offset, "align")
+        key.append("int" if fixed else values["offset"].element)  # type: ignore[union-attr]
+    return tuple(key), values
+
+
+def _single(found: ArrayCapture) -> ArrayCapture:
+    """An array whose axes all broadcast, as its one element: indexing it, tracing finds no symbol."""
+    return ArrayCapture(found.array.reshape(()), found.element, found.source, found.name)
+
+
+def _pattern(found: ArrayCapture) -> tuple[bool, ...]:
+    """Which axes broadcast."""
+    return tuple(n == 1 for n in found.array.shape)
+
+
+def _name(traced: str) -> str:
+    """The value behind a capture that tracing called "option: variable"."""
+    option, _, variable = traced.partition(": ")
+    return option if variable in ("slopes", "array") else variable
