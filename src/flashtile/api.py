@@ -88,10 +88,9 @@ def attention(
     if out is not None:
         target = plain(out, "out")
         target_key = target.shape, target.strides, target.dtype
-    # fmt: off
     options = causal, as_key(window), align, scale, precision, kernel, engine
-    key = (q.shape, q.strides, q.dtype, k.shape, k.strides, k.dtype, v.shape, v.strides, v.dtype, target_key, options)
-    # fmt: on
+    views = q.shape, q.strides, q.dtype, k.shape, k.strides, k.dtype, v.shape, v.strides, v.dtype
+    key: tuple[Any, ...] = (views, target_key, options)
     if not (mask is bias is score_mod is softcap is alibi_slopes is sinks is None):
         scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks)
         spec, scoring = Options(*options).scored(scores, q, k, v, offsets)

@@ -62,10 +62,9 @@ def attention(
     if out is not None:
         _check_tensors(out=out)
         out_key = out.shape, out.stride(), out.dtype
-    # fmt: off
     options = causal, as_key(window), align, scale, precision, kernel, engine
-    cache_key: Any = (q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype, out_key, options)
-    # fmt: on
+    views = q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype
+    cache_key: tuple[Any, ...] = (views, out_key, options)
     if not (mask is bias is score_mod is softcap is alibi_slopes is sinks is None):
         given = {"mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks}
         _check_tensors(**{name: x for name, x in given.items() if isinstance(x, Tensor)})
@@ -164,13 +163,17 @@ def _like_torch(
 def _mask_like_torch(attn_mask: Tensor, query: Tensor, key: Tensor, axes: torch.Size | None) -> dict[str, Tensor]:
     """`attn_mask` as the keyword it stands for; `axes` are those that the batch of query stands for, if any do."""
     _check_tensors(attn_mask=attn_mask)
-    if axes is not None:
-        full = *axes, query.shape[1], query.shape[2], key.shape[2]
-        try:
-            attn_mask = attn_mask.expand(full)
-        except RuntimeError as cause:
-            raise wrong("attn_mask", f"shape {tuple(attn_mask.shape)}", f"one that broadcasts to {full}") from cause
-        attn_mask = attn_mask.reshape(-1, *full[-3:])
+    if attn_mask.dtype is not torch.bool and not attn_mask.is_floating_point():
+        raise wrong("attn_mask", f"dtype {attn_mask.dtype}", "torch.bool (True = attend) or a float dtype")
+    full = (*(query.shape[:-2] if axes is None else (*axes, query.shape[1])), query.shape[-2], key.shape[-2])
+    try:
+        attn_mask.expand(full)
+    except RuntimeError as cause:
+        raise wrong("attn_mask", f"shape {tuple(attn_mask.shape)}", f"one that broadcasts to {tuple(full)}") from cause
+    if axes is not None:  # as one axis; a copy only where those that broadcast stand among others
+        whole = attn_mask.reshape((1,) * (len(full) - attn_mask.ndim) + attn_mask.shape)
+        last = whole.shape[-3:]
+        attn_mask = (whole if whole.shape[:-3].numel() == 1 else whole.expand(*axes, *last)).reshape(-1, *last)
     return {"mask" if attn_mask.dtype is torch.bool else "bias": attn_mask}
 
 

@@ -66,9 +66,15 @@ class ScoreOptions:
         if self.mask is not None or self.positional:
             check_reach(offset)
         sinks = None if self.sinks is None else sinks_of(self.sinks, spec)
-        given = {"softcap": self.softcap, "score_mod": self.score_mod, "alibi_slopes": self.alibi_slopes,
-                 "bias": self.bias, "mask": self.mask, "offset": offset}  # fmt: skip
-        banded = {"window": (_near(spec.band.left), _near(spec.band.right))} if spec.band else {}
+        given: dict[str, Any] = {
+            "softcap": self.softcap,
+            "score_mod": self.score_mod,
+            "alibi_slopes": self.alibi_slopes,
+            "bias": self.bias,
+            "mask": self.mask,
+            "offset": offset,
+        }
+        banded: dict[str, Any] = {"window": (_near(spec.band.left), _near(spec.band.right))} if spec.band else {}
         program = Program.of(shape, **given, **(banded if self.mask is not None else {}))
         if program.mask is not None and self.mask is None and banded:  # a score function that hides
             program = Program.of(shape, **given, **banded)

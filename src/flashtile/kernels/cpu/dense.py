@@ -59,7 +59,9 @@ def _bytes(memory: str) -> int:
     return {"i8": 1, "i16": 2, "i32": 4, "float": 4, "i64": 8, "double": 8}[memory]
 
 
-def _tile_of(f: Function, c: Config, load: Expr, place: Emission, frame: Value, first: Value) -> tuple[Value, Value, Value]:
+def _tile_of(
+    f: Function, c: Config, load: Expr, place: Emission, frame: Value, first: Value
+) -> tuple[Value, Value, Value]:
     """Address of the tile's first element, and bytes from a query to the next and from a key to the next."""
     slot = load.data.source
     pointer = place.block.field(place, slot, "ptr", 0)

@@ -323,9 +323,9 @@ class _Forward:
             "scratch": self.scratch, "q": queries, "o": outputs, "state": state,
             "k": block.k, "k_stride": block.k_stride, "v": block.v, "v_stride": block.v_stride,
             "words": p["key_words"], "columns": p["value_columns"],
-            **dict(zip(names, keys, strict=True)), "rows": rows, "dense": p["at_dense"], "bad": block.bad, "raw": block.raw, "raw_stride": p["v_s"],
-            "raw_step": p["v_d"], "size": p["value_size"], "extra": self.scratch + p["at_extra"],
-            "c_high": p["c_high"], "c_low": p["c_low"],
+            **dict(zip(names, keys, strict=True)), "rows": rows, "dense": p["at_dense"],
+            "bad": block.bad, "raw": block.raw, "raw_stride": p["v_s"], "raw_step": p["v_d"],
+            "size": p["value_size"], "extra": self.scratch + p["at_extra"], "c_high": p["c_high"], "c_low": p["c_low"],
         }  # fmt: skip
         args = [values[name] for name in PANEL_ARGUMENTS]
         count = (rows + (c.lanes - 1)) // c.lanes

@@ -398,7 +398,7 @@ class Function:
     def is_null(self, pointer: Value) -> Value:
         return self.cast("ptrtoint", pointer, "i64").eq(0)
 
-    def either(self, condition: Value, yes: Callable[[], None], no: Callable[[], None]) -> None:
+    def either(self, condition: Value, yes: Callable[[], object], no: Callable[[], object]) -> None:
         """yes() if condition else no()."""
         self._count += 1
         tag = self._count

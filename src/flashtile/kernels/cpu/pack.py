@@ -69,8 +69,8 @@ def _query_words(f: Function, c: Config, at: Value, sign: Value) -> Value:
     factor = f.splat(sign, c.lanes)
     if not c.pairs:
         return read(f, c, at, c.lanes) * factor
-    halves = [read(f, c, at + h * c.lanes * SIZES[c.memory], c.lanes) * factor for h in range(2)]
-    even, odd = (f.shuffle(*halves, range(first, 2 * c.lanes, 2)) for first in range(2))
+    low, high = (read(f, c, at + h * c.lanes * SIZES[c.memory], c.lanes) * factor for h in range(2))
+    even, odd = (f.shuffle(low, high, range(first, 2 * c.lanes, 2)) for first in range(2))
     return word_of(f, c, even, odd)
 
 

@@ -14,8 +14,8 @@ from flashtile.kernels.cpu.config import Config
 ADDRESSES = ("q", "k", "v", "o", "lse", "offsets", "captures", "rows", "segments", "sinks")
 STRIDES = tuple(f"{tensor}_{axis}" for tensor in "qkvo" for axis in "bhsd")
 SIZES = ("heads", "group", "q_len", "kv_len", "head_size", "value_size", "value_columns", "key_words", "tile_q",
-         "query_tiles", "splits", "split_keys", "o_split", "lse_split", "carry", "offset", "left", "right", "pack_k", "pack_v",
-         "k_row", "v_row", "segment_b", "segment_h", "sink_b", "sink_h")  # fmt: skip
+         "query_tiles", "splits", "split_keys", "o_split", "lse_split", "carry", "offset", "left", "right", "pack_k",
+         "pack_v", "k_row", "v_row", "segment_b", "segment_h", "sink_b", "sink_h")  # fmt: skip
 SCRATCH = ("at_q", "at_o", "at_state", "at_k", "at_v", "at_extra", "at_cursor", "at_dense")
 REALS = ("sign", "scale", "c_high", "c_low", "lse_scale")
 
@@ -61,7 +61,8 @@ def split_scale(scale: float, accumulator: str) -> dict[str, float]:
     if np.longdouble(high) >= c:
         high = np.nextafter(high, real(0))
     low = real(c - np.longdouble(high))
-    return {"sign": sign, "scale": scale, "c_high": float(high), "c_low": float(low), "lse_scale": float(c * np.log(np.longdouble(2)))}
+    nats = float(c * np.log(np.longdouble(2)))
+    return {"sign": sign, "scale": scale, "c_high": float(high), "c_low": float(low), "lse_scale": nats}
 
 
 def scores_in_nats(scale: float, accumulator: str) -> dict[str, float]:
@@ -73,8 +74,9 @@ class Scratch:
     """Where things stand in a thread's scratch memory.
 
     The first areas have sizes known when the kernel is generated: the frame of the score program, the running
-    maximum of the block, the factor for older sums, and the scores.  The others follow at offsets that ride in the parameter block:
-    transposed queries and outputs and the softmax state of each panel, a converted block of K and V, and more.
+    maximum of the block, the factor for older sums, and the scores.  The others follow at offsets that ride in
+    the parameter block: transposed queries and outputs and the softmax state of each panel, a converted block of K
+    and V, and more.
     """
 
     def __init__(self, c: Config):

@@ -85,7 +85,8 @@ class _Program:
         self.block = frame_field(f, frame, "block")
         self.dense = frame_field(f, frame, "dense", "ptr")
         self.scale = f.splat(f.cast("fptrunc", frame_field(f, frame, "scale", "double"), c.acc), c.lanes)
-        row, last_row = (f.splat(f.cast("trunc", frame_field(f, frame, name), "i32"), c.lanes) for name in ("row", "last_row"))
+        ends = (f.cast("trunc", frame_field(f, frame, name), "i32") for name in ("row", "last_row"))
+        row, last_row = (f.splat(end, c.lanes) for end in ends)
         self.queries = []
         for j in range(vectors):
             i = f.minimum(row + f.iota(vector(c.lanes, "i32"), j * c.lanes), last_row)

@@ -73,14 +73,19 @@ def _contraction(f: Function, c: Config, q: Value, rows: Sequence[Value], words:
         products = ((key, query) for key in keys for query in queries)
         return [contract(f, c, sum_, *factors) for sum_, factors in zip(acc, products, strict=True)]
 
-    def steps(d: Value, acc: list[Value]) -> list[Value]:
-        for u in range(c.unroll):
-            acc = step(d + u, acc)
-        return acc
-
     zero = [f.const(c.vector, 0.0)] * (len(rows) * len(live))
-    whole = words - words % c.unroll
-    acc = f.fold(0, whole, c.unroll, zero, steps)
+    unroll = c.unroll if c.isa.fused else 2 * c.unroll
+
+    def steps(d: Value, acc: list[Value]) -> list[Value]:
+        # Without a fused multiply-add every product is rounded, too.  Some summed first meet the large sum less often,
+        # for the same instructions.
+        sums = acc if c.isa.fused else zero
+        for u in range(unroll):
+            sums = step(d + u, sums)
+        return sums if c.isa.fused else [a + b for a, b in zip(acc, sums, strict=True)]
+
+    whole = words - words % unroll
+    acc = f.fold(0, whole, unroll, zero, steps)
     return f.fold(whole, words, 1, acc, step)
 
 

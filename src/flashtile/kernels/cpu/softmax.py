@@ -9,7 +9,7 @@ from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.ir import Function, Module, Value
 
 PAIR_DEGREE = 4  # the weights are rounded to bf16 anyway
-SUM_KEYS = 16  # weights summed apart before they join the block's sum: a short chain of roundings, then another
+SUM_KEYS = 16  # weights summed apart before they join the row's sum: a short chain of roundings, then another
 
 
 def emit_softmax(module: Module, c: Config, vectors: int) -> str:
@@ -18,6 +18,9 @@ def emit_softmax(module: Module, c: Config, vectors: int) -> str:
     Arguments: state (running maximum, then running sum), block maximum (consumed: left at -inf), alpha (out),
     scores, their number (even), c_high, c_low.  Scores become weights exp2((s - m) c); with ``pairs`` two
     keys' weights are rounded to bf16 and share a word, at half the rows.
+
+    One register of queries at a time, one word of keys a step: more at once do not fit 16 registers beside
+    the polynomial, and the machine overlaps the steps by itself.
     """
     name = f"softmax_{vectors}"
     f = Function(module, name, "void", ["ptr", "ptr", "ptr", "ptr", "i64", c.acc, c.acc], internal=True,
@@ -30,9 +33,7 @@ def emit_softmax(module: Module, c: Config, vectors: int) -> str:
         scaled = c.isa.multiply_add(f, difference, factor[0], difference * factor[1])
         return vmath.weight(f, c.isa, scaled, degree=degree)
 
-    maxima = []
-    for j in range(vectors):
-        at = j * c.register
+    with f.range(0, vectors * c.register, c.register) as at:
         old = f.load(c.vector, state + at, align=c.register)
         new = f.maximum(f.load(c.vector, top + at, align=c.register), old)
         # A row that has seen no key yet has maximum -inf; 0 in its place keeps -inf - max from being NaN.
@@ -40,34 +41,22 @@ def emit_softmax(module: Module, c: Config, vectors: int) -> str:
         f.store(f.const(c.vector, -math.inf), top + at, align=c.register)
         f.store(new, state + at, align=c.register)
         f.store(weight(old - safe), alpha + at, align=c.register)
-        maxima.append(safe)
 
-    def two_keys(key: Value, sums: list[Value]) -> list[Value]:
-        sums = list(sums)
-        for j in range(vectors):
-            pair = []
-            for u in range(2):
-                at = s + ((key + u) * c.line + j * c.register)
-                p = weight(f.load(c.vector, at, align=c.register) - maxima[j])
-                sums[j] = sums[j] + p
-                pair.append(p)
-                if not c.pairs:
-                    f.store(p, at, align=c.register)
+        def word_of_keys(key: Value, carry: list[Value]) -> list[Value]:
+            places = [s + ((key + u) * c.line + at) for u in range(c.per_word)]
+            weights = [weight(f.load(c.vector, place, align=c.register) - safe) for place in places]
             if c.pairs:
-                to = s + (key * (c.line // 2) + j * c.register)
-                f.store(c.isa.narrow_pairs(f, *pair), to, align=c.register)
-        return sums
+                f.store(c.isa.narrow_pairs(f, *weights), s + (key * (c.line // 2) + at), align=c.register)
+            else:
+                f.store(weights[0], places[0], align=c.register)
+            return [sum(weights, carry[0])]
 
-    def some_keys(key: Value, sums: list[Value]) -> list[Value]:
-        zeros = [f.const(c.vector, 0.0)] * vectors
-        new = f.fold(key, f.minimum(key + SUM_KEYS, count), 2, zeros, two_keys)
-        return [a + b for a, b in zip(sums, new, strict=True)]
-
-    sums = f.fold(0, count, SUM_KEYS, [f.const(c.vector, 0.0)] * vectors, some_keys)
-    for j in range(vectors):
-        at = state + (c.line + j * c.register)
-        before = f.load(c.vector, at, align=c.register)
-        factor_ = f.load(c.vector, alpha + j * c.register, align=c.register)
-        f.store(c.isa.multiply_add(f, before, factor_, sums[j]), at, align=c.register)
+        total = state + (at + c.line)  # in memory: one more value in registers is one too many for 16
+        before, rescale = (f.load(c.vector, place, align=c.register) for place in (total, alpha + at))
+        f.store(before * rescale, total, align=c.register)
+        with f.range(0, count, SUM_KEYS) as first:
+            stop = f.minimum(first + SUM_KEYS, count)
+            (part,) = f.fold(first, stop, c.per_word, [f.const(c.vector, 0.0)], word_of_keys)
+            f.store(f.load(c.vector, total, align=c.register) + part, total, align=c.register)
     f.ret()
     return name

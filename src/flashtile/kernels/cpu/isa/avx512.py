@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from flashtile.kernels.cpu.ir import Function, Value, lanes, vector
 from flashtile.kernels.cpu.isa.base import ISA
 
+
 @dataclass(frozen=True)
 class _AVX512(ISA):
     """AVX-512's own primitive: an estimate of the reciprocal to 14 bits."""
