@@ -12,6 +12,7 @@ import flashtile
 from flashtile.errors import SpecError, UnavailableError
 
 torch = pytest.importorskip("torch")
+import flashtile.kernels.vanilla  # noqa: E402
 import flashtile.torch  # noqa: E402  (after torch is known to be there)
 
 sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -184,12 +185,14 @@ def test_other_tensors_are_refused(bad: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("option", "error", "message"),
     [
-        ({"attn_mask": X}, UnavailableError, "attn_mask: got a Tensor, .* not available yet"),
+        ({"attn_mask": X}, SpecError, r"attn_mask: got shape .* expected one that broadcasts to \(1, 2, 4, 4\)"),
+        ({"attn_mask": X[..., :4].int()}, SpecError, "attn_mask: got dtype torch.int32, expected torch.bool"),
+        ({"attn_mask": X[..., :4].to("meta")}, SpecError, "attn_mask: got a tensor on meta"),
         ({"attn_mask": X, "is_causal": True}, SpecError, "attn_mask: got a mask together with is_causal"),
         ({"dropout_p": 0.1}, UnavailableError, "dropout_p: .* not available yet"),
-        ({"softcap": 30.0}, UnavailableError, "softcap: .* not available yet"),
-        ({"alibi_slopes": X}, UnavailableError, "alibi_slopes: .* not available yet"),
-        ({"sinks": X}, UnavailableError, "sinks: .* not available yet"),
+        ({"softcap": -30.0}, SpecError, "softcap: got -30.0, expected a finite number > 0"),
+        ({"alibi_slopes": X}, SpecError, r"alibi_slopes: got shape \(1, 2, 4, 8\), expected \(H,\) = \(2,\)"),
+        ({"sinks": X}, SpecError, r"sinks: got shape \(1, 2, 4, 8\), expected .* \(H,\) = \(2,\)"),
         ({"window": (-2, 0)}, SpecError, r"window: got \(-2, 0\), expected a pair"),
         ({"scale": float("nan")}, SpecError, "scale: got nan, expected a finite real number"),
     ],

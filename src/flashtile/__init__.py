@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
-from flashtile import errors
+from typing import Any
+
+from flashtile import errors, score
 from flashtile.api import attention
 from flashtile.errors import FlashtileError, KernelError, SpecError, UnavailableError
 from flashtile.explain import Explanation, explain
@@ -27,5 +29,16 @@ __all__ = [
     "explain",
     "get_num_threads",
     "merge",
+    "plot_coverage",
+    "score",
     "set_num_threads",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`plot_coverage`, loaded when it is first asked for."""
+    if name == "plot_coverage":
+        from flashtile.plot import plot_coverage
+
+        return plot_coverage
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

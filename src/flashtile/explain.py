@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,12 @@ from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import wrong
 from flashtile.kernels import Layout
 from flashtile.plan import Coverage, Plan, coverage_of, make_plan
-from flashtile.plan.tiling import flops_of
+from flashtile.plan.mapped import count_map
+from flashtile.score.coverage import Coverage as Map
+from flashtile.score.coverage import coverage as map_of
+from flashtile.score.options import ScoreOptions, Scoring
+from flashtile.score.program import Program
+from flashtile.score.readable import mask_text, score_text
 from flashtile.spec import LATER_OPTIONS, AttentionSpec, refuse_later
 from flashtile.threads import get_num_threads
 
@@ -33,6 +39,8 @@ class Explanation:
     threads: int
     plan: Plan
     coverage: Coverage
+    score: str  # what changes a score s, as a formula; "" if nothing does
+    mask: str  # when key j is visible to row i, as a formula; "" if a band alone, or nothing, decides
     flops: int
     scratch_bytes: int  # of each thread
     workspace_bytes: int  # of the call: results of parts of the keys, before they are merged
@@ -46,7 +54,10 @@ class Explanation:
         rows = [
             ("call", f"q ({s.batch}, {s.heads}, {s.q_len}, {s.head_size}), k ({s.batch}, {s.kv_heads}, {s.kv_len}, "
                      f"{s.head_size}), v (..., {s.value_size}), {s.dtype}, scale {s.scale:.6g}"),
-            ("positions", _positions(s)),
+            ("positions", _positions(s) if not self.mask else "as the mask says"),
+            *([("score", self.score)] if self.score else ()),
+            *([("mask", self.mask)] if self.mask else ()),
+            *([("sinks", "one more logit in each row's denominator")] if s.sinks else ()),
             ("kernel", ", ".join(filter(None, (self.kernel, self.variant, self.isa)))),
             ("engine", f"{self.engine}, {self.threads} thread{'s' if self.threads > 1 else ''}"),
             ("tiles", f"{p.tile_q} queries" + (f" of {p.head_block} heads" if p.head_block > 1 else "") +
@@ -70,9 +81,15 @@ def explain(
     v: Any = None,
     *,
     dtype: Any = None,
+    mask: Any = None,
+    bias: Any = None,
+    score_mod: Any = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     align: Any = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
     scale: float | None = None,
     precision: str = "ieee",
     kernel: str = "auto",
@@ -82,7 +99,8 @@ def explain(
     """Say which kernel, instruction set, tiles, coverage, FLOPs and scratch a call would use, without running it.
 
     Takes the arguments of `flashtile.attention`; q, k and v may also be shapes, of arrays in row-major order, with
-    dtype= (by default float32); k is by default like q, and v like k. print() the result.
+    dtype= (by default float32); k is by default like q, and v like k. print() the result. Counting the visible pairs
+    of a mask takes time in proportion to the tiles that it cuts; a stored mask cuts all.
     Raises: what attention raises for these arguments, but for `out`, which is not looked at.
 
     >>> import flashtile
@@ -94,10 +112,10 @@ def explain(
     refuse_later(**{name: value for name, value in others.items() if name in LATER_OPTIONS})
     k = q if k is None else k
     v = k if v is None else v
-    views = [_view(x, argument, dtype) for argument, x in (("q", q), ("k", k), ("v", v))]
-    align, offsets = split_align(align, views[0].shape)
-    spec = Options(causal, window, align, scale, precision, kernel, engine).spec(*views)
-    offset_list = None if offsets is None or spec.offset is not None else [int(x) for x in offsets]
+    views = [view_or_shape(x, argument, dtype) for argument, x in (("q", q), ("k", k), ("v", v))]
+    options = Options(causal, window, None, scale, precision, kernel, engine)
+    scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks)
+    spec, scoring, offsets = describe(views, options, align, scores)
     chosen = engines.pick(as_name("engine", engine))
     family = kernels.pick(spec, as_name("kernel", kernel))
     able = family.capabilities(spec)
@@ -105,7 +123,10 @@ def explain(
     o = contiguous(views[0].shape[:-1] + views[2].shape[-1:], spec.dtype)
     compiled = family.compile(spec, plan, Layout(*(x.strides4() for x in (*views, o))))
     name = _room(family)
-    pairs = spec.batch * spec.heads * spec.q_len * spec.kv_len
+    program = scoring.program
+    coverage = coverage_of(spec, plan, offsets)
+    if program is not None and program.mask is not None:
+        coverage = count_map(program, tile_map(program, spec, plan.tile_q, plan.tile_k))
     return Explanation(
         spec=spec,
         kernel=name,
@@ -114,17 +135,35 @@ def explain(
         engine=_room(chosen),
         threads=get_num_threads(),
         plan=plan,
-        coverage=coverage_of(spec, plan, offset_list),
-        flops=flops_of(spec, offset_list),
+        coverage=coverage,
+        score=score_text(program) if program else "",
+        mask=mask_text(program) if program else "",
+        flops=2 * (spec.head_size + spec.value_size) * coverage.visible,
         scratch_bytes=compiled.scratch_bytes,
         workspace_bytes=compiled.merge_stage.workspace_bytes if compiled.merge_stage else 0,
-        unfused_bytes=pairs * DTYPES[DTYPES[spec.dtype].accumulator].itemsize,
+        unfused_bytes=coverage.pairs * DTYPES[DTYPES[spec.dtype].accumulator].itemsize,
         passed_over=_passed_over(spec, name, kernel),
-        notes=_notes(spec, able),
+        notes=_notes(spec, able, program),
     )
 
 
-def _view(x: Any, argument: str, dtype: Any) -> View:
+def describe(
+    views: Sequence[View], options: Options, align: Any, scores: ScoreOptions
+) -> tuple[AttentionSpec, Scoring, list[int] | None]:
+    """Validate a call without its arrays: its spec, what changes its scores, and its offsets where they are (B,)."""
+    q, k, v = views
+    align, offsets = split_align(align, q.shape)
+    spec, scoring = options._replace(align=align).scored(scores, q, k, v, offsets)
+    return spec, scoring, None if offsets is None or spec.offset is not None else [int(x) for x in offsets]
+
+
+def tile_map(program: Program, spec: AttentionSpec, tile_q: int, tile_k: int) -> Map:
+    """The map of a program's mask by tiles of these sides, as a kernel of this dtype evaluates it."""
+    return map_of(program, tile_q, tile_k, DTYPES[DTYPES[spec.dtype].accumulator].numpy)
+
+
+def view_or_shape(x: Any, argument: str, dtype: Any) -> View:
+    """What is known of an array, or of a row-major array of this shape and dtype that does not exist."""
     if isinstance(x, (tuple, list)) and all(isinstance(n, (int, np.integer)) and n >= 0 for n in x):
         row = dtype_of("float32" if dtype is None else dtype)
         return contiguous(tuple(int(n) for n in x), row.name)
@@ -147,11 +186,13 @@ def _passed_over(spec: AttentionSpec, chosen: str, requested: str) -> tuple[tupl
     return tuple(rows)
 
 
-def _notes(spec: AttentionSpec, able: kernels.Capabilities) -> tuple[str, ...]:
+def _notes(spec: AttentionSpec, able: kernels.Capabilities, program: Program | None) -> tuple[str, ...]:
     notes = []
     if spec.precision not in able.precisions:
         notes.append(f"precision {spec.precision!r} is honoured at higher precision: this kernel has no such unit here")
-    if spec.offset is None:
+    if program is not None and program.mask is not None and any(slot.rank >= 0 for slot in program.slots):
+        notes.append("coverage and FLOPs are those of the arrays given; they are read anew at every call")
+    elif spec.offset is None:
         notes.append("coverage and FLOPs are those of the offsets given; they are read anew at every call")
     return tuple(notes)
 

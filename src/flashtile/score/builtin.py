@@ -45,9 +45,9 @@ def builtin(shape: tuple[int, int, int, int], given: dict[str, Any], trace: Call
 
         return Program(shape, template.code, tuple(values[name] for name in template.names))
     program = trace()
-    proven = 0 not in shape and not any(any(x.data.clamp) for x in postorder(program.roots) if x.operation.name == "load")
-    if proven and len(_templates) < _ENTRIES:
-        names = tuple(_name(c.name) for c in program.captures)
+    loads = [x for x in postorder(program.roots) if x.operation.name == "load"]
+    if 0 not in shape and not any(any(x.data.clamp) for x in loads) and len(_templates) < _ENTRIES:
+        names = tuple(option_name(c.name) for c in program.captures)
         if set(names) <= values.keys():
             _templates[key] = Template(program.code, names)
     return program
@@ -76,9 +76,9 @@ def _parts(given: dict[str, Any]) -> tuple[Hashable, dict[str, Captured]]:
             values[name] = ScalarCapture(check_int32(side, "window"), "int")
     if given["causal"] or low is not None or high is not None or given["alibi_slopes"] is not None:
         offset = given["offset"]
-        fixed = not is_array(offset)
-        values["offset"] = ScalarCapture(check_int32(int(offset), "align"), "int") if fixed else capture(offset, "align")
-        key.append("int" if fixed else values["offset"].element)  # type: ignore[union-attr]
+        anchors = capture(offset, "align") if is_array(offset) else None
+        values["offset"] = anchors or ScalarCapture(check_int32(int(offset), "align"), "int")
+        key.append(anchors.element if anchors else "int")
     return tuple(key), values
 
 
@@ -92,7 +92,7 @@ def _pattern(found: ArrayCapture) -> tuple[bool, ...]:
     return tuple(n == 1 for n in found.array.shape)
 
 
-def _name(traced: str) -> str:
-    """The value behind a capture that tracing called "option: variable"."""
+def option_name(traced: str) -> str:
+    """The value behind a capture that tracing called "option: variable": a built-in rule's array is the option."""
     option, _, variable = traced.partition(": ")
-    return option if variable in ("slopes", "array") else variable
+    return option if variable in ("", "array", "slopes") else variable

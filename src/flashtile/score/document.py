@@ -15,15 +15,15 @@ def document(ids: Any, key_ids: Any = None) -> Mask:
     Shapes:  ids (S_q,) or (B, S_q); key_ids (S_kv,) or (B, S_kv), the same as ids unless given.
     Raises:  SpecError for other ranks and for numbers that are not integers.
     """
-    rows, keys = ids, ids if key_ids is None else key_ids
-    for name, value in (("document ids", rows), ("document key_ids", keys)):
+    key_ids = ids if key_ids is None else key_ids
+    for name, value in (("document ids", ids), ("document key_ids", key_ids)):
         found = capture(value, name)
         if found.rank not in (1, 2) or found.type != "int":
             got = f"{found.element} of shape {found.array.shape}"
             raise SpecError(f"{name}: got {got}, expected integers (S,) or (B, S)")
 
     def build(offset: Any) -> Any:
-        return lambda b, h, i, j: _at(rows, b, i) == _at(keys, b, j)
+        return lambda b, h, i, j: _at(ids, b, i) == _at(key_ids, b, j)
 
     return Mask(build, name="document")
 

@@ -98,7 +98,8 @@ class _Rebuild:
         if value is None or isinstance(value, (str, bytes, type, enum.Enum, Symbol, ArrayProxy)):
             return value
         if isinstance(value, (bool, int, float)) or isinstance(value, np.generic) and value.dtype.kind in "biuf":
-            return runtime(value, f"{self.argument}: {name}")  # never shared: which parameters exist must not depend on their values
+            # Never shared: which parameters exist must not depend on their values.
+            return runtime(value, f"{self.argument}: {name}")
         if id(value) in self.memo:
             return self.memo[id(value)]
         self.kept.append(value)

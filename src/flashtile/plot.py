@@ -1,0 +1,117 @@
+"""`flashtile.plot_coverage`: the tile map of a call as a picture. matplotlib is imported when it is called."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flashtile import kernels
+from flashtile.calls import Options, as_name
+from flashtile.errors import UnavailableError, wrong
+from flashtile.explain import describe, tile_map, view_or_shape
+from flashtile.plan import make_plan
+from flashtile.score.coverage import EMPTY, FULL, PARTIAL
+from flashtile.score.options import ScoreOptions
+from flashtile.score.program import Program
+from flashtile.spec import AttentionSpec, integer
+
+# What a tile costs, from nothing to a product without mask code; told apart without colour, too.
+_COLOURS = {EMPTY: "#f4f4f4", PARTIAL: "#f0a830", FULL: "#1f5a92"}
+_LABELS = {EMPTY: "empty: skipped", PARTIAL: "partial: masked element by element", FULL: "full: no mask code"}
+
+
+def plot_coverage(
+    q: Any,
+    k: Any = None,
+    *,
+    path: str | os.PathLike[str],
+    dtype: Any = None,
+    mask: Any = None,
+    score_mod: Any = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    align: Any = None,
+    kernel: str = "auto",
+    batch: int = 0,
+    head: int = 0,
+    tile: tuple[int, int] | None = None,
+) -> np.ndarray:
+    """Draw which tiles of the scores a call skips, masks element by element, or computes whole, as a PNG at `path`.
+
+    Shapes:  q and k are arrays, or shapes as in `flashtile.explain`; the map is that of one batch and query head. The
+             other arguments are those of `flashtile.attention` that decide which keys a row sees.
+    Options: tile    (queries, keys) of a tile; by default those of the call's plan.
+    Returns: the map, uint8 (query tiles, key tiles): 0 empty, 1 partial, 2 full. A partial tile may be whole or hidden
+             where the analysis is cautious; empty and full are certain.
+    Raises:  SpecError as attention, and for a batch, head or tile out of range or a path that does not end in .png;
+             UnavailableError without matplotlib; OSError.
+
+    >>> import flashtile
+    >>> flashtile.plot_coverage((4096, 64), causal=True, path="causal.png")  # doctest: +SKIP
+    """
+    target = Path(path)
+    if target.suffix.lower() != ".png":
+        raise wrong("path", repr(str(path)), "a name that ends in .png")
+    views = [view_or_shape(x, name, dtype) for name, x in (("q", q), ("k", q if k is None else k))]
+    spec, scoring, offsets = describe(
+        (views[0], views[1], views[1]),
+        Options(causal, window, None, None, "ieee", kernel, "auto"),
+        align,
+        ScoreOptions(mask=mask, score_mod=score_mod),
+    )
+    for name, got, size in (("batch", batch, spec.batch), ("head", head, spec.heads)):
+        number = integer(got)
+        if number is None or not 0 <= number < size:
+            raise wrong(name, repr(got), f"an integer from 0 to {size - 1}")
+    program = scoring.program
+    if program is None or program.mask is None:
+        program = _band_program(spec, spec.offset if offsets is None else np.array(offsets))
+    tile_q, tile_k = _tile(spec, kernel) if tile is None else _checked(tile)
+    tiles = tile_map(program, spec, tile_q, tile_k).tiles()
+    kinds: np.ndarray = tiles[min(batch, len(tiles) - 1), min(head, tiles.shape[1] - 1)]
+    _draw(kinds, target, (tile_q, tile_k), spec)
+    return kinds
+
+
+def _band_program(spec: AttentionSpec, offset: Any) -> Program:
+    """A band alone as a program, so that one analysis serves every picture."""
+    window = None if spec.band is None else (spec.band.left, spec.band.right)
+    return Program.of((spec.batch, spec.heads, spec.q_len, spec.kv_len), window=window, offset=offset)
+
+
+def _tile(spec: AttentionSpec, kernel: str) -> tuple[int, int]:
+    plan = make_plan(spec, kernels.pick(spec, as_name("kernel", kernel)).capabilities(spec))
+    return plan.tile_q, plan.tile_k
+
+
+def _checked(tile: Any) -> tuple[int, int]:
+    sides = [integer(n) for n in tile] if isinstance(tile, (tuple, list)) and len(tile) == 2 else [None]
+    if any(n is None or n < 1 for n in sides):
+        raise wrong("tile", repr(tile), "a pair (queries, keys) of positive integers")
+    return sides[0], sides[1]  # type: ignore[return-value]
+
+
+def _draw(kinds: np.ndarray, target: Path, tile: tuple[int, int], spec: AttentionSpec) -> None:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.colors import ListedColormap
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+    except ImportError as cause:
+        raise UnavailableError(f"plot_coverage: got {cause}, expected matplotlib: pip install matplotlib") from cause
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    extent = (0, kinds.shape[1] * tile[1], kinds.shape[0] * tile[0], 0)
+    colours = ListedColormap([_COLOURS[kind] for kind in (EMPTY, PARTIAL, FULL)])
+    if kinds.size:
+        axes.imshow(kinds, cmap=colours, vmin=EMPTY, vmax=FULL, extent=extent, interpolation="nearest", aspect="auto")
+    axes.set(xlabel="key j", ylabel="query row i", xlim=(0, max(spec.kv_len, 1)), ylim=(max(spec.q_len, 1), 0))
+    axes.set_title(f"{tile[0]} x {tile[1]} tiles, {spec.q_len} x {spec.kv_len} scores", fontsize=10)
+    labels = {kind: f"{_LABELS[kind]} ({int((kinds == kind).sum())})" for kind in (FULL, PARTIAL, EMPTY)}
+    shown = [Patch(facecolor=_COLOURS[kind], edgecolor="#888888", label=label) for kind, label in labels.items()]
+    figure.legend(handles=shown, loc="outside lower center", ncols=1, fontsize=9, frameon=False)
+    figure.savefig(target, dpi=120)
