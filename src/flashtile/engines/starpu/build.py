@@ -1,0 +1,163 @@
+"""Compiles the shim against the installed StarPU, once for each version of either, and loads it.
+
+cffi's API mode: the C compiler checks every declaration against StarPU's own header. The module lies in the cache
+folder of the compiled kernels, under a digest of what it was made from.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import hashlib
+import importlib.machinery
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+from flashtile.errors import UnavailableError
+
+PACKAGES = ("starpu-1.4", "starpu-1.3")  # by pkg-config, the newest first
+VARIABLE = "FLASHTILE_STARPU"  # names another pkg-config package
+SOURCES = ("shim.h", "shim.c")
+HERE = Path(__file__).parent
+INSTALL = "apt-get install --no-install-recommends libstarpu-dev pkg-config gcc libc6-dev, and pip install cffi"
+
+
+@functools.cache
+def package() -> tuple[str, str] | None:
+    """(pkg-config's name, version) of the StarPU to build against, None if there is none."""
+    chosen = os.environ.get(VARIABLE)
+    for name in (chosen,) if chosen else PACKAGES:
+        try:
+            found = subprocess.run(["pkg-config", "--modversion", name], capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if found.returncode == 0:
+            return name, found.stdout.strip()
+    return None
+
+
+def missing() -> str | None:
+    """What is not there of what a build needs, with the remedy; None if all is."""
+    if shutil.which("pkg-config") is None:
+        return f"pkg-config is not installed, so StarPU cannot be found: {INSTALL}"
+    if package() is None:
+        names = os.environ.get(VARIABLE) or " or ".join(PACKAGES)
+        return f"pkg-config does not know {names}: {INSTALL}; for a StarPU of your own set PKG_CONFIG_PATH"
+    if importlib.util.find_spec("cffi") is None:
+        return "the Python package cffi is not installed: pip install cffi"
+    if _module_path().exists():
+        return None
+    if sys.version_info >= (3, 12) and importlib.util.find_spec("setuptools") is None:
+        return "cffi compiles with setuptools, which is not installed: pip install setuptools"
+    if not any(map(shutil.which, (*os.environ.get("CC", "").split()[:1], "cc", "gcc", "clang"))):
+        return "no C compiler found: apt-get install gcc libc6-dev"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return None if header.exists() else f"{header} does not exist: apt-get install python3-dev"
+
+
+def built() -> bool:
+    """Whether the module is there already."""
+    return _module_path().exists()
+
+
+def build(force: bool = False) -> Path:
+    """Compile the shim unless it is there; the path of the module.
+
+    Raises: UnavailableError with what is missing, or with the compiler's last words.
+    """
+    if reason := missing():
+        raise UnavailableError(f"starpu: {reason}")
+    target = _module_path()
+    if target.exists() and not force:
+        return target
+    from cffi import FFI
+
+    found = package()
+    assert found is not None
+    ffi = FFI()
+    ffi.cdef(_declarations())
+    links = _flags("--libs", found[0])
+    paths = [f"-Wl,-rpath,{flag[2:]}" for flag in links if flag.startswith("-L")]
+    compile_flags = [*_flags("--cflags", found[0]), f"-I{HERE}", "-O2", "-Wall"]
+    source = (HERE / "shim.c").read_text()
+    ffi.set_source(_name(), source, extra_compile_args=compile_flags, extra_link_args=[*links, *paths])
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        try:
+            made = ffi.compile(tmpdir=folder)
+        except Exception as cause:  # cffi raises whatever setuptools raises
+            raise UnavailableError(f"starpu: compiling {HERE / 'shim.c'} failed: {_last_words(cause)}") from cause
+        os.replace(made, target)  # many processes may build at once
+    return target
+
+
+@functools.cache
+def load() -> ModuleType:
+    """The compiled module, built first if it must be. Raises: UnavailableError."""
+    path = build()
+    loader = importlib.machinery.ExtensionFileLoader(_name(), str(path))
+    spec = importlib.util.spec_from_file_location(_name(), path, loader=loader)
+    assert spec is not None
+    try:
+        module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+    except ImportError as cause:
+        raise UnavailableError(
+            f"starpu: {path} does not load ({cause}): flashtile starpu build makes it anew"
+        ) from cause
+    return module
+
+
+def _declarations() -> str:
+    """The shim's header as cffi reads it: C without comments of several lines or includes."""
+    return (HERE / "shim.h").read_text()
+
+
+@functools.cache
+def _name() -> str:
+    """Of the module: a digest of its sources, of StarPU's version and flags, and of this Python."""
+    found = package()
+    assert found is not None
+    parts = [*((HERE / name).read_text() for name in SOURCES), *found, *_flags("--cflags", found[0]),
+             *_flags("--libs", found[0]), str(sysconfig.get_config_var("SOABI")), _header_digest(found[0])]  # fmt: skip
+    return "flashtile_starpu_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _header_digest(name: str) -> str:
+    """Of StarPU's configuration header: two builds of one version may differ in their limits."""
+    for flag in _flags("--cflags", name):
+        header = Path(flag[2:], "starpu_config.h")
+        if flag.startswith("-I") and header.exists():
+            return hashlib.sha256(header.read_bytes()).hexdigest()
+    return ""
+
+
+def _module_path() -> Path:
+    return _folder() / (_name() + str(sysconfig.get_config_var("EXT_SUFFIX")))
+
+
+@functools.cache
+def _folder() -> Path:
+    """In the cache of compiled kernels; where that refuses (others, or nobody, may write it), a folder of our own."""
+    from flashtile.kernels.cpu import cache
+
+    if cache.unavailable() is None:
+        return cache.directory() / "starpu"
+    folder = tempfile.TemporaryDirectory(prefix="flashtile-starpu-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
+def _flags(what: str, name: str) -> list[str]:
+    return subprocess.run(["pkg-config", what, name], capture_output=True, text=True, check=True).stdout.split()
+
+
+def _last_words(cause: Exception) -> str:
+    return " ".join(str(cause).split())[-400:] or type(cause).__name__

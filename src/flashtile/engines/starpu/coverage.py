@@ -1,0 +1,118 @@
+"""Which tiles meet: the pairs of query and key tiles of which some element is visible, and how much of them is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+
+from flashtile.kernels.cpu.config import Config
+from flashtile.plan.coverage import key_ranges, visible_pairs
+from flashtile.spec import AttentionSpec, Band
+
+if TYPE_CHECKING:
+    from flashtile.score.program import Program
+
+FAR = 1 << 61  # the open side of a band
+FINE_KEYS = 32  # keys of the cells in which a program's mask is looked at
+
+
+class Amount(NamedTuple):
+    """What is visible of n tiles: (row, key) pairs, and numbers that are equal where the work is."""
+
+    pairs: np.ndarray  # float64 (n,)
+    cases: np.ndarray  # int64 (n, any)
+
+
+@dataclass
+class BandCoverage:
+    """Of a positional rule, or of none. offsets: int64 (B,), or (1,) where all batches share one."""
+
+    spec: AttentionSpec
+    tile_q: int
+    tile_k: int
+    offsets: np.ndarray
+
+    def touched(self) -> np.ndarray:
+        """bool (B or 1, 1, query tiles, key tiles): whether some row of the one sees some key of the other."""
+        spec = self.spec
+        first = np.arange(0, spec.q_len, self.tile_q, dtype=np.int64)
+        key = np.arange(0, spec.kv_len, self.tile_k, dtype=np.int64)
+        stop = np.minimum(first + self.tile_q, spec.q_len)
+        maps = []
+        for offset in self.offsets.tolist():
+            begin, end, _, _ = key_ranges(spec.band, offset, first, stop, spec.kv_len)
+            maps.append((key < end[:, None]) & (key + self.tile_k > begin[:, None]) & (end > begin)[:, None])
+        return np.stack(maps)[:, None] if maps else np.zeros((0, 1, len(first), len(key)), bool)
+
+    def amount(self, batch: np.ndarray, head: np.ndarray, query_tile: np.ndarray, key_tile: np.ndarray) -> Amount:
+        """Exactly; all arguments (n,). Tiles that stand alike towards the band are one case."""
+        row, key = query_tile * self.tile_q, key_tile * self.tile_k
+        rows = np.minimum(self.tile_q, self.spec.q_len - row)
+        keys = np.minimum(self.tile_k, self.spec.kv_len - key)
+        shift = row - key + self.offsets[np.minimum(batch, len(self.offsets) - 1)]
+        left, right = (self.spec.band.left, self.spec.band.right) if self.spec.band else (None, None)
+        # Row r of the tile sees its keys low + r ... high + r; beyond the tile's corners it makes no difference.
+        low = np.full_like(shift, -FAR) if left is None else shift - left
+        high = np.full_like(shift, FAR) if right is None else shift + right
+        cases = np.stack([rows, keys, np.maximum(low, 1 - rows), np.minimum(high, keys - 1)], axis=1)
+        kinds, which = np.unique(cases, axis=0, return_inverse=True)
+        pairs = np.array([self._pairs(*kind) for kind in kinds.tolist()], np.float64)
+        return Amount(pairs[which.reshape(-1)], cases)
+
+    def _pairs(self, rows: int, keys: int, low: int, high: int) -> int:
+        tile = replace(self.spec, batch=1, heads=1, kv_heads=1, q_len=rows, kv_len=keys, band=Band(-low, high))
+        return visible_pairs(tile, 0)
+
+
+class ProgramCoverage:
+    """Of a score program's mask, found by intervals over cells of a panel by FINE_KEYS keys.
+
+    A cell that the mask cuts counts as visible whole: exact counts would take S_q x S_kv evaluations.
+    """
+
+    def __init__(self, spec: AttentionSpec, program: Program, c: Config, tile_q: int, tile_k: int) -> None:
+        from flashtile.score.coverage import coverage
+
+        self.spec, self.tile_q, self.tile_k = spec, tile_q, tile_k
+        fine_q = c.panel if tile_q % c.panel == 0 else tile_q
+        fine_k = FINE_KEYS if tile_k % FINE_KEYS == 0 else tile_k
+        kinds = coverage(program, fine_q, fine_k, np.float64 if c.acc == "double" else np.float32).tiles()
+        rows = np.diff(np.append(np.arange(0, spec.q_len, fine_q), spec.q_len))
+        keys = np.diff(np.append(np.arange(0, spec.kv_len, fine_k), spec.kv_len))
+        seen = (kinds > 0) * (rows[:, None] * keys)
+        self.pairs, self.cut = (self._sum(x, tile_q // fine_q, tile_k // fine_k) for x in (seen, kinds == 1))
+
+    @staticmethod
+    def _sum(cells: np.ndarray, q: int, k: int) -> np.ndarray:
+        """Over the cells of each tile."""
+        if 0 in cells.shape:
+            return np.zeros((*cells.shape[:2], -(-cells.shape[2] // q), -(-cells.shape[3] // k)), np.int64)
+        rows = np.add.reduceat(cells.astype(np.int64), np.arange(0, cells.shape[2], q), axis=2)
+        return np.add.reduceat(rows, np.arange(0, cells.shape[3], k), axis=3)
+
+    def touched(self) -> np.ndarray:
+        """As BandCoverage.touched, with a map for each batch and head if the mask depends on them."""
+        return self.pairs > 0
+
+    def amount(self, batch: np.ndarray, head: np.ndarray, query_tile: np.ndarray, key_tile: np.ndarray) -> Amount:
+        """As BandCoverage.amount."""
+        batches, heads = self.pairs.shape[:2]
+        at = np.minimum(batch, batches - 1), np.minimum(head, heads - 1), query_tile, key_tile
+        rows = np.minimum(self.tile_q, self.spec.q_len - query_tile * self.tile_q)
+        keys = np.minimum(self.tile_k, self.spec.kv_len - key_tile * self.tile_k)
+        return Amount(self.pairs[at].astype(np.float64), np.stack([rows, keys, self.pairs[at], self.cut[at]], axis=1))
+
+
+class TileCoverage(Protocol):
+    """Either of the two."""
+
+    tile_q: int
+    tile_k: int
+
+    def touched(self) -> np.ndarray: ...
+
+    def amount(
+        self, batch: np.ndarray, head: np.ndarray, query_tile: np.ndarray, key_tile: np.ndarray
+    ) -> Amount: ...

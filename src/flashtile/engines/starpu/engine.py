@@ -1,0 +1,138 @@
+"""engine="starpu": a call of flashtile.attention as a task flow over tiles of its arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from flashtile.dtypes import DTYPES
+from flashtile.engines.starpu import runtime
+from flashtile.engines.starpu.flow import Flow
+from flashtile.engines.starpu.jobs import Job
+from flashtile.engines.starpu.tiles import TiledTensor, can_tile
+from flashtile.errors import UnavailableError
+from flashtile.kernels import Layout, Strides, cpu
+from flashtile.kernels.views import view
+from flashtile.progress import Report
+from flashtile.spec import AttentionSpec
+
+if TYPE_CHECKING:
+    from flashtile.engines import Run
+    from flashtile.score.options import Scoring
+
+# Rows and keys of a tile. A task of full tiles takes a millisecond or two, long beside its 10 us of StarPU, and its
+# queries, keys and values stay in a core's second-level cache. Fewer chains than ENOUGH would leave workers idle.
+TILE_Q, TILE_K = (128, 256, 512, 1024), 1024
+ENOUGH = 32
+
+
+class Addresses(NamedTuple):
+    """What one call adds to a prepared one."""
+
+    q: int
+    k: int
+    v: int
+    o: int
+    lse: int  # 0: not wanted
+    offsets: int  # of int64 (B,); 0: the spec has the offset
+    scoring: Scoring | None = None  # the values of the spec's score program and sinks
+
+
+def prepare_tiles(spec: AttentionSpec, layout: Layout, family: str) -> tuple[Callable[..., Any], Run]:
+    """Bind a spec and a layout: (pack, run) as CompiledKernel.pack and Run.
+
+    Raises: UnavailableError for kernels that only Python can run.
+    """
+    if family != "cpu":
+        raise UnavailableError(f"kernel: got {family!r} with engine 'starpu', expected 'cpu': tasks run without Python")
+    call = _Call(spec, layout)
+    return Addresses, call.run
+
+
+class _Call:
+    """A prepared call. Its flow is made at the first run, for each start of StarPU anew."""
+
+    def __init__(self, spec: AttentionSpec, layout: Layout) -> None:
+        self.spec, self.layout = spec, layout
+        self.accumulator = DTYPES[DTYPES[spec.dtype].accumulator]
+        self.shapes = {
+            "q": (spec.batch, spec.heads, spec.q_len, spec.head_size),
+            "k": (spec.batch, spec.kv_heads, spec.kv_len, spec.head_size),
+            "v": (spec.batch, spec.kv_heads, spec.kv_len, spec.value_size),
+            "o": (spec.batch, spec.heads, spec.q_len, spec.value_size),
+        }
+        self.tile_q, self.tile_k = tile_sizes(spec)
+        self._flow: tuple[runtime.Runtime, Flow] | None = None
+
+    def run(self, params: Addresses, report: Report | None = None) -> None:
+        """Submit every tile of the call and wait. Raises: KernelError naming codelet and tile."""
+        if not self.spec.batch * self.spec.q_len:
+            return
+        rt = runtime.ensure()
+        tensors: list[TiledTensor] = []
+        with rt.working():
+            flow = self._flow_of(rt, params)
+            job = Job()
+            try:
+                for name in "qkv":
+                    tensors.append(self._tiles(name, self._reachable(name, getattr(params, name))))
+                o = self._output(params)
+                tensors += [self._tiles("o", o), self._lse(params.lse)]
+                total = flow.submit(job, *tensors)
+                job.wait(report, total)
+            finally:
+                job.drain()
+                for tensor in tensors:
+                    tensor.unregister()
+            if isinstance(o, np.ndarray):
+                self._view("o", params.o, writable=True)[...] = o
+
+    def _flow_of(self, rt: runtime.Runtime, call: Addresses) -> Flow:
+        spec = self.spec
+        if spec.offset is None or call.scoring is not None:  # values that may differ from call to call
+            offsets = None
+            if spec.offset is None:
+                offsets = view(call.offsets, (spec.batch,), (8,), np.dtype(np.int64)).copy()
+            return Flow(rt, spec, self.tile_q, self.tile_k, offsets=offsets, scoring=call.scoring)
+        if self._flow is None or self._flow[0] is not rt:
+            self._flow = rt, Flow(rt, spec, self.tile_q, self.tile_k)
+        return self._flow[1]
+
+    def _view(self, name: str, address: int, writable: bool = False) -> np.ndarray:
+        strides, dtype = getattr(self.layout, name), DTYPES[self.spec.dtype].numpy
+        return view(address, self.shapes[name], strides, dtype, writable=writable)
+
+    def _fits(self, name: str) -> bool:
+        return can_tile(getattr(self.layout, name)[2:], self.shapes[name][3], DTYPES[self.spec.dtype].itemsize)
+
+    def _reachable(self, name: str, address: int) -> np.ndarray | int:
+        """The address; or a copy, where no matrix handle describes how the rows lie."""
+        return address if self._fits(name) else np.ascontiguousarray(self._view(name, address))
+
+    def _output(self, call: Addresses) -> np.ndarray | int:
+        return call.o if self._fits("o") else np.empty(self.shapes["o"], DTYPES[self.spec.dtype].numpy)
+
+    def _tiles(self, name: str, where: np.ndarray | int) -> TiledTensor:
+        tile = self.tile_k if name in "kv" else self.tile_q
+        dtype, shape = DTYPES[self.spec.dtype], self.shapes[name]
+        if isinstance(where, np.ndarray):
+            return TiledTensor(shape, dtype, tile, address=where.ctypes.data, strides=where.strides, keep=where)
+        strides: Strides = getattr(self.layout, name)
+        return TiledTensor(shape, dtype, tile, address=where, strides=strides)
+
+    def _lse(self, address: int) -> TiledTensor:
+        """lse, or the state that goes by this name where it is not wanted."""
+        shape, size = self.shapes["o"][:3], self.accumulator.itemsize
+        strides = (shape[1] * shape[2] * size, shape[2] * size, size)
+        return TiledTensor(shape, self.accumulator, self.tile_q, address=address, strides=strides)
+
+
+def tile_sizes(spec: AttentionSpec) -> tuple[int, int]:
+    """Rows of a query tile, in whole panels of the kernel, and keys of a key tile: a matter of shapes and instruction
+    set only, and so are the bits."""
+    panel, heads = cpu.config_of(spec).panel, spec.batch * spec.heads
+    menu = [max(1, rows // panel) * panel for rows in TILE_Q]
+    enough = [rows for rows in menu if heads * -(-spec.q_len // rows) >= ENOUGH]
+    return min(max(enough, default=menu[0]), max(1, spec.q_len)), min(TILE_K, max(1, spec.kv_len))

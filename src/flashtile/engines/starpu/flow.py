@@ -1,0 +1,193 @@
+"""The task flow of a forward pass: which query tile meets which key tiles, in which order, at which cost.
+
+A query tile i meets its key tiles in one order: i, i - 1, ..., 0, then from the last down to i + 1. It depends on
+tile numbers only, and tasks that share a state run in the order of submission, so the bits are the same for any
+number of workers and any scheduler. Key tiles that no row of the query tile sees make no task.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flashtile.dtypes import DTYPES
+from flashtile.engines.starpu.codelets import codelet
+from flashtile.engines.starpu.coverage import BandCoverage, ProgramCoverage, TileCoverage
+from flashtile.engines.starpu.footprint import footprint_of, footprints
+from flashtile.engines.starpu.jobs import TASK, Job
+from flashtile.engines.starpu.programs import Program
+from flashtile.engines.starpu.runtime import Runtime
+from flashtile.engines.starpu.states import submit_finish
+from flashtile.engines.starpu.tiles import DROP_LATER, Tile, TiledTensor
+from flashtile.errors import UnavailableError, wrong
+from flashtile.kernels.cpu import tiles as kernels
+from flashtile.spec import AttentionSpec
+
+if TYPE_CHECKING:
+    from flashtile.score.options import Scoring
+
+ORDERED, COMMUTE = "ordered", "commute"
+
+# What a task's handles set in the parameter block (programs.py), and the words of its own values.
+FORWARD = ((0, "q", "q_s"), (1, "k", "k_s"), (2, "v", "v_s"), (3, "o", "o_s"), (4, "lse", None))
+FORWARD_VALUES = ("carry", "kv_len", "sinks")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The tasks of a flow, chain by chain: int64 arrays (n,). A chain without a key is one task with key tile -1."""
+
+    batch: np.ndarray
+    head: np.ndarray
+    query_tile: np.ndarray
+    key_tile: np.ndarray
+    place: np.ndarray  # in its chain, from 0
+    left: np.ndarray  # tasks of its chain that follow: the critical path
+
+
+def pairs_of(spec: AttentionSpec, coverage: TileCoverage) -> Pairs:
+    """Every task of a call, in the order of submission."""
+    tile_q, tile_k = coverage.tile_q, coverage.tile_k
+    touched = coverage.touched()
+    touched = np.broadcast_to(touched, (spec.batch, spec.heads, *touched.shape[2:]))
+    batch, head, i, j = np.nonzero(touched)
+    none = np.nonzero(~touched.any(axis=3))
+    batch, head, i = (np.concatenate(x) for x in zip((batch, head, i), none, strict=True))
+    j = np.append(j, np.full(len(none[0]), -1))
+    own = np.minimum(i * tile_q // tile_k, max(touched.shape[3] - 1, 0))
+    order = np.lexsort((-j, j > own, i, head, batch))
+    batch, head, i, j = (x[order].astype(np.int64) for x in (batch, head, i, j))
+    chain = (batch * spec.heads + head) * touched.shape[2] + i
+    first = np.flatnonzero(np.diff(chain, prepend=-1))
+    length = np.diff(np.append(first, len(chain)))
+    place = np.arange(len(chain)) - np.repeat(first, length)
+    return Pairs(batch, head, i, j, place, np.repeat(length, length) - 1 - place)
+
+
+class Flow:
+    """The tasks of one spec on tiles of one size; made once, submitted on any tensors of that shape.
+
+    offsets: int64 (B,), where spec.offset is None; scoring: the values of the spec's program and sinks. With either,
+    the flow is good for these values only.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        spec: AttentionSpec,
+        tile_q: int,
+        tile_k: int,
+        *,
+        accumulate: str = ORDERED,
+        offsets: np.ndarray | None = None,
+        scoring: Scoring | None = None,
+    ) -> None:
+        if accumulate not in (ORDERED, COMMUTE):
+            raise wrong("accumulate", repr(accumulate), f"{ORDERED!r} or {COMMUTE!r}")
+        if accumulate == COMMUTE and spec.sinks:
+            raise UnavailableError("accumulate: got 'commute' with sinks, expected 'ordered', which has a last task")
+        self.spec, self.tile_q, self.tile_k, self.accumulate = spec, tile_q, tile_k, accumulate
+        at = 0 if offsets is None else offsets.ctypes.data
+        kernel = kernels.forward(spec, tile_q, tile_k, offsets=at, scoring=scoring)
+        self.sinks = int(kernel.block[kernel.words["sinks"]])
+        self.program = Program(runtime, kernel, FORWARD, FORWARD_VALUES, (offsets, scoring))
+        self.narrow = DTYPES[spec.dtype].accumulator != spec.dtype
+        self.coverage: TileCoverage
+        if kernel.config.masked:
+            assert scoring is not None and scoring.program is not None
+            self.coverage = ProgramCoverage(spec, scoring.program, kernel.config, tile_q, tile_k)
+        else:
+            shared = np.array([spec.offset or 0], np.int64)
+            self.coverage = BandCoverage(spec, tile_q, tile_k, shared if offsets is None else offsets)
+        self.pairs = pairs_of(spec, self.coverage)
+        self.tasks = self._forward_tasks()
+        self.number = np.full((spec.batch, spec.heads, -(-spec.q_len // tile_q), -(-spec.kv_len // tile_k)), -1)
+        some = self.pairs.key_tile >= 0
+        p = self.pairs
+        self.number[p.batch[some], p.head[some], p.query_tile[some], p.key_tile[some]] = np.flatnonzero(some)
+
+    def submit(self, job: Job, q: TiledTensor, k: TiledTensor, v: TiledTensor, o: TiledTensor, lse: TiledTensor) -> int:
+        """Submit the whole pass; returns how many tasks. 16-bit outputs have a state of their own until the cast."""
+        state = o
+        if self.narrow:
+            state = TiledTensor(o.shape, DTYPES[DTYPES[self.spec.dtype].accumulator], self.tile_q)
+        try:
+            self._submit_forward(job, q, k, v, state, lse)
+            return len(self.tasks) + (submit_finish(job, state, lse, o) if self.narrow else 0)
+        finally:
+            if self.narrow:
+                state.unregister(DROP_LATER)
+
+    def _submit_forward(
+        self, job: Job, q: TiledTensor, k: TiledTensor, v: TiledTensor, o: TiledTensor, lse: TiledTensor
+    ) -> None:
+        p = self.pairs
+        rows = p.batch, p.head, p.query_tile
+        queries = q.handles[rows]
+        read = [queries, queries]
+        if k.handles.size:
+            keys = p.batch, p.head // self.spec.group, np.maximum(p.key_tile, 0)
+            # Where no key is read the queries stand in.
+            read = [np.where(p.key_tile < 0, queries, x.handles[keys]) for x in (k, v)]
+        handles = np.stack([queries, *read, o.handles[rows], lse.handles[rows]], axis=1)
+        self.program.submit(job, codelet("forward", self.spec.dtype), handles, self._modes(job.runtime), self.tasks)
+
+    def _modes(self, runtime: Runtime) -> np.ndarray:
+        r, w, rw, commute = (runtime.constant(name) for name in ("R", "W", "RW", "COMMUTE"))
+        later = rw | commute if self.accumulate == COMMUTE else rw
+        modes = np.full((len(self.tasks), 5), r, np.int32)
+        modes[:, 3:] = np.where(self.pairs.place == 0, w, later)[:, None]
+        return modes
+
+    def _forward_tasks(self) -> np.ndarray:
+        spec, p = self.spec, self.pairs
+        key_tiles, query_tiles = max(1, -(-spec.kv_len // self.tile_k)), -(-spec.q_len // self.tile_q)
+        row, seen = p.query_tile * self.tile_q, np.maximum(p.key_tile, 0)
+        key = seen * self.tile_k
+        end = np.where(p.key_tile < 0, 0, np.minimum(key + self.tile_k, spec.kv_len))
+        head = p.batch * spec.heads + p.head
+        tasks = np.zeros(len(row), TASK)
+        tasks["begin"] = (head * query_tiles + p.query_tile) * key_tiles + seen
+        tasks["end"] = tasks["begin"] + 1
+        tasks["rows"][:, :4] = np.stack([row, key, key, row], axis=1)
+        tasks["bytes"][:, 4] = (head * spec.q_len + row) * DTYPES[DTYPES[spec.dtype].accumulator].itemsize
+        tasks["values"][:, :3] = np.stack([p.place > 0, end, np.where(p.left == 0, self.sinks, 0)], axis=1)
+        tasks["tile"] = np.stack([p.batch, p.head, p.query_tile, p.key_tile], axis=1)
+        tasks["priority"] = p.left
+        self._add_costs(tasks)
+        return tasks
+
+    def _add_costs(self, tasks: np.ndarray) -> None:
+        """FLOPs of the two products over visible pairs, and footprints."""
+        p, spec, identity = self.pairs, self.spec, self.program.kernel.identity
+        some = p.key_tile >= 0
+        pairs, cases = self.coverage.amount(*(x[some] for x in (p.batch, p.head, p.query_tile, p.key_tile)))
+        tasks["flops"][some] = 2.0 * (spec.head_size + spec.value_size) * pairs
+        carried = np.concatenate([cases, p.place[some, None] > 0], axis=1)
+        tasks["footprint"][some] = footprints(identity, carried)
+        rows = np.minimum(self.tile_q, spec.q_len - p.query_tile[~some] * self.tile_q)
+        tasks["footprint"][~some] = [footprint_of(identity, int(n), 0) for n in rows]
+
+
+def submit_pair(
+    flow: Flow, job: Job, q: Tile, k: Tile, v: Tile, o: Tile, lse: Tile, *, carry: bool, last: bool
+) -> int:
+    """Submit one pair of tiles; returns 0 if the mask keeps them apart, else 1. Raises: SpecError for tiles that do not
+    belong together."""
+    (b, h, i), j = q.index, k.index[2]
+    own = b, h // flow.spec.group, j
+    for name, tile, index in (("k", k, own), ("v", v, own), ("o", o, q.index), ("lse", lse, q.index)):
+        if tile.index != index:
+            raise wrong(name, f"tile {tile.index}", f"tile {index}, to go with tile {q.index} of q")
+    number = flow.number[b, h, i, j]
+    if number < 0:
+        return 0
+    task = flow.tasks[number : number + 1].copy()
+    task["values"][0, 0], task["values"][0, 2] = carry, flow.sinks if last else 0
+    r, w, rw, commute = (job.runtime.constant(name) for name in ("R", "W", "RW", "COMMUTE"))
+    state = w if not carry else rw | commute if flow.accumulate == COMMUTE else rw
+    handles = np.array([[x.handle for x in (q, k, v, o, lse)]], np.uint64)
+    flow.program.submit(job, codelet("forward", flow.spec.dtype), handles, np.array([[r, r, r, state, state]]), task)
+    return 1

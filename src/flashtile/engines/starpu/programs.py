@@ -1,0 +1,56 @@
+"""Programs: a tile kernel with the table that tells the trampoline which word of its block each buffer sets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from flashtile.engines.starpu.codelets import Codelet
+from flashtile.engines.starpu.jobs import Job
+from flashtile.engines.starpu.runtime import Runtime
+from flashtile.kernels.cpu.tiles import TileKernel
+
+CACHE_LINE = 64
+
+# Handle of the task, word of its address, word of its bytes between rows or None; and, where the word is to hold the
+# distance from another binding, the number of that one.
+Binding = tuple[Any, ...]
+
+
+class Program:
+    """A kernel as tasks call it. Lives as long as tasks of it may run; jobs see to that."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        kernel: TileKernel,
+        bindings: tuple[Binding, ...],
+        values: tuple[str, ...],
+        keep: Any = None,
+    ) -> None:
+        self.kernel, self._keep = kernel, keep
+        self.data = data = runtime.ffi.new("ft_program *")
+        assert len(kernel.block) <= len(data.block) and len(bindings) <= len(data.handle)
+        data.cpu, data.words = kernel.address, len(kernel.block)
+        data.handles = 1 + max(handle for handle, *_ in bindings)
+        data.bindings, data.values = len(bindings), len(values)
+        for n, (handle, address, stride, *other) in enumerate(bindings):
+            data.handle[n], data.address_word[n] = handle, kernel.words[address]
+            data.stride_word[n] = -1 if stride is None else kernel.words[stride]
+            getattr(data, "from")[n] = other[0] if other else -1
+        for n, name in enumerate(values):
+            data.value_word[n] = kernel.words[name]
+        data.block[0 : len(kernel.block)] = kernel.block.tolist()
+        self.address = int(runtime.ffi.cast("uintptr_t", data))
+
+    def submit(self, job: Job, codelet: Codelet, handles: np.ndarray, modes: np.ndarray, tasks: np.ndarray) -> None:
+        """Submit tasks on handles (n, buffers), with a scratch buffer a worker; see Job.submit."""
+        if not len(tasks):
+            return
+        runtime, n = job.runtime, len(tasks)
+        tasks["program"] = self.address
+        scratch = runtime.scratch(self.kernel.scratch_bytes + CACHE_LINE)
+        handles = np.concatenate([handles, np.full((n, 1), scratch, np.uint64)], axis=1)
+        modes = np.concatenate([modes, np.full((n, 1), runtime.constant("SCRATCH"), np.int32)], axis=1)
+        job.submit(codelet, handles, modes, tasks, self)

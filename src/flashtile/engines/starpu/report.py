@@ -1,0 +1,29 @@
+"""What `flashtile doctor` says of StarPU: its version, where it is bound, its workers and limits."""
+
+from __future__ import annotations
+
+import os
+
+from flashtile.engines.starpu import build, runtime
+
+
+def remark() -> str:
+    """One line; nothing is compiled or started for it."""
+    found = build.package()
+    assert found is not None
+    name, version = found
+    if not build.built():
+        return f"StarPU {version} ({name}); the binding is compiled at first use, or by flashtile starpu build"
+    lib = build.load().lib
+    limits = ", ".join(f"{what} {lib.ft_constant(word)}" for what, word in LIMITS)
+    return f"StarPU {version} ({name}); {_workers()}; at most {limits}"
+
+
+LIMITS = (("CPU workers", b"MAXCPUS"), ("workers", b"NMAXWORKERS"), ("handles in a codelet", b"NMAXBUFS"))
+
+
+def _workers() -> str:
+    if not runtime.running():
+        return f"not running, STARPU_NCPU={os.environ.get('STARPU_NCPU', 'unset')}"
+    now = runtime.current()
+    return ", ".join(f"{now.workers(kind)} {kind} workers" for kind in runtime.ARCHITECTURES)

@@ -1,0 +1,74 @@
+/* What Python sees of the shim: plain C, read by cffi. No StarPU struct appears here, because their sizes depend on
+   StarPU's version and configuration; only shim.c, compiled against the installed header, knows them. */
+
+#define FT_BUFFERS 8
+#define FT_VALUES 4
+#define FT_WORDS 128
+
+typedef struct ft_codelet ft_codelet;
+typedef struct ft_job ft_job;
+
+/* A kernel with the parameter block that its tasks share; not written while a task may run. Binding n: the address of
+   the task's handle number handle[n] goes to block[address_word[n]], less the address of binding from[n] unless that is
+   -1; its bytes between rows go to block[stride_word[n]], unless that is -1. */
+typedef struct {
+	uintptr_t cpu, cuda;
+	int32_t words, handles, bindings, values;
+	int32_t handle[FT_BUFFERS], address_word[FT_BUFFERS], stride_word[FT_BUFFERS], from[FT_BUFFERS];
+	int32_t value_word[FT_VALUES];
+	int64_t block[FT_WORDS];
+} ft_program;
+
+/* One task: work items [begin, end) of a program. Handle n stands rows[n] rows and bytes[n] bytes into the whole that
+   the kernel believes it works on. tile: the numbers by which an error names the task. */
+typedef struct {
+	const ft_program *program;
+	int64_t begin, end;
+	int64_t rows[FT_BUFFERS], bytes[FT_BUFFERS], values[FT_VALUES], tile[4];
+	double flops;
+	uint32_t footprint;
+	int32_t priority;
+} ft_task;
+
+typedef struct {
+	int32_t status, worker;
+	int64_t tile[4], pending;
+	char codelet[64];
+} ft_report;
+
+int ft_version(int *runtime);
+int ft_constant(const char *name);
+int ft_scheduler_name(int n, char *name, int size);
+int ft_is_initialized(void);
+int ft_init(int cpus, int cudas, const char *scheduler, int calibrate);
+void ft_shutdown(void);
+void ft_pause(void);
+void ft_resume(void);
+int ft_workers(int architecture);
+int ft_worker_name(int worker, char *name, int size);
+
+ft_codelet *ft_codelet_new(const char *name);
+void ft_codelet_free(ft_codelet *codelet);
+void ft_codelet_implement(ft_codelet *codelet, int architectures);
+void ft_codelet_where(ft_codelet *codelet, int architectures);
+
+ft_job *ft_job_new(void);
+void ft_job_free(ft_job *job);
+int ft_job_wait(ft_job *job, int milliseconds);
+void ft_job_stop(ft_job *job);
+void ft_job_report(ft_job *job, ft_report *report);
+void ft_job_clear(ft_job *job);
+
+int ft_submit(ft_job *job, ft_codelet *codelet, int64_t n, int buffers, const uint64_t *handles, const int32_t *modes,
+	const ft_task *tasks, int64_t *submitted);
+
+void ft_register_matrices(int64_t n, const uint64_t *address, const uint32_t *ld, const uint32_t *columns,
+	const uint32_t *rows, uint64_t itemsize, uint64_t *handles);
+void ft_register_variables(int64_t n, const uint64_t *address, const uint64_t *nbytes, uint64_t *handles);
+void ft_unregister(int64_t n, const uint64_t *handles, int how);
+int ft_acquire(uint64_t handle, int mode);
+void ft_release(uint64_t handle);
+uintptr_t ft_pointer(uint64_t handle, int64_t *row_bytes);
+int64_t ft_nbytes(uint64_t handle);
+
+double ft_expected_length(ft_codelet *codelet, uint64_t *handles, const int32_t *modes, int n, const ft_task *task);

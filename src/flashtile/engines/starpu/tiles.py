@@ -1,0 +1,211 @@
+"""Tensors as tiles: data handles over memory that stays where it is, or over memory that StarPU owns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flashtile.arrays import view_of
+from flashtile.dtypes import DType
+from flashtile.engines.starpu import runtime
+from flashtile.errors import wrong
+from flashtile.kernels.views import view
+from flashtile.spec import integer
+
+FOREIGN = -1  # in place of an address: the handles are someone else's
+LARGEST = 2**32 - 1  # of a matrix handle's numbers
+HOME, DROP, DROP_LATER = 0, 1, 2  # what ft_unregister does with the contents
+MODES = ("R", "W", "RW")
+ACQUIRE_POLL_SECONDS = 2e-4
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """One tile of a tensor: what a task is submitted on."""
+
+    tensor: TiledTensor
+    index: tuple[int, int, int]
+
+    @property
+    def handle(self) -> int:
+        """The address of StarPU's handle (starpu_data_handle_t), for tasks of the program's own."""
+        self.tensor.check()
+        return int(self.tensor.handles[self.index])
+
+    @property
+    def first(self) -> int:
+        """The tile's first row in the tensor."""
+        return self.index[2] * self.tensor.rows
+
+    @property
+    def height(self) -> int:
+        """Rows of the tile; the last one of a tensor may be short."""
+        return min(self.tensor.rows, self.tensor.shape[2] - self.first)
+
+
+class TiledTensor:
+    """A tensor (B, H, S, D), or lse (B, H, S), as tiles (1, 1, rows, D), each a data handle.
+
+    The handles of a tensor with columns are matrices (StarPU's matrix interface, a row apart by `stride` bytes),
+    those of lse are variables; so are those of a tensor that StarPU owns, which exists tile by tile, from the first
+    task that writes it.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: DType,
+        rows: int,
+        *,
+        address: int = 0,
+        strides: tuple[int, ...] = (0, 0, 0),
+        keep: Any = None,
+    ) -> None:
+        """address 0: StarPU owns the memory. strides: bytes along B, H, S, and more. keep: what owns the memory."""
+        self.runtime = runtime.current()
+        self.shape, self.dtype, self.rows = shape, dtype, rows
+        self.owned, self._keep, self._strides = address == 0, keep, strides
+        self.columns = shape[3] if len(shape) == 4 else None
+        self.extent, self.writable = (0, 0), True  # bytes of memory that it spans, if it is not StarPU's
+        if isinstance(keep, np.ndarray):
+            described = view_of(keep)
+            self.extent = tuple(address + end for end in described.extent())  # type: ignore[assignment]
+            self.writable = keep.flags.writeable and not described.may_overlap_itself()
+        batch, heads, length = shape[:3]
+        self.grid = batch, heads, -(-length // rows)
+        count = np.minimum(rows, length - rows * np.arange(self.grid[2]))
+        starts = sum(
+            step * np.arange(n).reshape([-1 if axis == a else 1 for a in range(3)])
+            for axis, (n, step) in enumerate(zip(self.grid, (*strides[:2], strides[2] * rows), strict=True))
+        )
+        self.handles = np.empty(self.grid, np.uint64)
+        self.live, self.foreign = True, False
+        if address == FOREIGN:
+            return
+        where = np.zeros(self.grid) if self.owned else address + np.broadcast_to(starts, self.grid)
+        self._register(where.astype(np.uint64), np.broadcast_to(count, self.grid))
+        self.runtime.handles.update(dict.fromkeys(self.handles.ravel().tolist(), self))
+
+    def _register(self, where: np.ndarray, count: np.ndarray) -> None:
+        size = self.dtype.itemsize
+        if self.columns is None or self.owned:
+            self.handles[...] = self.runtime.register(where, count * (size * (self.columns or 1))).reshape(self.grid)
+            return
+        numbers = (self._strides[2] // size, self.columns, count)  # leading dimension, columns, rows
+        at = self.runtime.ffi.from_buffer
+        matrices = [at("uint32_t[]", np.ascontiguousarray(np.broadcast_to(x, self.grid), np.uint32)) for x in numbers]
+        self.runtime.lib.ft_register_matrices(
+            where.size, at("uint64_t[]", where), *matrices, size, at("uint64_t[]", self.handles)
+        )
+
+    @classmethod
+    def wrap(cls, handles: np.ndarray, shape: tuple[int, ...], dtype: DType, rows: int) -> TiledTensor:
+        """Over handles that the program registered itself, of shape (B, H, tiles along S).
+
+        They are matrices, or contiguous vectors or variables, of exactly a tile's bytes. They stay the program's:
+        unregister() only forgets them.
+        Raises: SpecError if there are more or fewer handles than tiles, or of another size or interface.
+        """
+        tensor = cls(shape, dtype, rows, address=FOREIGN)
+        tensor.foreign = True
+        if handles.shape != tensor.grid:
+            raise wrong("handles", f"shape {handles.shape}", f"{tensor.grid}, one a tile")
+        tensor.handles[...] = handles
+        for index in np.ndindex(*tensor.grid):
+            address = int(handles[index])
+            nbytes = int(tensor.runtime.lib.ft_nbytes(address)) if address else -1
+            expected = Tile(tensor, index).height * (tensor.columns or 1) * dtype.itemsize
+            if nbytes != expected:
+                got = "one of another interface" if nbytes < 0 else f"one of {nbytes} bytes"
+                raise wrong(f"handle {index}", got, f"a matrix, vector or variable of {expected} bytes")
+        return tensor
+
+    @property
+    def dense(self) -> bool:
+        """Whether the rows of a tile lie without gaps."""
+        return self.owned or self.columns is None or self._strides[2] == self.columns * self.dtype.itemsize
+
+    def __getitem__(self, index: Any) -> Tile:
+        """The tile (batch, head, tile along S). Raises: SpecError outside the grid."""
+        numbers = tuple(integer(n) for n in index) if isinstance(index, tuple) else (integer(index),)
+        inside = [n is not None and 0 <= n < size for n, size in zip(numbers, self.grid, strict=False)]
+        if len(numbers) != 3 or not all(inside):
+            raise wrong("tile", repr(index), f"three numbers (batch, head, tile) within {self.grid}")
+        return Tile(self, numbers)  # type: ignore[arg-type]  # None was refused
+
+    @contextmanager
+    def acquire(self, index: tuple[int, int, int], mode: str = "R") -> Iterator[np.ndarray]:
+        """The contents of one tile, once every task submitted on it before is done: (rows, D), or (rows,) of lse.
+
+        Mode R, W (what is there may be lost) or RW. While a tile is held no task can be submitted on it; release
+        it by leaving the block. bfloat16 comes as its bits, uint16.
+        Raises: SpecError for another mode, a tile already held, an unregistered tensor.
+        """
+        tile = self[index]
+        handle = tile.handle
+        if mode not in MODES:
+            raise wrong("mode", repr(mode), "one of " + ", ".join(map(repr, MODES)))
+        if handle in self.runtime.held:
+            raise wrong("acquire", f"tile {index}, which is held already", "a tile released before")
+        with self.runtime.working():
+            while self.runtime.lib.ft_acquire(handle, self.runtime.constant(mode)):
+                time.sleep(ACQUIRE_POLL_SECONDS)  # Ctrl-C comes through here
+            self.runtime.held.add(handle)
+            try:
+                yield self._contents(tile, handle, mode)
+            finally:
+                self.runtime.release(handle)
+
+    def _contents(self, tile: Tile, handle: int, mode: str) -> np.ndarray:
+        row_bytes = self.runtime.ffi.new("int64_t *")
+        address = int(self.runtime.lib.ft_pointer(handle, row_bytes))
+        size = self.dtype.itemsize
+        inner = () if self.columns is None else (self.columns,)
+        row = row_bytes[0] or size * (self.columns or 1)
+        return view(
+            address, (tile.height, *inner), (row, size)[: 1 + len(inner)], self.dtype.numpy, writable=mode != "R"
+        )
+
+    def check(self) -> None:
+        """Raise SpecError if the tensor was unregistered, UnavailableError if StarPU does not run in this process."""
+        if runtime.current() is not self.runtime or not self.live:
+            raise wrong("tensor", "one that was unregistered", "a registered one")
+
+    def unregister(self, how: int | None = None) -> None:
+        """Wait for the tasks on the tiles, and give the memory back: contents of an array are then in the array.
+
+        Raises: SpecError if it was done before, or if a tile is held.
+        """
+        self.check()
+        handles = self.handles.ravel().tolist()
+        if not self.runtime.held.isdisjoint(handles):
+            raise wrong("unregister", "a tensor with a tile that is acquired", "every tile released")
+        self.live = False
+        if self.foreign:
+            return
+        if how is None:
+            how = DROP if self.owned else HOME
+        with self.runtime.working():
+            self.runtime.unregister(self.handles, how)
+        for handle in handles:
+            self.runtime.handles.pop(handle, None)
+        self._keep = None
+
+    def __enter__(self) -> TiledTensor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live and self.runtime is runtime._runtime:
+            self.unregister()
+
+
+def can_tile(strides: tuple[int, ...], columns: int, itemsize: int) -> bool:
+    """Whether rows of `columns` elements lie so that a matrix handle describes them: strides of (S, D) in bytes."""
+    row, inner = strides
+    step, rest = divmod(row, itemsize)
+    return inner == itemsize and not rest and columns <= step <= LARGEST
