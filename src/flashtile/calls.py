@@ -95,16 +95,21 @@ def prepare(
     o = contiguous(o_shape, q.dtype) if out is None else check_out(view_of(out), o_shape, spec)
     engine = engines.pick(as_name("engine", options.engine))
     family = kernels.pick(spec, as_name("kernel", options.kernel))
-    plan = make_plan(spec, family.capabilities(spec))
-    kernel = family.compile(spec, plan, Layout(*(x.strides4() for x in (*views, o))))
+    layout = Layout(*(x.strides4() for x in (*views, o)))
+    if hasattr(engine, "prepare_tiles"):  # it cuts the arrays itself
+        pack, run = engine.prepare_tiles(spec, layout, family)
+    else:
+        plan = make_plan(spec, family.capabilities(spec))
+        kernel = family.compile(spec, plan, layout)
+        pack, run = kernel.pack, engine.prepare(plan, kernel)
     call = Call(
         spec,
         o_shape,
         lse_shape=o_shape[:-1],
         lse_dtype=DTYPES[DTYPES[spec.dtype].accumulator].numpy,
         extents=tuple(x.extent() for x in (o, *views)),
-        pack=kernel.pack,
-        run=engine.prepare(plan, kernel),
+        pack=pack,
+        run=run,
     )
     if len(cache) >= CACHE_ENTRIES:
         with contextlib.suppress(RuntimeError, StopIteration, KeyError):  # another thread was faster

@@ -2,6 +2,12 @@
 
     unavailable() -> str | None            why it cannot run on this machine, None if it can
     prepare(plan, kernel) -> Run           called once for a call that may be repeated many times
+
+One that cuts the arrays into tiles of its own, instead of running a plan's work items, also has
+
+    prepare_tiles(spec, layout, family) -> (pack, Run)     pack as CompiledKernel.pack; family, the kernels to use
+
+and any may have remark() -> str, what `flashtile doctor` says of it where it is available.
 """
 
 from __future__ import annotations
@@ -58,5 +64,6 @@ def survey() -> list[tuple[str, str, bool, str]]:
     rows = []
     for name, engine in engines():
         reason = engine if isinstance(engine, str) else engine.unavailable()
-        rows.append(("engine", name, reason is None, reason or ""))
+        remark = engine.remark() if reason is None and hasattr(engine, "remark") else ""
+        rows.append(("engine", name, reason is None, reason or remark))
     return rows
