@@ -1,4 +1,4 @@
-"""The command `flashtile`: demo, run, bench, explain, doctor. Each command imports what it needs when it runs."""
+"""The command `flashtile`: demo, run, bench, explain, doctor, starpu. A command imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -109,6 +109,14 @@ def doctor(options: argparse.Namespace) -> int:
     return OK
 
 
+def starpu(options: argparse.Namespace) -> int:
+    """Compile the binding of the StarPU engine against the installed StarPU."""
+    from flashtile.engines.starpu import build, report
+
+    print(f"{build.build(force=True)}: {report.remark()}")
+    return OK
+
+
 def _inputs(paths: list[Path]) -> list[np.ndarray]:
     """q, k and v, mapped."""
     from flashtile.arrayfiles import open_npy, open_npz
@@ -164,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_threads(sub)
     _add_explain_options(add(explain))
     add(doctor)
+    add(starpu).add_argument("action", choices=("build",), help="compile, whether or not it was compiled before")
     return parser
 
 
