@@ -1,0 +1,299 @@
+"""The door for programs on StarPU: tiles that are registered once, attention as tasks beside the program's own.
+
+    from flashtile import starpu
+    starpu.init()
+    q, k, v, o, lse = (starpu.register(x, rows=512) for x in arrays)    # (B, H, S, D); lse (B, H, S)
+    starpu.submit_forward(q, k, v, o, lse, causal=True)                  # returns at once
+    starpu.wait()                                                        # raises what a task met
+
+Tasks on the same tiles run in the order of their submission, whoever submits them: `q[0, 0, 3].handle` is the
+address of StarPU's own handle, and `wrap` takes the program's handles the other way. A program that has called
+starpu_init itself keeps its StarPU; `init` joins it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from flashtile.arrays import plain
+from flashtile.calls import Options, as_key, split_align
+from flashtile.dtypes import DTYPES, DType, dtype_of
+from flashtile.engines.starpu import runtime, states
+from flashtile.engines.starpu.codelets import LABELS, codelet
+from flashtile.engines.starpu.flow import COMMUTE, ORDERED, Flow, submit_pair
+from flashtile.engines.starpu.jobs import Job
+from flashtile.engines.starpu.runtime import schedulers, shutdown
+from flashtile.engines.starpu.tiles import Tile, TiledTensor, can_tile
+from flashtile.errors import wrong
+from flashtile.score.options import ScoreOptions
+from flashtile.spec import integer
+
+__all__ = [
+    "COMMUTE",
+    "ORDERED",
+    "Tile",
+    "TiledTensor",
+    "empty",
+    "init",
+    "register",
+    "restrict",
+    "schedulers",
+    "shutdown",
+    "submit_finish",
+    "submit_forward",
+    "submit_merge",
+    "wait",
+    "workers",
+    "wrap",
+]
+
+KEPT_FLOWS = 64
+
+
+def init(
+    workers: int | None = None,
+    *,
+    cuda: int | None = None,
+    scheduler: str | None = None,
+    calibrate: bool | None = None,
+    models: str | os.PathLike[str] | None = None,
+) -> None:
+    """Start StarPU, or join the one that the program has started.
+
+    Options:  workers, cuda  numbers of CPU and CUDA workers; else STARPU_NCPU and STARPU_NCUDA, else all there are.
+              scheduler      one of schedulers(); else STARPU_SCHED, else StarPU's own choice (lws).
+              calibrate      measure every task for the performance models.
+              models         folder that keeps the models, for dmda and its kin; else StarPU's (~/.starpu).
+    A joined StarPU keeps its own settings.
+    Raises:   SpecError for a second call, an unknown scheduler, a number out of range, a limit on memory
+              (STARPU_LIMIT_CPU_MEM) without a disk; UnavailableError if StarPU is not installed, has no worker, or
+              runs in the process that this one was forked from.
+    """
+    runtime.init(workers, cuda=cuda, scheduler=scheduler, calibrate=calibrate, models=models)
+
+
+def workers(architecture: str | None = None) -> int:
+    """Workers that run, of "cpu", of "cuda", or all."""
+    if architecture not in (None, *runtime.ARCHITECTURES):
+        raise wrong("architecture", repr(architecture), "'cpu', 'cuda' or None")
+    return runtime.current().workers(architecture)
+
+
+def restrict(*where: str, dtype: str | None = None) -> None:
+    """Let tasks submitted from now on run on "cpu", on "cuda" or on both only, in one dtype or in all.
+
+    Raises: UnavailableError if nothing remains: no implementation there, or no worker. Nothing is changed then.
+    """
+    names = list(DTYPES) if dtype is None else [dtype_of(dtype).name]
+    chosen = [codelet(operation, name) for operation in LABELS for name in names]
+    for one in chosen:
+        one.check(*where)
+    for one in chosen:
+        one.restrict(*where)
+
+
+def register(array: Any, rows: int) -> TiledTensor:
+    """The tiles of an array, which stays where it is.
+
+    Shapes:   q, k, v or o (B, H, S, D); lse (B, H, S). Tiles are (1, 1, rows, D), the last along S may be short.
+              Rows of D adjacent elements, any distance apart; lse contiguous along S.
+    The array lives at least until unregister() (or the end of a `with` block, or shutdown). While it is registered,
+    read and write it through acquire only. Raises: SpecError.
+    """
+    array = plain(array, "array")
+    if array.ndim not in (3, 4):
+        raise wrong("array", f"shape {array.shape}", "(B, H, S, D), or (B, H, S) for lse")
+    dtype = dtype_of(array.dtype, "array")
+    if array.ndim == 4 and array.shape[3] < 1:
+        raise wrong("array", f"shape {array.shape}", "a head size of at least 1")
+    fits = array.strides[2] == dtype.itemsize
+    if array.ndim == 4:
+        fits = can_tile(array.strides[2:], array.shape[3], dtype.itemsize)
+    if array.size and not fits:
+        raise wrong("array", f"strides {array.strides}", "rows of adjacent elements that do not overlap")
+    runtime.current()
+    address = array.ctypes.data
+    return TiledTensor(array.shape, dtype, rows_of(rows), address=address, strides=array.strides[:3], keep=array)
+
+
+def empty(shape: Sequence[int], dtype: Any, rows: int) -> TiledTensor:
+    """Tiles that StarPU owns: allocated where and when a task first writes them, evicted if memory is short.
+
+    Shapes as in `register`. The contents are read by acquire; unregister() drops them.
+    """
+    shape = tuple(integer(n) if integer(n) is not None else -1 for n in shape)  # type: ignore[misc]
+    if len(shape) not in (3, 4) or min(shape) < 0 or 0 in shape[3:]:
+        raise wrong("shape", repr(shape), "(B, H, S, D), or (B, H, S) for lse")
+    return TiledTensor(shape, dtype_of(dtype), rows_of(rows))
+
+
+def wrap(handles: Any, shape: Sequence[int], dtype: Any, rows: int) -> TiledTensor:
+    """Tiles over handles of the program's own: addresses (starpu_data_handle_t) of shape (B, H, tiles along S)."""
+    handles = np.asarray(handles)
+    if handles.dtype.kind not in "iu":
+        raise wrong("handles", f"dtype {handles.dtype}", "integers, the addresses of handles")
+    return TiledTensor.wrap(handles.astype(np.uint64), tuple(shape), dtype_of(dtype), rows_of(rows))
+
+
+def rows_of(rows: Any) -> int:
+    """The rows of a tile, which must be a positive integer."""
+    number = integer(rows)
+    if number is None or number < 1:
+        raise wrong("rows", repr(rows), "a positive integer")
+    return number
+
+
+def submit_forward(
+    q: Any,
+    k: Any,
+    v: Any,
+    o: Any,
+    lse: Any,
+    *,
+    mask: Any = None,
+    bias: Any = None,
+    score_mod: Any = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    align: Any = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    scale: float | None = None,
+    precision: str = "ieee",
+    accumulate: str = ORDERED,
+    carry: bool | None = None,
+    last: bool | None = None,
+) -> int:
+    """Submit attention: of whole tensors, one task for each pair of tiles that meet; or of one pair of tiles.
+
+    Shapes:   q, k, v, o, lse as registered: all tensors, or all tiles (`q[b, h, i]`, `k[b, h_kv, j]`). q, o and lse
+              are cut into the same rows, k and v into the same keys. lse float32 (float64 for float64).
+    Options:  as `flashtile.attention`; also
+              accumulate  "ordered": key tiles in a fixed order, the same bits always; "commute": in any order, so
+                          that a chain need not wait for its next key tile (STARPU_COMMUTE).
+              carry, last (of tiles only) whether o and lse hold the state of earlier keys, and whether no key
+                          follows, so that sinks are counted.
+    Tiles:    o is in lse's dtype, the state; `submit_finish` casts it. Masks are computed from where the tiles stand.
+    Returns:  the number of tasks; 0 for tiles that the mask keeps apart. Does not wait: see `wait`.
+    Raises:   SpecError, UnavailableError; what happens in tasks is raised by `wait`.
+    """
+    given = q, k, v, o, lse
+    single = isinstance(q, Tile)
+    kind = Tile if single else TiledTensor
+    for name, x in zip(NAMES, given, strict=True):
+        if not isinstance(x, kind):
+            raise wrong(name, f"a {type(x).__name__}", "a tile as q" if single else "a registered tensor")
+    tensors = [x.tensor for x in given] if single else list(given)
+    if not single and not (carry is last is None):
+        raise wrong("carry" if carry is not None else "last", "a value with whole tensors", "None: it is for tiles")
+    scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks)
+    align, offsets = split_align(align, tensors[0].shape)
+    options = Options(causal, as_key(window), align, scale, precision, "cpu", "starpu")
+    check_tensors(*tensors, state=single)
+    flow = _flow(tensors, options, scores, offsets, accumulate)
+    job = _job()
+    if single:
+        return submit_pair(flow, job, *given, carry=bool(carry), last=bool(last))
+    return flow.submit(job, *tensors)
+
+
+NAMES = ("q", "k", "v", "o", "lse")
+
+
+def submit_finish(state: TiledTensor, lse: TiledTensor, o: TiledTensor) -> int:
+    """Submit o = state, cast to o's dtype; lse is only read. Returns the number of tasks.
+
+    Shapes:   state and o (B, H, S_q, D_v), lse (B, H, S_q), cut into the same rows.
+    Numerics: rounds to nearest even; a row that saw no key is 0.
+    Raises:   SpecError.
+    """
+    return states.submit_finish(_job(), state, lse, o)
+
+
+def submit_merge(o: TiledTensor, lse: TiledTensor, other_o: TiledTensor, other_lse: TiledTensor) -> int:
+    """Submit (o, lse) = merge of (o, lse) and (other_o, other_lse), as `flashtile.merge`. Returns the number of tasks.
+
+    Shapes:   o (B, H, S_q, D_v), lse (B, H, S_q), the others alike: partial results over disjoint keys, in float32 or
+              float64.
+    Raises:   SpecError.
+    """
+    return states.submit_merge(_job(), o, lse, other_o, other_lse)
+
+
+def wait() -> None:
+    """Return when every task submitted through this door is done; Ctrl-C skips those that have not begun.
+
+    Raises: KernelError naming the codelet and the tile that failed first. Tasks after it were skipped, so outputs are
+    undefined; StarPU and the tensors stay usable.
+    """
+    _job().wait()
+
+
+def _job() -> Job:
+    now = runtime.current()
+    if now.door is None:
+        now.door = Job()
+    return now.door
+
+
+def _flow(tensors: list[TiledTensor], options: Options, scores: ScoreOptions, offsets: Any, accumulate: str) -> Flow:
+    """The flow of these options on tensors of these shapes; remembered, unless it holds values of the call."""
+    now = runtime.current()
+    q, k, v = (SimpleNamespace(shape=t.shape, dtype=t.dtype.name) for t in tensors[:3])
+    tiles = tensors[0].rows, tensors[1].rows
+    if any(x is not None for x in vars(scores).values()):
+        spec, scoring = options.scored(scores, q, k, v, offsets)
+        offsets = offsets if spec.offset is None else None
+        return Flow(now, spec, *tiles, accumulate=accumulate, offsets=offsets, scoring=scoring)
+    spec = options.spec(q, k, v)
+    if spec.offset is None:
+        return Flow(now, spec, *tiles, accumulate=accumulate, offsets=offsets)
+    key = spec, tiles, accumulate
+    if key not in now.flows:
+        if len(now.flows) >= KEPT_FLOWS:
+            del now.flows[next(iter(now.flows))]
+        now.flows[key] = Flow(now, spec, *tiles, accumulate=accumulate)
+    return now.flows[key]
+
+
+def check_tensors(
+    q: TiledTensor, k: TiledTensor, v: TiledTensor, o: TiledTensor, lse: TiledTensor, *, state: bool
+) -> None:
+    """Raise SpecError unless the tensors fit together; state: o is in the accumulator's dtype."""
+    for name, x in zip(NAMES, (q, k, v, o, lse), strict=True):
+        x.check()
+        rank = 3 if name == "lse" else 4
+        if len(x.shape) != rank:
+            raise wrong(name, f"shape {x.shape}", "(B, H, S)" if rank == 3 else "(B, H, S, D)")
+    accumulator = DTYPES[q.dtype.accumulator]
+    wanted: tuple[tuple[str, TiledTensor, tuple[int, ...], DType, int], ...] = (
+        ("o", o, (*q.shape[:3], v.shape[3]), accumulator if state else q.dtype, q.rows),
+        ("lse", lse, q.shape[:3], accumulator, q.rows),
+        ("v", v, (*k.shape[:3], v.shape[3]), q.dtype, k.rows),
+    )
+    for name, x, shape, dtype, rows in wanted:
+        if x.shape != shape:
+            raise wrong(name, f"shape {x.shape}", f"{shape}")
+        if x.dtype is not dtype:
+            raise wrong(name, f"dtype {x.dtype.name}", dtype.name)
+        if x.rows != rows:
+            raise wrong(name, f"tiles of {x.rows} rows", f"{rows} as in {'k' if name == 'v' else 'q'}")
+    _check_apart({"o": o, "lse": lse}, {"q": q, "k": k, "v": v, "o": o, "lse": lse})
+
+
+def _check_apart(outputs: dict[str, TiledTensor], every: dict[str, TiledTensor]) -> None:
+    """Two handles on the same bytes would race: StarPU orders tasks by handles."""
+    for name, out in outputs.items():
+        if not out.writable:
+            raise wrong(name, "a read-only array, or one whose elements share memory", "a writable one")
+        for other, x in every.items():
+            same = x is out and name != other
+            if same or (x is not out and max(x.extent[0], out.extent[0]) < min(x.extent[1], out.extent[1])):
+                raise wrong(name, f"an array within the memory that {other} spans", "memory of its own")
+

@@ -1,0 +1,89 @@
+"""StarPU's tests: each that could hang or abort runs in a process of its own, with a time limit."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("STARPU_NCPU", "2")
+os.environ.setdefault("STARPU_SILENT", "1")
+
+# ruff: noqa: E402
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from flashtile.engines import starpu as engine
+
+HERE = Path(__file__).parent
+
+# What most scripts begin with: random q, k, v and room for o and lse, in a reproducible way.
+PRELUDE = """
+import os, sys, time
+import numpy as np
+import flashtile
+from flashtile import starpu
+from flashtile.errors import FlashtileError, KernelError, SpecError, UnavailableError
+
+def arrays(q_len=300, kv_len=300, heads=2, size=16, dtype="float32"):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, heads, n, size)).astype(dtype) for n in (q_len, kv_len, kv_len))
+    return q, k, v, np.zeros_like(q), np.zeros((1, heads, q_len), "float32")
+
+def registered(rows=100, **sizes):
+    given = arrays(**sizes)
+    return given, [starpu.register(x, rows) for x in given]
+
+def message(call, kind=FlashtileError):
+    try:
+        call()
+    except kind as error:
+        return str(error)
+    raise SystemExit(f"no {kind.__name__}")
+"""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = engine.unavailable()
+    if reason is None:
+        return
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason=f"StarPU: {reason}"))
+
+
+Script = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Script:
+    """Runs Python text after PRELUDE in a process of its own; fails the test unless it returns `status` in time."""
+
+    def run(body: str, status: int = 0, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
+        path = tmp_path / "script.py"
+        path.write_text(PRELUDE + textwrap.dedent(body))
+        done = subprocess.run(
+            [sys.executable, str(path)],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        assert done.returncode == status, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run
+
+
+@pytest.fixture
+def starpu() -> Iterator[object]:
+    """The door, with StarPU running; started once, whatever the test."""
+    from flashtile import starpu as door
+    from flashtile.engines.starpu import runtime
+
+    if not runtime.running():
+        door.init()
+    yield door
