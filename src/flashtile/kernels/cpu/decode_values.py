@@ -139,7 +139,8 @@ def emit_value_tiles(module: Module, c: Config) -> str:
     """
     contained = emit_contained_values(module, c)
     wide = {rows: min(WIDEST, accumulators(c) // rows) for rows in ROW_TILES}
-    tiles = {(rows, n): emit_values(module, c, rows, n, contained) for rows in ROW_TILES for n in (wide[rows], 1)}
+    sizes = {(rows, n): None for rows in ROW_TILES for n in (wide[rows], 1)}  # with few registers both are 1
+    tiles = {size: emit_values(module, c, *size, contained) for size in sizes}
     types, names = [*ARGUMENTS, "i64", "i64"], [*NAMES, "size", "rows"]
     f = Function(module, "value_tiles", "void", types, names=names, internal=True)
     o, o_row, states, v, stride, p, s, count, size, rows = f.args
