@@ -63,7 +63,7 @@ def attention(
               bias      a float array that broadcasts to (B, H, S_q, S_kv), added to the scores; -inf hides.
               score_mod a function (s, b, h, i, j) -> a new score, s being scaled and capped.
               softcap   scores become softcap * tanh(score / softcap); None or 0 is off.
-              alibi_slopes  (H,) or (B, H): scores lose slope * |i + offset - j|.
+              alibi_slopes  (H,) or (B, H): scores lose slope * abs(i + offset - j).
               sinks     (H,) or (B, H): a logit a head that joins the denominator only.
               dropout_p and seed are not available yet.
     Returns:  o in q's dtype; with return_lse=True (o, lse), lse (B, H, S_q) being log sum exp of the scores, natural

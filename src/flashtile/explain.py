@@ -105,7 +105,7 @@ def explain(
 
     >>> import flashtile
     >>> flashtile.explain((1, 8, 4096, 64), causal=True).flops
-    34368126976
+    17184063488
     """
     if unknown := others.keys() - LATER_OPTIONS.keys() - _WITHOUT_EFFECT:
         raise TypeError(f"explain() got an unexpected keyword argument {min(unknown)!r}")

@@ -11,7 +11,7 @@ from .mask import Score
 
 
 def alibi(slopes: Any) -> Score:
-    """s - slope[h] * |i + offset - j|; slopes (H,) or (B, H), float32 or float64.
+    """s - slope[h] * abs(i + offset - j); slopes (H,) or (B, H), float32 or float64.
 
     Raises: SpecError for other ranks and dtypes.
     Source: Press, Smith, Lewis 2022, Train Short, Test Long.
