@@ -8,17 +8,14 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # ruff: noqa: E402
-import importlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from kernel_cases import GRID_PROPERTY, Kernel, kernel_params
 
 import flashtile
-import flashtile.kernels
 from flashtile.calls import clear_cache
 from flashtile.dtypes import DTYPES
 
@@ -27,43 +24,6 @@ from flashtile.dtypes import DTYPES
 _QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=15, suppress_health_check=_QUIET)
 settings.load_profile("tests")
-
-GRID_PROPERTY = "grid element checks"
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One kernel family, on one instruction set where it has several; called as `flashtile.attention`."""
-
-    name: str
-    isa: str | None
-
-    def __call__(self, q: Any, k: Any, v: Any, **options: Any) -> Any:
-        return flashtile.attention(q, k, v, kernel=self.name, **options)
-
-
-@cache
-def kernel_params() -> list[Any]:
-    """One test parameter for each kernel and instruction set; what cannot run here is skipped with its reason."""
-    params = []
-    for room, name, available, reason in flashtile.kernels.survey():
-        if room != "kernel":
-            continue
-        if not available:
-            params.append(pytest.param(Kernel(name, None), id=name, marks=pytest.mark.skip(reason=f"{name}: {reason}")))
-            continue
-        for isa in _isas(name):
-            params.append(pytest.param(Kernel(name, isa), id=name if isa is None else f"{name}-{isa}"))
-    return params
-
-
-def _isas(name: str) -> list[str | None]:
-    """The instruction sets that a family can be forced to use on this machine; [None] if it has no such choice."""
-    try:
-        module = importlib.import_module(f"flashtile.kernels.{name}.isa")
-    except ModuleNotFoundError:
-        return [None]
-    return list(module.usable())
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

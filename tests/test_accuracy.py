@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Kernel
 from inputs import Shape, uniform
+from kernel_cases import Kernel
 
 from flashtile.testing import Expected, expect
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Kernel
 from inputs import Shape, numpy_dtype, placed, same_bits, uniform
+from kernel_cases import Kernel
 from numpy.lib.stride_tricks import as_strided
 
 from flashtile.dtypes import DTYPES

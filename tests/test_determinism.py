@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Kernel
 from inputs import Shape, same_bits, uniform
+from kernel_cases import Kernel
 
 from flashtile.engines import direct
 from flashtile.kernels import reference

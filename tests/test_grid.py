@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Callable
 
 import pytest
-from conftest import GRID_PROPERTY, Kernel
 from inputs import Shape, preset, uniform
+from kernel_cases import GRID_PROPERTY, Kernel
 
 from flashtile.dtypes import DTYPES
 from flashtile.testing import expect

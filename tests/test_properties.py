@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Kernel
 from hypothesis import given
 from hypothesis import strategies as st
 from inputs import Shape, numpy_dtype, placed, same_bits, uniform, whole_memory
+from kernel_cases import Kernel
 
 import flashtile
 from flashtile.dtypes import DTYPES

@@ -1,0 +1,50 @@
+"""Every kernel family of this machine, on each instruction set, as what a test's `kernel` argument may be."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+
+import flashtile
+import flashtile.kernels
+
+GRID_PROPERTY = "grid element checks"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel family, on one instruction set where it has several; called as `flashtile.attention`."""
+
+    name: str
+    isa: str | None
+
+    def __call__(self, q: Any, k: Any, v: Any, **options: Any) -> Any:
+        return flashtile.attention(q, k, v, kernel=self.name, **options)
+
+
+@cache
+def kernel_params() -> list[Any]:
+    """One test parameter for each kernel and instruction set; what cannot run here is skipped with its reason."""
+    params = []
+    for room, name, available, reason in flashtile.kernels.survey():
+        if room != "kernel":
+            continue
+        if not available:
+            params.append(pytest.param(Kernel(name, None), id=name, marks=pytest.mark.skip(reason=f"{name}: {reason}")))
+            continue
+        for isa in _isas(name):
+            params.append(pytest.param(Kernel(name, isa), id=name if isa is None else f"{name}-{isa}"))
+    return params
+
+
+def _isas(name: str) -> list[str | None]:
+    """The instruction sets that a family can be forced to use on this machine; [None] if it has no such choice."""
+    try:
+        module = importlib.import_module(f"flashtile.kernels.{name}.isa")
+    except ModuleNotFoundError:
+        return [None]
+    return list(module.usable())
