@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-import flashtile
 from flashtile.demo.nlm import reweigh_self, tokens
 from flashtile.demo.photo import add_noise, psnr, save
 
@@ -22,7 +21,7 @@ from flashtile.demo.photo import add_noise, psnr, save
 def denoise(noisy: np.ndarray, sigma: float) -> np.ndarray:
     """Remove noise of standard deviation sigma from a picture (rows, columns, 3) of values 0 ... 1."""
     t = tokens(noisy, h=sigma)
-    o, lse = flashtile.attention(t.q, t.k, t.v, scale=t.scale, return_lse=True, progress=True)
+    o, lse = t.attend(return_lse=True, progress=True)
     return reweigh_self(o, lse, t, weight=math.exp(-6)).reshape(noisy.shape)
 
 

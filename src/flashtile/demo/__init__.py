@@ -63,20 +63,20 @@ def run(folder: Path, *, size: int | None = SIZE, sigma: float = SIGMA, seed: in
 def _attend(t: Tokens, progress: Any) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """The attention call, timed and measured: o (pixels, 3), lse (pixels,), and fields of the report."""
     start = time.perf_counter()
-    call = flashtile.explain(t.q, t.k, t.v, scale=t.scale)  # compiles the kernel
-    flashtile.attention(t.q[:1], t.k[:1], t.v[:1], scale=t.scale)
+    call = flashtile.explain(*t.arrays, **t.scores)  # compiles the kernel
+    flashtile.attention(t.patches[:1], *t.arrays[1:], **t.scores)
     first_call = time.perf_counter() - start
     report = reporter(progress)  # a bar's own memory is not the call's
-    o = np.full_like(t.v, np.nan)  # written, so that its pages are there before the call
+    o = np.full_like(t.colours, np.nan)  # written, so that its pages are there before the call
     start = time.perf_counter()
     with peak_growth() as growth:
-        _, lse = flashtile.attention(t.q, t.k, t.v, scale=t.scale, return_lse=True, out=o, progress=report)
+        _, lse = t.attend(return_lse=True, out=o, progress=report)
         seconds = time.perf_counter() - start
     gflop = call.flops / 1e9
     return o, lse, {
-        "tokens": len(t.q),
-        "head_size": t.q.shape[1],
-        "value_size": t.v.shape[1],
+        "tokens": len(t.patches),
+        "head_size": t.patches.shape[1],
+        "value_size": t.colours.shape[1],
         "cpu": cpu_name(),
         "threads": call.threads,
         "kernel": call.kernel,
@@ -94,7 +94,7 @@ def _attend(t: Tokens, progress: Any) -> tuple[np.ndarray, np.ndarray, dict[str,
 def _largest_error(o: np.ndarray, t: Tokens) -> dict[str, Any]:
     """Fields of the report: the error of a sample of the rows of o against float64, and what the rule allows."""
     rows = np.sort(np.random.default_rng(0).choice(len(o), min(SAMPLE_ROWS, len(o)), replace=False))
-    exact, _ = expect(t.q[rows], t.k, t.v, scale=t.scale)
+    exact, _ = expect(t.patches[rows], *t.arrays[1:], **t.scores)
     error = float(np.max(np.abs(o[rows] - exact.value)))
     return {"sample_rows": len(rows), "largest_error": error, "allowed_error": float(exact.allowed)}
 

@@ -2,8 +2,8 @@
 
 A pixel becomes the mean of all pixels, weighted by exp(-|p_i - p_j|^2 / h^2), how alike the patches around the two
 are. Since |p_i - p_j|^2 = |p_i|^2 - 2 p_i.p_j + |p_j|^2 and a softmax over j does not see what depends on i alone,
-the weights are softmax_j((2 / h^2) (p_i.p_j - |p_j|^2 / 2)): attention with scale 2 / h^2, where the second term
-rides as one more column, 1 in q and -|p_j|^2 / 2 in k.
+the weights are softmax_j(2 p_i.p_j / h^2 - |p_j|^2 / h^2): attention of the patches to themselves with scale 2 / h^2
+and a bias that depends on the key alone.
 
 Source: Buades, Coll, Morel 2005, A non-local algorithm for image denoising.
 """
@@ -11,8 +11,11 @@ Source: Buades, Coll, Morel 2005, A non-local algorithm for image denoising.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+import flashtile
 
 RADIUS = 2  # patches of 5 x 5 pixels
 SPREAD = 1.5  # standard deviation, in pixels, of the weights within a patch
@@ -20,12 +23,28 @@ SPREAD = 1.5  # standard deviation, in pixels, of the weights within a patch
 
 @dataclass(frozen=True)
 class Tokens:
-    """One token a pixel, in row-major order: q, k (pixels, D), v (pixels, 3), float32, and the scale."""
+    """One token a pixel, in row-major order: patches (pixels, D), queries and keys alike; colours (pixels, 3), the
+    values; bias (1, 1, 1, pixels); all float32; and the scale."""
 
-    q: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
+    patches: np.ndarray
+    colours: np.ndarray
+    bias: np.ndarray
     scale: float
+
+    def attend(self, **options: Any) -> Any:
+        """`flashtile.attention` of the tokens, with such options as return_lse, out and progress."""
+        q, k, v = self.arrays
+        return flashtile.attention(q, k, v, **self.scores, **options)
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """q, k and v."""
+        return self.patches, self.patches, self.colours
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """The keywords that say what the scores are."""
+        return {"scale": self.scale, "bias": self.bias}
 
 
 def patches(picture: np.ndarray) -> np.ndarray:
@@ -46,11 +65,8 @@ def patches(picture: np.ndarray) -> np.ndarray:
 def tokens(noisy: np.ndarray, h: float) -> Tokens:
     """The attention call that denoises a picture (rows, columns, 3), with filter width h in units of its values."""
     p = patches(noisy)
-    ones = np.ones((len(p), 1), np.float32)
-    half_norms = 0.5 * np.sum(p.astype(np.float64) ** 2, axis=1, keepdims=True)
-    q = np.concatenate([p, ones], axis=1)
-    k = np.concatenate([p, -half_norms.astype(np.float32)], axis=1)
-    return Tokens(q, k, noisy.reshape(-1, 3).astype(np.float32), 2 / h**2)
+    bias = np.sum(p.astype(np.float64) ** 2, axis=1) / -(h**2)
+    return Tokens(p, noisy.reshape(-1, 3).astype(np.float32), bias.astype(np.float32)[None, None, None], 2 / h**2)
 
 
 def reweigh_self(o: np.ndarray, lse: np.ndarray, t: Tokens, weight: float) -> np.ndarray:
@@ -63,7 +79,7 @@ def reweigh_self(o: np.ndarray, lse: np.ndarray, t: Tokens, weight: float) -> np
     exchange is exact and needs no second pass.
     Source:  Salmon 2010, On two parameters for denoising with non-local means (the central weight).
     """
-    own_score = t.scale * np.einsum("id,id->i", t.q, t.k, dtype=np.float64)
+    own_score = t.scale * np.einsum("id,id->i", t.patches, t.patches, dtype=np.float64) + t.bias[0, 0, 0]
     z = np.exp(lse.astype(np.float64) - own_score)[:, None]
     excess = 1 - weight
-    return (o * z - excess * t.v) / (z - excess)
+    return (o * z - excess * t.colours) / (z - excess)

@@ -15,7 +15,7 @@ class Report:
     rows: int
     columns: int
     tokens: int  # one a pixel: queries and keys
-    head_size: int  # D: a patch, and the column of norms
+    head_size: int  # D: a patch
     value_size: int  # D_v: a colour
     sigma: float  # of the noise
     seed: int
