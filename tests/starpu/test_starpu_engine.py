@@ -1,0 +1,271 @@
+"""engine="starpu": the same answers as ever, the same bits whoever computes them, errors that come back to Python."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from inputs import Shape, placed, preset, same_bits, uniform
+
+import flashtile
+from flashtile.calls import clear_cache
+from flashtile.dtypes import DTYPES
+from flashtile.engines.starpu import engine, flow, jobs, runtime
+from flashtile.errors import KernelError, UnavailableError
+from flashtile.testing import assert_accurate, expect
+
+pytestmark = pytest.mark.usefixtures("starpu")
+
+Script = Callable[..., Any]
+ELEMENTS = 10_368
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tiles so small that a test of a few hundred rows has many."""
+    monkeypatch.setattr(engine, "TILE_Q", (64,))
+    monkeypatch.setattr(engine, "TILE_K", 100)
+    clear_cache()
+    yield
+    clear_cache()
+
+
+def attention(*arrays: Any, **options: Any) -> Any:
+    return flashtile.attention(*arrays, engine="starpu", **options)
+
+
+def test_element_by_element_grid() -> None:
+    checked = 0
+    sizes = itertools.product(DTYPES, (preset, uniform), (1, 2), (1, 2), (4, 8), (4, 8))
+    for dtype, data, batch, heads, length, head_size in sizes:
+        q, k, v = data(Shape(batch, heads, heads, length, length, head_size, head_size), dtype)
+        o = attention(q, k, v)
+        expect(q, k, v)[0].check(o)
+        checked += o.size
+    assert checked == ELEMENTS
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"causal": True, "align": "top_left"},
+    {"causal": True, "align": "bottom_right"},
+    {"causal": True, "align": 37},
+    {"causal": True, "align": np.array([-250, 90])},
+    {"window": (40, 30), "align": "bottom_right"},
+    {"window": (5, 0), "align": 400},
+    {"causal": True, "window": (70, -1), "align": np.array([3, -3])},
+    {"scale": -0.3},
+]
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options_against_the_reference(dtype: str, options: dict[str, Any]) -> None:
+    """Several tiles in both directions, both ragged; grouped heads; head sizes that differ."""
+    arrays = uniform(Shape(2, 4, 2, 230, 330, 24, 17), dtype)
+    o, lse = attention(*arrays, return_lse=True, **options)
+    assert_accurate(o, *arrays, **options)
+    assert_accurate(lse, *arrays, kind="lse", **options)
+
+
+rng = np.random.default_rng(5)
+MASK = rng.random((2, 1, 230, 330)) < 0.3
+MASK[:, :, 64:128] = False  # a query tile without keys
+MASK[1, :, :, 100:200] = False  # a key tile that one batch does not see
+SCORES: list[dict[str, Any]] = [
+    {"softcap": 3.0},
+    {"mask": MASK},
+    {"mask": MASK, "causal": True, "align": "bottom_right"},
+    {"bias": rng.standard_normal((4, 230, 330)).astype("float32")},
+    {"alibi_slopes": np.linspace(0.01, 0.2, 4, dtype="float32"), "align": 0},
+    {"sinks": np.linspace(-1, 2, 4, dtype="float32")},
+    {"sinks": np.linspace(-1, 2, 4, dtype="float32"), "mask": MASK},
+    {"score_mod": lambda s, b, h, i, j: s - (i - j) * (i - j) / (100 + 100 * h), "causal": True, "align": 40},
+]
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("options", SCORES, ids=lambda options: "-".join(options))
+def test_score_programs_are_carried_to_tiles(options: dict[str, Any]) -> None:
+    """The program sees global rows and keys; sinks are counted once."""
+    arrays = uniform(Shape(2, 4, 2, 230, 330, 24, 17), "float32")
+    o, lse = attention(*arrays, return_lse=True, **options)
+    exact, exact_lse = flashtile.attention(*arrays, return_lse=True, kernel="reference", **options)
+    np.testing.assert_allclose(o, exact, atol=2e-6)
+    np.testing.assert_allclose(lse, exact_lse, atol=4e-6)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
+def test_precisions(precision: str) -> None:
+    arrays = uniform(Shape(1, 2, 2, 100, 200, 32, 32), "float32")
+    assert_accurate(attention(*arrays, precision=precision), *arrays, precision=precision)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_inputs_of_any_place() -> None:
+    """Gaps, negative and zero strides, odd addresses: in place where a handle can say so, else by a copy."""
+    q, k, v = uniform(Shape(2, 3, 3, 150, 210, 8, 5), "float32")
+    expected = attention(q, k, v)
+    places = [
+        ((0, 1, 2, 3), (1, 1, 1, 1), 0), ((0, 2, 1, 3), (1, 1, 2, 1), 0), ((0, 1, 3, 2), (1, 1, 1, 1), 0),
+        ((0, 1, 2, 3), (1, -1, -1, 1), 0), ((0, 1, 2, 3), (1, 1, 1, -2), 4), ((0, 1, 2, 3), (1, 1, 1, 1), 1),
+    ]  # fmt: skip
+    for order, steps, shift in places:
+        moved = [placed(x, order, steps, shift) for x in (q, k, v)]
+        out = placed(np.zeros_like(expected), order, steps, shift)
+        attention(*moved, out=out)
+        assert same_bits(np.ascontiguousarray(out), expected), (order, steps, shift)
+    shared = np.broadcast_to(k[:, :1], k.shape), np.broadcast_to(v[:1], v.shape)
+    assert_accurate(attention(q, *shared), q, *shared)
+
+
+@pytest.mark.parametrize(("batch", "q_len", "kv_len"), [(0, 4, 4), (1, 0, 4), (2, 4, 0), (1, 0, 0)])
+def test_empty_sizes(dtype: str, batch: int, q_len: int, kv_len: int) -> None:
+    arrays = uniform(Shape(batch, 2, 2, q_len, kv_len, 8, 8), dtype)
+    o, lse = attention(*arrays, return_lse=True)
+    assert o.shape == (batch, 2, q_len, 8) and not o.astype("float32").any() and np.isneginf(lse).all()
+
+
+def test_kernels_in_python_are_refused() -> None:
+    arrays = uniform(Shape(), "float32")
+    with pytest.raises(UnavailableError, match="kernel: got 'reference' with engine 'starpu'"):
+        attention(*arrays, kernel="reference")
+
+
+def test_progress_and_many_threads() -> None:
+    arrays = uniform(Shape(1, 8, 8, 700, 700, 32, 32), "float16")
+    expected, seen = attention(*arrays), []
+    assert same_bits(attention(*arrays, progress=lambda done, total: seen.append((done, total))), expected)
+    assert seen and seen[-1][0] == seen[-1][1] > 0
+    results: list[Any] = [None] * 4
+
+    def call(n: int) -> None:
+        results[n] = attention(*arrays)
+
+    threads = [threading.Thread(target=call, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert all(same_bits(result, expected) for result in results)
+
+
+def test_bits_depend_neither_on_workers_nor_on_the_scheduler(script: Script, tmp_path: Any) -> None:
+    body = """
+    import hashlib
+    from flashtile.engines.starpu import engine
+    engine.TILE_Q, engine.TILE_K = (64,), 96
+    starpu.init(workers=int(os.environ["N"]))
+    digest = hashlib.sha256()
+    for dtype in ("float32", "float16"):
+        q, k, v, *_ = arrays(q_len=900, kv_len=1100, heads=3, size=32, dtype=dtype)
+        for options in ({}, dict(causal=True, align="bottom_right"), dict(window=(200, 100), align=0)):
+            for x in flashtile.attention(q, k, v, engine="starpu", return_lse=True, **options):
+                digest.update(x.tobytes())
+    print(digest.hexdigest())
+    """
+    runs = [("1", "eager"), ("2", "lws"), ("3", "random"), ("2", "prio"), ("4", "dmda"), ("2", "ws")]
+    models = str(tmp_path / "models")
+    printed = {
+        script(body, N=n, STARPU_SCHED=scheduler, STARPU_PERF_MODEL_DIR=models).stdout for n, scheduler in runs
+    }
+    assert len(printed) == 1
+
+
+# Errors
+
+
+def flow_of(arrays: Any) -> flow.Flow:
+    """The flow that a call of attention on these arrays has left in the cache."""
+    attention(*arrays)
+    (call,) = [c for c in flashtile.calls.cache.values() if c.pack is engine.Addresses]
+    return call.run.__self__._flow[1]  # type: ignore[attr-defined]
+
+
+KERNEL = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("status", [1, -5, 2**31 - 1])
+def test_a_failing_kernel_is_raised_with_codelet_and_tile(status: int) -> None:
+    """Tasks behind it are skipped; the next call is as good as new."""
+    arrays = uniform(Shape(1, 1, 1, 120, 1000, 16, 16), "float32")
+    expected = attention(*arrays)
+    broken = flow_of(arrays)
+    native, ran = broken.program.data.cpu, []
+    failing = 1 * 10 + 7  # query tile 1 on key tile 7 of 10
+
+    @KERNEL
+    def kernel(params: int, begin: int, end: int, scratch: int) -> int:
+        ran.append(begin)
+        return status if begin == failing else 0
+
+    broken.program.data.cpu = ctypes.cast(kernel, ctypes.c_void_p).value
+    try:
+        with pytest.raises(KernelError) as raised:
+            attention(*arrays)
+    finally:
+        broken.program.data.cpu = native
+    message = str(raised.value)
+    assert "codelet flashtile_forward_float32 failed on batch 0, head 0, query tile 1, key tile 7" in message
+    assert f"with status {status}, on CPU" in message
+    assert failing in ran and 1 * 10 + 2 not in ran  # met after 7: skipped
+    assert same_bits(attention(*arrays), expected)
+
+
+def test_a_codelet_that_no_worker_can_run(starpu: Any) -> None:
+    arrays = uniform(Shape(1, 1, 1, 50, 50, 16, 16), "float32")
+    expected = attention(*arrays)
+    now = runtime.current()
+    codelet = now.codelets["flashtile_forward_float32"]
+    now.lib.ft_codelet_where(codelet.pointer, now.constant("CUDA"))
+    try:
+        with pytest.raises(UnavailableError, match=r"task 0 of 1 of codelet flashtile_forward_float32 .* status -19"):
+            attention(*arrays)
+    finally:
+        now.lib.ft_codelet_where(codelet.pointer, now.constant("CPU"))
+    assert same_bits(attention(*arrays), expected)
+
+
+def test_restrict(starpu: Any) -> None:
+    starpu.restrict("cpu")
+    starpu.restrict("cpu", "cuda", dtype="float32")
+    with pytest.raises(UnavailableError, match="restrict: got cuda, expected one with workers; cuda: codelet .* no"):
+        starpu.restrict("cuda")
+    with pytest.raises(flashtile.errors.SpecError, match="restrict: got 'gpu', expected one of 'cpu', 'cuda'"):
+        starpu.restrict("gpu")
+    assert attention(*uniform(Shape(), "float32")).shape == (1, 1, 16, 8)
+
+
+def test_a_task_is_laid_out_as_in_c() -> None:
+    ffi = runtime.current().ffi
+    for name in jobs.TASK.names or ():
+        assert ffi.offsetof("ft_task", name) == jobs.TASK.fields[name][1], name  # type: ignore[index]
+
+
+def test_a_thousand_calls_do_not_grow(script: Script) -> None:
+    """Of both kinds: those whose flow is kept and those that are made anew; each with a state that StarPU owns."""
+    done = script(
+        """
+        import resource
+        from flashtile.engines.starpu import runtime
+        q, k, v, *_ = arrays(dtype="float16")
+        align = np.array([3])
+        def calls(n):
+            for _ in range(n):
+                flashtile.attention(q, k, v, engine="starpu")
+                flashtile.attention(q, k, v, engine="starpu", causal=True, align=align)
+        calls(100)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        calls(500)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, len(runtime.current().handles))
+        """,
+        timeout=120,
+    )
+    grown, handles = map(int, done.stdout.split())
+    assert grown < 4000 and handles == 0  # KiB
