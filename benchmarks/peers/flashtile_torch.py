@@ -21,8 +21,9 @@ def versions() -> dict[str, str]:
 
 
 def prepare(case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray, threads: int) -> tuple[Callable, Callable]:
-    import flashtile.torch
     import torch
+
+    import flashtile.torch
 
     torch.set_num_threads(threads)
     flashtile.set_num_threads(threads)
