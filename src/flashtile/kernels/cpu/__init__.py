@@ -61,7 +61,7 @@ def config_of(spec: AttentionSpec) -> Config:
 
 
 def decodes(spec: AttentionSpec) -> bool:
-    """Whether there are so few queries that decode.py computes them: measured, and a matter of shapes and the machine."""
+    """Whether there are so few queries that decode.py computes them: measured; a matter of shapes and machine only."""
     wide = isas.current().vector_bytes >= _WIDE
     few = spec.q_len <= _FEW_QUERIES or (wide and spec.q_len in _FEW_OVER_16)
     return few and spec.group * spec.q_len <= _MOST_ROWS and spec.options <= {"band"}
