@@ -47,6 +47,12 @@ class ArrayCapture:
         return TYPE_OF[self.element]
 
     @property
+    def dtype(self) -> str:
+        """The element type as NumPy and torch call it."""
+        kind, bits = self.element.rstrip("0123456789"), self.element.lstrip("abcdefghijklmnopqrstuvwxyz")
+        return {"i": "int", "u": "uint", "f": "float", "bf": "bfloat"}.get(kind, kind) + bits
+
+    @property
     def rank(self) -> int:
         return self.array.ndim
 
@@ -95,9 +101,11 @@ def is_array(value: Any) -> bool:
 def capture(value: Any, name: str = "captured array") -> ArrayCapture:
     """A view of the array for reading.
 
-    Raises: SpecError for a device other than the CPU, an element type that the language has no type for, and
-            integers that do not fit in int32.
+    Raises: SpecError for what is no array, a device other than the CPU, an element type that the language has no type
+            for, and integers that do not fit in int32.
     """
+    if not is_array(value):
+        raise SpecError(f"{name}: got a {type(value).__name__}, expected a NumPy array or a torch tensor")
     raw, element = _storage(value, name)
     if element in _WIDE and raw.size and not (raw.min() >= INT_MIN and raw.max() <= INT_MAX):
         raise SpecError(f"{name}: got integers from {raw.min()} to {raw.max()}, expected values that fit in int32")

@@ -143,6 +143,9 @@ def lift(value: Any) -> Expr:
         return const(float(value))
     if getattr(value, "shape", None) == () and hasattr(value, "item"):  # one number, made inside the function
         return lift(value.item())
+    if getattr(value, "shape", ()):
+        remedy = "index it with traced values, as in table[h, j]: one element enters the formula of one score"
+        refuse(f"combination with a whole array of shape {tuple(map(int, value.shape))}", remedy)
     refuse(f"combination with {type(value).__name__}", "operands are numbers, traced values and elements of arrays")
 
 
