@@ -113,8 +113,8 @@ def _draw(kinds: np.ndarray, target: Path, tile: tuple[int, int], spec: Attentio
     extent = (0, columns * tile[1], rows * tile[0], 0)
     colours = ListedColormap([_COLOURS[kind] for kind in (EMPTY, PARTIAL, FULL)])
     if kinds.size:
-        aspect = "equal" if square else "auto"
-        axes.imshow(kinds, cmap=colours, vmin=EMPTY, vmax=FULL, extent=extent, interpolation="nearest", aspect=aspect)
+        axes.imshow(kinds, cmap=colours, vmin=EMPTY, vmax=FULL, extent=extent, interpolation="nearest", aspect="auto")
+        axes.set_aspect("equal" if square else "auto")
     if max(kinds.shape) <= _LINED:
         axes.vlines([n * tile[1] for n in range(1, columns)], *extent[3:1:-1], colors="white", linewidth=0.5)
         axes.hlines([n * tile[0] for n in range(1, rows)], *extent[:2], colors="white", linewidth=0.5)

@@ -15,6 +15,7 @@ from .expr import Expr, check_int32
 from .operations import apply, const
 
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_NO_SUCH = 'the score language has no such operation; the documentation lists them under "The score language"'
 _LIBRARIES = tuple(f"{os.sep}site-packages{os.sep}{name}{os.sep}" for name in ("torch", "numpy"))
 
 
@@ -101,7 +102,7 @@ class Symbol:
         from .functions import FUNCTIONS
 
         if name not in FUNCTIONS:
-            refuse(f".{name}", "the score language has no such operation; see its list in the documentation")
+            refuse(f".{name}", _NO_SUCH)
         return lambda *args, **keywords: call(name, (self, *args), keywords, "method")
 
     @property
@@ -122,7 +123,7 @@ def call(name: str, args: Any, keywords: dict[str, Any], origin: str) -> Any:
     found = FUNCTIONS.get(name.strip("_")) or FUNCTIONS.get(name)
     if found is None:
         label = f".{name}" if origin == "method" else f"{origin}.{name}"
-        refuse(label, "the score language has no such operation; see its list in the documentation")
+        refuse(label, _NO_SUCH)
     try:
         return found(*args, **keywords)
     except TypeError as e:
