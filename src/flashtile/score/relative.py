@@ -16,12 +16,12 @@ from .mask import Score
 def relative(table: Any, *, max_distance: int = 128, bidirectional: bool = True) -> Score:
     """s + table[bucket(j - (i + offset)), h].
 
-    Shapes:  table (buckets, H), floats.
-    Buckets: half of them (of each direction's share) for the distances 0, 1, 2, ..., the rest spaced
-             logarithmically up to max_distance, the last for everything beyond. Looked up in a small integer
-             table made once, so that every kernel agrees on the bucket edges.
-    Raises:  SpecError for another rank or dtype, or max_distance not beyond the exact buckets.
-    Source:  Raffel et al. 2020, T5, section 2.1; mesh_tensorflow's relative_position_bucket.
+    Shapes:   table (buckets, H), floats.
+    Numerics: half of the buckets (of each direction's share) are for the distances 0, 1, 2, ..., the rest spaced
+              logarithmically up to max_distance, the last for everything beyond. Looked up in a small integer
+              table made once, so that every kernel agrees on the bucket edges.
+    Raises:   SpecError for another rank or dtype, or max_distance not beyond the exact buckets.
+    Source:   Raffel et al. 2020, T5, section 2.1; mesh_tensorflow's relative_position_bucket.
     """
     found = capture(table, "relative")
     if found.rank != 2 or found.type != "float":
