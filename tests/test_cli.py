@@ -403,6 +403,12 @@ def test_module_is_the_command() -> None:
     assert refused.stderr == "flashtile explain: error: --shape: got 8, expected B,H,S,D or H,S,D or S,D\n"
 
 
+def test_no_command_prints_the_help(capsys: Capture) -> None:
+    assert cli.main([]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("usage: flashtile ") and "\n    explain " in printed.err
+
+
 def test_help_names_every_command(capsys: Capture) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["--help"])

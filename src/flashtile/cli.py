@@ -35,7 +35,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     Wrong options exit with code 2 through SystemExit, as argparse does.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    if not (sys.argv[1:] if arguments is None else arguments):
+        parser.print_help(sys.stderr)
+        return BAD_INPUT
+    options = parser.parse_args(arguments)
     try:
         if getattr(options, "threads", None) is not None:
             flashtile.set_num_threads(options.threads)
