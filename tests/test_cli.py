@@ -319,6 +319,11 @@ def test_doctor_says_why_a_door_is_closed(monkeypatch: pytest.MonkeyPatch) -> No
     assert ("door", "flashtile.torch", False, "torch not installed") in doctor.survey()
 
 
+def test_doctor_says_why_the_door_of_an_engine_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.engines, "survey", lambda: [("engine", "starpu", False, "no such library")])
+    assert ("door", "flashtile.starpu", False, "no such library") in doctor.survey()
+
+
 def test_doctor_survives_a_wrong_isa(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setenv("FLASHTILE_ISA", "mmx")
     assert cli.main(["doctor"]) == 0
