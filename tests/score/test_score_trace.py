@@ -191,6 +191,7 @@ def test_numpy_score_functions(function, want):
         (lambda b, h, q, kv: np.where(h == 0, q >= kv, kv < 5), np.where(h == 0, i >= j, j < 5)),
         (lambda b, h, q, kv: (q // 4 == kv // 4) ^ (kv % 2 == 0), (i // 4 == j // 4) ^ (j % 2 == 0)),
         (lambda b, h, q, kv: (q <= 3) | (kv > 5), (i <= 3) | (j > 5)),
+        (lambda b, h, q, kv: divmod(q - kv, 3)[0] == divmod(kv, -5)[1], (i - j) // 3 == j % -5),
         (lambda b, h, q, kv: GLOBAL_TABLE.astype(bool)[kv], j >= 5),
     ],
 )
@@ -268,6 +269,7 @@ def branch(s, b, h, q, kv):
         (lambda s, b, h, q, kv: np.where(q, s, 0), ["where", "int"]),
         (lambda s, b, h, q, kv: s[0], ["indexing"]),
         (lambda s, b, h, q, kv: int(s), ["int()"]),
+        (lambda s, b, h, q, kv: round(s), ["round()", "floor"]),
         (lambda s, b, h, q, kv: s**q, ["**"]),
         (lambda s, b, h, q, kv: s.astype(np.int8), ["int8"]),
         (lambda s, b, h, q, kv: np.zeros(3) + s, ["combination"]),

@@ -62,6 +62,12 @@ class Symbol:
     def __int__(self) -> int:
         refuse("int()", "use .to(torch.int32), .astype(numpy.int32) or //")
 
+    def __round__(self, digits: int | None = None) -> int:
+        refuse("round()", "use numpy.floor(x + 0.5)")
+
+    def __divmod__(self, other: Any) -> tuple[Any, Any]:
+        return self // other, self % other
+
     def __index__(self) -> int:
         refuse("use as an index or in range()", "capture the list as a NumPy array or torch tensor and index that")
 
