@@ -57,17 +57,19 @@ def import_module(name: str) -> types.ModuleType:
         pytest.skip(f"{name} needs {missing.name}")
 
 
+@pytest.fixture
+def folder_of_its_own(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a page writes stays out of the checkout."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("folder_of_its_own")
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("page", pages(), ids=lambda p: p.relative_to(ROOT).as_posix())
-def test_page_examples_run(
-    page: pathlib.Path, capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_page_examples_run(page: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = page.read_text()
     for package in OPTIONAL_IMPORT.findall(python_blocks(text)):
         pytest.importorskip(package)
-    if "plot_coverage(" in text:
-        pytest.importorskip("matplotlib")
-    monkeypatch.chdir(tmp_path)
     results = run_page(text, page.name, str(page))
     assert results.attempted > 0, "the page has a Python block without a `>>>` example"
     assert results.failed == 0, capsys.readouterr().out

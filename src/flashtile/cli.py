@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 import numpy as np
 
 import flashtile
-from flashtile import score
 from flashtile.errors import FlashtileError, KernelError, wrong
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -27,7 +26,11 @@ ARRAY_OPTIONS = {
     "alibi_slopes": "floats (H,) or (B, H)",
     "sinks": "floats (H,) or (B, H)",
 }
-MASKS = {"mask": score.dense, "lengths": score.padding, "documents": score.document}  # those of them that intersect
+MASKS = {  # those of them that hide keys, and intersect
+    "mask": flashtile.score.dense,
+    "lengths": flashtile.score.padding,
+    "documents": flashtile.score.document,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

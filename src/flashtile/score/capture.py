@@ -101,11 +101,9 @@ def is_array(value: Any) -> bool:
 def capture(value: Any, name: str = "captured array") -> ArrayCapture:
     """A view of the array for reading.
 
-    Raises: SpecError for what is no array, a device other than the CPU, an element type that the language has no type
-            for, and integers that do not fit in int32.
+    Raises: SpecError for a device other than the CPU, an element type that the language has no type for, and
+            integers that do not fit in int32.
     """
-    if not is_array(value):
-        raise SpecError(f"{name}: got a {type(value).__name__}, expected a NumPy array or a torch tensor")
     raw, element = _storage(value, name)
     if element in _WIDE and raw.size and not (raw.min() >= INT_MIN and raw.max() <= INT_MAX):
         raise SpecError(f"{name}: got integers from {raw.min()} to {raw.max()}, expected values that fit in int32")
@@ -115,6 +113,8 @@ def capture(value: Any, name: str = "captured array") -> ArrayCapture:
 def _storage(value: Any, name: str) -> tuple[np.ndarray, str]:
     if type(value).__module__.partition(".")[0] == "torch" or hasattr(value, "__torch_function__"):
         return _torch_storage(value, name)
+    if not is_array(value):
+        raise SpecError(f"{name}: got a {type(value).__name__}, expected a NumPy array or a torch tensor")
     try:
         raw = np.asarray(value)
     except Exception as e:
