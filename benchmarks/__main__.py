@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from . import driver, machine, memory, overheads, peers, plot, report, short
-from .cases import CASES, QUICK, short_cases
+from .cases import ALL_CASES, QUICK, short_cases
 
 PARTS = ("table", "overheads", "memory", "short")
 TARGET_CORE = "znver4"
@@ -17,7 +17,7 @@ TARGET_CORE = "znver4"
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    known = [case.name for case in CASES]
+    known = [case.name for case in ALL_CASES]
     parser.add_argument("--case", nargs="+", metavar="NAME", choices=known, help=f"only these of {', '.join(known)}")
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: about 3 minutes")
     parser.add_argument("--threads", type=int, default=2, help="threads of the comparison with peers (default 2)")
@@ -33,7 +33,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options.rounds = options.rounds or (3 if options.quick else 7)
     options.parts = options.parts or (["table"] if options.case else list(PARTS))
     names = options.case or (QUICK if options.quick else known)
-    options.cases = [case for case in CASES if case.name in names]
+    options.cases = [case for case in ALL_CASES if case.name in names]
     return options
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
+
+import numpy as np
+
+from .options import OPTIONS, Option
 
 ITEM_BYTES = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2}
 
@@ -13,9 +18,11 @@ class Case:
     """One attention problem; q is (batch, heads, queries, head_size), k and v (batch, kv_heads, keys, head_size).
 
     A row's position is i + keys - queries (bottom-right alignment). `window` is the number of visible keys that end
-    at this position, 0 for no limit; it implies causal. Targets are those of a two-core Zen 4: `ratio` is the time of
-    the best peer over flashtile's, `percent` flashtile's share of what `unit` names: the dot-product peak of one core
-    in a dtype, or the "read" bandwidth.
+    at this position, 0 for no limit; it implies causal. `option` names what else changes the scores (options.py).
+
+    Targets are those of a two-core Zen 4: `ratio` is the time of the best peer, or of `rival`, over flashtile's; where
+    there is a `base`, another case's name, flashtile's rate over its rate on the same inputs there. `percent` is
+    flashtile's share of what `unit` names: the dot-product peak of one core in a dtype, or the "read" bandwidth.
     """
 
     name: str
@@ -31,6 +38,13 @@ class Case:
     ratio: float | None = None
     percent: float | None = None
     unit: str = "f32"
+    option: str = ""
+    rival: str = ""
+    base: str = ""
+
+    @property
+    def options(self) -> Option:
+        return OPTIONS[self.option]
 
     @property
     def shape(self) -> str:
@@ -48,7 +62,7 @@ class Case:
         return self.causal or self.window > 0
 
     def visible_keys(self, row: int) -> range:
-        """The keys that query `row` attends to."""
+        """The keys that causal and window show query `row`."""
         position = row + self.keys - self.queries
         stop = min(self.keys, position + 1) if self.hides else self.keys
         start = max(0, position - self.window + 1) if self.window else 0
@@ -57,8 +71,7 @@ class Case:
     @property
     def flops(self) -> int:
         """Two multiply-adds a head element and visible (query, key) pair; the softmax is not counted."""
-        pairs = sum(len(self.visible_keys(row)) for row in range(self.queries))
-        return 4 * self.batch * self.heads * self.head_size * pairs
+        return 4 * self.head_size * _visible_pairs(self)
 
     @property
     def bytes(self) -> int:
@@ -74,6 +87,16 @@ class Case:
     @property
     def scale(self) -> float:
         return 1.0 / math.sqrt(self.head_size)
+
+
+@functools.cache
+def _visible_pairs(case: Case) -> int:
+    """Over all batches and heads."""
+    if case.options.mask is None:
+        return case.batch * case.heads * sum(len(case.visible_keys(row)) for row in range(case.queries))
+    mask = case.options.mask(case)  # an option with a mask comes without causal and window
+    copies = case.batch * case.heads * case.queries * case.keys // mask.size
+    return copies * int(np.count_nonzero(mask))
 
 
 SCALING_TARGET = 1.85  # two threads against one, in every case bound by arithmetic
@@ -99,6 +122,27 @@ CASES = (
     Case("f16-decode", "f16", 1, 32, 32, 1, 8192, 128, ratio=4, unit="read"),
     Case("bf16-decode-gqa", "bf16", 4, 32, 8, 1, 8192, 128, ratio=4, percent=80, unit="read"),
 )
+
+# Options that change scores. Peers are given dense arrays where flashtile computes; in the last ones flashtile is held
+# to itself: what an option costs beside the plain kernel, and a user's function beside the built-in one it copies.
+OPTION_CASES = (
+    Case("f32-documents", "f32", 1, 8, 8, 8192, 8192, 64, option="documents", ratio=4),
+    Case("f32-padding", "f32", 1, 8, 8, 2048, 2048, 64, option="padding", ratio=1.1, rival="torch"),
+    Case("f32-bias", "f32", 1, 8, 8, 2048, 2048, 64, option="bias", ratio=1.1, rival="torch"),
+    Case("f32-cap-sinks", "f32", 1, 8, 8, 4096, 4096, 64, causal=True, window=512, option="softcap, sinks", ratio=8,
+         rival="torch"),
+    Case("f32-alibi", "f32", 1, 8, 8, 4096, 4096, 64, option="alibi", ratio=1 / 1.05, base="f32-4k64"),
+    Case("f32-softcap", "f32", 1, 8, 8, 4096, 4096, 64, option="softcap", ratio=1 / 1.15, base="f32-4k64"),
+    Case("f32-window-1k", "f32", 1, 8, 8, 4096, 4096, 64, causal=True, window=1024, ratio=1 / 1.05, base="f32-4k64"),
+    Case("own-alibi", "f32", 1, 8, 8, 4096, 4096, 64, option="alibi by hand", ratio=1 / 1.05, base="f32-alibi"),
+    Case("own-softcap", "f32", 1, 8, 8, 4096, 4096, 64, option="softcap by hand", ratio=1 / 1.05, base="f32-softcap"),
+    Case("own-window", "f32", 1, 8, 8, 4096, 4096, 64, causal=True, window=1024, option="window by hand",
+         ratio=1 / 1.05, base="f32-window-1k"),
+    Case("own-documents", "f32", 1, 8, 8, 8192, 8192, 64, option="documents by hand", ratio=1 / 1.05,
+         base="f32-documents"),
+)  # fmt: skip
+
+ALL_CASES = (*CASES, *OPTION_CASES)
 
 QUICK = ("f32-1k64", "f32-2k128", "f32-causal-2k128", "bf16-2k128", "f16-2k128", "f64-1k64", "bf16-decode-gqa")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from .cases import Case
-from .data import numpy_dtype
+from .data import numpy_dtype, visible_keys
 
 FACTOR = 4.0  # of the unfused form's own error
 ULPS = 4.0  # of the largest |reference| value, where the unfused form happens to be nearly exact
@@ -36,14 +36,23 @@ def attend_rows(
     def settle(x: np.ndarray) -> np.ndarray:
         return x.astype(dtype).astype(compute) if rounded else x
 
+    option, shape = case.options, (case.batch, case.heads, case.queries, case.keys)
+    bias = None if option.bias is None else np.broadcast_to(option.bias(case), shape)
     out = np.empty((len(rows), v.shape[-1]), dtype=wide)
     for index, (b, h, i) in enumerate(rows):
         group = h // (case.heads // case.kv_heads)
-        seen = slice(case.visible_keys(i).start, case.visible_keys(i).stop)
+        seen = visible_keys(case, b, h, i)
         keys, values = k[b, group, seen].astype(compute), v[b, group, seen].astype(compute)
         scores = settle((keys @ q[b, h, i].astype(compute)) * compute.type(case.scale))
+        if option.softcap:
+            scores = settle(compute.type(option.softcap) * np.tanh(scores / compute.type(option.softcap)))
+        if bias is not None:
+            scores = settle(scores + bias[b, h, i, seen].astype(compute))
         weights = np.exp(scores - scores.max())
-        out[index] = settle(settle(weights / weights.sum()) @ values)
+        total = weights.sum()
+        if option.sinks is not None:
+            total += np.exp(option.sinks(case)[h].astype(compute) - scores.max())
+        out[index] = settle(settle(weights / total) @ values)
     return out
 
 

@@ -42,7 +42,12 @@ def load_inputs(folder: Path, case: Case) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def visible_mask(case: Case) -> np.ndarray:
-    """Boolean (queries, keys), True where a key is attended to: for peers that take a mask as an array."""
+    """Boolean, True where a key is attended to: for peers that take a mask as an array.
+
+    (queries, keys), or an option's mask as it comes, which broadcasts to (batch, heads, queries, keys).
+    """
+    if case.options.mask is not None:
+        return case.options.mask(case)
     position = np.arange(case.queries)[:, None] + (case.keys - case.queries)
     key = np.arange(case.keys)[None, :]
     mask = np.ones((case.queries, case.keys), dtype=bool)
@@ -51,3 +56,25 @@ def visible_mask(case: Case) -> np.ndarray:
     if case.window:
         mask &= key > position - case.window
     return mask
+
+
+def visible_keys(case: Case, b: int, h: int, i: int) -> np.ndarray:
+    """The keys that one query attends to."""
+    if case.options.mask is None:
+        return np.array(case.visible_keys(i))
+    shape = (case.batch, case.heads, case.queries, case.keys)
+    return np.flatnonzero(np.broadcast_to(case.options.mask(case), shape)[b, h, i])
+
+
+def has_mask(case: Case) -> bool:
+    """Whether keys are hidden that `causal` alone does not hide."""
+    return case.window > 0 or case.options.mask is not None
+
+
+def additive(case: Case) -> np.ndarray | None:
+    """Mask and bias as one float32 array to be added to the scores; None if there is neither."""
+    bias = None if case.options.bias is None else case.options.bias(case)
+    if not case.hides and case.options.mask is None:
+        return bias
+    hidden = np.where(visible_mask(case), np.float32(0), np.float32(-np.inf))
+    return hidden if bias is None else bias + hidden

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from . import check, machine
-from .cases import Case
+from .cases import ALL_CASES, Case
 from .data import make_inputs, save_inputs
 
 ANSWER_SECONDS = 300.0  # a peer that is silent for longer counts as failed
@@ -177,6 +177,30 @@ def take_turns(
     return limits
 
 
+BASE = "flashtile_base"
+
+
+def task_of(case: Case, peer: str) -> Case | str:
+    """What a peer does in a case: the case itself or its base, or why it takes no part."""
+    if peer == BASE:
+        return next((other for other in ALL_CASES if other.name == case.base), "held to other packages")
+    return "held to flashtile itself" if case.base and not peer.startswith("flashtile") else case
+
+
+class _Expected:
+    """The sampled rows of each task on one set of inputs, and how far off a peer may be."""
+
+    def __init__(self, arrays: tuple[np.ndarray, ...], rows: np.ndarray):
+        self.arrays, self.rows = arrays, rows
+        self.known: dict[Case, tuple[np.ndarray, float]] = {}
+
+    def of(self, case: Case) -> tuple[np.ndarray, float]:
+        if case not in self.known:
+            reference, rounded = (check.attend_rows(case, *self.arrays, self.rows, rounded=r) for r in (False, True))
+            self.known[case] = reference, check.allowed_error(case, reference, rounded)
+        return self.known[case]
+
+
 def run_case(case: Case, peers: list[Participant], limit: Participant | None, settings: Settings) -> CaseResult:
     """Check every participant, then time those that passed."""
     with tempfile.TemporaryDirectory(prefix="flashtile-bench-") as name:
@@ -184,11 +208,14 @@ def run_case(case: Case, peers: list[Participant], limit: Participant | None, se
         arrays = make_inputs(case)
         save_inputs(folder, case, arrays)
         rows = check.sample_rows(case)
-        reference = check.attend_rows(case, *arrays, rows, rounded=False)
-        rounded = check.attend_rows(case, *arrays, rows, rounded=True)
-        del arrays
-        allowed = check.allowed_error(case, reference, rounded)
-        measured = [prepare(case, who, folder, rows, reference, allowed) for who in peers]
+        expected, measured = _Expected(arrays, rows), []
+        for who in peers:
+            task = task_of(case, who.peer)
+            if isinstance(task, str):
+                measured.append(Measurement(case, who.peer, who.threads, "refused", task))
+            else:
+                measured.append(prepare(task, who, folder, rows, *expected.of(task)))
+        del arrays, expected
     live = [(who, m) for who, m in zip(peers, measured, strict=True) if m.status == "timed"]
     return CaseResult(case, measured, take_turns(live, limit, settings))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .cases import SCALING_TARGET
-from .driver import CaseResult, Measurement
+from .driver import BASE, CaseResult, Measurement
 
 OWN = "flashtile"
 MEASUREMENT_COLUMNS = (
@@ -43,7 +43,10 @@ class Verdict:
 
 
 def best_peer(result: CaseResult, threads: int) -> Measurement | None:
-    """The fastest other package among those whose result was right."""
+    """The fastest other package among those whose result was right; or the case's rival, or flashtile in its base."""
+    case = result.case
+    if case.base or case.rival:
+        return result.of(BASE if case.base else case.rival, threads)
     others = [
         m for m in result.measurements if m.status == "timed" and m.threads == threads and not m.peer.startswith(OWN)
     ]
@@ -55,9 +58,13 @@ def judge(result: CaseResult, threads: int) -> list[Verdict]:
     case, verdicts = result.case, []
     own, single = result.of(OWN, threads), result.of(OWN, 1)
     best = best_peer(result, threads)
-    value = best.median / own.median if own and best else None
+    value = None
+    if own and best:  # of a base, rates: it may see other keys
+        value = own.rate / best.rate if case.base else best.median / own.median
+    kind = f"rate in {case.base}" if case.base else case.rival or "best peer"
     note = f"best: {best.peer}" if best else "no peer was timed"
-    verdicts.append(Verdict(case.name, "times the best peer", value, case.ratio, note if own else own_failure(result)))
+    note = f"against {case.base or case.rival}" if best and (case.base or case.rival) else note
+    verdicts.append(Verdict(case.name, f"times the {kind}", value, case.ratio, note if own else own_failure(result)))
     # arithmetic is held to one core's peak by one thread, reading to what all threads together can read
     subject = own if case.reads else single
     value = 100 * subject.rate / result.limit if subject and result.limit else None

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))  # benchmarks/ is a folder of the checkout, not pa
 
 import benchmarks.__main__ as command  # noqa: E402
 from benchmarks import check, driver, machine, peak, peers, report  # noqa: E402
-from benchmarks.cases import CASES, QUICK, Case, short_cases  # noqa: E402
+from benchmarks.cases import ALL_CASES, QUICK, Case, short_cases  # noqa: E402
 from benchmarks.data import load_inputs, make_inputs, save_inputs, visible_mask  # noqa: E402
 
 TINY = Case("tiny", "f32", 1, 2, 1, 12, 12, 8, causal=True, ratio=1.0, percent=50)
@@ -81,7 +81,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def test_dry_run_writes_the_documented_columns(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "CASES", (TINY,))
+    monkeypatch.setattr(command, "ALL_CASES", (TINY,))
     arguments = ["--parts", "table", "--peers", "flashtile", "numpy", "--threads", "1", "--rounds", "1"]
     status = command.main([*arguments, "--output", str(tmp_path)])
     rows = read_csv(tmp_path / "peers.csv")
@@ -224,11 +224,11 @@ def test_peers_load_and_refuse_without_their_packages():
     names = [module.name for module in pkgutil.iter_modules(peers.__path__)]
     assert set(peers.DEFAULT) <= set(names)
     code = (
-        "import sys; from benchmarks import peers; from benchmarks.cases import CASES\n"
+        "import sys; from benchmarks import peers; from benchmarks.cases import ALL_CASES\n"
         f"for name in {names}:\n"
         "    peer = peers.load(name)\n"
         "    assert callable(peer.prepare) and callable(peer.versions)\n"
-        "    assert all(why is None or len(why) > 3 for why in map(peer.refuses, CASES))\n"
+        "    assert all(why is None or len(why) > 3 for why in map(peer.refuses, ALL_CASES))\n"
         "print(*sorted({'torch', 'jax', 'onnx', 'onnxruntime', 'openvino', 'flashtile'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -236,9 +236,9 @@ def test_peers_load_and_refuse_without_their_packages():
 
 
 def test_case_names_are_unique_and_quick_is_a_part_of_all():
-    names = [case.name for case in (*CASES, *short_cases())]
+    names = [case.name for case in (*ALL_CASES, *short_cases())]
     assert len(set(names)) == len(names)
-    assert set(QUICK) <= {case.name for case in CASES}
+    assert set(QUICK) <= {case.name for case in ALL_CASES}
 
 
 def test_workarounds_for_old_blas_do_not_reach_the_peers(monkeypatch):

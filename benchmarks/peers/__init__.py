@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-DEFAULT = ("flashtile", "torch", "onnxruntime", "onnxruntime_mha", "openvino", "jax", "numpy")
+DEFAULT = ("flashtile", "flashtile_base", "torch", "onnxruntime", "onnxruntime_mha", "openvino", "jax", "numpy")
 
 
 def load(name: str) -> ModuleType:

@@ -24,13 +24,13 @@ def versions() -> dict[str, str]:
 
 
 def options(case: Case) -> dict[str, Any]:
-    """The case's mask as keywords of `flashtile.attention`."""
+    """What the case hides and changes, as keywords of `flashtile.attention`."""
     found: dict[str, Any] = {"causal": case.causal}
     if case.window:
         found["window"] = (case.window - 1, 0)
     if case.hides and case.queries != case.keys:
         found["align"] = "bottom_right"
-    return found
+    return {**found, **case.options.keywords(case)}
 
 
 def prepare(case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray, threads: int) -> tuple[Callable, Callable]:

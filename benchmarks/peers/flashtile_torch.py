@@ -13,7 +13,7 @@ from . import torch as torch_peer
 
 
 def refuses(case: Case) -> str | None:
-    return torch_peer.refuses(case)
+    return "options ride as NumPy arrays" if case.option else torch_peer.refuses(case)
 
 
 def versions() -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..cases import Case
-from ..data import numpy_dtype, visible_mask
+from ..data import additive, numpy_dtype
 
 SCORE_LIMIT = 1 << 30  # bytes
 
@@ -26,7 +26,8 @@ def versions() -> dict[str, str]:
 def prepare(case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray, threads: int) -> tuple[Callable, Callable]:
     dtype = numpy_dtype(case.dtype)
     compute: Any = np.float64 if case.dtype == "f64" else np.float32
-    bias = np.where(visible_mask(case), compute(0), compute(-np.inf)) if case.hides else None
+    option, bias = case.options, additive(case)
+    sinks = None if option.sinks is None else option.sinks(case)[None, :, None, None]
     group = case.heads // case.kv_heads
 
     def run() -> np.ndarray:
@@ -34,12 +35,16 @@ def prepare(case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray, threads: in
         if group > 1:
             wide_k, wide_v = (np.repeat(x, group, axis=1) for x in (wide_k, wide_v))
         scores = (wide_q * compute(case.scale)) @ wide_k.swapaxes(-1, -2)
+        if option.softcap:
+            np.multiply(np.tanh(scores / option.softcap), option.softcap, out=scores)
         if bias is not None:
             scores += bias
-        scores -= scores.max(axis=-1, keepdims=True)
+        top = scores.max(axis=-1, keepdims=True)
+        scores -= top
         np.exp(scores, out=scores)
         out = scores @ wide_v
-        out /= scores.sum(axis=-1, keepdims=True)
+        total = scores.sum(axis=-1, keepdims=True)
+        out /= total if sinks is None else total + np.exp(sinks - top)
         return out.astype(dtype, copy=False)
 
     def to_numpy(out: Any) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..cases import Case
-from ..data import visible_mask
+from ..data import additive, has_mask, visible_mask
 
 
 def refuses(case: Case) -> str | None:
@@ -17,7 +17,7 @@ def refuses(case: Case) -> str | None:
         return f"no {case.dtype} kernel on CPUs"
     if case.causal and case.queries != case.keys:
         return "is_causal aligns top left"
-    return None
+    return "no sinks" if case.options.sinks is not None else None
 
 
 def versions() -> dict[str, str]:
@@ -39,11 +39,15 @@ def prepare(case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray, threads: in
     element = {"f32": TensorProto.FLOAT, "f16": TensorProto.FLOAT16}[case.dtype]
     feeds = {"Q": q, "K": k, "V": v}
     inputs = [helper.make_tensor_value_info(name, element, x.shape) for name, x in feeds.items()]
-    if case.window:
-        feeds["mask"] = visible_mask(case)
+    if case.options.bias is not None:
+        feeds["mask"] = np.ascontiguousarray(additive(case))
+        inputs.append(helper.make_tensor_value_info("mask", TensorProto.FLOAT, feeds["mask"].shape))
+    elif has_mask(case):
+        mask = visible_mask(case)  # every query spelled out: a single row does not broadcast
+        feeds["mask"] = np.ascontiguousarray(np.broadcast_to(mask, (*mask.shape[:-2], case.queries, case.keys)))
         inputs.append(helper.make_tensor_value_info("mask", TensorProto.BOOL, feeds["mask"].shape))
-    causal = int(case.causal and not case.window)  # the mask already says it
-    node = helper.make_node("Attention", list(feeds), ["Y"], is_causal=causal)
+    causal = int(case.causal and not has_mask(case))  # the mask already says it
+    node = helper.make_node("Attention", list(feeds), ["Y"], is_causal=causal, softcap=case.options.softcap)
     output = helper.make_tensor_value_info("Y", element, q.shape)
     graph = helper.make_graph([node], "attention", inputs, [output])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)

@@ -20,6 +20,8 @@ def refuses(case: Case) -> str | None:
         return "no grouped heads"
     if case.window:
         return "no window"
+    if case.options.rescores or case.options.mask is not None:
+        return "takes a bias, but no mask of its own for each query, no softcap, no sinks"
     return None
 
 
@@ -32,10 +34,14 @@ def prepare(case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray, threads: in
     from onnx import TensorProto, helper
 
     feeds = {"Q": _pack(q), "K": _pack(k), "V": _pack(v)}
+    names = list(feeds)
+    if case.options.bias is not None:
+        feeds["bias"] = np.ascontiguousarray(case.options.bias(case))
+        names += ["", "", "bias"]  # no bias of the projections, no padding mask
     inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, x.shape) for name, x in feeds.items()]
     output = helper.make_tensor_value_info("Y", TensorProto.FLOAT, feeds["Q"].shape)
     options = {"num_heads": case.heads, "unidirectional": int(case.causal)}
-    node = helper.make_node("MultiHeadAttention", list(feeds), ["Y"], domain="com.microsoft", **options)
+    node = helper.make_node("MultiHeadAttention", names, ["Y"], domain="com.microsoft", **options)
     graph = helper.make_graph([node], "attention", inputs, [output])
     domains = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
     session = make_session(helper.make_model(graph, opset_imports=domains, ir_version=8), threads)

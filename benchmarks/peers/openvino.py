@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..cases import Case
-from ..data import visible_mask
+from ..data import additive, has_mask, visible_mask
 
 
 def refuses(case: Case) -> str | None:
@@ -17,7 +17,7 @@ def refuses(case: Case) -> str | None:
         return "computes fp64 in fp32"
     if case.causal and case.queries != case.keys:
         return "causal aligns top left"
-    return None
+    return "no softcap, no sinks" if case.options.rescores else None
 
 
 def versions() -> dict[str, str]:
@@ -46,16 +46,23 @@ def _tensor(x: np.ndarray, element: Any) -> Any:
     return tensor
 
 
-def _model(case: Case, shapes: list[tuple[int, ...]], element: Any) -> Any:
+def _mask(case: Case, kinds: Any) -> Any:
+    """Mask or bias as a tensor; None if there is neither."""
+    if case.options.bias is not None:
+        return _tensor(np.ascontiguousarray(additive(case)), kinds.f32)
+    return _tensor(np.ascontiguousarray(visible_mask(case)), kinds.boolean) if has_mask(case) else None
+
+
+def _model(case: Case, shapes: list[tuple[int, ...]], element: Any, mask: Any) -> Any:
     import openvino
     from openvino import opset13 as op
 
     parameters = [op.parameter(list(shape), element) for shape in shapes]
-    if case.window:
-        parameters.append(op.parameter([case.queries, case.keys], openvino.Type.boolean))
-    q, k, v, *mask = parameters
+    if mask is not None:
+        parameters.append(op.parameter(list(mask.shape), mask.element_type))
+    q, k, v, *rest = parameters
     out = op.scaled_dot_product_attention(
-        q, _expand(k, case), _expand(v, case), *mask, causal=case.causal and not case.window
+        q, _expand(k, case), _expand(v, case), *rest, causal=case.causal and mask is None
     )
     return openvino.Model([op.result(out)], parameters)
 
@@ -69,11 +76,12 @@ def prepare(case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray, threads: in
     native = {"bf16": "BF16", "f16": "FP16"}.get(case.dtype) in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     precision = case.dtype if native else "f32"
     options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": precision}
-    compiled = core.compile_model(_model(case, [x.shape for x in (q, k, v)], element), "CPU", options)
+    mask = _mask(case, kinds)
+    compiled = core.compile_model(_model(case, [x.shape for x in (q, k, v)], element, mask), "CPU", options)
     request = compiled.create_infer_request()
     tensors = [_tensor(x, element) for x in (q, k, v)]
-    if case.window:
-        tensors.append(_tensor(visible_mask(case), kinds.boolean))
+    if mask is not None:
+        tensors.append(mask)
     for index, tensor in enumerate(tensors):
         request.set_input_tensor(index, tensor)
 

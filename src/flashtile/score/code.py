@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from .capture import Slot
+from .capture import Access, Slot
 from .expr import Expr, postorder
 from .operations import variable
 
@@ -33,6 +33,13 @@ class Code:
         """
         roots = [root for root in (self.score, self.mask) if root is not None]
         return tuple(x for x in postorder(roots) if is_dense(x))
+
+    @cached_property
+    def mask_slots(self) -> frozenset[int]:
+        """Numbers of the captured values that the mask reads."""
+        read = (x.data for x in postorder([self.mask] if self.mask is not None else []))
+        slots = (data.source if isinstance(data, Access) else data for data in read)
+        return frozenset(slot.number for slot in slots if isinstance(slot, Slot))
 
 
 def is_dense(x: Expr) -> bool:

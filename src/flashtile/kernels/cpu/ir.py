@@ -19,8 +19,12 @@ True
 from __future__ import annotations
 
 import contextlib
+import itertools
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 SIZES = {"i1": 1, "i8": 1, "i16": 2, "half": 2, "bfloat": 2, "i32": 4, "float": 4, "i64": 8, "double": 8, "ptr": 8}
 _MANGLED = {"float": "f32", "double": "f64", "half": "f16", "bfloat": "bf16", "ptr": "p0"}
@@ -299,6 +303,21 @@ class Function:
 
     def store(self, value: Value, pointer: Value, align: int | None = None) -> None:
         self.put(f"store {value}, ptr {pointer.ref}, align {align or SIZES[element(value.type)]}")
+
+    def abreast(self, count: int, emit: Callable[[int], T]) -> list[T]:
+        """[emit(0), ..., emit(count - 1)], their instructions taken in turns.
+
+        For long chains that do not depend on each other: a machine looks some 60 instructions ahead, which one after
+        the other is two chains of them.  Nothing emitted may branch.
+        """
+        start, results, parts = len(self._lines), [], []
+        for n in range(count):
+            results.append(emit(n))
+            parts.append(self._lines[start:])
+            del self._lines[start:]
+        for lines in itertools.zip_longest(*parts):
+            self._lines += [line for line in lines if line is not None]
+        return results
 
     # -- lanes ---------------------------------------------------------------------------------------
 

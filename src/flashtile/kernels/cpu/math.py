@@ -84,14 +84,14 @@ def _exp2(f: Function, isa: ISA, x: Value, degree: int) -> Value:
     return _polynomial(f, isa, exp2_coefficients(degree), x - whole) * power
 
 
-def _nearest(f: Function, x: Value) -> tuple[Value, Value]:
-    """(n, 2^n) with n the integer nearest to x, -bias <= n <= bias.
+def _nearest(f: Function, x: Value, more: int = 0) -> tuple[Value, Value]:
+    """(n, 2^(n + more)) with n the integer nearest to x, -bias <= n + more <= bias.
 
     n is found by adding a number so large that the fraction falls off the mantissa; its low bits then hold
-    n + bias, which a shift moves into the exponent field.
+    n + more + bias, which a shift moves into the exponent field.
     """
     form = _FORMATS[element(x.type)]
-    magic = 1.5 * 2.0**form.mantissa + form.bias
+    magic = 1.5 * 2.0**form.mantissa + form.bias + more
     shifted = x + magic
     return shifted - magic, f.bitcast(f.bitcast(shifted, form.integer) << form.mantissa, element(x.type))
 
@@ -123,7 +123,7 @@ def log2(f: Function, isa: ISA, x: Value) -> Value:
 def tanh(f: Function, isa: ISA, x: Value) -> Value:
     """tanh x = h / (h + 1) with h = (exp(2x) - 1) / 2, within 3 ulp; odd to the last bit.
 
-    2x = n ln 2 + 2r, so h is 2^n (exp(2r) - 1) / 2 + (2^n - 1) / 2; the polynomial for exp(2r) has no constant
+    2x = n ln 2 + r, so h is (exp(r) - 1) 2^(n - 1) + (2^(n - 1) - 1/2); the polynomial for exp(r) - 1 has no constant
     term left to cancel, so small x need no series of their own.  Beyond 20 the result is 1 to the last bit.
     """
     form = _FORMATS[element(x.type)]
@@ -131,23 +131,23 @@ def tanh(f: Function, isa: ISA, x: Value) -> Value:
     sign_bit = -(1 << (8 * SIZES[form.integer] - 1))
     magnitude = f.bitcast(bits & (-1 - sign_bit), element(x.type))
     magnitude = f.minimum(f.const(x.type, 20.0), magnitude)  # operand order keeps NaN
-    whole, power = _nearest(f, magnitude * (2 / math.log(2)))
+    doubled = magnitude + magnitude
+    whole, half_power = _nearest(f, doubled * (1 / math.log(2)), -1)
     if isa.fused:  # n is small and what its product loses of ln 2 is nothing where n is not
-        r = isa.multiply_add(f, whole, f.const(x.type, -math.log(2) / 2), magnitude)
+        r = isa.multiply_add(f, whole, f.const(x.type, -math.log(2)), doubled)
     else:
-        high, low = _HALF_LN2[element(x.type)]
-        r = (magnitude - whole * high) - whole * low
-    # (exp(2r) - 1) / 2 = r + r^2 q(r): 2 ln 2 / 2 scales the first coefficient of exp2 to 1.
-    _, _, *rest = (c * (2 / math.log(2)) ** k / 2 for k, c in enumerate(exp2_coefficients(form.degree)))
+        high, low = _LN2[element(x.type)]
+        r = (doubled - whole * high) - whole * low
+    # exp(r) - 1 = r + r^2 q(r): a power of ln 2 scales the first coefficient of exp2 to 1.
+    _, _, *rest = (c / math.log(2) ** k for k, c in enumerate(exp2_coefficients(form.degree)))
     grown = isa.multiply_add(f, _polynomial(f, isa, rest, r), r * r, r)
-    half = isa.multiply_add(f, power, f.const(x.type, 0.5), f.const(x.type, -0.5))
-    h = isa.multiply_add(f, grown, power, half)
+    h = isa.multiply_add(f, grown, half_power, half_power - 0.5)
     result = isa.divide(f, h, h + 1.0)
     return f.bitcast(f.bitcast(result, form.integer) | (bits & sign_bit), element(x.type))
 
 
-# ln(2) / 2 in two parts: the first has so few bits that whole multiples of it, up to 2^6, are exact.
-_HALF_LN2 = {
-    "float": (0.3465728759765625, 7.14303410154708606e-7),
-    "double": (0.346573590184561908245, 9.5410746463529385e-11),
+# ln 2 in two parts: the first has so few bits that whole multiples of it, up to 2^6, are exact.
+_LN2 = {
+    "float": (0.693145751953125, 1.42860682030941723212e-6),
+    "double": (0.69314718036912381649, 1.90821492927058770002e-10),
 }

@@ -62,29 +62,36 @@ def emit_panel(module: Module, c: Config, vectors: int, collect: str, add: str, 
 
 
 class _Tiles:
-    """The functions that fill the scores of a block: edge tiles, which are masked, and full ones, which are not."""
+    """The functions that fill the scores of a block: edge tiles, which are masked, and full ones, which are not.
+
+    Without a score program a band is applied in the edge tiles themselves.  A program comes after the products
+    (rescore.py): its mask to edge tiles alone, its score, if it has one, to all.
+    """
 
     def __init__(self, module: Module, c: Config, vectors: int):
         self.c = c
-        self.full = emit_scores(module, c, vectors)
+        if not c.scored:
+            self.full = emit_scores(module, c, vectors)
         if c.code is None:
             self.edges = [emit_scores(module, c, vectors, edge=True, first=first) for first in range(vectors)]
         else:
-            self.rescore = {edge: emit_rescore(module, c, vectors, edge=edge) for edge in (False, True)}
+            self.raw = emit_scores(module, c, vectors, top=False)
+            self.rescore = {e: emit_rescore(module, c, vectors, edge=e) for e in (False, True) if e or c.scored}
 
     def call(self, f: Function, a: dict[str, Value]) -> None:
         """Edge keys up to the first tile that every row sees whole, full tiles, edge keys to the end."""
         rows, some_from, some_to = self.c.rows, a["some_from"], a["some_to"]
         whole = f.minimum(some_from + (a["all_from"] - some_from + (rows - 1)) // rows * rows, some_to)
         until = f.maximum(whole + f.maximum(a["all_to"] - whole, 0) // rows * rows, whole)
-        if self.c.code is None:
-            self._tiles(f, a, some_from, whole, self._edge_tile)
-            self._tiles(f, a, whole, until, self._full_tile)
-            self._tiles(f, a, until, some_to, self._edge_tile)
-        else:
-            self._tiles(f, a, some_from, some_to, self._full_tile)
+        edge = self._edge_tile if self.c.code is None else self._raw_tile
+        full = self._raw_tile if self.c.scored else self._full_tile
+        self._tiles(f, a, some_from, whole, edge)
+        self._tiles(f, a, whole, until, full)
+        self._tiles(f, a, until, some_to, edge)
+        if self.c.code:
             self._rescore(f, a, some_from, whole, edge=True)
-            self._rescore(f, a, whole, until, edge=False)
+            if self.c.scored:
+                self._rescore(f, a, whole, until, edge=False)
             self._rescore(f, a, until, some_to, edge=True)
             self._hide_rest(f, a)
 
@@ -95,6 +102,9 @@ class _Tiles:
 
     def _full_tile(self, f: Function, a: dict[str, Value], key: Value, args: list[Value]) -> None:
         f.call(self.full, "void", args)
+
+    def _raw_tile(self, f: Function, a: dict[str, Value], key: Value, args: list[Value]) -> None:
+        f.call(self.raw, "void", args)
 
     def _edge_tile(self, f: Function, a: dict[str, Value], key: Value, args: list[Value]) -> None:
         """The variant that leaves out every vector none of whose queries sees even the tile's first key."""

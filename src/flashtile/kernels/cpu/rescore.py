@@ -41,8 +41,8 @@ def emit_rescore(module: Module, c: Config, vectors: int, *, edge: bool) -> str:
     def one_key(key: Value, tops: list[Value]) -> list[Value]:
         line = (key - origin) * c.line
         place = program.key(key)
-        new = []
-        for j in range(vectors):
+
+        def one_register(j: int) -> Value:
             here = scratch + at.scores + line + j * c.register
             value, visible = program.element(place, j, f.load(c.vector, here, align=c.register), line)
             if edge:
@@ -50,8 +50,9 @@ def emit_rescore(module: Module, c: Config, vectors: int, *, edge: bool) -> str:
                     visible = _in_band(f, c, j, key, above, below)
                 value = f.select(visible, value, hidden)
             f.store(value, here, align=c.register)
-            new.append(f.maximum(value, tops[j]))
-        return new
+            return f.maximum(value, tops[j])
+
+        return f.abreast(vectors, one_register)
 
     for j, top in enumerate(f.fold(first, last, 1, tops, one_key)):
         f.store(top, scratch + (at.block_max + j * c.register), align=c.register)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flashtile.arrays import address_of
 from flashtile.kernels.cpu.config import Config
+from flashtile.score.capture import ScalarCapture
 
 if TYPE_CHECKING:
+    from flashtile.plan.segments import Segments
+    from flashtile.score.code import Code
     from flashtile.score.options import Scoring
+    from flashtile.score.program import Program
     from flashtile.spec import AttentionSpec
 
-COVERAGE_KEYS = 32  # keys of a tile that the plan classifies: finer than a key block, so that edges cost little
+COVERAGE_KEYS = 16  # keys of a tile that the plan classifies: finer than a key block, so that edges cost little
 
 
 class _Block(bytes):
@@ -35,15 +40,12 @@ class ScoreValues:
         """The values of one call, read as they are now: O(S) for a mask that depends on captured arrays."""
         captures = rows = keys = None
         if scoring.program is not None:
-            from flashtile.plan.segments import segments_of
             from flashtile.score.captures import Block
-            from flashtile.score.coverage import coverage
 
             program = scoring.program
             captures = Block(program.slots).pack(program.captures)
             if c.masked:
-                real = np.float64 if c.acc == "double" else np.float32
-                segments = segments_of(coverage(program, c.panel, COVERAGE_KEYS, real), c.key_block)
+                segments = _segments(program, c)
                 rows, keys = segments.rows, segments.keys
         arrays = captures, rows, keys, scoring.sinks
         addresses = tuple(0 if x is None else address_of(x) for x in arrays)
@@ -54,6 +56,34 @@ class ScoreValues:
         held = _Block(block)
         held.arrays = self.arrays
         return held
+
+
+def _segments(program: Program, c: Config) -> Segments:
+    """Which keys each panel sees: mapped anew for a mask that reads arrays, whose elements may have changed."""
+    read = [program.captures[n] for n in sorted(program.code.mask_slots)]
+    numbers = tuple((float(x.value).hex(), x.type) for x in read if isinstance(x, ScalarCapture))
+    if len(numbers) < len(read):
+        return _mapped(program, c.panel, c.key_block, c.acc)
+    return _kept(program.shape, program.code, numbers, c.panel, c.key_block, c.acc)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept(shape: Any, code: Code, numbers: tuple[tuple[str, str], ...], *sizes: Any) -> Segments:
+    """The segments of a mask that numbers alone decide."""
+    from flashtile.score.program import Program
+
+    captures: list[Any] = [None] * len(code.slots)  # the score's are not looked at
+    for n, (value, type_) in zip(sorted(code.mask_slots), numbers, strict=True):
+        captures[n] = ScalarCapture(float.fromhex(value), type_)
+    return _mapped(Program(shape, code, tuple(captures)), *sizes)
+
+
+def _mapped(program: Program, panel: int, key_block: int, accumulator: str) -> Segments:
+    from flashtile.plan.segments import segments_of
+    from flashtile.score.coverage import coverage
+
+    real = np.float64 if accumulator == "double" else np.float32
+    return segments_of(coverage(program, panel, COVERAGE_KEYS, real), key_block)
 
 
 NO_SCORES = ScoreValues((0, 0, 0, 0), ())

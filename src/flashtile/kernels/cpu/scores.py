@@ -22,16 +22,18 @@ def contract(f: Function, c: Config, acc: Value, a: Value, b: Value) -> Value:
     return c.isa.dot_pairs(f, acc, a, b) if c.pairs else c.isa.multiply_add(f, a, b, acc)
 
 
-def emit_scores(module: Module, c: Config, vectors: int, *, edge: bool = False, first: int = 0) -> str:
+def emit_scores(
+    module: Module, c: Config, vectors: int, *, edge: bool = False, first: int = 0, top: bool = True
+) -> str:
     """A function for one tile; the name of the function.
 
     Arguments: scratch memory, queries (transposed), keys, bytes between keys, words of a row, and the tile's line
-    among the scores.  It keeps the running maximum, unless a score program does that later (rescore.py).  An
+    among the scores.  It keeps the running maximum, unless the score program does that later (``top``; rescore.py).  An
     ``edge`` tile also takes the last valid key of the tile (keys beyond it are readable memory, but hidden), and
     two distances: query lane i sees key r iff  i + above - r >= 0  and  i + below - r <= 0.  Vectors before
     ``first`` are known to be hidden: their scores are -inf, uncomputed.
     """
-    name = f"scores_{vectors}_{'edge' if edge else 'full'}_{first}"
+    name = f"scores_{vectors}_{('edge' if edge else 'full') if top else 'raw'}_{first}"
     types, names = ["ptr", "ptr", "ptr", "i64", "i64", "i64"], ["scratch", "q", "k", "stride", "words", "line"]
     if edge:
         types, names = types + ["i64", "i32", "i32"], names + ["last", "above", "below"]
@@ -44,7 +46,7 @@ def emit_scores(module: Module, c: Config, vectors: int, *, edge: bool = False, 
         rows.append(rows[-1] + stride)
     acc = _contraction(f, c, q, rows, words, live)
 
-    s, top = scratch + Scratch(c).scores + line * c.line, scratch + Scratch(c).block_max
+    s, tops = scratch + Scratch(c).scores + line * c.line, scratch + Scratch(c).block_max
     hidden = f.const(c.vector, -math.inf)
     for r in range(c.rows):
         for n, j in enumerate(live):
@@ -54,11 +56,11 @@ def emit_scores(module: Module, c: Config, vectors: int, *, edge: bool = False, 
             f.store(acc[at], s + (r * c.line + j * c.register), align=c.register)
         for j in range(first):
             f.store(hidden, s + (r * c.line + j * c.register), align=c.register)
-    for n, j in enumerate(live if c.code is None else ()):
-        largest = f.load(c.vector, top + j * c.register, align=c.register)
+    for n, j in enumerate(live if top else ()):
+        largest = f.load(c.vector, tops + j * c.register, align=c.register)
         for r in range(c.rows):
             largest = f.maximum(acc[r * len(live) + n], largest)
-        f.store(largest, top + j * c.register, align=c.register)
+        f.store(largest, tops + j * c.register, align=c.register)
     f.ret()
     return name
 

@@ -13,15 +13,13 @@ class _AVX512(ISA):
     """AVX-512's own primitive: an estimate of the reciprocal to 14 bits."""
 
     def divide(self, f: Function, a: Value, b: Value) -> Value:
-        """One Newton step for 1 / b and one for the quotient: half the time of the division of 16 lanes."""
+        """A quotient to 14 bits, and what is left of a over it once more: a third of the time of a division."""
         if a.type != self.vector_of("float"):
             return a / b
         lanes_ = [f.const(a.type, 0.0), f.const("i16", -1)]
         inverse = f.intrinsic(f"llvm.x86.avx512.rcp14.ps.{8 * self.vector_bytes}", a.type, [b, *lanes_])
-        minus_b = f.const(a.type, -0.0) - b
-        inverse = f.fma(f.fma(minus_b, inverse, f.const(a.type, 1.0)), inverse, inverse)
         quotient = a * inverse
-        return f.fma(f.fma(minus_b, quotient, a), inverse, quotient)
+        return f.fma(f.fma(f.const(a.type, -0.0) - b, quotient, a), inverse, quotient)
 
 
 _PLAIN = _AVX512(
