@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -41,6 +42,26 @@ def test_a_compiler_error_is_reported(tmp_path: Any, monkeypatch: pytest.MonkeyP
 def test_what_is_missing_is_named_with_its_remedy(script: Script, variable: str, value: str, expected: str) -> None:
     done = script("print(message(lambda: starpu.init(), UnavailableError))", **{variable: value})
     assert expected in done.stdout and "libstarpu-dev" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "gone", "expected"),
+    [
+        (build.shutil, "which", ("cc", "gcc", "clang"), "no C compiler found: apt-get install gcc libc6-dev"),
+        (build.importlib.util, "find_spec", ("cffi",), "cffi is not installed: pip install cffi"),
+        (build.sysconfig, "get_path", ("include",), "Python.h does not exist: apt-get install python3-dev"),
+    ],
+)
+def test_what_a_build_lacks_is_named(
+    module: Any, name: str, gone: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    there = getattr(module, name)
+    nothing = "/nowhere" if name == "get_path" else None
+    monkeypatch.setattr(module, name, lambda what, *more: nothing if what in gone else there(what, *more))
+    monkeypatch.setattr(build, "_folder", lambda: tmp_path)  # where nothing was built yet
+    assert expected in str(build.missing())
+    with pytest.raises(UnavailableError, match=re.escape(expected)):
+        build.build()
 
 
 @pytest.mark.parametrize(
@@ -254,7 +275,9 @@ def test_doctor_tells_version_and_limits() -> None:
 
     rows = {name: (available, remark) for room, name, available, remark in doctor.survey() if room == "engine"}
     available, remark = rows["starpu"]
-    assert available and remark.startswith("StarPU 1.") and "CPU workers" in remark
+    assert available and re.match(r"StarPU 1\.\d+\.\d+ \(starpu-1\.\d\); ", remark)
+    assert re.search(r"; (\d+ cpu workers, 0 cuda workers|not running, would start 2 CPU workers); ", remark)
+    assert re.search(r"; at most \d+ CPU workers, \d+ workers, \d+ handles in a codelet$", remark)
 
 
 def test_the_build_command_builds(capsys: pytest.CaptureFixture[str]) -> None:
