@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import flashtile
+from flashtile.engines import starpu
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -61,6 +62,8 @@ def test_page_examples_run(page: pathlib.Path, capsys: pytest.CaptureFixture[str
     text = page.read_text()
     for package in OPTIONAL_IMPORT.findall(python_blocks(text)):
         pytest.importorskip(package)
+    if 'engine="starpu"' in python_blocks(text) and (reason := starpu.unavailable()):
+        pytest.skip(f"StarPU: {reason}")
     results = run_page(text, page.name, str(page))
     assert results.attempted > 0, "the page has a Python block without a `>>>` example"
     assert results.failed == 0, capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The door for NNTile: flash attention on Fortran-ordered tiles, one key tile a call.
+"""The door for NNTile: flash attention on Fortran-ordered tiles, one key tile a call::
 
     A, logsumexp = zeros, minus infinity
     for K, V, mask in key tiles:
@@ -81,7 +81,8 @@ def flash_sdpa_fwd(
                          first_key + j; they join a stored one.
               scale      by default 1 / sqrt(head_size).
     Numerics: sums in float32 (float64 for float64). In 16 bits A is rounded to nearest once a call: after n key tiles
-              it is off by at most n x 0.5 ulp (of the largest |A| on the way) from a sum that was kept in float32.
+              it is off by at most n x 0.5 ulp (of the largest element of A on the way, by size) from a sum that was
+              kept in float32.
     Raises:   SpecError before memory is touched; KernelError.
     Source:   NNTile's flash_sdpa_fwd; Milakov and Gimelshein 2018 for the state.
 

@@ -1,4 +1,4 @@
-"""The door for programs on StarPU: tiles that are registered once, attention as tasks beside the program's own.
+"""The door for programs on StarPU: tiles that are registered once, attention as tasks beside the program's own::
 
     from flashtile import starpu
     starpu.init()
@@ -63,13 +63,12 @@ def init(
     calibrate: bool | None = None,
     models: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Start StarPU, or join the one that the program has started.
+    """Start StarPU, or join the one that the program has started, which then keeps its own settings.
 
     Options:  workers, cuda  numbers of CPU and CUDA workers; else STARPU_NCPU and STARPU_NCUDA, else all there are.
               scheduler      one of schedulers(); else STARPU_SCHED, else StarPU's own choice (lws).
               calibrate      measure every task for the performance models.
               models         folder that keeps the models, for dmda and its kin; else StarPU's (~/.starpu).
-    A joined StarPU keeps its own settings.
     Raises:   SpecError for a second call, an unknown scheduler, a number out of range, a limit on memory
               (STARPU_LIMIT_CPU_MEM) without a disk; UnavailableError if StarPU is not installed, has no worker, or
               runs in the process that this one was forked from.
@@ -100,10 +99,12 @@ def restrict(*where: str, dtype: str | None = None) -> None:
 def register(array: Any, rows: int) -> TiledTensor:
     """The tiles of an array, which stays where it is.
 
+    The array lives at least until unregister() (or the end of a `with` block, or shutdown). While it is registered,
+    read and write it through acquire only.
+
     Shapes:   q, k, v or o (B, H, S, D); lse (B, H, S). Tiles are (1, 1, rows, D), the last along S may be short.
               Rows of D adjacent elements, any distance apart; lse contiguous along S.
-    The array lives at least until unregister() (or the end of a `with` block, or shutdown). While it is registered,
-    read and write it through acquire only. Raises: SpecError.
+    Raises:   SpecError.
     """
     array = plain(array, "array")
     if array.ndim not in (3, 4):
@@ -173,13 +174,13 @@ def submit_forward(
     """Submit attention: of whole tensors, one task for each pair of tiles that meet; or of one pair of tiles.
 
     Shapes:   q, k, v, o, lse as registered: all tensors, or all tiles (`q[b, h, i]`, `k[b, h_kv, j]`). q, o and lse
-              are cut into the same rows, k and v into the same keys. lse float32 (float64 for float64).
+              are cut into the same rows, k and v into the same keys. lse float32 (float64 for float64). o of tiles
+              is in lse's dtype, the state; `submit_finish` casts it.
     Options:  as `flashtile.attention`; also
               accumulate  "ordered": key tiles in a fixed order, the same bits always; "commute": in any order, so
                           that a chain need not wait for its next key tile (STARPU_COMMUTE).
               carry, last (of tiles only) whether o and lse hold the state of earlier keys, and whether no key
                           follows, so that sinks are counted.
-    Tiles:    o is in lse's dtype, the state; `submit_finish` casts it. Masks are computed from where the tiles stand.
     Returns:  the number of tasks; 0 for tiles that the mask keeps apart. Does not wait: see `wait`.
     Raises:   SpecError, UnavailableError; what happens in tasks is raised by `wait`.
     """
@@ -229,8 +230,8 @@ def submit_merge(o: TiledTensor, lse: TiledTensor, other_o: TiledTensor, other_l
 def wait() -> None:
     """Return when every task submitted through this door is done; Ctrl-C skips those that have not begun.
 
-    Raises: KernelError naming the codelet and the tile that failed first. Tasks after it were skipped, so outputs are
-    undefined; StarPU and the tensors stay usable.
+    Raises:   KernelError naming the codelet and the tile that failed first. Tasks after it were skipped, so outputs
+              are undefined; StarPU and the tensors stay usable.
     """
     _job().wait()
 
