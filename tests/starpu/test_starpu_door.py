@@ -16,6 +16,7 @@ from inputs import Shape, numpy_dtype, same_bits, uniform
 import flashtile
 from flashtile.dtypes import DTYPES
 from flashtile.engines.starpu import build, runtime
+from flashtile.engines.starpu.flow import Flow
 from flashtile.errors import KernelError, SpecError, UnavailableError
 from flashtile.testing import assert_accurate
 
@@ -55,10 +56,11 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.parametrize("family", ["cpu", "vanilla"])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "none")
-def test_whole_tensors(starpu: Any, dtype: str, options: dict[str, Any]) -> None:
+def test_whole_tensors(starpu: Any, dtype: str, options: dict[str, Any], family: str) -> None:
     given = Registered(starpu, Shape(2, 4, 2, 200, 250, 16, 24), dtype, state=False)
-    assert starpu.submit_forward(*given.tensors, **options) > 0
+    assert starpu.submit_forward(*given.tensors, kernel=family, **options) > 0
     starpu.wait()
     given.check(**options)
 
@@ -178,6 +180,9 @@ MISFITS: list[tuple[str, Callable[[Any, list[Any]], Any]]] = [
     ("k: got a TiledTensor, expected a tile as q", lambda s, t: s.submit_forward(t[0][0, 0, 0], *t[1:])),
     ("q: got a ndarray, expected a registered tensor", lambda s, t: s.submit_forward(np.zeros(3), *t[1:])),
     ("carry: got a value with whole tensors", lambda s, t: s.submit_forward(*t, carry=True)),
+    ("kernel: got 'reference', expected 'cpu' or 'vanilla'", lambda s, t: s.submit_forward(*t, kernel="reference")),
+    ("accumulate: got 'commute', expected 'ordered' with kernel 'vanilla'",
+     lambda s, t: s.submit_forward(*t, kernel="vanilla", accumulate="commute")),
     ("o: got an array within the memory that", lambda s, t: s.submit_forward(*t[:3], t[0], t[4])),
     ("lse: got shape", lambda s, t: s.submit_forward(*t[:4], t[3])),
     ("v: got tiles of 96 rows, expected 80 as in k",
@@ -289,7 +294,7 @@ def test_errors_in_tasks_come_out_of_wait(starpu: Any) -> None:
     given = Registered(starpu, Shape(1, 2, 2, 200, 250, 16, 16))
     starpu.submit_forward(*given.tensors, scale=0.5)
     starpu.wait()
-    (flow,) = [f for f in runtime.current().flows.values() if getattr(f, "spec", None) and f.spec.scale == 0.5]
+    (flow,) = [f for f in runtime.current().flows.values() if isinstance(f, Flow) and f.spec.scale == 0.5]
     native, broken = flow.program.data.cpu, kernel(lambda *_: 33)
     flow.program.data.cpu = ctypes.cast(broken, ctypes.c_void_p).value
     try:
