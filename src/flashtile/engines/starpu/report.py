@@ -17,7 +17,7 @@ def remark() -> str:
     if not build.built():
         return f"StarPU {version} ({name}); the binding is compiled at first use, or by flashtile starpu build"
     lib = build.load().lib
-    limits = ", ".join(f"{what} {lib.ft_constant(word)}" for what, word in LIMITS)
+    limits = ", ".join(f"{lib.ft_constant(word)} {what}" for what, word in LIMITS)
     return f"StarPU {version} ({name}); {_workers(lib)}; at most {limits}"
 
 
