@@ -110,8 +110,7 @@ def test_init_twice(script: Script) -> None:
 
 def test_a_starpu_that_the_program_started_is_joined_and_left_running(script: Script) -> None:
     done = script("""
-        import ctypes, ctypes.util
-        library = ctypes.CDLL(ctypes.util.find_library("starpu-1.4") or ctypes.util.find_library("starpu-1.3"))
+        library = starpu_library()
         assert library.starpu_init(None) == 0
         starpu.init()
         q, k, v, o, lse = arrays()

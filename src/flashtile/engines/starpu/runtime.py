@@ -19,6 +19,7 @@ from flashtile.spec import integer
 if TYPE_CHECKING:
     from flashtile.engines.starpu.codelets import Codelet
     from flashtile.engines.starpu.jobs import Job
+    from flashtile.engines.starpu.profile import Profile
 
 ARCHITECTURES = ("cpu", "cuda")
 # Reaching a limit on memory, StarPU 1.3 without a disk to write to waits for ever.
@@ -39,6 +40,7 @@ class Runtime:
         self.held: set[int] = set()  # acquired by the program
         self.active = 0
         self.door: Job | None = None  # of flashtile.starpu
+        self.profile: Profile | None = None  # that records
         self.flows: dict[Any, Any] = {}  # made for the door (flashtile.starpu), by what they depend on
         self._constants: dict[str, int] = {}
         self._scratch: dict[int, np.ndarray] = {}
@@ -77,6 +79,8 @@ class Runtime:
 
     def unregister(self, handles: np.ndarray, how: int) -> None:
         """See ft_unregister."""
+        if self.profile is not None:
+            self.profile.forget(handles)
         self.lib.ft_unregister(handles.size, self.ffi.from_buffer("uint64_t[]", np.ascontiguousarray(handles)), how)
 
     def workers(self, architecture: str | None = None) -> int:
