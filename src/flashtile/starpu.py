@@ -258,10 +258,7 @@ def wait() -> None:
 
 
 def _job() -> Job:
-    now = runtime.current()
-    if now.door is None:
-        now.door = Job()
-    return now.door
+    return runtime.current().door_job()
 
 
 def _flow(tensors: list[TiledTensor], options: Options, scores: ScoreOptions, offsets: Any, accumulate: str) -> Flow:

@@ -16,7 +16,6 @@
 #define NODE_OF(address) ((address) ? STARPU_MAIN_RAM : -1)
 
 typedef int32_t (*cpu_kernel)(const char *params, int64_t begin, int64_t end, char *scratch);
-/* Launches on the stream and returns; StarPU waits for the stream. */
 typedef int32_t (*cuda_kernel)(void *stream, const char *params, int64_t begin, int64_t end, char *scratch);
 
 struct ft_codelet {
@@ -225,6 +224,7 @@ static char *bind(const ft_task *task, void *buffers[], unsigned count, int64_t 
 	}
 	for (int n = 0; n < p->values; n++)
 		block[p->value_word[n]] = task->values[n];
+	if (p->inner_word >= 0) block[p->inner_word] = (intptr_t)&block[p->inner_at];
 	if (count <= (unsigned)p->handles) return NULL;
 	uintptr_t scratch = locate(buffers[p->handles], &row_bytes);
 	return (char *)((scratch + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE);
@@ -257,6 +257,15 @@ static void run_cuda(void *buffers[], void *cl_arg)
 }
 #endif
 
+/* StarPU asks for each worker: a task goes where its program has a kernel. Without a program it is empty, for tests. */
+static int can_execute(unsigned worker, struct starpu_task *task, unsigned implementation)
+{
+	const ft_program *p = ((const argument *)task->cl_arg)->task.program;
+	(void)implementation;
+	if (!p) return 1;
+	return (starpu_worker_get_type(worker) == STARPU_CUDA_WORKER ? p->cuda : p->cpu) != 0;
+}
+
 /* Everything that sets the cost is hashed at submission (footprint.py). */
 static uint32_t footprint(struct starpu_task *task)
 {
@@ -270,6 +279,7 @@ ft_codelet *ft_codelet_new(const char *name)
 	starpu_codelet_init(&c->cl);
 	snprintf(c->name, sizeof c->name, "%s", name);
 	c->cl.name = c->name;
+	c->cl.can_execute = can_execute;
 	c->cl.nbuffers = STARPU_VARIABLE_NBUFFERS; /* modes come with each task: the first of a chain writes, later ones update */
 	c->model.type = STARPU_HISTORY_BASED;
 	c->model.symbol = c->name;
