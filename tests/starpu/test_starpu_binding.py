@@ -248,6 +248,18 @@ def test_idle_workers_of_the_engine_take_no_cpu_time(script: Script) -> None:
     assert float(done.stdout) < 0.05
 
 
+def test_tasks_of_the_program_run_where_a_call_has_started_starpu(script: Script) -> None:
+    script("""
+        q, k, v, o, lse = arrays()
+        expected = flashtile.attention(q, k, v, engine="starpu")
+        with starpu.register(o, 100) as out:
+            starpu.submit_forward(*(starpu.register(x, 100) for x in (q, k, v)), out, starpu.register(lse, 100))
+            starpu.wait()
+        assert np.allclose(o, expected, atol=1e-6)
+        assert np.array_equal(flashtile.attention(q, k, v, engine="starpu"), expected)
+    """)
+
+
 def test_doctor_tells_version_and_limits() -> None:
     from flashtile import doctor
 

@@ -91,7 +91,15 @@ class Runtime:
         return self.ffi.string(name).decode() if self.lib.ft_worker_name(worker, name, 64) else f"worker {worker}"
 
     def door_job(self) -> Job:
-        """The job of every task that programs submit themselves: what flashtile.starpu.wait waits for."""
+        """The job of every task that programs submit themselves: what flashtile.starpu.wait waits for.
+
+        Where attention(engine="starpu") has started StarPU, its workers stay awake from now on.
+        """
+        with _lock:
+            if self.pauses:
+                self.pauses = False
+                if not self.active:
+                    self.lib.ft_resume()
         if self.door is None:
             from flashtile.engines.starpu.jobs import Job
 
