@@ -91,17 +91,16 @@ def workers(architecture: str | None = None) -> int:
 def profile() -> Profile:
     """Record the tasks that are submitted inside a `with` block, by this door and by engine="starpu".
 
-        with starpu.profile() as p:
-            starpu.submit_forward(q, k, v, o, lse, causal=True)
-            starpu.wait()
-        p.chrome_trace("trace.json")    # for ui.perfetto.dev
-        p.gantt("workers.png")          # with matplotlib
-        p.dot("graph.dot")              # for Graphviz
+    Nothing is recorded outside of a block; inside of one, StarPU reads its clock around each task.
 
-    Returns: the profile: `tasks` (a TaskRecord each), `dependencies`, `workers`, and the three pictures. It is read
-             after the block, whose end waits for its tasks; what they met is still raised by `wait`.
-    Overhead: none outside of a block; inside of one, StarPU reads its clock around each task.
+    Returns: the profile: `tasks` (a TaskRecord each), `dependencies`, `workers`, and three pictures. It is read after
+             the block, whose end waits for its tasks; what they met is still raised by `wait`.
     Raises:  UnavailableError before init; SpecError for a block inside of another.
+
+    >>> with starpu.profile() as p:  # doctest: +SKIP
+    ...     starpu.submit_forward(q, k, v, o, lse, causal=True)
+    ...     starpu.wait()
+    >>> p.chrome_trace("trace.json"), p.gantt("workers.png"), p.dot("graph.dot")  # doctest: +SKIP
     """
     return Profile()
 
