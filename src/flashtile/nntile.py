@@ -1,4 +1,4 @@
-"""The door for NNTile: flash attention on Fortran-ordered tiles, one key tile a call.
+"""The door for NNTile: flash attention on Fortran-ordered tiles, one key tile a call::
 
     A, logsumexp = zeros, minus infinity
     for K, V, mask in key tiles:
@@ -81,7 +81,8 @@ def flash_sdpa_fwd(
                          first_key + j; they join a stored one.
               scale      by default 1 / sqrt(head_size).
     Numerics: sums in float32 (float64 for float64). In 16 bits A is rounded to nearest once a call: after n key tiles
-              it is off by at most n x 0.5 ulp (of the largest |A| on the way) from a sum that was kept in float32.
+              it is off by at most n x 0.5 ulp (of the largest element of A on the way, by size) from a sum that was
+              kept in float32.
     Raises:   SpecError before memory is touched; KernelError.
     Source:   NNTile's flash_sdpa_fwd; Milakov and Gimelshein 2018 for the state.
 
@@ -228,43 +229,22 @@ def _row_of(argument: str, dtype: Any) -> DType:
 
 Described = dict[str, tuple[tuple[int, ...], DType]]
 
+AXES = {
+    2: "[n_keys, n_queries]",
+    4: "[n_queries, n_batch, kv_group_size, n_head_kv]",
+    5: "[head_size, n_seq, n_batch, kv_group_size, n_head_kv]",
+}
+
 
 def _validated(
     given: Described, dtype: str | None, causal: Any, window: Any, first_query: Any, first_key: Any, scale: Any
 ) -> _Call | None:
     """The call; None if its computed mask hides every key, or there is nothing to do. Raises: SpecError."""
-    for name, (shape, _) in given.items():
-        rank = {"mask": 2, "logsumexp": 4}.get(name, 5)
-        if len(shape) != rank:
-            axes = {2: "[n_keys, n_queries]", 4: "[n_queries, n_batch, kv_group_size, n_head_kv]",
-                    5: "[head_size, n_seq, n_batch, kv_group_size, n_head_kv]"}[rank]  # fmt: skip
-            raise wrong(name, f"shape {shape}", axes)
+    _check_shapes(given)
     (k, _), (q, row), (v, _) = given["K"], given["Q"], given["V"]
-    accumulator = DTYPES[row.accumulator] if row is not BOOL else row
-    expected = {
-        "K": ((q[0], k[1], *q[2:]), row),
-        "V": ((v[0], k[1], *q[2:]), row),
-        "A": ((v[0], *q[1:]), row),
-        "logsumexp": (q[1:], accumulator),
-        "mask": ((k[1], q[1]), None),
-    }
-    if row is BOOL:
-        raise wrong("Q", "dtype bool", "a float dtype")
-    for name, (shape, kind) in expected.items():
-        if name in given and given[name][0] != shape:
-            raise wrong(name, f"shape {given[name][0]}", f"{shape} beside Q of {q}")
-        if name in given and kind is not None and given[name][1] is not kind:
-            raise wrong(name, f"dtype {given[name][1].name}", kind.name)
-    mask = given["mask"][1].name if "mask" in given else None
-    if mask not in (None, "bool", "float32", row.name):
-        raise wrong("mask", f"dtype {mask}", f"{row.name}, float32 or bool")
     if dtype is not None and (dtype not in DTYPE_NAMES or DTYPE_NAMES[dtype][0] != row.name):
         names = [name for name, (stored, _) in DTYPE_NAMES.items() if stored == row.name]
         raise wrong("dtype", repr(dtype), f"one of {', '.join(names)} for arrays of {row.name}")
-    firsts = {"first_query": integer(first_query), "first_key": integer(first_key)}
-    for name, first in firsts.items():
-        if first is None or not 0 <= first <= LARGEST_POSITION:
-            raise wrong(name, repr(first_query if name == "first_query" else first_key), "an integer of at least 0")
     heads = int(np.prod(q[2:]))
     shapes = [(1, max(heads, 1), n, size) for n, size in ((q[1], q[0]), (k[1], k[0]), (k[1], v[0]))]
     spec = AttentionSpec.of(
@@ -275,10 +255,43 @@ def _validated(
         scale=scale,
         precision=DTYPE_NAMES[dtype][1] if dtype is not None else "ieee",
     )
-    offset = firsts["first_query"] - firsts["first_key"]  # type: ignore[operator]  # both are integers
+    offset = _position("first_query", first_query) - _position("first_key", first_key)
     if not (heads and spec.q_len and spec.kv_len) or not _meets(spec, offset):
         return None
-    return _Call(spec, offset, mask)
+    return _Call(spec, offset, given["mask"][1].name if "mask" in given else None)
+
+
+def _check_shapes(given: Described) -> None:
+    """Raise SpecError unless shapes and dtypes fit together."""
+    for name, (shape, _) in given.items():
+        rank = {"mask": 2, "logsumexp": 4}.get(name, 5)
+        if len(shape) != rank:
+            raise wrong(name, f"shape {shape}", AXES[rank])
+    (k, _), (q, row), (v, _) = given["K"], given["Q"], given["V"]
+    if row is BOOL:
+        raise wrong("Q", "dtype bool", "a float dtype")
+    expected: dict[str, tuple[tuple[int, ...], tuple[DType, ...]]] = {
+        "K": ((q[0], k[1], *q[2:]), (row,)),
+        "V": ((v[0], k[1], *q[2:]), (row,)),
+        "A": ((v[0], *q[1:]), (row,)),
+        "logsumexp": (q[1:], (DTYPES[row.accumulator],)),
+        "mask": ((k[1], q[1]), (row, DTYPES["float32"], BOOL)),
+    }
+    for name, (shape, dtypes) in expected.items():
+        if name not in given:
+            continue
+        if given[name][0] != shape:
+            raise wrong(name, f"shape {given[name][0]}", f"{shape} beside Q of {q}")
+        if given[name][1] not in dtypes:
+            raise wrong(name, f"dtype {given[name][1].name}", " or ".join(dict.fromkeys(d.name for d in dtypes)))
+
+
+def _position(name: str, value: Any) -> int:
+    """Of a tile's first row or key in its sequence. Raises: SpecError."""
+    number = integer(value)
+    if number is None or not 0 <= number <= LARGEST_POSITION:
+        raise wrong(name, repr(value), f"an integer from 0 to {LARGEST_POSITION}")
+    return number
 
 
 def _meets(spec: AttentionSpec, offset: int) -> bool:

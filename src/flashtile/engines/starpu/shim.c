@@ -9,7 +9,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
+#include <unistd.h>
 #include "shim.h"
 
 #define CACHE_LINE 64
@@ -402,9 +404,13 @@ uintptr_t ft_pointer(uint64_t handle, int64_t *row_bytes)
 	return locate(interface, row_bytes);
 }
 
-/* Bytes of a tile of the matrix, vector or variable interface; -1 for any other. */
+/* Bytes of a tile of the matrix, vector or variable interface; -1 for any other, -2 for what cannot be a handle's
+   address: a number that came instead of one. */
 int64_t ft_nbytes(uint64_t handle)
 {
+	uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+	unsigned char resident;
+	if (handle % sizeof(void *) || mincore((void *)(uintptr_t)(handle - handle % page), 1, &resident)) return -2;
 	starpu_data_handle_t h = (starpu_data_handle_t)(uintptr_t)handle;
 	enum starpu_data_interface_id id = starpu_data_get_interface_id(h);
 	int known = id == STARPU_MATRIX_INTERFACE_ID || id == STARPU_VECTOR_INTERFACE_ID || id == STARPU_VARIABLE_INTERFACE_ID;

@@ -1,8 +1,8 @@
 """The unfused kernels: scores, softmax and output as three stages that meet in memory, a tile of queries a time.
 
 What fused kernels replace, and are measured against as tasks of a runtime.  Scores are stored in the input's dtype,
-row-major, the keys of each key tile padded to whole registers; lanes run over keys, then over value columns.  Plain
-on purpose: vectorised, one row at a time, no blocking of registers.
+row-major, the keys of each key tile padded to whole steps; lanes run over keys, then over value columns.  Plain on
+purpose: vectorised, a few registers of one row at a time, nothing kept over rows.
 
     scores   s = program(scale * q.k), -inf where hidden or padding          item: (batch, head, query tile, key tile)
     softmax  s becomes p in place, and lse; hidden keys are marked by -0.0   item: (batch, head, query tile)
@@ -17,6 +17,7 @@ import math
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from flashtile.kernels.cpu import math as vmath
 from flashtile.kernels.cpu import params
@@ -38,6 +39,8 @@ REALS = ("scale", "c_high", "c_low")
 FIELDS = (*ADDRESSES, *SIZES_OF_CALL, *REALS)
 INDEX: Mapping[str, int] = {name: n for n, name in enumerate(FIELDS)}
 
+REGISTERS = 4  # sums that a row has at work at once: enough to hide the latency of a multiply-add
+
 _block = struct.Struct(f"{len(ADDRESSES) + len(SIZES_OF_CALL)}q{len(REALS)}d")
 
 
@@ -48,7 +51,8 @@ def pack(values: Mapping[str, float]) -> bytes:
 
 def columns_of(c: Config, keys: int) -> int:
     """Keys of a tile with their padding."""
-    return -(-keys // c.lanes) * c.lanes
+    step = REGISTERS * c.lanes
+    return -(-keys // step) * step
 
 
 def scratch_layout(c: Config, head_size: int, columns: int, key_tiles: int) -> tuple[int, int]:
@@ -114,17 +118,20 @@ def _scores(f: Function, c: Config, p: dict[str, Value], at: _Place, scratch: Va
             f.store(read(f, c, query + d * step), scratch + d * c.size)
         target = p["stored"] + r * p["stored_s"] + at.column * step
         seen, change = _seen_by(f, c, p, at, row), program.row(row)
-        with f.range(0, p["columns"], c.lanes) as column:
-            line = keys + column * c.size
+        with f.range(0, p["columns"], REGISTERS * c.lanes) as first:
+            line = keys + first * c.size
 
-            def add(d: Value, total: list[Value], line: Value = line) -> list[Value]:
-                key = f.load(c.vector, line + d * (p["columns"] * c.size), align=c.size)
-                return [c.isa.multiply_add(f, f.splat(f.load(c.acc, scratch + d * c.size), c.lanes), key, total[0])]
+            def add(d: Value, sums: list[Value], line: Value = line) -> list[Value]:
+                factor, at_d = f.splat(f.load(c.acc, scratch + d * c.size), c.lanes), line + d * (p["columns"] * c.size)
+                loaded = (f.load(c.vector, at_d + n * c.register, align=c.size) for n in range(REGISTERS))
+                return [c.isa.multiply_add(f, factor, key, total) for key, total in zip(loaded, sums, strict=True)]
 
-            (raw,) = f.fold(0, p["head_size"], 1, [f.const(c.vector, 0.0)], add)
-            score, shown = change(column, raw * scale)
-            visible = seen(column) if shown is None else seen(column) & shown
-            write(f, c, f.select(visible, score, f.const(c.vector, -math.inf)), target + column * step)
+            products = f.fold(0, p["head_size"], 1, [f.const(c.vector, 0.0)] * REGISTERS, add)
+            for n, raw in enumerate(products):
+                column = first + n * c.lanes
+                score, shown = change(column, raw * scale)
+                visible = seen(column) if shown is None else seen(column) & shown
+                write(f, c, f.select(visible, score, f.const(c.vector, -math.inf)), target + column * step)
 
 
 def _seen_by(f: Function, c: Config, p: dict[str, Value], at: _Place, row: Value) -> Callable[[Value], Value]:
@@ -230,30 +237,33 @@ def _across(f: Function, c: Config, register: Value, combine: Callable[[Value, V
 
 def _output(f: Function, c: Config, p: dict[str, Value], at: _Place, scratch: Value) -> None:
     step, wide = SIZES[c.memory], c.size
-    chunks = p["value_size"] // c.lanes * c.lanes
     v = p["v"] + at.key * p["v_s"]
     with f.range(0, at.rows) as r:
         o = p["o"] + (at.first + r) * p["o_s"]
         weights = p["stored"] + r * p["stored_s"] + at.column * step
 
-        def chunk(column: Value, count: int, o: Value = o, weights: Value = weights) -> None:
-            kind = c.vector if count > 1 else c.acc
+        def columns(first: Value, registers: int, lanes: int, o: Value = o, weights: Value = weights) -> None:
+            zero = f.const(c.vector if lanes > 1 else c.acc, 0.0)
+            places = [first + n * lanes for n in range(registers)]
 
-            def add(key: Value, total: list[Value]) -> list[Value]:
+            def add(key: Value, sums: list[Value]) -> list[Value]:
                 weight, hidden = _weight(f, c, weights + key * step)
-                value = read(f, c, v + key * p["v_s"] + column * step, count)
-                value = f.select(hidden, f.const(kind, 0.0), value)  # 0 * NaN is NaN
-                return [c.isa.multiply_add(f, f.splat(weight, count) if count > 1 else weight, value, total[0])]
+                factor, row = f.splat(weight, lanes) if lanes > 1 else weight, v + key * p["v_s"]
+                values = (read(f, c, row + column * step, lanes) for column in places)
+                seen = (f.select(hidden, zero, value) for value in values)  # 0 * NaN is NaN
+                return [c.isa.multiply_add(f, factor, value, total) for value, total in zip(seen, sums, strict=True)]
 
-            target = o + column * wide
-            (total,) = f.fold(0, at.keys, 1, [f.const(kind, 0.0)], add)
-            before = f.value_when(p["carry"].ne(0), lambda: f.load(kind, target, align=1), f.const(kind, 0.0))
-            f.store(total + before, target, align=1)
+            for column, total in zip(places, f.fold(0, at.keys, 1, [zero] * registers, add), strict=True):
+                target = o + column * wide
+                before = f.value_when(p["carry"].ne(0), partial(f.load, zero.type, target, align=1), zero)
+                f.store(total + before, target, align=1)
 
-        with f.range(0, chunks, c.lanes) as column:
-            chunk(column, c.lanes)
-        with f.range(chunks, p["value_size"]) as column:
-            chunk(column, 1)
+        done = f.const("i64", 0)
+        for registers, lanes in ((REGISTERS, c.lanes), (1, c.lanes), (1, 1)):
+            end = p["value_size"] // (registers * lanes) * (registers * lanes)
+            with f.range(done, end, registers * lanes) as first:
+                columns(first, registers, lanes)
+            done = end
 
 
 def _weight(f: Function, c: Config, at: Value) -> tuple[Value, Value]:
