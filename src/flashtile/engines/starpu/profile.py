@@ -92,6 +92,7 @@ class Profile:
             for job in self._jobs:
                 job.settle()
         finally:
+            self._jobs.clear()
             now.lib.ft_profiling(self._before)
 
     def record(self, job: Job, codelet: Codelet, handles: np.ndarray, modes: np.ndarray, tasks: np.ndarray) -> Batch:
