@@ -145,6 +145,15 @@ def test_the_page_checker_sees_a_wrong_result(capsys: pytest.CaptureFixture[str]
     assert 'File "page.md", line 3' in capsys.readouterr().out
 
 
+def test_a_wrong_page_on_starpu_fails(tmp_path: pathlib.Path) -> None:
+    """In its own process, too; and so does one without an example."""
+    page = tmp_path / "page.md"
+    for text in ("```python\n>>> from flashtile import starpu\n>>> 1 + 1\n3\n```\n", "Text.\n"):
+        page.write_text(text)
+        with pytest.raises(AssertionError):
+            run_in_a_process(page, tmp_path)
+
+
 def test_the_page_checker_keeps_names_from_block_to_block() -> None:
     page = "```python\n>>> x = 41\n```\nand then\n```python\n>>> x + 1\n42\n```\n"
     results = run_page(page, "page", "page.md")

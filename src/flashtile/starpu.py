@@ -28,6 +28,7 @@ from flashtile.engines.starpu import runtime, states
 from flashtile.engines.starpu.codelets import LABELS, codelet
 from flashtile.engines.starpu.flow import COMMUTE, ORDERED, Flow, submit_pair
 from flashtile.engines.starpu.jobs import Job
+from flashtile.engines.starpu.profile import Profile, TaskRecord
 from flashtile.engines.starpu.runtime import schedulers, shutdown
 from flashtile.engines.starpu.tiles import Tile, TiledTensor, can_tile
 from flashtile.engines.starpu.vanilla import VanillaFlow
@@ -38,10 +39,13 @@ from flashtile.spec import integer
 __all__ = [
     "COMMUTE",
     "ORDERED",
+    "Profile",
+    "TaskRecord",
     "Tile",
     "TiledTensor",
     "empty",
     "init",
+    "profile",
     "register",
     "restrict",
     "schedulers",
@@ -84,6 +88,23 @@ def workers(architecture: str | None = None) -> int:
     if architecture not in (None, *runtime.ARCHITECTURES):
         raise wrong("architecture", repr(architecture), "'cpu', 'cuda' or None")
     return runtime.current().workers(architecture)
+
+
+def profile() -> Profile:
+    """Record the tasks that are submitted inside a `with` block, by this door and by engine="starpu".
+
+    Nothing is recorded outside of a block; inside of one, StarPU reads its clock around each task.
+
+    Returns: the profile: `tasks` (a TaskRecord each), `dependencies`, `workers`, and three pictures. It is read after
+             the block, whose end waits for its tasks; what they met is still raised by `wait`.
+    Raises:  UnavailableError before init; SpecError for a block inside of another.
+
+    >>> with starpu.profile() as p:  # doctest: +SKIP
+    ...     starpu.submit_forward(q, k, v, o, lse, causal=True)
+    ...     starpu.wait()
+    >>> p.chrome_trace("trace.json"), p.gantt("workers.png"), p.dot("graph.dot")  # doctest: +SKIP
+    """
+    return Profile()
 
 
 def restrict(*where: str, dtype: str | None = None) -> None:

@@ -37,6 +37,14 @@ def registered(rows=100, **sizes):
     given = arrays(**sizes)
     return given, [starpu.register(x, rows) for x in given]
 
+def starpu_library():
+    # What the binding is linked to, which need not be what the loader would find.
+    import ctypes
+    from flashtile.engines.starpu import build
+    build.load()
+    with open("/proc/self/maps") as maps:
+        return ctypes.CDLL(next(line.split()[-1] for line in maps if "/libstarpu-1" in line))
+
 def message(call, kind=FlashtileError):
     try:
         call()

@@ -130,8 +130,7 @@ def test_init_twice(script: Script) -> None:
 
 def test_a_starpu_that_the_program_started_is_joined_and_left_running(script: Script) -> None:
     done = script("""
-        import ctypes, ctypes.util
-        library = ctypes.CDLL(ctypes.util.find_library("starpu-1.4") or ctypes.util.find_library("starpu-1.3"))
+        library = starpu_library()
         assert library.starpu_init(None) == 0
         starpu.init()
         q, k, v, o, lse = arrays()
@@ -264,6 +263,18 @@ def test_idle_workers_of_the_engine_take_no_cpu_time(script: Script) -> None:
         print(time.process_time() - begin)
     """)
     assert float(done.stdout) < 0.05
+
+
+def test_tasks_of_the_program_run_where_a_call_has_started_starpu(script: Script) -> None:
+    script("""
+        q, k, v, o, lse = arrays()
+        expected = flashtile.attention(q, k, v, engine="starpu")
+        with starpu.register(o, 100) as out:
+            starpu.submit_forward(*(starpu.register(x, 100) for x in (q, k, v)), out, starpu.register(lse, 100))
+            starpu.wait()
+        assert np.allclose(o, expected, atol=1e-6)
+        assert np.array_equal(flashtile.attention(q, k, v, engine="starpu"), expected)
+    """)
 
 
 def test_doctor_tells_version_and_limits() -> None:

@@ -6,6 +6,8 @@
     tiles.py        tensors as handles                                    states.py     partial results merged and cast
     coverage.py     which tiles meet, and how much of them                footprint.py  what a task costs
     flow.py         the tasks of a forward pass, in order                 engine.py     a call of attention
+    profile.py      what tasks did, while a block lasts                   graph.py      which tasks wait for which
+    trace.py        a profile for Perfetto                                pictures.py   a profile drawn
 
 `flashtile.starpu` is the door for programs that hold tiles themselves.
 """

@@ -12,6 +12,7 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -156,7 +157,8 @@ def _folder() -> Path:
 
 
 def _flags(what: str, name: str) -> list[str]:
-    return subprocess.run(["pkg-config", what, name], capture_output=True, text=True, check=True).stdout.split()
+    said = subprocess.run(["pkg-config", what, name], capture_output=True, text=True, check=True).stdout
+    return shlex.split(said)  # 1.4 of Debian defines a macro with quotes in it
 
 
 def _last_words(cause: Exception) -> str:

@@ -33,6 +33,11 @@ TASK = np.dtype(
 )
 
 
+def named(labels: tuple[str, ...], tile: Any) -> str:
+    """The numbers of a task's tile in words."""
+    return ", ".join(f"{label} {number}" for label, number in zip(labels, tile, strict=False))
+
+
 class Job:
     """Tasks whose first error is kept: those that follow it are skipped, and `wait` raises it."""
 
@@ -55,7 +60,9 @@ class Job:
         runtime.current()
         if self.runtime.held and not self.runtime.held.isdisjoint(handles.ravel().tolist()):
             raise wrong("submit", "a tile that is acquired", "tiles released before tasks use them")
-        self._keep += [codelet, *keep]
+        profile = self.runtime.profile
+        batch = None if profile is None else profile.record(self, codelet, handles, modes, tasks)
+        self._keep += [codelet, batch, *keep]
         ffi = self.runtime.ffi
         done = ffi.new("int64_t *")
         handles, modes = np.ascontiguousarray(handles, np.uint64), np.ascontiguousarray(modes, np.int32)
@@ -67,9 +74,12 @@ class Job:
             ffi.from_buffer("uint64_t[]", handles),
             ffi.from_buffer("int32_t[]", modes),
             ffi.cast("ft_task *", ffi.from_buffer(tasks)),
+            ffi.NULL if batch is None else ffi.cast("ft_event *", ffi.from_buffer(batch.events)),
             done,
         )
         if status:
+            if batch is not None:
+                batch.submitted = int(done[0])
             self.drain()
             places = " or ".join(codelet.where)
             raise UnavailableError(
@@ -95,6 +105,12 @@ class Job:
             raise KernelError(self._describe(failure))
         if report is not None:
             report(total, total)
+
+    def settle(self) -> None:
+        """Return when every task submitted so far is done. Its error, if any, stays for `wait`."""
+        with self.runtime.working():
+            while self._lib.ft_job_wait(self._job, POLL_MILLISECONDS):
+                pass
 
     def drain(self) -> None:
         """Skip what has not begun, wait for what has, and forget any error."""
@@ -126,6 +142,6 @@ class Job:
         name = self.runtime.ffi.string(failure.codelet).decode()
         codelet = self.runtime.codelets.get(name)
         labels = codelet.labels if codelet else ("batch", "head", "query tile", "key tile")
-        tile = ", ".join(f"{label} {number}" for label, number in zip(labels, failure.tile, strict=False))
+        tile = named(labels, failure.tile)
         worker = self.runtime.worker_name(failure.worker)
         return f"codelet {name} failed on {tile} with status {failure.status}, on {worker}"

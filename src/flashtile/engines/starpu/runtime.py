@@ -19,6 +19,7 @@ from flashtile.spec import integer
 if TYPE_CHECKING:
     from flashtile.engines.starpu.codelets import Codelet
     from flashtile.engines.starpu.jobs import Job
+    from flashtile.engines.starpu.profile import Profile
 
 ARCHITECTURES = ("cpu", "cuda")
 # Reaching a limit on memory, StarPU 1.3 without a disk to write to waits for ever.
@@ -39,6 +40,7 @@ class Runtime:
         self.held: set[int] = set()  # acquired by the program
         self.active = 0
         self.door: Job | None = None  # of flashtile.starpu
+        self.profile: Profile | None = None  # that records
         self.flows: dict[Any, Any] = {}  # made for the door (flashtile.starpu), by what they depend on
         self._constants: dict[str, int] = {}
         self._scratch: dict[int, np.ndarray] = {}
@@ -77,6 +79,8 @@ class Runtime:
 
     def unregister(self, handles: np.ndarray, how: int) -> None:
         """See ft_unregister."""
+        if self.profile is not None:
+            self.profile.forget(handles)
         self.lib.ft_unregister(handles.size, self.ffi.from_buffer("uint64_t[]", np.ascontiguousarray(handles)), how)
 
     def workers(self, architecture: str | None = None) -> int:
@@ -87,7 +91,15 @@ class Runtime:
         return self.ffi.string(name).decode() if self.lib.ft_worker_name(worker, name, 64) else f"worker {worker}"
 
     def door_job(self) -> Job:
-        """The job of every task that programs submit themselves: what flashtile.starpu.wait waits for."""
+        """The job of every task that programs submit themselves: what flashtile.starpu.wait waits for.
+
+        Where attention(engine="starpu") has started StarPU, its workers stay awake from now on.
+        """
+        with _lock:
+            if self.pauses:
+                self.pauses = False
+                if not self.active:
+                    self.lib.ft_resume()
         if self.door is None:
             from flashtile.engines.starpu.jobs import Job
 

@@ -36,6 +36,7 @@ struct ft_job {
 typedef struct {
 	ft_task task;
 	ft_job *job;
+	ft_event *event; /* NULL: no profile */
 } argument;
 
 /* One lock for the counters of all jobs, so that a job may be freed as soon as its last task has left it. */
@@ -170,6 +171,27 @@ static void record(const argument *a, const ft_codelet *codelet, int32_t status)
 
 static void task_done(void *job) { change_pending(job, -1); }
 
+/* As task_done, with what StarPU measured; its times are there before the callback runs, and gone after it. */
+static void profiled_task_done(void *job)
+{
+	struct starpu_task *task = starpu_task_get_current();
+	const struct starpu_profiling_task_info *info = task->profiling_info;
+	ft_event *event = ((const argument *)task->cl_arg)->event;
+	if (info) {
+		event->submit = starpu_timing_timespec_to_us((struct timespec *)&info->submit_time);
+		event->start = starpu_timing_timespec_to_us((struct timespec *)&info->start_time);
+		event->end = starpu_timing_timespec_to_us((struct timespec *)&info->end_time);
+		event->worker = info->workerid;
+	}
+	change_pending(job, -1);
+}
+
+/* Whether StarPU measures every task; returns whether it did before. */
+int ft_profiling(int on)
+{
+	return starpu_profiling_status_set(on ? STARPU_PROFILING_ENABLE : STARPU_PROFILING_DISABLE);
+}
+
 /* ---- codelets ---- */
 
 /* Address and bytes between rows of the tile behind one interface. */
@@ -218,6 +240,7 @@ static void run_cpu(void *buffers[], void *cl_arg)
 	if (a->job->stopped || !a->task.program) return; /* stopped: an earlier task failed, its results are void */
 	char *scratch = bind(&a->task, buffers, STARPU_TASK_GET_NBUFFERS(task), block);
 	int32_t status = ((cpu_kernel)a->task.program->cpu)((const char *)block, a->task.begin, a->task.end, scratch);
+	if (a->event) { a->event->ran = 1; a->event->status = status; }
 	if (status) record(a, (ft_codelet *)task->cl, status);
 }
 
@@ -231,6 +254,7 @@ static void run_cuda(void *buffers[], void *cl_arg)
 	char *scratch = bind(&a->task, buffers, STARPU_TASK_GET_NBUFFERS(task), block);
 	int32_t status = ((cuda_kernel)a->task.program->cuda)(starpu_cuda_get_local_stream(), (const char *)block,
 		a->task.begin, a->task.end, scratch);
+	if (a->event) { a->event->ran = 1; a->event->status = status; }
 	if (status) record(a, (ft_codelet *)task->cl, status);
 }
 #endif
@@ -283,12 +307,13 @@ void ft_codelet_where(ft_codelet *c, int architectures) { c->cl.where = architec
 /* ---- submission ---- */
 
 static struct starpu_task *make_task(ft_job *job, ft_codelet *codelet, const uint64_t *handles, const int32_t *modes,
-	int count, const ft_task *source)
+	int count, const ft_task *source, ft_event *event)
 {
 	struct starpu_task *task = starpu_task_create();
 	argument *copy = malloc(sizeof *copy);
 	copy->task = *source;
 	copy->job = job;
+	copy->event = event;
 	task->cl = &codelet->cl;
 	task->cl_arg = copy;
 	task->cl_arg_size = sizeof *copy;
@@ -308,14 +333,16 @@ static struct starpu_task *make_task(ft_job *job, ft_codelet *codelet, const uin
 	return task;
 }
 
-/* Submits n tasks of `buffers` handles each, in order, until one is refused; returns its status, 0 if none was. */
+/* Submits n tasks of `buffers` handles each, in order, until one is refused; returns its status, 0 if none was.
+   events: n of them, filled in as tasks end; NULL without a profile. */
 int ft_submit(ft_job *job, ft_codelet *codelet, int64_t n, int buffers, const uint64_t *handles, const int32_t *modes,
-	const ft_task *tasks, int64_t *submitted)
+	const ft_task *tasks, ft_event *events, int64_t *submitted)
 {
 	change_pending(job, n);
 	for (int64_t i = 0; i < n; i++) {
-		struct starpu_task *task = make_task(job, codelet, handles + i * buffers, modes + i * buffers, buffers, tasks + i);
-		task->callback_func = task_done;
+		struct starpu_task *task = make_task(job, codelet, handles + i * buffers, modes + i * buffers, buffers, tasks + i,
+			events ? events + i : NULL);
+		task->callback_func = events ? profiled_task_done : task_done;
 		task->callback_arg = job;
 		int status = starpu_task_submit(task);
 		if (status) {
@@ -393,7 +420,7 @@ int64_t ft_nbytes(uint64_t handle)
 /* What the performance model expects of a task on worker 0, in microseconds; NaN before it is calibrated. */
 double ft_expected_length(ft_codelet *codelet, uint64_t *handles, const int32_t *modes, int n, const ft_task *task)
 {
-	struct starpu_task *t = make_task(NULL, codelet, handles, modes, n, task);
+	struct starpu_task *t = make_task(NULL, codelet, handles, modes, n, task, NULL);
 	double length = starpu_task_expected_length(t, starpu_worker_get_perf_archtype(0, STARPU_NMAX_SCHED_CTXS), 0);
 	t->destroy = 0;
 	starpu_task_destroy(t);

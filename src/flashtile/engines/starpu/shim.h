@@ -41,6 +41,12 @@ typedef struct {
 	char codelet[64];
 } ft_report;
 
+/* What a profile keeps of one task: microseconds of StarPU's clock; ran: 0 where an earlier error skipped it. */
+typedef struct {
+	double submit, start, end;
+	int32_t worker, ran, status;
+} ft_event;
+
 int ft_version(int *runtime);
 int ft_constant(const char *name);
 int ft_scheduler_name(int n, char *name, int size);
@@ -65,7 +71,8 @@ void ft_job_report(ft_job *job, ft_report *report);
 void ft_job_clear(ft_job *job);
 
 int ft_submit(ft_job *job, ft_codelet *codelet, int64_t n, int buffers, const uint64_t *handles, const int32_t *modes,
-	const ft_task *tasks, int64_t *submitted);
+	const ft_task *tasks, ft_event *events, int64_t *submitted);
+int ft_profiling(int on);
 
 void ft_register_matrices(int64_t n, const uint64_t *address, const uint32_t *ld, const uint32_t *columns,
 	const uint32_t *rows, uint64_t itemsize, uint64_t *handles);
