@@ -3,7 +3,7 @@
 Threads take ranges of work items from one counter, so that a slow core takes fewer. The calling thread takes
 part, which makes a call safe from any number of threads at once (nobody waits for a worker that never comes),
 reports progress between its ranges, and notices Ctrl-C there. A problem too small to share runs on the calling
-thread as one native call.
+thread as one native call, and so does one that a device computes at once, with threads of its own.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def unavailable() -> str | None:
 def prepare(plan: Plan, kernel: CompiledKernel) -> Run:
     """Bind a compiled kernel to its plan. The result may be called from any thread, many times at once."""
     items, scratch_bytes, run_items, merge = plan.items, kernel.scratch_bytes, kernel.run, kernel.merge_stage
-    small = plan.flops <= SMALL_FLOPS or items == 1
+    small = plan.at_once or plan.flops <= SMALL_FLOPS or items == 1
     first = Stage(items, run_items, plan.flops, 0)
 
     def run(params: Any, report: Report | None = None) -> None:
-        if small and report is None:
+        if plan.at_once or (small and report is None):
             if items:
                 scratch = _scratch(scratch_bytes)
                 try:
@@ -56,6 +56,8 @@ def prepare(plan: Plan, kernel: CompiledKernel) -> Run:
                     raise _failure(plan, 0, items, str(cause)) from cause
                 if status:
                     raise _failure(plan, 0, items, f"status {status}")
+            if report is not None:
+                report(items, items)
         else:
             _Job(plan, first, scratch_bytes, params).run(1 if small else get_num_threads(), report)
         if merge is not None:

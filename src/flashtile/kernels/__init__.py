@@ -45,6 +45,8 @@ class Capabilities:
     variant: str = ""  # which of the family's kernels computes this spec, for explain
     head_block: int = 1  # query heads of a work item; divides spec.heads
     part_keys: int | None = None  # fewest keys worth a work item of their own; None: keys are never split
+    devices: frozenset[str] = frozenset(("cpu",))  # whose memory it reads: "cpu", "cuda"
+    at_once: bool = False  # one call computes every work item, on a device's own threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,8 @@ def objection(family: ModuleType | str, spec: AttentionSpec) -> str | None:
     if reason is not None:
         return reason
     able: Capabilities = family.capabilities(spec)
+    if spec.device_kind not in able.devices:
+        return f"runs on {', '.join(sorted(able.devices))}, not on {spec.device_kind}"
     if spec.dtype not in able.dtypes:
         return f"computes {', '.join(sorted(able.dtypes))}, not {spec.dtype}"
     largest = max(spec.head_size, spec.value_size)
