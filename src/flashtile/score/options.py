@@ -9,7 +9,7 @@ import numpy as np
 
 from ..dtypes import DTYPES
 from ..errors import wrong
-from .capture import capture, is_array
+from .capture import ArrayCapture, capture, is_array
 from .code import Code
 from .mask import Mask, Score
 from .program import Program
@@ -78,6 +78,7 @@ class ScoreOptions:
         program = Program.of(shape, **given, **(banded if self.mask is not None else {}))
         if program.mask is not None and self.mask is None and banded:  # a score function that hides
             program = Program.of(shape, **given, **banded)
+        check_devices(program, spec.device)
         scoring = Scoring(None if program.is_identity else program, sinks)
         band = None if program.mask is not None else spec.band
         return replace(spec, band=band, program=scoring.code, sinks=sinks is not None), scoring
@@ -89,6 +90,14 @@ def check_reach(offset: Any) -> None:
     if values.size and max(-int(values.min()), int(values.max())) > FARTHEST:
         got = offset if values.ndim == 0 else f"offsets from {values.min()} to {values.max()}"
         raise wrong("align", got, f"at most {FARTHEST} in size beside a mask or alibi_slopes")
+
+
+def check_devices(program: Program, device: str) -> None:
+    """Raise SpecError for a captured array that lies on another GPU, or on one at all where q does not."""
+    for found in program.captures:
+        if isinstance(found, ArrayCapture) and found.device not in ("cpu", device):
+            expected = "one in CPU memory" + (f" or on {device}" if device != "cpu" else "") + ", as q"
+            raise wrong(found.name.partition(":")[0], f"an array on {found.device}", expected)
 
 
 def _near(distance: int | None) -> int | None:
