@@ -111,8 +111,13 @@ def capture_types(slots: Iterable[Slot]) -> tuple[str, ...]:
         if slot.rank < 0:
             types.append("i32" if slot.type == "int" else "i64")
         else:
-            types += ["*" + _POINTEES.get(slot.element, slot.element), *("i32", "i64") * slot.rank]
+            types += ["*" + pointee(slot.element), *("i32", "i64") * slot.rank]
     return tuple(types)
+
+
+def pointee(element: str) -> str:
+    """Triton's name of a captured array's elements."""
+    return _POINTEES.get(element, element)
 
 
 _POINTEES = {"bool": "u8", "f16": "fp16", "bf16": "bf16", "f32": "fp32", "f64": "fp64"}
