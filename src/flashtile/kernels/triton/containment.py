@@ -1,9 +1,9 @@
 """NaN containment: a key that is hidden from a row never changes that row, whatever its value holds.
 
 A hidden key's weight is 0, but 0 * NaN is NaN. The kernels multiply anyway, and look at their sums when they are done:
-if all are finite, as always but for broken data, nothing was lost, and clean data paid nothing for it. Otherwise they
-start over with `add_contained` as the product: what is not finite is taken out of the values, so rows that do not see
-those keys get the bits they would have had, and put into just the rows that see it.
+if all are finite, as always but for broken data, nothing was lost, and clean data paid nothing for it. Otherwise the
+tile is computed once more with `add_contained` as the product: what is not finite is taken out of the values, so rows
+that do not see those keys get the bits they would have had, and put into just the rows that see it.
 """
 
 from __future__ import annotations

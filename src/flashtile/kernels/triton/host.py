@@ -16,7 +16,7 @@ from flashtile.kernels.triton import specialisation as special
 from flashtile.kernels.triton.device import Device, Pointer
 from flashtile.kernels.triton.specialisation import ELEMENTS, Memory, Specialisation, Tile
 from flashtile.kernels.triton.tables import table_of
-from flashtile.score.capture import ScalarCapture
+from flashtile.score.capture import ArrayCapture, ScalarCapture
 
 if TYPE_CHECKING:
     from flashtile.plan import Plan
@@ -40,20 +40,9 @@ class Launch(NamedTuple):
 
 
 class Call(NamedTuple):
-    """The launches of one call, by stage."""
+    """The launches of one call, in order, by stage: over the plan's work items, and over the tiles of a merge."""
 
-    stages: tuple[Launch, ...]
-
-
-@dataclass(frozen=True)
-class Arrays:
-    """The arrays of one call: addresses, and what is known of how they lie."""
-
-    q: int
-    k: int
-    v: int
-    o: int
-    lse: int
+    stages: tuple[tuple[Launch, ...], ...]
 
 
 class Forward:
@@ -98,6 +87,7 @@ class Forward:
             "k": Pointer(k, self._element),
             "v": Pointer(v, self._element),
             **layout.values("qkv"),
+            "odd": device.empty(plan.items, "i32"),
             "first": 0,
             **sizes_of(spec),
             "query_tiles": plan.query_tiles,
@@ -113,11 +103,11 @@ class Forward:
         if scoring is not None:
             values.update(self._score_values(scoring))
             if scoring.sinks is not None:
-                sinks = device.place(scoring.sinks, self._accumulator).pointer
+                sinks = sinks_at(scoring.sinks, self._accumulator, device)
         if not self._split:
             values.update({"o": out, "lse": wanted, **layout.values("o"), "o_split": 0, "lse_split": 0})
             values["sinks"] = sinks
-            return Call((Launch(self._special(special.FINISHED, memory), values),))
+            return Call((self._forward(special.FINISHED, memory, values),))
         o_split, lse_split = self._rows * spec.value_size, self._rows
         parts_o = device.empty(plan.splits * o_split, self._accumulator)
         parts_lse = device.empty(plan.splits * lse_split, self._accumulator)
@@ -132,15 +122,19 @@ class Forward:
         }  # fmt: skip
         merge = special.merge(spec, Tile(MERGE_ROWS, MERGE_ROWS), memory=Memory(memory.contiguous, aligned=False))
         parts_memory = Memory(memory.contiguous, aligned=memory.aligned and row % 16 == 0)
-        return Call((Launch(self._special(special.PARTIAL, parts_memory), values), Launch(merge, merging)))
+        return Call((self._forward(special.PARTIAL, parts_memory, values), (Launch(merge, merging),)))
 
-    def _special(self, state: str, memory: Memory) -> Specialisation:
-        return special.forward(self._spec, self._tile, state=state, packed=self._packed, memory=memory)
+    def _forward(self, state: str, memory: Memory, values: Mapping[str, Any]) -> tuple[Launch, ...]:
+        """The two launches of the forward kernel."""
+        how: dict[str, Any] = {"state": state, "packed": self._packed, "memory": memory}
+        return tuple(
+            Launch(special.forward(self._spec, self._tile, contain=contain, **how), values)
+            for contain in (False, True)
+        )
 
     def _run_stage(self, stage: int) -> Any:
         def run(params: Call, begin: int, end: int, scratch: int) -> int:
-            launch = params.stages[stage]
-            if begin < end:
+            for launch in params.stages[stage] if begin < end else ():
                 self._device.launch(launch.specialisation, end - begin, {**launch.values, "first": begin})
             return 0
 
@@ -234,6 +228,13 @@ def captured(captures: Any, device: Device) -> tuple[Any, ...] | None:
         values.append(pointer)
         values += [n for axis in zip(value.array.shape, strides, strict=True) for n in axis]
     return tuple(values) or None
+
+
+def sinks_at(sinks: Any, element: str, device: Device) -> Pointer:
+    """Sinks (B, H) in the accumulator's type: an array of the host, or a capture that lies on the device already."""
+    if isinstance(sinks, ArrayCapture) and sinks.place is not None:
+        return Pointer(sinks.place.address, element, sinks.source)
+    return device.place(sinks, element).pointer
 
 
 def bits(number: float) -> int:

@@ -39,7 +39,7 @@ def rounded(x, TYPE: tl.constexpr):
     """x rounded to nearest even in the type; NaN stays NaN."""
     if x.dtype == TYPE:
         return x
-    elif INTERPRETED and TYPE == tl.bfloat16:
+    elif INTERPRETED and tl.bfloat16 == TYPE:
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         near = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         bits = tl.where(x != x, bits | 0x00400000, near)

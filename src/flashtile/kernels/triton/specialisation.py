@@ -91,7 +91,7 @@ class Specialisation:
         flat: list[object] = []
         for name, types in self.signature:
             value = values[name]
-            flat += [value] if isinstance(types, str) else value  # type: ignore[list-item, arg-type]
+            flat += [value] if isinstance(types, str) else value  # type: ignore[arg-type]
         return tuple(flat)
 
 
@@ -126,12 +126,19 @@ _AXES = "bhsd"
 
 
 def forward(
-    spec: AttentionSpec, tile: Tile, *, state: str = FINISHED, packed: bool = False, memory: Memory = Memory()
+    spec: AttentionSpec,
+    tile: Tile,
+    *,
+    state: str = FINISHED,
+    packed: bool = False,
+    contain: bool = False,
+    memory: Memory = Memory(),
 ) -> Specialisation:
     """The flash forward kernel (forward.py) of a call.
 
-    state   FINISHED, PARTIAL or CARRIED: what o and lse hold before and after
-    packed  a tile of queries holds the rows of all query heads that share a key/value head
+    state    FINISHED, PARTIAL or CARRIED: what o and lse hold before and after
+    packed   a tile of queries holds the rows of all query heads that share a key/value head
+    contain  the second launch of a call, which computes the work items that the first has marked as not finite
     """
     element, accumulator = _elements(spec)
     written = element if state == FINISHED else accumulator
@@ -141,6 +148,7 @@ def forward(
         "v": f"*{element}",
         "o": f"*{written}",
         "lse": f"*{accumulator}",
+        "odd": "*i32",
         **_strides("qkvo", memory),
         "o_split": "i64",
         "lse_split": "i64",
@@ -155,9 +163,11 @@ def forward(
     constants: dict[str, Constant] = {
         **_program(spec.program),
         **_shapes(spec, tile),
+        "NEGATIVE": spec.scale < 0,
         "BAND": spec.band is not None,
         "STATE": state,
         "PACKED": packed,
+        "CONTAIN": contain,
     }
     return _specialisation("forward", arguments, constants, memory, tile, spec.program)
 

@@ -22,7 +22,7 @@ class Table(NamedTuple):
 
 
 def table_of(coverage: Coverage) -> Table:
-    """The table of a coverage. A FULL run that ends within a key tile gives up that tile: its last keys do not exist."""
+    """The table of a coverage. A FULL run that ends within a key tile gives it up: the tile is not whole."""
     row = np.repeat(np.arange(len(coverage.indptr) - 1), np.diff(coverage.indptr))
     start, stop, full = coverage.start, coverage.stop, coverage.kind == FULL
     whole = np.where(full, stop // coverage.tile_k * coverage.tile_k, stop)
