@@ -84,9 +84,11 @@ def test_what_is_computed_at_once_is_one_call_on_the_calling_thread(threads: Cal
     threads(3)
     reports: list[tuple[int, int]] = []
     for report in (None, lambda done, total: reports.append((done, total))):
-        kernel = Counting(60)
+        kernel, merging = Counting(60), Counting(40)
+        kernel.merge_stage = Stage(40, merging.run, BIG, 1)
         direct.prepare(replace(plan_of(60), at_once=True), kernel)(None, report)
-        assert kernel.threads == {threading.get_ident()} and kernel.calls == [(0, 60)]
+        assert kernel.threads == merging.threads == {threading.get_ident()}
+        assert kernel.calls == [(0, 60)] and merging.calls == [(0, 40)]
     assert reports == [(60, 60)]
 
 

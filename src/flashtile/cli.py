@@ -97,7 +97,8 @@ def explain(options: argparse.Namespace) -> int:
     rows = q[-2] if options.s_kv is None else options.s_kv
     kv = (*q[:-3], *heads, rows)
     columns = q[-1] if options.d_v is None else options.d_v
-    print(flashtile.explain(q, (*kv, q[-1]), (*kv, columns), dtype=options.dtype, **_keywords(options)))
+    sizes = {"dtype": options.dtype, "device": options.device}
+    print(flashtile.explain(q, (*kv, q[-1]), (*kv, columns), **sizes, **_keywords(options)))
     return OK
 
 
@@ -204,6 +205,7 @@ def _add_explain_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--kv-heads", type=_natural, metavar="N", help="heads of k and v (default: as many as of q)")
     sub.add_argument("--d-v", type=_natural, metavar="N", help="head size of v (default: as of q)")
     sub.add_argument("--dtype", default="float32", help="float64, float32 (default), float16 or bfloat16")
+    sub.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:0 and so on")
     _add_attention_options(sub)
     _add_threads(sub)
 

@@ -47,7 +47,7 @@ def prepare(plan: Plan, kernel: CompiledKernel) -> Run:
     first = Stage(items, run_items, plan.flops, 0)
 
     def run(params: Any, report: Report | None = None) -> None:
-        if plan.at_once or (small and report is None):
+        if small and report is None:
             if items:
                 scratch = _scratch(scratch_bytes)
                 try:
@@ -56,12 +56,10 @@ def prepare(plan: Plan, kernel: CompiledKernel) -> Run:
                     raise _failure(plan, 0, items, str(cause)) from cause
                 if status:
                     raise _failure(plan, 0, items, f"status {status}")
-            if report is not None:
-                report(items, items)
         else:
             _Job(plan, first, scratch_bytes, params).run(1 if small else get_num_threads(), report)
         if merge is not None:
-            threads = 1 if merge.work <= SMALL_FLOPS else get_num_threads()
+            threads = 1 if plan.at_once or merge.work <= SMALL_FLOPS else get_num_threads()
             _Job(plan, merge, scratch_bytes, params).run(threads, None)
 
     return run
@@ -139,7 +137,8 @@ class _Job:
                 return None
             by_pace = int(RANGE_SECONDS * self.done / self.seconds) if self.seconds > 0 else 1
             begin = self.next
-            self.next += max(1, min(by_pace, left // (RANGES_PER_THREAD * self.threads)))
+            share = max(1, min(by_pace, left // (RANGES_PER_THREAD * self.threads)))
+            self.next += left if self.plan.at_once else share
             self.workers_busy += worker
             return begin, self.next
 
