@@ -1,4 +1,4 @@
-"""The command `flashtile`: demo, run, bench, explain, doctor, starpu. A command imports what it needs when it runs."""
+"""The command `flashtile`: demo, run, bench, explain, doctor, starpu, aot. Each imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 import flashtile
-from flashtile.errors import FlashtileError, KernelError, wrong
+from flashtile.errors import FlashtileError, KernelError, UnavailableError, wrong
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -118,6 +118,30 @@ def starpu(options: argparse.Namespace) -> int:
     return OK
 
 
+def aot(options: argparse.Namespace) -> int:
+    """Compile GPU kernels ahead of time: machine code with a manifest, for programs without Python. Needs no GPU."""
+    from flashtile.kernels.triton import aot as ahead
+    from flashtile.kernels.triton import compiler_missing
+
+    if (missing := compiler_missing()) is not None:
+        raise UnavailableError(f"aot: {missing}")
+    for arch in options.arch:
+        chosen = ahead.choose(
+            arch,
+            options.dtype,
+            options.head_size,
+            precision=options.precision,
+            kernels=options.kernels,
+            states=options.state,
+            bands=options.band,
+            aligned=not options.any_alignment,
+        )
+        print(arch, flush=True)
+        for entry in ahead.build(options.output / arch, arch, chosen):
+            print("  " + ahead.summary(entry), flush=True)
+    return OK
+
+
 def _inputs(paths: list[Path]) -> list[np.ndarray]:
     """q, k and v, mapped."""
     from flashtile.arrayfiles import open_npy, open_npz
@@ -174,6 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_explain_options(add(explain))
     add(doctor)
     add(starpu).add_argument("action", choices=("build",), help="compile, whether or not it was compiled before")
+    _add_aot_options(add(aot))
     return parser
 
 
@@ -210,6 +235,21 @@ def _add_explain_options(sub: argparse.ArgumentParser) -> None:
     _add_threads(sub)
 
 
+def _add_aot_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--arch", type=_words, required=True, metavar="A,B", help="sm_80, sm_90, sm_100, ..., gfx942")
+    sub.add_argument("-o", "--output", type=Path, required=True, help="folder; each architecture has its own in it")
+    sub.add_argument("--dtype", type=_words, default=["bfloat16"], metavar="A,B", help="default bfloat16")
+    sub.add_argument("--head-size", type=_numbers, default=(64, 128), metavar="A,B", help="default 64,128")
+    sub.add_argument("--precision", default="ieee", help="of float32 inputs: ieee (default), tf32, bf16, fp16")
+    sub.add_argument("--kernels", type=_words, default=["forward", "merge"], metavar="A,B",
+                     help="of forward, merge, scores, softmax, output (default forward,merge)")  # fmt: skip
+    sub.add_argument("--state", type=_words, default=["finished"], metavar="A,B",
+                     help="what o and lse hold: finished (default), partial, carried")  # fmt: skip
+    sub.add_argument("--band", type=_words, default=["band", "open"], metavar="A,B",
+                     help="band: causal and windowed calls; open: no mask (default both)")  # fmt: skip
+    sub.add_argument("--any-alignment", action="store_true", help="addresses and strides need not be multiples of 16")
+
+
 def _add_attention_options(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("attention", "as the keywords of flashtile.attention")
     group.add_argument("--causal", action="store_true")
@@ -230,6 +270,10 @@ def _numbers(text: str) -> tuple[int, ...]:
     if not all(part.isdecimal() for part in parts):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected numbers with commas, as 1,8,4096,64")
     return tuple(map(int, parts))
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
 
 
 def _natural(text: str) -> int:

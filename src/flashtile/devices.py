@@ -70,9 +70,9 @@ def attention(
     given = (borrow(owner, x) if is_array(x) else x for x in (mask, bias, score_mod, softcap, alibi_slopes, sinks))
     spec, scoring = options.scored(ScoreOptions(*given), *views, offsets)
     key = (views, target, options, spec.program, spec.sinks)
-    call = lookup(key) or prepare(key, *views, target, options, spec)
     report = None if progress is None else reporter(progress)
     with calling(owner, q) as place:
+        call = lookup(key) or prepare(key, *views, target, options, spec)
         scoring = place_sinks(scoring, spec, owner)
         o, lse = run(call, place, (q, k, v), out, offsets, scoring, return_lse, report)
     o = out if out is not None else give_back(library, o)
@@ -176,5 +176,10 @@ def calling(owner: Owner, like: Any) -> Iterator[Here]:
 
 
 def here() -> Here:
-    """The call in progress on this thread."""
+    """The call in progress on this thread. Raises: LookupError if there is none."""
     return _here.get()
+
+
+def in_call() -> bool:
+    """Whether a call is in progress on this thread."""
+    return _here.get(None) is not None

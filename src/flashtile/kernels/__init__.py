@@ -5,6 +5,11 @@ A kernel family is a module in this folder with three functions:
     unavailable() -> str | None                      why it cannot run on this machine, None if it can
     capabilities(spec) -> Capabilities               what it does for this dtype and precision, as data
     compile(spec, plan, layout) -> CompiledKernel    cached inside on what it really depends on
+
+It may also have
+
+    refuses(spec) -> str | None    why it does not compute a spec that its capabilities cover, asked last: it may try
+    remark() -> str                what `flashtile doctor` says of it where it is available
 """
 
 from __future__ import annotations
@@ -114,7 +119,8 @@ def objection(family: ModuleType | str, spec: AttentionSpec) -> str | None:
         return f"head sizes up to {able.max_head_size}, not {largest}"
     if missing := spec.options - able.options:
         return "does not know " + ", ".join(sorted(missing))
-    return None
+    refusal: str | None = family.refuses(spec) if hasattr(family, "refuses") else None
+    return refusal
 
 
 def pick(spec: AttentionSpec, requested: str) -> ModuleType:
@@ -138,9 +144,10 @@ def pick(spec: AttentionSpec, requested: str) -> ModuleType:
 
 
 def survey() -> list[tuple[str, str, bool, str]]:
-    """(room, name, available, reason if not) of every kernel family."""
+    """(room, name, available, reason if not, or a remark) of every kernel family."""
     rows = []
     for name, family in families():
         reason = family if isinstance(family, str) else family.unavailable()
-        rows.append(("kernel", name, reason is None, reason or ""))
+        remark = family.remark() if reason is None and hasattr(family, "remark") else ""
+        rows.append(("kernel", name, reason is None, reason or remark))
     return rows

@@ -22,6 +22,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flashtile import devices
 from flashtile.dtypes import DTYPES
 from flashtile.kernels import Capabilities, CompiledKernel, Layout
 from flashtile.kernels.triton import driver, tiles
@@ -45,15 +46,22 @@ def interpreting() -> bool:
 
 def unavailable() -> str | None:
     """Why these kernels cannot run in this process, None if they can."""
+    if (reason := compiler_missing()) is not None:
+        return reason
+    if not interpreting():
+        return driver.missing()
+    return None if importlib.util.find_spec("torch") else "torch, whose memory the interpreter uses, is not installed"
+
+
+def compiler_missing() -> str | None:
+    """Why Triton cannot be used here at all, None if it can."""
     version = installed_version()
     if version is None:
         return "triton is not installed"
     low, high = (".".join(map(str, v)) for v in VERSIONS)
     if not VERSIONS[0] <= tuple(map(int, version.split(".")[:2])) < VERSIONS[1]:
         return f"triton is {version}, not from {low} to below {high}"
-    if not interpreting():
-        return driver.missing()
-    return None if importlib.util.find_spec("torch") else "torch, whose memory the interpreter uses, is not installed"
+    return None
 
 
 @functools.cache
@@ -72,7 +80,12 @@ def arch_of(spec: AttentionSpec) -> str:
         return tiles.INTERPRETER
     if spec.device_kind != "cuda":
         return ANY_ARCH
-    return driver.device(int(spec.device.partition(":")[2] or 0)).arch
+    return driver.device(number_of(spec)).arch
+
+
+def number_of(spec: AttentionSpec) -> int:
+    """The number of the spec's device, as CUDA counts."""
+    return int(spec.device.partition(":")[2] or 0)
 
 
 def few_rows(spec: AttentionSpec) -> bool:
@@ -108,6 +121,31 @@ def capabilities(spec: AttentionSpec) -> Capabilities:
         devices=frozenset(("cpu",) if interpreted else ("cuda",)),
         at_once=True,
     )
+
+
+def refuses(spec: AttentionSpec) -> str | None:
+    """Why a spec is not computed on its device: an architecture without tiles, or a self-test that failed there."""
+    if interpreting():
+        return None
+    from flashtile.kernels.triton import selftest
+
+    device = driver.device(number_of(spec))
+    if tiles.rows_of(device.arch) is None:
+        return f"has no tiles for {device.name}, which is {device.arch}"
+    compute = selftest.on_gpu if devices.in_call() else None
+    return selftest.failure(f"{device.name} ({device.arch})", str(installed_version()), spec, compute)
+
+
+def remark() -> str:
+    """Which device computes, and what failed its self-test there."""
+    if interpreting():
+        return "Triton's interpreter, on arrays in CPU memory"
+    from flashtile.kernels.triton import selftest
+
+    device = driver.device(0)
+    where = f"{device.name} ({device.arch})"
+    version = str(installed_version())
+    return "; ".join((f"{where}, triton {version}", *selftest.known_failures(where, version)))
 
 
 def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> CompiledKernel:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import struct
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,12 +12,11 @@ from flashtile import devices
 from flashtile.kernels.triton import driver
 from flashtile.kernels.triton.compiler import compiled
 from flashtile.kernels.triton.device import Placed, Pointer
+from flashtile.kernels.triton.parameters import block
 from flashtile.kernels.triton.specialisation import Specialisation
 
-# Bytes of an element, and its letter in `struct`, by Triton's names.
+# Bytes of an element, by Triton's names.
 SIZES = {"fp64": 8, "i64": 8, "u64": 8, "fp32": 4, "i32": 4, "u32": 4, "fp16": 2, "bf16": 2, "i16": 2, "u16": 2}
-LETTERS = {"i32": "i", "i64": "q"}
-POINTER = "Q"
 
 
 class Gpu:
@@ -59,21 +57,6 @@ def _loaded(number: int, specialisation: Specialisation) -> driver.Function:
     kernel = compiled(specialisation, driver.device(number).arch)
     meta = kernel.metadata
     return driver.load(number, kernel.asm["cubin"], meta.name, meta.warp_size * meta.num_warps, meta.shared)
-
-
-def layout_of(specialisation: Specialisation) -> struct.Struct:
-    """The block of parameters as C lays it out: the run-time arguments in order, then Triton's two scratch pointers."""
-    types = specialisation.flat_types()
-    return struct.Struct("@" + "".join(POINTER if t[0] == "*" else LETTERS[t] for t in types) + 2 * POINTER)
-
-
-def block(specialisation: Specialisation, values: Mapping[str, Any], scratch: int) -> bytes:
-    """The parameters of a launch. scratch is the address of what the kernel asked for, 0 if it asked for nothing."""
-    flat = (v.address if isinstance(v, Pointer) else v for v in specialisation.flat_values(values))
-    return _layouts(specialisation).pack(*flat, scratch, 0)
-
-
-_layouts = functools.cache(layout_of)
 
 
 def _as_triton_takes_them(kernel: Any, values: Mapping[str, Any]) -> list[Any]:

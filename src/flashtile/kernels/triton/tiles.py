@@ -22,18 +22,169 @@ MAX_HEAD_SIZE = 256
 
 
 class Row(NamedTuple):
-    """A tile, and the most of what its forward kernel uses, causal or not (see tests/triton/test_triton_code.py)."""
+    """A tile, and the most that its forward kernels use, with a band or without, by compiling them with Triton 3.9
+    (tests/triton/test_triton_code.py holds the numbers against the machine code)."""
 
     tile: Tile
     registers: int
     spills: int  # instructions that store to the stack or load from it
     shared: int  # bytes
+    contained_spills: int  # of the second launch, which runs for data that is not finite only
+
+
+def row(
+    queries: int, keys: int, warps: int, stages: int, registers: int, spills: int, shared: int, contained: int
+) -> Row:
+    """A row as it stands in the table."""
+    return Row(Tile(queries, keys, warps, stages), registers, spills, shared, contained)
 
 
 # Rows by architecture and kind of operand, for head sizes up to 64, 128 and 256.
 HEADS = (64, 128, MAX_HEAD_SIZE)
 
-TABLE: dict[tuple[str, str], tuple[Row, Row, Row]] = {}
+TABLE: dict[tuple[str, str], tuple[Row, Row, Row]] = {
+    #                           queries keys warps stages, registers, spills, shared, spills of the contained launch
+    ("sm_80", "bfloat16"): (
+        row(128, 64, 4, 2, 0, 0, 0, 0),
+        row(128, 64, 8, 2, 0, 0, 0, 0),
+        row(32, 32, 8, 2, 0, 0, 0, 0),
+    ),
+    ("sm_80", "float16"): (
+        row(128, 64, 4, 2, 0, 0, 0, 0),
+        row(128, 64, 8, 2, 0, 0, 0, 0),
+        row(32, 32, 8, 2, 0, 0, 0, 0),
+    ),
+    ("sm_80", "float32"): (
+        row(32, 32, 4, 2, 0, 0, 0, 0),
+        row(32, 32, 8, 2, 0, 0, 0, 0),
+        row(32, 16, 8, 1, 0, 0, 0, 0),
+    ),
+    ("sm_80", "float32 tf32"): (
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(32, 32, 8, 1, 0, 0, 0, 0),
+    ),
+    ("sm_80", "float32 bf16"): (
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(32, 32, 8, 1, 0, 0, 0, 0),
+    ),
+    ("sm_80", "float32 fp16"): (
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(32, 32, 8, 1, 0, 0, 0, 0),
+    ),
+    ("sm_80", "float64"): (
+        row(64, 32, 8, 2, 0, 0, 0, 0),
+        row(32, 32, 8, 1, 0, 0, 0, 0),
+        row(16, 16, 8, 1, 0, 0, 0, 0),
+    ),
+    ("sm_90", "bfloat16"): (
+        row(128, 128, 8, 2, 0, 0, 0, 0),
+        row(128, 64, 8, 3, 0, 0, 0, 0),
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+    ),
+    ("sm_90", "float16"): (
+        row(128, 128, 8, 2, 0, 0, 0, 0),
+        row(128, 64, 8, 3, 0, 0, 0, 0),
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+    ),
+    ("sm_90", "float32"): (
+        row(32, 32, 4, 2, 0, 0, 0, 0),
+        row(32, 16, 4, 2, 0, 0, 0, 0),
+        row(32, 16, 8, 1, 0, 0, 0, 0),
+    ),
+    ("sm_90", "float32 tf32"): (
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(64, 16, 8, 2, 0, 0, 0, 0),
+    ),
+    ("sm_90", "float32 bf16"): (
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(64, 16, 8, 2, 0, 0, 0, 0),
+    ),
+    ("sm_90", "float32 fp16"): (
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(64, 16, 8, 2, 0, 0, 0, 0),
+    ),
+    ("sm_90", "float64"): (
+        row(64, 32, 8, 2, 0, 0, 0, 0),
+        row(32, 32, 8, 1, 0, 0, 0, 0),
+        row(16, 16, 8, 1, 0, 0, 0, 0),
+    ),
+    ("sm_100", "bfloat16"): (
+        row(128, 128, 8, 2, 0, 0, 0, 0),
+        row(128, 64, 8, 2, 0, 0, 0, 0),
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+    ),
+    ("sm_100", "float16"): (
+        row(128, 128, 8, 2, 0, 0, 0, 0),
+        row(128, 64, 8, 2, 0, 0, 0, 0),
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+    ),
+    ("sm_100", "float32"): (
+        row(32, 32, 4, 2, 0, 0, 0, 0),
+        row(32, 16, 4, 2, 0, 0, 0, 0),
+        row(32, 16, 8, 1, 0, 0, 0, 0),
+    ),
+    ("sm_100", "float32 tf32"): (
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(64, 16, 8, 2, 0, 0, 0, 0),
+    ),
+    ("sm_100", "float32 bf16"): (
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(64, 32, 8, 1, 0, 0, 0, 0),
+    ),
+    ("sm_100", "float32 fp16"): (
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(64, 32, 8, 1, 0, 0, 0, 0),
+    ),
+    ("sm_100", "float64"): (
+        row(64, 32, 8, 2, 0, 0, 0, 0),
+        row(32, 32, 8, 1, 0, 0, 0, 0),
+        row(16, 16, 8, 1, 0, 0, 0, 0),
+    ),
+    ("gfx942", "bfloat16"): (
+        row(128, 64, 4, 2, 0, 0, 0, 0),
+        row(128, 32, 8, 1, 0, 0, 0, 0),
+        row(64, 16, 8, 1, 0, 0, 0, 0),
+    ),
+    ("gfx942", "float16"): (
+        row(128, 64, 4, 2, 0, 0, 0, 0),
+        row(128, 32, 8, 1, 0, 0, 0, 0),
+        row(64, 16, 8, 1, 0, 0, 0, 0),
+    ),
+    ("gfx942", "float32"): (
+        row(64, 32, 4, 1, 0, 0, 0, 0),
+        row(64, 32, 8, 1, 0, 0, 0, 0),
+        row(32, 16, 8, 1, 0, 0, 0, 0),
+    ),
+    ("gfx942", "float32 tf32"): (
+        row(64, 32, 4, 1, 0, 0, 0, 0),
+        row(64, 16, 4, 1, 0, 0, 0, 0),
+        row(32, 16, 8, 1, 0, 0, 0, 0),
+    ),
+    ("gfx942", "float32 bf16"): (
+        row(64, 32, 4, 1, 0, 0, 0, 0),
+        row(64, 16, 4, 1, 0, 0, 0, 0),
+        row(32, 16, 8, 1, 0, 0, 0, 0),
+    ),
+    ("gfx942", "float32 fp16"): (
+        row(64, 32, 4, 1, 0, 0, 0, 0),
+        row(64, 16, 4, 1, 0, 0, 0, 0),
+        row(32, 16, 8, 1, 0, 0, 0, 0),
+    ),
+    ("gfx942", "float64"): (
+        row(32, 32, 4, 1, 0, 0, 0, 0),
+        row(32, 16, 8, 1, 0, 0, 0, 0),
+        row(16, 16, 8, 1, 0, 0, 0, 0),
+    ),
+}
 
 # Other architectures, by a pattern: whose rows they take. Rows of sm_80 fit into 99 KB of shared memory, which is what
 # sm_86, sm_89 and sm_120 have.
