@@ -10,7 +10,7 @@ from .program import Program
 
 _LONG = 24  # a subexpression that is used again gets a name of its own from this length on
 _MOST = 400  # characters in all
-_INFIX = {"floordiv": "({0} // {1})", "mod": "({0} % {1})", "shl": "({0} << {1})", "shr": "({0} >> {1})"}
+_INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "floordiv": "//", "mod": "%", "shl": "<<", "shr": ">>"}
 
 
 def score_text(program: Program) -> str:
@@ -54,9 +54,12 @@ def _node(x: Expr, args: list[str], program: Program) -> str:
         return args[0] if x.type == "float" else f"{x.type}({_bare(args[0])})"
     if name in ("add", "sub") and args[1] == "0" and x.type == "int":  # an offset of nothing
         return args[0]
-    form = _INFIX.get(name) or (x.operation.triton or f"{name}({{0}})").replace("tl.", "")
-    inner = args if form.startswith("(") else [_bare(a) for a in args]
-    return form.format(*inner)
+    if name in _INFIX:
+        return f"({args[0]} {_INFIX[name]} {args[1]})"
+    if name == "neg":
+        return f"(-{args[0]})"
+    form = x.operation.triton or ""  # comparisons and logic are written alike everywhere
+    return form.format(*args) if form.startswith("(") else f"{name}({', '.join(map(_bare, args))})"
 
 
 def _bare(text: str) -> str:
