@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
-from kernel_cases import GRID_PROPERTY, Kernel, kernel_params
+from kernel_cases import GRID_PROPERTY, Kernel, kernel_params, left_out
 
 import flashtile
 from flashtile.calls import clear_cache
@@ -24,6 +24,10 @@ from flashtile.dtypes import DTYPES
 _QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=15, suppress_health_check=_QUIET)
 settings.load_profile("tests")
+
+
+def pytest_report_header() -> list[str]:
+    return left_out()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
