@@ -24,6 +24,7 @@ import benchmarks.__main__ as command  # noqa: E402
 from benchmarks import check, driver, machine, peak, peers, report  # noqa: E402
 from benchmarks.cases import ALL_CASES, QUICK, Case, short_cases  # noqa: E402
 from benchmarks.data import load_inputs, make_inputs, save_inputs, visible_mask  # noqa: E402
+from benchmarks.options import OPTIONS  # noqa: E402
 
 TINY = Case("tiny", "f32", 1, 2, 1, 12, 12, 8, causal=True, ratio=1.0, percent=50)
 ONCE = driver.Settings(rounds=1, sample_seconds=1e-4)
@@ -156,6 +157,75 @@ def test_flops_and_mask_against_brute_force(case):
             assert (j in case.visible_keys(i)) == seen
             pairs += seen
     assert case.flops == 4 * case.batch * case.heads * pairs * case.head_size
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_against_brute_force(name):
+    """FLOPs, the sampled reference, flashtile's keywords and NumPy's form: all say the same of an option."""
+    window = 9 if "sinks" in name or "window" in name else 0
+    case = Case("option", "f64", 2, 4, 2, 40, 40, 8, causal=window > 0, window=window, option=name)
+    shape, option = (2, 4, 40, 40), OPTIONS[name]
+    i, j = np.arange(40)[:, None], np.arange(40)
+    seen = np.broadcast_to(((j <= i) & (i - j < window)) | (window == 0), shape)
+    if option.mask:
+        seen = seen & np.broadcast_to(option.mask(case), shape)
+    assert case.flops == 4 * seen.sum() * case.head_size
+    q, k, v = make_inputs(case)
+    k_all, v_all = (np.repeat(x, 2, axis=1) for x in (k, v))
+    scores = q @ k_all.swapaxes(-1, -2) * case.scale
+    scores = option.softcap * np.tanh(scores / option.softcap) if option.softcap else scores
+    scores = scores + (option.bias(case) if option.bias else 0)
+    weights = np.where(seen, np.exp(scores), 0)
+    extra = np.exp(option.sinks(case).astype(float))[:, None, None] if option.sinks else 0
+    dense = weights @ v_all / (weights.sum(-1, keepdims=True) + extra)
+    rows = check.sample_rows(case)
+    found = check.attend_rows(case, q, k, v, rows, rounded=False)
+    np.testing.assert_allclose(found.astype(np.float64), dense[tuple(rows.T)], rtol=0, atol=1e-13)
+    for peer in ("flashtile", "numpy"):
+        run, to_numpy = peers.load(peer).prepare(case, q, k, v, 1)
+        np.testing.assert_allclose(to_numpy(run()), dense, rtol=0, atol=1e-12)
+
+
+def test_cases_with_a_base_share_its_inputs():
+    by_name = {case.name: case for case in ALL_CASES}
+    held = [case for case in ALL_CASES if case.base]
+    assert held
+    for case in held:
+        base = by_name[case.base]
+        for field in ("dtype", "batch", "heads", "kv_heads", "queries", "keys", "head_size"):
+            assert getattr(case, field) == getattr(base, field)
+        assert driver.task_of(case, driver.BASE) is base and driver.task_of(case, "flashtile") is case
+        assert isinstance(driver.task_of(case, "torch"), str)
+        assert isinstance(driver.task_of(base, driver.BASE), (str, Case))
+
+
+def test_a_base_is_compared_by_rate_and_a_rival_by_time():
+    def measured(case, peer, seconds):
+        return driver.Measurement(case, peer, 2, seconds=[seconds])
+
+    base = dataclasses.replace(TINY, name="whole", causal=False)  # TINY sees 78 of its 144 pairs
+    case = dataclasses.replace(TINY, base="whole", ratio=0.9)
+    both = [measured(case, "flashtile", 1.0), measured(base, driver.BASE, 2.0)]
+    verdict = report.judge(driver.CaseResult(case, both, []), threads=2)[0]
+    assert (verdict.measure, verdict.note) == ("times the rate in whole", "against whole")
+    assert verdict.value == pytest.approx(2 * 78 / 144) and verdict.met
+    case = dataclasses.replace(TINY, rival="slow", ratio=3)
+    three = [measured(case, "flashtile", 1.0), measured(case, "slow", 4.0), measured(case, "good", 2.0)]
+    verdict = report.judge(driver.CaseResult(case, three, []), threads=2)[0]
+    assert (verdict.value, verdict.measure, verdict.met) == (4.0, "times the slow", True)
+
+
+def test_a_base_is_checked_against_its_own_reference():
+    """flashtile and flashtile_base give different results in one case; both pass, and both are timed."""
+    case = next(case for case in ALL_CASES if case.name == "f32-softcap")
+    base = next(other for other in ALL_CASES if other.name == case.base)
+    small = {"heads": 2, "kv_heads": 2, "queries": 64, "keys": 64}
+    case, base = (dataclasses.replace(x, **small) for x in (case, base))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "ALL_CASES", (case, base))
+        [result] = driver.run_cases([case], [("flashtile", 1), (driver.BASE, 1)], ONCE)
+    assert [m.status for m in result.measurements] == ["timed", "timed"], result
+    assert [m.case.name for m in result.measurements] == ["f32-softcap", base.name]
 
 
 @pytest.mark.parametrize("element", ["f64", "f32", "f16", "bf16"])

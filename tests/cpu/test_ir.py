@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 
 import numpy as np
 import pytest
@@ -268,6 +269,25 @@ def test_calls_between_functions() -> None:
     assert "%n" in module.text()
     library = jit.Library(jit.object_code(module.text(), isas.current()), ("made",))
     assert library.function("made", ctypes.c_int64, ctypes.c_int64)(20) == 41
+
+
+def test_chains_abreast_are_the_same_chains() -> None:
+    """Instructions of one chain after the other, or in turns: the same values; and the turns are there."""
+
+    def emit(f: Function, n: int) -> Value:
+        x = f.args[0] + n
+        return x * x * (2 + n) - 1 if n else x + 5
+
+    module = Module()
+    f = Function(module, "made", "i64", ["i64"])
+    first, second, third = f.abreast(3, lambda n: emit(f, n))
+    f.ret(first + second * 10 + third * 100)
+    x = 7
+    library = jit.Library(jit.object_code(module.text(), isas.current()), ("made",))
+    want = x + 5 + ((x + 1) ** 2 * 3 - 1) * 10 + ((x + 2) ** 2 * 4 - 1) * 100
+    assert library.function("made", ctypes.c_int64, ctypes.c_int64)(x) == want
+    operations = re.findall(r"= (add|sub|mul) ", module.text())
+    assert operations[:9] == ["add"] * 3 + ["mul"] * 4 + ["sub"] * 2  # the first chain is at its end after one
 
 
 INVALID = {

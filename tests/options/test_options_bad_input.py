@@ -1,0 +1,74 @@
+"""Every wrong option has one error, from both doors, before any memory is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from inputs import uniform
+from option_cases import SHAPE
+
+import flashtile
+from flashtile.errors import FlashtileError, SpecError
+
+FULL = (SHAPE.batch, SHAPE.heads, SHAPE.q_len, SHAPE.kv_len)
+COMPLEX, FAR, SHORT = np.zeros(150, complex), np.full(150, 2**40), np.zeros(9)
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "mask that does not broadcast": ({"mask": np.ones((3, 150), bool)}, r"^mask: got shape \(3, 150\), expected"),
+    "mask of rank 5": ({"mask": np.ones((1, *FULL), bool)}, r"^mask: got shape \(1, 2, 4, 70, 150\)"),
+    "bias that does not broadcast": ({"bias": np.ones((70, 149), np.float32)}, r"^bias: got shape \(70, 149\), exp"),
+    "mask of floats": ({"mask": np.ones((70, 150), np.float32)}, "^mask: got .*f32"),
+    "bias of integers": ({"bias": np.ones((70, 150), int)}, "^bias: got .*i64"),
+    "captured complex": ({"mask": lambda b, h, i, j: COMPLEX[j] == 0}, "COMPLEX: got dtype complex128"),
+    "captured integers too large": ({"mask": lambda b, h, i, j: FAR[j] > i}, "FAR: got integers from 1099511627776"),
+    "captured array too short": ({"mask": lambda b, h, i, j: SHORT[j] == 0}, r"SHORT: got index \(75,\) at"),
+    "mask_mod of three": ({"mask": lambda b, i, j: i >= j}, "^mask: got .* expected a function of 4 arguments"),
+    "score_mod of four": ({"score_mod": lambda s, b, i, j: s}, "^score_mod: got .* expected a function of 5 arguments"),
+    "mask_mod that gives floats": ({"mask": lambda b, h, i, j: i * 0.5}, "^mask: got a function that returns a float"),
+    "score_mod that gives bools": ({"score_mod": lambda s, b, h, i, j: i > j}, "^score_mod: got a function .* bool"),
+    "slopes of wrong shape": ({"alibi_slopes": np.ones(3, np.float32)}, r"^alibi_slopes: got shape \(3,\), expected"),
+    "slopes of integers": ({"alibi_slopes": np.ones(4, int)}, "^alibi_slopes: got .*i64"),
+    "sinks of wrong shape": ({"sinks": np.ones((4, 1), np.float32)}, r"^sinks: got shape \(4, 1\), expected"),
+    "sinks of float16": ({"sinks": np.ones(4, np.float16)}, r"^sinks: got dtype (torch\.)?float16, expected float32"),
+    "sinks that are a list": ({"sinks": [1.0] * 4}, "^sinks: got a list, expected"),
+    "negative softcap": ({"softcap": -1.0}, "^softcap: got -1.0, expected"),
+    "softcap that is no number": ({"softcap": "30"}, "^softcap: got '30', expected"),
+    "operation outside": ({"score_mod": lambda s, b, h, i, j: np.sin(s)}, r"input\.py:\d+: numpy\.sin on a traced"),
+}  # fmt: skip
+
+
+def doors() -> list[Any]:
+    """Both doors, each with arrays of its own."""
+
+    def by_numpy(out: np.ndarray, **options: Any) -> Any:
+        return flashtile.attention(*uniform(SHAPE, "float32"), out=out, align=0, **options)
+
+    def by_torch(out: np.ndarray, **options: Any) -> Any:
+        torch = pytest.importorskip("torch")
+        import flashtile.torch
+
+        tensors = (torch.from_numpy(x) for x in uniform(SHAPE, "float32"))
+        given = {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+        return flashtile.torch.attention(*tensors, out=torch.from_numpy(out), align=0, **given)
+
+    return [by_numpy, by_torch]
+
+
+@pytest.mark.parametrize("door", doors(), ids=["numpy", "torch"])
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_options(door: Callable[..., Any], name: str) -> None:
+    options, message = WRONG[name]
+    out = np.full((2, 4, 70, 24), 7, np.float32)
+    with pytest.raises(SpecError, match=f"(?s){message}") as caught:
+        door(out, **options)
+    assert isinstance(caught.value, FlashtileError) and (out == 7).all()
+
+
+def test_captured_tensors_of_another_device() -> None:
+    torch = pytest.importorskip("torch")
+    ids, q = torch.zeros(150, device="meta"), uniform(SHAPE, "float32")
+    with pytest.raises(SpecError, match="ids: got a tensor on meta, expected one in CPU memory"):
+        flashtile.attention(*q, mask=lambda b, h, i, j: ids[j] == 0)
