@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # Told apart with any colour vision (Okabe and Ito 2008), light enough for black text.
 COLOURS = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#f0e442", "#999999")
 FAILED = "#d55e00"
-NARROW = 3e-3  # of the whole time; a bar below it has no gap to its neighbour, else nothing would be left of it
+NARROW = 4e-3  # of the whole time; no gap is drawn before a bar below it, else nothing would be left of it
 
 
 def dot(profile: Profile) -> str:
@@ -48,10 +48,11 @@ def gantt(profile: Profile, path: Path) -> None:
     axes = figure.add_subplot()
     end = 1e3 * max(task.end for task in tasks)
     for colour, row, bars in _bars(tasks):
-        for narrow in (False, True):
-            some = [bar for bar in bars if (bar[1] < NARROW * end) == narrow]
-            edge = colour if narrow else "white"
-            axes.broken_barh(some, (row - 0.4, 0.8), facecolor=colour, edgecolor=edge, linewidth=0.6, zorder=2 + narrow)
+        axes.broken_barh(bars, (row - 0.4, 0.8), facecolor=colour, linewidth=0, snap=False)
+        gaps = [start for start, length in bars if length > NARROW * end]
+        axes.vlines(gaps, row - 0.4, row + 0.4, color="white", linewidth=0.8)
+        if colour == FAILED:
+            axes.plot([start for start, _ in bars], [row - 0.5] * len(bars), "v", color=colour, clip_on=False)
     axes.set(xlabel="time since the first submission (ms)", xlim=(0, end), ylim=(rows - 0.4, -0.6))
     axes.set_yticks(range(rows), profile.workers)
     for side in ("top", "right", "left"):
