@@ -9,7 +9,7 @@ of Triton; `jit.py` turns it into a function and the dictionaries that `triton.c
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from flashtile.dtypes import DTYPES
@@ -43,6 +43,12 @@ class Tile:
     tile_k: int
     num_warps: int = 4
     num_stages: int = 2
+
+
+def contained(tile: Tile) -> Tile:
+    """The tile of the second launch, which computes what is not finite: the same, or the bits of rows that see nothing
+    of it would differ; but without a pipeline, as it needs shared memory for more products."""
+    return replace(tile, num_stages=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +175,7 @@ def forward(
         "PACKED": packed,
         "CONTAIN": contain,
     }
+    tile = contained(tile) if contain else tile
     return _specialisation("forward", arguments, constants, memory, tile, spec.program)
 
 
