@@ -225,10 +225,11 @@ def softmax(spec: AttentionSpec, tile: Tile) -> Specialisation:
         "s": f"*{stored(spec)}",
         "p": f"*{stored(spec)}",
         "lse": f"*{accumulator}",
-        **_sizes("first", "q_len", "kv_len"),
+        **_sizes("first", "q_len", "kv_len", "query_tiles"),
         "sinks": f"*{accumulator}" if spec.sinks else None,
     }
-    return _specialisation("softmax", arguments, {"TILE_K": tile.tile_k}, Memory(aligned=False), tile)
+    constants: dict[str, Constant] = {"TILE_Q": tile.tile_q, "TILE_K": tile.tile_k}
+    return _specialisation("softmax", arguments, constants, Memory(aligned=False), tile)
 
 
 def output(spec: AttentionSpec, tile: Tile, *, memory: Memory = Memory()) -> Specialisation:
