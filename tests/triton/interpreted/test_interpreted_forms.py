@@ -18,7 +18,8 @@ from flashtile.kernels.triton.host import captured
 from flashtile.kernels.triton.interpreter import Interpreter, _argument
 from flashtile.kernels.triton.program import function_of
 from flashtile.score import Program
-from flashtile.score.operations import OPERATIONS
+from flashtile.score.expr import postorder
+from flashtile.score.operations import OPERATIONS, inside
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "score"))
 from trees import Tree, as_mask, as_score, trees  # noqa: E402
@@ -166,6 +167,18 @@ def test_bfloat16_loads_and_numbers(real):
     agrees(Program.of(SHAPE, score_mod=lambda s, b, h, i, j: s + array[h, j % 4]), real, points(real))
     numbers = Program.of(SHAPE, score_mod=lambda s, b, h, i, j: s * factor + (i + shift) * one[()])
     agrees(numbers, real, points(real))
+
+
+def test_whether_a_load_is_inside() -> None:
+    """What a gradient asks of a load, at every combination of indices in and out of bounds."""
+    array = np.zeros((3, 4), np.float32)
+    program = Program.of(SHAPE, score_mod=lambda s, b, h, i, j: s + array[h, j % 4 + np.where(i % 20 == 3, 7, 0)])
+    (found,) = (x for x in postorder(program.roots) if x.operation.name == "load")
+    at = {**points(np.float32), "i": np.arange(64) % 8}
+    for h in (2, 3):
+        want = program.run([inside(found)], at["s"], 0, h, at["i"].astype(np.int32), at["j"].astype(np.int32))[0]
+        assert want.any() == (h == 2) and not want.all()
+        np.testing.assert_array_equal(run(program, inside(found), at["s"], 0, h, at["i"], at["j"]), want)
 
 
 def test_an_empty_array_reads_as_zero():

@@ -40,7 +40,7 @@ def compiled(specialisation: Specialisation, arch: str) -> Any:
     options = {
         "num_warps": specialisation.num_warps,
         "num_stages": specialisation.num_stages,
-        "enable_fp_fusion": True,
+        "enable_fp_fusion": specialisation.fuses,
     }
     target = target_of(arch)
     try:
