@@ -299,7 +299,7 @@ def test_peers_load_and_refuse_without_their_packages():
         "    peer = peers.load(name)\n"
         "    assert callable(peer.prepare) and callable(peer.versions)\n"
         "    assert all(why is None or len(why) > 3 for why in map(peer.refuses, ALL_CASES))\n"
-        "print(*sorted({'torch', 'jax', 'onnx', 'onnxruntime', 'openvino', 'flashtile'} & set(sys.modules)))"
+        "print(*sorted({'torch', 'jax', 'onnx', 'onnxruntime', 'openvino'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
