@@ -9,6 +9,7 @@ import pytest
 from numpy.lib.stride_tricks import as_strided
 
 import flashtile
+from flashtile import score
 from flashtile.errors import FlashtileError, KernelError, SpecError, UnavailableError
 from flashtile.spec import LARGEST_POSITION
 
@@ -91,6 +92,22 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"engine": "steam"}, "engine: got 'steam', expected one of 'auto', 'direct'"),
     ({"engine": None}, "engine: got None, expected a name"),
     ({"progress": 7}, "progress: got 7, expected a function"),
+    # what changes scores
+    ({"mask": a(5, 5)}, r"mask: got float32, expected bool \(True: attend\); numbers .* are a bias"),
+    ({"mask": [[True]]}, "mask: got list, expected a boolean array, a mask or a function of"),
+    ({"mask": a(5, 4, name=bool)}, r"mask: got shape \(5, 4\), expected one that broadcasts to .* = \(2, 4, 5, 5\)"),
+    ({"mask": score.padding([1, 2, 3])}, r"padding: got shape \(3,\), expected \(B,\) = \(2,\)"),
+    ({"mask": score.softcap(3.0)}, "mask: got the score function softcap, expected a boolean array"),
+    ({"bias": a(5, 5, name=bool)}, "bias: got bool, expected a float dtype; a boolean mask goes to mask="),
+    ({"bias": [[0.0]]}, "bias: got a list, expected a NumPy array or a torch tensor"),
+    ({"score_mod": score.causal()}, "score_mod: got the mask causal, expected a function of"),
+    ({"softcap": -1}, r"softcap: got -1, expected a finite number > 0 \(None or 0: off\)"),
+    ({"alibi_slopes": [0.5] * 4}, "alibi_slopes: got a list, expected a NumPy array or a torch tensor"),
+    ({"alibi_slopes": a(3)}, r"alibi_slopes: got shape \(3,\), expected \(H,\) = \(4,\) or \(B, H\) = \(2, 4\)"),
+    ({"alibi_slopes": a(4, name="float16")}, "alibi_slopes: got float16 of shape .*, expected float32 or float64"),
+    ({"sinks": [0.0] * 4}, "sinks: got a list, expected float32 or float64"),
+    ({"sinks": a(2, 3)}, r"sinks: got shape \(2, 3\), expected float32 or float64 of shape \(H,\) = \(4,\)"),
+    ({"sinks": a(4, name=int)}, "sinks: got dtype int64, expected float32 or float64"),
 ]
 
 

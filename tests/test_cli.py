@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import flashtile
-from flashtile import arrayfiles, bench, cli, doctor
+from flashtile import arrayfiles, bench, cli, doctor, score
 from flashtile.errors import KernelError
 from flashtile.testing import assert_accurate
 
@@ -106,6 +106,45 @@ def test_run_writes_only_lse_that_is_asked_for(tmp_path: Path) -> None:
         assert archive.files == ["o"]
 
 
+def _option_files(folder: Path, **arrays: np.ndarray) -> list[str]:
+    """Each array in a file of its own, as flags."""
+    flags = []
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+        flags += ["--" + name.replace("_", "-"), str(folder / f"{name}.npy")]
+    return flags
+
+
+def _score_options() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    return {
+        "bias": rng.standard_normal((4, 30, 50)).astype(np.float16),
+        "alibi_slopes": np.float32([0.5, 0.25, 0.125, 0.0625]),
+        "sinks": rng.standard_normal((2, 4)),
+    }
+
+
+def test_run_takes_what_changes_scores_from_files(tmp_path: Path) -> None:
+    options, inputs = _score_options(), _npy(tmp_path, _arrays())
+    flags = [*_option_files(tmp_path, **options), "--softcap", "5"]
+    assert cli.main(["run", *inputs, "-o", str(tmp_path / "o.npy"), "-q", *flags, *FLAGS]) == 0
+    want = flashtile.attention(*_arrays().values(), **options, softcap=5.0, **OPTIONS)
+    np.testing.assert_array_equal(np.load(tmp_path / "o.npy"), want)
+    assert np.abs(want - flashtile.attention(*_arrays().values(), **OPTIONS)).max() > 0.01
+
+
+def test_masks_in_files_intersect(tmp_path: Path) -> None:
+    visible = np.random.default_rng(2).random((30, 50)) < 0.8
+    lengths, documents = np.array([50, 20]), np.arange(50) // 12
+    flags = _option_files(tmp_path, mask=visible, lengths=lengths, documents=documents)
+    assert cli.main(["run", *_npy(tmp_path, _arrays()), "-o", str(tmp_path / "o.npy"), "-q", *flags, *FLAGS]) == 0
+    j = np.arange(50)
+    dense = visible & (j < lengths[:, None, None, None]) & (documents[:30, None] == documents)
+    np.testing.assert_array_equal(
+        np.load(tmp_path / "o.npy"), flashtile.attention(*_arrays().values(), mask=dense, **OPTIONS)
+    )
+
+
 def test_run_may_replace_its_input(tmp_path: Path) -> None:
     arrays = _arrays()
     inputs = _npy(tmp_path, arrays)
@@ -136,6 +175,8 @@ def test_run_honours_threads_kernel_and_quiet(tmp_path: Path, capsys: Capture) -
         (["--window", "3"], "--window: expected 2 arguments"),
         (["--threads", "0"], "--threads: got '0', expected a positive integer"),
         (["--scale", "big"], "--scale: invalid float value: 'big'"),
+        (["--softcap", "-1"], "softcap: got -1.0"),
+        (["--bias", "none.npy"], "none.npy: got no such file or directory, expected a readable .npy file"),
     ],
 )
 def test_run_refuses_bad_options(tmp_path: Path, flags: list[str], message: str, capsys: Capture) -> None:
@@ -145,6 +186,27 @@ def test_run_refuses_bad_options(tmp_path: Path, flags: list[str], message: str,
     assert said.startswith("flashtile run: error: ") and message in said
     assert output.read_bytes() == b"precious"
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("option", "array", "message"),
+    [
+        ("mask", np.ones((30, 50)), "mask: got float64, expected bool"),
+        ("mask", np.ones((30, 49), bool), "mask: got shape (30, 49)"),
+        ("lengths", np.array([1, 2, 3]), "padding: got shape (3,), expected (B,) = (2,)"),
+        ("documents", np.arange(30), "document ids: got shape (30,)"),
+        ("bias", np.ones(50, int), "bias: got int64"),
+        ("alibi_slopes", np.ones(3), "alibi_slopes: got shape (3,)"),
+        ("sinks", np.ones(3), "sinks: got shape (3,)"),
+    ],
+)
+def test_run_refuses_wrong_arrays(
+    tmp_path: Path, option: str, array: np.ndarray, message: str, capsys: Capture
+) -> None:
+    flags = [*_option_files(tmp_path, **{option: array}), "--align", "0"]
+    said = _fails(["run", *_npy(tmp_path, _arrays()), "-o", str(tmp_path / "o.npy"), *flags], capsys)
+    assert said.startswith("flashtile run: error: ") and message in said
+    assert not (tmp_path / "o.npy").exists()
 
 
 def test_run_refuses_bad_files(tmp_path: Path, capsys: Capture) -> None:
@@ -201,6 +263,14 @@ def test_explain_prints_the_explanation(capsys: Capture) -> None:
     assert capsys.readouterr().out == f"{call}\n"
 
 
+def test_explain_counts_masks_in_files(tmp_path: Path, capsys: Capture) -> None:
+    lengths = np.array([64, 10])
+    flags = [*_option_files(tmp_path, lengths=lengths), "--softcap", "30"]
+    assert cli.main(["explain", "--shape", "2,4,64,32", *flags]) == 0
+    call = flashtile.explain((2, 4, 64, 32), mask=score.padding(lengths), softcap=30.0)
+    assert capsys.readouterr().out == f"{call}\n" and call.coverage.visible == 4 * 64 * (64 + 10)
+
+
 def test_explain_takes_fewer_axes(capsys: Capture) -> None:
     assert cli.main(["explain", "--shape", "64,32"]) == 0
     assert cli.main(["explain", "--shape", "3,64,32", "--s-kv", "0"]) == 0
@@ -247,6 +317,11 @@ def test_doctor_lists_every_room(capsys: Capture) -> None:
 def test_doctor_says_why_a_door_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name == "torch" else object())
     assert ("door", "flashtile.torch", False, "torch not installed") in doctor.survey()
+
+
+def test_doctor_says_why_the_door_of_an_engine_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.engines, "survey", lambda: [("engine", "starpu", False, "no such library")])
+    assert ("door", "flashtile.starpu", False, "no such library") in doctor.survey()
 
 
 def test_doctor_survives_a_wrong_isa(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
@@ -331,6 +406,12 @@ def test_module_is_the_command() -> None:
     refused = _command("explain", "--shape", "8")
     assert refused.returncode == 2 and "Traceback" not in refused.stderr
     assert refused.stderr == "flashtile explain: error: --shape: got 8, expected B,H,S,D or H,S,D or S,D\n"
+
+
+def test_no_command_prints_the_help(capsys: Capture) -> None:
+    assert cli.main([]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("usage: flashtile ") and "\n    explain " in printed.err
 
 
 def test_help_names_every_command(capsys: Capture) -> None:

@@ -17,6 +17,7 @@ import pytest
 import flashtile
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+PICTURES = ROOT / "docs" / "images"
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 STARPU = re.compile(r"import starpu\b|flashtile\.starpu\b|engine=\"starpu\"")
@@ -70,6 +71,14 @@ def import_module(name: str) -> types.ModuleType:
         pytest.skip(f"{name} needs {missing.name}")
 
 
+@pytest.fixture
+def folder_of_its_own(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a page writes stays out of the checkout."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("folder_of_its_own")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("page", pages(), ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_page_examples_run(page: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = page.read_text()
@@ -81,6 +90,39 @@ def test_page_examples_run(page: pathlib.Path, tmp_path: pathlib.Path, capsys: p
     results = run_page(text, page.name, str(page))
     assert results.attempted > 0, "the page has a Python block without a `>>>` example"
     assert results.failed == 0, capsys.readouterr().out
+    for drawn in tmp_path.glob("*.png"):
+        shown = PICTURES / drawn.name
+        assert shown.exists() and same_picture(drawn, shown), f"another picture than the page's; cp {drawn} {shown}"
+
+
+def same_picture(one: pathlib.Path, other: pathlib.Path) -> bool:
+    """Whether two PNGs are equal, pixel by pixel; of two versions of matplotlib, whether the tiles' areas agree."""
+    from PIL import Image
+
+    pictures = [Image.open(path) for path in (one, other)]
+    pixels = [np.asarray(picture.convert("RGB"), int) for picture in pictures]
+    if pictures[0].info.get("Software") == pictures[1].info.get("Software"):
+        return np.array_equal(*pixels)
+    colours = ([31, 90, 146], [240, 168, 48])  # full and partial, in plot.py
+    return all(np.ptp([(p == colour).all(-1).mean() for p in pixels]) < 0.003 for colour in colours)
+
+
+def test_the_comparison_of_pictures_sees_another_map(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+
+    shown = PICTURES / "tiles-local.png"
+    assert same_picture(shown, shown)
+    flashtile.plot_coverage((1024, 64), window=(190, 0), tile=(64, 64), path=tmp_path / "other.png")
+    assert not same_picture(shown, tmp_path / "other.png")
+    Image.open(tmp_path / "other.png").save(tmp_path / "unsigned.png")
+    assert same_picture(tmp_path / "other.png", tmp_path / "unsigned.png")
+    assert not same_picture(shown, tmp_path / "unsigned.png")
+
+
+def test_every_picture_is_shown() -> None:
+    text = "".join(page.read_text() for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+    assert [picture.name for picture in PICTURES.iterdir() if f"images/{picture.name})" not in text] == []
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda p: p.relative_to(ROOT).as_posix())

@@ -12,7 +12,7 @@ import plain
 import pytest
 
 import flashtile
-from flashtile import kernels
+from flashtile import kernels, score
 from flashtile.errors import SpecError, UnavailableError
 from flashtile.kernels import Capabilities
 
@@ -123,6 +123,25 @@ def test_offsets_of_each_batch_are_counted() -> None:
     got = flashtile.explain((3, 1, 4, 8), (3, 1, 9, 8), causal=True, align=np.array([0, 5, -9]))
     assert got.coverage.visible == sum(plain.seen(4, 9, offset, None, 0).sum() for offset in (0, 5, -9))
     assert "offset per batch" in str(got) and len(got.notes) == 1
+
+
+def test_what_changes_scores_is_written_out() -> None:
+    table, shape = np.arange(4.0), (1, 4, 64, 8)
+    got = flashtile.explain(shape, mask=lambda b, h, i, j: (i // 16 == j // 16) & (j <= i), softcap=30.0)
+    assert got.mask == "((i // 16) == (j // 16)) & (j <= i)" and got.score.startswith("30 * tanh(s * 0.0333")
+    assert got.notes == ()
+    rule = score.causal() | score.prefix(5)
+    got = flashtile.explain(shape, mask=rule, score_mod=lambda s, b, h, i, j: s + table[h])
+    assert (got.mask, got.score, got.notes) == ("(j <= i) | (j < 5)", "s + table[h]", ())
+    assert " (j <= i) | (j < 5)\n" in str(got) and " as the mask says\n" in str(got)
+    got = flashtile.explain(shape, alibi_slopes=table)
+    assert got.score == "s - (alibi_slopes[h] * abs(i - j))" and got.mask == ""
+
+
+def test_masks_of_arrays_are_counted_as_given() -> None:
+    got = flashtile.explain((2, 1, 8, 4), mask=score.padding([3, 8]))
+    assert got.coverage.visible == 8 * 3 + 8 * 8 and got.flops == got.coverage.visible * 16
+    assert got.mask == "j < lengths[b]" and len(got.notes) == 1
 
 
 def test_torch_tensors_are_described() -> None:

@@ -152,6 +152,20 @@ def test_gradients_are_refused_only_while_they_are_recorded() -> None:
         flashtile.torch.attention(q, k, v, out=torch.empty_like(q).requires_grad_())
 
 
+def test_captured_tensors_that_require_grad_are_refused() -> None:
+    q = torch.randn(1, 2, 8, 4)
+    table = torch.randn(2, 8).requires_grad_()
+    score_mod = lambda s, b, h, i, j: s + table[h, j]  # noqa: E731
+    mask = lambda b, h, i, j: table[h, j] > 0  # noqa: E731
+    for option in ({"score_mod": score_mod}, {"mask": mask}, {"mask": flashtile.score.causal() & mask}):
+        with pytest.raises(UnavailableError, match=": table: got a tensor that requires grad.*not available yet"):
+            flashtile.torch.attention(q, q, q, **option)
+    with torch.no_grad():
+        with_grad = flashtile.torch.attention(q, q, q, score_mod=score_mod)
+    table = table.detach()
+    torch.testing.assert_close(flashtile.torch.attention(q, q, q, score_mod=score_mod), with_grad)
+
+
 class Renamed(torch.Tensor):
     pass
 

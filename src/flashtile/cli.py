@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import operator
 import sys
 import time
 from pathlib import Path
@@ -15,13 +17,32 @@ from flashtile.errors import FlashtileError, KernelError, wrong
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
+# Options that name an .npy file, and what is in it.
+ARRAY_OPTIONS = {
+    "mask": "booleans that broadcast to (B, H, S_q, S_kv): True = attend",
+    "lengths": "integers (B,): the keys of each sequence from here on are padding",
+    "documents": "integers (S,) or (B, S): a row sees the keys of its own document",
+    "bias": "floats that broadcast to (B, H, S_q, S_kv), added to the scores",
+    "alibi_slopes": "floats (H,) or (B, H)",
+    "sinks": "floats (H,) or (B, H)",
+}
+MASKS = {  # those of them that hide keys, and intersect
+    "mask": flashtile.score.dense,
+    "lengths": flashtile.score.padding,
+    "documents": flashtile.score.document,
+}
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 1 if a kernel failed, 2 for bad input, 130 after Ctrl-C.
 
     Wrong options exit with code 2 through SystemExit, as argparse does.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    if not (sys.argv[1:] if arguments is None else arguments):
+        parser.print_help(sys.stderr)
+        return BAD_INPUT
+    options = parser.parse_args(arguments)
     try:
         if getattr(options, "threads", None) is not None:
             flashtile.set_num_threads(options.threads)
@@ -140,11 +161,15 @@ def _outputs(output: Path) -> tuple[Path, Path]:
 
 def _keywords(options: argparse.Namespace) -> dict[str, Any]:
     """The keywords of flashtile.attention that _add_attention_options offers."""
-    names = ("causal", "window", "align", "scale", "precision", "kernel", "engine")
+    from flashtile.arrayfiles import open_npy
+
+    names = ("causal", "window", "align", "softcap", "scale", "precision", "kernel", "engine")
     keywords = {name: getattr(options, name) for name in names}
     if keywords["window"] is not None:
         keywords["window"] = tuple(keywords["window"])
-    return keywords
+    arrays = {name: open_npy(path) for name in ARRAY_OPTIONS if (path := getattr(options, name)) is not None}
+    masks = [MASKS[name](arrays.pop(name)) for name in MASKS if name in arrays]
+    return {**keywords, **arrays, **({"mask": functools.reduce(operator.and_, masks)} if masks else {})}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -209,10 +234,13 @@ def _add_explain_options(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_attention_options(sub: argparse.ArgumentParser) -> None:
-    group = sub.add_argument_group("attention", "as the keywords of flashtile.attention")
+    group = sub.add_argument_group("attention", "as the keywords of flashtile.attention; arrays from files, mapped")
     group.add_argument("--causal", action="store_true")
     group.add_argument("--window", type=int, nargs=2, metavar=("LEFT", "RIGHT"), help="-1 is open on that side")
     group.add_argument("--align", type=_align, help="top_left, bottom_right or an integer")
+    for name, content in ARRAY_OPTIONS.items():
+        group.add_argument("--" + name.replace("_", "-"), type=Path, metavar="FILE.npy", help=content)
+    group.add_argument("--softcap", type=float, metavar="CAP", help="scores become CAP * tanh(score / CAP)")
     group.add_argument("--scale", type=float, help="default 1 / sqrt(D)")
     group.add_argument("--precision", default="ieee", help="of float32 inputs: ieee (default), tf32, bf16, fp16")
     group.add_argument("--kernel", default="auto")

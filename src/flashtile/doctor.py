@@ -72,14 +72,15 @@ def _isas() -> list[Row]:
 
 def _doors() -> list[Row]:
     """The modules beside api.py whose docstring begins "The door for". They are read, not imported: a door imports
-    the package that it is for."""
+    the package that it is for. One to an engine is open where that is available."""
+    shut = {name: reason for _, name, available, reason in engines.survey() if not available}
     rows = []
     for file in sorted(Path(flashtile.__file__).parent.glob("*.py")):
         tree = ast.parse(file.read_bytes())
         if (ast.get_docstring(tree) or "").startswith("The door for"):
             missing = sorted(name for name in _imports(tree) if importlib.util.find_spec(name) is None)
-            reason = f"{', '.join(missing)} not installed" if missing else ""
-            rows.append(("door", f"flashtile.{file.stem}", not missing, reason))
+            reason = f"{', '.join(missing)} not installed" if missing else shut.get(file.stem, "")
+            rows.append(("door", f"flashtile.{file.stem}", not reason, reason))
     return rows
 
 

@@ -18,6 +18,7 @@ from flashtile.plan import Coverage, Plan, coverage_of, make_plan
 from flashtile.plan.mapped import count_map
 from flashtile.score.coverage import Coverage as Map
 from flashtile.score.coverage import coverage as map_of
+from flashtile.score.expr import Expr, postorder
 from flashtile.score.options import ScoreOptions, Scoring
 from flashtile.score.program import Program
 from flashtile.score.readable import mask_text, score_text
@@ -190,11 +191,15 @@ def _notes(spec: AttentionSpec, able: kernels.Capabilities, program: Program | N
     notes = []
     if spec.precision not in able.precisions:
         notes.append(f"precision {spec.precision!r} is honoured at higher precision: this kernel has no such unit here")
-    if program is not None and program.mask is not None and any(slot.rank >= 0 for slot in program.slots):
+    if program is not None and program.mask is not None and _reads_arrays(program.mask):
         notes.append("coverage and FLOPs are those of the arrays given; they are read anew at every call")
     elif spec.offset is None:
         notes.append("coverage and FLOPs are those of the offsets given; they are read anew at every call")
     return tuple(notes)
+
+
+def _reads_arrays(mask: Expr) -> bool:
+    return any(x.operation.name == "load" for x in postorder([mask]))
 
 
 def _positions(spec: AttentionSpec) -> str:

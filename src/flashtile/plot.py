@@ -20,6 +20,8 @@ from flashtile.spec import AttentionSpec, integer
 
 # What a tile costs, from nothing to a product without mask code; told apart without colour, too.
 _COLOURS = {EMPTY: "#f4f4f4", PARTIAL: "#f0a830", FULL: "#1f5a92"}
+_SQUARE = 3  # times as many keys as rows, or rows as keys: up to here the picture is to scale
+_LINED = 64  # tiles a side: up to here lines show where each ends
 _LABELS = {EMPTY: "empty: skipped", PARTIAL: "partial: masked element by element", FULL: "full: no mask code"}
 
 
@@ -102,16 +104,23 @@ def _draw(kinds: np.ndarray, target: Path, tile: tuple[int, int], spec: Attentio
         from matplotlib.patches import Patch
     except ImportError as cause:
         raise UnavailableError(f"plot_coverage: got {cause}, expected matplotlib: pip install matplotlib") from cause
-    figure = Figure(figsize=(7, 6), layout="constrained")
+    square = max(spec.q_len, spec.kv_len) <= _SQUARE * min(spec.q_len, spec.kv_len)
+    height = min(5.0, 6.3 * spec.q_len / max(spec.kv_len, 1)) if square else 4.4
+    figure = Figure(figsize=(7, height + 1.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    extent = (0, kinds.shape[1] * tile[1], kinds.shape[0] * tile[0], 0)
+    rows, columns = kinds.shape
+    extent = (0, columns * tile[1], rows * tile[0], 0)
     colours = ListedColormap([_COLOURS[kind] for kind in (EMPTY, PARTIAL, FULL)])
     if kinds.size:
         axes.imshow(kinds, cmap=colours, vmin=EMPTY, vmax=FULL, extent=extent, interpolation="nearest", aspect="auto")
+        axes.set_aspect("equal" if square else "auto")
+    if max(kinds.shape) <= _LINED:
+        axes.vlines([n * tile[1] for n in range(1, columns)], *extent[3:1:-1], colors="white", linewidth=0.5)
+        axes.hlines([n * tile[0] for n in range(1, rows)], *extent[:2], colors="white", linewidth=0.5)
     axes.set(xlabel="key j", ylabel="query row i", xlim=(0, max(spec.kv_len, 1)), ylim=(max(spec.q_len, 1), 0))
     axes.set_title(f"{tile[0]} x {tile[1]} tiles, {spec.q_len} x {spec.kv_len} scores", fontsize=10)
     labels = {kind: f"{_LABELS[kind]} ({int((kinds == kind).sum())})" for kind in (FULL, PARTIAL, EMPTY)}
     shown = [Patch(facecolor=_COLOURS[kind], edgecolor="#888888", label=label) for kind, label in labels.items()]
     figure.legend(handles=shown, loc="outside lower center", ncols=1, fontsize=9, frameon=False)
-    figure.savefig(target, dpi=120)
+    figure.savefig(target, dpi=120, bbox_inches="tight")

@@ -9,7 +9,9 @@ import torch
 from flashtile.calls import Options, as_key, check_apart, lookup, prepare, split_align
 from flashtile.errors import UnavailableError, wrong
 from flashtile.progress import reporter
+from flashtile.score.capture import ArrayCapture
 from flashtile.score.options import ScoreOptions
+from flashtile.score.program import Program
 from flashtile.spec import refuse_later
 
 __all__ = ["attention", "scaled_dot_product_attention"]
@@ -71,6 +73,8 @@ def attention(
         scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks)
         spec, scoring = Options(*options).scored(scores, q, k, v, offsets)
         cache_key += spec.program, spec.sinks
+        if torch.is_grad_enabled() and scoring.program is not None:
+            _check_captured(scoring.program)
     call = lookup(cache_key) or prepare(cache_key, q, k, v, out, Options(*options), spec)
     report = None if progress is None else reporter(progress)
     q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
@@ -180,6 +184,13 @@ def _mask_like_torch(attn_mask: Tensor, query: Tensor, key: Tensor, axes: torch.
 def _is_ready(x: Tensor) -> bool:
     """True for a plain dense CPU tensor that does not require grad: whatever else must be looked at closely."""
     return type(x) is Tensor and x.is_cpu and x.layout is _STRIDED and not x.requires_grad and not x.is_neg()
+
+
+def _check_captured(program: Program) -> None:
+    """Raise if a function reads a tensor that requires grad: its gradient would be lost without a word."""
+    for found in program.captures:
+        if isinstance(found, ArrayCapture) and getattr(found.source, "requires_grad", False):
+            _check_tensors(**{found.name: found.source})
 
 
 def _check_tensors(**tensors: Tensor) -> None:

@@ -204,7 +204,6 @@ SHORT = np.arange(9)
         lambda b, h, i, j: (i >= j) & (SHORT[i] == 3),
         lambda b, h, i, j: SHORT[i - j] == 0,
         lambda b, h, i, j: (j < 20) & (SHORT[j] > 2),
-        document(SHORT),
     ],
 )
 def test_arrays_that_are_certain_to_be_left_are_an_error(mask):
@@ -253,10 +252,10 @@ def test_masks_are_not_truth_values():
 @pytest.mark.parametrize(
     "make, word",
     [
-        (lambda: document(np.zeros(3)), "f64"),
+        (lambda: document(np.zeros(3)), "float64"),
         (lambda: document(np.zeros((1, 2, 3), int)), "(1, 2, 3)"),
         (lambda: padding(5), "int"),
-        (lambda: padding(np.zeros(2)), "f64"),
+        (lambda: padding(np.zeros(2)), "float64"),
         (lambda: prefix(1.5), "float"),
         (lambda: prefix(True), "bool"),
         (lambda: alibi(np.ones((1, 1, 3))), "(1, 1, 3)"),
@@ -265,9 +264,46 @@ def test_masks_are_not_truth_values():
         (lambda: relative(np.zeros(8)), "(8,)"),
         (lambda: relative(np.zeros((8, 3)), max_distance=2), "max_distance"),
         (lambda: dense(np.ones((1, 1, 1, 1, 1), bool)), "(1, 1, 1, 1, 1)"),
+        (lambda: window(-2, 0), "left -2"),
+        (lambda: window(0, True), "right True"),
+        (lambda: alibi([0.5, 0.25]), "a list"),
+        (lambda: bias([[0.5]]), "a list"),
     ],
 )
 def test_rules_check_what_they_are_made_of(make, word):
     with pytest.raises(SpecError) as raised:
         make()
     assert word in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"mask": document(SHORT)},
+        {"mask": document(np.zeros(11, int))},
+        {"mask": document(np.zeros((1, 10), int))},
+        {"mask": document(np.zeros(10, int), np.zeros(8, int))},
+        {"mask": causal() | ~padding(np.ones(3, int))},
+        {"mask": prefix(np.ones(1, int)) & causal()},
+        {"mask": dense(np.ones((2, 9), bool)) & causal()},
+        {"score_mod": alibi(np.ones(4))},
+        {"score_mod": bias(np.ones((10, 9)))},
+        {"score_mod": relative(np.ones((8, 4)))},
+    ],
+)
+def test_rules_check_that_their_arrays_are_of_the_calls_size(option):
+    """Also where a longer array would only be read in part."""
+    with pytest.raises(SpecError, match=r"^[a-z_ ]+: got shape \([\d, ]+\), expected .*\("):
+        Program.of(SHAPE, **option)
+
+
+def test_lists_and_integers_of_numpy_are_as_good():
+    ids = [0] * 6 + [1] * 8
+    same = Program.of(SHAPE, mask=document(ids)).visible(b, h, i, j)
+    np.testing.assert_array_equal(same, np.broadcast_to(np.equal.outer(ids[:10], ids), SHAPE))
+    assert Program.of(SHAPE, mask=window(np.int64(3), np.int8(-1))).structure
+
+
+def test_rules_are_shown_by_name():
+    assert repr(causal() | ~prefix(3)) == "<mask (causal | ~prefix)>"
+    assert repr(softcap(30.0)) == "<score function softcap>"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from flashtile.errors import SpecError
-from flashtile.score import Program
+from flashtile.score import Program, causal, softcap
 
 SHAPE = (2, 3, 12, 12)
 b, h, i, j = np.ix_(*(np.arange(n) for n in SHAPE))
@@ -191,6 +191,7 @@ def test_numpy_score_functions(function, want):
         (lambda b, h, q, kv: np.where(h == 0, q >= kv, kv < 5), np.where(h == 0, i >= j, j < 5)),
         (lambda b, h, q, kv: (q // 4 == kv // 4) ^ (kv % 2 == 0), (i // 4 == j // 4) ^ (j % 2 == 0)),
         (lambda b, h, q, kv: (q <= 3) | (kv > 5), (i <= 3) | (j > 5)),
+        (lambda b, h, q, kv: divmod(q - kv, 3)[0] == divmod(kv, -5)[1], (i - j) // 3 == j % -5),
         (lambda b, h, q, kv: GLOBAL_TABLE.astype(bool)[kv], j >= 5),
     ],
 )
@@ -262,12 +263,13 @@ def branch(s, b, h, q, kv):
         (lambda s, b, h, q, kv: np.sin(s), ["numpy.sin"]),
         (lambda s, b, h, q, kv: s.cumsum(), [".cumsum"]),
         (lambda s, b, h, q, kv: np.add.reduce(s), ["reduce"]),
-        (lambda s, b, h, q, kv: s + GLOBAL_TABLE, ["index"]),
+        (lambda s, b, h, q, kv: s + GLOBAL_TABLE, ["whole array of shape (12,)", "index it"]),
         (lambda s, b, h, q, kv: s + GLOBAL_TABLE[s], ["indexing with a float"]),
         (lambda s, b, h, q, kv: s & 1, ["float"]),
         (lambda s, b, h, q, kv: np.where(q, s, 0), ["where", "int"]),
         (lambda s, b, h, q, kv: s[0], ["indexing"]),
         (lambda s, b, h, q, kv: int(s), ["int()"]),
+        (lambda s, b, h, q, kv: round(s), ["round()", "floor"]),
         (lambda s, b, h, q, kv: s**q, ["**"]),
         (lambda s, b, h, q, kv: s.astype(np.int8), ["int8"]),
         (lambda s, b, h, q, kv: np.zeros(3) + s, ["combination"]),
@@ -293,14 +295,18 @@ def test_operations_outside_the_language_say_where_and_what_instead(function, wo
         (dict(mask=lambda b, h, i, j: None), ["NoneType"]),
         (dict(mask=3), ["mask", "int"]),
         (dict(score_mod="x"), ["score_mod", "str"]),
+        (dict(score_mod=causal()), ["score_mod", "the mask causal"]),
+        (dict(mask=softcap(3.0)), ["mask", "the score function softcap"]),
+        (dict(alibi_slopes=[1.0] * 3), ["alibi_slopes", "list"]),
+        (dict(bias=[[0.0]]), ["bias", "list"]),
         (dict(mask=lambda *a: GLOBAL_TABLE), ["array"]),
-        (dict(mask=np.zeros((12, 12))), ["mask", "f64", "bias"]),
+        (dict(mask=np.zeros((12, 12))), ["mask", "float64", "bias"]),
         (dict(mask=np.ones((5, 12), bool)), ["mask", "(5, 12)"]),
         (dict(bias=np.zeros((3, 12, 11))), ["bias", "(3, 12, 11)"]),
         (dict(bias=np.zeros((12, 12), bool)), ["bias", "bool"]),
         (dict(bias=np.zeros((1, 1, 1, 12, 12))), ["bias"]),
         (dict(alibi_slopes=np.ones(4)), ["alibi_slopes", "(4,)", "(3,)"]),
-        (dict(alibi_slopes=np.ones(3, int)), ["alibi_slopes", "i64"]),
+        (dict(alibi_slopes=np.ones(3, int)), ["alibi_slopes", "int64"]),
         (dict(softcap=-1.0), ["softcap", "-1.0"]),
         (dict(softcap=math.nan), ["softcap"]),
         (dict(window=(-2, 0)), ["window", "-2"]),

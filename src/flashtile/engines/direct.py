@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from flashtile.kernels import CompiledKernel
     from flashtile.plan import Plan
 
-# Waking a thread costs some 50 us, in which one core does this much.
-SMALL_FLOPS = 4_000_000
+# Waking a thread and waiting for it cost some 100 us, half of the time in which one core does this much.
+SMALL_FLOPS = 16_000_000
 RANGE_SECONDS = 0.02  # long beside the cost of a call (1 us), short beside a person's patience
 RANGES_PER_THREAD = 4  # at least, so that threads end together
 REPORT_SECONDS = 0.1

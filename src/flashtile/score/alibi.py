@@ -18,7 +18,7 @@ def alibi(slopes: Any) -> Score:
     """
     found = capture(slopes, "alibi_slopes")
     if found.rank not in (1, 2) or found.element not in ("f32", "f64"):
-        got = f"{found.element} of shape {found.array.shape}"
+        got = f"{found.dtype} of shape {found.array.shape}"
         raise SpecError(f"alibi_slopes: got {got}, expected float32 or float64 of shape (H,) or (B, H)")
 
     def build(offset: Any) -> Any:
@@ -28,4 +28,12 @@ def alibi(slopes: Any) -> Score:
 
         return biased
 
-    return Score(build, positional=True, name="alibi_slopes")
+    return Score(build, positional=True, name="alibi_slopes", fits=lambda shape: check_slopes(slopes, shape))
+
+
+def check_slopes(slopes: Any, shape: tuple[int, int, int, int]) -> None:
+    """Raise SpecError unless there is a slope for each head of a call, (H,) or (B, H)."""
+    batch, heads = shape[:2]
+    got = capture(slopes, "alibi_slopes").array.shape
+    if got not in ((heads,), (batch, heads)):
+        raise SpecError(f"alibi_slopes: got shape {got}, expected (H,) = ({heads},) or (B, H) = ({batch}, {heads})")

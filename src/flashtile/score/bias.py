@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import SpecError
 from .capture import capture
-from .dense import broadcast_reader
+from .dense import broadcast_reader, check_broadcast
 from .mask import Score
 
 
@@ -17,6 +17,10 @@ def bias(array: Any) -> Score:
     """
     found = capture(array, "bias")
     if found.type != "float":
-        raise SpecError(f"bias: got {found.element}, expected a float dtype; a boolean mask goes to mask=")
+        raise SpecError(f"bias: got {found.dtype}, expected a float dtype; a boolean mask goes to mask=")
     read = broadcast_reader(found.array.shape, "bias")
-    return Score(lambda offset: lambda s, b, h, i, j: s + read(array, (b, h, i, j)), name="bias")
+    return Score(
+        lambda offset: lambda s, b, h, i, j: s + read(array, (b, h, i, j)),
+        name="bias",
+        fits=lambda shape: check_broadcast(array, shape, "bias"),
+    )

@@ -47,6 +47,12 @@ class ArrayCapture:
         return TYPE_OF[self.element]
 
     @property
+    def dtype(self) -> str:
+        """The element type as NumPy and torch call it."""
+        kind, bits = self.element.rstrip("0123456789"), self.element.lstrip("abcdefghijklmnopqrstuvwxyz")
+        return {"i": "int", "u": "uint", "f": "float", "bf": "bfloat"}.get(kind, kind) + bits
+
+    @property
     def rank(self) -> int:
         return self.array.ndim
 
@@ -107,6 +113,8 @@ def capture(value: Any, name: str = "captured array") -> ArrayCapture:
 def _storage(value: Any, name: str) -> tuple[np.ndarray, str]:
     if type(value).__module__.partition(".")[0] == "torch" or hasattr(value, "__torch_function__"):
         return _torch_storage(value, name)
+    if not is_array(value):
+        raise SpecError(f"{name}: got a {type(value).__name__}, expected a NumPy array or a torch tensor")
     try:
         raw = np.asarray(value)
     except Exception as e:

@@ -17,9 +17,13 @@ def dense(array: Any) -> Mask:
     """
     found = capture(array, "mask")
     if found.type != "bool":
-        raise SpecError(f"mask: got {found.element}, expected bool (True: attend); a float mask is a bias")
+        raise SpecError(f"mask: got {found.dtype}, expected bool (True: attend); numbers to add to scores are a bias")
     read = broadcast_reader(found.array.shape, "mask")
-    return Mask(lambda offset: lambda b, h, i, j: read(array, (b, h, i, j)), name="mask")
+    return Mask(
+        lambda offset: lambda b, h, i, j: read(array, (b, h, i, j)),
+        name="mask",
+        fits=lambda shape: check_broadcast(array, shape, "mask"),
+    )
 
 
 def broadcast_reader(shape: tuple[int, ...], argument: str) -> Callable[[Any, tuple[Any, ...]], Any]:

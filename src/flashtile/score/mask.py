@@ -11,6 +11,12 @@ from .expr import Expr
 from .operations import apply
 from .trace import trace_mask, trace_score
 
+Shape = tuple[int, int, int, int]
+
+
+def _any_shape(shape: Shape) -> None:
+    """The check of a rule without arrays of its own."""
+
 
 @dataclass(frozen=True, eq=False)
 class Mask:
@@ -18,12 +24,18 @@ class Mask:
 
     build(offset) gives the predicate ``f(b, h, i, j)``; `offset` is the call's alignment (an int or an integer
     array (B,)), which anchors positional rules.  Rules that ignore it say so by ``positional=False``.
+    fits(shape) raises SpecError where the arrays of a rule are not of a call's (B, H, S_q, S_kv): a longer one would
+    be read in part, which is hardly meant.
     """
 
     build: Callable[[Any], Callable[..., Any]]
     positional: bool = False
     name: str = "mask"
+    fits: Callable[[Shape], None] = _any_shape
     __array_ufunc__ = None  # array & mask is this class's &, not an & with every element
+
+    def __repr__(self) -> str:
+        return f"<mask {self.name}>"
 
     def expression(self, offset: Any = 0) -> Expr:
         return trace_mask(self.build(offset), self.name)
@@ -43,7 +55,7 @@ class Mask:
         raise SpecError("mask: and, or, not do not compose masks, use & | ~")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Combined(Mask):
     operation: str = "and"
     parts: tuple[Mask, ...] = ()
@@ -53,7 +65,12 @@ class _Combined(Mask):
         masks = tuple(as_mask(p) for p in parts)
         sign = {"and": " & ", "or": " | ", "invert": "~"}[operation]
         label = sign + masks[0].name if len(masks) == 1 else "(" + sign.join(m.name for m in masks) + ")"
-        return cls(_unused, any(m.positional for m in masks), label, operation, masks)
+
+        def fits(shape: Shape) -> None:
+            for m in masks:
+                m.fits(shape)
+
+        return cls(_unused, any(m.positional for m in masks), label, fits, operation, masks)
 
     def expression(self, offset: Any = 0) -> Expr:
         return apply(self.operation, *(p.expression(offset) for p in self.parts))
@@ -65,11 +82,15 @@ def _unused(offset: Any) -> Callable[..., Any]:
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """What happens to a score: a function (s, b, h, i, j) -> s, anchored like a Mask."""
+    """What happens to a score: a function (s, b, h, i, j) -> s, anchored and held to a call's shape like a Mask."""
 
     build: Callable[[Any], Callable[..., Any]]
     positional: bool = False
     name: str = "score_mod"
+    fits: Callable[[Shape], None] = _any_shape
+
+    def __repr__(self) -> str:
+        return f"<score function {self.name}>"
 
     def expression(self, offset: Any = 0) -> Expr:
         return trace_score(self.build(offset), self.name)
@@ -86,7 +107,8 @@ def as_mask(value: Any) -> Mask:
         return dense(value)
     if callable(value):
         return Mask(lambda offset: value, name="mask")
-    raise SpecError(f"mask: got {type(value).__name__}, expected a boolean array, a mask or a function of (b, h, i, j)")
+    got = f"the score function {value.name}" if isinstance(value, Score) else type(value).__name__
+    raise SpecError(f"mask: got {got}, expected a boolean array, a mask or a function of (b, h, i, j)")
 
 
 def as_score(value: Any) -> Score:
@@ -95,4 +117,5 @@ def as_score(value: Any) -> Score:
         return value
     if callable(value):
         return Score(lambda offset: value)
-    raise SpecError(f"score_mod: got {type(value).__name__}, expected a function of (s, b, h, i, j)")
+    got = f"the mask {value.name}" if isinstance(value, Mask) else type(value).__name__
+    raise SpecError(f"score_mod: got {got}, expected a function of (s, b, h, i, j)")

@@ -14,7 +14,11 @@ from .mask import Mask
 def padding(lengths: Any) -> Mask:
     """Key j of batch b is visible iff j < lengths[b]; `lengths` is an integer array (B,)."""
     lengths = per_batch(lengths, "padding", scalar=False)
-    return Mask(lambda offset: lambda b, h, i, j: j < lengths[b], name="padding")
+    return Mask(
+        lambda offset: lambda b, h, i, j: j < lengths[b],
+        name="padding",
+        fits=lambda shape: check_per_batch(lengths, shape, "padding"),
+    )
 
 
 def per_batch(value: Any, argument: str, scalar: bool = True) -> Any:
@@ -27,5 +31,11 @@ def per_batch(value: Any, argument: str, scalar: bool = True) -> Any:
         raise SpecError(f"{argument}: got {type(value).__name__}, expected {expected}")
     found = capture(value, argument)
     if found.rank != 1 or found.type != "int":
-        raise SpecError(f"{argument}: got {found.element} of shape {found.array.shape}, expected {expected}")
+        raise SpecError(f"{argument}: got {found.dtype} of shape {found.array.shape}, expected {expected}")
     return value
+
+
+def check_per_batch(value: Any, shape: tuple[int, int, int, int], argument: str) -> None:
+    """Raise SpecError unless an array has one element for each batch of a call."""
+    if is_array(value) and tuple(value.shape) != shape[:1]:
+        raise SpecError(f"{argument}: got shape {tuple(value.shape)}, expected (B,) = ({shape[0]},)")

@@ -6,10 +6,14 @@ from typing import Any
 
 from .causal import anchor
 from .mask import Mask
-from .padding import per_batch
+from .padding import check_per_batch, per_batch
 
 
 def prefix(length: Any) -> Mask:
     """Key j is visible iff j < length: one integer, or an integer array (B,), one a sequence."""
     length = per_batch(length, "prefix")
-    return Mask(lambda offset: lambda b, h, i, j: j < anchor(length, b), name="prefix")
+    return Mask(
+        lambda offset: lambda b, h, i, j: j < anchor(length, b),
+        name="prefix",
+        fits=lambda shape: check_per_batch(length, shape, "prefix"),
+    )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import SpecError
-from .alibi import alibi
+from .alibi import alibi, check_slopes
 from .bias import bias as bias_score
 from .bounds import check_bounds, proven
 from .builtin import builtin
@@ -69,9 +69,13 @@ class Program:
         if window is not None:
             visible.append(window_mask(*window).expression(offset))
         if mask is not None:
-            visible.append(as_mask(mask).expression(offset))
+            rule = as_mask(mask)
+            rule.fits(shape)
+            visible.append(rule.expression(offset))
         if score_mod is not None:
-            kept, hidden = split_hidden(as_score(score_mod).expression(offset))
+            change = as_score(score_mod)
+            change.fits(shape)
+            kept, hidden = split_hidden(change.expression(offset))
             scores.append(kept)
             visible += hidden
         scores += [alibi(alibi_slopes).expression(offset)] if alibi_slopes is not None else []
@@ -187,9 +191,9 @@ def split_hidden(score: Expr) -> tuple[Expr, list[Expr]]:
 
 
 def _check_arrays(shape: tuple[int, int, int, int], slopes: Any, bias: Any, mask: Any, offset: Any) -> None:
-    batch, heads = shape[:2]
-    if slopes is not None and (got := capture(slopes, "alibi_slopes").array.shape) not in ((heads,), (batch, heads)):
-        raise SpecError(f"alibi_slopes: got shape {got}, expected (H,) = ({heads},) or (B, H) = ({batch}, {heads})")
+    batch = shape[0]
+    if slopes is not None:
+        check_slopes(slopes, shape)
     if bias is not None:
         check_broadcast(bias, shape, "bias")
     if is_array(mask):

@@ -10,6 +10,7 @@ from .program import Program
 
 _LONG = 24  # a subexpression that is used again gets a name of its own from this length on
 _MOST = 400  # characters in all
+_INFIX = {"floordiv": "({0} // {1})", "mod": "({0} % {1})", "shl": "({0} << {1})", "shr": "({0} >> {1})"}
 
 
 def score_text(program: Program) -> str:
@@ -51,7 +52,9 @@ def _node(x: Expr, args: list[str], program: Program) -> str:
         return f"{label}[{', '.join(map(_bare, args))}]"
     if name == "cast":
         return args[0] if x.type == "float" else f"{x.type}({_bare(args[0])})"
-    form = (x.operation.triton or f"{name}({{0}})").replace("tl.", "")
+    if name in ("add", "sub") and args[1] == "0" and x.type == "int":  # an offset of nothing
+        return args[0]
+    form = _INFIX.get(name) or (x.operation.triton or f"{name}({{0}})").replace("tl.", "")
     inner = args if form.startswith("(") else [_bare(a) for a in args]
     return form.format(*inner)
 

@@ -16,16 +16,16 @@ from .mask import Score
 def relative(table: Any, *, max_distance: int = 128, bidirectional: bool = True) -> Score:
     """s + table[bucket(j - (i + offset)), h].
 
-    Shapes:  table (buckets, H), floats.
-    Buckets: half of them (of each direction's share) for the distances 0, 1, 2, ..., the rest spaced
-             logarithmically up to max_distance, the last for everything beyond. Looked up in a small integer
-             table made once, so that every kernel agrees on the bucket edges.
-    Raises:  SpecError for another rank or dtype, or max_distance not beyond the exact buckets.
-    Source:  Raffel et al. 2020, T5, section 2.1; mesh_tensorflow's relative_position_bucket.
+    Shapes:   table (buckets, H), floats.
+    Numerics: half of the buckets (of each direction's share) are for the distances 0, 1, 2, ..., the rest spaced
+              logarithmically up to max_distance, the last for everything beyond. Looked up in a small integer
+              table made once, so that every kernel agrees on the bucket edges.
+    Raises:   SpecError for another rank or dtype, or max_distance not beyond the exact buckets.
+    Source:   Raffel et al. 2020, T5, section 2.1; mesh_tensorflow's relative_position_bucket.
     """
     found = capture(table, "relative")
     if found.rank != 2 or found.type != "float":
-        raise SpecError(f"relative: got {found.element} of shape {found.array.shape}, expected floats (buckets, H)")
+        raise SpecError(f"relative: got {found.dtype} of shape {found.array.shape}, expected floats (buckets, H)")
     buckets = distance_buckets(found.array.shape[0] // (2 if bidirectional else 1), max_distance)
     share = found.array.shape[0] // 2 if bidirectional else 0
     last = len(buckets) - 1
@@ -39,7 +39,11 @@ def relative(table: Any, *, max_distance: int = 128, bidirectional: bool = True)
 
         return biased
 
-    return Score(build, positional=True, name="relative")
+    def fits(shape: tuple[int, int, int, int]) -> None:
+        if found.array.shape[1] != shape[1]:
+            raise SpecError(f"relative: got shape {found.array.shape}, expected (buckets, H) = (..., {shape[1]})")
+
+    return Score(build, positional=True, name="relative", fits=fits)
 
 
 def distance_buckets(count: int, max_distance: int) -> np.ndarray:

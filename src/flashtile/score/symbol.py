@@ -15,6 +15,7 @@ from .expr import Expr, check_int32
 from .operations import apply, const
 
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_NO_SUCH = 'the score language has no such operation; the documentation lists them under "The score language"'
 _LIBRARIES = tuple(f"{os.sep}site-packages{os.sep}{name}{os.sep}" for name in ("torch", "numpy"))
 
 
@@ -61,6 +62,12 @@ class Symbol:
     def __int__(self) -> int:
         refuse("int()", "use .to(torch.int32), .astype(numpy.int32) or //")
 
+    def __round__(self, digits: int | None = None) -> int:
+        refuse("round()", "use numpy.floor(x + 0.5)")
+
+    def __divmod__(self, other: Any) -> tuple[Any, Any]:
+        return self // other, self % other
+
     def __index__(self) -> int:
         refuse("use as an index or in range()", "capture the list as a NumPy array or torch tensor and index that")
 
@@ -101,7 +108,7 @@ class Symbol:
         from .functions import FUNCTIONS
 
         if name not in FUNCTIONS:
-            refuse(f".{name}", "the score language has no such operation; see its list in the documentation")
+            refuse(f".{name}", _NO_SUCH)
         return lambda *args, **keywords: call(name, (self, *args), keywords, "method")
 
     @property
@@ -122,7 +129,7 @@ def call(name: str, args: Any, keywords: dict[str, Any], origin: str) -> Any:
     found = FUNCTIONS.get(name.strip("_")) or FUNCTIONS.get(name)
     if found is None:
         label = f".{name}" if origin == "method" else f"{origin}.{name}"
-        refuse(label, "the score language has no such operation; see its list in the documentation")
+        refuse(label, _NO_SUCH)
     try:
         return found(*args, **keywords)
     except TypeError as e:
@@ -143,6 +150,9 @@ def lift(value: Any) -> Expr:
         return const(float(value))
     if getattr(value, "shape", None) == () and hasattr(value, "item"):  # one number, made inside the function
         return lift(value.item())
+    if getattr(value, "shape", ()):
+        remedy = "index it with traced values, as in table[h, j]: one element enters the formula of one score"
+        refuse(f"combination with a whole array of shape {tuple(map(int, value.shape))}", remedy)
     refuse(f"combination with {type(value).__name__}", "operands are numbers, traced values and elements of arrays")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import SpecError
+from ..spec import integer
 from .causal import anchor
 from .mask import Mask
 
@@ -30,7 +31,11 @@ def window(left: int | None, right: int | None) -> Mask:
 
 def sides(left: Any, right: Any) -> tuple[int | None, int | None]:
     """The least and the greatest j - (i + offset) that a window shows; None is open. Raises: SpecError."""
+    distances = []
     for side, distance in (("left", left), ("right", right)):
-        if distance is not None and (isinstance(distance, bool) or not isinstance(distance, int) or distance < -1):
+        number = -1 if distance is None else integer(distance)
+        if number is None or number < -1:
             raise SpecError(f"window: got {side} {distance!r}, expected a distance >= 0, or None or -1 (open)")
-    return (None if left in (None, -1) else -left), (None if right == -1 else right)
+        distances.append(None if number == -1 else number)
+    low, high = distances
+    return (None if low is None else -low), high

@@ -39,6 +39,8 @@ _PANELS = (1, 2, 4, 8)  # panels a work item may hold
 _AXES = "bhsd"
 _PART_KEYS = 1024  # a part of one row takes some 0.1 ms: long beside handing it out and merging it
 _FEW_QUERIES = 12  # with so many queries a head decode.py beats forward.py, whose lanes they leave idle
+_FEW_OVER_16 = range(17, 21)  # and again where a second register of 16 lanes (a third of 8) would be idle but for a few
+_WIDE = 64  # bytes of a register: narrower ones have fewer lanes to leave idle
 _MOST_ROWS = 128  # on a key/value head; beyond it their scores and outputs crowd the cache
 
 
@@ -59,9 +61,10 @@ def config_of(spec: AttentionSpec) -> Config:
 
 
 def decodes(spec: AttentionSpec) -> bool:
-    """Whether there are so few queries that decode.py computes them: measured, and a matter of shapes only."""
-    few = spec.q_len <= _FEW_QUERIES and spec.group * spec.q_len <= _MOST_ROWS
-    return few and spec.options <= {"band"}
+    """Whether there are so few queries that decode.py computes them: measured; a matter of shapes and machine only."""
+    wide = isas.current().vector_bytes >= _WIDE
+    few = spec.q_len <= _FEW_QUERIES or (wide and spec.q_len in _FEW_OVER_16)
+    return few and spec.group * spec.q_len <= _MOST_ROWS and spec.options <= {"band"}
 
 
 def capabilities(spec: AttentionSpec) -> Capabilities:

@@ -13,8 +13,9 @@ from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.ir import SIZES, Function, Module, Value, like, vector
 from flashtile.kernels.cpu.pack import read
 
-KEYS_AHEAD = 16
-DENSE = 4096  # keys closer than a page are what hardware foresees
+# How far ahead memory is told what comes. Hardware foresees a stream within a page and starts anew where K gives way to
+# V, at every block; half a block ahead spans both.
+KEYS_AHEAD = 64
 BITS = {"i16": "i16", "float": "i32", "double": "i64"}  # integers as wide as an element in memory
 
 
@@ -110,19 +111,6 @@ def prefetch(f: Function, at: Value) -> None:
     """Ask for a line of memory to be brought into the second-level cache; any address will do."""
     read_it, second_level, data = (f.const("i32", n) for n in (0, 2, 1))
     f.intrinsic("llvm.prefetch.p0", "void", [at, read_it, second_level, data])
-
-
-def look_ahead(f: Function, stride: Value, rows: int) -> Value:
-    """How many bytes ahead of a load memory is told what comes.
-
-    Tiles of several rows compute while memory waits.  With one row the loads themselves run far enough ahead, unless
-    each key lies on a page of its own, as in (B, S, H, D) arrays; 0 tells nothing new.
-    """
-    ahead = stride * KEYS_AHEAD
-    if rows > 1:
-        return ahead
-    near = (stride < DENSE) & (stride > -DENSE)
-    return f.select(near, f.const("i64", 0), ahead)
 
 
 def read_slot(f: Function, c: Config, at: Value, mask: Value | None = None) -> Value:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from flashtile.kernels.cpu.config import Config
-from flashtile.kernels.cpu.decode_pack import Slots, look_ahead, prefetch, read_slot, slot_width
+from flashtile.kernels.cpu.decode_pack import KEYS_AHEAD, Slots, prefetch, read_slot, slot_width
 from flashtile.kernels.cpu.ir import SIZES, Function, Module, Value, lanes
 from flashtile.kernels.cpu.scores import contract
 
@@ -35,7 +35,7 @@ def emit_scores(module: Module, c: Config, rows: int) -> str:
     q, k, stride, size, mask, s, count = f.args
     keys = min(KEY_TILE, accumulators(c) // rows)
     slots = Slots.of(f, size, slot_width(c))
-    ahead = look_ahead(f, stride, rows)
+    ahead = stride * KEYS_AHEAD
     queries = [q + slots.count * (c.register * r) for r in range(rows)]
     with f.range(0, count, keys) as key:
         base = [k + key * stride]

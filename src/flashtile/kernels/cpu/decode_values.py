@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from flashtile.kernels.cpu.config import Config
-from flashtile.kernels.cpu.decode_pack import Slots, look_ahead, prefetch
+from flashtile.kernels.cpu.decode_pack import KEYS_AHEAD, Slots, prefetch
 from flashtile.kernels.cpu.decode_scores import ROW_TILES, accumulators, each_row_tile
 from flashtile.kernels.cpu.decode_softmax import STATE, state
 from flashtile.kernels.cpu.ir import SIZES, Function, Module, Value, vector
@@ -34,7 +34,7 @@ def emit_values(module: Module, c: Config, rows: int, vectors: int, contained: s
     o, o_row, states, v, stride, p, s, count = f.args
     line = c.key_block * c.size
     each = c.lanes * SIZES[c.memory]
-    ahead = look_ahead(f, stride, rows)
+    ahead = stride * KEYS_AHEAD
 
     def step(word: Value, acc: list[Value], keys: int = c.per_word) -> list[Value]:
         key = word * c.per_word
