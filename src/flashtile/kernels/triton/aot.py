@@ -100,7 +100,7 @@ def choose(
 def _kernels(
     spec: AttentionSpec, arch: str, band: str, kernels: tuple[str, ...], states: tuple[str, ...], memory: Memory
 ) -> Iterator[Chosen]:
-    tile, rows = tiles.forward_tile(spec, arch), Tile(MERGE_ROWS, MERGE_ROWS)
+    tile, rows, unfused = tiles.forward_tile(spec, arch), Tile(MERGE_ROWS, MERGE_ROWS), tiles.vanilla_tile(spec, arch)
     base = f"{tiles.kind_of(spec).replace(' ', '-')}-d{spec.head_size}"
     if "forward" in kernels:
         for state in states:
@@ -112,11 +112,11 @@ def _kernels(
             what = special.merge(spec, rows, finished=finished, memory=Memory(memory.contiguous, aligned=False))
             yield Chosen(f"merge-{base}-{special.FINISHED if finished else special.PARTIAL}", what, spec, rows)
     if "scores" in kernels:
-        yield Chosen(f"scores-{base}-{band}", special.scores(spec, tile, memory=memory), spec, tile)
+        yield Chosen(f"scores-{base}-{band}", special.scores(spec, unfused, memory=memory), spec, unfused)
     if "softmax" in kernels:
-        yield Chosen(f"softmax-{base}", special.softmax(spec, tile), spec, tile)
+        yield Chosen(f"softmax-{base}", special.softmax(spec, unfused), spec, unfused)
     if "output" in kernels:
-        yield Chosen(f"output-{base}", special.output(spec, tile, memory=memory), spec, tile)
+        yield Chosen(f"output-{base}", special.output(spec, unfused, memory=memory), spec, unfused)
 
 
 def build(folder: Path, arch: str, chosen: Iterable[Chosen]) -> Iterator[dict[str, Any]]:

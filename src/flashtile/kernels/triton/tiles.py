@@ -10,6 +10,7 @@ import functools
 import re
 from typing import NamedTuple
 
+from flashtile.dtypes import DTYPES
 from flashtile.errors import UnavailableError
 from flashtile.kernels.triton.specialisation import Tile, padded
 from flashtile.spec import AttentionSpec
@@ -218,6 +219,14 @@ def row_of(arch: str, kind: str, head_size: int) -> Row:
     if rows is None:
         raise UnavailableError(f"no tile configuration for {arch}")
     return TABLE[rows, kind][place]
+
+
+def vanilla_tile(spec: AttentionSpec, arch: str) -> Tile:
+    """The tile of the baseline's three stages: small enough that none spills."""
+    if arch == INTERPRETER:
+        return Tile(32, 32)
+    wide = DTYPES[spec.dtype].itemsize > 2 or max(spec.head_size, spec.value_size) > HEADS[1]
+    return Tile(32, 32, 4, 1) if wide else Tile(64, 64, 4, 1)
 
 
 def forward_tile(spec: AttentionSpec, arch: str, few: bool = False) -> Tile:
