@@ -96,7 +96,7 @@ def test_triton_gives_the_numpy_value(real, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("real", [np.float32, np.float64])
-@settings(max_examples=1500)
+@settings(max_examples=400)
 @given(case=CASES, seed=st.integers(0, 100))
 def test_triton_gives_the_numpy_value_of_many_programs(real, case, seed):
     result, tree = case
