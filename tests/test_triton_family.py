@@ -92,8 +92,9 @@ def spec(dtype: str = "float32", size: int = 64, q_len: int = 64, heads: int = 4
 
 def test_capabilities_without_a_device(monkeypatch: pytest.MonkeyPatch, no_interpreter: None) -> None:
     """As every family's, they can be asked for any spec; those of a GPU are its own."""
-    monkeypatch.setattr(family, "arch_of", lambda spec: "sm_90")
+    monkeypatch.setattr(driver, "device", lambda number: driver.Device("Fake GPU", "sm_90", 232448, 132))
     able = family.capabilities(spec())
+    assert (able.isa, able.enough_items) == ("sm_90", 132)
     assert able.devices == {"cuda"} and able.at_once and able.head_block == 1 and not able.native
     few = family.capabilities(spec(q_len=3))
     assert (few.tile_q, few.head_block, few.variant) == ((16,), 2, "few queries")

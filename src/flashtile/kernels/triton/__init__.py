@@ -118,6 +118,7 @@ def capabilities(spec: AttentionSpec) -> Capabilities:
         variant="few queries" if few_rows(spec) else "forward",
         head_block=spec.group if packs(spec) else 1,
         part_keys=PART_KEYS,
+        enough_items=None if interpreted or spec.device_kind != "cuda" else driver.device(number_of(spec)).processors,
         devices=frozenset(("cpu",) if interpreted else ("cuda",)),
         at_once=True,
     )
