@@ -101,7 +101,69 @@ def long_head(dtype: str, length: str) -> dict[str, float]:
     return {"mb": _status_mb("VmHWM") - resident, "compile_mb": resident - before}
 
 
+def starpu_tiles(case_name: str) -> dict[str, float]:
+    """Median milliseconds of the StarPU engine for each tile size, taking turns with the direct engine."""
+    import flashtile
+    from flashtile.calls import clear_cache
+    from flashtile.engines.starpu import engine
+
+    from .cases import CASES
+    from .data import make_inputs
+
+    flashtile.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    (case,) = [case for case in CASES if case.name == case_name]
+    q, k, v = make_inputs(case)
+    times: dict[str, list[float]] = {}
+    for _ in range(5):
+        for tile_q, tile_k in [(0, 0), *((n, m) for n in (128, 256, 512, 1024) for m in (512, 1024, 2048, 4096))]:
+            engine.TILE_Q, engine.TILE_K = (tile_q,), tile_k
+            name = f"{tile_q}x{tile_k}" if tile_q else "direct"
+            clear_cache()
+            for timed in (False, True):
+                start = time.perf_counter()
+                flashtile.attention(q, k, v, engine="starpu" if tile_q else "direct")
+                times.setdefault(name, []).extend([time.perf_counter() - start] if timed else [])
+    return {name: round(statistics.median(found) * 1e3, 2) for name, found in times.items()}
+
+
+def starpu_submission() -> dict[str, float]:
+    """Microseconds a task for 10,000 tasks of empty kernels on five handles each, submitted and executed."""
+    import numpy as np
+
+    from flashtile import starpu
+    from flashtile.engines.starpu.codelets import codelet
+    from flashtile.engines.starpu.jobs import TASK, Job
+
+    starpu.init(workers=int(os.environ["OMP_NUM_THREADS"]))
+    chains, length = 100, 100
+    tensors = [starpu.empty((1, 1, chains, 16), "float32", 1) for _ in range(5)]
+    for tensor in tensors:
+        for index in np.ndindex(tensor.grid):
+            with tensor.acquire(index, "W"):
+                pass
+    job = Job()
+    rows = np.repeat(np.arange(chains), length)
+    handles = np.stack([tensor.handles[0, 0, rows] for tensor in tensors], axis=1)
+    read, update = job.runtime.constant("R"), job.runtime.constant("RW")
+    modes = np.tile([read, read, read, update, update], (len(rows), 1))
+    tasks = np.zeros(len(rows), TASK)
+    whole, submitting = [], []
+    for _ in range(15):
+        start = time.perf_counter()
+        job.submit(codelet("forward", "float32"), handles, modes, tasks)
+        submitting.append(time.perf_counter() - start)
+        job.wait()
+        whole.append(time.perf_counter() - start)
+    low, middle, high = statistics.quantiles(whole[1:], n=4, method="inclusive")
+    us = 1e6 / len(rows)
+    return {"microseconds": middle * us, "quartiles": (low * us, high * us),  # type: ignore[dict-item]
+            "submission alone": statistics.median(submitting[1:]) * us}  # fmt: skip
+
+
+SNIPPETS: tuple[Callable[..., dict[str, float]], ...] = (
+    tiny_call, first_call, long_head, starpu_tiles, starpu_submission,
+)  # fmt: skip
+
 if __name__ == "__main__":
-    snippets: dict[str, Callable[..., dict[str, float]]]
-    snippets = {"tiny_call": tiny_call, "first_call": first_call, "long_head": long_head}
+    snippets = {snippet.__name__: snippet for snippet in SNIPPETS}
     print(json.dumps(snippets[sys.argv[1]](*sys.argv[2:])))

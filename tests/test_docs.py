@@ -7,6 +7,8 @@ import importlib
 import pathlib
 import pkgutil
 import re
+import subprocess
+import sys
 import types
 
 import numpy as np
@@ -18,6 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "docs" / "images"
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+STARPU = re.compile(r"import starpu\b|flashtile\.starpu\b|engine=\"starpu\"")
 OPTIONAL_IMPORT = re.compile(r"import (?:flashtile\.)?(torch|ml_dtypes)\b")
 
 
@@ -35,6 +38,17 @@ def run_page(text: str, name: str, path: str) -> doctest.TestResults:
     """Run the examples of one page in one namespace; failures are printed."""
     test = doctest.DocTestParser().get_doctest(python_blocks(text), {}, name, path, 0)
     return doctest.DocTestRunner(optionflags=OPTIONS, verbose=False).run(test)
+
+
+def run_in_a_process(page: pathlib.Path, folder: pathlib.Path) -> None:
+    """Run a page that starts and stops StarPU, of which a process has one; files that it writes go to the folder."""
+    from flashtile.engines import starpu
+
+    if reason := starpu.unavailable():
+        pytest.skip(f"StarPU: {reason}")
+    command = [sys.executable, __file__, str(page)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def pages() -> list[pathlib.Path]:
@@ -70,6 +84,9 @@ def test_page_examples_run(page: pathlib.Path, tmp_path: pathlib.Path, capsys: p
     text = page.read_text()
     for package in OPTIONAL_IMPORT.findall(python_blocks(text)):
         pytest.importorskip(package)
+    if STARPU.search(python_blocks(text)):
+        run_in_a_process(page, tmp_path)
+        return
     results = run_page(text, page.name, str(page))
     assert results.attempted > 0, "the page has a Python block without a `>>>` example"
     assert results.failed == 0, capsys.readouterr().out
@@ -143,3 +160,9 @@ def test_relative_links_lead_somewhere() -> None:
         if not (page.parent / target).exists()
     ]
     assert broken == []
+
+
+if __name__ == "__main__":
+    own = pathlib.Path(sys.argv[1])
+    ran = run_page(own.read_text(), own.name, str(own))
+    sys.exit(ran.failed > 0 or not ran.attempted)

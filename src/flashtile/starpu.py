@@ -1,4 +1,4 @@
-"""The door for programs on StarPU: tiles that are registered once, attention as tasks beside the program's own.
+"""The door for programs on StarPU: tiles that are registered once, attention as tasks beside the program's own::
 
     from flashtile import starpu
     starpu.init()
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +30,7 @@ from flashtile.engines.starpu.flow import COMMUTE, ORDERED, Flow, submit_pair
 from flashtile.engines.starpu.jobs import Job
 from flashtile.engines.starpu.runtime import schedulers, shutdown
 from flashtile.engines.starpu.tiles import Tile, TiledTensor, can_tile
+from flashtile.engines.starpu.vanilla import VanillaFlow
 from flashtile.errors import wrong
 from flashtile.score.options import ScoreOptions
 from flashtile.spec import integer
@@ -53,6 +55,7 @@ __all__ = [
 ]
 
 KEPT_FLOWS = 64
+FLOWS = ("cpu", "vanilla")
 
 
 def init(
@@ -63,13 +66,12 @@ def init(
     calibrate: bool | None = None,
     models: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Start StarPU, or join the one that the program has started.
+    """Start StarPU, or join the one that the program has started, which then keeps its own settings.
 
     Options:  workers, cuda  numbers of CPU and CUDA workers; else STARPU_NCPU and STARPU_NCUDA, else all there are.
               scheduler      one of schedulers(); else STARPU_SCHED, else StarPU's own choice (lws).
               calibrate      measure every task for the performance models.
               models         folder that keeps the models, for dmda and its kin; else StarPU's (~/.starpu).
-    A joined StarPU keeps its own settings.
     Raises:   SpecError for a second call, an unknown scheduler, a number out of range, a limit on memory
               (STARPU_LIMIT_CPU_MEM) without a disk; UnavailableError if StarPU is not installed, has no worker, or
               runs in the process that this one was forked from.
@@ -100,10 +102,12 @@ def restrict(*where: str, dtype: str | None = None) -> None:
 def register(array: Any, rows: int) -> TiledTensor:
     """The tiles of an array, which stays where it is.
 
+    The array lives at least until unregister() (or the end of a `with` block, or shutdown). While it is registered,
+    read and write it through acquire only.
+
     Shapes:   q, k, v or o (B, H, S, D); lse (B, H, S). Tiles are (1, 1, rows, D), the last along S may be short.
               Rows of D adjacent elements, any distance apart; lse contiguous along S.
-    The array lives at least until unregister() (or the end of a `with` block, or shutdown). While it is registered,
-    read and write it through acquire only. Raises: SpecError.
+    Raises:   SpecError.
     """
     array = plain(array, "array")
     if array.ndim not in (3, 4):
@@ -169,17 +173,19 @@ def submit_forward(
     accumulate: str = ORDERED,
     carry: bool | None = None,
     last: bool | None = None,
+    kernel: str = "cpu",
 ) -> int:
     """Submit attention: of whole tensors, one task for each pair of tiles that meet; or of one pair of tiles.
 
     Shapes:   q, k, v, o, lse as registered: all tensors, or all tiles (`q[b, h, i]`, `k[b, h_kv, j]`). q, o and lse
-              are cut into the same rows, k and v into the same keys. lse float32 (float64 for float64).
+              are cut into the same rows, k and v into the same keys. lse float32 (float64 for float64). o of tiles
+              is in lse's dtype, the state; `submit_finish` casts it.
     Options:  as `flashtile.attention`; also
               accumulate  "ordered": key tiles in a fixed order, the same bits always; "commute": in any order, so
                           that a chain need not wait for its next key tile (STARPU_COMMUTE).
               carry, last (of tiles only) whether o and lse hold the state of earlier keys, and whether no key
                           follows, so that sinks are counted.
-    Tiles:    o is in lse's dtype, the state; `submit_finish` casts it. Masks are computed from where the tiles stand.
+              kernel      "cpu", the fused codelet; for whole tensors also "vanilla", the three unfused ones.
     Returns:  the number of tasks; 0 for tiles that the mask keeps apart. Does not wait: see `wait`.
     Raises:   SpecError, UnavailableError; what happens in tasks is raised by `wait`.
     """
@@ -192,13 +198,18 @@ def submit_forward(
     tensors = [x.tensor for x in given] if single else list(given)
     if not single and not (carry is last is None):
         raise wrong("carry" if carry is not None else "last", "a value with whole tensors", "None: it is for tiles")
+    if kernel not in FLOWS or (single and kernel != "cpu"):
+        raise wrong("kernel", repr(kernel), "'cpu'" if single else " or ".join(map(repr, FLOWS)))
+    if kernel == "vanilla" and accumulate != ORDERED:
+        raise wrong("accumulate", repr(accumulate), f"{ORDERED!r} with kernel 'vanilla'")
     scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks)
     align, offsets = split_align(align, tensors[0].shape)
-    options = Options(causal, as_key(window), align, scale, precision, "cpu", "starpu")
+    options = Options(causal, as_key(window), align, scale, precision, kernel, "starpu")
     check_tensors(*tensors, state=single)
     flow = _flow(tensors, options, scores, offsets, accumulate)
     job = _job()
     if single:
+        assert isinstance(flow, Flow)
         return submit_pair(flow, job, *given, carry=bool(carry), last=bool(last))
     return flow.submit(job, *tensors)
 
@@ -229,37 +240,39 @@ def submit_merge(o: TiledTensor, lse: TiledTensor, other_o: TiledTensor, other_l
 def wait() -> None:
     """Return when every task submitted through this door is done; Ctrl-C skips those that have not begun.
 
-    Raises: KernelError naming the codelet and the tile that failed first. Tasks after it were skipped, so outputs are
-    undefined; StarPU and the tensors stay usable.
+    Raises:   KernelError naming the codelet and the tile that failed first. Tasks after it were skipped, so outputs
+              are undefined; StarPU and the tensors stay usable.
     """
     _job().wait()
 
 
 def _job() -> Job:
-    now = runtime.current()
-    if now.door is None:
-        now.door = Job()
-    return now.door
+    return runtime.current().door_job()
 
 
-def _flow(tensors: list[TiledTensor], options: Options, scores: ScoreOptions, offsets: Any, accumulate: str) -> Flow:
+def _flow(
+    tensors: list[TiledTensor], options: Options, scores: ScoreOptions, offsets: Any, accumulate: str
+) -> Flow | VanillaFlow:
     """The flow of these options on tensors of these shapes; remembered, unless it holds values of the call."""
     now = runtime.current()
+    fused = options.kernel == "cpu" or not tensors[1].shape[2]  # without keys there are no scores to store
+    kind = partial(Flow, accumulate=accumulate) if fused else VanillaFlow
     q, k, v = (SimpleNamespace(shape=t.shape, dtype=t.dtype.name) for t in tensors[:3])
     tiles = tensors[0].rows, tensors[1].rows
     if any(x is not None for x in vars(scores).values()):
         spec, scoring = options.scored(scores, q, k, v, offsets)
         offsets = offsets if spec.offset is None else None
-        return Flow(now, spec, *tiles, accumulate=accumulate, offsets=offsets, scoring=scoring)
+        return kind(now, spec, *tiles, offsets=offsets, scoring=scoring)
     spec = options.spec(q, k, v)
     if spec.offset is None:
-        return Flow(now, spec, *tiles, accumulate=accumulate, offsets=offsets)
-    key = spec, tiles, accumulate
+        return kind(now, spec, *tiles, offsets=offsets)
+    key = spec, tiles, accumulate, options.kernel
     if key not in now.flows:
         if len(now.flows) >= KEPT_FLOWS:
             del now.flows[next(iter(now.flows))]
-        now.flows[key] = Flow(now, spec, *tiles, accumulate=accumulate)
-    return now.flows[key]
+        now.flows[key] = kind(now, spec, *tiles)
+    found: Flow | VanillaFlow = now.flows[key]
+    return found
 
 
 def check_tensors(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +41,26 @@ def test_a_compiler_error_is_reported(tmp_path: Any, monkeypatch: pytest.MonkeyP
 def test_what_is_missing_is_named_with_its_remedy(script: Script, variable: str, value: str, expected: str) -> None:
     done = script("print(message(lambda: starpu.init(), UnavailableError))", **{variable: value})
     assert expected in done.stdout and "libstarpu-dev" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "gone", "expected"),
+    [
+        (build.shutil, "which", ("cc", "gcc", "clang"), "no C compiler found: apt-get install gcc libc6-dev"),
+        (build.importlib.util, "find_spec", ("cffi",), "cffi is not installed: pip install cffi"),
+        (build.sysconfig, "get_path", ("include",), "Python.h does not exist: apt-get install python3-dev"),
+    ],
+)
+def test_what_a_build_lacks_is_named(
+    module: Any, name: str, gone: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    there = getattr(module, name)
+    nothing = "/nowhere" if name == "get_path" else None
+    monkeypatch.setattr(module, name, lambda what, *more: nothing if what in gone else there(what, *more))
+    monkeypatch.setattr(build, "_folder", lambda: tmp_path)  # where nothing was built yet
+    assert expected in str(build.missing())
+    with pytest.raises(UnavailableError, match=re.escape(expected)):
+        build.build()
 
 
 @pytest.mark.parametrize(
@@ -213,7 +233,7 @@ def test_exit_without_shutdown(script: Script, implicit: bool, tmp_path: Any) ->
 
 
 def test_ctrl_c_while_waiting(script: Script) -> None:
-    """Tasks that have not begun are skipped, the error comes within half a second, and the engine is usable."""
+    """Tasks that have not begun are skipped, so most of the work is never done; the engine is usable afterwards."""
     done = script(
         """
         import signal, threading
@@ -222,21 +242,18 @@ def test_ctrl_c_while_waiting(script: Script) -> None:
         small = arrays()[:3]
         before = flashtile.attention(*small, engine="starpu")
         flashtile.attention(q[:, :1, :2048], k[:, :1, :2048], v[:, :1, :2048], engine="starpu")
-        sent = []
-        def interrupt():
-            sent.append(time.perf_counter())
-            os.kill(os.getpid(), signal.SIGINT)
-        threading.Timer(0.7, interrupt).start()
+        threading.Timer(0.7, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        seen = []
         try:
-            flashtile.attention(q, k, v, engine="starpu")
+            flashtile.attention(q, k, v, engine="starpu", progress=lambda *numbers: seen.append(numbers))
             print("not interrupted")
         except KeyboardInterrupt:
-            print("interrupted", time.perf_counter() - sent[0])
+            print("interrupted", *seen[-1])
         assert np.array_equal(flashtile.attention(*small, engine="starpu"), before)
         """
     )
-    word, seconds = done.stdout.split()
-    assert word == "interrupted" and float(seconds) < 2  # half a second on a machine that does nothing else
+    word, tasks, total = done.stdout.split()
+    assert word == "interrupted" and int(tasks) < int(total)
 
 
 def test_idle_workers_of_the_engine_take_no_cpu_time(script: Script) -> None:
@@ -254,14 +271,14 @@ def test_doctor_tells_version_and_limits() -> None:
 
     rows = {name: (available, remark) for room, name, available, remark in doctor.survey() if room == "engine"}
     available, remark = rows["starpu"]
-    assert available and remark.startswith("StarPU 1.") and "CPU workers" in remark
+    assert available and re.match(r"StarPU 1\.\d+\.\d+ \(starpu-1\.\d\); ", remark)
+    assert re.search(r"; (\d+ cpu workers, 0 cuda workers|not running, would start 2 CPU workers); ", remark)
+    assert re.search(r"; at most \d+ CPU workers, \d+ workers, \d+ handles in a codelet$", remark)
 
 
 def test_the_build_command_builds(capsys: pytest.CaptureFixture[str]) -> None:
     from flashtile import cli
 
-    begin = time.perf_counter()
     assert cli.main(["starpu", "build"]) == 0
     shown = capsys.readouterr().out
     assert "StarPU 1." in shown and os.fspath(build.build()) in shown
-    assert time.perf_counter() - begin < 60

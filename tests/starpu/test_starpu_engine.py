@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from inputs import Shape, placed, preset, same_bits, uniform
 
 import flashtile
@@ -39,12 +41,17 @@ def attention(*arrays: Any, **options: Any) -> Any:
     return flashtile.attention(*arrays, engine="starpu", **options)
 
 
-def test_element_by_element_grid() -> None:
+# The fused codelet, and the three unfused ones.
+families = pytest.mark.parametrize("family", ["cpu", "vanilla"])
+
+
+@families
+def test_element_by_element_grid(family: str) -> None:
     checked = 0
     sizes = itertools.product(DTYPES, (preset, uniform), (1, 2), (1, 2), (4, 8), (4, 8))
     for dtype, data, batch, heads, length, head_size in sizes:
         q, k, v = data(Shape(batch, heads, heads, length, length, head_size, head_size), dtype)
-        o = attention(q, k, v)
+        o = attention(q, k, v, kernel=family)
         expect(q, k, v)[0].check(o)
         checked += o.size
     assert checked == ELEMENTS
@@ -64,11 +71,12 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.usefixtures("small_tiles")
+@families
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_options_against_the_reference(dtype: str, options: dict[str, Any]) -> None:
+def test_options_against_the_reference(dtype: str, options: dict[str, Any], family: str) -> None:
     """Several tiles in both directions, both ragged; grouped heads; head sizes that differ."""
     arrays = uniform(Shape(2, 4, 2, 230, 330, 24, 17), dtype)
-    o, lse = attention(*arrays, return_lse=True, **options)
+    o, lse = attention(*arrays, return_lse=True, kernel=family, **options)
     assert_accurate(o, *arrays, **options)
     assert_accurate(lse, *arrays, kind="lse", **options)
 
@@ -90,14 +98,53 @@ SCORES: list[dict[str, Any]] = [
 
 
 @pytest.mark.usefixtures("small_tiles")
+@families
 @pytest.mark.parametrize("options", SCORES, ids=lambda options: "-".join(options))
-def test_score_programs_are_carried_to_tiles(options: dict[str, Any]) -> None:
+def test_score_programs_are_carried_to_tiles(options: dict[str, Any], family: str, dtype: str) -> None:
     """The program sees global rows and keys; sinks are counted once."""
-    arrays = uniform(Shape(2, 4, 2, 230, 330, 24, 17), "float32")
-    o, lse = attention(*arrays, return_lse=True, **options)
-    exact, exact_lse = flashtile.attention(*arrays, return_lse=True, kernel="reference", **options)
-    np.testing.assert_allclose(o, exact, atol=2e-6)
-    np.testing.assert_allclose(lse, exact_lse, atol=4e-6)
+    arrays = uniform(Shape(2, 4, 2, 230, 330, 24, 17), dtype)
+    o, lse = attention(*arrays, return_lse=True, kernel=family, **options)
+    assert_accurate(o, *arrays, **options)
+    assert_accurate(lse, *arrays, kind="lse", **options)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@families
+def test_what_a_mask_hides_stays_hidden(family: str, dtype: str) -> None:
+    """NaN and inf in hidden keys change no bit; a visible NaN makes its rows NaN."""
+    q, k, v = uniform(Shape(1, 2, 2, 230, 330, 24, 17), dtype)
+    clean = attention(q, k, v, kernel=family, causal=True, align=0)
+    for broken in (k, v):
+        broken[:, :, 230::2], broken[:, :, 231::2] = np.nan, np.inf
+    assert same_bits(attention(q, k, v, kernel=family, causal=True, align=0), clean)
+    v[0, 0, 150, 3] = np.nan
+    seen = np.isnan(attention(q, k, v, kernel=family, causal=True, align=0).astype("float32"))
+    assert seen[0, 0, 150:, 3].all() and seen.sum() == 80
+
+
+@families
+@settings(max_examples=25)
+@given(data=st.data())
+def test_random_shapes_and_tilings(family: str, data: st.DataObject) -> None:
+    """Tiles of any size on lengths that they do not divide."""
+    draw = data.draw
+    tile_q, tile_k = draw(st.integers(1, 200)), draw(st.integers(1, 200))
+    kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    lengths = st.integers(1, 260)
+    shape = Shape(draw(st.integers(1, 2)), kv_heads * group, kv_heads, draw(lengths), draw(lengths),
+                  draw(st.integers(1, 40)), draw(st.integers(1, 40)))  # fmt: skip
+    options: dict[str, Any] = {"causal": draw(st.booleans()), "align": draw(st.integers(-100, 100))}
+    if draw(st.booleans()):
+        options["window"] = draw(st.integers(0, 150)), draw(st.integers(0, 150))
+    arrays = uniform(shape, draw(st.sampled_from(list(DTYPES))))
+    before = engine.TILE_Q, engine.TILE_K
+    engine.TILE_Q, engine.TILE_K = (tile_q,), tile_k
+    clear_cache()
+    try:
+        assert_accurate(attention(*arrays, kernel=family, **options), *arrays, **options)
+    finally:
+        engine.TILE_Q, engine.TILE_K = before
+        clear_cache()
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
@@ -124,10 +171,11 @@ def test_inputs_of_any_place() -> None:
     assert_accurate(attention(q, *shared), q, *shared)
 
 
+@families
 @pytest.mark.parametrize(("batch", "q_len", "kv_len"), [(0, 4, 4), (1, 0, 4), (2, 4, 0), (1, 0, 0)])
-def test_empty_sizes(dtype: str, batch: int, q_len: int, kv_len: int) -> None:
+def test_empty_sizes(dtype: str, batch: int, q_len: int, kv_len: int, family: str) -> None:
     arrays = uniform(Shape(batch, 2, 2, q_len, kv_len, 8, 8), dtype)
-    o, lse = attention(*arrays, return_lse=True)
+    o, lse = attention(*arrays, return_lse=True, kernel=family)
     assert o.shape == (batch, 2, q_len, 8) and not o.astype("float32").any() and np.isneginf(lse).all()
 
 

@@ -84,6 +84,27 @@ def test_flops_are_exact(options: dict[str, Any], tiles: tuple[int, int]) -> Non
     assert flow.tasks["flops"].sum() == flops_of(spec)
 
 
+MASKS: list[Any] = [
+    lambda b, h, i, j: (j <= i) & ((i - j) % 3 != 1),
+    lambda b, h, i, j: (i // 50 == j // 50) | (j < 10 * h),
+    np.random.default_rng(0).random((2, 300, 400)) < 0.4,
+]
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=["strided", "document", "stored"])
+def test_flops_are_exact_for_masks(mask: Any) -> None:
+    """Each task's against the mask itself; equal work has one footprint, whatever is visible of it."""
+    spec, scoring = ScoreOptions(mask=mask).scoring(spec_of(300, 400, heads=2), False, None, 0)
+    flow = flow_of(spec, 144, 96, scoring=scoring)
+    b, h, i, j = np.ogrid[:1, :2, :300, :400]
+    visible = np.broadcast_to(mask if isinstance(mask, np.ndarray) else mask(b, h, i, j), (1, 2, 300, 400))
+    for task, head, qi, kj in zip(flow.tasks, flow.pairs.head, flow.pairs.query_tile, flow.pairs.key_tile, strict=True):
+        pairs = visible[0, head, qi * 144 : (qi + 1) * 144, kj * 96 : (kj + 1) * 96].sum() if kj >= 0 else 0
+        assert task["flops"] == 4 * 16 * pairs
+    if isinstance(mask, np.ndarray):
+        assert len(set(flow.tasks["footprint"].tolist())) == 6  # 144 or 12 rows by 96 keys, first or not, or by 16
+
+
 def test_equal_costs_have_equal_footprints_and_different_costs_different_ones() -> None:
     flow = flow_of(spec_of(500, 500, causal=True), 100, 100)
     tiles = dict(zip(zip(flow.pairs.query_tile.tolist(), flow.pairs.key_tile.tolist(), strict=True),

@@ -13,9 +13,13 @@ LABELS: dict[str, tuple[str, ...]] = {
     "finish": ("batch", "head", "query tile"),
     "merge": ("batch", "head", "query tile"),
     "scores": ("batch", "head", "query tile", "key tile"),
-    "softmax": ("batch", "head", "query tile", "key tile"),
+    "softmax": ("batch", "head", "query tile"),
     "output": ("batch", "head", "query tile", "key tile"),
+    "accumulate": ("first query", "first key"),
 }
+
+# Operation: architectures that its programs have kernels for.
+IMPLEMENTED: dict[str, tuple[str, ...]] = dict.fromkeys(LABELS, ("cpu",))
 
 
 class Codelet:
@@ -26,16 +30,15 @@ class Codelet:
     the footprint (footprint.py) tells their costs apart.
     """
 
-    def __init__(self, operation: str, dtype: str, architectures: tuple[str, ...] = ("cpu",)) -> None:
+    def __init__(self, operation: str, dtype: str) -> None:
         self.runtime = runtime.current()
         self.name = f"flashtile_{operation}_{dtype}"
         self.labels = LABELS[operation]
         self.pointer: Any = self.runtime.lib.ft_codelet_new(self.name.encode())
         if self.pointer == self.runtime.ffi.NULL:
             raise MemoryError(f"no memory for codelet {self.name}")
-        self.architectures = architectures  # that have an implementation
-        self.where = architectures
-        self._tell("ft_codelet_implement", architectures)
+        self.architectures = self.where = IMPLEMENTED[operation]
+        self._tell("ft_codelet_implement", self.architectures)
 
     def restrict(self, *where: str) -> None:
         """Let tasks submitted from now on run on "cpu", on "cuda" or on both only. Raises: as check."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 FAR = 1 << 61  # the open side of a band
 FINE_KEYS = 32  # keys of the cells in which a program's mask is looked at
+COUNTED = 1 << 20  # elements of cut cells that are counted one by one: some 20 ms
 
 
 class Amount(NamedTuple):
@@ -69,7 +70,8 @@ class BandCoverage:
 class ProgramCoverage:
     """Of a score program's mask, found by intervals over cells of a panel by FINE_KEYS keys.
 
-    A cell that the mask cuts counts as visible whole: exact counts would take S_q x S_kv evaluations.
+    Kernels compute a cell that the mask cuts whole, so it counts whole where work is told apart. FLOPs count its
+    visible elements, as long as a call has at most COUNTED in such cells; beyond (a stored mask, as a rule), all.
     """
 
     def __init__(self, spec: AttentionSpec, program: Program, c: Config, tile_q: int, tile_k: int) -> None:
@@ -78,11 +80,17 @@ class ProgramCoverage:
         self.spec, self.tile_q, self.tile_k = spec, tile_q, tile_k
         fine_q = c.panel if tile_q % c.panel == 0 else tile_q
         fine_k = FINE_KEYS if tile_k % FINE_KEYS == 0 else tile_k
-        kinds = coverage(program, fine_q, fine_k, np.float64 if c.acc == "double" else np.float32).tiles()
+        real = np.float64 if c.acc == "double" else np.float32
+        kinds = coverage(program, fine_q, fine_k, real).tiles()
         rows = np.diff(np.append(np.arange(0, spec.q_len, fine_q), spec.q_len))
         keys = np.diff(np.append(np.arange(0, spec.kv_len, fine_k), spec.kv_len))
-        seen = (kinds > 0) * (rows[:, None] * keys)
-        self.pairs, self.cut = (self._sum(x, tile_q // fine_q, tile_k // fine_k) for x in (seen, kinds == 1))
+        computed = (kinds > 0) * (rows[:, None] * keys)
+        seen = computed.copy()
+        cut = np.nonzero(kinds == 1)
+        if len(cut[0]) * fine_q * fine_k <= COUNTED:
+            seen[cut] = visible_elements(program, cut, fine_q, fine_k, real)
+        sizes = tile_q // fine_q, tile_k // fine_k
+        self.computed, self.pairs, self.cut = (self._sum(x, *sizes) for x in (computed, seen, kinds == 1))
 
     @staticmethod
     def _sum(cells: np.ndarray, q: int, k: int) -> np.ndarray:
@@ -94,7 +102,7 @@ class ProgramCoverage:
 
     def touched(self) -> np.ndarray:
         """As BandCoverage.touched, with a map for each batch and head if the mask depends on them."""
-        return self.pairs > 0
+        return self.computed > 0
 
     def amount(self, batch: np.ndarray, head: np.ndarray, query_tile: np.ndarray, key_tile: np.ndarray) -> Amount:
         """As BandCoverage.amount."""
@@ -102,7 +110,17 @@ class ProgramCoverage:
         at = np.minimum(batch, batches - 1), np.minimum(head, heads - 1), query_tile, key_tile
         rows = np.minimum(self.tile_q, self.spec.q_len - query_tile * self.tile_q)
         keys = np.minimum(self.tile_k, self.spec.kv_len - key_tile * self.tile_k)
-        return Amount(self.pairs[at].astype(np.float64), np.stack([rows, keys, self.pairs[at], self.cut[at]], axis=1))
+        cases = np.stack([rows, keys, self.computed[at], self.cut[at]], axis=1)
+        return Amount(self.pairs[at].astype(np.float64), cases)
+
+
+def visible_elements(program: Program, cells: tuple[np.ndarray, ...], rows: int, keys: int, real: type) -> np.ndarray:
+    """How many elements of each cell (batch, head, row // rows, key // keys) the program's mask shows: (n,)."""
+    batch, head, i, j = (x[:, None, None] for x in cells)
+    i, j = i * rows + np.arange(rows)[:, None], j * keys + np.arange(keys)
+    q_len, kv_len = program.shape[2:]
+    shown = program.visible(batch, head, np.minimum(i, q_len - 1), np.minimum(j, kv_len - 1), real)
+    return (shown & (i < q_len) & (j < kv_len)).sum(axis=(1, 2))
 
 
 class TileCoverage(Protocol):

@@ -12,6 +12,7 @@ from flashtile.engines.starpu import runtime
 from flashtile.engines.starpu.flow import Flow
 from flashtile.engines.starpu.jobs import Job
 from flashtile.engines.starpu.tiles import TiledTensor, can_tile
+from flashtile.engines.starpu.vanilla import VanillaFlow
 from flashtile.errors import UnavailableError
 from flashtile.kernels import Layout, Strides, cpu
 from flashtile.kernels.views import view
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 # queries, keys and values stay in a core's second-level cache. Fewer chains than ENOUGH would leave workers idle.
 TILE_Q, TILE_K = (128, 256, 512, 1024), 1024
 ENOUGH = 32
+
+
+FLOWS: dict[str, type[Flow] | type[VanillaFlow]] = {"cpu": Flow, "vanilla": VanillaFlow}
 
 
 class Addresses(NamedTuple):
@@ -43,19 +47,21 @@ class Addresses(NamedTuple):
 def prepare_tiles(spec: AttentionSpec, layout: Layout, family: str) -> tuple[Callable[..., Any], Run]:
     """Bind a spec and a layout: (pack, run) as CompiledKernel.pack and Run.
 
+    family "cpu" is the fused flow, "vanilla" the three unfused codelets (vanilla.py).
     Raises: UnavailableError for kernels that only Python can run.
     """
-    if family != "cpu":
-        raise UnavailableError(f"kernel: got {family!r} with engine 'starpu', expected 'cpu': tasks run without Python")
-    call = _Call(spec, layout)
+    if family not in FLOWS:
+        names = " or ".join(map(repr, FLOWS))
+        raise UnavailableError(f"kernel: got {family!r} with engine 'starpu', expected {names}: no Python in tasks")
+    call = _Call(spec, layout, FLOWS[family] if spec.kv_len else Flow)  # without keys there are no scores to store
     return Addresses, call.run
 
 
 class _Call:
     """A prepared call. Its flow is made at the first run, for each start of StarPU anew."""
 
-    def __init__(self, spec: AttentionSpec, layout: Layout) -> None:
-        self.spec, self.layout = spec, layout
+    def __init__(self, spec: AttentionSpec, layout: Layout, flow: type[Flow] | type[VanillaFlow]) -> None:
+        self.spec, self.layout, self.flow = spec, layout, flow
         self.accumulator = DTYPES[DTYPES[spec.dtype].accumulator]
         self.shapes = {
             "q": (spec.batch, spec.heads, spec.q_len, spec.head_size),
@@ -64,7 +70,7 @@ class _Call:
             "o": (spec.batch, spec.heads, spec.q_len, spec.value_size),
         }
         self.tile_q, self.tile_k = tile_sizes(spec)
-        self._flow: tuple[runtime.Runtime, Flow] | None = None
+        self._flow: tuple[runtime.Runtime, Flow | VanillaFlow] | None = None
 
     def run(self, params: Addresses, report: Report | None = None) -> None:
         """Submit every tile of the call and wait. Raises: KernelError naming codelet and tile."""
@@ -89,15 +95,15 @@ class _Call:
             if isinstance(o, np.ndarray):
                 self._view("o", params.o, writable=True)[...] = o
 
-    def _flow_of(self, rt: runtime.Runtime, call: Addresses) -> Flow:
+    def _flow_of(self, rt: runtime.Runtime, call: Addresses) -> Flow | VanillaFlow:
         spec = self.spec
         if spec.offset is None or call.scoring is not None:  # values that may differ from call to call
             offsets = None
             if spec.offset is None:
                 offsets = view(call.offsets, (spec.batch,), (8,), np.dtype(np.int64)).copy()
-            return Flow(rt, spec, self.tile_q, self.tile_k, offsets=offsets, scoring=call.scoring)
+            return self.flow(rt, spec, self.tile_q, self.tile_k, offsets=offsets, scoring=call.scoring)
         if self._flow is None or self._flow[0] is not rt:
-            self._flow = rt, Flow(rt, spec, self.tile_q, self.tile_k)
+            self._flow = rt, self.flow(rt, spec, self.tile_q, self.tile_k)
         return self._flow[1]
 
     def _view(self, name: str, address: int, writable: bool = False) -> np.ndarray:

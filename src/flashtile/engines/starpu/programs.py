@@ -32,7 +32,8 @@ class Program:
         self.kernel, self._keep = kernel, keep
         self.data = data = runtime.ffi.new("ft_program *")
         assert len(kernel.block) <= len(data.block) and len(bindings) <= len(data.handle)
-        data.cpu, data.words = kernel.address, len(kernel.block)
+        data.cpu, data.cuda, data.words = kernel.address, kernel.cuda, len(kernel.block)
+        data.inner_word, data.inner_at = kernel.inner
         data.handles = 1 + max(handle for handle, *_ in bindings)
         data.bindings, data.values = len(bindings), len(values)
         for n, (handle, address, stride, *other) in enumerate(bindings):

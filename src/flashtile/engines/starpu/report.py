@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from flashtile.engines.starpu import build, runtime
+from flashtile.threads import get_num_threads
 
 
 def remark() -> str:
@@ -15,15 +17,16 @@ def remark() -> str:
     if not build.built():
         return f"StarPU {version} ({name}); the binding is compiled at first use, or by flashtile starpu build"
     lib = build.load().lib
-    limits = ", ".join(f"{what} {lib.ft_constant(word)}" for what, word in LIMITS)
-    return f"StarPU {version} ({name}); {_workers()}; at most {limits}"
+    limits = ", ".join(f"{lib.ft_constant(word)} {what}" for what, word in LIMITS)
+    return f"StarPU {version} ({name}); {_workers(lib)}; at most {limits}"
 
 
 LIMITS = (("CPU workers", b"MAXCPUS"), ("workers", b"NMAXWORKERS"), ("handles in a codelet", b"NMAXBUFS"))
 
 
-def _workers() -> str:
+def _workers(lib: Any) -> str:
     if not runtime.running():
-        return f"not running, STARPU_NCPU={os.environ.get('STARPU_NCPU', 'unset')}"
+        number = os.environ.get("STARPU_NCPU") or min(get_num_threads(), lib.ft_constant(b"MAXCPUS"))
+        return f"not running, would start {number} CPU workers"
     now = runtime.current()
     return ", ".join(f"{now.workers(kind)} {kind} workers" for kind in runtime.ARCHITECTURES)

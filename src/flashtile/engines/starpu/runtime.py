@@ -86,6 +86,14 @@ class Runtime:
         name = self.ffi.new("char[64]")
         return self.ffi.string(name).decode() if self.lib.ft_worker_name(worker, name, 64) else f"worker {worker}"
 
+    def door_job(self) -> Job:
+        """The job of every task that programs submit themselves: what flashtile.starpu.wait waits for."""
+        if self.door is None:
+            from flashtile.engines.starpu.jobs import Job
+
+            self.door = Job()
+        return self.door
+
     @contextmanager
     def working(self) -> Iterator[None]:
         """While tasks are there. Idle workers poll, so outside of it a runtime of our own is paused."""

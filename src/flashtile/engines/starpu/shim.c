@@ -9,14 +9,15 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
+#include <unistd.h>
 #include "shim.h"
 
 #define CACHE_LINE 64
 #define NODE_OF(address) ((address) ? STARPU_MAIN_RAM : -1)
 
 typedef int32_t (*cpu_kernel)(const char *params, int64_t begin, int64_t end, char *scratch);
-/* Launches on the stream and returns; StarPU waits for the stream. */
 typedef int32_t (*cuda_kernel)(void *stream, const char *params, int64_t begin, int64_t end, char *scratch);
 
 struct ft_codelet {
@@ -203,6 +204,7 @@ static char *bind(const ft_task *task, void *buffers[], unsigned count, int64_t 
 	}
 	for (int n = 0; n < p->values; n++)
 		block[p->value_word[n]] = task->values[n];
+	if (p->inner_word >= 0) block[p->inner_word] = (intptr_t)&block[p->inner_at];
 	if (count <= (unsigned)p->handles) return NULL;
 	uintptr_t scratch = locate(buffers[p->handles], &row_bytes);
 	return (char *)((scratch + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE);
@@ -233,6 +235,15 @@ static void run_cuda(void *buffers[], void *cl_arg)
 }
 #endif
 
+/* StarPU asks for each worker: a task goes where its program has a kernel. Without a program it is empty, for tests. */
+static int can_execute(unsigned worker, struct starpu_task *task, unsigned implementation)
+{
+	const ft_program *p = ((const argument *)task->cl_arg)->task.program;
+	(void)implementation;
+	if (!p) return 1;
+	return (starpu_worker_get_type(worker) == STARPU_CUDA_WORKER ? p->cuda : p->cpu) != 0;
+}
+
 /* Everything that sets the cost is hashed at submission (footprint.py). */
 static uint32_t footprint(struct starpu_task *task)
 {
@@ -246,6 +257,7 @@ ft_codelet *ft_codelet_new(const char *name)
 	starpu_codelet_init(&c->cl);
 	snprintf(c->name, sizeof c->name, "%s", name);
 	c->cl.name = c->name;
+	c->cl.can_execute = can_execute;
 	c->cl.nbuffers = STARPU_VARIABLE_NBUFFERS; /* modes come with each task: the first of a chain writes, later ones update */
 	c->model.type = STARPU_HISTORY_BASED;
 	c->model.symbol = c->name;
@@ -365,9 +377,13 @@ uintptr_t ft_pointer(uint64_t handle, int64_t *row_bytes)
 	return locate(interface, row_bytes);
 }
 
-/* Bytes of a tile of the matrix, vector or variable interface; -1 for any other. */
+/* Bytes of a tile of the matrix, vector or variable interface; -1 for any other, -2 for what cannot be a handle's
+   address: a number that came instead of one. */
 int64_t ft_nbytes(uint64_t handle)
 {
+	uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+	unsigned char resident;
+	if (handle % sizeof(void *) || mincore((void *)(uintptr_t)(handle - handle % page), 1, &resident)) return -2;
 	starpu_data_handle_t h = (starpu_data_handle_t)(uintptr_t)handle;
 	enum starpu_data_interface_id id = starpu_data_get_interface_id(h);
 	int known = id == STARPU_MATRIX_INTERFACE_ID || id == STARPU_VECTOR_INTERFACE_ID || id == STARPU_VARIABLE_INTERFACE_ID;

@@ -10,10 +10,15 @@ typedef struct ft_job ft_job;
 
 /* A kernel with the parameter block that its tasks share; not written while a task may run. Binding n: the address of
    the task's handle number handle[n] goes to block[address_word[n]], less the address of binding from[n] unless that is
-   -1; its bytes between rows go to block[stride_word[n]], unless that is -1. */
+   -1; its bytes between rows go to block[stride_word[n]], unless that is -1. Where inner_word is not -1, that word
+   becomes the address of word inner_at of the task's own copy of the block.
+
+   cpu, cuda: the kernel for either architecture, 0 where there is none; a task goes only where its program has one.
+   cpu: int32_t (const char *params, int64_t begin, int64_t end, char *scratch);
+   cuda: the same behind a first argument void *stream, on which it launches and returns. */
 typedef struct {
 	uintptr_t cpu, cuda;
-	int32_t words, handles, bindings, values;
+	int32_t words, handles, bindings, values, inner_word, inner_at;
 	int32_t handle[FT_BUFFERS], address_word[FT_BUFFERS], stride_word[FT_BUFFERS], from[FT_BUFFERS];
 	int32_t value_word[FT_VALUES];
 	int64_t block[FT_WORDS];

@@ -118,10 +118,10 @@ class TiledTensor:
         tensor.handles[...] = handles
         for index in np.ndindex(*tensor.grid):
             address = int(handles[index])
-            nbytes = int(tensor.runtime.lib.ft_nbytes(address)) if address else -1
+            nbytes = int(tensor.runtime.lib.ft_nbytes(address))
             expected = Tile(tensor, index).height * (tensor.columns or 1) * dtype.itemsize
             if nbytes != expected:
-                got = "one of another interface" if nbytes < 0 else f"one of {nbytes} bytes"
+                got = {-1: "one of another interface", -2: f"{address:#x}"}.get(nbytes, f"one of {nbytes} bytes")
                 raise wrong(f"handle {index}", got, f"a matrix, vector or variable of {expected} bytes")
         return tensor
 

@@ -7,16 +7,20 @@ per batch need nothing more. The state (o, lse) is carried from key tile to key 
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flashtile.errors import wrong
-from flashtile.kernels import Layout, cpu
+from flashtile.arrays import address_of
+from flashtile.errors import UnavailableError, wrong
+from flashtile.kernels import Layout, Stage, cpu
 from flashtile.kernels.cpu import isa as isas
-from flashtile.kernels.cpu import merge, params, parts
+from flashtile.kernels.cpu import jit, merge, params, parts
+from flashtile.kernels.cpu import unfused as stages
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.ir import SIZES
 from flashtile.plan import Plan
@@ -31,6 +35,8 @@ class TileKernel:
     """Machine code and a parameter block without the words that differ between tasks.
 
     words names the words of the block; identity is what the cost of an item depends on besides its tiles' sizes.
+    cuda is the slot for a kernel that launches the same on a GPU: 0, there is none yet. inner: a word that is to hold
+    the address of another word of the block, wherever the block is copied to.
     """
 
     address: int  # of i32 (ptr params, i64 begin, i64 end, ptr scratch)
@@ -40,6 +46,8 @@ class TileKernel:
     identity: str
     keep: Any  # what must live as long as tasks may run
     config: Config
+    cuda: int = 0  # of i32 (ptr stream, ptr params, i64 begin, i64 end, ptr scratch)
+    inner: tuple[int, int] = (-1, -1)
 
 
 class InPlace(Config):
@@ -47,7 +55,7 @@ class InPlace(Config):
 
     @property
     def output(self) -> Config:
-        return self
+        return replace(self, pairs=False)
 
 
 def forward(
@@ -89,6 +97,91 @@ def forward(
     return TileKernel(library.address("forward"), block, words, kernel.scratch_bytes, identity, (library, packed), c)
 
 
+def accumulating(spec: AttentionSpec, mask: str | None = None) -> TileKernel:
+    """The kernel that adds one key tile to (o, lse) of a whole query tile, all heads; spec has one batch.
+
+    q, k, v, o are (heads, rows, head size) and lse (heads, rows), without gaps; o in the input's dtype, and lse, hold
+    the state of earlier keys. Items: every one, 0 ... `items(...)`. Words that tasks set: q, k, v, o, lse (addresses),
+    offset, and with a mask its address: (rows, keys) without gaps, of dtype `mask`, which is added to the scores, or
+    if bool shows the keys that are True.
+    """
+    scoring = None
+    if mask is not None:
+        spec, scoring = _masked_by_tile(spec, mask)
+    c = cpu.config_of(spec)
+    tile_q = max(1, min(spec.q_len, ACCUMULATED_ROWS // c.panel * c.panel or c.panel))
+    kernel = forward(spec, tile_q, max(1, spec.kv_len), in_place=True, scoring=scoring)
+    block, words, step = kernel.block, dict(kernel.words), SIZES[c.memory]
+    lengths = {"q": spec.q_len * spec.head_size, "k": spec.kv_len * spec.head_size, "v": spec.kv_len * spec.value_size,
+               "o": spec.q_len * spec.value_size}  # fmt: skip
+    for name, length in lengths.items():
+        block[words[f"{name}_h"]] = length * step
+    block[words["carry"]], block[words["kv_len"]] = 1, spec.kv_len
+    inner = (-1, -1)
+    if scoring is not None:
+        # The program reads the mask through its captures: their words join the block, where a task finds the address.
+        from flashtile.score.captures import Block
+
+        assert scoring.program is not None
+        captures = Block(scoring.program.slots).pack(scoring.program.captures)
+        itemsize = scoring.program.captures[0].array.itemsize  # type: ignore[union-attr]  # it is an array's
+        captures[1:5] = spec.q_len, spec.kv_len * itemsize, spec.kv_len, itemsize  # length and stride of each axis
+        inner, words["mask"] = (words["captures"], len(block)), len(block)
+        block = np.concatenate([block, captures])
+    return replace(kernel, block=block, words=words, inner=inner, identity=f"accumulate {kernel.identity}")
+
+
+ACCUMULATED_ROWS = 256  # of an item of `accumulating`: its queries and outputs stay in the second-level cache
+
+
+class Native:
+    """A tile kernel as an engine of work items runs it; parameters are the address of a filled block."""
+
+    merge_stage: Stage | None = None
+
+    def __init__(self, kernel: TileKernel) -> None:
+        integer, pointer = ctypes.c_int64, ctypes.c_void_p
+        self.scratch_bytes, self._keep = kernel.scratch_bytes, kernel
+        self.run = ctypes.CFUNCTYPE(ctypes.c_int32, pointer, integer, integer, pointer)(kernel.address)
+
+    def pack(self, *_: Any) -> Any:
+        raise AssertionError("the block was filled by hand")
+
+
+def items(kernel: TileKernel) -> int:
+    """How many work items a call of an `accumulating` kernel has."""
+    return int(kernel.block[kernel.words["heads"]] * kernel.block[kernel.words["query_tiles"]])
+
+
+def _masked_by_tile(spec: AttentionSpec, mask: str) -> tuple[AttentionSpec, Scoring]:
+    """The spec with a program that reads a mask of its own size, wherever that will be."""
+    from flashtile.score.bias import bias
+    from flashtile.score.functions import where
+    from flashtile.score.mask import Score
+    from flashtile.score.options import Scoring
+    from flashtile.score.program import Program
+
+    shape = (max(2, spec.q_len), max(2, spec.kv_len))  # an axis of one element would be read as one that broadcasts
+    stand_in = np.broadcast_to(np.zeros((1, 1), numpy_of(mask)), shape)
+    if mask == "bool":
+        shown = Score(lambda offset: lambda s, b, h, i, j: where(stand_in[i, j], s, -np.inf))
+    else:
+        shown = bias(stand_in)
+    program = Program.compose((spec.batch, spec.heads, *shape), [shown.expression()], [])
+    return replace(spec, program=program.code), Scoring(program, None)
+
+
+def numpy_of(name: str) -> np.dtype:
+    """The NumPy dtype of this name; bfloat16 is that of ml_dtypes. Raises: UnavailableError without it."""
+    if name != "bfloat16":
+        return np.dtype(name)
+    try:
+        from ml_dtypes import bfloat16
+    except ImportError as cause:
+        raise UnavailableError("mask: got bfloat16 without ml_dtypes, expected it: pip install ml_dtypes") from cause
+    return np.dtype(bfloat16)
+
+
 def finish(dtype: str, value_size: int) -> TileKernel:
     """The kernel that casts a carried output to the input's dtype: item n is row n of a tile.
 
@@ -104,6 +197,60 @@ def merging(dtype: str, value_size: int) -> TileKernel:
     addresses less the first's). The rows lie without gaps.
     """
     return _merging(Config(isas.current(), cpu._STORAGE[dtype]), value_size, parts_count=2)
+
+
+def unfused(
+    spec: AttentionSpec, tile_q: int, tile_k: int, *, offsets: int = 0, scoring: Scoring | None = None
+) -> dict[str, TileKernel]:
+    """The kernels of the three unfused stages: "scores", "softmax", "output"; see kernels/cpu/unfused.py.
+
+    Items of scores and output are numbered as in `forward`, those of softmax (b * heads + h) * query_tiles + i.
+    Words that tasks set: q, k, v, o, lse, stored (addresses; stored is the query tile's own), q_s, k_s, v_s, o_s (bytes
+    between rows), carry (1: add to o). o is in accumulators. The rows of stored are `columns` x key tiles elements.
+    """
+    c = replace(cpu.config_of(spec), pairs=False)
+    query_tiles, key_tiles = max(1, -(-spec.q_len // tile_q)), -(-spec.kv_len // tile_k)
+    columns = stages.columns_of(c, tile_k)
+    at_keys, scratch_bytes = stages.scratch_layout(c, spec.head_size, columns, key_tiles)
+    captures = None
+    if scoring is not None and scoring.program is not None:
+        from flashtile.score.captures import Block
+
+        captures = Block(scoring.program.slots).pack(scoring.program.captures)
+    sinks = None if scoring is None else scoring.sinks
+    step, left, right = SIZES[c.memory], *((spec.band.left, spec.band.right) if spec.band else (None, None))
+    sizes = {
+        **dict.fromkeys(stages.ADDRESSES, 0),
+        "offsets": offsets,
+        "captures": 0 if captures is None else address_of(captures),
+        "sinks": 0 if sinks is None else address_of(sinks),
+        **{f"{x}_s": spec.head_size * step for x in "qk"},
+        "v_s": spec.value_size * step, "o_s": spec.value_size * c.size,
+        "stored_s": columns * key_tiles * step,
+        "heads": spec.heads, "q_len": spec.q_len, "kv_len": spec.kv_len,
+        "head_size": spec.head_size, "value_size": spec.value_size,
+        "tile_q": tile_q, "tile_k": tile_k, "query_tiles": query_tiles, "key_tiles": key_tiles, "columns": columns,
+        "carry": 0, "at_keys": at_keys,
+        "offset": cpu._bounded(spec.offset or 0),
+        "left": params.OPEN if left is None else cpu._bounded(left),
+        "right": params.OPEN if right is None else cpu._bounded(right),
+        "sink_b": spec.heads * c.size, "sink_h": c.size,
+        **{name: x for name, x in params.split_scale(1.0, c.acc).items() if name in stages.REALS},
+        "scale": spec.scale,
+    }  # fmt: skip
+    block = np.frombuffer(stages.pack(sizes), np.int64).copy()
+    library = _unfused_library(c)
+    keep = library, captures, scoring
+    sized = f"{c!r} {spec.head_size} {spec.value_size}"
+    return {
+        name: TileKernel(library.address(name), block, stages.INDEX, scratch_bytes, f"{name} {sized}", keep, c)
+        for name in stages.EXPORTS
+    }
+
+
+@functools.cache
+def _unfused_library(c: Config) -> jit.Library:
+    return jit.load(lambda: stages.unfused_text(c), f"unfused {c!r}", c.isa, stages.EXPORTS)
 
 
 def _merging(c: Config, value_size: int, parts_count: int) -> TileKernel:

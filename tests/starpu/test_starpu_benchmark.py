@@ -1,0 +1,28 @@
+"""The benchmark of the engine on a tiny case: every contestant is right, and every row is printed. No time decides."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # benchmarks/ is a folder of the checkout, not part of the wheel
+
+from benchmarks import starpu as command  # noqa: E402
+from benchmarks.cases import Case  # noqa: E402
+
+
+def test_every_contestant_is_checked_and_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "CASES", (Case("tiny", "f32", 1, 2, 1, 300, 300, 16, causal=True),))
+    monkeypatch.setattr(command, "CASE", "tiny")
+    assert command.main(["--rounds", "1", "--threads", "1", "--parts", "engines", "--case", "tiny"]) == 0
+    shown = capsys.readouterr().out
+    for peer in command.PEERS:
+        assert f"  {peer:16} " in shown
+    assert shown.count("GFLOP/s") == len(command.PEERS) and "failed" not in shown
+    for subject, *_ in command.RATIOS:
+        assert subject in shown
