@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,18 @@ def test_large_work_is_shared_and_small_work_is_not(threads: Callable[[int], Non
     alone = Counting(60)
     direct.prepare(plan_of(60, flops=direct.SMALL_FLOPS), alone)(None)
     assert alone.threads == {threading.get_ident()} and alone.calls == [(0, 60)]
+
+
+def test_what_is_computed_at_once_is_one_call_on_the_calling_thread(threads: Callable[[int], None]) -> None:
+    threads(3)
+    reports: list[tuple[int, int]] = []
+    for report in (None, lambda done, total: reports.append((done, total))):
+        kernel, merging = Counting(60), Counting(40)
+        kernel.merge_stage = Stage(40, merging.run, BIG, 1)
+        direct.prepare(replace(plan_of(60), at_once=True), kernel)(None, report)
+        assert kernel.threads == merging.threads == {threading.get_ident()}
+        assert kernel.calls == [(0, 60)] and merging.calls == [(0, 40)]
+    assert reports == [(60, 60)]
 
 
 def test_no_item_is_no_call() -> None:

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashtile import rooms
-from flashtile.arrays import View, contiguous
+from flashtile import kernels, rooms
+from flashtile.arrays import View, contiguous, device_of
 from flashtile.dtypes import DTYPES, dtype_of, round_to_bf16, widen_bits
 from flashtile.errors import SpecError
 from flashtile.kernels import Capabilities
@@ -201,6 +201,26 @@ def test_extent_and_overlap_of_a_view() -> None:
     assert View((4, 6), (4, 4), "float32").may_overlap_itself()
     assert not View(x.T.shape, x.T.strides, "float32").may_overlap_itself()
     assert not View((1, 6), (0, 4), "float32").may_overlap_itself(), "the stride of one element is never taken"
+
+
+class Exported:
+    """What says by DLPack where it lies."""
+
+    def __init__(self, kind: int, number: int) -> None:
+        self.__dlpack_device__ = lambda: (kind, number)
+
+
+def test_a_device_is_data_that_kernels_declare() -> None:
+    assert device_of(np.zeros(2)) == device_of(object()) == device_of(Exported(1, 0)) == "cpu"
+    assert device_of(Exported(2, 1)) == device_of(Exported(10, 1)) == "cuda:1"
+    host, near, far = (contiguous((2, 3, 8, 4), "float32", device) for device in ("cpu", "cuda:0", "cuda:1"))
+    spec = AttentionSpec.of(near, near, near)
+    assert (spec.device, spec.device_kind) == ("cuda:0", "cuda") and AttentionSpec.of(host, host, host).device == "cpu"
+    for k, v, message in ((host, near, "k: got an array on cpu"), (near, far, "v: got an array on cuda:1")):
+        with pytest.raises(SpecError, match=f"^{message}, expected one on cuda:0 as q"):
+            AttentionSpec.of(near, k, v)
+    for name in ("cpu", "vanilla", "reference"):
+        assert kernels.objection(dict(kernels.families())[name], spec) == "runs on cpu, not on cuda"
 
 
 def test_rooms_are_found_by_listing_a_folder() -> None:

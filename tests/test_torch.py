@@ -13,6 +13,7 @@ from flashtile.errors import SpecError, UnavailableError
 
 torch = pytest.importorskip("torch")
 import flashtile.kernels.vanilla  # noqa: E402
+import flashtile.owners  # noqa: E402
 import flashtile.torch  # noqa: E402  (after torch is known to be there)
 
 sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -133,6 +134,21 @@ def test_rows_that_see_nothing_give_zero() -> None:
     q, k, v = tensors(Shape(1, 1, 1, 3, 0))
     o, lse = flashtile.torch.scaled_dot_product_attention(q, k, v, return_lse=True)
     assert (o == 0).all() and torch.isneginf(lse).all()
+
+
+def test_the_owner_of_tensors_on_a_gpu() -> None:
+    """What it does alike on the CPU; streams, devices and copies to a GPU need one."""
+    owner = flashtile.owners.Torch()
+    like = torch.ones(2, 3, dtype=torch.bfloat16).t()
+    view = owner.view(like)
+    assert view == ((3, 2), (2, 6), torch.bfloat16, "cpu") and owner.address(like) == like.data_ptr()
+    for name in ("bfloat16", "float64", "uint8"):
+        made = owner.empty((4, 5), name, like)
+        assert made.shape == (4, 5) and made.dtype is getattr(torch, name) and made.is_contiguous()
+    whole = owner.spread(torch.arange(3.0, dtype=torch.float64), (2, 3), "float32")
+    assert whole.dtype is torch.float32 and whole.is_contiguous() and whole.tolist() == [[0, 1, 2]] * 2
+    assert owner.download(whole).tolist() == whole.tolist()
+    assert all(issubclass(error, Exception) for error in owner.out_of_memory())
 
 
 def test_gradients_are_refused_only_while_they_are_recorded() -> None:

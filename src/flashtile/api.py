@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from flashtile.arrays import address_of, is_torch, plain
+from flashtile.arrays import address_of, device_of, is_torch, plain
 from flashtile.calls import Options, as_key, check_apart, clear_cache, lookup, prepare, split_align
 from flashtile.errors import wrong
 from flashtile.progress import reporter
@@ -113,9 +113,14 @@ def attention(
 
 
 def _attend_others(q: Any, k: Any, v: Any, **keywords: Any) -> Any:
-    """Hand torch tensors to their door, and subclasses of ndarray back to attention as plain arrays."""
+    """Hand torch tensors to their door, arrays on a GPU to its own call, and subclasses of ndarray back to attention as
+    plain arrays."""
     if any(map(is_torch, (q, k, v))):
         import flashtile.torch
 
         return flashtile.torch.attention(q, k, v, **keywords)
+    if any(device_of(x) != "cpu" for x in (q, k, v)):
+        from flashtile import devices
+
+        return devices.attention(q, k, v, **keywords)
     return attention(plain(q, "q"), plain(k, "k"), plain(v, "v"), **keywords)

@@ -39,6 +39,7 @@ class View(NamedTuple):
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: Any
+    device: str = "cpu"
 
     def strides4(self) -> tuple[int, int, int, int]:
         """Byte strides along (B, H, S, D); an absent axis has stride 0, an innermost axis of one element is unit."""
@@ -70,13 +71,13 @@ class View(NamedTuple):
         return False
 
 
-def contiguous(shape: tuple[int, ...], dtype: Any) -> View:
+def contiguous(shape: tuple[int, ...], dtype: Any, device: str = "cpu") -> View:
     """A row-major array that does not exist yet."""
     strides, step = [], dtype_of(dtype).itemsize
     for n in reversed(shape):
         strides.append(step)
         step *= max(n, 1)
-    return View(tuple(shape), tuple(reversed(strides)), dtype)
+    return View(tuple(shape), tuple(reversed(strides)), dtype, device)
 
 
 def is_torch(x: object) -> bool:
@@ -88,8 +89,26 @@ def view_of(x: Any) -> View:
     """Describe a NumPy array or a torch tensor."""
     if is_torch(x):
         size = x.element_size()
-        return View(tuple(x.shape), tuple(size * step for step in x.stride()), x.dtype)
-    return View(x.shape, x.strides, x.dtype)
+        return View(tuple(x.shape), tuple(size * step for step in x.stride()), x.dtype, str(x.device))
+    return View(x.shape, x.strides, x.dtype, device_of(x))
+
+
+# DLPack's device types that a program on the CPU, or on a GPU as torch names it, can read.
+_DEVICES = {1: "cpu", 2: "cuda", 3: "cpu", 10: "cuda", 11: "cpu", 13: "cuda"}
+
+
+def device_of(x: Any) -> str:
+    """Where an array lies: "cpu", or "cuda:0" and so on (ROCm's devices too, as in torch). Whatever does not say so
+    lies on the CPU."""
+    if type(x) is np.ndarray:
+        return "cpu"
+    if isinstance(x, View) or is_torch(x):
+        return str(x.device)
+    if not hasattr(x, "__dlpack_device__"):
+        return "cpu"
+    kind, number = x.__dlpack_device__()
+    name = _DEVICES.get(int(kind), f"dlpack device type {int(kind)}")
+    return name if name == "cpu" else f"{name}:{number}"
 
 
 def plain(x: Any, argument: str) -> np.ndarray:

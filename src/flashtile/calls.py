@@ -92,7 +92,7 @@ def prepare(
     spec = options.spec(q, k, v) if spec is None else spec
     views = [view_of(x) for x in (q, k, v)]
     o_shape = views[0].shape[:-1] + views[2].shape[-1:]
-    o = contiguous(o_shape, q.dtype) if out is None else check_out(view_of(out), o_shape, spec)
+    o = contiguous(o_shape, q.dtype, spec.device) if out is None else check_out(view_of(out), o_shape, spec)
     engine = engines.pick(as_name("engine", options.engine))
     family = kernels.pick(spec, as_name("kernel", options.kernel))
     layout = Layout(*(x.strides4() for x in (*views, o)))
@@ -162,6 +162,8 @@ def check_out(o: View, shape: tuple[int, ...], spec: AttentionSpec) -> View:
     """`out`, if results of this shape can be written to it. Raises: SpecError."""
     if tuple(o.shape) != shape:
         raise wrong("out", f"shape {tuple(o.shape)}", f"{shape}")
+    if o.device != spec.device:
+        raise wrong("out", f"an array on {o.device}", f"one on {spec.device} as q")
     if dtype_of(o.dtype, "out").name != spec.dtype:
         raise wrong("out", f"dtype {dtype_of(o.dtype).name}", f"{spec.dtype} as in q")
     if o.may_overlap_itself():

@@ -1,4 +1,4 @@
-"""The command `flashtile`: demo, run, bench, explain, doctor, starpu. A command imports what it needs when it runs."""
+"""The command `flashtile`: demo, run, bench, explain, doctor, starpu, aot. Each imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 import flashtile
-from flashtile.errors import FlashtileError, KernelError, wrong
+from flashtile.errors import FlashtileError, KernelError, UnavailableError, wrong
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -118,7 +118,8 @@ def explain(options: argparse.Namespace) -> int:
     rows = q[-2] if options.s_kv is None else options.s_kv
     kv = (*q[:-3], *heads, rows)
     columns = q[-1] if options.d_v is None else options.d_v
-    print(flashtile.explain(q, (*kv, q[-1]), (*kv, columns), dtype=options.dtype, **_keywords(options)))
+    sizes = {"dtype": options.dtype, "device": options.device}
+    print(flashtile.explain(q, (*kv, q[-1]), (*kv, columns), **sizes, **_keywords(options)))
     return OK
 
 
@@ -135,6 +136,30 @@ def starpu(options: argparse.Namespace) -> int:
     from flashtile.engines.starpu import build, report
 
     print(f"{build.build(force=True)}: {report.remark()}")
+    return OK
+
+
+def aot(options: argparse.Namespace) -> int:
+    """Compile GPU kernels ahead of time: machine code with a manifest, for programs without Python. Needs no GPU."""
+    from flashtile.kernels.triton import aot as ahead
+    from flashtile.kernels.triton import compiler_missing
+
+    if (missing := compiler_missing()) is not None:
+        raise UnavailableError(f"aot: {missing}")
+    for arch in options.arch:
+        chosen = ahead.choose(
+            arch,
+            options.dtype,
+            options.head_size,
+            precision=options.precision,
+            kernels=options.kernels,
+            states=options.state,
+            bands=options.band,
+            aligned=not options.any_alignment,
+        )
+        print(arch, flush=True)
+        for entry in ahead.build(options.output / arch, arch, chosen):
+            print("  " + ahead.summary(entry), flush=True)
     return OK
 
 
@@ -198,6 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_explain_options(add(explain))
     add(doctor)
     add(starpu).add_argument("action", choices=("build",), help="compile, whether or not it was compiled before")
+    _add_aot_options(add(aot))
     return parser
 
 
@@ -229,8 +255,24 @@ def _add_explain_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--kv-heads", type=_natural, metavar="N", help="heads of k and v (default: as many as of q)")
     sub.add_argument("--d-v", type=_natural, metavar="N", help="head size of v (default: as of q)")
     sub.add_argument("--dtype", default="float32", help="float64, float32 (default), float16 or bfloat16")
+    sub.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:0 and so on")
     _add_attention_options(sub)
     _add_threads(sub)
+
+
+def _add_aot_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--arch", type=_words, required=True, metavar="A,B", help="sm_80, sm_90, sm_100, ..., gfx942")
+    sub.add_argument("-o", "--output", type=Path, required=True, help="folder; each architecture has its own in it")
+    sub.add_argument("--dtype", type=_words, default=["bfloat16"], metavar="A,B", help="default bfloat16")
+    sub.add_argument("--head-size", type=_numbers, default=(64, 128), metavar="A,B", help="default 64,128")
+    sub.add_argument("--precision", default="ieee", help="of float32 inputs: ieee (default), tf32, bf16, fp16")
+    sub.add_argument("--kernels", type=_words, default=["forward", "merge"], metavar="A,B",
+                     help="of forward, merge, scores, softmax, output (default forward,merge)")  # fmt: skip
+    sub.add_argument("--state", type=_words, default=["finished"], metavar="A,B",
+                     help="what o and lse hold: finished (default), partial, carried")  # fmt: skip
+    sub.add_argument("--band", type=_words, default=["band", "open"], metavar="A,B",
+                     help="band: causal and windowed calls; open: no mask (default both)")  # fmt: skip
+    sub.add_argument("--any-alignment", action="store_true", help="addresses and strides need not be multiples of 16")
 
 
 def _add_attention_options(sub: argparse.ArgumentParser) -> None:
@@ -256,6 +298,10 @@ def _numbers(text: str) -> tuple[int, ...]:
     if not all(part.isdecimal() for part in parts):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected numbers with commas, as 1,8,4096,64")
     return tuple(map(int, parts))
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
 
 
 def _natural(text: str) -> int:

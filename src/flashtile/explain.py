@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from flashtile import engines, kernels
-from flashtile.arrays import View, contiguous, is_torch, plain, view_of
+from flashtile.arrays import View, contiguous, device_of, is_torch, plain, view_of
 from flashtile.calls import Options, as_name, split_align
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import wrong
 from flashtile.kernels import Layout
+from flashtile.owners import borrow, library_of, owner_of
 from flashtile.plan import Coverage, Plan, coverage_of, make_plan
 from flashtile.plan.mapped import count_map
 from flashtile.score.coverage import Coverage as Map
@@ -60,7 +62,7 @@ class Explanation:
             *([("mask", self.mask)] if self.mask else ()),
             *([("sinks", "one more logit in each row's denominator")] if s.sinks else ()),
             ("kernel", ", ".join(filter(None, (self.kernel, self.variant, self.isa)))),
-            ("engine", f"{self.engine}, {self.threads} thread{'s' if self.threads > 1 else ''}"),
+            ("engine", f"{self.engine}, {self._threads()}"),
             ("tiles", f"{p.tile_q} queries" + (f" of {p.head_block} heads" if p.head_block > 1 else "") +
                       f" x {p.tile_k} keys; {p.items} work items"),
             *([("parts", f"keys in {p.splits} parts of {p.split_keys}, merged in order; "
@@ -75,6 +77,11 @@ class Explanation:
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
+    def _threads(self) -> str:
+        if self.plan.at_once:
+            return f"all work items at once on {self.spec.device}"
+        return f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+
 
 def explain(
     q: Any,
@@ -82,6 +89,7 @@ def explain(
     v: Any = None,
     *,
     dtype: Any = None,
+    device: str | None = None,
     mask: Any = None,
     bias: Any = None,
     score_mod: Any = None,
@@ -100,8 +108,9 @@ def explain(
     """Say which kernel, instruction set, tiles, coverage, FLOPs and scratch a call would use, without running it.
 
     Takes the arguments of `flashtile.attention`; q, k and v may also be shapes, of arrays in row-major order, with
-    dtype= (by default float32); k is by default like q, and v like k. print() the result. Counting the visible pairs
-    of a mask takes time in proportion to the tiles that it cuts; a stored mask cuts all.
+    dtype= (by default float32) and device= ("cpu" by default, "cuda"); k is by default like q, and v like k. print()
+    the result. Counting the visible pairs of a mask takes time in proportion to the tiles that it cuts; a stored mask
+    cuts all.
     Raises: what attention raises for these arguments, but for `out`, which is not looked at.
 
     >>> import flashtile
@@ -113,7 +122,7 @@ def explain(
     refuse_later(**{name: value for name, value in others.items() if name in LATER_OPTIONS})
     k = q if k is None else k
     v = k if v is None else v
-    views = [view_or_shape(x, argument, dtype) for argument, x in (("q", q), ("k", k), ("v", v))]
+    views = [view_or_shape(x, argument, dtype, device) for argument, x in (("q", q), ("k", k), ("v", v))]
     options = Options(causal, window, None, scale, precision, kernel, engine)
     scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks)
     spec, scoring, offsets = describe(views, options, align, scores)
@@ -121,7 +130,7 @@ def explain(
     family = kernels.pick(spec, as_name("kernel", kernel))
     able = family.capabilities(spec)
     plan = make_plan(spec, able)
-    o = contiguous(views[0].shape[:-1] + views[2].shape[-1:], spec.dtype)
+    o = contiguous(views[0].shape[:-1] + views[2].shape[-1:], spec.dtype, spec.device)
     compiled = family.compile(spec, plan, Layout(*(x.strides4() for x in (*views, o))))
     name = _room(family)
     program = scoring.program
@@ -163,12 +172,22 @@ def tile_map(program: Program, spec: AttentionSpec, tile_q: int, tile_k: int) ->
     return map_of(program, tile_q, tile_k, DTYPES[DTYPES[spec.dtype].accumulator].numpy)
 
 
-def view_or_shape(x: Any, argument: str, dtype: Any) -> View:
-    """What is known of an array, or of a row-major array of this shape and dtype that does not exist."""
+def view_or_shape(x: Any, argument: str, dtype: Any, device: str | None = None) -> View:
+    """What is known of an array, or of a row-major array of this shape, dtype and device that does not exist."""
+    if device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise wrong("device", repr(device), "'cpu', 'cuda' or 'cuda:0' and so on")
+    if device == "cuda":
+        device = "cuda:0"
     if isinstance(x, (tuple, list)) and all(isinstance(n, (int, np.integer)) and n >= 0 for n in x):
         row = dtype_of("float32" if dtype is None else dtype)
-        return contiguous(tuple(int(n) for n in x), row.name)
-    view = view_of(x if is_torch(x) else plain(x, argument))
+        return contiguous(tuple(int(n) for n in x), row.name, device or "cpu")
+    if device_of(x) != "cpu":
+        owner = owner_of(library_of(x))
+        view = owner.view(borrow(owner, x))
+    else:
+        view = view_of(x if is_torch(x) else plain(x, argument))
+    if device not in (None, view.device):
+        raise wrong("device", repr(device), f"{view.device!r} as {argument}, or None")
     if dtype is not None and dtype_of(dtype) is not dtype_of(view.dtype, argument):
         raise wrong("dtype", dtype_of(dtype).name, f"{dtype_of(view.dtype).name} as in {argument}, or None")
     return view

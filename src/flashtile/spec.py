@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from flashtile.arrays import device_of
 from flashtile.dtypes import DType, dtype_of
 from flashtile.errors import UnavailableError, wrong
 
@@ -45,6 +46,7 @@ class AttentionSpec:
              v (batch, kv_heads, kv_len, value_size) -> o (batch, heads, q_len, value_size).
     offset anchors the band: 0 for top_left, kv_len - q_len for bottom_right, or any integer;
     None if it is an array (batch,) that comes with each call. Without a band it is 0.
+    device is where all arrays lie: "cpu", or "cuda:0" and so on.
     program is what else changes scores or hides keys; where it has a mask, that mask includes the band. sinks says
     whether each query head has a logit that joins its denominators.
     """
@@ -63,6 +65,12 @@ class AttentionSpec:
     scale: float
     program: Code | None = None
     sinks: bool = False
+    device: str = "cpu"
+
+    @property
+    def device_kind(self) -> str:
+        """The device without its number, as in `Capabilities.devices`."""
+        return self.device.partition(":")[0]
 
     @property
     def group(self) -> int:
@@ -113,6 +121,7 @@ class AttentionSpec:
             band=band,
             offset=offset_of(align, positional or band is not None, q4[2], k4[2]),
             scale=scale_of(scale, q4[3]),
+            device=common_device(q, k, v),
         )
 
 
@@ -160,6 +169,15 @@ def common_dtype(q: object, k: object, v: object) -> DType:
         if other is not dtype:
             raise wrong(argument, f"dtype {other.name}", f"{dtype.name} as in q")
     return dtype
+
+
+def common_device(q: object, k: object, v: object) -> str:
+    """The device that q, k and v share."""
+    device = device_of(q)
+    for argument, other in (("k", device_of(k)), ("v", device_of(v))):
+        if other != device:
+            raise wrong(argument, f"an array on {other}", f"one on {device} as q")
+    return device
 
 
 def four_dims(q: Shape, k: Shape, v: Shape) -> tuple[Shape, Shape, Shape]:

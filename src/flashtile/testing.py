@@ -28,7 +28,7 @@ from flashtile.calls import Options
 from flashtile.dtypes import dtype_of
 from flashtile.kernels import reference, vanilla
 from flashtile.score.options import ScoreOptions, Scoring
-from flashtile.spec import PER_BATCH, integer
+from flashtile.spec import PER_BATCH, AttentionSpec, integer
 
 # How many times the baseline's largest error a tensor of each kind may err.
 FACTOR = {"output": 2, "lse": 2, "gradient": 3}
@@ -91,9 +91,20 @@ def expect(
     per_batch = not (align is None or isinstance(align, str) or integer(align) is not None)
     options = Options(causal, window, PER_BATCH if per_batch else align, scale, precision, "auto", "auto")
     spec, scoring = options.scored(ScoreOptions(**scores), q, k, v, np.asarray(align) if per_batch else None)
-    rank, dtype = len(q.shape), dtype_of(spec.dtype)
-    wide = [_values(x)[(None,) * (4 - rank)] for x in (q, k, v)]
     offset = np.asarray(align) if spec.offset is None else spec.offset
+    return expect_values(spec, [_values(x) for x in (q, k, v)], offset, scoring)
+
+
+def expect_values(
+    spec: AttentionSpec, inputs: Sequence[np.ndarray], offset: Any = None, scoring: Scoring | None = None
+) -> tuple[Expected, Expected]:
+    """`expect` of a call that is validated already, whose inputs may be widened: q, k, v of 2 to 4 axes.
+
+    offset is the spec's own, or (B,) integers; scoring the values of its program and sinks.
+    """
+    rank, dtype, precision = inputs[0].ndim, dtype_of(spec.dtype), spec.precision
+    wide = [x[(None,) * (4 - rank)] for x in inputs]
+    offset = spec.offset if offset is None else offset
     common: dict[str, Any] = {"scale": spec.scale, "band": spec.band, "offset": offset, "scoring": scoring}
     exact = reference.attend(*wide, dtype=reference.oracle_dtype(dtype.name), **common)
     accumulator = np.dtype(dtype.accumulator)
@@ -164,7 +175,7 @@ def key_orders(kv_len: int) -> list[np.ndarray]:
 
 
 def _largest_products(
-    q: np.ndarray, k: np.ndarray, *, scale: float, band: Any, offset: Any, scoring: Scoring
+    q: np.ndarray, k: np.ndarray, *, scale: float, band: Any, offset: Any, scoring: Scoring | None
 ) -> float:
     """The largest |scale| * sum |q||k| of a visible pair whose score is finite; 0 without any."""
     (batch, heads, q_len, _), group = q.shape, q.shape[1] // k.shape[1]
@@ -176,7 +187,7 @@ def _largest_products(
             counted = np.isfinite(sums)
             if (seen := reference.visible(band, int(offsets[b]), rows, keys)) is not None:
                 counted &= seen
-            if scoring.program is not None:
+            if scoring is not None and scoring.program is not None:
                 counted &= scoring.program.visible(b, h, rows[:, None], keys[None, :])
             largest = max(largest, np.max(sums, where=counted, initial=0.0))
     return abs(scale) * largest

@@ -1,4 +1,4 @@
-"""The door for PyTorch: the same attention on CPU tensors, without a copy, and torch's own SDPA by signature."""
+"""The door for PyTorch: the same attention on tensors, without a copy, and torch's own SDPA by signature."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def attention(
     progress: Any = None,
     out: Tensor | None = None,
 ) -> Any:
-    """`flashtile.attention` on CPU tensors: the same keywords, shapes, numerics and errors; no copy of q, k, v.
+    """`flashtile.attention` on tensors, all on the CPU or all on one GPU: the same keywords, shapes, numerics and
+    errors; no copy of q, k, v. On a GPU it runs on the current stream and returns before the kernels have run.
 
     Returns:  a tensor of q's dtype; with return_lse=True also lse, float32 (float64 for float64).
     Raises:   as flashtile.attention; UnavailableError also if a tensor requires grad while gradients are recorded.
@@ -56,6 +57,8 @@ def attention(
     """
     if not (_is_ready(q) and _is_ready(k) and _is_ready(v)):
         _check_tensors(q=q, k=k, v=v)
+        if not (q.is_cpu and k.is_cpu and v.is_cpu):
+            return _attend_on_device(**locals())
     if seed is not None or dropout_p != 0:
         refuse_later(seed=seed, dropout_p=dropout_p)
     offsets = out_key = spec = scoring = None
@@ -90,6 +93,18 @@ def attention(
     params = call.pack(q_at, k_at, v_at, out.data_ptr(), lse_at, offsets_at, scoring)
     call.run(params, report)
     return out if lse is None else (out, lse)
+
+
+def _attend_on_device(**arguments: Any) -> Any:
+    """`attention` of tensors that do not all lie on the CPU."""
+    from flashtile import devices
+
+    named = ("out", "mask", "bias", "alibi_slopes", "sinks")
+    tensors = {name: arguments[name] for name in named if isinstance(arguments[name], Tensor)}
+    if arguments["out"] is not None:
+        tensors["out"] = arguments["out"]
+    _check_tensors(**tensors)
+    return devices.attention(**arguments)
 
 
 def scaled_dot_product_attention(
@@ -194,14 +209,14 @@ def _check_captured(program: Program) -> None:
 
 
 def _check_tensors(**tensors: Tensor) -> None:
-    """Raise unless each is a plain dense CPU tensor that no gradient is recorded for."""
+    """Raise unless each is a plain dense tensor, on the CPU or a GPU, that no gradient is recorded for."""
     recording = torch.is_grad_enabled()
     for name, x in tensors.items():
         if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
             got = f"a {type(x).__module__}.{type(x).__qualname__}"
             raise wrong(name, got, "a torch.Tensor (a subclass may have x.as_subclass(torch.Tensor))")
-        if not x.is_cpu:
-            raise wrong(name, f"a tensor on {x.device}", "a tensor on the CPU")
+        if not (x.is_cpu or x.is_cuda):
+            raise wrong(name, f"a tensor on {x.device}", "a tensor on the CPU or a GPU of CUDA or ROCm")
         if x.layout is not torch.strided:
             raise wrong(name, f"layout {x.layout}", "a dense tensor")
         if x.is_neg():

@@ -3,7 +3,7 @@
 Threads take ranges of work items from one counter, so that a slow core takes fewer. The calling thread takes
 part, which makes a call safe from any number of threads at once (nobody waits for a worker that never comes),
 reports progress between its ranges, and notices Ctrl-C there. A problem too small to share runs on the calling
-thread as one native call.
+thread as one native call, and so does one that a device computes at once, with threads of its own.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def unavailable() -> str | None:
 def prepare(plan: Plan, kernel: CompiledKernel) -> Run:
     """Bind a compiled kernel to its plan. The result may be called from any thread, many times at once."""
     items, scratch_bytes, run_items, merge = plan.items, kernel.scratch_bytes, kernel.run, kernel.merge_stage
-    small = plan.flops <= SMALL_FLOPS or items == 1
+    small = plan.at_once or plan.flops <= SMALL_FLOPS or items == 1
     first = Stage(items, run_items, plan.flops, 0)
 
     def run(params: Any, report: Report | None = None) -> None:
@@ -59,7 +59,7 @@ def prepare(plan: Plan, kernel: CompiledKernel) -> Run:
         else:
             _Job(plan, first, scratch_bytes, params).run(1 if small else get_num_threads(), report)
         if merge is not None:
-            threads = 1 if merge.work <= SMALL_FLOPS else get_num_threads()
+            threads = 1 if plan.at_once or merge.work <= SMALL_FLOPS else get_num_threads()
             _Job(plan, merge, scratch_bytes, params).run(threads, None)
 
     return run
@@ -137,7 +137,8 @@ class _Job:
                 return None
             by_pace = int(RANGE_SECONDS * self.done / self.seconds) if self.seconds > 0 else 1
             begin = self.next
-            self.next += max(1, min(by_pace, left // (RANGES_PER_THREAD * self.threads)))
+            share = max(1, min(by_pace, left // (RANGES_PER_THREAD * self.threads)))
+            self.next += left if self.plan.at_once else share
             self.workers_busy += worker
             return begin, self.next
 

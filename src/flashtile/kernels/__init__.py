@@ -5,6 +5,11 @@ A kernel family is a module in this folder with three functions:
     unavailable() -> str | None                      why it cannot run on this machine, None if it can
     capabilities(spec) -> Capabilities               what it does for this dtype and precision, as data
     compile(spec, plan, layout) -> CompiledKernel    cached inside on what it really depends on
+
+It may also have
+
+    refuses(spec) -> str | None    why it does not compute a spec that its capabilities cover, asked last: it may try
+    remark() -> str                what `flashtile doctor` says of it where it is available
 """
 
 from __future__ import annotations
@@ -45,6 +50,8 @@ class Capabilities:
     variant: str = ""  # which of the family's kernels computes this spec, for explain
     head_block: int = 1  # query heads of a work item; divides spec.heads
     part_keys: int | None = None  # fewest keys worth a work item of their own; None: keys are never split
+    devices: frozenset[str] = frozenset(("cpu",))  # whose memory it reads: "cpu", "cuda"
+    at_once: bool = False  # one call computes every work item, on a device's own threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +110,8 @@ def objection(family: ModuleType | str, spec: AttentionSpec) -> str | None:
     if reason is not None:
         return reason
     able: Capabilities = family.capabilities(spec)
+    if spec.device_kind not in able.devices:
+        return f"runs on {', '.join(sorted(able.devices))}, not on {spec.device_kind}"
     if spec.dtype not in able.dtypes:
         return f"computes {', '.join(sorted(able.dtypes))}, not {spec.dtype}"
     largest = max(spec.head_size, spec.value_size)
@@ -110,7 +119,8 @@ def objection(family: ModuleType | str, spec: AttentionSpec) -> str | None:
         return f"head sizes up to {able.max_head_size}, not {largest}"
     if missing := spec.options - able.options:
         return "does not know " + ", ".join(sorted(missing))
-    return None
+    refusal: str | None = family.refuses(spec) if hasattr(family, "refuses") else None
+    return refusal
 
 
 def pick(spec: AttentionSpec, requested: str) -> ModuleType:
@@ -134,9 +144,10 @@ def pick(spec: AttentionSpec, requested: str) -> ModuleType:
 
 
 def survey() -> list[tuple[str, str, bool, str]]:
-    """(room, name, available, reason if not) of every kernel family."""
+    """(room, name, available, reason if not, or a remark) of every kernel family."""
     rows = []
     for name, family in families():
         reason = family if isinstance(family, str) else family.unavailable()
-        rows.append(("kernel", name, reason is None, reason or ""))
+        remark = family.remark() if reason is None and hasattr(family, "remark") else ""
+        rows.append(("kernel", name, reason is None, reason or remark))
     return rows

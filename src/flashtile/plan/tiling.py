@@ -32,6 +32,7 @@ class Plan:
     flops: int  # of the two products, visible pairs only (an upper bound if offsets come with the call)
     split_keys: int = 0  # keys of a part, a multiple of tile_k; split n begins at key n * split_keys. 0: not split
     head_block: int = 1  # query heads of a work item
+    at_once: bool = False  # one call computes every item
 
     @property
     def items(self) -> int:
@@ -65,6 +66,7 @@ def make_plan(spec: AttentionSpec, capabilities: Capabilities) -> Plan:
         flops=flops_of(spec),
         split_keys=split_keys,
         head_block=capabilities.head_block,
+        at_once=capabilities.at_once,
     )
 
 

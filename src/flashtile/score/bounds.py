@@ -40,10 +40,11 @@ class Bounds:
     def extremes(self, load: Expr, index: list[Interval]) -> Interval:
         """Least and greatest element that a load can read, its indices clamped.
 
-        An array with an element for each (i, j) may hold anything: finding out would take as long as using it.
+        An array with an element for each (i, j) may hold anything: finding out would take as long as using it. So may
+        one that is not to be read here.
         """
         source = self.capture(load.data.source)
-        if is_dense(load):
+        if source.place is not None or is_dense(load):
             return unknown(source, self.float_type)
         shape = source.array.shape
         return range_extremes(source, [clipped(i, n) for i, n in zip(index, shape, strict=True)], self.float_type)
@@ -87,8 +88,11 @@ def check_bounds(score: Expr | None, mask: Expr | None, shape: Shape) -> None:
 
     Looks at the corners and middles of (b, h, i, j): an array that is too short for its axis shows there. A load
     whose result is not used at an element (``where``, a decided & or |, a hidden element) is no error there.
+    Nothing is certain where arrays that are not read here decide which elements those are.
     """
     roots = [x for x in (mask, score) if x is not None]
+    if _unread([mask] if mask is not None else []) or (score is not None and _unread(_steering(score))):
+        return
     if 0 in shape or not any(x.operation.name == "load" for x in postorder(roots)):
         return
     points = np.array(list(itertools.product(*(sorted({0, n // 2, n - 1}) for n in shape)))).T
@@ -102,6 +106,17 @@ def check_bounds(score: Expr | None, mask: Expr | None, shape: Shape) -> None:
             _raise_outside(at, loads, points, int(wrong[0]))
         if root is mask:
             hidden = ~np.broadcast_to(at.run([root])[0], hidden.shape)
+
+
+def _steering(root: Expr) -> list[Expr]:
+    """What decides where loads read, and whether what they read is used."""
+    indices = [a for x in postorder([root]) if x.operation.name == "load" for a in x.args]
+    return indices + [x.args[0] for x in postorder([root]) if x.operation.name == "where"]
+
+
+def _unread(roots: list[Expr]) -> bool:
+    """Whether one of these depends on an array that is not read here."""
+    return any(x.operation.name == "load" and x.data.source.place is not None for x in postorder(roots))
 
 
 def _raise_outside(at: Evaluation, loads: dict[Expr, np.ndarray], points: np.ndarray, where: int) -> None:

@@ -84,7 +84,8 @@ def _parts(given: dict[str, Any]) -> tuple[Hashable, dict[str, Captured]]:
 
 def _single(found: ArrayCapture) -> ArrayCapture:
     """An array whose axes all broadcast, as its one element: indexing it, tracing finds no symbol."""
-    return ArrayCapture(found.array.reshape(()), found.element, found.source, found.name)
+    place = found.place and found.place._replace(strides=())
+    return ArrayCapture(found.array.reshape(()), found.element, found.source, found.name, place)
 
 
 def _pattern(found: ArrayCapture) -> tuple[bool, ...]:

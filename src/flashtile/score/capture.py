@@ -1,16 +1,18 @@
 """Captured values: the arrays and scalars that a function closes over, which stay run-time parameters.
 
-Arrays are read where they lie, in their own element type: NumPy arrays, CPU torch tensors, and whatever
-`numpy.asarray` takes. bf16 has no NumPy type, so it is held as its 16 bits.
+Arrays are read where they lie, in their own element type: NumPy arrays, torch tensors, and whatever
+`numpy.asarray` takes. bf16 has no NumPy type, so it is held as its 16 bits. What lies on a GPU (torch, CuPy) is read
+by kernels there alone: to look at it from here would make the device and the host wait for each other.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..arrays import device_of
 from ..errors import SpecError
 from .expr import INT_MAX, INT_MIN
 
@@ -33,14 +35,30 @@ class ScalarCapture:
     name: str = "captured number"
 
 
+class Place(NamedTuple):
+    """Where an array lies that cannot be read here. Strides in bytes."""
+
+    device: str
+    address: int
+    strides: tuple[int, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class ArrayCapture:
-    """A captured array, not copied: `array` is its storage (bf16 as uint16), `source` what the caller gave."""
+    """A captured array, not copied: `array` is its storage (bf16 as uint16), `source` what the caller gave.
+
+    With a `place`, on a GPU, `array` has the shape and the dtype only: its values are zeros, and mean nothing.
+    """
 
     array: np.ndarray
     element: str
     source: Any = field(repr=False)
     name: str = "captured array"
+    place: Place | None = None
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.place is None else self.place.device
 
     @property
     def type(self) -> str:
@@ -101,9 +119,11 @@ def is_array(value: Any) -> bool:
 def capture(value: Any, name: str = "captured array") -> ArrayCapture:
     """A view of the array for reading.
 
-    Raises: SpecError for a device other than the CPU, an element type that the language has no type for, and
-            integers that do not fit in int32.
+    Raises: SpecError for a device that no kernel reads, an element type that the language has no type for, and
+            integers that do not fit in int32; those on a GPU are not looked at, and wrap.
     """
+    if (device := device_of(value)).startswith("cuda"):
+        return _on_device(value, name, device)
     raw, element = _storage(value, name)
     if element in _WIDE and raw.size and not (raw.min() >= INT_MIN and raw.max() <= INT_MAX):
         raise SpecError(f"{name}: got integers from {raw.min()} to {raw.max()}, expected values that fit in int32")
@@ -126,7 +146,7 @@ def _storage(value: Any, name: str) -> tuple[np.ndarray, str]:
 
 def _torch_storage(tensor: Any, name: str) -> tuple[np.ndarray, str]:
     if tensor.device.type != "cpu":
-        raise SpecError(f"{name}: got a tensor on {tensor.device}, expected one in CPU memory")
+        raise SpecError(f"{name}: got a tensor on {tensor.device}, expected one in CPU memory or on a GPU")
     tensor = tensor.detach()
     if str(tensor.dtype) == "torch.bfloat16":
         import torch
@@ -138,6 +158,30 @@ def _torch_storage(tensor: Any, name: str) -> tuple[np.ndarray, str]:
         got = f"{tensor.dtype} ({tensor.layout})"
         raise SpecError(f"{name}: got {got}, expected a strided bool, integer or float tensor") from e
     return raw, _element(raw.dtype, name)
+
+
+def _on_device(value: Any, name: str, device: str) -> ArrayCapture:
+    """A capture of a torch or CuPy array on a GPU."""
+    if type(value).__module__.partition(".")[0] == "cupy":
+        address, strides, spelled = int(value.data.ptr), tuple(value.strides), value.dtype.name
+    elif hasattr(value, "data_ptr"):
+        size = value.element_size()
+        address, strides = value.data_ptr(), tuple(size * n for n in value.stride())
+        spelled = str(value.dtype).removeprefix("torch.")
+    else:
+        got = f"a {type(value).__module__}.{type(value).__qualname__} on {device}"
+        raise SpecError(f"{name}: got {got}, expected a torch or CuPy array there, or one in CPU memory")
+    if spelled == "bfloat16":
+        dtype: np.dtype[Any] = np.dtype(np.uint16)
+        element = "bf16"
+    else:
+        try:
+            dtype = np.dtype(spelled)
+        except TypeError:  # float8 and the like
+            dtype = np.dtype(object)
+        element = _element(dtype, name)
+    shape_only = np.broadcast_to(np.zeros((), dtype), tuple(value.shape))
+    return ArrayCapture(shape_only, element, value, name, Place(device, address, strides))
 
 
 def _element(dtype: np.dtype, name: str) -> str:

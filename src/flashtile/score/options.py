@@ -9,7 +9,7 @@ import numpy as np
 
 from ..dtypes import DTYPES
 from ..errors import wrong
-from .capture import capture, is_array
+from .capture import ArrayCapture, capture, is_array
 from .code import Code
 from .mask import Mask, Score
 from .program import Program
@@ -27,11 +27,11 @@ class Scoring:
     """What changes the scores of one call: run-time values, beside the spec that knows their structure.
 
     program   with its captured values, or None
-    sinks     (B, H) logits in the accumulator's dtype, or None
+    sinks     (B, H) logits in the accumulator's dtype, or None; an ArrayCapture where they lie on a GPU
     """
 
     program: Program | None
-    sinks: np.ndarray | None
+    sinks: Any  # np.ndarray, ArrayCapture or None
 
     @property
     def code(self) -> Code | None:
@@ -78,6 +78,9 @@ class ScoreOptions:
         program = Program.of(shape, **given, **(banded if self.mask is not None else {}))
         if program.mask is not None and self.mask is None and banded:  # a score function that hides
             program = Program.of(shape, **given, **banded)
+        for found in program.captures:
+            if isinstance(found, ArrayCapture):
+                check_device(found, spec.device)
         scoring = Scoring(None if program.is_identity else program, sinks)
         band = None if program.mask is not None else spec.band
         return replace(spec, band=band, program=scoring.code, sinks=sinks is not None), scoring
@@ -91,13 +94,20 @@ def check_reach(offset: Any) -> None:
         raise wrong("align", got, f"at most {FARTHEST} in size beside a mask or alibi_slopes")
 
 
+def check_device(found: ArrayCapture, device: str) -> None:
+    """Raise SpecError for an array that lies on another GPU than q, or on one at all where q does not."""
+    if found.device not in ("cpu", device):
+        expected = "one in CPU memory" + (f" or on {device}" if device != "cpu" else "") + ", as q"
+        raise wrong(found.name.partition(":")[0], f"an array on {found.device}", expected)
+
+
 def _near(distance: int | None) -> int | None:
     """A side of a window that reaches beyond every position is open."""
     return None if distance is None or distance > 3 * FARTHEST else distance
 
 
-def sinks_of(sinks: Any, spec: AttentionSpec) -> np.ndarray:
-    """Sinks as a contiguous (B, H) array of the accumulator's dtype."""
+def sinks_of(sinks: Any, spec: AttentionSpec) -> np.ndarray | ArrayCapture:
+    """Sinks as a contiguous (B, H) array of the accumulator's dtype; as they are where they lie on a GPU."""
     expected = f"float32 or float64 of shape (H,) = ({spec.heads},) or (B, H) = ({spec.batch}, {spec.heads})"
     if not is_array(sinks):
         raise wrong("sinks", f"a {type(sinks).__name__}", expected)
@@ -106,5 +116,8 @@ def sinks_of(sinks: Any, spec: AttentionSpec) -> np.ndarray:
         raise wrong("sinks", f"dtype {sinks.dtype}", expected)
     if found.array.shape not in ((spec.heads,), (spec.batch, spec.heads)):
         raise wrong("sinks", f"shape {tuple(found.array.shape)}", expected)
+    check_device(found, spec.device)
+    if found.place is not None:
+        return found
     accumulator = DTYPES[spec.dtype].accumulator
     return np.ascontiguousarray(np.broadcast_to(found.array, (spec.batch, spec.heads)), accumulator)

@@ -76,6 +76,11 @@ def path_of(key: str) -> Path:
     return directory() / (hashlib.sha256(f"{key}\0{sources_digest()}".encode()).hexdigest()[:40] + ".o")
 
 
+def peek(key: str) -> bytes | None:
+    """The object of this key, if a sound one is there."""
+    return _read(path_of(key))
+
+
 def fetch(key: str, build: Callable[[], bytes]) -> bytes:
     """The object of this key: read if a sound one is there, else built and kept."""
     return _read(path_of(key)) or rebuild(key, build)

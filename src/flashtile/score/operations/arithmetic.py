@@ -51,7 +51,7 @@ def literal(x: Expr) -> int | None:
 
 
 class Add(Operation):
-    name, triton = "add", "({0} + {1})"
+    name, triton = "add", "tl.add({0}, {1}, sanitize_overflow=False)"
 
     def simplify(self, x: Expr, y: Expr) -> Expr | None:
         if x.type == "int" and is_const(x, 0):
@@ -76,7 +76,7 @@ class Add(Operation):
 
 
 class Sub(Operation):
-    name, triton = "sub", "({0} - {1})"
+    name, triton = "sub", "tl.sub({0}, {1}, sanitize_overflow=False)"
 
     def simplify(self, x: Expr, y: Expr) -> Expr | None:
         return x if x.type == "int" and is_const(y, 0) else None
@@ -97,7 +97,7 @@ class Sub(Operation):
 
 
 class Mul(Operation):
-    name, triton = "mul", "({0} * {1})"
+    name, triton = "mul", "tl.mul({0}, {1}, sanitize_overflow=False)"
 
     def simplify(self, x: Expr, y: Expr) -> Expr | None:
         if is_const(x, 1):
@@ -122,7 +122,7 @@ class Mul(Operation):
 
 
 class Div(Operation):
-    name, triton = "div", "({0} / {1})"
+    name, triton = "div", "divide({0}, {1})"
 
     def types(self, *args: str) -> tuple[tuple[str, ...], str]:
         return ("float", "float"), "float"
@@ -149,7 +149,7 @@ class Div(Operation):
 class FloorDiv(Operation):
     """Floor division; the derivative is 0."""
 
-    name, triton = "floordiv", "floordiv({0}, {1})"
+    name, triton = "floordiv", "floor_divide({0}, {1})"
 
     def simplify(self, x: Expr, y: Expr) -> Expr | None:
         return x if x.type == "int" and is_const(y, 1) else None
@@ -175,7 +175,7 @@ class FloorDiv(Operation):
 
 
 class Mod(Operation):
-    name, triton = "mod", "floormod({0}, {1})"
+    name, triton = "mod", "floor_modulo({0}, {1})"
 
     def value(self, x: Any, y: Any) -> Any:
         if np.asarray(x).dtype.kind == "f":
@@ -206,7 +206,7 @@ class Mod(Operation):
 
 
 class Neg(Operation):
-    name, triton = "neg", "(-{0})"
+    name, triton = "neg", "negate({0})"
 
     def value(self, x: Any) -> Any:
         return -x
@@ -258,7 +258,8 @@ class _Extremum(Operation):
 
 
 class Minimum(_Extremum):
-    name, triton, larger = "minimum", "tl.minimum({0}, {1})", False
+    name, larger = "minimum", False
+    triton = "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)"
 
     def value(self, x: Any, y: Any) -> Any:
         return np.minimum(x, y)
@@ -272,7 +273,8 @@ class Minimum(_Extremum):
 
 
 class Maximum(_Extremum):
-    name, triton, larger = "maximum", "tl.maximum({0}, {1})", True
+    name, larger = "maximum", True
+    triton = "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)"
 
     def value(self, x: Any, y: Any) -> Any:
         return np.maximum(x, y)

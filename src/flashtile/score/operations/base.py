@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ...kernels.cpu.ir import Value
     from ..emit import Emission
     from ..interval import Interval
+    from ..triton_source import Writer
 
 OPERATIONS: dict[str, Operation] = {}
 
@@ -27,10 +28,11 @@ class Operation:
     interval   bounds over many tiles at once, `Interval`
     tangent    forward derivative: d holds the argument's tangents, None where the tangent is zero, and so is the result
     llvm       emitted code: `ir.Value`s of one lane count (all scalars, or all vectors)
-    triton     the expression as Triton source with {0}, {1}, ... for the arguments
+    triton     the expression as Triton source with {0}, {1}, ... for the arguments, which are names; the functions it
+               may call are those of kernels/triton/functions.py
 
     Each takes as many arguments as the kind has operands (`Any` is what lets a type checker accept that).
-    Kinds that depend on more than their arguments (leaves, casts) override `evaluate`, `bound` and `emit`.
+    Kinds that depend on more than their arguments (leaves, casts) override `evaluate`, `bound`, `emit` and `write`.
     """
 
     name: ClassVar[str]
@@ -71,6 +73,11 @@ class Operation:
 
     def emit(self, x: Expr, at: Emission, args: list[Value]) -> Value:
         return self.llvm(at, *at.together(args))
+
+    def write(self, x: Expr, at: Writer, args: list[str]) -> str:
+        if self.triton is None:
+            raise NotImplementedError(self.name)
+        return self.triton.format(*args)
 
 
 def const(number: bool | int | float, type_: str | None = None) -> Expr:

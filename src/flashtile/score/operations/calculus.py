@@ -39,7 +39,7 @@ class _Function(Operation):
 
 
 class Exp(_Function):
-    name, triton = "exp", "tl.exp({0})"
+    name, triton = "exp", "exp({0})"
 
     def value(self, x: Any) -> Any:
         return np.exp(x)
@@ -52,7 +52,7 @@ class Exp(_Function):
 
 
 class Exp2(_Function):
-    name, triton = "exp2", "tl.exp2({0})"
+    name, triton = "exp2", "exp2({0})"
 
     def value(self, x: Any) -> Any:
         return np.exp2(x)
@@ -75,7 +75,7 @@ class _Logarithm(_Function):
 class Log(_Logarithm):
     """Natural logarithm."""
 
-    name, triton = "log", "tl.log({0})"
+    name, triton = "log", "log({0})"
 
     def value(self, x: Any) -> Any:
         return np.log(x)
@@ -88,7 +88,7 @@ class Log(_Logarithm):
 
 
 class Log2(_Logarithm):
-    name, triton = "log2", "tl.log2({0})"
+    name, triton = "log2", "log2({0})"
 
     def value(self, x: Any) -> Any:
         return np.log2(x)
@@ -101,7 +101,7 @@ class Log2(_Logarithm):
 
 
 class Sqrt(_Function):
-    name, triton = "sqrt", "tl.sqrt({0})"
+    name, triton = "sqrt", "sqrt({0})"
 
     def value(self, x: Any) -> Any:
         return np.sqrt(x)
@@ -133,7 +133,7 @@ class Tanh(_Function):
 class Sigmoid(_Function):
     """1 / (1 + exp(-x))."""
 
-    name, triton = "sigmoid", "tl.sigmoid({0})"
+    name, triton = "sigmoid", "sigmoid({0})"
 
     def value(self, x: Any) -> Any:
         e = np.exp(-np.abs(x))  # in (0, 1]: neither side overflows

@@ -14,6 +14,7 @@ from .base import OPERATIONS, Operation, const
 if TYPE_CHECKING:
     from ...kernels.cpu.ir import Value
     from ..emit import Emission
+    from ..triton_source import Writer
 
 
 def point(number: np.ndarray) -> Interval:
@@ -34,6 +35,9 @@ class Const(Operation):
     def emit(self, x: Expr, at: Emission, args: list[Value]) -> Value:
         return at.const(x)
 
+    def write(self, x: Expr, at: Writer, args: list[str]) -> str:
+        return at.const(x)
+
 
 class Var(Operation):
     """s, b, h, i or j; Triton names them so too."""
@@ -49,6 +53,9 @@ class Var(Operation):
     def emit(self, x: Expr, at: Emission, args: list[Value]) -> Value:
         return at.variable(x.data)
 
+    def write(self, x: Expr, at: Writer, args: list[str]) -> str:
+        return str(x.data)
+
 
 class Scalar(Operation):
     """A captured number: a run-time parameter."""
@@ -62,6 +69,9 @@ class Scalar(Operation):
         return point(self.evaluate(x, at, []))
 
     def emit(self, x: Expr, at: Emission, args: list[Value]) -> Value:
+        return at.scalar_capture(x)
+
+    def write(self, x: Expr, at: Writer, args: list[str]) -> str:
         return at.scalar_capture(x)
 
 
@@ -84,6 +94,9 @@ class Load(Operation):
     def emit(self, x: Expr, at: Emission, args: list[Value]) -> Value:
         return at.load(x, args)
 
+    def write(self, x: Expr, at: Writer, args: list[str]) -> str:
+        return at.load(x, args)
+
 
 class Inside(Operation):
     """Whether all indices of a load are in bounds: where not, the gradient does not reach the array."""
@@ -103,11 +116,14 @@ class Inside(Operation):
     def emit(self, x: Expr, at: Emission, args: list[Value]) -> Value:
         return at.inside(x, args)
 
+    def write(self, x: Expr, at: Writer, args: list[str]) -> str:
+        return at.inside(x, args)
+
 
 class Cast(Operation):
     """Change of type: see `base.cast`."""
 
-    name, triton = "cast", "cast({0})"
+    name = "cast"
 
     def evaluate(self, x: Expr, at: Any, args: list[Any]) -> Any:
         (value,) = args
@@ -134,6 +150,9 @@ class Cast(Operation):
         return None  # only from bool or int, which have no derivative, or to one
 
     def emit(self, x: Expr, at: Emission, args: list[Value]) -> Value:
+        return at.cast(args[0], x.args[0].type, x.type)
+
+    def write(self, x: Expr, at: Writer, args: list[str]) -> str:
         return at.cast(args[0], x.args[0].type, x.type)
 
 

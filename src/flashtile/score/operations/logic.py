@@ -185,7 +185,7 @@ class _Shift(Operation):
 
 
 class ShiftLeft(_Shift):
-    name, triton = "shl", "shiftleft({0}, {1})"
+    name, triton = "shl", "shift_left({0}, {1})"
 
     def value(self, x: Any, y: Any) -> Any:
         good = (y >= 0) & (y < 32)
@@ -204,7 +204,7 @@ class ShiftLeft(_Shift):
 
 
 class ShiftRight(_Shift):
-    name, triton = "shr", "shiftright({0}, {1})"
+    name, triton = "shr", "shift_right({0}, {1})"
 
     def value(self, x: Any, y: Any) -> Any:
         return np.right_shift(x, np.where((y >= 0) & (y < 32), y, 31).astype(np.int32))

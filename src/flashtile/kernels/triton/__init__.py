@@ -1,0 +1,165 @@
+"""Kernels for GPUs in Triton: flash forward, the merge of parts, and the unfused baseline, for CUDA and ROCm.
+
+    specialisation.py  what a kernel is compiled for    tiles.py     tiles for each architecture, one table
+    forward.py         the flash kernel                 vanilla.py   the unfused baseline
+    merge.py           parts of the keys, and finish    tables.py    the coverage of a mask, as kernels walk it
+    rows.py, language.py, functions.py, containment.py  what they are written with
+    program.py         score programs in Triton's language
+    host.py            a call: from addresses to launches, on any device.py
+    cuda.py            a GPU, by driver.py              interpreter.py   Triton's interpreter, on the CPU
+    jit.py, compiler.py   from a specialisation to machine code, for the GPU at hand or another
+    resources.py       what machine code uses           aot.py       kernels compiled ahead of time, with a manifest
+    selftest.py        the first use on a device
+Triton is imported when a kernel is first needed: not by this file.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flashtile import devices
+from flashtile.dtypes import DTYPES
+from flashtile.kernels import Capabilities, CompiledKernel, Layout
+from flashtile.kernels.triton import driver, tiles
+from flashtile.kernels.triton.host import Forward
+from flashtile.spec import PRECISIONS
+
+if TYPE_CHECKING:
+    from flashtile.kernels.triton.device import Device
+    from flashtile.plan import Plan
+    from flashtile.spec import AttentionSpec
+
+VERSIONS = (3, 7), (3, 10)  # from, to below: kernels compile alike with all between
+PART_KEYS = 512  # fewest keys of a part: some tiles, so that a program outlives its start
+ANY_ARCH = "sm_80"  # whose capabilities are told where no device is asked about
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets kernels on the CPU. It decides when it is first imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unavailable() -> str | None:
+    """Why these kernels cannot run in this process, None if they can."""
+    if (reason := compiler_missing()) is not None:
+        return reason
+    if not interpreting():
+        return driver.missing()
+    return None if importlib.util.find_spec("torch") else "torch, whose memory the interpreter uses, is not installed"
+
+
+def compiler_missing() -> str | None:
+    """Why Triton cannot be used here at all, None if it can."""
+    version = installed_version()
+    if version is None:
+        return "triton is not installed"
+    low, high = (".".join(map(str, v)) for v in VERSIONS)
+    if not VERSIONS[0] <= tuple(map(int, version.split(".")[:2])) < VERSIONS[1]:
+        return f"triton is {version}, not from {low} to below {high}"
+    return None
+
+
+@functools.cache
+def installed_version() -> str | None:
+    """Triton's version, read from its source, since importing it takes a second; None if it is not installed."""
+    found = importlib.util.find_spec("triton")
+    if found is None or found.origin is None:
+        return None
+    match = re.search(r"^__version__ = ['\"](\d+\.\d+[^'\"]*)", Path(found.origin).read_text(), re.MULTILINE)
+    return match[1] if match else None
+
+
+def arch_of(spec: AttentionSpec) -> str:
+    """The architecture that would compute a spec."""
+    if interpreting():
+        return tiles.INTERPRETER
+    if spec.device_kind != "cuda":
+        return ANY_ARCH
+    return driver.device(number_of(spec)).arch
+
+
+def number_of(spec: AttentionSpec) -> int:
+    """The number of the spec's device, as CUDA counts."""
+    return int(spec.device.partition(":")[2] or 0)
+
+
+def few_rows(spec: AttentionSpec) -> bool:
+    """Whether the rows of all query heads that share a key/value head fit into the smallest tile."""
+    return 0 < spec.q_len * spec.group <= tiles.FEW_ROWS
+
+
+def packs(spec: AttentionSpec) -> bool:
+    """Whether query heads that share a key/value head are computed in one tile: few rows, seeing the same keys."""
+    by_head = spec.program is not None and spec.program.mask is not None and "h" in spec.program.mask.variables
+    return few_rows(spec) and spec.group > 1 and not by_head
+
+
+def capabilities(spec: AttentionSpec) -> Capabilities:
+    """What the forward kernel does for this spec on its device."""
+    arch = arch_of(spec)
+    interpreted = arch == tiles.INTERPRETER
+    tile = tiles.forward_tile(spec, arch, few_rows(spec))
+    return Capabilities(
+        name="triton",
+        dtypes=frozenset(DTYPES),
+        precisions=frozenset(PRECISIONS) - ({"tf32"} if interpreted else set()),
+        max_head_size=tiles.MAX_HEAD_SIZE,
+        query_block=1,
+        tile_q=(tile.tile_q,),
+        tile_k=(tile.tile_k,),
+        options=frozenset(("band", "program", "sinks")),
+        native=False,
+        isa=arch,
+        variant="few queries" if few_rows(spec) else "forward",
+        head_block=spec.group if packs(spec) else 1,
+        part_keys=PART_KEYS,
+        devices=frozenset(("cpu",) if interpreted else ("cuda",)),
+        at_once=True,
+    )
+
+
+def refuses(spec: AttentionSpec) -> str | None:
+    """Why a spec is not computed on its device: an architecture without tiles, or a self-test that failed there."""
+    if interpreting():
+        return None
+    from flashtile.kernels.triton import selftest
+
+    device = driver.device(number_of(spec))
+    if tiles.rows_of(device.arch) is None:
+        return f"has no tiles for {device.name}, which is {device.arch}"
+    compute = selftest.on_gpu if devices.in_call() else None
+    return selftest.failure(f"{device.name} ({device.arch})", str(installed_version()), spec, compute)
+
+
+def remark() -> str:
+    """Which device computes, and what failed its self-test there."""
+    if interpreting():
+        return "Triton's interpreter, on arrays in CPU memory"
+    from flashtile.kernels.triton import selftest
+
+    device = driver.device(0)
+    where = f"{device.name} ({device.arch})"
+    version = str(installed_version())
+    return "; ".join((f"{where}, triton {version}", *selftest.known_failures(where, version)))
+
+
+def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> CompiledKernel:
+    """The kernel of one spec, plan and layout; machine code is made at its first launch, and shared."""
+    tile = tiles.forward_tile(spec, arch_of(spec), few_rows(spec))
+    return Forward(spec, plan, layout, tile, device_of(spec))
+
+
+def device_of(spec: AttentionSpec) -> Device:
+    """Where kernels run: the GPU, or Triton's interpreter."""
+    if interpreting():
+        from flashtile.kernels.triton.interpreter import Interpreter
+
+        return Interpreter()
+    from flashtile.kernels.triton.cuda import Gpu
+
+    return Gpu()

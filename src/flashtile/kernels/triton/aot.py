@@ -1,0 +1,237 @@
+"""Kernels compiled ahead of time: machine code for chosen specialisations, and a manifest that says how to launch them.
+
+A program without Python loads a file with cuModuleLoadData, fills one block of parameters at the offsets that the
+manifest gives, and calls cuLaunchKernel(Ex) with it: CU_LAUNCH_PARAM_BUFFER_POINTER and _SIZE, or pointers to the same
+values in order. `flashtile aot` is this as a command; no GPU or driver is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flashtile
+from flashtile.arrays import contiguous
+from flashtile.dtypes import dtype_of
+from flashtile.errors import UnavailableError, wrong
+from flashtile.kernels.triton import interpreting, tiles
+from flashtile.kernels.triton import specialisation as special
+from flashtile.kernels.triton.compiler import compiled
+from flashtile.kernels.triton.host import MERGE_ROWS
+from flashtile.kernels.triton.parameters import flat_names, layout_of, size_of
+from flashtile.kernels.triton.resources import Resources, resources_of
+from flashtile.kernels.triton.specialisation import Memory, Specialisation, Tile
+from flashtile.spec import AttentionSpec
+
+MANIFEST = "manifest.json"
+FORMAT = 1  # of the manifest
+
+# How many programs a launch takes, in sizes of the call: B, H and so on as in the documentation. They are numbered from
+# `first`, so a launch may also take a part of them.
+GRIDS = {
+    "forward": "B * H / head_block * query_tiles * splits; query_tiles = ceil(S_q / queries), head_block = 1, or where "
+    "packed H / H_kv (and query_tiles = 1)",
+    "merge": "B * H * query_tiles; query_tiles = ceil(S_q / queries)",
+    "scores": "B * H * query_tiles * key_tiles; query_tiles = ceil(S_q / queries), key_tiles = ceil(S_kv / keys)",
+    "softmax": "B * H * S_q",
+    "output": "B * H * query_tiles; query_tiles = ceil(S_q / queries)",
+}
+KERNELS = tuple(GRIDS)
+BANDS = ("band", "open")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """One kernel to compile: its name among files, what it is, and of which attention it is a part."""
+
+    name: str
+    specialisation: Specialisation
+    spec: AttentionSpec
+    tile: Tile
+
+
+def choose(
+    arch: str,
+    dtypes: Iterable[str],
+    head_sizes: Iterable[int],
+    *,
+    precision: str = "ieee",
+    kernels: Iterable[str] = ("forward", "merge"),
+    states: Iterable[str] = (special.FINISHED,),
+    bands: Iterable[str] = BANDS,
+    aligned: bool = True,
+) -> Iterator[Chosen]:
+    """The kernels of every combination.
+
+    bands    "band" for causal and windowed calls, "open" for those where every row sees every key
+    states   of o and lse before and after: see specialisation.STATES
+    aligned  addresses are multiples of 16 bytes, and strides of 16 elements
+    Raises:  SpecError for a name that is not known.
+    """
+    kernels, states, bands, head_sizes = tuple(kernels), tuple(states), tuple(bands), tuple(head_sizes)
+    for argument, names, known in (
+        ("kernels", kernels, KERNELS), ("states", states, special.STATES), ("bands", bands, BANDS),
+    ):  # fmt: skip
+        for name in names:
+            if name not in known:
+                raise wrong(argument, repr(name), "some of " + ", ".join(known))
+    if tiles.rows_of(arch) is None:
+        raise wrong("arch", repr(arch), "an architecture with tile configurations: sm_80 and newer, gfx942, gfx950")
+    memory = Memory(contiguous=True, aligned=aligned)
+    seen = set()  # most kernels do not know of the band
+    for dtype in dtypes:
+        for size in head_sizes:
+            if not 1 <= size <= tiles.MAX_HEAD_SIZE:
+                raise wrong("head_sizes", size, f"1 to {tiles.MAX_HEAD_SIZE}")
+            view = contiguous((1, 1, 1, size), dtype_of(dtype).name)
+            for band in bands:
+                spec = AttentionSpec.of(view, view, view, causal=band == "band", precision=precision)
+                for one in _kernels(spec, arch, band, kernels, states, memory):
+                    if one.name not in seen:
+                        seen.add(one.name)
+                        yield one
+
+
+def _kernels(
+    spec: AttentionSpec, arch: str, band: str, kernels: tuple[str, ...], states: tuple[str, ...], memory: Memory
+) -> Iterator[Chosen]:
+    tile, rows = tiles.forward_tile(spec, arch), Tile(MERGE_ROWS, MERGE_ROWS)
+    base = f"{tiles.kind_of(spec).replace(' ', '-')}-d{spec.head_size}"
+    if "forward" in kernels:
+        for state in states:
+            for contain in (False, True):
+                what = special.forward(spec, tile, state=state, contain=contain, memory=memory)
+                yield Chosen(f"forward-{base}-{band}-{state}" + "-contain" * contain, what, spec, tile)
+    if "merge" in kernels:
+        for finished in sorted({state == special.FINISHED for state in states}):
+            what = special.merge(spec, rows, finished=finished, memory=Memory(memory.contiguous, aligned=False))
+            yield Chosen(f"merge-{base}-{special.FINISHED if finished else special.PARTIAL}", what, spec, rows)
+    if "scores" in kernels:
+        yield Chosen(f"scores-{base}-{band}", special.scores(spec, tile, memory=memory), spec, tile)
+    if "softmax" in kernels:
+        yield Chosen(f"softmax-{base}", special.softmax(spec, tile), spec, tile)
+    if "output" in kernels:
+        yield Chosen(f"output-{base}", special.output(spec, tile, memory=memory), spec, tile)
+
+
+def build(folder: Path, arch: str, chosen: Iterable[Chosen]) -> Iterator[dict[str, Any]]:
+    """Compile kernels into a folder, which is made; yield each one's entry of the manifest, which is written last.
+
+    Raises: UnavailableError if Triton is not here, interprets, or cannot compile one; OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for one in chosen:
+        entry, machine_code = compile_one(one, arch)
+        (folder / entry["file"]).write_bytes(machine_code)
+        entries.append(entry)
+        yield entry
+    text = json.dumps(manifest(arch, entries), indent=1)
+    temporary = folder / (MANIFEST + ".tmp")
+    temporary.write_text(text + "\n")
+    os.replace(temporary, folder / MANIFEST)
+
+
+def manifest(arch: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a manifest holds: versions, the architecture, an entry a kernel."""
+    import triton
+
+    return {
+        "format": FORMAT,
+        "flashtile": flashtile.__version__,
+        "triton": triton.__version__,
+        "arch": arch,
+        "numbers": "scale, and every captured float, is an i64 with the bits of the double",
+        "kernels": entries,
+    }
+
+
+def compile_one(chosen: Chosen, arch: str) -> tuple[dict[str, Any], bytes]:
+    """A kernel's entry of the manifest, and its machine code. Raises: UnavailableError."""
+    if interpreting():
+        raise UnavailableError("TRITON_INTERPRET=1: got an interpreter, expected a compiler: unset it")
+    kernel = compiled(chosen.specialisation, arch)
+    suffix = "cubin" if "cubin" in kernel.asm else "hsaco"
+    machine_code, used = kernel.asm[suffix], resources_of(kernel)
+    return entry_of(chosen, f"{chosen.name}.{suffix}", machine_code, kernel.metadata, used), machine_code
+
+
+def entry_of(chosen: Chosen, file: str, machine_code: bytes, meta: Any, used: Resources) -> dict[str, Any]:
+    """One kernel in the manifest: what it computes, how it is launched, what it uses."""
+    what, spec = chosen.specialisation, chosen.spec
+    constants = dict(what.constants)
+    return {
+        "name": chosen.name,
+        "file": file,
+        "sha256": hashlib.sha256(machine_code).hexdigest(),
+        "function": meta.name,
+        "kernel": what.kernel,
+        "dtype": spec.dtype,
+        "accumulator": dtype_of(spec.dtype).accumulator,
+        "precision": spec.precision,
+        "head_size": spec.head_size,
+        "value_size": spec.value_size,
+        "queries": chosen.tile.tile_q,
+        "keys": chosen.tile.tile_k,
+        "constants": {name: constants[name] for name in sorted(constants)},
+        "launch": {
+            "grid_x": GRIDS[what.kernel],
+            "grid_y": 1,
+            "grid_z": 1,
+            "block": [meta.warp_size * meta.num_warps, 1, 1],
+            "cluster": [meta.num_ctas, 1, 1],
+            "dynamic_shared": meta.shared,
+            "cooperative": bool(getattr(meta, "launch_cooperative_grid", False)),
+            "programmatic_dependent": bool(getattr(meta, "launch_pdl", False)),
+        },
+        "parameters": parameters_of(what),
+        "parameter_bytes": layout_of(what).size,
+        "scratch": {
+            "global_bytes_a_program": meta.global_scratch_size,
+            "global_align": meta.global_scratch_align,
+            "profile_bytes_a_program": meta.profile_scratch_size,
+            "profile_align": meta.profile_scratch_align,
+        },
+        "uses": {
+            "registers": used.registers,
+            "stack": used.stack,
+            "spill_stores": used.local_stores,
+            "spill_loads": used.local_loads,
+            "static_shared": used.static_shared,
+        },
+        "tensor_instructions": used.tensor,
+        "instructions": used.instructions,
+    }
+
+
+def parameters_of(what: Specialisation) -> list[dict[str, Any]]:
+    """Every parameter in order: name, type, offset and size in the block, bytes, and what it must be a multiple of.
+
+    Strides are in elements. The two pointers at the end are Triton's: NULL where the scratch of that name has no bytes.
+    """
+    rows, offset = [], 0
+    for name, type_ in [*flat_names(what), ("global_scratch", "*u8"), ("profile_scratch", "*u8")]:
+        size = size_of(type_)
+        offset = -(-offset // size) * size
+        row: dict[str, Any] = {"name": name, "type": type_, "offset": offset, "size": size}
+        if name in what.divisible:
+            row["multiple_of"] = 16
+        rows.append(row)
+        offset += size
+    return rows
+
+
+def summary(entry: dict[str, Any]) -> str:
+    """A line of what a kernel uses."""
+    uses, launch = entry["uses"], entry["launch"]
+    tensor = ", ".join(f"{n} {name}" for name, n in entry["tensor_instructions"].items()) or "no tensor instruction"
+    spills = uses["spill_stores"] + uses["spill_loads"]
+    return (
+        f"{entry['name']:<46} {launch['block'][0]:4} threads {uses['registers']:4} registers {spills:4} spills "
+        f"{launch['dynamic_shared']:7} B shared  {tensor}"
+    )

@@ -1,0 +1,244 @@
+"""The flash forward kernel: attention of query tiles to all their keys, online softmax, one pass over K and V.
+
+A program is one work item: a tile of query rows of one head, or, packed, the rows of all query heads that share a
+key/value head, against all keys or one part of them. It visits the key tiles that some of its rows see, first those
+that every row sees whole, which need no mask code, then those that the mask cuts. Scores and weights exist one tile at
+a time.
+
+Source: Dao 2023, FlashAttention-2, section 3.1; Milakov and Gimelshein 2018 for the online softmax; Dao et al. 2023,
+Flash-Decoding, for the parts.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from flashtile.kernels.triton.containment import add_contained, any_not_finite
+from flashtile.kernels.triton.language import LN2, LOG2E, MINUS_INF, add_product, number, product, rounded
+from flashtile.kernels.triton.rows import key_limits, locate
+
+
+@triton.jit
+def forward(
+    q, k, v, o, lse, odd,
+    q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, o_b, o_h, o_s, o_d,
+    o_split, lse_split,
+    first, heads, group, q_len, kv_len, head_size, value_size, query_tiles, splits, split_keys,
+    scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, sinks, captures,
+    SCORE: tl.constexpr, MASK: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr,
+    VALUE: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr,
+    BAND: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, CONTAIN: tl.constexpr,
+):  # fmt: skip
+    """Work items first, first + 1, ... one a program; see `specialisation.forward` for the arguments.
+
+    Shapes:  q (B, H, S_q, D), k (B, H_kv, S_kv, D), v (B, H_kv, S_kv, D_v) -> o (B, H, S_q, D_v), lse (B, H, S_q); for
+             a partial result these for every part. Strides in elements.
+    Units:   lse and sinks in nats; scale has the bits of a double.
+    Two launches make a call. The first marks in odd (work items,) those whose sums are not all finite, and leaves
+    their o and lse as they were; the second, CONTAIN, computes just these (containment.py).
+    """
+    ACC: tl.constexpr = lse.dtype.element_ty
+    item = first + tl.program_id(0)
+    odd += item
+    if CONTAIN and tl.load(odd) == 0:
+        return
+    split = item % splits
+    tile = item // splits % query_tiles
+    if BAND:  # later rows see more keys of a causal call: start with what takes longest
+        tile = query_tiles - 1 - tile
+    b, h, kv, i, inside = locate(item // splits // query_tiles, tile, heads, group, q_len, TILE_Q, PACKED)
+    begin = split * split_keys
+    end = tl.minimum(begin + split_keys, kv_len)
+    low, high = key_limits(i, b, begin, end, left, right, offset, offsets, BAND)
+
+    batch, head, row = b.to(tl.int64), h.to(tl.int64), i.to(tl.int64)
+    d, dv, n = tl.arange(0, HEAD), tl.arange(0, VALUE), tl.arange(0, TILE_K).to(tl.int64)
+    columns = dv < value_size
+    q_rows = q + batch * q_b + head * q_h + row * q_s
+    o_rows = o + split.to(tl.int64) * o_split + batch * o_b + head * o_h + row * o_s
+    lse_rows = lse + split.to(tl.int64) * lse_split + (batch * heads + head) * q_len + row
+    k += batch * k_b + kv.to(tl.int64) * k_h
+    v += batch * v_b + kv.to(tl.int64) * v_h
+    keys = k + n[None, :] * k_s + d[:, None].to(tl.int64) * k_d  # the first tile; others are a multiple of k_s away
+    values = v + n[:, None] * v_s + dv[None, :].to(tl.int64) * v_d
+
+    query = tl.load(
+        q_rows[:, None] + d[None, :].to(tl.int64) * q_d, mask=inside[:, None] & (d < head_size)[None, :], other=0.0
+    )
+    query = rounded(query, OPERAND)
+    factor = number(scale, ACC)
+    if SCORE is None:
+        factor *= tl.full((), LOG2E, ACC)
+    table_row = 0 if MASK is None else 2 * (b * rows_b + _head_of_table(h, rows_h, PACKED) + tile)
+    inputs = (query, keys, values, factor, low, high, begin, end, b, h, i)
+    where = (rows, runs, table_row, captures)
+    sizes = (k_s.to(tl.int64), v_s.to(tl.int64), kv_len, head_size, value_size)
+    top, total, acc = _start(o_rows, lse_rows, o_d, inside, columns, STATE, TILE_Q, VALUE, ACC)
+    top, total, acc = _sweep(
+        top, total, acc, inputs, where, sizes,
+        SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE, PACKED, ACC, CONTAIN,
+    )  # fmt: skip
+    if not CONTAIN:
+        bad = any_not_finite(acc)
+        tl.store(odd, bad)
+        inside = inside & (tl.broadcast_to(bad, [TILE_Q]) == 0)
+
+    own = tl.full((), 1.0, ACC)
+    if sinks is not None:
+        sink = tl.load(sinks + b * heads + h) * tl.full((), LOG2E, ACC)
+        highest = tl.maximum(top, sink)
+        reference = tl.where(highest == MINUS_INF, 0.0, highest)
+        own = tl.exp2(top - reference)
+        total = total * own + tl.exp2(sink - reference)
+        top = reference
+    seen = total != 0.0
+    total = tl.where(seen, total, 1.0)
+    acc = tl.where(seen[:, None], acc * (own / total)[:, None], 0.0)
+    log_sum = (top + tl.log2(total)) * tl.full((), LN2, ACC)
+    out = o_rows[:, None] + dv[None, :].to(tl.int64) * o_d
+    tl.store(out, rounded(acc, o.dtype.element_ty), mask=inside[:, None] & columns[None, :])
+    tl.store(lse_rows, tl.where(seen, log_sum, MINUS_INF), mask=inside)
+
+
+@triton.jit
+def _head_of_table(h, rows_h, PACKED: tl.constexpr):
+    """Rows of the coverage table before a head's; packed heads share one."""
+    if PACKED:
+        return 0
+    else:
+        return h * rows_h
+
+
+@triton.jit
+def _start(
+    o, lse, o_d, inside, columns, STATE: tl.constexpr, TILE_Q: tl.constexpr, VALUE: tl.constexpr, ACC: tl.constexpr
+):
+    """The softmax's state before the first key: maximum (in units of log 2), sum, outputs; or the state carried in.
+
+    A carried output is normalised, so its sum of weights is 1 at a maximum of lse; no key yet: -inf and 0.
+    """
+    if STATE == "carried":
+        before = tl.load(lse, mask=inside, other=MINUS_INF)
+        at = o[:, None] + tl.arange(0, VALUE)[None, :].to(tl.int64) * o_d
+        acc = tl.load(at, mask=inside[:, None] & columns[None, :], other=0.0)
+        return before * tl.full((), LOG2E, ACC), tl.where(before == MINUS_INF, 0.0, 1.0).to(ACC), acc
+    else:
+        top = tl.full([TILE_Q], MINUS_INF, ACC)
+        return top, tl.zeros([TILE_Q], ACC), tl.zeros([TILE_Q, VALUE], ACC)
+
+
+@triton.jit
+def _sweep(
+    top, total, acc, inputs, where, sizes,
+    SCORE: tl.constexpr, MASK: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr,
+    VALUE: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr,
+    PACKED: tl.constexpr, ACC: tl.constexpr, CONTAIN: tl.constexpr,
+):  # fmt: skip
+    """Every key tile that some row sees: first those that all rows see whole, then the others."""
+    if MASK is None:
+        low, high = inputs[4], inputs[5]
+        touched = tl.min(low, 0) // TILE_K * TILE_K
+        stop = tl.max(high, 0)
+        full_from = tl.cdiv(tl.max(low, 0), TILE_K) * TILE_K
+        full_to = tl.min(high, 0) // TILE_K * TILE_K
+        whole = full_to > full_from
+        for n0 in range(full_from, full_to, TILE_K):
+            top, total, acc = _key_tile(
+                top, total, acc, n0, inputs, where, sizes, True,
+                SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE, PACKED, ACC, CONTAIN,
+            )  # fmt: skip
+        before = tl.cdiv(tl.maximum(tl.where(whole, full_from, stop) - touched, 0), TILE_K)
+        resume = tl.where(whole, full_to, stop)
+        after = tl.cdiv(tl.maximum(stop - resume, 0), TILE_K)
+        for t in range(0, before + after):
+            n0 = tl.where(t < before, touched + t * TILE_K, resume + (t - before) * TILE_K)
+            top, total, acc = _key_tile(
+                top, total, acc, n0, inputs, where, sizes, False,
+                SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE, PACKED, ACC, CONTAIN,
+            )  # fmt: skip
+    else:  # the plan's table says where, see tables.py
+        begin, end = inputs[6], inputs[7]
+        rows, runs = where[0] + where[2], where[1]
+        for run in range(tl.load(rows), tl.load(rows + 1)):
+            start = tl.maximum(tl.load(runs + 2 * run), begin)
+            stop = tl.minimum(tl.load(runs + 2 * run + 1), end)
+            for n0 in range(start, stop, TILE_K):
+                top, total, acc = _key_tile(
+                    top, total, acc, n0, inputs, where, sizes, True,
+                    SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE, PACKED, ACC, CONTAIN,
+                )  # fmt: skip
+        for run in range(tl.load(rows + 1), tl.load(rows + 2)):
+            start = tl.maximum(tl.load(runs + 2 * run), begin)
+            stop = tl.minimum(tl.load(runs + 2 * run + 1), end)
+            for n0 in range(start, stop, TILE_K):
+                top, total, acc = _key_tile(
+                    top, total, acc, n0, inputs, where, sizes, False,
+                    SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE, PACKED, ACC, CONTAIN,
+                )  # fmt: skip
+    return top, total, acc
+
+
+@triton.jit
+def _key_tile(
+    top, total, acc, n0, inputs, where, sizes, FULL: tl.constexpr,
+    SCORE: tl.constexpr, MASK: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr,
+    VALUE: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr,
+    PACKED: tl.constexpr, ACC: tl.constexpr, CONTAIN: tl.constexpr,
+):  # fmt: skip
+    """One key tile: s = q k^T, the online softmax, acc += p v. FULL: every row sees every key of it."""
+    query, keys, values, factor, low, high, begin, end, b, h, i = inputs
+    k_s, v_s, kv_len, head_size, value_size = sizes
+    j = n0 + tl.arange(0, TILE_K)
+    d, dv = tl.arange(0, HEAD), tl.arange(0, VALUE)
+    key = _load(keys + n0 * k_s, (d < head_size)[:, None], (j < kv_len)[None, :], WHOLE, FULL)
+    s = product(query, rounded(key, OPERAND), ACC, PRECISION)  # (TILE_Q, TILE_K)
+
+    if SCORE is None and FULL:  # scaled in the exponent, where a multiply-add takes it
+        largest = tl.min(s, 1) if NEGATIVE else tl.max(s, 1)
+        new = tl.maximum(top, largest * factor)
+        reference = tl.where(new == MINUS_INF, 0.0, new)
+        p = tl.exp2(s * factor - reference[:, None])
+        s *= factor
+    else:
+        s *= factor
+        place_h, place_i, place_j = h, i[:, None], j[None, :]
+        if PACKED:
+            place_h = h[:, None]
+        if not FULL:  # the program reads its arrays within their bounds
+            place_j = tl.minimum(place_j, kv_len - 1)
+        if SCORE is not None:
+            s = SCORE(s, b, place_h, place_i, place_j, where[3], ACC) * tl.full((), LOG2E, ACC)
+        if not FULL:
+            seen = (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
+            if MASK is not None:
+                seen = seen & MASK(s, b, place_h, place_i, place_j, where[3], ACC)
+            s = tl.where(seen, s, MINUS_INF)
+        s = tl.broadcast_to(s, [TILE_Q, TILE_K])
+        new = tl.maximum(top, tl.max(s, 1))
+        reference = tl.where(new == MINUS_INF, 0.0, new)  # -inf - -inf would be NaN
+        p = tl.exp2(s - reference[:, None])
+
+    shrink = tl.exp2(top - reference)
+    total = total * shrink + tl.sum(p, 1)
+    acc = acc * shrink[:, None]
+    value = _load(values + n0 * v_s, (j < kv_len)[:, None], (dv < value_size)[None, :], FULL, WHOLE)
+    value = rounded(value, OPERAND)
+    if CONTAIN:
+        acc = add_contained(rounded(p, OPERAND), value, s != MINUS_INF, acc, ACC, PRECISION)
+    else:
+        acc = add_product(rounded(p, OPERAND), value, acc, ACC, PRECISION)
+    return new, total, acc
+
+
+@triton.jit
+def _load(at, first, second, ALL_FIRST: tl.constexpr, ALL_SECOND: tl.constexpr):
+    """A tile of K or V, 0 outside; a condition on an axis that always holds costs nothing."""
+    if ALL_FIRST and ALL_SECOND:
+        return tl.load(at)
+    elif ALL_FIRST:
+        return tl.load(at, mask=second, other=0.0)
+    elif ALL_SECOND:
+        return tl.load(at, mask=first, other=0.0)
+    else:
+        return tl.load(at, mask=first & second, other=0.0)

@@ -1,0 +1,60 @@
+"""Triton's interpreter as a device: kernels run on arrays in CPU memory, where they lie, when TRITON_INTERPRET=1.
+
+It is for tests and for looking at kernels, thousands of times slower than a GPU. Triton decides when it is first
+imported whether it interprets; the environment variable must be set by then.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from flashtile.kernels.triton import jit
+from flashtile.kernels.triton.device import Placed, Pointer
+from flashtile.kernels.triton.specialisation import Specialisation
+
+_TORCH = {
+    "fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
+    "i8": torch.int8, "i16": torch.int16, "i32": torch.int32, "i64": torch.int64,
+    "u8": torch.uint8, "u16": torch.uint16, "u32": torch.uint32, "u64": torch.uint64,
+}  # fmt: skip
+
+# While a kernel is interpreted, Triton's language is patched for the whole process.
+_one_at_a_time = threading.Lock()
+
+
+class Interpreter:
+    """A `device.Device` in CPU memory."""
+
+    def empty(self, count: int, element: str) -> Pointer:
+        memory = torch.empty(max(count, 1), dtype=_TORCH[element])
+        return Pointer(memory.data_ptr(), element, memory)
+
+    def place(self, array: np.ndarray, element: str) -> Placed:
+        if any(stride % array.itemsize for stride in array.strides):
+            array = array.copy()
+        strides = tuple(stride // array.itemsize for stride in array.strides)
+        return Placed(Pointer(array.ctypes.data, element, array), strides)
+
+    def launch(self, specialisation: Specialisation, grid: int, values: Mapping[str, Any]) -> None:
+        arguments = jit.constants(specialisation)
+        for name in specialisation.names:
+            value = values[name]
+            arguments[name] = tuple(map(_argument, value)) if type(value) is tuple else _argument(value)
+        with _one_at_a_time, np.errstate(all="ignore"):  # inf and NaN are answers here, and int32 wraps
+            jit.FUNCTIONS[specialisation.kernel][(grid,)](**arguments)
+
+
+def _argument(value: int | Pointer) -> Any:
+    """A pointer as the interpreter takes it: a tensor that begins there. It never looks beyond the address."""
+    if not isinstance(value, Pointer):
+        return value
+    dtype = _TORCH[value.element]
+    if not value.address:  # an empty array of no memory
+        return torch.empty(1, dtype=dtype)
+    return torch.frombuffer((ctypes.c_char * dtype.itemsize).from_address(value.address), dtype=dtype)

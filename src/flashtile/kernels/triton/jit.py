@@ -1,0 +1,44 @@
+"""From a `Specialisation` to what Triton takes: the function, its constants, and the source for its compiler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton.language as tl
+
+from flashtile.kernels.triton import forward, merge, program, vanilla
+from flashtile.kernels.triton.specialisation import Specialisation
+
+FUNCTIONS: dict[str, Any] = {
+    "forward": forward.forward,
+    "merge": merge.merge,
+    "scores": vanilla.scores,
+    "softmax": vanilla.softmax,
+    "output": vanilla.output,
+}
+
+_TYPES = {"fp64": tl.float64, "fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}
+
+
+def constants(specialisation: Specialisation) -> dict[str, Any]:
+    """The compile-time parameters by name: functions in place of SCORE and MASK, a Triton type as OPERAND."""
+    code = specialisation.code
+    values: dict[str, Any] = dict(specialisation.constants)
+    for name, function in (("SCORE", program.score_function), ("MASK", program.mask_function)):
+        if name in values:
+            values[name] = function(code) if values[name] and code is not None else None
+    if "OPERAND" in values:
+        values["OPERAND"] = _TYPES[values["OPERAND"]]
+    return values
+
+
+def source_of(specialisation: Specialisation) -> Any:
+    """The `triton.compiler.ASTSource` of a kernel; `triton.compile` takes it with num_warps and num_stages."""
+    from triton.compiler import ASTSource
+
+    function = FUNCTIONS[specialisation.kernel]
+    known, types = constants(specialisation), dict(specialisation.signature)
+    signature = {name: types.get(name, "constexpr") for name in function.arg_names}
+    place = {name: n for n, name in enumerate(function.arg_names)}
+    attributes = {(place[name],): [["tt.divisibility", 16]] for name in specialisation.divisible}
+    return ASTSource(function, signature, constexprs=known, attrs=attributes)

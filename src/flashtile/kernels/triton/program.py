@@ -1,0 +1,51 @@
+"""A score program as functions that Triton kernels call."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import linecache
+from typing import TYPE_CHECKING, Any
+
+import triton
+import triton.language as tl
+
+from flashtile.kernels.triton import functions, language
+from flashtile.score.triton_source import function_source
+
+if TYPE_CHECKING:
+    from flashtile.score.code import Code
+    from flashtile.score.expr import Expr
+
+
+@functools.cache
+def score_function(code: Code) -> Any:
+    """The function (s, b, h, i, j, captures, ACC) -> score in ACC; None where scores stay as they are."""
+    return None if code.score is None else function_of("score", code.score, code.slots)
+
+
+@functools.cache
+def mask_function(code: Code) -> Any:
+    """The function (s, b, h, i, j, captures, ACC) -> bool; None where every key is visible. s is not read."""
+    return None if code.mask is None else function_of("mask", code.mask, code.slots)
+
+
+def function_of(name: str, root: Expr, slots: Any) -> Any:
+    """An expression as a Triton function.
+
+    Triton reads a function's source anew from its file. The file of this one exists in `linecache` alone, which is
+    where Python itself keeps the text of tracebacks and of the interactive prompt.
+    """
+    source = function_source(name, root, slots)
+    file = f"<flashtile {name} {hashlib.sha256(source.encode()).hexdigest()[:16]}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    scope = {**_callable_names(), "tl": tl, "__name__": f"{__name__}.{name}"}
+    exec(compile(source, file, "exec"), scope)
+    return triton.jit(scope[name])
+
+
+@functools.cache
+def _callable_names() -> dict[str, Any]:
+    """What the source may call: functions.py, and how it reads numbers."""
+    calls = {name: value for name, value in vars(functions).items() if hasattr(value, "fn")}
+    return {**calls, "number": language.number}

@@ -1,0 +1,322 @@
+"""What a Triton kernel is compiled for: a frozen value from which compiler, manifest and launcher all work.
+
+Lengths, head sizes within one power of two, strides, scale, window, offsets and captured values are run-time arguments.
+A `Specialisation` says what is left: which kernel, the types of its run-time arguments in order, its compile-time
+constants, which arguments are known to be multiples of 16, and how many warps and pipeline stages. It imports nothing
+of Triton; `jit.py` turns it into a function and the dictionaries that `triton.compile` takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from flashtile.dtypes import DTYPES
+
+if TYPE_CHECKING:
+    from flashtile.score.capture import Slot
+    from flashtile.score.code import Code
+    from flashtile.spec import AttentionSpec
+
+# Triton's names of element types.
+ELEMENTS = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+# The type that a precision request on fp32 inputs gives to the operands of the two products, in Triton's names.
+OPERANDS = {"ieee": "fp32", "tf32": "fp32", "bf16": "bf16", "fp16": "fp16"}
+
+# What a forward kernel leaves in o and lse, and finds there.
+FINISHED = "finished"  # the result: o in the storage type, sinks included
+PARTIAL = "partial"  # (o normalised, lse) in accumulators, of one part of the keys or of several
+CARRIED = "carried"  # the same, continuing the state that o and lse already hold
+STATES = (FINISHED, PARTIAL, CARRIED)
+
+Type = str | tuple[str, ...]  # of an argument: "i32", "i64", "*bf16", ...; a tuple's elements follow one another
+Constant = bool | int | str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How a kernel is laid out on a machine: query rows and keys of a tile, warps of a program, pipeline stages."""
+
+    tile_q: int
+    tile_k: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What is known of the arrays q, k, v, o of a call when its kernel is compiled.
+
+    contiguous  every innermost stride is 1
+    aligned     every address is a multiple of 16 bytes and every other stride of 16 elements
+    """
+
+    contiguous: bool = True
+    aligned: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Specialisation:
+    """One compiled kernel.
+
+    kernel      name of the kernel: its function is `jit.FUNCTIONS[kernel]`
+    signature   (name, Triton type) of every run-time argument, in the order in which they are passed; a tuple of types
+                is an argument whose elements are passed one after the other
+    constants   (name, value) of every other parameter; None stands for an argument that this variant does not read
+    divisible   names of the arguments that are multiples of 16 (addresses in bytes, integers as they are)
+    code        the score program that SCORE and MASK are made of, or None
+    """
+
+    kernel: str
+    signature: tuple[tuple[str, Type], ...]
+    constants: tuple[tuple[str, Constant], ...]
+    divisible: tuple[str, ...]
+    num_warps: int
+    num_stages: int
+    code: Code | None = field(default=None)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The run-time arguments in order."""
+        return tuple(name for name, _ in self.signature)
+
+    def flat_types(self) -> tuple[str, ...]:
+        """The types of what is really passed, tuples opened."""
+        return tuple(t for _, types in self.signature for t in ((types,) if isinstance(types, str) else types))
+
+    def flat_values(self, values: Mapping[str, object]) -> tuple[object, ...]:
+        """The values of a launch in the order of `flat_types`."""
+        flat: list[object] = []
+        for name, types in self.signature:
+            value = values[name]
+            flat += [value] if isinstance(types, str) else value  # type: ignore[arg-type]
+        return tuple(flat)
+
+
+def padded(size: int) -> int:
+    """The power of two, 16 at least, that a head size is computed as: columns beyond it are masked."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def capture_types(slots: Iterable[Slot]) -> tuple[str, ...]:
+    """What the captured values of a program are passed as.
+
+    A number is one integer: an int32, or the bits of a double. An array is its address, then for each axis its length
+    (i32) and its stride in elements (i64). A bool array is read as bytes.
+    """
+    types: list[str] = []
+    for slot in slots:
+        if slot.rank < 0:
+            types.append("i32" if slot.type == "int" else "i64")
+        else:
+            types += ["*" + pointee(slot.element), *("i32", "i64") * slot.rank]
+    return tuple(types)
+
+
+def pointee(element: str) -> str:
+    """Triton's name of a captured array's elements."""
+    return _POINTEES.get(element, element)
+
+
+_POINTEES = {"bool": "u8", "f16": "fp16", "bf16": "bf16", "f32": "fp32", "f64": "fp64"}
+
+_AXES = "bhsd"
+
+
+def forward(
+    spec: AttentionSpec,
+    tile: Tile,
+    *,
+    state: str = FINISHED,
+    packed: bool = False,
+    contain: bool = False,
+    memory: Memory = Memory(),
+) -> Specialisation:
+    """The flash forward kernel (forward.py) of a call.
+
+    state    FINISHED, PARTIAL or CARRIED: what o and lse hold before and after
+    packed   a tile of queries holds the rows of all query heads that share a key/value head
+    contain  the second launch of a call, which computes the work items that the first has marked as not finite
+    """
+    element, accumulator = _elements(spec)
+    written = element if state == FINISHED else accumulator
+    arguments: dict[str, Type | None] = {
+        "q": f"*{element}",
+        "k": f"*{element}",
+        "v": f"*{element}",
+        "o": f"*{written}",
+        "lse": f"*{accumulator}",
+        "odd": "*i32",
+        **_strides("qkvo", memory),
+        "o_split": "i64",
+        "lse_split": "i64",
+        **_sizes("first", "heads", "group", "q_len", "kv_len", "head_size", "value_size"),
+        **_sizes("query_tiles", "splits", "split_keys"),
+        "scale": "i64",
+        **_band(spec),
+        **_tables(spec),
+        "sinks": f"*{accumulator}" if spec.sinks and state == FINISHED else None,
+        "captures": _captures(spec.program),
+    }
+    constants: dict[str, Constant] = {
+        **_program(spec.program),
+        **_shapes(spec, tile),
+        "NEGATIVE": spec.scale < 0,
+        "BAND": spec.band is not None,
+        "STATE": state,
+        "PACKED": packed,
+        "CONTAIN": contain,
+    }
+    return _specialisation("forward", arguments, constants, memory, tile, spec.program)
+
+
+def merge(spec: AttentionSpec, tile: Tile, *, finished: bool = True, memory: Memory = Memory()) -> Specialisation:
+    """The kernel that merges partial results over parts of the keys, in order (merge.py).
+
+    finished  o is written in the storage type, sinks included; else the result is a partial again
+    """
+    element, accumulator = _elements(spec)
+    arguments: dict[str, Type | None] = {
+        "parts_o": f"*{accumulator}",
+        "parts_lse": f"*{accumulator}",
+        "o": f"*{element if finished else accumulator}",
+        "lse": f"*{accumulator}",
+        **_strides("o", memory),
+        "o_split": "i64",
+        "lse_split": "i64",
+        **_sizes("first", "heads", "q_len", "value_size", "query_tiles", "splits"),
+        "sinks": f"*{accumulator}" if spec.sinks and finished else None,
+    }
+    constants: dict[str, Constant] = {"TILE_Q": tile.tile_q, "VALUE": padded(spec.value_size)}
+    return _specialisation("merge", arguments, constants, memory, tile)
+
+
+def scores(spec: AttentionSpec, tile: Tile, *, memory: Memory = Memory()) -> Specialisation:
+    """Stage one of the unfused baseline (vanilla.py): scores, changed and masked, stored."""
+    element, _ = _elements(spec)
+    arguments: dict[str, Type | None] = {
+        "q": f"*{element}",
+        "k": f"*{element}",
+        "s": f"*{stored(spec)}",
+        **_strides("qk", memory),
+        **_sizes("first", "heads", "group", "q_len", "kv_len", "head_size", "query_tiles", "key_tiles"),
+        "scale": "i64",
+        **_band(spec),
+        "captures": _captures(spec.program),
+    }
+    constants: dict[str, Constant] = {**_program(spec.program), **_shapes(spec, tile, value=False)}
+    constants["BAND"] = spec.band is not None
+    return _specialisation("scores", arguments, constants, memory, tile, spec.program)
+
+
+def softmax(spec: AttentionSpec, tile: Tile) -> Specialisation:
+    """Stage two of the baseline: the weights of each row, stored, and its lse."""
+    _, accumulator = _elements(spec)
+    arguments: dict[str, Type | None] = {
+        "s": f"*{stored(spec)}",
+        "p": f"*{stored(spec)}",
+        "lse": f"*{accumulator}",
+        **_sizes("first", "q_len", "kv_len"),
+        "sinks": f"*{accumulator}" if spec.sinks else None,
+    }
+    return _specialisation("softmax", arguments, {"TILE_K": tile.tile_k}, Memory(aligned=False), tile)
+
+
+def output(spec: AttentionSpec, tile: Tile, *, memory: Memory = Memory()) -> Specialisation:
+    """Stage three of the baseline: the weighted sum of the values."""
+    element, _ = _elements(spec)
+    arguments: dict[str, Type | None] = {
+        "s": f"*{stored(spec)}",
+        "p": f"*{stored(spec)}",
+        "v": f"*{element}",
+        "o": f"*{element}",
+        **_strides("vo", memory),
+        **_sizes("first", "heads", "group", "q_len", "kv_len", "value_size", "query_tiles"),
+    }
+    shapes = _shapes(spec, tile)
+    constants = {name: shapes[name] for name in ("TILE_Q", "TILE_K", "VALUE", "OPERAND", "PRECISION")}
+    return _specialisation("output", arguments, constants, memory, tile)
+
+
+def stored(spec: AttentionSpec) -> str:
+    """The element type in which the baseline stores scores and weights: a 16-bit input's own, else the accumulator."""
+    element, accumulator = _elements(spec)
+    return element if DTYPES[spec.dtype].itemsize == 2 else accumulator
+
+
+def _elements(spec: AttentionSpec) -> tuple[str, str]:
+    """Triton's names of the storage type and the accumulator."""
+    return ELEMENTS[spec.dtype], ELEMENTS[DTYPES[spec.dtype].accumulator]
+
+
+def _strides(tensors: str, memory: Memory) -> dict[str, Type | None]:
+    """Strides in elements along (B, H, S, D); an innermost stride of 1 is a constant."""
+    return {f"{t}_{a}": None if a == "d" and memory.contiguous else "i64" for t in tensors for a in _AXES}
+
+
+def _sizes(*names: str) -> dict[str, Type | None]:
+    return dict.fromkeys(names, "i32")
+
+
+def _band(spec: AttentionSpec) -> dict[str, Type | None]:
+    """Distances of a band and what anchors it: a number, or one a batch."""
+    band, per_batch = spec.band is not None, spec.offset is None
+    return {
+        "left": "i64" if band else None,
+        "right": "i64" if band else None,
+        "offset": "i64" if band and not per_batch else None,
+        "offsets": "*i64" if band and per_batch else None,
+    }
+
+
+def _tables(spec: AttentionSpec) -> dict[str, Type | None]:
+    """The coverage of a mask program: see tables.py."""
+    masked = spec.program is not None and spec.program.mask is not None
+    types = {"rows": "*i32", "runs": "*i32", "rows_b": "i32", "rows_h": "i32"}
+    return {name: t if masked else None for name, t in types.items()}
+
+
+def _captures(code: Code | None) -> Type | None:
+    return capture_types(code.slots) if code is not None and code.slots else None
+
+
+def _program(code: Code | None) -> dict[str, Constant]:
+    """SCORE and MASK say whether there is such an expression; jit.py puts the function in its place."""
+    return {"SCORE": code is not None and code.score is not None, "MASK": code is not None and code.mask is not None}
+
+
+def _shapes(spec: AttentionSpec, tile: Tile, *, value: bool = True) -> dict[str, Constant]:
+    head, width = padded(spec.head_size), padded(spec.value_size)
+    whole = spec.head_size == head and (spec.value_size == width or not value)
+    element, _ = _elements(spec)
+    return {
+        "TILE_Q": tile.tile_q,
+        "TILE_K": tile.tile_k,
+        "HEAD": head,
+        **({"VALUE": width} if value else {}),
+        "WHOLE": whole,
+        "OPERAND": OPERANDS[spec.precision] if element == "fp32" else element,
+        "PRECISION": "tf32" if spec.precision == "tf32" else "ieee",
+    }
+
+
+def _specialisation(
+    kernel: str,
+    arguments: Mapping[str, Type | None],
+    constants: Mapping[str, Constant],
+    memory: Memory,
+    tile: Tile,
+    code: Code | None = None,
+) -> Specialisation:
+    """Arguments without a type become constants: an innermost stride is 1, anything else is not there."""
+    passed = tuple((name, t) for name, t in arguments.items() if t is not None)
+    absent = {name: 1 if name.endswith("_d") else None for name, t in arguments.items() if t is None}
+    aligned = tuple(name for name, _ in passed if name in _ALIGNED) if memory.aligned else ()
+    return Specialisation(
+        kernel, passed, (*absent.items(), *constants.items()), aligned, tile.num_warps, tile.num_stages, code
+    )
+
+
+_ALIGNED = frozenset(("q", "k", "v", "o", *(f"{t}_{a}" for t in "qkvo" for a in "bhs")))

@@ -1,0 +1,41 @@
+"""Where a mask program lets a tile of queries look: its coverage, as two arrays that the kernel walks.
+
+    rows  int32 (2 n + 1,)  n tiles of queries, by batch, head and tile: runs rows[2 r] : rows[2 r + 1] of tile r are
+                            FULL, runs rows[2 r + 1] : rows[2 r + 2] are PARTIAL
+    runs  int32 (m, 2)      keys [start, stop) of each run; a FULL run is whole key tiles
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from flashtile.score.coverage import FULL, PARTIAL, Coverage
+
+
+class Table(NamedTuple):
+    rows: np.ndarray
+    runs: np.ndarray
+    rows_b: int  # tiles of queries from one batch to the next, 0 where one map serves all
+    rows_h: int
+
+
+def table_of(coverage: Coverage) -> Table:
+    """The table of a coverage. A FULL run that ends within a key tile gives it up: the tile is not whole."""
+    row = np.repeat(np.arange(len(coverage.indptr) - 1), np.diff(coverage.indptr))
+    start, stop, full = coverage.start, coverage.stop, coverage.kind == FULL
+    whole = np.where(full, stop // coverage.tile_k * coverage.tile_k, stop)
+    ragged = full & (whole < stop)
+    row = np.concatenate([row, row[ragged]])
+    start, stop = np.concatenate([start, whole[ragged]]), np.concatenate([whole, stop[ragged]])
+    kind = np.concatenate([coverage.kind, np.full(ragged.sum(), PARTIAL, coverage.kind.dtype)])
+    there = start < stop
+    row, start, stop, kind = row[there], start[there], stop[there], kind[there]
+    group = 2 * row + (kind != FULL)
+    order = np.lexsort((start, group))
+    batches, heads, tiles, _ = coverage.shape
+    rows = np.zeros(2 * batches * heads * tiles + 1, np.int32)
+    np.cumsum(np.bincount(group, minlength=len(rows) - 1), out=rows[1:])
+    runs = np.stack([start[order], stop[order]], 1).astype(np.int32)
+    return Table(rows, runs, heads * tiles if batches > 1 else 0, tiles if heads > 1 else 0)

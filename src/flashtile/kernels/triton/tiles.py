@@ -1,0 +1,232 @@
+"""Tile configurations: one table, a row for each architecture, kind of operand and head size.
+
+Each row was chosen from what the compiled kernel uses (`flashtile aot` prints it): no spills, shared memory within the
+device's, and as many warps as tensor cores of the architecture want. Speed was not measured: no GPU was at hand.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import NamedTuple
+
+from flashtile.errors import UnavailableError
+from flashtile.kernels.triton.specialisation import Tile, padded
+from flashtile.spec import AttentionSpec
+
+# The architecture of Triton's interpreter: a tile costs the same there whatever its size, so few large ones are fast,
+# but tests look at small problems.
+INTERPRETER = "interpreter"
+
+MAX_HEAD_SIZE = 256
+
+
+class Row(NamedTuple):
+    """A tile, and the most that its forward kernels use, with a band or without, by compiling them with Triton 3.9
+    (tests/triton/test_triton_code.py holds the numbers against the machine code)."""
+
+    tile: Tile
+    registers: int
+    spills: int  # instructions that store to the stack or load from it
+    shared: int  # bytes
+    contained_spills: int  # of the second launch, which runs for data that is not finite only
+
+
+def row(
+    queries: int, keys: int, warps: int, stages: int, registers: int, spills: int, shared: int, contained: int
+) -> Row:
+    """A row as it stands in the table."""
+    return Row(Tile(queries, keys, warps, stages), registers, spills, shared, contained)
+
+
+# Rows by architecture and kind of operand, for head sizes up to 64, 128 and 256.
+HEADS = (64, 128, MAX_HEAD_SIZE)
+
+TABLE: dict[tuple[str, str], tuple[Row, Row, Row]] = {
+    #                           queries keys warps stages, registers, spills, shared, spills of the contained launch
+    ("sm_80", "bfloat16"): (
+        row(128, 64, 4, 2, 0, 0, 0, 0),
+        row(128, 64, 8, 2, 0, 0, 0, 0),
+        row(32, 32, 8, 2, 0, 0, 0, 0),
+    ),
+    ("sm_80", "float16"): (
+        row(128, 64, 4, 2, 0, 0, 0, 0),
+        row(128, 64, 8, 2, 0, 0, 0, 0),
+        row(32, 32, 8, 2, 0, 0, 0, 0),
+    ),
+    ("sm_80", "float32"): (
+        row(32, 32, 4, 2, 0, 0, 0, 0),
+        row(32, 32, 8, 2, 0, 0, 0, 0),
+        row(32, 16, 8, 1, 0, 0, 0, 0),
+    ),
+    ("sm_80", "float32 tf32"): (
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(32, 32, 8, 1, 0, 0, 0, 0),
+    ),
+    ("sm_80", "float32 bf16"): (
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(32, 32, 8, 1, 0, 0, 0, 0),
+    ),
+    ("sm_80", "float32 fp16"): (
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(32, 32, 8, 1, 0, 0, 0, 0),
+    ),
+    ("sm_80", "float64"): (
+        row(64, 32, 8, 2, 0, 0, 0, 0),
+        row(32, 32, 8, 1, 0, 0, 0, 0),
+        row(16, 16, 8, 1, 0, 0, 0, 0),
+    ),
+    ("sm_90", "bfloat16"): (
+        row(128, 128, 8, 2, 0, 0, 0, 0),
+        row(128, 64, 8, 3, 0, 0, 0, 0),
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+    ),
+    ("sm_90", "float16"): (
+        row(128, 128, 8, 2, 0, 0, 0, 0),
+        row(128, 64, 8, 3, 0, 0, 0, 0),
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+    ),
+    ("sm_90", "float32"): (
+        row(32, 32, 4, 2, 0, 0, 0, 0),
+        row(32, 16, 4, 2, 0, 0, 0, 0),
+        row(32, 16, 8, 1, 0, 0, 0, 0),
+    ),
+    ("sm_90", "float32 tf32"): (
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(64, 16, 8, 2, 0, 0, 0, 0),
+    ),
+    ("sm_90", "float32 bf16"): (
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(64, 16, 8, 2, 0, 0, 0, 0),
+    ),
+    ("sm_90", "float32 fp16"): (
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(64, 16, 8, 2, 0, 0, 0, 0),
+    ),
+    ("sm_90", "float64"): (
+        row(64, 32, 8, 2, 0, 0, 0, 0),
+        row(32, 32, 8, 1, 0, 0, 0, 0),
+        row(16, 16, 8, 1, 0, 0, 0, 0),
+    ),
+    ("sm_100", "bfloat16"): (
+        row(128, 128, 8, 2, 0, 0, 0, 0),
+        row(128, 64, 8, 2, 0, 0, 0, 0),
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+    ),
+    ("sm_100", "float16"): (
+        row(128, 128, 8, 2, 0, 0, 0, 0),
+        row(128, 64, 8, 2, 0, 0, 0, 0),
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+    ),
+    ("sm_100", "float32"): (
+        row(32, 32, 4, 2, 0, 0, 0, 0),
+        row(32, 16, 4, 2, 0, 0, 0, 0),
+        row(32, 16, 8, 1, 0, 0, 0, 0),
+    ),
+    ("sm_100", "float32 tf32"): (
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(64, 16, 8, 2, 0, 0, 0, 0),
+    ),
+    ("sm_100", "float32 bf16"): (
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(64, 32, 8, 1, 0, 0, 0, 0),
+    ),
+    ("sm_100", "float32 fp16"): (
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(128, 32, 8, 2, 0, 0, 0, 0),
+        row(64, 32, 8, 1, 0, 0, 0, 0),
+    ),
+    ("sm_100", "float64"): (
+        row(64, 32, 8, 2, 0, 0, 0, 0),
+        row(32, 32, 8, 1, 0, 0, 0, 0),
+        row(16, 16, 8, 1, 0, 0, 0, 0),
+    ),
+    ("gfx942", "bfloat16"): (
+        row(128, 64, 4, 2, 0, 0, 0, 0),
+        row(128, 32, 8, 1, 0, 0, 0, 0),
+        row(64, 16, 8, 1, 0, 0, 0, 0),
+    ),
+    ("gfx942", "float16"): (
+        row(128, 64, 4, 2, 0, 0, 0, 0),
+        row(128, 32, 8, 1, 0, 0, 0, 0),
+        row(64, 16, 8, 1, 0, 0, 0, 0),
+    ),
+    ("gfx942", "float32"): (
+        row(64, 32, 4, 1, 0, 0, 0, 0),
+        row(64, 32, 8, 1, 0, 0, 0, 0),
+        row(32, 16, 8, 1, 0, 0, 0, 0),
+    ),
+    ("gfx942", "float32 tf32"): (
+        row(64, 32, 4, 1, 0, 0, 0, 0),
+        row(64, 16, 4, 1, 0, 0, 0, 0),
+        row(32, 16, 8, 1, 0, 0, 0, 0),
+    ),
+    ("gfx942", "float32 bf16"): (
+        row(64, 32, 4, 1, 0, 0, 0, 0),
+        row(64, 16, 4, 1, 0, 0, 0, 0),
+        row(32, 16, 8, 1, 0, 0, 0, 0),
+    ),
+    ("gfx942", "float32 fp16"): (
+        row(64, 32, 4, 1, 0, 0, 0, 0),
+        row(64, 16, 4, 1, 0, 0, 0, 0),
+        row(32, 16, 8, 1, 0, 0, 0, 0),
+    ),
+    ("gfx942", "float64"): (
+        row(32, 32, 4, 1, 0, 0, 0, 0),
+        row(32, 16, 8, 1, 0, 0, 0, 0),
+        row(16, 16, 8, 1, 0, 0, 0, 0),
+    ),
+}
+
+# Other architectures, by a pattern: whose rows they take. Rows of sm_80 fit into 99 KB of shared memory, which is what
+# sm_86, sm_89 and sm_120 have.
+FALLBACK = (
+    (r"sm_8\d", "sm_80"),
+    (r"sm_9\d", "sm_90"),
+    (r"sm_1[01]\d", "sm_100"),
+    (r"sm_12\d", "sm_80"),
+    (r"gfx9[45].", "gfx942"),
+)
+
+# With so few rows a key/value head, they are the whole tile: the least that tensor cores take.
+FEW_ROWS = 16
+
+
+@functools.cache
+def rows_of(arch: str) -> str | None:
+    """The architecture whose rows another takes; None if there are none."""
+    return next((to for pattern, to in FALLBACK if re.fullmatch(pattern, arch)), None)
+
+
+def kind_of(spec: AttentionSpec) -> str:
+    """What the two products read, as in the table: a dtype, or float32 with a precision."""
+    return spec.dtype if spec.precision == "ieee" else f"{spec.dtype} {spec.precision}"
+
+
+def row_of(arch: str, kind: str, head_size: int) -> Row:
+    """The table's row of an architecture in FALLBACK; beyond the largest head size, that of the largest."""
+    place = next((n for n, most in enumerate(HEADS) if head_size <= most), -1)
+    rows = rows_of(arch)
+    if rows is None:
+        raise UnavailableError(f"no tile configuration for {arch}")
+    return TABLE[rows, kind][place]
+
+
+def forward_tile(spec: AttentionSpec, arch: str, few: bool = False) -> Tile:
+    """The tile of the forward kernel; with few rows a key/value head a tile holds no more than FEW_ROWS.
+
+    An architecture without rows gets those of sm_80; the family says that it does not compute there.
+    """
+    if arch == INTERPRETER:
+        return Tile(FEW_ROWS if few else 32, 32)
+    size = max(padded(spec.head_size), padded(spec.value_size))
+    tile = row_of(arch if rows_of(arch) else "sm_80", kind_of(spec), size).tile
+    return tile if not few else Tile(FEW_ROWS, tile.tile_k, 4, tile.num_stages)

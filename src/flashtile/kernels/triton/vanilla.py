@@ -1,0 +1,131 @@
+"""The baseline: unfused attention in three stages, each storing its whole S_q x S_kv result.
+
+This is what the fused kernel replaces and is measured against, in speed and in error. A 16-bit type rounds the stored
+scores and weights to that type.
+
+Source: Vaswani et al. 2017, Attention Is All You Need, section 3.2.1.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from flashtile.kernels.triton.containment import add_contained, any_not_finite
+from flashtile.kernels.triton.functions import divide, exp, log
+from flashtile.kernels.triton.language import MINUS_INF, add_product, number, product, rounded
+from flashtile.kernels.triton.rows import key_limits, locate
+
+
+@triton.jit
+def scores(
+    q, k, s, q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d,
+    first, heads, group, q_len, kv_len, head_size, query_tiles, key_tiles,
+    scale, left, right, offset, offsets, captures,
+    SCORE: tl.constexpr, MASK: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr,
+    WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    """Stage one, a tile a program: s = scale * q k^T, changed by the program, -inf where hidden.
+
+    Shapes:  q (B, H, S_q, D), k (B, H_kv, S_kv, D) -> s (B, H, S_q, S_kv), contiguous.
+    """
+    ACC: tl.constexpr = tl.float64 if q.dtype.element_ty == tl.float64 else tl.float32
+    item = first + tl.program_id(0)
+    tile = item // key_tiles % query_tiles
+    b, h, kv, i, inside = locate(item // key_tiles // query_tiles, tile, heads, group, q_len, TILE_Q, False)
+    j = item % key_tiles * TILE_K + tl.arange(0, TILE_K)
+    d = tl.arange(0, HEAD)
+    row, key, column = i.to(tl.int64), j.to(tl.int64), d.to(tl.int64)
+    batch, head = b.to(tl.int64), h.to(tl.int64)
+    q += batch * q_b + head * q_h + row[:, None] * q_s + column[None, :] * q_d
+    k += batch * k_b + kv.to(tl.int64) * k_h + key[None, :] * k_s + column[:, None] * k_d
+    queries = tl.load(q, mask=inside[:, None] & (d < head_size)[None, :], other=0.0)
+    keys = tl.load(k, mask=(j < kv_len)[None, :] & (d < head_size)[:, None], other=0.0)
+    x = product(rounded(queries, OPERAND), rounded(keys, OPERAND), ACC, PRECISION) * number(scale, ACC)
+    low, high = key_limits(i, b, kv_len * 0, kv_len, left, right, offset, offsets, BAND)
+    seen = (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
+    place = tl.minimum(j, kv_len - 1)[None, :]
+    if SCORE is not None:
+        x = SCORE(x, b, h, i[:, None], place, captures, ACC)
+    if MASK is not None:
+        seen = seen & MASK(x, b, h, i[:, None], place, captures, ACC)
+    x = tl.where(seen, x, MINUS_INF)
+    s += ((batch * heads + head) * q_len + row)[:, None] * kv_len + key[None, :]
+    tl.store(s, rounded(x, s.dtype.element_ty), mask=inside[:, None] & (j < kv_len)[None, :])
+
+
+@triton.jit
+def softmax(s, p, lse, first, q_len, kv_len, sinks, TILE_K: tl.constexpr):
+    """Stage two, a row a program: s (rows, S_kv) -> weights p (rows, S_kv), lse (rows,) in nats."""
+    ACC: tl.constexpr = lse.dtype.element_ty
+    row = (first + tl.program_id(0)).to(tl.int64)
+    s += row * kv_len
+    p += row * kv_len
+    n = tl.arange(0, TILE_K)
+    highest = tl.full([TILE_K], MINUS_INF, ACC)
+    for n0 in range(0, kv_len, TILE_K):
+        highest = tl.maximum(highest, tl.load(s + n0 + n, mask=n0 + n < kv_len, other=MINUS_INF).to(ACC))
+    top = tl.max(highest, 0)
+    sink = tl.full((), MINUS_INF, ACC)
+    if sinks is not None:
+        sink = tl.load(sinks + row // q_len)
+        top = tl.maximum(top, sink)
+    anchor = tl.where(top == MINUS_INF, 0.0, top)  # -inf - -inf would be NaN
+    sums = tl.zeros([TILE_K], ACC)
+    for n0 in range(0, kv_len, TILE_K):
+        sums += exp(tl.load(s + n0 + n, mask=n0 + n < kv_len, other=MINUS_INF).to(ACC) - anchor)
+    total = tl.sum(sums, 0)
+    if sinks is not None:
+        total += exp(sink - anchor)
+    seen = total != 0.0
+    safe = tl.where(seen, total, 1.0)
+    for n0 in range(0, kv_len, TILE_K):
+        x = tl.load(s + n0 + n, mask=n0 + n < kv_len, other=MINUS_INF).to(ACC)
+        weight = divide(exp(x - anchor), tl.zeros_like(x) + safe)
+        tl.store(p + n0 + n, rounded(weight, p.dtype.element_ty), mask=n0 + n < kv_len)
+    tl.store(lse + row, tl.where(seen, anchor + log(safe), MINUS_INF))
+
+
+@triton.jit
+def output(
+    s, p, v, o, v_b, v_h, v_s, v_d, o_b, o_h, o_s, o_d,
+    first, heads, group, q_len, kv_len, value_size, query_tiles,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, VALUE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Stage three, a tile of rows a program: o = p v.
+
+    Shapes:  s and p (B, H, S_q, S_kv), contiguous, v (B, H_kv, S_kv, D_v) -> o (B, H, S_q, D_v). The scores say which
+             keys a row sees, where values are not finite.
+    """
+    ACC: tl.constexpr = tl.float64 if v.dtype.element_ty == tl.float64 else tl.float32
+    item = first + tl.program_id(0)
+    b, h, kv, i, inside = locate(item // query_tiles, item % query_tiles, heads, group, q_len, TILE_Q, False)
+    d = tl.arange(0, VALUE)
+    row, column = i.to(tl.int64), d.to(tl.int64)
+    batch, head = b.to(tl.int64), h.to(tl.int64)
+    rows = ((batch * heads + head) * q_len + row)[:, None] * kv_len
+    v += batch * v_b + kv.to(tl.int64) * v_h + column[None, :] * v_d
+    o += batch * o_b + head * o_h + row[:, None] * o_s + column[None, :] * o_d
+    inputs = (s + rows, p + rows, v, v_s, kv_len, d < value_size)
+    acc = _weigh(inputs, tl.zeros([TILE_Q, VALUE], ACC), TILE_K, OPERAND, PRECISION, ACC, False)
+    if any_not_finite(acc) > 0:
+        acc = _weigh(inputs, tl.zeros([TILE_Q, VALUE], ACC), TILE_K, OPERAND, PRECISION, ACC, True)
+    tl.store(o, rounded(acc, o.dtype.element_ty), mask=inside[:, None] & (d < value_size)[None, :])
+
+
+@triton.jit
+def _weigh(inputs, acc, TILE_K: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+           CONTAIN: tl.constexpr):  # fmt: skip
+    """acc + p v over all keys."""
+    s, p, v, v_s, kv_len, columns = inputs
+    for n0 in range(0, kv_len, TILE_K):
+        j = n0 + tl.arange(0, TILE_K)
+        weight = rounded(tl.load(p + j[None, :], mask=(j < kv_len)[None, :], other=0.0), OPERAND)
+        values = tl.load(v + j[:, None].to(tl.int64) * v_s, mask=(j < kv_len)[:, None] & columns[None, :], other=0.0)
+        values = rounded(values, OPERAND)
+        if CONTAIN:
+            seen = tl.load(s + j[None, :], mask=(j < kv_len)[None, :], other=MINUS_INF).to(ACC) != MINUS_INF
+            acc = add_contained(weight, values, seen, acc, ACC, PRECISION)
+        else:
+            acc = add_product(weight, values, acc, ACC, PRECISION)
+    return acc

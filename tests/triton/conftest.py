@@ -1,0 +1,24 @@
+"""Tests of machine code and launches: they compile, so Triton must not interpret in their process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # devices.py, inputs.py
+
+from flashtile.kernels.triton import compiler_missing
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what cannot compile here, with the reason."""
+    reason = compiler_missing()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        reason = "Triton interprets in this process and does not compile"
+    for item in items:
+        here = Path(__file__).parent
+        if reason and item.path.parent == here:
+            item.add_marker(pytest.mark.skip(reason=reason))
