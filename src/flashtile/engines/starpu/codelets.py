@@ -38,7 +38,7 @@ class Codelet:
         if self.pointer == self.runtime.ffi.NULL:
             raise MemoryError(f"no memory for codelet {self.name}")
         self.architectures: tuple[str, ...] = ("cpu",) if operation in CPU_ONLY else runtime.ARCHITECTURES
-        self.where = self.architectures
+        self.where: tuple[str, ...] = self.architectures
         self._tell("ft_codelet_implement", self.architectures)
 
     def restrict(self, *where: str) -> None:

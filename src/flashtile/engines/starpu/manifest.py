@@ -1,4 +1,4 @@
-"""A folder of kernels compiled ahead of time (`flashtile aot`), read without Triton: which, and how they are launched."""
+"""A folder of kernels compiled ahead of time (`flashtile aot`), read without Triton: which, and how to launch them."""
 
 from __future__ import annotations
 

@@ -421,10 +421,10 @@ double ft_expected_length(ft_codelet *codelet, uint64_t *handles, const int32_t 
 	return length;
 }
 
-/* Calls the codelet's CUDA implementation as a worker would, on n handles that stand for tiles on a device: matrices
-   where ld[n] is not 0, else variables. For tests: it needs no device, no worker and no StarPU that runs. */
+/* Calls the codelet's CUDA implementation as a worker would, on n handles that stand for tiles on a device: matrices of
+   ld[n] elements between rows, or variables where that is 0. For tests, which have no device and no worker of one. */
 void ft_run_cuda(ft_job *job, ft_codelet *codelet, const ft_task *task, int n, const uint64_t *address,
-	const uint32_t *ld, uint64_t itemsize)
+	const uint32_t *ld, const uint64_t *itemsize)
 {
 	union {
 		struct starpu_matrix_interface matrix;
@@ -439,7 +439,7 @@ void ft_run_cuda(ft_job *job, ft_codelet *codelet, const ft_task *task, int n, c
 			m->id = STARPU_MATRIX_INTERFACE_ID;
 			m->ptr = address[h];
 			m->ld = ld[h];
-			m->elemsize = itemsize;
+			m->elemsize = itemsize[h];
 		} else {
 			interfaces[h].variable.id = STARPU_VARIABLE_INTERFACE_ID;
 			interfaces[h].variable.ptr = address[h];

@@ -78,4 +78,4 @@ int64_t ft_nbytes(uint64_t handle);
 
 double ft_expected_length(ft_codelet *codelet, uint64_t *handles, const int32_t *modes, int n, const ft_task *task);
 void ft_run_cuda(ft_job *job, ft_codelet *codelet, const ft_task *task, int n, const uint64_t *address,
-	const uint32_t *ld, uint64_t itemsize);
+	const uint32_t *ld, const uint64_t *itemsize);
