@@ -146,19 +146,17 @@ def aot(options: argparse.Namespace) -> int:
 
     if (missing := compiler_missing()) is not None:
         raise UnavailableError(f"aot: {missing}")
-    for arch in options.arch:
-        chosen = ahead.choose(
-            arch,
-            options.dtype,
-            options.head_size,
-            precision=options.precision,
-            kernels=options.kernels,
-            states=options.state,
-            bands=options.band,
-            aligned=not options.any_alignment,
-        )
+    options_of_all: dict[str, Any] = {
+        "precision": options.precision,
+        "kernels": options.kernels,
+        "states": options.state,
+        "bands": options.band,
+        "aligned": not options.any_alignment,
+    }
+    chosen = {a: list(ahead.choose(a, options.dtype, options.head_size, **options_of_all)) for a in options.arch}
+    for arch, kernels in chosen.items():
         print(arch, flush=True)
-        for entry in ahead.build(options.output / arch, arch, chosen):
+        for entry in ahead.build(options.output / arch, arch, kernels):
             print("  " + ahead.summary(entry), flush=True)
     return OK
 

@@ -86,14 +86,16 @@ class Writer:
         access: Access = x.data
         slot = access.source
         assert isinstance(slot, Slot)
-        place, guards = self.arguments.first(slot), []
+        place, room = self.arguments.first(slot), ""
         for axis, i in enumerate(index):
+            length = self.arguments.length(slot, axis)
             if access.clamp[axis]:
-                length = self.arguments.length(slot, axis)
-                i = f"nearest({i}, {length})"
-                guards.append(f"({length} > 0)")
+                i = self.line(f"nearest({i}, {length})")
+            # Elements from here to the end. Of every axis, so that the guard has the shape of what it guards.
+            here = f"({length} - {i})"
+            room = f"tl.minimum({room}, {here})" if room else here
             place += f" + {i}.to(tl.int64) * {self.arguments.stride(slot, axis)}"
-        guard = f", mask={' & '.join(guards)}, other=0" if guards else ""
+        guard = f", mask={room} > 0, other=0" if any(access.clamp) else ""
         raw = self.line(f"tl.load({place}{guard})")
         return f"({raw} != 0)" if slot.type == "bool" else f"{raw}.to({'ACC' if slot.type == 'float' else 'tl.int32'})"
 

@@ -18,9 +18,9 @@ from typing import Any
 import flashtile
 from flashtile.arrays import contiguous
 from flashtile.dtypes import dtype_of
-from flashtile.errors import UnavailableError, wrong
-from flashtile.kernels.triton import interpreting, tiles
+from flashtile.errors import wrong
 from flashtile.kernels.triton import specialisation as special
+from flashtile.kernels.triton import tiles
 from flashtile.kernels.triton.compiler import compiled
 from flashtile.kernels.triton.host import MERGE_ROWS
 from flashtile.kernels.triton.parameters import flat_names, layout_of, size_of
@@ -38,7 +38,7 @@ GRIDS = {
     "packed H / H_kv (and query_tiles = 1)",
     "merge": "B * H * query_tiles; query_tiles = ceil(S_q / queries)",
     "scores": "B * H * query_tiles * key_tiles; query_tiles = ceil(S_q / queries), key_tiles = ceil(S_kv / keys)",
-    "softmax": "B * H * S_q",
+    "softmax": "B * H * query_tiles; query_tiles = ceil(S_q / queries)",
     "output": "B * H * query_tiles; query_tiles = ceil(S_q / queries)",
 }
 KERNELS = tuple(GRIDS)
@@ -124,10 +124,10 @@ def build(folder: Path, arch: str, chosen: Iterable[Chosen]) -> Iterator[dict[st
 
     Raises: UnavailableError if Triton is not here, interprets, or cannot compile one; OSError.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     entries = []
     for one in chosen:
         entry, machine_code = compile_one(one, arch)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / entry["file"]).write_bytes(machine_code)
         entries.append(entry)
         yield entry
@@ -153,8 +153,6 @@ def manifest(arch: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
 
 def compile_one(chosen: Chosen, arch: str) -> tuple[dict[str, Any], bytes]:
     """A kernel's entry of the manifest, and its machine code. Raises: UnavailableError."""
-    if interpreting():
-        raise UnavailableError("TRITON_INTERPRET=1: got an interpreter, expected a compiler: unset it")
     kernel = compiled(chosen.specialisation, arch)
     suffix = "cubin" if "cubin" in kernel.asm else "hsaco"
     machine_code, used = kernel.asm[suffix], resources_of(kernel)

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from flashtile.errors import UnavailableError, wrong
+from flashtile.kernels.triton import interpreting
 from flashtile.kernels.triton.specialisation import Specialisation
 
 ARCHITECTURES = "sm_80, sm_90, sm_100 and so on, or gfx942 and so on"
@@ -29,6 +30,8 @@ def compiled(specialisation: Specialisation, arch: str) -> Any:
 
     Triton keeps it on disk, in its own cache. Raises: UnavailableError with Triton's error as its cause.
     """
+    if interpreting():
+        raise UnavailableError("TRITON_INTERPRET=1: got an interpreter, expected a compiler: unset it")
     import triton
 
     from flashtile.kernels.triton.jit import source_of

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashtile.kernels.triton.language import MINUS_INF, add_product, product, rounded
+from flashtile.kernels.triton.language import MINUS_INF, add_product, product
 
 
 @triton.jit
@@ -31,16 +31,16 @@ def add_contained(weight, value, seen, total, ACC: tl.constexpr, PRECISION: tl.c
     wide = value.to(ACC)
     finite = tl.abs(wide) < float("inf")
     clean = add_product(weight, tl.where(finite, value, tl.zeros_like(value)), total, ACC, PRECISION)
-    rows = _indicator(seen, value, ACC)
-    nan = product(rows, _indicator(wide != wide, value, ACC), ACC, "ieee") > 0.0
-    plus = product(rows, _indicator(wide == float("inf"), value, ACC), ACC, "ieee") > 0.0
-    minus = product(rows, _indicator(wide == MINUS_INF, value, ACC), ACC, "ieee") > 0.0
+    rows = _indicator(seen)
+    nan = product(rows, _indicator(wide != wide), tl.float32, "ieee") > 0.0
+    plus = product(rows, _indicator(wide == float("inf")), tl.float32, "ieee") > 0.0
+    minus = product(rows, _indicator(wide == MINUS_INF), tl.float32, "ieee") > 0.0
     odd = tl.where(plus, float("inf"), MINUS_INF)
     odd = tl.where(nan | (plus & minus), float("nan"), odd)
     return tl.where(nan | plus | minus, clean + odd, clean)
 
 
 @triton.jit
-def _indicator(condition, like, ACC: tl.constexpr):
-    """1 and 0 in the type of a product's operands."""
-    return rounded(tl.where(condition, 1.0, 0.0).to(ACC), like.dtype)
+def _indicator(condition):
+    """1 and 0, in the type that every tensor core takes: how often a row sees such a value is counted exactly."""
+    return tl.where(condition, 1.0, 0.0).to(tl.float16)

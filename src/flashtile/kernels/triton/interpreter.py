@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,7 +47,9 @@ class Interpreter:
         for name in specialisation.names:
             value = values[name]
             arguments[name] = tuple(map(_argument, value)) if type(value) is tuple else _argument(value)
-        with _one_at_a_time, np.errstate(all="ignore"):  # inf and NaN are answers here, and int32 wraps
+        # inf and NaN are answers here, and int32 wraps.
+        with _one_at_a_time, np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
             jit.FUNCTIONS[specialisation.kernel][(grid,)](**arguments)
 
 

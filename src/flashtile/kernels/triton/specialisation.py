@@ -9,7 +9,7 @@ of Triton; `jit.py` turns it into a function and the dictionaries that `triton.c
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from flashtile.dtypes import DTYPES
@@ -43,6 +43,12 @@ class Tile:
     tile_k: int
     num_warps: int = 4
     num_stages: int = 2
+
+
+def contained(tile: Tile) -> Tile:
+    """The tile of the second launch, which computes what is not finite: the same, or the bits of rows that see nothing
+    of it would differ; but without a pipeline, as it needs shared memory for more products."""
+    return replace(tile, num_stages=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +175,7 @@ def forward(
         "PACKED": packed,
         "CONTAIN": contain,
     }
+    tile = contained(tile) if contain else tile
     return _specialisation("forward", arguments, constants, memory, tile, spec.program)
 
 
@@ -218,10 +225,11 @@ def softmax(spec: AttentionSpec, tile: Tile) -> Specialisation:
         "s": f"*{stored(spec)}",
         "p": f"*{stored(spec)}",
         "lse": f"*{accumulator}",
-        **_sizes("first", "q_len", "kv_len"),
+        **_sizes("first", "q_len", "kv_len", "query_tiles"),
         "sinks": f"*{accumulator}" if spec.sinks else None,
     }
-    return _specialisation("softmax", arguments, {"TILE_K": tile.tile_k}, Memory(aligned=False), tile)
+    constants: dict[str, Constant] = {"TILE_Q": tile.tile_q, "TILE_K": tile.tile_k}
+    return _specialisation("softmax", arguments, constants, Memory(aligned=False), tile)
 
 
 def output(spec: AttentionSpec, tile: Tile, *, memory: Memory = Memory()) -> Specialisation:

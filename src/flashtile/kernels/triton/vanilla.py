@@ -55,35 +55,42 @@ def scores(
 
 
 @triton.jit
-def softmax(s, p, lse, first, q_len, kv_len, sinks, TILE_K: tl.constexpr):
-    """Stage two, a row a program: s (rows, S_kv) -> weights p (rows, S_kv), lse (rows,) in nats."""
+def softmax(
+    s, p, lse, first, q_len, kv_len, query_tiles, sinks, TILE_Q: tl.constexpr, TILE_K: tl.constexpr
+):  # fmt: skip
+    """Stage two, a tile of rows a program: s (B, H, S_q, S_kv) -> weights p of that shape, lse (B, H, S_q) in nats."""
     ACC: tl.constexpr = lse.dtype.element_ty
-    row = (first + tl.program_id(0)).to(tl.int64)
-    s += row * kv_len
-    p += row * kv_len
+    item = first + tl.program_id(0)
+    head = item // query_tiles
+    i = item % query_tiles * TILE_Q + tl.arange(0, TILE_Q)
+    inside = (i < q_len)[:, None]
+    row = head.to(tl.int64) * q_len + i
     n = tl.arange(0, TILE_K)
-    highest = tl.full([TILE_K], MINUS_INF, ACC)
+    s += row[:, None] * kv_len + n[None, :]
+    p += row[:, None] * kv_len + n[None, :]
+    top = tl.full([TILE_Q], MINUS_INF, ACC)
     for n0 in range(0, kv_len, TILE_K):
-        highest = tl.maximum(highest, tl.load(s + n0 + n, mask=n0 + n < kv_len, other=MINUS_INF).to(ACC))
-    top = tl.max(highest, 0)
-    sink = tl.full((), MINUS_INF, ACC)
+        x = tl.load(s + n0, mask=inside & (n0 + n < kv_len)[None, :], other=MINUS_INF).to(ACC)
+        top = tl.maximum(top, tl.max(x, 1))
     if sinks is not None:
-        sink = tl.load(sinks + row // q_len)
+        sink = tl.load(sinks + head)
         top = tl.maximum(top, sink)
     anchor = tl.where(top == MINUS_INF, 0.0, top)  # -inf - -inf would be NaN
-    sums = tl.zeros([TILE_K], ACC)
+    total = tl.zeros([TILE_Q], ACC)
     for n0 in range(0, kv_len, TILE_K):
-        sums += exp(tl.load(s + n0 + n, mask=n0 + n < kv_len, other=MINUS_INF).to(ACC) - anchor)
-    total = tl.sum(sums, 0)
+        x = tl.load(s + n0, mask=inside & (n0 + n < kv_len)[None, :], other=MINUS_INF).to(ACC)
+        total += tl.sum(exp(x - anchor[:, None]), 1)
     if sinks is not None:
         total += exp(sink - anchor)
     seen = total != 0.0
-    safe = tl.where(seen, total, 1.0)
+    total = tl.where(seen, total, 1.0)
     for n0 in range(0, kv_len, TILE_K):
-        x = tl.load(s + n0 + n, mask=n0 + n < kv_len, other=MINUS_INF).to(ACC)
-        weight = divide(exp(x - anchor), tl.zeros_like(x) + safe)
-        tl.store(p + n0 + n, rounded(weight, p.dtype.element_ty), mask=n0 + n < kv_len)
-    tl.store(lse + row, tl.where(seen, anchor + log(safe), MINUS_INF))
+        here = inside & (n0 + n < kv_len)[None, :]
+        x = tl.load(s + n0, mask=here, other=MINUS_INF).to(ACC)
+        weight = exp(x - anchor[:, None])
+        tl.store(p + n0, rounded(divide(weight, tl.broadcast_to(total[:, None], [TILE_Q, TILE_K])), p.dtype.element_ty),
+                 mask=here)  # fmt: skip
+    tl.store(lse + row, tl.where(seen, anchor + log(total), MINUS_INF), mask=i < q_len)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashtile.dtypes import DTYPES
 from flashtile.errors import wrong
-from flashtile.kernels import Layout
+from flashtile.kernels import Layout, Stage
 from flashtile.kernels.triton import specialisation as special
 from flashtile.kernels.triton.device import Device, Pointer
 from flashtile.kernels.triton.host import (
@@ -34,7 +34,7 @@ class Vanilla:
     """
 
     scratch_bytes = 0
-    merge_stage = None
+    merge_stage: Stage | None = None
 
     def __init__(self, spec: AttentionSpec, plan: Plan, layout: Layout, tile: Tile, device: Device):
         self._spec, self._tile, self._device = spec, tile, device
@@ -42,7 +42,7 @@ class Vanilla:
         self._query_tiles = -(-spec.q_len // tile.tile_q)
         self._key_tiles = -(-spec.kv_len // tile.tile_k)
         # Programs that one head takes in each stage.
-        self._grids = (self._query_tiles * self._key_tiles, spec.q_len, self._query_tiles)
+        self._grids = (self._query_tiles * self._key_tiles, self._query_tiles, self._query_tiles)
         check_lengths(spec, spec.batch * spec.heads * max(self._grids))
         if plan.query_tiles > 1 or plan.splits > 1:
             raise wrong("plan", f"{plan.query_tiles} tiles of queries in {plan.splits} parts", "one: a whole head")

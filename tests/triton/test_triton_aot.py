@@ -1,0 +1,91 @@
+"""`flashtile aot`: files that are what the manifest says, and a manifest that says all that a launch needs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashtile import cli
+from flashtile.kernels.triton import aot, tiles
+from flashtile.kernels.triton.resources import Parameter, of_cubin
+from flashtile.kernels.triton.specialisation import padded
+
+
+def made(folder: Path, *arguments: str) -> dict[str, Any]:
+    assert cli.main(["aot", *arguments, "-o", str(folder)]) == 0
+    return json.loads((folder / arguments[1] / aot.MANIFEST).read_text())
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("aot")
+    return folder / "sm_90", made(folder, "--arch", "sm_90", "--head-size", "128", "--band", "band")
+
+
+def test_every_file_is_what_the_manifest_says(built: tuple[Path, dict[str, Any]]) -> None:
+    folder, manifest = built
+    assert (manifest["format"], manifest["arch"]) == (aot.FORMAT, "sm_90") and manifest["triton"]
+    names = [entry["name"] for entry in manifest["kernels"]]
+    assert names == ["forward-bfloat16-d128-band-finished", "forward-bfloat16-d128-band-finished-contain",
+                     "merge-bfloat16-d128-finished"]  # fmt: skip
+    assert {file.name for file in folder.iterdir()} == {aot.MANIFEST, *(entry["file"] for entry in manifest["kernels"])}
+    for entry in manifest["kernels"]:
+        machine_code = (folder / entry["file"]).read_bytes()
+        assert hashlib.sha256(machine_code).hexdigest() == entry["sha256"]
+        used = of_cubin(machine_code, entry["function"])
+        assert used.parameters == tuple(Parameter(row["offset"], row["size"]) for row in entry["parameters"])
+        uses = entry["uses"]
+        assert (uses["registers"], uses["stack"], uses["static_shared"]) == (
+            used.registers, used.stack, used.static_shared
+        )  # fmt: skip
+        assert (uses["spill_stores"], uses["spill_loads"]) == (used.local_stores, used.local_loads)
+        assert (entry["tensor_instructions"], entry["instructions"]) == (used.tensor, used.instructions)
+
+
+def test_a_launch_can_be_written_from_the_manifest_alone(built: tuple[Path, dict[str, Any]]) -> None:
+    """Sizes, block, shared memory, grid in words of the call; and a block of parameters by offsets is C's struct."""
+    entry = built[1]["kernels"][0]
+    tile = tiles.row_of("sm_90", "bfloat16", 128).tile
+    launch = entry["launch"]
+    assert launch["block"] == [32 * tile.num_warps, 1, 1] and launch["cluster"] == [1, 1, 1]
+    assert not launch["cooperative"] and not launch["programmatic_dependent"]
+    assert launch["grid_x"].startswith("B * H") and (launch["grid_y"], launch["grid_z"]) == (1, 1)
+    assert (entry["queries"], entry["keys"]) == (tile.tile_q, tile.tile_k)
+    assert (entry["head_size"], padded(entry["head_size"])) == (128, entry["constants"]["HEAD"])
+    assert entry["scratch"]["global_bytes_a_program"] == entry["scratch"]["profile_bytes_a_program"] == 0
+    rows = {row["name"]: row for row in entry["parameters"]}
+    assert rows["q"]["type"] == "*bf16" and rows["lse"]["type"] == "*fp32" and rows["scale"]["type"] == "i64"
+    assert rows["q"]["multiple_of"] == rows["k_s"]["multiple_of"] == 16 and "multiple_of" not in rows["kv_len"]
+    assert {"q_b", "q_h", "q_s", "first", "heads", "group", "q_len", "kv_len", "left", "right", "offset"} < set(rows)
+    order = [row["name"] for row in entry["parameters"]]
+    letters = {4: "i", 8: "q"}
+    as_c = struct.Struct("@" + "".join(letters[rows[name]["size"]] for name in order))
+    block = bytearray(entry["parameter_bytes"])
+    for n, name in enumerate(order):
+        struct.pack_into("<" + letters[rows[name]["size"]], block, rows[name]["offset"], n + 1)
+    assert bytes(block) == as_c.pack(*range(1, len(order) + 1))
+
+
+def test_states_and_alignment_are_chosen(tmp_path: Path) -> None:
+    """What a runtime of tiles needs: a first tile, a tile that continues, and the merge that finishes."""
+    found = list(aot.choose("sm_80", ["float32"], [64], states=["partial", "carried"], bands=["open"], aligned=False))
+    states = [dict(one.specialisation.constants).get("STATE") for one in found]
+    assert states == ["partial", "partial", "carried", "carried", None]
+    assert not any(one.specialisation.divisible for one in found), "any address will do"
+    every = list(aot.choose("sm_80", ["float32", "float16"], [64, 40], kernels=aot.KERNELS))
+    names = [one.name for one in every]
+    assert len(names) == len(set(names)) == 2 * 2 * (2 * 2 + 1 + 2 + 1 + 1)
+    assert "softmax-float32-d40" in names and "scores-float16-d64-open" in names
+
+
+def test_the_command_prints_what_kernels_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = made(tmp_path, "--arch", "sm_80", "--dtype", "float64", "--head-size", "64", "--band", "open",
+                    "--kernels", "merge")  # fmt: skip
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "sm_80" and len(printed) == 1 + len(manifest["kernels"]) == 2
+    assert "merge-float64-d64-finished" in printed[1] and "registers" in printed[1] and "0 spills" in printed[1]
