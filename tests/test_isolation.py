@@ -21,6 +21,7 @@ _SETUP = "import numpy as np, flashtile; q = np.ones((1, 1, 4, 8), np.float32); 
 _ACTIONS = {
     "import": "import flashtile",
     "testing": "import flashtile.testing",
+    "doors": "import flashtile.nntile, flashtile.starpu",
     "explain": _SETUP + "flashtile.explain(q, q, q)",
     **{
         f"call {name}": f"{_SETUP}flashtile.attention(q, q, q, kernel={name!r})"
