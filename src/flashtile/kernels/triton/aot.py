@@ -116,7 +116,8 @@ def _kernels(
     if "softmax" in kernels:
         yield Chosen(f"softmax-{base}", special.softmax(spec, tile), spec, tile)
     if "output" in kernels:
-        yield Chosen(f"output-{base}", special.output(spec, tile, memory=memory), spec, tile)
+        for state in states:
+            yield Chosen(f"output-{base}-{state}", special.output(spec, tile, state=state, memory=memory), spec, tile)
 
 
 def build(folder: Path, arch: str, chosen: Iterable[Chosen]) -> Iterator[dict[str, Any]]:
