@@ -12,6 +12,7 @@ import struct
 import subprocess
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +22,10 @@ from flashtile.arrays import contiguous
 from flashtile.dtypes import DTYPES
 from flashtile.engines.starpu import cuda, runtime
 from flashtile.engines.starpu.jobs import Job
+from flashtile.engines.starpu.programs import Program
 from flashtile.kernels.triton import aot
 from flashtile.kernels.triton import specialisation as special
+from flashtile.kernels.triton.resources import Parameter, of_cubin
 from flashtile.kernels.triton.specialisation import Memory, Tile
 from flashtile.spec import AttentionSpec
 
@@ -42,6 +45,10 @@ def chosen(dtype: str, precision: str = "ieee", causal: bool = True, aligned: bo
         for contain in (False, True):
             what = special.forward(spec, TILE, state=state, contain=contain, memory=memory)
             yield aot.Chosen(f"forward-{name}-{state}" + "-contain" * contain, what, spec, TILE)
+    yield aot.Chosen(f"scores-{name}", special.scores(spec, TILE, memory=memory), spec, TILE)
+    yield aot.Chosen(f"softmax-{name}", special.softmax(spec, TILE), spec, TILE)
+    for state in (special.PARTIAL, special.CARRIED):
+        yield aot.Chosen(f"output-{name}-{state}", special.output(spec, TILE, state=state, memory=memory), spec, TILE)
     finished = DTYPES[dtype].accumulator != dtype
     what = special.merge(spec, ROWS, finished=finished, memory=Memory(aligned=False))
     yield aot.Chosen(f"merge-{name}", what, spec, ROWS)
@@ -106,6 +113,7 @@ class Gpu:
     def __init__(self, folder: Path, log: Path) -> None:
         os.environ.update(FAKE_DRIVER_LOG=str(log), FAKE_DRIVER_CONTEXT=str(CONTEXT))
         self.folder, self.log, self.job = folder, log, Job()
+        self._places: dict[int, tuple[Parameter, ...]] = {}
 
     @functools.cached_property
     def manifest(self) -> dict[int, dict[str, Any]]:
@@ -113,7 +121,9 @@ class Gpu:
         rows = json.loads((self.folder / "manifest.json").read_text())["kernels"]
         return {checksum((self.folder / row["file"]).read_bytes()): row for row in rows}
 
-    def run(self, codelet: Any, program: Any, task: np.ndarray, buffers: list[Buffer], job: Any = None) -> list[Launched]:
+    def run(
+        self, codelet: Any, program: Any, task: np.ndarray, buffers: list[Buffer], job: Any = None
+    ) -> list[Launched]:
         """Call the codelet's CUDA function for one task; the launches that it made."""
         rt, before = runtime.current(), len(self.launches())
         one = np.array([task])
@@ -140,12 +150,39 @@ class Gpu:
     def _lines(self) -> list[list[str]]:
         return [line.split() for line in self.log.read_text().splitlines()] if self.log.exists() else []
 
+    def places(self, launched: Launched) -> tuple[Parameter, ...]:
+        """Where the machine code has the parameters."""
+        if launched.image not in self._places:
+            row = self.manifest[launched.image]
+            self._places[launched.image] = of_cubin(
+                (self.folder / row["file"]).read_bytes(), row["function"]
+            ).parameters
+        return self._places[launched.image]
+
     def values(self, launched: Launched) -> dict[str, int]:
         """The parameters by name, as the manifest lays them out."""
         return {
             p["name"]: int.from_bytes(launched.parameters[p["offset"] : p["offset"] + p["size"]], "little", signed=True)
             for p in self.manifest[launched.image]["parameters"]
         }
+
+
+@contextmanager
+def recording() -> Iterator[list[Recorded]]:
+    """Keep what programs submit instead of submitting it."""
+    batches: list[Recorded] = []
+    submit = Program.submit
+
+    def record(
+        self: Program, job: Any, codelet: Any, handles: np.ndarray, modes: np.ndarray, tasks: np.ndarray
+    ) -> None:
+        batches.append(Recorded(self, codelet, np.array(handles), tasks.copy()))
+
+    Program.submit = record  # type: ignore[method-assign]
+    try:
+        yield batches
+    finally:
+        Program.submit = submit  # type: ignore[method-assign]
 
 
 FIELDS = (("address", "uint64"), ("ld", "uint32"), ("itemsize", "uint64"))

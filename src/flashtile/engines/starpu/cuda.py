@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from flashtile.arrays import contiguous
 from flashtile.dtypes import DTYPES
 from flashtile.engines.starpu.manifest import SCRATCH, Entry, Kernels
@@ -26,9 +28,11 @@ if TYPE_CHECKING:
 
 DRIVER = "libcuda.so.1"
 DRIVER_VARIABLE = "FLASHTILE_CUDA_DRIVER"  # names another file
-# A task's `sizes`: rows and keys of its tiles, what anchors the band in them, bytes into a row of stored scores.
-ROWS, KEYS, ANCHOR, COLUMN = range(4)
+# A task's `sizes`: rows and keys of its tiles, what anchors the band in them; where its keys stand in a row of stored
+# scores, in bytes, and how many with their padding.
+ROWS, KEYS, ANCHOR, COLUMN, COLUMNS = range(5)
 ANY_TILE = Tile(16, 16)  # the manifest's kernel says which it has
+OF_THE_HOST = "score programs and sinks, whose values lie in the memory of the host, run on CPUs only"
 NO_AXIS = (-1, "")
 QUERY_TILES = ((ROWS, "queries"),)  # a grid of one program a tile of rows
 
@@ -78,10 +82,15 @@ def open_driver(runtime: Runtime) -> None:
         raise UnavailableError(f"starpu: NVIDIA's driver cannot be loaded: {text}")
 
 
+def anchor_of(offsets: np.ndarray, batch: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """What anchors the band within tiles whose first row is `shift` beyond their first key; offsets (B,), or (1,)."""
+    return np.clip(offsets[np.minimum(batch, len(offsets) - 1)], -OPEN, OPEN) + shift
+
+
 def forward(runtime: Runtime, spec: AttentionSpec, tile_q: int) -> Launches | str:
     """Of the codelet `forward`: the state starts, or where values[0] says so continues; else why there is none."""
     if spec.program is not None or spec.sinks:
-        return "masks, score functions and sinks that are arrays lie in the memory of the host"
+        return OF_THE_HOST
     spec = _one_tile(spec)
     wide = DTYPES[DTYPES[spec.dtype].accumulator].itemsize
     values: dict[str, Value] = {
@@ -128,6 +137,40 @@ def finish(runtime: Runtime, dtype: str, value_size: int, tile_q: int) -> Launch
     what = special.merge(spec, ANY_TILE, finished=True, memory=Memory(aligned=False))
     dense = {0: value_size * size}
     return _launches(runtime, [[[Stage(what, values, QUERY_TILES)]]], dense=dense, scratch=lambda entry: tile_q * size)
+
+
+def unfused(runtime: Runtime, spec: AttentionSpec, row: int) -> dict[str, Launches | str]:
+    """Of the codelets `scores`, `softmax` and `output`, whose stored scores have rows of so many elements; padding, and
+    weights of hidden keys, are told as kernels/cpu/unfused.py does."""
+    if spec.program is not None or spec.sinks:
+        return dict.fromkeys(("scores", "softmax", "output"), OF_THE_HOST)
+    spec = _one_tile(spec)
+    wide = DTYPES[DTYPES[spec.dtype].accumulator].itemsize
+    shared = {**_counts(spec), "query_tiles": Source("TILES", ROWS), "s_s": row, "p_s": row}
+    scores: dict[str, Value] = {
+        "q": Source("ADDRESS", 0), "k": Source("ADDRESS", 1), "s": Source("ADDRESS", 2, COLUMN), **shared,
+        **_rows(spec, {"q": 0, "k": 1}), **_changes(spec),
+        "columns": Source("SIZE", COLUMNS), "key_tiles": Source("TILES", COLUMNS),
+    }  # fmt: skip
+    softmax: dict[str, Value] = {
+        **shared, "s": Source("ADDRESS", 0), "p": Source("ADDRESS", 0), "lse": Source("ADDRESS", 1), "kv_len": row,
+    }  # fmt: skip
+    output: dict[str, Value] = {
+        "p": Source("ADDRESS", 0, COLUMN), "v": Source("ADDRESS", 1), "o": Source("ADDRESS", 2), **shared,
+        **_rows(spec, {"v": 1}), **_rows(spec, {"o": 2}, wide),
+    }  # fmt: skip
+    memories, grid = _memories(spec), (*QUERY_TILES, (COLUMNS, "keys"))
+    first = [Stage(special.scores(spec, ANY_TILE, memory=m), scores, grid) for m in memories]
+    second = [Stage(special.softmax(spec, ANY_TILE), softmax, QUERY_TILES)]
+    third = [
+        [[Stage(special.output(spec, ANY_TILE, state=state, memory=m), output, QUERY_TILES) for m in memories]]
+        for state in (special.PARTIAL, special.CARRIED)
+    ]
+    return {
+        "scores": _launches(runtime, [[first]]),
+        "softmax": _launches(runtime, [[second]]),
+        "output": _launches(runtime, third, which=0),
+    }
 
 
 def _one_tile(spec: AttentionSpec) -> AttentionSpec:

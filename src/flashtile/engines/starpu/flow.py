@@ -156,7 +156,7 @@ class Flow:
         tasks["rows"][:, :4] = np.stack([row, key, key, row], axis=1)
         tasks["bytes"][:, 4] = (head * spec.q_len + row) * DTYPES[DTYPES[spec.dtype].accumulator].itemsize
         tasks["values"][:, :3] = np.stack([p.place > 0, end, np.where(p.left == 0, self.sinks, 0)], axis=1)
-        anchor = np.clip(self.anchors[np.minimum(p.batch, len(self.anchors) - 1)], -cuda.OPEN, cuda.OPEN) + row - key
+        anchor = cuda.anchor_of(self.anchors, p.batch, row - key)
         sizes = {cuda.ROWS: np.minimum(self.tile_q, spec.q_len - row), cuda.KEYS: end - key, cuda.ANCHOR: anchor}
         for place, numbers in sizes.items():
             tasks["sizes"][:, place] = numbers

@@ -12,7 +12,7 @@ from flashtile.engines.starpu.codelets import Codelet
 from flashtile.errors import KernelError, UnavailableError, wrong
 from flashtile.progress import Report
 
-BUFFERS, VALUES, SIZES = 8, 4, 4  # of shim.h
+BUFFERS, VALUES, SIZES = 8, 4, 5  # of shim.h
 POLL_MILLISECONDS = 50  # between looks at Ctrl-C and at the progress
 
 # ft_task of shim.h

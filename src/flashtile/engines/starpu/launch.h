@@ -3,7 +3,7 @@
 
 #define FT_ARGUMENTS 16
 #define FT_BLOCK 64
-#define FT_SIZES 4
+#define FT_SIZES 5
 #define FT_LAUNCHES 2
 #define FT_DETAIL 160
 

@@ -133,7 +133,7 @@ def output(
 def _weigh(inputs, acc, TILE_K: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
            CONTAIN: tl.constexpr):  # fmt: skip
     """acc + p v over all keys."""
-    BITS: tl.constexpr = tl.int64 if ACC == tl.float64 else tl.int32
+    BITS: tl.constexpr = tl.int64 if tl.float64 == ACC else tl.int32
     p, v, v_s, kv_len, columns = inputs
     for n0 in range(0, kv_len, TILE_K):
         j = n0 + tl.arange(0, TILE_K)
