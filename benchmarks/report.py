@@ -150,7 +150,7 @@ def measurement_row(result: CaseResult, m: Measurement) -> dict[str, object]:
     }
 
 
-def _write(path: Path, columns: Sequence[str], rows: Iterable[dict[str, object]], heading: Sequence[str]) -> None:
+def write_rows(path: Path, columns: Sequence[str], rows: Iterable[dict[str, object]], heading: Sequence[str]) -> None:
     with path.open("w", newline="") as file:
         file.writelines(f"# {line}\n" for line in heading)
         writer = csv.DictWriter(file, columns, lineterminator="\n")
@@ -162,12 +162,12 @@ def _write(path: Path, columns: Sequence[str], rows: Iterable[dict[str, object]]
 def write_measurements(path: Path, results: Iterable[CaseResult], heading: Sequence[str]) -> None:
     """CSV with one row a participant and case; lines that start with # name machine, date and versions."""
     rows = (measurement_row(result, m) for result in results for m in result.measurements)
-    _write(path, MEASUREMENT_COLUMNS, rows, heading)
+    write_rows(path, MEASUREMENT_COLUMNS, rows, heading)
 
 
 def write_verdicts(path: Path, verdicts: Iterable[Verdict], heading: Sequence[str]) -> None:
     rows = ({**{c: getattr(v, c) for c in VERDICT_COLUMNS if c != "met"}, "met": v.met_text} for v in verdicts)
-    _write(path, VERDICT_COLUMNS, rows, heading)
+    write_rows(path, VERDICT_COLUMNS, rows, heading)
 
 
 def verdict_lines(verdicts: Iterable[Verdict]) -> list[str]:

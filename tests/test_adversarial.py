@@ -235,8 +235,8 @@ def test_fp16_product_beyond_its_range(kernel: Kernel) -> None:
 
 
 def test_fp16_score_beyond_its_range(kernel: Kernel) -> None:
-    if kernel.name == "vanilla":
-        pytest.skip("the baseline stores its scores in float16, where they overflow")
+    if kernel.name.endswith("vanilla"):
+        pytest.skip("the baselines store their scores in float16, where they overflow")
     v = uniform(Shape(1, 1, 1, 1, 50, 64, 9), "float16")[2]
     q, k = np.full((1, 1, 6, 64), 200, np.float16), np.full((1, 1, 50, 64), 200, np.float16)
     mean = np.broadcast_to(v.astype(np.float64).mean(axis=2, keepdims=True), (1, 1, 6, 9))

@@ -203,6 +203,14 @@ def test_extent_and_overlap_of_a_view() -> None:
     assert not View((1, 6), (0, 4), "float32").may_overlap_itself(), "the stride of one element is never taken"
 
 
+def test_keys_are_split_until_a_device_is_busy() -> None:
+    """One row on 4,096 keys: 32 parts for threads, as many as a device has processors where the kernel says so."""
+    spec = spec_of((1, 1, 1, 8), (1, 1, 4096, 8))
+    able = dataclasses.replace(menu((16,), (32,)), part_keys=32)
+    assert make_plan(spec, able).items == ENOUGH_ITEMS
+    assert make_plan(spec, dataclasses.replace(able, enough_items=64)).items == 64
+
+
 class Exported:
     """What says by DLPack where it lies."""
 

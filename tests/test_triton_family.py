@@ -92,8 +92,9 @@ def spec(dtype: str = "float32", size: int = 64, q_len: int = 64, heads: int = 4
 
 def test_capabilities_without_a_device(monkeypatch: pytest.MonkeyPatch, no_interpreter: None) -> None:
     """As every family's, they can be asked for any spec; those of a GPU are its own."""
-    monkeypatch.setattr(family, "arch_of", lambda spec: "sm_90")
+    monkeypatch.setattr(driver, "device", lambda number: driver.Device("Fake GPU", "sm_90", 232448, 132))
     able = family.capabilities(spec())
+    assert (able.isa, able.enough_items) == ("sm_90", 132)
     assert able.devices == {"cuda"} and able.at_once and able.head_block == 1 and not able.native
     few = family.capabilities(spec(q_len=3))
     assert (few.tile_q, few.head_block, few.variant) == ((16,), 2, "few queries")
@@ -121,6 +122,16 @@ def test_an_architecture_without_tiles_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(driver, "missing", lambda: None)
     monkeypatch.setattr(driver, "device", lambda number: driver.Device("Old GPU", "sm_75", 65536, 40))
     assert kernels.objection(family, spec()) == "has no tiles for Old GPU, which is sm_75"
+
+
+def test_an_old_triton_is_refused(monkeypatch: pytest.MonkeyPatch, no_interpreter: None) -> None:
+    monkeypatch.setattr(driver, "missing", lambda: None)
+    monkeypatch.setattr(driver, "device", lambda number: driver.Device("New GPU", "sm_103", 232448, 148))
+    monkeypatch.setattr(family, "installed_version", lambda: "3.7.1")
+    assert kernels.objection(family, spec()) == "needs triton 3.8 for sm_103, not 3.7.1"
+    assert family.too_old("sm_90") is None
+    monkeypatch.setattr(family, "installed_version", lambda: "3.8.0")
+    assert family.too_old("sm_100") is None
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ class Torch:
         return x.to(getattr(self.torch, dtype)).expand(shape).contiguous()
 
     def out_of_memory(self) -> tuple[type[Exception], ...]:
-        return (self.torch.OutOfMemoryError,)
+        return (self.torch.cuda.OutOfMemoryError,)
 
 
 class CuPy:

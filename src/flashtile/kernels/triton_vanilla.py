@@ -35,5 +35,5 @@ def capabilities(spec: AttentionSpec) -> Capabilities:
 
 def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> CompiledKernel:
     """The three stages of one spec, plan and layout."""
-    tile = tiles.forward_tile(spec, triton.arch_of(spec))
+    tile = tiles.vanilla_tile(spec, triton.arch_of(spec))
     return Vanilla(spec, plan, layout, tile, triton.device_of(spec))

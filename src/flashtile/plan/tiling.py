@@ -72,10 +72,11 @@ def make_plan(spec: AttentionSpec, capabilities: Capabilities) -> Plan:
 
 def _keys_of_a_part(spec: AttentionSpec, capabilities: Capabilities, items: int, tile_k: int) -> int:
     """How many keys a work item attends where few items on long keys would leave threads idle; 0: all of them."""
-    if capabilities.part_keys is None or not 0 < items < ENOUGH_ITEMS:
+    enough = capabilities.enough_items or ENOUGH_ITEMS
+    if capabilities.part_keys is None or not 0 < items < enough:
         return 0
     seen = keys_seen(spec)
-    parts = min(-(-ENOUGH_ITEMS // items), seen // capabilities.part_keys)
+    parts = min(-(-enough // items), seen // capabilities.part_keys)
     if parts < 2:
         return 0
     # A window sees a few of many parts, and the merge reads all: their number is bounded.

@@ -2,7 +2,7 @@
 
 The source is plain text and needs no Triton to be made. Scalars and tiles broadcast in Triton by themselves, so one
 line a node is all: what depends on the row alone stays a column, what depends on the head alone stays a scalar. The
-names that the lines use are `tl`, and the functions of kernels/triton/functions.py.
+names that the lines use are `tl`, and functions of kernels/triton: functions.py, and of language.py number and spread.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Writer:
 
     def scalar_capture(self, x: Expr) -> str:
         value = self.arguments.first(x.data)
-        return f"{value}.to(tl.int32)" if x.type == "int" else f"number({value}, ACC)"
+        return f"spread({value}.to(tl.int32))" if x.type == "int" else f"spread(number({value}, ACC))"
 
     def load(self, x: Expr, index: list[str]) -> str:
         """The element at the indices, clamped where the access says so. Only there can the array be empty."""
@@ -96,7 +96,8 @@ class Writer:
             room = f"tl.minimum({room}, {here})" if room else here
             place += f" + {i}.to(tl.int64) * {self.arguments.stride(slot, axis)}"
         guard = f", mask={room} > 0, other=0" if any(access.clamp) else ""
-        raw = self.line(f"tl.load({place}{guard})")
+        element = f"tl.load({place}{guard})"
+        raw = self.line(element if index else f"spread({element})")
         return f"({raw} != 0)" if slot.type == "bool" else f"{raw}.to({'ACC' if slot.type == 'float' else 'tl.int32'})"
 
     def inside(self, x: Expr, index: list[str]) -> str:

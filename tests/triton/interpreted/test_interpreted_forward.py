@@ -28,7 +28,7 @@ HIDING = np.where(RNG.random((2, 1, 21, 40)) < 0.3, -np.inf, 0.0).astype(np.floa
 SLOPES = np.array([0.5, 0.125], np.float32)
 SINKS = np.array([0.5, -np.inf], np.float32)
 IDS, KEY_IDS = RNG.integers(0, 3, (2, 21)), np.sort(RNG.integers(0, 3, (2, 40)))
-LENGTHS = np.array([7, 35])
+LENGTHS, LIMIT = np.array([7, 35]), 0
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -49,6 +49,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "padding": {"mask": padding(LENGTHS), "causal": True, "align": 19},
     "prefix or causal": {"mask": prefix(30) & (lambda b, h, i, j: (i + j) % 3 != 0)},
     "mask of a head": {"mask": lambda b, h, i, j: (h % 2 == 0) | (j > 2 * i)},
+    "mask of scalars": {"mask": lambda b, h, i, j: (b * 0.5 == h) & (j <= i + 3) | (h > LIMIT)},
     "score function": {"score_mod": lambda s, b, h, i, j: s * (1 + 0.01 * (i // (j + 1))) - 0.1 * np.abs(h - b)},
     "score function of no score": {"score_mod": lambda s, b, h, i, j: j * 0.125},
     "score function that hides": {"score_mod": lambda s, b, h, i, j: np.where(j % 5 == 2, -np.inf, s), "causal": True,

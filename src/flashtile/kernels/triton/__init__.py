@@ -118,6 +118,7 @@ def capabilities(spec: AttentionSpec) -> Capabilities:
         variant="few queries" if few_rows(spec) else "forward",
         head_block=spec.group if packs(spec) else 1,
         part_keys=PART_KEYS,
+        enough_items=None if interpreted or spec.device_kind != "cuda" else driver.device(number_of(spec)).processors,
         devices=frozenset(("cpu",) if interpreted else ("cuda",)),
         at_once=True,
     )
@@ -130,10 +131,21 @@ def refuses(spec: AttentionSpec) -> str | None:
     from flashtile.kernels.triton import selftest
 
     device = driver.device(number_of(spec))
+    if (reason := too_old(device.arch)) is not None:
+        return reason
     if tiles.rows_of(device.arch) is None:
         return f"has no tiles for {device.name}, which is {device.arch}"
     compute = selftest.on_gpu if devices.in_call() else None
     return selftest.failure(f"{device.name} ({device.arch})", str(installed_version()), spec, compute)
+
+
+def too_old(arch: str) -> str | None:
+    """Why the installed Triton cannot compile for an architecture; None if it can."""
+    needed = tiles.NEEDS.get(str(tiles.rows_of(arch)))
+    version = str(installed_version())
+    if needed is None or tuple(map(int, version.split(".")[:2])) >= needed:
+        return None
+    return f"needs triton {'.'.join(map(str, needed))} for {arch}, not {version}"
 
 
 def remark() -> str:

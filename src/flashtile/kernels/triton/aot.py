@@ -18,9 +18,9 @@ from typing import Any
 import flashtile
 from flashtile.arrays import contiguous
 from flashtile.dtypes import dtype_of
-from flashtile.errors import wrong
+from flashtile.errors import UnavailableError, wrong
 from flashtile.kernels.triton import specialisation as special
-from flashtile.kernels.triton import tiles
+from flashtile.kernels.triton import tiles, too_old
 from flashtile.kernels.triton.compiler import compiled
 from flashtile.kernels.triton.host import MERGE_ROWS
 from flashtile.kernels.triton.parameters import flat_names, layout_of, size_of
@@ -71,7 +71,7 @@ def choose(
     bands    "band" for causal and windowed calls, "open" for those where every row sees every key
     states   of o and lse before and after: see specialisation.STATES
     aligned  addresses are multiples of 16 bytes, and strides of 16 elements
-    Raises:  SpecError for a name that is not known.
+    Raises:  SpecError for a name that is not known, UnavailableError if Triton is too old for the architecture.
     """
     kernels, states, bands, head_sizes = tuple(kernels), tuple(states), tuple(bands), tuple(head_sizes)
     for argument, names, known in (
@@ -82,6 +82,8 @@ def choose(
                 raise wrong(argument, repr(name), "some of " + ", ".join(known))
     if tiles.rows_of(arch) is None:
         raise wrong("arch", repr(arch), "an architecture with tile configurations: sm_80 and newer, gfx942, gfx950")
+    if (reason := too_old(arch)) is not None:
+        raise UnavailableError(f"aot: {reason}")
     memory = Memory(contiguous=True, aligned=aligned)
     seen = set()  # most kernels do not know of the band
     for dtype in dtypes:
@@ -100,7 +102,7 @@ def choose(
 def _kernels(
     spec: AttentionSpec, arch: str, band: str, kernels: tuple[str, ...], states: tuple[str, ...], memory: Memory
 ) -> Iterator[Chosen]:
-    tile, rows = tiles.forward_tile(spec, arch), Tile(MERGE_ROWS, MERGE_ROWS)
+    tile, rows, unfused = tiles.forward_tile(spec, arch), Tile(MERGE_ROWS, MERGE_ROWS), tiles.vanilla_tile(spec, arch)
     base = f"{tiles.kind_of(spec).replace(' ', '-')}-d{spec.head_size}"
     if "forward" in kernels:
         for state in states:
@@ -112,12 +114,13 @@ def _kernels(
             what = special.merge(spec, rows, finished=finished, memory=Memory(memory.contiguous, aligned=False))
             yield Chosen(f"merge-{base}-{special.FINISHED if finished else special.PARTIAL}", what, spec, rows)
     if "scores" in kernels:
-        yield Chosen(f"scores-{base}-{band}", special.scores(spec, tile, memory=memory), spec, tile)
+        yield Chosen(f"scores-{base}-{band}", special.scores(spec, unfused, memory=memory), spec, unfused)
     if "softmax" in kernels:
-        yield Chosen(f"softmax-{base}", special.softmax(spec, tile), spec, tile)
+        yield Chosen(f"softmax-{base}", special.softmax(spec, unfused), spec, unfused)
     if "output" in kernels:
         for state in states:
-            yield Chosen(f"output-{base}-{state}", special.output(spec, tile, state=state, memory=memory), spec, tile)
+            name = f"output-{base}" + (state != special.FINISHED) * f"-{state}"
+            yield Chosen(name, special.output(spec, unfused, state=state, memory=memory), spec, unfused)
 
 
 def build(folder: Path, arch: str, chosen: Iterable[Chosen]) -> Iterator[dict[str, Any]]:

@@ -10,6 +10,7 @@ from flashtile.errors import UnavailableError, wrong
 from flashtile.kernels.triton import interpreting
 from flashtile.kernels.triton.specialisation import Specialisation
 
+TENSOR_MEMORY = 512  # columns that a Blackwell processor has
 ARCHITECTURES = "sm_80, sm_90, sm_100 and so on, or gfx942 and so on"
 
 
@@ -40,12 +41,15 @@ def compiled(specialisation: Specialisation, arch: str) -> Any:
     options = {
         "num_warps": specialisation.num_warps,
         "num_stages": specialisation.num_stages,
-        "enable_fp_fusion": True,
+        "enable_fp_fusion": specialisation.fuses,
     }
-    target = target_of(arch)
+    target, what = target_of(arch), f"kernel {specialisation.kernel} for {arch}"
     try:
-        return triton.compile(source_of(specialisation), target=target, options=options)
+        kernel = triton.compile(source_of(specialisation), target=target, options=options)
     except Exception as cause:
         problem = " ".join(str(cause).split())[:300] or type(cause).__name__
-        what = f"kernel {specialisation.kernel} for {arch}"
         raise UnavailableError(f"{what}: Triton cannot compile it: {problem}") from cause
+    columns = getattr(kernel.metadata, "tmem_size", 0) or 0
+    if columns > TENSOR_MEMORY:  # the assembler makes a trap of such a kernel, and says nothing
+        raise UnavailableError(f"{what}: got {columns} columns of tensor memory, expected {TENSOR_MEMORY} at most")
+    return kernel

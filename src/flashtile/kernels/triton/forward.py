@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from flashtile.kernels.triton.containment import add_contained, any_not_finite
-from flashtile.kernels.triton.language import LN2, LOG2E, MINUS_INF, add_product, number, product, rounded
+from flashtile.kernels.triton.language import LN2, LOG2E, MINUS_INF, add_product, number, product, rounded, spread
 from flashtile.kernels.triton.rows import key_limits, locate
 
 
@@ -202,17 +202,16 @@ def _key_tile(
         s *= factor
     else:
         s *= factor
-        place_h, place_i, place_j = h, i[:, None], j[None, :]
-        if PACKED:
-            place_h = h[:, None]
+        place_h = h[:, None] if PACKED else spread(h)
+        place_b, place_i, place_j = spread(b), i[:, None], j[None, :]
         if not FULL:  # the program reads its arrays within their bounds
             place_j = tl.minimum(place_j, kv_len - 1)
         if SCORE is not None:
-            s = SCORE(s, b, place_h, place_i, place_j, where[3], ACC) * tl.full((), LOG2E, ACC)
+            s = SCORE(s, place_b, place_h, place_i, place_j, where[3], ACC) * tl.full((), LOG2E, ACC)
         if not FULL:
             seen = (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
             if MASK is not None:
-                seen = seen & MASK(s, b, place_h, place_i, place_j, where[3], ACC)
+                seen = seen & MASK(s, place_b, place_h, place_i, place_j, where[3], ACC)
             s = tl.where(seen, s, MINUS_INF)
         s = tl.broadcast_to(s, [TILE_Q, TILE_K])
         new = tl.maximum(top, tl.max(s, 1))

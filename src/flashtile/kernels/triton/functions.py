@@ -169,7 +169,7 @@ def tanh(x):
             series = 1.0 + series * r * (1.0 / (k + 1))
     power = tl.exp2(n)
     e = series * r * power + (power - 1.0)
-    size = divide(e, e + 2.0)
+    size = e / (e + 2.0)
     return tl.where(x == 0.0, x, tl.where(x < 0.0, -size, size))
 
 
@@ -177,7 +177,7 @@ def tanh(x):
 def sigmoid(x):
     """1 / (1 + exp(-x)), neither side of which overflows."""
     e = exp(-tl.abs(x))
-    return divide(tl.where(x >= 0.0, tl.full((), 1.0, x.dtype), e), 1.0 + e)
+    return tl.where(x >= 0.0, tl.full((), 1.0, x.dtype), e) / (1.0 + e)
 
 
 @triton.jit
@@ -197,7 +197,7 @@ def _exponent_and_log(x):
     word = tl.where(small, x * 8388608.0, x).to(tl.int32, bitcast=True)
     shift = (word - 0x3F3504F3) >> 23  # the bits of sqrt(1/2)
     m = (word - (shift << 23)).to(tl.float32, bitcast=True)
-    t = tl.div_rn(m - 1.0, m + 1.0)
+    t = (m - 1.0) / (m + 1.0)
     square = t * t
     series = square * (2.0 / 11.0) + 2.0 / 9.0
     for k in tl.static_range(3, 0, -1):

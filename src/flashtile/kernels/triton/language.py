@@ -2,7 +2,8 @@
 
 Triton's interpreter keeps bfloat16 as its 16 bits. Loads, stores and conversions to float32 are right; a product or
 any arithmetic on it is rubbish, and the conversion back truncates. So under TRITON_INTERPRET=1, and only there,
-operands are widened before a product, which changes no value, and rounding to nearest even is done by hand.
+operands are widened before a product, which changes no value, and rounding to nearest even is done by hand. And a
+comparison of two scalars, when it meets a tile, is given the type of what was compared; so programs get no scalars.
 """
 
 from __future__ import annotations
@@ -52,3 +53,12 @@ def rounded(x, TYPE: tl.constexpr):
 def number(bits, TYPE: tl.constexpr):
     """The double whose bits came as an integer. A float argument would arrive as float32."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True).to(TYPE)
+
+
+@triton.jit
+def spread(x):
+    """A scalar as programs take it: itself, or a tile of one element."""
+    if INTERPRETED:
+        return tl.broadcast_to(x, [1])
+    else:
+        return x

@@ -46,6 +46,6 @@ def function_of(name: str, root: Expr, slots: Any) -> Any:
 
 @functools.cache
 def _callable_names() -> dict[str, Any]:
-    """What the source may call: functions.py, and how it reads numbers."""
+    """What the source may call: functions.py, and how it takes numbers."""
     calls = {name: value for name, value in vars(functions).items() if hasattr(value, "fn")}
-    return {**calls, "number": language.number}
+    return {**calls, "number": language.number, "spread": language.spread}

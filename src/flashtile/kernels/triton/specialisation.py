@@ -88,6 +88,17 @@ class Specialisation:
         """The run-time arguments in order."""
         return tuple(name for name, _ in self.signature)
 
+    @property
+    def fuses(self) -> bool:
+        """Whether multiply-adds may be fused. Not where a mask multiplies floats: what a tile shows is worked out with
+        products that are rounded, and the elements must agree with it."""
+        from flashtile.score.expr import postorder
+
+        mask = self.code.mask if self.code is not None else None
+        return mask is None or not any(
+            x.type == "float" and x.operation.name in ("mul", "mod") for x in postorder([mask])
+        )
+
     def flat_types(self) -> tuple[str, ...]:
         """The types of what is really passed, tuples opened."""
         return tuple(t for _, types in self.signature for t in ((types,) if isinstance(types, str) else types))

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from flashtile.kernels.triton.containment import add_contained, any_not_finite
 from flashtile.kernels.triton.functions import divide, exp, log
-from flashtile.kernels.triton.language import MINUS_INF, add_product, number, product, rounded
+from flashtile.kernels.triton.language import MINUS_INF, add_product, number, product, rounded, spread
 from flashtile.kernels.triton.rows import key_limits, locate
 
 
@@ -47,9 +47,9 @@ def scores(
     seen = (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
     place = tl.minimum(j, kv_len - 1)[None, :]
     if SCORE is not None:
-        x = SCORE(x, b, h, i[:, None], place, captures, ACC)
+        x = SCORE(x, spread(b), spread(h), i[:, None], place, captures, ACC)
     if MASK is not None:
-        seen = seen & MASK(x, b, h, i[:, None], place, captures, ACC)
+        seen = seen & MASK(x, spread(b), spread(h), i[:, None], place, captures, ACC)
     x = tl.where(seen, x, MINUS_INF)
     s += ((batch * heads + head) * q_len + row)[:, None] * s_s + key[None, :]
     tl.store(s, rounded(x, s.dtype.element_ty), mask=inside[:, None] & (j < columns)[None, :])

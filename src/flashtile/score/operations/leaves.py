@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -105,7 +106,8 @@ class Inside(Operation):
 
     def evaluate(self, x: Expr, at: Any, args: list[Any]) -> Any:
         shape = at.capture(x.data.source).array.shape
-        return np.asarray(np.logical_and.reduce([(i >= 0) & (i < n) for i, n in zip(args, shape, strict=True)]))
+        within = ((i >= 0) & (i < n) for i, n in zip(args, shape, strict=True))
+        return np.asarray(functools.reduce(np.logical_and, within, np.True_))
 
     def bound(self, x: Expr, at: Any, args: list[Interval]) -> Interval:
         shape = at.capture(x.data.source).array.shape
