@@ -6,6 +6,8 @@
     tiles.py        tensors as handles                                    states.py     partial results merged and cast
     coverage.py     which tiles meet, and how much of them                footprint.py  what a task costs
     flow.py         the tasks of a forward pass, in order                 engine.py     a call of attention
+    cuda.py         what programs launch on GPUs                          manifest.py    kernels compiled ahead of time
+    launch.h, .c    C that launches them through NVIDIA's driver, without CUDA's headers and without Python
 
 `flashtile.starpu` is the door for programs that hold tiles themselves.
 """
