@@ -32,7 +32,7 @@ from flashtile.engines.starpu.profile import Profile, TaskRecord
 from flashtile.engines.starpu.runtime import schedulers, shutdown
 from flashtile.engines.starpu.tiles import Tile, TiledTensor, can_tile
 from flashtile.engines.starpu.vanilla import VanillaFlow
-from flashtile.errors import wrong
+from flashtile.errors import UnavailableError, wrong
 from flashtile.score.options import ScoreOptions
 from flashtile.spec import integer
 
@@ -69,6 +69,7 @@ def init(
     scheduler: str | None = None,
     calibrate: bool | None = None,
     models: str | os.PathLike[str] | None = None,
+    cuda_kernels: str | os.PathLike[str] | None = None,
 ) -> None:
     """Start StarPU, or join the one that the program has started, which then keeps its own settings.
 
@@ -76,11 +77,13 @@ def init(
               scheduler      one of schedulers(); else STARPU_SCHED, else StarPU's own choice (lws).
               calibrate      measure every task for the performance models.
               models         folder that keeps the models, for dmda and its kin; else StarPU's (~/.starpu).
+              cuda_kernels   folder of an architecture that `flashtile aot` made, for CUDA workers; else
+                             FLASHTILE_STARPU_KERNELS, else CUDA workers run nothing of flashtile's.
     Raises:   SpecError for a second call, an unknown scheduler, a number out of range, a limit on memory
               (STARPU_LIMIT_CPU_MEM) without a disk; UnavailableError if StarPU is not installed, has no worker, or
               runs in the process that this one was forked from.
     """
-    runtime.init(workers, cuda=cuda, scheduler=scheduler, calibrate=calibrate, models=models)
+    runtime.init(workers, cuda=cuda, scheduler=scheduler, calibrate=calibrate, models=models, cuda_kernels=cuda_kernels)
 
 
 def workers(architecture: str | None = None) -> int:
@@ -110,12 +113,19 @@ def profile() -> Profile:
 def restrict(*where: str, dtype: str | None = None) -> None:
     """Let tasks submitted from now on run on "cpu", on "cuda" or on both only, in one dtype or in all.
 
+    A task whose own program has no kernel there is refused when it is submitted, with the reason.
     Raises: UnavailableError if nothing remains: no implementation there, or no worker. Nothing is changed then.
     """
     names = list(DTYPES) if dtype is None else [dtype_of(dtype).name]
     chosen = [codelet(operation, name) for operation in LABELS for name in names]
+    errors = []
     for one in chosen:
-        one.check(*where)
+        try:
+            one.check(*where)
+        except UnavailableError as e:
+            errors.append(e)
+    if len(errors) == len(chosen):
+        raise errors[0]
     for one in chosen:
         one.restrict(*where)
 

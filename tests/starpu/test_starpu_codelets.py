@@ -20,7 +20,6 @@ from flashtile.engines.starpu.flow import Flow
 from flashtile.engines.starpu.jobs import TASK, Job
 from flashtile.engines.starpu.vanilla import VanillaFlow
 from flashtile.errors import UnavailableError
-from flashtile.kernels.cpu import tiles as kernels
 
 pytestmark = pytest.mark.usefixtures("starpu")
 
@@ -75,16 +74,6 @@ def test_a_task_goes_only_where_its_program_has_a_kernel(starpu: Any) -> None:
     assert same_bits(o, flashtile.attention(*arrays, engine="starpu"))
 
 
-def test_programs_take_the_kernels_of_both_architectures() -> None:
-    from dataclasses import replace
-
-    kernel = kernels.finish("float16", 16)
-    assert kernel.cuda == 0
-    bindings = ((0, "parts_o", None), (1, "parts_lse", None), (2, "o", "o_s"))
-    program = programs.Program(runtime.current(), replace(kernel, cuda=12345), bindings, ())
-    assert (program.data.cpu, program.data.cuda) == (kernel.address, 12345)
-
-
 STUB = """
 typedef struct CUstream_st *cudaStream_t; typedef int cudaError_t; typedef int CUdevice; typedef void *cudaEvent_t;
 enum cudaMemcpyKind { cudaMemcpyHostToDevice }; struct cudaDeviceProp { int major; };
@@ -94,7 +83,7 @@ HEADERS = ("cuda_runtime.h", "cuda_runtime_api.h", "cusparse.h", "cublas.h", "cu
 
 
 def test_the_cuda_trampoline_compiles(tmp_path: Path) -> None:
-    """Against stand-ins for CUDA's headers: it was never run, for want of a GPU."""
+    """Against stand-ins for CUDA's headers, as in a StarPU with CUDA: that was never run, for want of a GPU."""
     found, compiler = build.package(), shutil.which("gcc") or shutil.which("cc")
     assert found is not None and compiler is not None
     (tmp_path / "cuda.h").write_text("#pragma once\n" + STUB)

@@ -8,6 +8,8 @@
     flow.py         the tasks of a forward pass, in order                 engine.py     a call of attention
     profile.py      what tasks did, while a block lasts                   graph.py      which tasks wait for which
     trace.py        a profile for Perfetto                                pictures.py   a profile drawn
+    cuda.py         what programs launch on GPUs                          manifest.py    kernels compiled ahead of time
+    launch.h, .c    C that launches them through NVIDIA's driver, without CUDA's headers and without Python
 
 `flashtile.starpu` is the door for programs that hold tiles themselves.
 """

@@ -25,7 +25,8 @@ from flashtile.errors import UnavailableError
 
 PACKAGES = ("starpu-1.4", "starpu-1.3")  # by pkg-config, the newest first
 VARIABLE = "FLASHTILE_STARPU"  # names another pkg-config package
-SOURCES = ("shim.h", "shim.c")
+HEADERS = ("launch.h", "shim.h")  # what Python sees
+SOURCES = (*HEADERS, "launch_internal.h", "shim.c", "launch.c")
 HERE = Path(__file__).parent
 INSTALL = "apt-get install --no-install-recommends libstarpu-dev pkg-config gcc libc6-dev, and pip install cffi"
 
@@ -88,7 +89,10 @@ def build(force: bool = False) -> Path:
     paths = [f"-Wl,-rpath,{flag[2:]}" for flag in links if flag.startswith("-L")]
     compile_flags = [*_flags("--cflags", found[0]), f"-I{HERE}", "-O2", "-Wall"]
     source = (HERE / "shim.c").read_text()
-    ffi.set_source(_name(), source, extra_compile_args=compile_flags, extra_link_args=[*links, *paths])
+    launcher = [str(HERE / "launch.c")]
+    ffi.set_source(
+        _name(), source, sources=launcher, extra_compile_args=compile_flags, extra_link_args=[*links, "-ldl", *paths]
+    )
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         try:
@@ -117,8 +121,8 @@ def load() -> ModuleType:
 
 
 def _declarations() -> str:
-    """The shim's header as cffi reads it: C without comments of several lines or includes."""
-    return (HERE / "shim.h").read_text()
+    """The headers as cffi reads them: C without comments of several lines or includes."""
+    return "\n".join((HERE / name).read_text() for name in HEADERS)
 
 
 @functools.cache

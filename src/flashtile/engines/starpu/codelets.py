@@ -18,8 +18,8 @@ LABELS: dict[str, tuple[str, ...]] = {
     "accumulate": ("first query", "first key"),
 }
 
-# Operation: architectures that its programs have kernels for.
-IMPLEMENTED: dict[str, tuple[str, ...]] = dict.fromkeys(LABELS, ("cpu",))
+# Operations that have kernels for CPUs only. Of the others each program says whether it has one for GPUs (cuda.py).
+CPU_ONLY = ("accumulate",)
 
 
 class Codelet:
@@ -37,14 +37,14 @@ class Codelet:
         self.pointer: Any = self.runtime.lib.ft_codelet_new(self.name.encode())
         if self.pointer == self.runtime.ffi.NULL:
             raise MemoryError(f"no memory for codelet {self.name}")
-        self.architectures = self.where = IMPLEMENTED[operation]
+        self.architectures: tuple[str, ...] = ("cpu",) if operation in CPU_ONLY else runtime.ARCHITECTURES
+        self.where: tuple[str, ...] = self.architectures
         self._tell("ft_codelet_implement", self.architectures)
 
     def restrict(self, *where: str) -> None:
-        """Let tasks submitted from now on run on "cpu", on "cuda" or on both only. Raises: as check."""
-        self.check(*where)
+        """Let tasks submitted from now on run on "cpu", on "cuda" or on both only; `check` says whether they can."""
         self.where = where
-        self._tell("ft_codelet_where", where)
+        self._tell("ft_codelet_where", tuple(name for name in where if name in self.architectures))
 
     def check(self, *where: str) -> None:
         """Raise SpecError for an unknown name, UnavailableError if no worker remains that has an implementation."""
@@ -58,6 +58,8 @@ class Codelet:
                 reasons.append(f"{name}: codelet {self.name} has no implementation")
             elif not self.runtime.workers(name):
                 reasons.append(f"{name}: StarPU runs no such worker")
+            elif name == "cuda" and self.runtime.kernels is None:
+                reasons.append(f"{name}: no kernels were given, init(cuda_kernels=...)")
         if len(reasons) == len(where):
             why = "; ".join(reasons)
             raise UnavailableError(f"restrict: got {', '.join(where)}, expected one with workers; {why}")

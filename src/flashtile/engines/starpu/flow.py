@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flashtile.dtypes import DTYPES
+from flashtile.engines.starpu import cuda
 from flashtile.engines.starpu.codelets import codelet
 from flashtile.engines.starpu.coverage import BandCoverage, ProgramCoverage, TileCoverage
 from flashtile.engines.starpu.footprint import footprint_of, footprints
@@ -92,15 +93,16 @@ class Flow:
         at = 0 if offsets is None else offsets.ctypes.data
         kernel = kernels.forward(spec, tile_q, tile_k, offsets=at, scoring=scoring)
         self.sinks = int(kernel.block[kernel.words["sinks"]])
-        self.program = Program(runtime, kernel, FORWARD, FORWARD_VALUES, (offsets, scoring))
+        gpu = cuda.forward(runtime, spec, tile_q)
+        self.program = Program(runtime, kernel, FORWARD, FORWARD_VALUES, (offsets, scoring), gpu)
         self.narrow = DTYPES[spec.dtype].accumulator != spec.dtype
+        self.anchors = np.array([spec.offset or 0], np.int64) if offsets is None else offsets  # (B,), or (1,): shared
         self.coverage: TileCoverage
         if kernel.config.masked:
             assert scoring is not None and scoring.program is not None
             self.coverage = ProgramCoverage(spec, scoring.program, kernel.config, tile_q, tile_k)
         else:
-            shared = np.array([spec.offset or 0], np.int64)
-            self.coverage = BandCoverage(spec, tile_q, tile_k, shared if offsets is None else offsets)
+            self.coverage = BandCoverage(spec, tile_q, tile_k, self.anchors)
         self.pairs = pairs_of(spec, self.coverage)
         self.tasks = self._forward_tasks()
         self.number = np.full((spec.batch, spec.heads, -(-spec.q_len // tile_q), -(-spec.kv_len // tile_k)), -1)
@@ -154,6 +156,10 @@ class Flow:
         tasks["rows"][:, :4] = np.stack([row, key, key, row], axis=1)
         tasks["bytes"][:, 4] = (head * spec.q_len + row) * DTYPES[DTYPES[spec.dtype].accumulator].itemsize
         tasks["values"][:, :3] = np.stack([p.place > 0, end, np.where(p.left == 0, self.sinks, 0)], axis=1)
+        anchor = cuda.anchor_of(self.anchors, p.batch, row - key)
+        sizes = {cuda.ROWS: np.minimum(self.tile_q, spec.q_len - row), cuda.KEYS: end - key, cuda.ANCHOR: anchor}
+        for place, numbers in sizes.items():
+            tasks["sizes"][:, place] = numbers
         tasks["tile"] = np.stack([p.batch, p.head, p.query_tile, p.key_tile], axis=1)
         tasks["priority"] = p.left
         self._add_costs(tasks)

@@ -12,7 +12,7 @@ from flashtile.engines.starpu.codelets import Codelet
 from flashtile.errors import KernelError, UnavailableError, wrong
 from flashtile.progress import Report
 
-BUFFERS, VALUES = 8, 4  # of shim.h
+BUFFERS, VALUES, SIZES = 8, 4, 5  # of shim.h
 POLL_MILLISECONDS = 50  # between looks at Ctrl-C and at the progress
 
 # ft_task of shim.h
@@ -24,6 +24,7 @@ TASK = np.dtype(
         ("rows", np.int64, BUFFERS),
         ("bytes", np.int64, BUFFERS),
         ("values", np.int64, VALUES),
+        ("sizes", np.int64, SIZES),
         ("tile", np.int64, 4),
         ("flops", np.float64),
         ("footprint", np.uint32),
@@ -144,4 +145,5 @@ class Job:
         labels = codelet.labels if codelet else ("batch", "head", "query tile", "key tile")
         tile = named(labels, failure.tile)
         worker = self.runtime.worker_name(failure.worker)
-        return f"codelet {name} failed on {tile} with status {failure.status}, on {worker}"
+        detail = self.runtime.ffi.string(failure.detail).decode(errors="replace")
+        return f"codelet {name} failed on {tile} with status {failure.status}, on {worker}" + (detail and f": {detail}")

@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 
 from flashtile.engines.starpu.codelets import Codelet
+from flashtile.engines.starpu.cuda import Launches
 from flashtile.engines.starpu.jobs import Job
 from flashtile.engines.starpu.runtime import Runtime
+from flashtile.errors import UnavailableError
 from flashtile.kernels.cpu.tiles import TileKernel
 
 CACHE_LINE = 64
+NOT_FOR_GPUS = "it has kernels for CPUs only"
 
 # Handle of the task, word of its address, word of its bytes between rows or None; and, where the word is to hold the
 # distance from another binding, the number of that one.
@@ -28,11 +31,15 @@ class Program:
         bindings: tuple[Binding, ...],
         values: tuple[str, ...],
         keep: Any = None,
+        cuda: Launches | str = NOT_FOR_GPUS,
     ) -> None:
-        self.kernel, self._keep = kernel, keep
+        """cuda: what a GPU launches instead, or why it has nothing to launch."""
+        self.kernel, self.cuda, self._keep = kernel, cuda, keep
         self.data = data = runtime.ffi.new("ft_program *")
         assert len(kernel.block) <= len(data.block) and len(bindings) <= len(data.handle)
-        data.cpu, data.cuda, data.words = kernel.address, kernel.cuda, len(kernel.block)
+        data.cpu, data.words = kernel.address, len(kernel.block)
+        if not isinstance(cuda, str):
+            data.cuda = int(runtime.ffi.cast("uintptr_t", cuda.data))
         data.inner_word, data.inner_at = kernel.inner
         data.handles = 1 + max(handle for handle, *_ in bindings)
         data.bindings, data.values = len(bindings), len(values)
@@ -45,13 +52,20 @@ class Program:
         data.block[0 : len(kernel.block)] = kernel.block.tolist()
         self.address = int(runtime.ffi.cast("uintptr_t", data))
 
+    @property
+    def scratch_bytes(self) -> int:
+        """That a worker of either kind needs."""
+        return max(self.kernel.scratch_bytes, 0 if isinstance(self.cuda, str) else self.cuda.scratch_bytes)
+
     def submit(self, job: Job, codelet: Codelet, handles: np.ndarray, modes: np.ndarray, tasks: np.ndarray) -> None:
         """Submit tasks on handles (n, buffers), with a scratch buffer a worker; see Job.submit."""
         if not len(tasks):
             return
+        if isinstance(self.cuda, str) and codelet.where == ("cuda",):
+            raise UnavailableError(f"starpu: codelet {codelet.name}, restricted to cuda: {self.cuda}")
         runtime, n = job.runtime, len(tasks)
         tasks["program"] = self.address
-        scratch = runtime.scratch(self.kernel.scratch_bytes + CACHE_LINE)
+        scratch = runtime.scratch(self.scratch_bytes + CACHE_LINE)
         handles = np.concatenate([handles, np.full((n, 1), scratch, np.uint64)], axis=1)
         modes = np.concatenate([modes, np.full((n, 1), runtime.constant("SCRATCH"), np.int32)], axis=1)
         job.submit(codelet, handles, modes, tasks, self)

@@ -19,19 +19,22 @@ from flashtile.spec import integer
 if TYPE_CHECKING:
     from flashtile.engines.starpu.codelets import Codelet
     from flashtile.engines.starpu.jobs import Job
+    from flashtile.engines.starpu.manifest import Kernels
     from flashtile.engines.starpu.profile import Profile
 
 ARCHITECTURES = ("cpu", "cuda")
 # Reaching a limit on memory, StarPU 1.3 without a disk to write to waits for ever.
 MEMORY_LIMITS = ("STARPU_LIMIT_CPU_MEM", "STARPU_LIMIT_CPU_NUMA_MEM")
 DISK = "STARPU_DISK_SWAP"
+KERNELS_VARIABLE = "FLASHTILE_STARPU_KERNELS"  # names the folder of kernels for CUDA workers
 
 
 class Runtime:
     """A running StarPU. `owned` is whether we started it; `implicit`, whether for attention(engine="starpu")."""
 
-    def __init__(self, module: Any, owned: bool, implicit: bool) -> None:
-        self.lib, self.ffi = module.lib, module.ffi
+    def __init__(self, module: Any, owned: bool, implicit: bool, kernels: Kernels | None) -> None:
+        self.lib, self.ffi, self.kernels = module.lib, module.ffi, kernels
+        self.lib.ft_driver_forget()  # contexts of an earlier start have ended
         self.owned, self.pauses = owned, owned and implicit
         self.pid = os.getpid()
         self.codelets: dict[str, Codelet] = {}
@@ -152,6 +155,7 @@ def init(
     scheduler: str | None = None,
     calibrate: bool | None = None,
     models: str | os.PathLike[str] | None = None,
+    cuda_kernels: str | os.PathLike[str] | None = None,
 ) -> Runtime:
     """Start StarPU; see flashtile.starpu.init."""
     global _runtime
@@ -159,12 +163,13 @@ def init(
         if _runtime is not None:
             current()  # in a child the error is another
             raise wrong("init", "a second call", "shutdown() before another init()")
+        kernels = _kernels(cuda_kernels)
         module = build.load()
         if module.lib.ft_is_initialized():
-            _runtime = Runtime(module, owned=False, implicit=False)
+            _runtime = Runtime(module, owned=False, implicit=False, kernels=kernels)
         else:
             _start(module, workers, cuda, scheduler, calibrate, models)
-            _runtime = Runtime(module, owned=True, implicit=False)
+            _runtime = Runtime(module, owned=True, implicit=False, kernels=kernels)
         return _runtime
 
 
@@ -173,11 +178,12 @@ def ensure() -> Runtime:
     global _runtime
     with _lock:
         if _runtime is None:
+            kernels = _kernels(None)
             module = build.load()
             owned = not module.lib.ft_is_initialized()
             if owned:
                 _start(module, None if "STARPU_NCPU" in os.environ else _threads(module), None, None, None, None)
-            _runtime = Runtime(module, owned, implicit=True)
+            _runtime = Runtime(module, owned, implicit=True, kernels=kernels)
         return current()
 
 
@@ -214,6 +220,14 @@ def schedulers(module: Any = None) -> list[str]:
     while module.lib.ft_scheduler_name(len(names), text, 64):
         names.append(module.ffi.string(text).decode())
     return names
+
+
+def _kernels(folder: str | os.PathLike[str] | None) -> Kernels | None:
+    """Those in a folder, or in the one that the environment names."""
+    from flashtile.engines.starpu.manifest import Kernels
+
+    folder = folder or os.environ.get(KERNELS_VARIABLE)
+    return Kernels(folder) if folder else None
 
 
 def _threads(module: Any) -> int:

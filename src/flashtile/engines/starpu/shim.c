@@ -1,6 +1,7 @@
 /* The part of the binding that must be compiled against the installed StarPU: codelets whose tasks run a kernel of
    flashtile on the tiles that StarPU hands them, jobs that count tasks and keep the first error, and batches. */
 
+#include <dlfcn.h>
 #include <errno.h>
 #include <pthread.h>
 #include <starpu.h>
@@ -12,13 +13,13 @@
 #include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
+#include "launch_internal.h"
 #include "shim.h"
 
 #define CACHE_LINE 64
 #define NODE_OF(address) ((address) ? STARPU_MAIN_RAM : -1)
 
 typedef int32_t (*cpu_kernel)(const char *params, int64_t begin, int64_t end, char *scratch);
-typedef int32_t (*cuda_kernel)(void *stream, const char *params, int64_t begin, int64_t end, char *scratch);
 
 struct ft_codelet {
 	struct starpu_codelet cl; /* first: a task's codelet is cast back */
@@ -37,6 +38,8 @@ typedef struct {
 	ft_task task;
 	ft_job *job;
 	ft_event *event; /* NULL: no profile */
+	ft_codelet *codelet;
+	int buffers;
 } argument;
 
 /* One lock for the counters of all jobs, so that a job may be freed as soon as its last task has left it. */
@@ -92,7 +95,12 @@ int ft_init(int cpus, int cudas, const char *scheduler, int calibrate)
 	return starpu_init(&conf);
 }
 
-void ft_shutdown(void) { starpu_shutdown(); }
+void ft_shutdown(void)
+{
+	starpu_shutdown();
+	ft_driver_forget(); /* the contexts of its workers ended */
+}
+
 void ft_pause(void) { starpu_pause(); }
 void ft_resume(void) { starpu_resume(); }
 
@@ -155,7 +163,8 @@ void ft_job_clear(ft_job *job)
 	pthread_mutex_unlock(&lock);
 }
 
-static void record(const argument *a, const ft_codelet *codelet, int32_t status)
+/* detail: the reason in words, where there is more to say than the status. */
+static void record(const argument *a, int32_t status, const char *detail)
 {
 	pthread_mutex_lock(&lock);
 	if (!a->job->first.status) {
@@ -163,7 +172,8 @@ static void record(const argument *a, const ft_codelet *codelet, int32_t status)
 		first->status = status;
 		first->worker = starpu_worker_get_id();
 		memcpy(first->tile, a->task.tile, sizeof first->tile);
-		snprintf(first->codelet, sizeof first->codelet, "%s", codelet->name);
+		snprintf(first->codelet, sizeof first->codelet, "%s", a->codelet->name);
+		snprintf(first->detail, sizeof first->detail, "%s", detail);
 	}
 	a->job->stopped = 1;
 	pthread_mutex_unlock(&lock);
@@ -206,9 +216,12 @@ static uintptr_t locate(void *interface, int64_t *row_bytes)
 	return STARPU_VARIABLE_GET_PTR(interface);
 }
 
+static uintptr_t cache_line(uintptr_t address) { return (address + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE; }
+
 /* Fills in a parameter block; returns the address of the scratch buffer, which follows the program's own handles. */
-static char *bind(const ft_task *task, void *buffers[], unsigned count, int64_t *block)
+static char *bind(const argument *a, void *buffers[], int64_t *block)
 {
+	const ft_task *task = &a->task;
 	const ft_program *p = task->program;
 	uintptr_t address[FT_BUFFERS];
 	int64_t row_bytes;
@@ -227,37 +240,48 @@ static char *bind(const ft_task *task, void *buffers[], unsigned count, int64_t 
 	for (int n = 0; n < p->values; n++)
 		block[p->value_word[n]] = task->values[n];
 	if (p->inner_word >= 0) block[p->inner_word] = (intptr_t)&block[p->inner_at];
-	if (count <= (unsigned)p->handles) return NULL;
-	uintptr_t scratch = locate(buffers[p->handles], &row_bytes);
-	return (char *)((scratch + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE);
+	return a->buffers <= p->handles ? NULL : (char *)cache_line(locate(buffers[p->handles], &row_bytes));
 }
 
 static void run_cpu(void *buffers[], void *cl_arg)
 {
 	const argument *a = cl_arg;
-	struct starpu_task *task = starpu_task_get_current();
 	int64_t block[FT_WORDS];
 	if (a->job->stopped || !a->task.program) return; /* stopped: an earlier task failed, its results are void */
-	char *scratch = bind(&a->task, buffers, STARPU_TASK_GET_NBUFFERS(task), block);
+	char *scratch = bind(a, buffers, block);
 	int32_t status = ((cpu_kernel)a->task.program->cpu)((const char *)block, a->task.begin, a->task.end, scratch);
 	if (a->event) { a->event->ran = 1; a->event->status = status; }
-	if (status) record(a, (ft_codelet *)task->cl, status);
+	if (status) record(a, status, "");
 }
 
-#ifdef STARPU_USE_CUDA
+/* The stream of the calling CUDA worker. Only a StarPU with CUDA has the function, so the binding is not linked to it. */
+static int local_stream(void **stream)
+{
+	void *(*get)(void) = (void *(*)(void))dlsym(RTLD_DEFAULT, "starpu_cuda_get_local_stream");
+	if (get) *stream = get();
+	return get != NULL;
+}
+
+/* Runs on a CUDA worker, whose context is current, and returns when the launches are in its stream (STARPU_CUDA_ASYNC).
+   The tiles keep their own addresses: kernels work on a tile as if there were no other. */
 static void run_cuda(void *buffers[], void *cl_arg)
 {
 	const argument *a = cl_arg;
-	struct starpu_task *task = starpu_task_get_current();
-	int64_t block[FT_WORDS];
-	if (a->job->stopped || !a->task.program) return;
-	char *scratch = bind(&a->task, buffers, STARPU_TASK_GET_NBUFFERS(task), block);
-	int32_t status = ((cuda_kernel)a->task.program->cuda)(starpu_cuda_get_local_stream(), (const char *)block,
-		a->task.begin, a->task.end, scratch);
+	const ft_program *p = a->task.program;
+	char detail[FT_DETAIL] = "this StarPU has no starpu_cuda_get_local_stream";
+	int status = FT_NO_STREAM;
+	int64_t row_bytes;
+	void *stream;
+	ft_place place = {0};
+	if (a->job->stopped || !p) return;
+	for (int h = 0; h < p->handles; h++)
+		place.address[h] = locate(buffers[h], &place.row_bytes[h]);
+	if (a->buffers > p->handles) place.scratch = cache_line(locate(buffers[p->handles], &row_bytes));
+	memcpy(place.sizes, a->task.sizes, sizeof place.sizes);
+	if (local_stream(&stream)) status = ft_launch((const ft_kernels *)p->cuda, &place, a->task.values, stream, detail);
 	if (a->event) { a->event->ran = 1; a->event->status = status; }
-	if (status) record(a, (ft_codelet *)task->cl, status);
+	if (status) record(a, status, detail);
 }
-#endif
 
 /* StarPU asks for each worker: a task goes where its program has a kernel. Without a program it is empty, for tests. */
 static int can_execute(unsigned worker, struct starpu_task *task, unsigned implementation)
@@ -296,10 +320,8 @@ void ft_codelet_implement(ft_codelet *c, int architectures)
 {
 	c->cl.where = architectures;
 	c->cl.cpu_funcs[0] = architectures & STARPU_CPU ? run_cpu : NULL;
-#ifdef STARPU_USE_CUDA
 	c->cl.cuda_funcs[0] = architectures & STARPU_CUDA ? run_cuda : NULL;
 	c->cl.cuda_flags[0] = STARPU_CUDA_ASYNC;
-#endif
 }
 
 void ft_codelet_where(ft_codelet *c, int architectures) { c->cl.where = architectures; }
@@ -311,9 +333,7 @@ static struct starpu_task *make_task(ft_job *job, ft_codelet *codelet, const uin
 {
 	struct starpu_task *task = starpu_task_create();
 	argument *copy = malloc(sizeof *copy);
-	copy->task = *source;
-	copy->job = job;
-	copy->event = event;
+	*copy = (argument){*source, job, event, codelet, count};
 	task->cl = &codelet->cl;
 	task->cl_arg = copy;
 	task->cl_arg_size = sizeof *copy;
@@ -425,4 +445,31 @@ double ft_expected_length(ft_codelet *codelet, uint64_t *handles, const int32_t 
 	t->destroy = 0;
 	starpu_task_destroy(t);
 	return length;
+}
+
+/* Calls the codelet's CUDA implementation as a worker would, on n handles that stand for tiles on a device: matrices of
+   ld[n] elements between rows, or variables where that is 0. For tests, which have no device and no worker of one. */
+void ft_run_cuda(ft_job *job, ft_codelet *codelet, const ft_task *task, int n, const uint64_t *address,
+	const uint32_t *ld, const uint64_t *itemsize)
+{
+	union {
+		struct starpu_matrix_interface matrix;
+		struct starpu_variable_interface variable;
+	} interfaces[FT_BUFFERS + 1] = {0};
+	void *buffers[FT_BUFFERS + 1];
+	argument a = {*task, job, codelet, n};
+	for (int h = 0; h < n; h++) {
+		buffers[h] = &interfaces[h];
+		if (ld[h]) {
+			struct starpu_matrix_interface *m = &interfaces[h].matrix;
+			m->id = STARPU_MATRIX_INTERFACE_ID;
+			m->ptr = address[h];
+			m->ld = ld[h];
+			m->elemsize = itemsize[h];
+		} else {
+			interfaces[h].variable.id = STARPU_VARIABLE_INTERFACE_ID;
+			interfaces[h].variable.ptr = address[h];
+		}
+	}
+	codelet->cl.cuda_funcs[0](buffers, &a);
 }

@@ -13,9 +13,8 @@ typedef struct ft_job ft_job;
    -1; its bytes between rows go to block[stride_word[n]], unless that is -1. Where inner_word is not -1, that word
    becomes the address of word inner_at of the task's own copy of the block.
 
-   cpu, cuda: the kernel for either architecture, 0 where there is none; a task goes only where its program has one.
-   cpu: int32_t (const char *params, int64_t begin, int64_t end, char *scratch);
-   cuda: the same behind a first argument void *stream, on which it launches and returns. */
+   cpu: int32_t (const char *params, int64_t begin, int64_t end, char *scratch), cuda: a ft_kernels (launch.h); either is 0
+   where there is none. A task goes only where its program has a kernel. */
 typedef struct {
 	uintptr_t cpu, cuda;
 	int32_t words, handles, bindings, values, inner_word, inner_at;
@@ -25,11 +24,12 @@ typedef struct {
 } ft_program;
 
 /* One task: work items [begin, end) of a program. Handle n stands rows[n] rows and bytes[n] bytes into the whole that
-   the kernel believes it works on. tile: the numbers by which an error names the task. */
+   a CPU's kernel believes it works on; sizes are what a GPU's kernels need (cuda.py). tile: the numbers by which an error
+   names the task. */
 typedef struct {
 	const ft_program *program;
 	int64_t begin, end;
-	int64_t rows[FT_BUFFERS], bytes[FT_BUFFERS], values[FT_VALUES], tile[4];
+	int64_t rows[FT_BUFFERS], bytes[FT_BUFFERS], values[FT_VALUES], sizes[FT_SIZES], tile[4];
 	double flops;
 	uint32_t footprint;
 	int32_t priority;
@@ -38,7 +38,7 @@ typedef struct {
 typedef struct {
 	int32_t status, worker;
 	int64_t tile[4], pending;
-	char codelet[64];
+	char codelet[64], detail[FT_DETAIL];
 } ft_report;
 
 /* What a profile keeps of one task: microseconds of StarPU's clock; ran: 0 where an earlier error skipped it. */
@@ -84,3 +84,5 @@ uintptr_t ft_pointer(uint64_t handle, int64_t *row_bytes);
 int64_t ft_nbytes(uint64_t handle);
 
 double ft_expected_length(ft_codelet *codelet, uint64_t *handles, const int32_t *modes, int n, const ft_task *task);
+void ft_run_cuda(ft_job *job, ft_codelet *codelet, const ft_task *task, int n, const uint64_t *address,
+	const uint32_t *ld, const uint64_t *itemsize);

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from flashtile.engines.starpu import cuda
 from flashtile.engines.starpu.codelets import codelet
+from flashtile.engines.starpu.cuda import Launches
 from flashtile.engines.starpu.footprint import footprints
 from flashtile.engines.starpu.jobs import TASK, Job
 from flashtile.engines.starpu.programs import Binding, Program
@@ -30,7 +32,8 @@ def submit_finish(job: Job, state: TiledTensor, lse: TiledTensor, o: TiledTensor
         came = f"{o.dtype.name} {o.shape} in tiles of {o.rows} rows"
         raise wrong("o", came, f"{state.shape} in tiles of {state.rows} rows, of a dtype with {state.dtype.name} sums")
     kernel = kernels.finish(o.dtype.name, o.shape[3])
-    return _submit(job, "finish", o.dtype.name, kernel, FINISH, (state, lse, o), ("R", "R", "W"))
+    gpu = cuda.finish(job.runtime, o.dtype.name, o.shape[3], o.rows)
+    return _submit(job, "finish", o.dtype.name, kernel, gpu, FINISH, (state, lse, o), ("R", "R", "W"))
 
 
 def submit_merge(job: Job, o: TiledTensor, lse: TiledTensor, other_o: TiledTensor, other_lse: TiledTensor) -> int:
@@ -45,7 +48,8 @@ def submit_merge(job: Job, o: TiledTensor, lse: TiledTensor, other_o: TiledTenso
         raise wrong("other_o", f"{other_o.dtype.name} {other_o.shape}", f"another {o.dtype.name} {o.shape}, cut alike")
     kernel = kernels.merging(o.dtype.name, o.shape[3])
     tensors = o, lse, other_o, other_lse
-    return _submit(job, "merge", o.dtype.name, kernel, MERGE, tensors, ("RW", "RW", "R", "R"))
+    gpu = cuda.merge(job.runtime, o.dtype.name, o.shape[3])
+    return _submit(job, "merge", o.dtype.name, kernel, gpu, MERGE, tensors, ("RW", "RW", "R", "R"))
 
 
 def check_state(name: str, o: TiledTensor, lse: TiledTensor) -> None:
@@ -66,6 +70,7 @@ def _submit(
     operation: str,
     dtype: str,
     kernel: TileKernel,
+    gpu: Launches | str,
     bindings: tuple[Binding, ...],
     tensors: tuple[TiledTensor, ...],
     modes: tuple[str, ...],
@@ -76,10 +81,11 @@ def _submit(
     batch, head, tile = np.unravel_index(np.arange(n), first.grid)
     tasks = np.zeros(n, TASK)
     tasks["end"] = np.minimum(first.rows, first.shape[2] - tile * first.rows)
+    tasks["sizes"][:, cuda.ROWS] = tasks["end"]
     tasks["tile"][:, :3] = np.stack([batch, head, tile], axis=1)
     tasks["footprint"] = footprints(kernel.identity, tasks["end"][:, None])
     tasks["priority"] = np.iinfo(np.int32).max  # what follows may wait for it; StarPU's limits cut it down
     handles = np.stack([x.handles.ravel() for x in tensors], axis=1)
     numbers = np.tile([job.runtime.constant(mode) for mode in modes], (n, 1))
-    Program(job.runtime, kernel, bindings, ()).submit(job, codelet(operation, dtype), handles, numbers, tasks)
+    Program(job.runtime, kernel, bindings, (), cuda=gpu).submit(job, codelet(operation, dtype), handles, numbers, tasks)
     return n

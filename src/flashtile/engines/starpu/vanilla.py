@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flashtile.dtypes import DTYPES
+from flashtile.engines.starpu import cuda
 from flashtile.engines.starpu.codelets import codelet
 from flashtile.engines.starpu.footprint import footprints
 from flashtile.engines.starpu.jobs import TASK, Job
@@ -49,12 +50,15 @@ class VanillaFlow:
         self.spec, self.tile_q, self.tile_k = spec, tile_q, tile_k
         at = 0 if offsets is None else offsets.ctypes.data
         stages = kernels.unfused(spec, tile_q, tile_k, offsets=at, scoring=scoring)
+        self.anchors = np.array([spec.offset or 0], np.int64) if offsets is None else offsets
+        words, block = stages["scores"].words, stages["scores"].block
+        self.columns, self.row_elements = int(block[words["columns"]]), int(block[words["stored_s"]]) // self._itemsize
+        gpu = cuda.unfused(runtime, spec, self.row_elements)
         self.programs = {
-            name: Program(runtime, kernel, BINDINGS[name], VALUES[name], (offsets, scoring))
+            name: Program(runtime, kernel, BINDINGS[name], VALUES[name], (offsets, scoring), gpu[name])
             for name, kernel in stages.items()
         }
         self.accumulator = DTYPES[DTYPES[spec.dtype].accumulator]
-        self.row_elements = int(stages["scores"].block[stages["scores"].words["stored_s"]]) // self._itemsize
         self.grid = spec.batch, spec.heads, -(-spec.q_len // tile_q), -(-spec.kv_len // tile_k)
 
     @property
@@ -125,6 +129,9 @@ class VanillaFlow:
                 tasks["bytes"][:, handle] = (all_rows * spec.q_len + row) * self.accumulator.itemsize
         rows = np.minimum(self.tile_q, spec.q_len - row)
         keys = np.minimum(self.tile_k, spec.kv_len - key) if stage != "softmax" else np.full_like(row, spec.kv_len)
+        anchor = cuda.anchor_of(self.anchors, batch, row - key)
+        for place, numbers in enumerate((rows, keys, anchor, j * self.columns * self._itemsize, self.columns)):
+            tasks["sizes"][:, place] = numbers
         tasks["flops"] = 2.0 * rows * keys
         cases = np.stack([rows, keys, j > 0], axis=1)
         tasks["footprint"] = footprints(self.programs[stage].kernel.identity, cases)

@@ -35,8 +35,7 @@ class TileKernel:
     """Machine code and a parameter block without the words that differ between tasks.
 
     words names the words of the block; identity is what the cost of an item depends on besides its tiles' sizes.
-    cuda is the slot for a kernel that launches the same on a GPU: 0, there is none yet. inner: a word that is to hold
-    the address of another word of the block, wherever the block is copied to.
+    inner: a word that is to hold the address of another word of the block, wherever the block is copied to.
     """
 
     address: int  # of i32 (ptr params, i64 begin, i64 end, ptr scratch)
@@ -46,7 +45,6 @@ class TileKernel:
     identity: str
     keep: Any  # what must live as long as tasks may run
     config: Config
-    cuda: int = 0  # of i32 (ptr stream, ptr params, i64 begin, i64 end, ptr scratch)
     inner: tuple[int, int] = (-1, -1)
 
 

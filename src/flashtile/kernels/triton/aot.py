@@ -118,7 +118,9 @@ def _kernels(
     if "softmax" in kernels:
         yield Chosen(f"softmax-{base}", special.softmax(spec, unfused), spec, unfused)
     if "output" in kernels:
-        yield Chosen(f"output-{base}", special.output(spec, unfused, memory=memory), spec, unfused)
+        for state in states:
+            name = f"output-{base}" + (state != special.FINISHED) * f"-{state}"
+            yield Chosen(name, special.output(spec, unfused, state=state, memory=memory), spec, unfused)
 
 
 def build(folder: Path, arch: str, chosen: Iterable[Chosen]) -> Iterator[dict[str, Any]]:

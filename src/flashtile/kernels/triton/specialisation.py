@@ -219,7 +219,8 @@ def scores(spec: AttentionSpec, tile: Tile, *, memory: Memory = Memory()) -> Spe
         "k": f"*{element}",
         "s": f"*{stored(spec)}",
         **_strides("qk", memory),
-        **_sizes("first", "heads", "group", "q_len", "kv_len", "head_size", "query_tiles", "key_tiles"),
+        "s_s": "i64",
+        **_sizes("first", "heads", "group", "q_len", "kv_len", "columns", "head_size", "query_tiles", "key_tiles"),
         "scale": "i64",
         **_band(spec),
         "captures": _captures(spec.program),
@@ -243,19 +244,20 @@ def softmax(spec: AttentionSpec, tile: Tile) -> Specialisation:
     return _specialisation("softmax", arguments, constants, Memory(aligned=False), tile)
 
 
-def output(spec: AttentionSpec, tile: Tile, *, memory: Memory = Memory()) -> Specialisation:
-    """Stage three of the baseline: the weighted sum of the values."""
-    element, _ = _elements(spec)
+def output(spec: AttentionSpec, tile: Tile, *, state: str = FINISHED, memory: Memory = Memory()) -> Specialisation:
+    """Stage three of the baseline: the weighted sum of the values; PARTIAL and CARRIED sums are in accumulators."""
+    element, accumulator = _elements(spec)
     arguments: dict[str, Type | None] = {
-        "s": f"*{stored(spec)}",
         "p": f"*{stored(spec)}",
         "v": f"*{element}",
-        "o": f"*{element}",
+        "o": f"*{element if state == FINISHED else accumulator}",
         **_strides("vo", memory),
+        "p_s": "i64",
         **_sizes("first", "heads", "group", "q_len", "kv_len", "value_size", "query_tiles"),
     }
     shapes = _shapes(spec, tile)
     constants = {name: shapes[name] for name in ("TILE_Q", "TILE_K", "VALUE", "OPERAND", "PRECISION")}
+    constants["STATE"] = state
     return _specialisation("output", arguments, constants, memory, tile)
 
 

@@ -19,15 +19,16 @@ from flashtile.kernels.triton.rows import key_limits, locate
 
 @triton.jit
 def scores(
-    q, k, s, q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d,
-    first, heads, group, q_len, kv_len, head_size, query_tiles, key_tiles,
+    q, k, s, q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, s_s,
+    first, heads, group, q_len, kv_len, columns, head_size, query_tiles, key_tiles,
     scale, left, right, offset, offsets, captures,
     SCORE: tl.constexpr, MASK: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr,
     WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     """Stage one, a tile a program: s = scale * q k^T, changed by the program, -inf where hidden.
 
-    Shapes:  q (B, H, S_q, D), k (B, H_kv, S_kv, D) -> s (B, H, S_q, S_kv), contiguous.
+    Shapes:  q (B, H, S_q, D), k (B, H_kv, S_kv, D) -> s (B, H, S_q, columns), rows s_s elements apart; columns beyond
+             S_kv are -inf.
     """
     ACC: tl.constexpr = tl.float64 if q.dtype.element_ty == tl.float64 else tl.float32
     item = first + tl.program_id(0)
@@ -50,15 +51,18 @@ def scores(
     if MASK is not None:
         seen = seen & MASK(x, spread(b), spread(h), i[:, None], place, captures, ACC)
     x = tl.where(seen, x, MINUS_INF)
-    s += ((batch * heads + head) * q_len + row)[:, None] * kv_len + key[None, :]
-    tl.store(s, rounded(x, s.dtype.element_ty), mask=inside[:, None] & (j < kv_len)[None, :])
+    s += ((batch * heads + head) * q_len + row)[:, None] * s_s + key[None, :]
+    tl.store(s, rounded(x, s.dtype.element_ty), mask=inside[:, None] & (j < columns)[None, :])
 
 
 @triton.jit
 def softmax(
     s, p, lse, first, q_len, kv_len, query_tiles, sinks, TILE_Q: tl.constexpr, TILE_K: tl.constexpr
 ):  # fmt: skip
-    """Stage two, a tile of rows a program: s (B, H, S_q, S_kv) -> weights p of that shape, lse (B, H, S_q) in nats."""
+    """Stage two, a tile of rows a program: s (B, H, S_q, S_kv) -> weights p of that shape, lse (B, H, S_q) in nats.
+
+    p may be s. The weight of a hidden key is -0.0, which no other weight is.
+    """
     ACC: tl.constexpr = lse.dtype.element_ty
     item = first + tl.program_id(0)
     head = item // query_tiles
@@ -87,7 +91,7 @@ def softmax(
     for n0 in range(0, kv_len, TILE_K):
         here = inside & (n0 + n < kv_len)[None, :]
         x = tl.load(s + n0, mask=here, other=MINUS_INF).to(ACC)
-        weight = exp(x - anchor[:, None])
+        weight = exp(x - anchor[:, None]) * tl.where(x == MINUS_INF, -1.0, 1.0).to(ACC)
         tl.store(p + n0, rounded(divide(weight, tl.broadcast_to(total[:, None], [TILE_Q, TILE_K])), p.dtype.element_ty),
                  mask=here)  # fmt: skip
     tl.store(lse + row, tl.where(seen, anchor + log(total), MINUS_INF), mask=i < q_len)
@@ -95,14 +99,15 @@ def softmax(
 
 @triton.jit
 def output(
-    s, p, v, o, v_b, v_h, v_s, v_d, o_b, o_h, o_s, o_d,
+    p, v, o, v_b, v_h, v_s, v_d, o_b, o_h, o_s, o_d, p_s,
     first, heads, group, q_len, kv_len, value_size, query_tiles,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, VALUE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    STATE: tl.constexpr,
 ):  # fmt: skip
-    """Stage three, a tile of rows a program: o = p v.
+    """Stage three, a tile of rows a program: o = p v; of a state that is carried, o + p v.
 
-    Shapes:  s and p (B, H, S_q, S_kv), contiguous, v (B, H_kv, S_kv, D_v) -> o (B, H, S_q, D_v). The scores say which
-             keys a row sees, where values are not finite.
+    Shapes:  p (B, H, S_q, S_kv), rows p_s elements apart, v (B, H_kv, S_kv, D_v) -> o (B, H, S_q, D_v). A weight of
+             -0.0 says that the row does not see the key, where values are not finite.
     """
     ACC: tl.constexpr = tl.float64 if v.dtype.element_ty == tl.float64 else tl.float32
     item = first + tl.program_id(0)
@@ -110,28 +115,36 @@ def output(
     d = tl.arange(0, VALUE)
     row, column = i.to(tl.int64), d.to(tl.int64)
     batch, head = b.to(tl.int64), h.to(tl.int64)
-    rows = ((batch * heads + head) * q_len + row)[:, None] * kv_len
+    p += ((batch * heads + head) * q_len + row)[:, None] * p_s
     v += batch * v_b + kv.to(tl.int64) * v_h + column[None, :] * v_d
     o += batch * o_b + head * o_h + row[:, None] * o_s + column[None, :] * o_d
-    inputs = (s + rows, p + rows, v, v_s, kv_len, d < value_size)
-    acc = _weigh(inputs, tl.zeros([TILE_Q, VALUE], ACC), TILE_K, OPERAND, PRECISION, ACC, False)
+    here = inside[:, None] & (d < value_size)[None, :]
+    start = tl.zeros([TILE_Q, VALUE], ACC)
+    if STATE == "carried":
+        start = tl.load(o, mask=here, other=0.0)
+    inputs = (p, v, v_s, kv_len, d < value_size)
+    acc = _weigh(inputs, start, TILE_K, OPERAND, PRECISION, ACC, False)
     if any_not_finite(acc) > 0:
-        acc = _weigh(inputs, tl.zeros([TILE_Q, VALUE], ACC), TILE_K, OPERAND, PRECISION, ACC, True)
-    tl.store(o, rounded(acc, o.dtype.element_ty), mask=inside[:, None] & (d < value_size)[None, :])
+        acc = _weigh(inputs, start, TILE_K, OPERAND, PRECISION, ACC, True)
+    tl.store(o, rounded(acc, o.dtype.element_ty), mask=here)
 
 
 @triton.jit
 def _weigh(inputs, acc, TILE_K: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
            CONTAIN: tl.constexpr):  # fmt: skip
     """acc + p v over all keys."""
-    s, p, v, v_s, kv_len, columns = inputs
+    BITS: tl.constexpr = tl.int64 if tl.float64 == ACC else tl.int32
+    p, v, v_s, kv_len, columns = inputs
     for n0 in range(0, kv_len, TILE_K):
         j = n0 + tl.arange(0, TILE_K)
-        weight = rounded(tl.load(p + j[None, :], mask=(j < kv_len)[None, :], other=0.0), OPERAND)
+        stored = tl.load(p + j[None, :], mask=(j < kv_len)[None, :], other=0.0)
+        weight = rounded(stored, OPERAND)
         values = tl.load(v + j[:, None].to(tl.int64) * v_s, mask=(j < kv_len)[:, None] & columns[None, :], other=0.0)
         values = rounded(values, OPERAND)
         if CONTAIN:
-            seen = tl.load(s + j[None, :], mask=(j < kv_len)[None, :], other=MINUS_INF).to(ACC) != MINUS_INF
+            wide = stored.to(ACC)
+            seen = (wide != 0.0) | (wide.to(BITS, bitcast=True) == 0)
+            seen = seen & (j < kv_len)[None, :]
             acc = add_contained(weight, values, seen, acc, ACC, PRECISION)
         else:
             acc = add_product(weight, values, acc, ACC, PRECISION)

@@ -62,6 +62,7 @@ class Vanilla:
             "s": device.empty(rows * spec.kv_len, stored), "p": device.empty(rows * spec.kv_len, stored),
             "lse": Pointer(lse, accumulator) if lse else device.empty(rows, accumulator),
             **self._layout.values("qkvo"), **sizes_of(spec),
+            "s_s": spec.kv_len, "p_s": spec.kv_len, "columns": spec.kv_len,
             "query_tiles": self._query_tiles, "key_tiles": self._key_tiles,
             "scale": bits(spec.scale), **band_values(spec, offsets), "sinks": sinks,
             "captures": captured(program.captures, device) if program else None,

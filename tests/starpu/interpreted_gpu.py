@@ -1,0 +1,71 @@
+"""A CUDA worker whose driver hands each launch to Triton's interpreter: what the launches compute, in CPU memory.
+
+For a process of its own, where TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fake_gpu
+import numpy as np
+
+from flashtile.engines.starpu import runtime
+from flashtile.engines.starpu.programs import Program
+from flashtile.kernels.triton.device import Pointer
+from flashtile.kernels.triton.interpreter import Interpreter
+from flashtile.kernels.triton.specialisation import Specialisation
+
+SCRATCH = ("global_scratch", "profile_scratch")
+
+
+class Worker:
+    """Runs every task that programs submit, at once, on the tiles where they lie."""
+
+    def __init__(self, folder: Path, log: Path) -> None:
+        self.gpu, self.device = fake_gpu.Gpu(folder, log), Interpreter()
+        self.ran: list[str] = []  # kernels, by their names in the manifest
+
+    def submit(self, program: Program, job: Any, codelet: Any, handles: Any, modes: Any, tasks: np.ndarray) -> None:
+        """In place of Program.submit."""
+        scratch = np.zeros(program.scratch_bytes + 64, np.uint8)
+        for row, task in zip(np.asarray(handles), tasks, strict=True):
+            buffers = [*(buffer_of(int(handle)) for handle in row), fake_gpu.Buffer(scratch.ctypes.data)]
+            for launched in self.gpu.run(codelet, program, task, buffers, job):
+                self.compute(launched)
+
+    def compute(self, launched: fake_gpu.Launched) -> None:
+        row = self.gpu.manifest[launched.image]
+        types = {p["name"]: p["type"] for p in row["parameters"] if p["name"] not in SCRATCH}
+        values = self.gpu.values(launched)
+        passed = {
+            name: Pointer(values[name], kind[1:]) if kind[0] == "*" else values[name] for name, kind in types.items()
+        }
+        what = Specialisation(row["kernel"], tuple(types.items()), tuple(row["constants"].items()), (), 4, 1)
+        self.ran.append(row["name"])
+        self.device.launch(what, launched.grid[0], passed)
+
+
+def buffer_of(handle: int) -> fake_gpu.Buffer:
+    """The tile behind a handle in main memory, which is allocated if it was not yet."""
+    now = runtime.current()
+    while now.lib.ft_acquire(handle, now.constant("W")):
+        pass
+    row_bytes = now.ffi.new("int64_t *")
+    address = int(now.lib.ft_pointer(handle, row_bytes))
+    now.lib.ft_release(handle)
+    return fake_gpu.Buffer(address, row_bytes[0], 1)  # elements of a byte: a matrix of row_bytes
+
+
+@contextmanager
+def working(folder: Path, log: Path) -> Iterator[Worker]:
+    """Every task of a StarPU that runs on such a worker."""
+    worker, submit = Worker(folder, log), Program.submit
+    Program.submit = lambda program, *task: worker.submit(program, *task)  # type: ignore[method-assign]
+    try:
+        yield worker
+    finally:
+        Program.submit = submit  # type: ignore[method-assign]
