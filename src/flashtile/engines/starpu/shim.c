@@ -457,7 +457,7 @@ void ft_run_cuda(ft_job *job, ft_codelet *codelet, const ft_task *task, int n, c
 		struct starpu_variable_interface variable;
 	} interfaces[FT_BUFFERS + 1] = {0};
 	void *buffers[FT_BUFFERS + 1];
-	argument a = {*task, job, codelet, n};
+	argument a = {*task, job, NULL, codelet, n};
 	for (int h = 0; h < n; h++) {
 		buffers[h] = &interfaces[h];
 		if (ld[h]) {
