@@ -25,7 +25,7 @@ from flashtile.engines.starpu.jobs import Job
 from flashtile.engines.starpu.programs import Program
 from flashtile.kernels.triton import aot
 from flashtile.kernels.triton import specialisation as special
-from flashtile.kernels.triton.resources import Parameter, of_cubin
+from flashtile.kernels.triton.resources import Parameter, _parameters, _tool
 from flashtile.kernels.triton.specialisation import Memory, Tile
 from flashtile.spec import AttentionSpec
 
@@ -154,9 +154,7 @@ class Gpu:
         """Where the machine code has the parameters."""
         if launched.image not in self._places:
             row = self.manifest[launched.image]
-            self._places[launched.image] = of_cubin(
-                (self.folder / row["file"]).read_bytes(), row["function"]
-            ).parameters
+            self._places[launched.image] = parameters_of(self.folder / row["file"])
         return self._places[launched.image]
 
     def values(self, launched: Launched) -> dict[str, int]:
@@ -186,6 +184,11 @@ def recording() -> Iterator[list[Recorded]]:
 
 
 FIELDS = (("address", "uint64"), ("ld", "uint32"), ("itemsize", "uint64"))
+
+
+def parameters_of(cubin: Path) -> tuple[Parameter, ...]:
+    """Where machine code has its parameters; its instructions are of no interest here, and slow to list."""
+    return _parameters(_tool("cuobjdump", "-elf", str(cubin)))
 
 
 def checksum(image: bytes) -> int:
