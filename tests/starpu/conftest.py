@@ -13,10 +13,14 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import fake_gpu
 import pytest
 
 from flashtile.engines import starpu as engine
+from flashtile.engines.starpu import manifest, runtime
+from flashtile.kernels.triton import aot
 
 HERE = Path(__file__).parent
 
@@ -90,8 +94,37 @@ def script(tmp_path: Path) -> Script:
 def starpu() -> Iterator[object]:
     """The door, with StarPU running; started once, whatever the test."""
     from flashtile import starpu as door
-    from flashtile.engines.starpu import runtime
 
     if not runtime.running():
         door.init()
     yield door
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every kernel of one dtype, and the merge of states, which that one has not."""
+    path = tmp_path_factory.mktemp("kernels")
+    merging = (one for one in fake_gpu.chosen("float64") if one.name.startswith("merge"))
+    list(aot.build(path, fake_gpu.ARCH, [*fake_gpu.chosen(fake_gpu.QUICK), *merging]))
+    return path
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fake_gpu.build_driver(tmp_path_factory.mktemp("driver"))
+
+
+@pytest.fixture
+def machine(driver: Path, starpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Makes the running StarPU one with kernels of a folder."""
+    fake_gpu.use_driver(driver)
+    for name in ("LOG", "CONTEXT"):  # put back afterwards
+        monkeypatch.setenv(f"FAKE_DRIVER_{name}", "")
+
+    def make(folder: Path) -> Any:
+        runtime.current().lib.ft_driver_forget()
+        monkeypatch.setattr(runtime.current(), "kernels", manifest.Kernels(folder))
+        return fake_gpu.Gpu(folder, tmp_path / "log")
+
+    yield make
+    runtime.current().lib.ft_driver_forget()

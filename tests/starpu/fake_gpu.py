@@ -11,12 +11,13 @@ import shutil
 import struct
 import subprocess
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from test_starpu_tasks import spec_of
 
 from flashtile.arrays import contiguous
 from flashtile.dtypes import DTYPES
@@ -25,7 +26,7 @@ from flashtile.engines.starpu.jobs import Job
 from flashtile.engines.starpu.programs import Program
 from flashtile.kernels.triton import aot
 from flashtile.kernels.triton import specialisation as special
-from flashtile.kernels.triton.resources import Parameter, of_cubin
+from flashtile.kernels.triton.resources import Parameter, _parameters, _tool
 from flashtile.kernels.triton.specialisation import Memory, Tile
 from flashtile.spec import AttentionSpec
 
@@ -33,6 +34,12 @@ ARCH = "sm_90"
 TILE = Tile(32, 16, 4, 1)  # small ones compile in two seconds
 ROWS = Tile(aot.MERGE_ROWS, aot.MERGE_ROWS)
 HEAD = 16
+# Two key/value heads read by two query heads each; ragged tiles of 48 rows and 40 keys; row i sees keys up to i + 30.
+Q_LEN, KV_LEN, TILE_Q, TILE_K, HEADS, GROUP, OFFSET = 70, 100, 48, 40, 2, 1, 30
+SCALE = 0.3
+SCRATCH = 0x7_0000_0007  # not on a cache line: the launcher moves up to one
+
+QUICK = "float16"  # the dtype whose kernels every test run compiles
 CONTEXT, STREAM = 0xC0, 0x5F  # of a worker; of fake_driver.c
 
 
@@ -154,9 +161,7 @@ class Gpu:
         """Where the machine code has the parameters."""
         if launched.image not in self._places:
             row = self.manifest[launched.image]
-            self._places[launched.image] = of_cubin(
-                (self.folder / row["file"]).read_bytes(), row["function"]
-            ).parameters
+            self._places[launched.image] = parameters_of(self.folder / row["file"])
         return self._places[launched.image]
 
     def values(self, launched: Launched) -> dict[str, int]:
@@ -188,8 +193,45 @@ def recording() -> Iterator[list[Recorded]]:
 FIELDS = (("address", "uint64"), ("ld", "uint32"), ("itemsize", "uint64"))
 
 
+def parameters_of(cubin: Path) -> tuple[Parameter, ...]:
+    """Where machine code has its parameters; its instructions are of no interest here, and slow to list."""
+    return _parameters(_tool("cuobjdump", "-elf", str(cubin)))
+
+
 def checksum(image: bytes) -> int:
     """As fake_driver.c takes it."""
     segments_at, sections_at = struct.unpack_from("<QQ", image, 32)
     segment, segments, section, sections = struct.unpack_from("<HHHH", image, 54)
     return zlib.adler32(image[: max(sections_at + section * sections, segments_at + segment * segments)])
+
+
+def spec(dtype: str, precision: str = "ieee", **options: Any) -> Any:
+    options = {"causal": True, "align": OFFSET, "scale": SCALE, **options}
+    return spec_of(Q_LEN, KV_LEN, HEADS, HEAD, dtype, precision=precision, **options)
+
+
+def tensors(door: Any, dtype: str) -> list[Any]:
+    shapes = [(Q_LEN, HEAD), (KV_LEN, HEAD), (KV_LEN, HEAD), (Q_LEN, HEAD)]
+    rows = TILE_Q, TILE_K, TILE_K, TILE_Q
+    made = [door.empty((1, HEADS, *s), dtype, n) for s, n in zip(shapes, rows, strict=True)]
+    return [*made, door.empty((1, HEADS, Q_LEN), DTYPES[dtype].accumulator, TILE_Q)]
+
+
+def state(door: Any, dtype: str) -> list[Any]:
+    return [door.empty((1, HEADS, Q_LEN, HEAD), dtype, TILE_Q), door.empty((1, HEADS, Q_LEN), dtype, TILE_Q)]
+
+
+def recorded(submit: Callable[[], Any]) -> dict[str, Recorded]:
+    """What is submitted, by operation."""
+    with recording() as batches:
+        submit()
+    return {batch.codelet.name.split("_")[1]: batch for batch in batches}
+
+
+def matrix(address: int, ld: int, dtype: str) -> Buffer:
+    return Buffer(address, ld, DTYPES[dtype].itemsize)
+
+
+def forget(given: list[Any]) -> None:
+    for tensor in given:
+        tensor.unregister()

@@ -6,26 +6,41 @@ Every parameter of every launch is read back where the machine code has it, and 
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import fake_gpu
-import numpy as np
 import pytest
-from fake_gpu import CONTEXT, HEAD, STREAM, Buffer, Gpu, Launched, Recorded
-from test_starpu_tasks import spec_of
+from fake_gpu import (
+    CONTEXT,
+    HEAD,
+    KV_LEN,
+    OFFSET,
+    Q_LEN,
+    SCALE,
+    SCRATCH,
+    STREAM,
+    TILE_K,
+    TILE_Q,
+    Buffer,
+    Gpu,
+    Launched,
+    forget,
+    matrix,
+    recorded,
+    spec,
+    state,
+    tensors,
+)
 
 from flashtile.dtypes import DTYPES
-from flashtile.engines.starpu import manifest, runtime
+from flashtile.engines.starpu import runtime
 from flashtile.engines.starpu.flow import Flow
 from flashtile.engines.starpu.jobs import Job
 from flashtile.engines.starpu.vanilla import VanillaFlow
-from flashtile.errors import KernelError, SpecError, UnavailableError
 from flashtile.kernels.triton import aot, compiler_missing
 
 Script = Callable[..., Any]
@@ -36,7 +51,6 @@ pytestmark = [
 ]
 
 HERE = Path(__file__).parent
-QUICK = "float16"
 SLOW = [
     (dtype, precision)
     for dtype, precisions in {
@@ -45,65 +59,8 @@ SLOW = [
     for precision in precisions
 ]  # fmt: skip
 
-# Two key/value heads read by two query heads each; ragged tiles of 48 rows and 40 keys; row i sees keys up to i + 30.
-Q_LEN, KV_LEN, TILE_Q, TILE_K, HEADS, GROUP, OFFSET = 70, 100, 48, 40, 2, 1, 30
-SCALE = 0.3
-SCRATCH = 0x7_0000_0007  # not on a cache line: the launcher moves up to one
 LINE = 0x7_0000_0040
 OPEN = 2**61
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every kernel of one dtype, and the merge of states, which that one has not."""
-    path = tmp_path_factory.mktemp("kernels")
-    merging = (one for one in fake_gpu.chosen("float64") if one.name.startswith("merge"))
-    list(aot.build(path, fake_gpu.ARCH, [*fake_gpu.chosen(QUICK), *merging]))
-    return path
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fake_gpu.build_driver(tmp_path_factory.mktemp("driver"))
-
-
-@pytest.fixture
-def machine(driver: Path, starpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Gpu]]:
-    """Makes the running StarPU one with kernels of a folder."""
-    fake_gpu.use_driver(driver)
-    for name in ("LOG", "CONTEXT"):  # put back afterwards
-        monkeypatch.setenv(f"FAKE_DRIVER_{name}", "")
-
-    def make(folder: Path) -> Gpu:
-        runtime.current().lib.ft_driver_forget()
-        monkeypatch.setattr(runtime.current(), "kernels", manifest.Kernels(folder))
-        return Gpu(folder, tmp_path / "log")
-
-    yield make
-    runtime.current().lib.ft_driver_forget()
-
-
-def spec(dtype: str, precision: str = "ieee", **options: Any) -> Any:
-    options = {"causal": True, "align": OFFSET, "scale": SCALE, **options}
-    return spec_of(Q_LEN, KV_LEN, HEADS, HEAD, dtype, precision=precision, **options)
-
-
-def tensors(door: Any, dtype: str) -> list[Any]:
-    shapes = [(Q_LEN, HEAD), (KV_LEN, HEAD), (KV_LEN, HEAD), (Q_LEN, HEAD)]
-    rows = TILE_Q, TILE_K, TILE_K, TILE_Q
-    made = [door.empty((1, HEADS, *s), dtype, n) for s, n in zip(shapes, rows, strict=True)]
-    return [*made, door.empty((1, HEADS, Q_LEN), DTYPES[dtype].accumulator, TILE_Q)]
-
-
-def state(door: Any, dtype: str) -> list[Any]:
-    return [door.empty((1, HEADS, Q_LEN, HEAD), dtype, TILE_Q), door.empty((1, HEADS, Q_LEN), dtype, TILE_Q)]
-
-
-def recorded(submit: Callable[[], Any]) -> dict[str, Recorded]:
-    """What is submitted, by operation."""
-    with fake_gpu.recording() as batches:
-        submit()
-    return {batch.codelet.name.split("_")[1]: batch for batch in batches}
 
 
 def check(gpu: Gpu, launched: Launched, name: str, grid: int, expected: dict[str, int]) -> None:
@@ -121,10 +78,6 @@ def check(gpu: Gpu, launched: Launched, name: str, grid: int, expected: dict[str
 
 def tiles_of(size: int, tile: int) -> int:
     return -(-size // tile)
-
-
-def matrix(address: int, ld: int, dtype: str) -> Buffer:
-    return Buffer(address, ld, DTYPES[dtype].itemsize)
 
 
 COUNTS = {"first": 0, "heads": 1, "group": 1}
@@ -166,11 +119,6 @@ def forward_launches(gpu: Gpu, door: Any, dtype: str, precision: str = "ieee") -
     assert {(48, 40), (22, 40), (22, 20)} == {x[1:] for x in seen} and len({x[0] for x in seen}) == 2
     assert flow.program.scratch_bytes >= 4 * tiles_of(TILE_Q, fake_gpu.TILE.tile_q)
     forget(given)
-
-
-def forget(given: list[Any]) -> None:
-    for tensor in given:
-        tensor.unregister()
 
 
 def merge_launches(gpu: Gpu, door: Any, dtype: str) -> None:
@@ -265,7 +213,7 @@ def every_codelet(gpu: Gpu, door: Any, dtype: str, precision: str = "ieee") -> N
 
 def test_every_argument_of_every_codelet(machine: Callable[..., Gpu], folder: Path, starpu: Any) -> None:
     gpu = machine(folder)
-    every_codelet(gpu, starpu, QUICK)
+    every_codelet(gpu, starpu, fake_gpu.QUICK)
     merge_launches(gpu, starpu, "float64")
 
 
@@ -276,230 +224,6 @@ def test_every_argument_in_every_dtype(
 ) -> None:
     list(aot.build(tmp_path, fake_gpu.ARCH, fake_gpu.chosen(kind, precision)))
     every_codelet(machine(tmp_path), starpu, kind, precision)
-
-
-def edited(folder: Path, to: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    """The kernels with another manifest."""
-    shutil.copytree(folder, to)
-    told = json.loads((to / aot.MANIFEST).read_text())
-    change(told)
-    (to / aot.MANIFEST).write_text(json.dumps(told))
-    return to
-
-
-def every_launch(**values: Any) -> Callable[[dict[str, Any]], None]:
-    def change(told: dict[str, Any]) -> None:
-        for row in told["kernels"]:
-            row["launch"].update(values)
-
-    return change
-
-
-@pytest.fixture
-def forward(starpu: Any) -> Iterator[Callable[[], Recorded]]:
-    """Makes the tasks of a forward pass with the kernels of the moment."""
-    given = tensors(starpu, "float16")
-
-    def make(**options: Any) -> Recorded:
-        flow = Flow(runtime.current(), spec("float16", **options), TILE_Q, TILE_K)
-        return recorded(lambda: flow.submit(Job(), *given))["forward"]
-
-    yield make
-    forget(given)
-
-
-PLAIN = [*(Buffer(n << 32) for n in range(1, 6)), Buffer(SCRATCH)]
-
-
-def test_kernels_are_loaded_once_a_context(
-    machine: Callable[..., Gpu], folder: Path, forward: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Programs share them; what a context had is gone with the StarPU that ended."""
-    gpu = machine(folder)
-    for _ in range(2):
-        for tasks in (forward(), forward()):
-            for task in tasks.tasks:
-                assert len(gpu.run(tasks.codelet, tasks.program, task, PLAIN)) == 2
-    assert gpu.loads() == [CONTEXT] * 4
-    monkeypatch.setenv("FAKE_DRIVER_CONTEXT", "77")
-    assert {x.context for x in gpu.run(tasks.codelet, tasks.program, tasks.tasks[0], PLAIN)} == {77}
-    assert gpu.loads() == [CONTEXT] * 4 + [77] * 2
-    runtime.current().lib.ft_driver_forget()
-    gpu.run(tasks.codelet, tasks.program, tasks.tasks[0], PLAIN)
-    assert gpu.loads() == [CONTEXT] * 4 + [77] * 4
-
-
-def test_much_shared_memory_is_asked_for(
-    machine: Callable[..., Gpu], folder: Path, forward: Any, tmp_path: Path
-) -> None:
-    """Beyond 48 KB a launch fails unless the function was given more: the fake driver insists."""
-    gpu = machine(edited(folder, tmp_path / "large", every_launch(dynamic_shared=100 << 10)))
-    tasks = forward()
-    assert {x.shared for x in gpu.run(tasks.codelet, tasks.program, tasks.tasks[0], PLAIN)} == {100 << 10}
-
-
-def test_clusters(machine: Callable[..., Gpu], folder: Path, forward: Any, tmp_path: Path) -> None:
-    """A grid counts blocks: as many a program as the cluster has."""
-    gpu = machine(edited(folder, tmp_path / "clusters", every_launch(cluster=[2, 1, 1])))
-    tasks = forward()
-    launches = gpu.run(tasks.codelet, tasks.program, tasks.tasks[0], PLAIN)
-    assert [(x.cluster, x.grid) for x in launches] == [(2, (2 * 2, 1, 1))] * 2
-
-
-@pytest.mark.parametrize(
-    ("fails", "message"),
-    [
-        ("cuCtxGetCurrent:3", "status 3, .*: cuCtxGetCurrent of kernel forward: CUDA_ERROR_OF_THE_TEST"),
-        ("cuModuleLoadData:2", "status 2, .*: cuModuleLoadData of kernel forward: CUDA_ERROR_OUT_OF_MEMORY"),
-        ("cuModuleGetFunction:500", "status 500, .*: cuModuleGetFunction of kernel forward"),
-        ("cuLaunchKernel:701", "status 701, .*: cuLaunchKernel of kernel forward: CUDA_ERROR_OF_THE_TEST"),
-    ],
-)
-def test_what_the_driver_refuses_is_raised(
-    machine: Callable[..., Gpu], folder: Path, forward: Any, monkeypatch: pytest.MonkeyPatch, fails: str, message: str
-) -> None:
-    """With codelet and tile; tasks of the job that follow are skipped, and the next job is sound."""
-    gpu, job = machine(folder), Job()
-    tasks = forward()
-    monkeypatch.setenv("FAKE_DRIVER_FAIL", fails)
-    assert not gpu.run(tasks.codelet, tasks.program, tasks.tasks[-1], PLAIN, job)
-    monkeypatch.delenv("FAKE_DRIVER_FAIL")
-    assert not gpu.run(tasks.codelet, tasks.program, tasks.tasks[0], PLAIN, job), "skipped"
-    place = "batch 0, head 1, query tile 1, key tile 2"
-    with pytest.raises(KernelError, match=f"codelet flashtile_forward_float16 failed on {place} with {message}"):
-        job.wait()
-    assert len(gpu.run(tasks.codelet, tasks.program, tasks.tasks[0], PLAIN, job)) == 2
-    job.wait()
-
-
-def test_shared_memory_that_the_device_does_not_have(
-    machine: Callable[..., Gpu], folder: Path, forward: Any, tmp_path: Path
-) -> None:
-    gpu = machine(edited(folder, tmp_path / "larger", every_launch(dynamic_shared=300 << 10)))
-    tasks = forward()
-    gpu.run(tasks.codelet, tasks.program, tasks.tasks[0], PLAIN)
-    with pytest.raises(KernelError, match="with status 1, .*: cuFuncSetAttribute of kernel forward"):
-        gpu.job.wait()
-
-
-def test_tiles_that_do_not_lie_as_kernels_want(
-    machine: Callable[..., Gpu], folder: Path, starpu: Any, forward: Any
-) -> None:
-    """Nothing is launched on them."""
-    gpu = machine(folder)
-    tasks = forward()
-    for address, ld in ((1 << 32, 24), ((1 << 32) + 8, 0)):
-        buffers = [matrix(address, ld, "float16"), *PLAIN[1:]]
-        assert not gpu.run(tasks.codelet, tasks.program, tasks.tasks[0], buffers)
-        with pytest.raises(KernelError, match="got .* for the argument at byte .*, expected a multiple of 16"):
-            gpu.job.wait()
-    given = [starpu.empty((1, HEADS, Q_LEN, HEAD), "float16", TILE_Q), *state(starpu, "float32")]
-    [batch] = recorded(lambda: starpu.submit_finish(given[1], given[2], given[0])).values()
-    buffers = [matrix(1 << 32, 2 * HEAD, "float32"), *PLAIN[1:3], Buffer(SCRATCH)]
-    assert not gpu.run(batch.codelet, batch.program, batch.tasks[0], buffers)
-    with pytest.raises(KernelError, match=r"status -3, .*: got rows of handle 0 that lie 128 bytes apart, expected 64"):
-        gpu.job.wait()
-    forget(given)
-
-
-def test_without_a_driver_or_a_stream(script: Script, folder: Path) -> None:
-    """The binding builds and loads here, where there is neither; a task that came to a worker all the same says so."""
-    done = script(
-        """
-        from pathlib import Path
-        import fake_gpu
-        from fake_gpu import Buffer
-        from flashtile.engines.starpu import cuda, runtime
-        from flashtile.engines.starpu.flow import Flow
-        from flashtile.engines.starpu.jobs import Job
-        from test_starpu_tasks import spec_of
-
-        starpu.init(workers=1, cuda_kernels=os.environ["KERNELS"])
-        flow = Flow(runtime.current(), spec_of(70, 70, 1, 16, "float16", causal=True), 48, 48)
-        with fake_gpu.recording() as batches:
-            flow.submit(Job(), *(starpu.register(x, 48) for x in arrays(70, 70, 1, dtype="float16")))
-        gpu = fake_gpu.Gpu(Path(os.environ["KERNELS"]), Path("unused"))
-        gpu.run(batches[0].codelet, batches[0].program, batches[0].tasks[0], [Buffer(4096)] * 6)
-        print(message(gpu.job.wait))
-        for path in ("libcuda.so.1", "/nowhere/libcuda.so.1", os.environ["KERNELS"] + "/manifest.json"):
-            os.environ["FLASHTILE_CUDA_DRIVER"] = path
-            print(message(lambda: cuda.open_driver(runtime.current())))
-        """,
-        KERNELS=str(folder),
-        PYTHONPATH=os.pathsep.join((str(HERE), str(HERE.parent))),
-    )
-    first, *rest = done.stdout.splitlines()
-    assert "status -2" in first and first.endswith("this StarPU has no starpu_cuda_get_local_stream")
-    assert [line.startswith("FLASHTILE_CUDA_DRIVER: got '") for line in rest] == [True, True, False]
-    assert "NVIDIA's driver cannot be loaded: " in rest[2] and "manifest.json" in rest[2]
-
-
-def test_restrict(
-    machine: Callable[..., Gpu], folder: Path, starpu: Any, forward: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """To CUDA: where StarPU has such workers, and of tasks those whose program has a kernel."""
-    with pytest.raises(UnavailableError, match="restrict: got cuda, .*; cuda: StarPU runs no such worker"):
-        starpu.restrict("cuda")
-    now = runtime.current()
-    monkeypatch.setattr(now, "workers", lambda architecture=None: 1)
-    with pytest.raises(UnavailableError, match=r"cuda: no kernels were given, init\(cuda_kernels=...\)"):
-        starpu.restrict("cuda")
-    gpu = machine(folder)
-    try:
-        starpu.restrict("cuda")
-        tasks = forward()
-        assert tasks.program.data.cuda and gpu.run(tasks.codelet, tasks.program, tasks.tasks[0], PLAIN)
-        q = np.zeros((1, 2, 70, 16), np.float16)
-        for options, reason in (
-            ({"sinks": np.zeros(2)}, "restricted to cuda: score programs and sinks, whose values lie in"),
-            ({"softcap": 3.0}, "restricted to cuda: score programs and sinks, whose values lie in"),
-            ({"precision": "ieee"}, "has no kernel forward of .*bf16.* with .*BAND=False"),
-        ):
-            dtype = "float16" if len(options) and "precision" not in options else "bfloat16"
-            given = [starpu.empty(q.shape, dtype, 48) for _ in range(4)]
-            given.append(starpu.empty(q.shape[:3], "float32", 48))
-            with pytest.raises(UnavailableError, match=reason):
-                starpu.submit_forward(*given, **options)
-            forget(given)
-    finally:
-        monkeypatch.undo()
-        starpu.restrict("cpu", "cuda")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda told: told.update(format=99), "cuda_kernels: got format 99 for sm_90, expected format 1 for sm_80"),
-        (lambda told: told.update(arch="gfx942"), "cuda_kernels: got format 1 for gfx942, expected"),
-        (lambda told: told.pop("kernels"), "cuda_kernels: got .*manifest.json, which cannot be understood"),
-        (lambda told: told["kernels"][0].update(file="../x"), "cuda_kernels: got .*, which cannot be understood"),
-    ],
-)
-def test_a_folder_that_is_none(
-    folder: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str
-) -> None:
-    with pytest.raises(SpecError, match=message):
-        manifest.Kernels(edited(folder, tmp_path / "kernels", change))
-
-
-def test_a_folder_without_manifest_or_with_another_file(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match=r"cuda_kernels: got .*manifest.json: No such file"):
-        manifest.Kernels(tmp_path)
-    kernels = manifest.Kernels(edited(folder, tmp_path / "kernels", lambda told: None))
-    entry = next(iter(kernels._entries.values()))
-    entry.path.write_bytes(b"\x7fELF")
-    with pytest.raises(UnavailableError, match="is not the file that manifest.json tells of"):
-        entry.image()
-    entry.path.unlink()
-    with pytest.raises(UnavailableError, match="cannot be read"):
-        entry.image()
-
-
-def test_kernels_that_want_what_tasks_do_not_give(
-    machine: Callable[..., Gpu], folder: Path, forward: Any, tmp_path: Path
-) -> None:
-    machine(edited(folder, tmp_path / "kernels", every_launch(cooperative=True)))
-    assert "wants cooperative, which tasks do not give" in forward().program.cuda
 
 
 def test_what_the_launches_compute(script: Script, driver: Path, folder: Path, tmp_path: Path) -> None:
