@@ -24,7 +24,7 @@ MAX_HEAD_SIZE = 256
 
 class Row(NamedTuple):
     """A tile, and the most that its forward kernels use, with a band or without, by compiling them with Triton 3.9
-    (tests/triton/test_triton_code.py holds the numbers against the machine code)."""
+    (tests/gpu/test_triton_code.py holds the numbers against the machine code)."""
 
     tile: Tile
     registers: int

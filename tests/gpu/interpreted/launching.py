@@ -1,7 +1,7 @@
 """Kernels launched under Triton's interpreter, past the family's own choice of tiles, parts and packing.
 
 Whether Triton interprets is settled when it is first imported, and a process that interprets cannot compile: so these
-tests run in a process of their own, `TRITON_INTERPRET=1 pytest tests/triton/interpreted`, as scripts/test does.
+tests run in a process of their own, `TRITON_INTERPRET=1 pytest tests/gpu/interpreted`, as scripts/test does.
 """
 
 from __future__ import annotations
