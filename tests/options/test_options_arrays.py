@@ -114,29 +114,28 @@ from flashtile.score import causal, document, prefix, relative, window
 S = int(sys.argv[1])
 rng = np.random.default_rng(0)
 q, k, v, out = (rng.standard_normal((1, 2, S, 16), dtype=np.float32) for _ in "qkvo")
-ids, slopes, sinks = np.arange(S) // 500, np.array([0.5, 0.1], np.float32), np.zeros(2, np.float32)
-table, row = rng.standard_normal((32, 2)), rng.standard_normal(S, dtype=np.float32)
-cases = {
-    "documents": {"mask": document(ids)},
-    "composed": {"mask": causal() & document(ids) | prefix(40)},
-    "by hand": {"mask": lambda b, h, i, j: ids[i] == ids[j], "score_mod": lambda s, b, h, i, j: s * row[j]},
-    "cap, alibi, sinks, window": {"softcap": 5.0, "alibi_slopes": slopes, "sinks": sinks, "window": (700, 0)},
-    "relative": {"score_mod": relative(table)},
-    "stride 0": {"bias": np.broadcast_to(row, (1, 2, S, S)), "mask": np.broadcast_to(row > -1, (S, S))},
-}
+slopes, sinks = np.array([0.5, 0.1], np.float32), np.zeros(2, np.float32)
+table, everything = rng.standard_normal((32, 2)), rng.standard_normal(S, dtype=np.float32)
+
+def cases(n):
+    ids, row = np.arange(n) // 500, everything[:n]
+    return {
+        "documents": {"mask": document(ids)},
+        "composed": {"mask": causal() & document(ids) | prefix(40)},
+        "by hand": {"mask": lambda b, h, i, j: ids[i] == ids[j], "score_mod": lambda s, b, h, i, j: s * row[j]},
+        "cap, alibi, sinks, window": {"softcap": 5.0, "alibi_slopes": slopes, "sinks": sinks, "window": (700, 0)},
+        "relative": {"score_mod": relative(table)},
+        "stride 0": {"bias": np.broadcast_to(row, (1, 2, n, n)), "mask": np.broadcast_to(row > -1, (n, n))},
+    }
 
 def status(field):
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 found = {}
-for name, options in cases.items():
-    small = [x[:, :, :300] for x in (q, k, v)]
-    if name == "stride 0":
-        fitting = {key: x[..., :300, :300] for key, x in options.items()}
-    else:
-        fitting = options
-    flashtile.attention(*small, **fitting)  # compiles
+small = cases(300)
+for name, options in cases(S).items():
+    flashtile.attention(*(x[:, :, :300] for x in (q, k, v)), **small[name])  # compiles
     open("/proc/self/clear_refs", "w").write("5")  # the high-water mark is what is resident now
     before = status("VmRSS")
     flashtile.attention(q, k, v, out=out, **options)
