@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import signal
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from . import driver, machine, memory, overheads, peers, plot, report, short
 from .cases import ALL_CASES, QUICK, short_cases
@@ -73,11 +75,32 @@ def run_short(options: argparse.Namespace, lines: list[str]) -> list[report.Verd
     return verdicts
 
 
+class Both:
+    """Two text files as one: what is shown is kept."""
+
+    def __init__(self, *files: TextIO) -> None:
+        self.files = files
+
+    def write(self, text: str) -> None:
+        for file in self.files:
+            file.write(text)
+
+    def flush(self) -> None:
+        for file in self.files:
+            file.flush()
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the chosen parts. A missed target is reported, not an error; a wrong result of flashtile's own is."""
     options = parse(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the stopped processes of the peers would stay behind
     options.output.mkdir(parents=True, exist_ok=True)
+    with (options.output / "table.txt").open("w") as file, contextlib.redirect_stdout(Both(sys.stdout, file)):
+        return run(options)
+
+
+def run(options: argparse.Namespace) -> int:
+    """The chosen parts in turn; 1 if a result of flashtile's own was wrong."""
     lines = heading(options)
     print(*lines, sep="\n")
     verdicts: list[report.Verdict] = []
