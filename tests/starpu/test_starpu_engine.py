@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import itertools
 import threading
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("starpu")
 
 Script = Callable[..., Any]
 ELEMENTS = 10_368
+SMALL_TILE = 8  # keys
 
 
 @pytest.fixture
@@ -126,10 +128,12 @@ def test_what_a_mask_hides_stays_hidden(family: str, dtype: str) -> None:
 @settings(max_examples=25)
 @given(data=st.data())
 def test_random_shapes_and_tilings(family: str, data: st.DataObject) -> None:
-    """Tiles of all sizes on lengths that they do not divide."""
+    """Tiles of any size on lengths that they do not divide.
+
+    The accuracy rule; of tiles so small that a row meets very many, an ulp more for each, since each rounds the state.
+    """
     draw = data.draw
-    # A state is rounded after every key tile: of tiles of a key or two there are too many for the accuracy rule.
-    tile_q, tile_k = draw(st.integers(1, 200)), draw(st.integers(8, 200))
+    tile_q, tile_k = draw(st.integers(1, 200)), draw(st.integers(1, 200))
     kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
     lengths = st.integers(1, 260)
     shape = Shape(draw(st.integers(1, 2)), kv_heads * group, kv_heads, draw(lengths), draw(lengths),
@@ -142,7 +146,12 @@ def test_random_shapes_and_tilings(family: str, data: st.DataObject) -> None:
     engine.TILE_Q, engine.TILE_K = (tile_q,), tile_k
     clear_cache()
     try:
-        assert_accurate(attention(*arrays, kernel=family, **options), *arrays, **options)
+        want = expect(*arrays, **options)[0]
+        if tile_k < SMALL_TILE:
+            tiles, accumulator = -(-shape.kv_len // tile_k), DTYPES[DTYPES[arrays[0].dtype.name].accumulator].numpy
+            rounding = tiles * np.spacing(np.nanmax(np.abs(want.value), initial=0).astype(accumulator))
+            want = dataclasses.replace(want, allowed=want.allowed + float(rounding))
+        want.check(attention(*arrays, kernel=family, **options))
     finally:
         engine.TILE_Q, engine.TILE_K = before
         clear_cache()
