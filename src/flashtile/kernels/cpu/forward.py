@@ -22,6 +22,7 @@ from flashtile.kernels.cpu.ir import Function, Module, Value
 from flashtile.kernels.cpu.pack import emit_load_queries, emit_pack_keys, emit_pack_values
 from flashtile.kernels.cpu.panel import PANEL_ARGUMENTS, emit_panel
 from flashtile.kernels.cpu.scores import FAR
+from flashtile.kernels.cpu.spans import BLOCKS, emit_join_span
 
 EXPORTS = ("forward",)
 SEGMENT = 4  # words of a segment: keys some_from, some_to, all_from, all_to
@@ -66,7 +67,10 @@ class _Block:
 
 
 class _Forward:
-    """Emits the exported function.  Fields hold what is loaded from the parameter block at its entry."""
+    """Emits the exported function.  Fields hold what is loaded from the parameter block at its entry.
+
+    ``spans``: there may be sums of earlier spans (spans.py) beside those of the span at hand.
+    """
 
     def __init__(self, module: Module, c: Config):
         self.c = c
@@ -75,6 +79,7 @@ class _Forward:
             "pack_keys": emit_pack_keys(module, c),
             "pack_values": emit_pack_values(module, c),
             "scan_values": emit_scan_values(module, c),
+            "join_span": emit_join_span(module, c),
             "store_outputs": emit_store_outputs(module, c.output),
         }
         if c.partial:
@@ -94,6 +99,7 @@ class _Forward:
         for name in params.REALS:
             if name != "scale":  # the score program's frame takes it as it is
                 self.p[name] = f.cast("fptrunc", self.p[name], self.c.acc)
+        self.spans = (self.p["kv_len"] > BLOCKS * self.c.key_block) | self.p["carry"].ne(0)
         with f.range(begin, end) as item:
             self._item(item)
         f.ret(f.const("i32", 0))
@@ -140,7 +146,10 @@ class _Forward:
         low, high = self._band(item.b, item.first)
         start = f.maximum(low, item.first_key)
         stop = f.minimum(high + item.rows, item.last_key)
-        with f.range(start // c.key_block * c.key_block, stop, c.key_block) as begin:
+        start = start // c.key_block * c.key_block
+        with f.range(start, stop, c.key_block) as begin:
+            with f.when(self._span(begin).ne(self._span(f.maximum(begin - c.key_block, start)))):
+                self._join_span(item.rows)
             block = self._block(f.maximum(begin, item.first_key), f.minimum(begin + c.key_block, stop), item)
             with f.range(0, item.rows, c.panel) as panel:
                 rows = f.minimum(item.rows - panel, c.panel)
@@ -162,8 +171,11 @@ class _Forward:
             first = f.load("i64", table + at)
             f.store(self._skip(first, f.load("i64", table + at + 8), item.first_key, next_key), cursors + at)
 
-        def one_block(keys: list[Value]) -> list[Value]:
-            key = f.maximum(keys[0], item.first_key)
+        def one_block(walk: list[Value]) -> list[Value]:
+            key = f.maximum(walk[0], item.first_key)
+            span = self._span(key)
+            with f.when(span.ne(walk[1])):
+                self._join_span(item.rows)
             stop = f.minimum(key // c.key_block * c.key_block + c.key_block, item.last_key)
             block = self._block(f.maximum(key // c.key_block * c.key_block, item.first_key), stop, item)
             f.store(item.last_key, next_key)
@@ -173,9 +185,14 @@ class _Forward:
                 with f.when(cursor < end):
                     self._attend(item, panel, block, *self._segment_keys(cursor, block))
                     f.store(self._skip(cursor, end, stop, next_key), cursors + at)
-            return [f.load("i64", next_key)]
+            return [f.load("i64", next_key), span]
 
-        f.repeat([f.load("i64", next_key)], lambda keys: keys[0] < item.last_key, one_block)
+        first = f.load("i64", next_key)
+        f.repeat([first, self._span(first)], lambda walk: walk[0] < item.last_key, one_block)
+
+    def _span(self, key: Value) -> Value:
+        """The number of the span that a key lies in."""
+        return key // (BLOCKS * self.c.key_block)
 
     def _segment(self, cursor: Value, field: int) -> Value:
         return self.f.load("i64", self.p["segments"] + cursor * (8 * SEGMENT) + 8 * field)
@@ -235,36 +252,62 @@ class _Forward:
         """The lse of a row further on; null, if it is not wanted, stays null."""
         return self.f.select(self.f.is_null(lse), lse, lse + rows * self.c.size)
 
-    def _areas(self, panel: Value) -> tuple[Value, Value, Value]:
-        """Transposed queries, outputs and state of the panel that begins at this row of the item."""
+    def _queries(self, panel: Value) -> Value:
+        """Transposed queries of the panel that begins at this row of the item."""
+        return self.scratch + (self.p["at_q"] + panel * self.p["key_words"] * self.c.size)
+
+    def _sums(self, panel: Value, *, earlier: bool = False) -> tuple[Value, Value]:
+        """State and outputs of a panel: of the span at hand, or of earlier spans and of what was carried."""
         p, c = self.p, self.c
-        q = self.scratch + (p["at_q"] + panel * p["key_words"] * c.size)
-        o = self.scratch + (p["at_o"] + panel * p["value_columns"] * c.size)
-        return q, o, self.scratch + (p["at_state"] + panel * (2 * c.size))
+        at_state, at_o = (p[f"at_earlier_{x}" if earlier else f"at_{x}"] for x in ("state", "o"))
+        o = self.scratch + (at_o + panel * p["value_columns"] * c.size)
+        return self.scratch + (at_state + panel * (2 * c.size)), o
+
+    def _join_span(self, rows: Value) -> None:
+        """The sums of the span at hand into those of earlier spans."""
+        p = self.p
+        with self.f.range(0, rows, self.c.panel) as panel:
+            self._call("join_span", "void", *self._sums(panel), *self._sums(panel, earlier=True), p["value_columns"],
+                       p["c_high"], p["c_low"])  # fmt: skip
 
     def _start(self, q: Value, o: Value, lse: Value, rows: Value) -> None:
-        """Queries of every panel transposed; outputs and sums 0, maxima -inf, or as carried."""
+        """Queries of every panel transposed; no sums yet, or those that are carried."""
         f, p, c = self.f, self.p, self.c
-        low, zero = f.const(c.vector, -math.inf), f.const(c.vector, 0.0)
+        low = f.const(c.vector, -math.inf)
         top = self.scratch + params.Scratch(c).block_max
         with f.range(0, c.line, c.register) as at:
             f.store(low, top + at, align=c.register)
         with f.range(0, rows, c.panel) as panel:
-            queries, outputs, state = self._areas(panel)
             here = f.minimum(rows - panel, c.panel)
             self._call("load_queries", "void", q + panel * p["q_s"], p["q_s"], p["q_d"], here, p["head_size"],
-                       p["key_words"], queries, p["sign"])  # fmt: skip
-            with f.range(0, c.line, c.register) as at:
-                f.store(low, state + at, align=c.register)
-                f.store(zero, state + (at + c.line), align=c.register)
-            with f.range(0, p["value_columns"] * c.line, c.register) as at:
-                f.store(zero, outputs + at, align=c.register)
-            if c.partial:
-                with f.when(p["carry"].ne(0)):
-                    size = p["value_size"]
-                    self._call("load_outputs", "void", o + panel * p["o_s"], p["o_s"], p["o_d"], here, size, size,
-                               outputs, f.const(c.acc, 1.0))  # fmt: skip
-                    self._call("load_state", "void", state, lse + panel * c.size, here, p["lse_scale"])
+                       p["key_words"], self._queries(panel), p["sign"])  # fmt: skip
+            self._clear(*self._sums(panel))
+            with f.when(self.spans):
+                earlier = self._sums(panel, earlier=True)
+                self._clear(*earlier)
+                if c.partial:
+                    with f.when(p["carry"].ne(0)):
+                        self._carry(panel, here, *earlier, o + panel * p["o_s"], lse + panel * c.size)
+
+    def _clear(self, state: Value, o: Value) -> None:
+        """Sums 0, maxima -inf."""
+        f, c = self.f, self.c
+        zero = f.const(c.vector, 0.0)
+        with f.range(0, c.line, c.register) as at:
+            f.store(f.const(c.vector, -math.inf), state + at, align=c.register)
+            f.store(zero, state + (at + c.line), align=c.register)
+        with f.range(0, self.p["value_columns"] * c.line, c.register) as at:
+            f.store(zero, o + at, align=c.register)
+
+    def _carry(self, panel: Value, rows: Value, state: Value, o: Value, carried_o: Value, carried_lse: Value) -> None:
+        """Carried outputs and lse as those of an earlier span; the span at hand begins at their maximum."""
+        f, p, c = self.f, self.p, self.c
+        size = p["value_size"]
+        self._call("load_outputs", "void", carried_o, p["o_s"], p["o_d"], rows, size, size, o, f.const(c.acc, 1.0))
+        self._call("load_state", "void", state, carried_lse, rows, p["lse_scale"])
+        maxima, _ = self._sums(panel)
+        with f.range(0, c.line, c.register) as at:
+            f.store(f.load(c.vector, state + at, align=c.register), maxima + at, align=c.register)
 
     def _block(self, start: Value, stop: Value, item: _Item) -> _Block:
         """K and V of the keys [start, stop): as they lie, or converted into scratch.
@@ -318,9 +361,9 @@ class _Forward:
         if c.code:
             f.store(item.first + panel, self._frame_at("row"))
             f.store(block.start, self._frame_at("block"))
-        queries, outputs, state = self._areas(panel)
+        state, outputs = self._sums(panel)
         values = {
-            "scratch": self.scratch, "q": queries, "o": outputs, "state": state,
+            "scratch": self.scratch, "q": self._queries(panel), "o": outputs, "state": state,
             "k": block.k, "k_stride": block.k_stride, "v": block.v, "v_stride": block.v_stride,
             "words": p["key_words"], "columns": p["value_columns"],
             **dict(zip(names, keys, strict=True)), "rows": rows, "dense": p["at_dense"],
@@ -342,8 +385,11 @@ class _Forward:
 
     def _finish(self, o: Value, lse: Value, rows: Value, sink: Value) -> None:
         f, p, c = self.f, self.p, self.c
+        with f.when(self.spans):
+            self._join_span(rows)
         with f.range(0, rows, c.panel) as panel:
-            _, outputs, state = self._areas(panel)
+            last, earlier = self._sums(panel), self._sums(panel, earlier=True)
+            state, outputs = (f.select(self.spans, x, y) for x, y in zip(earlier, last, strict=True))
             here = f.minimum(rows - panel, c.panel)
             self._call("store_outputs", "void", outputs, state, o + panel * p["o_s"], p["o_s"], p["o_d"], here,
                        p["value_size"], self._advance(lse, panel), p["lse_scale"], sink)  # fmt: skip

@@ -38,7 +38,6 @@ def emit_softmax(module: Module, c: Config, vectors: int) -> str:
         new = f.maximum(f.load(c.vector, top + at, align=c.register), old)
         # A row that has seen no key yet has maximum -inf; 0 in its place keeps -inf - max from being NaN.
         safe = f.select(new.eq(-math.inf), f.const(c.vector, 0.0), new)
-        f.store(f.const(c.vector, -math.inf), top + at, align=c.register)
         f.store(new, state + at, align=c.register)
         f.store(weight(old - safe), alpha + at, align=c.register)
 
@@ -51,12 +50,15 @@ def emit_softmax(module: Module, c: Config, vectors: int) -> str:
                 f.store(weights[0], places[0], align=c.register)
             return [sum(weights, carry[0])]
 
-        total = state + (at + c.line)  # in memory: one more value in registers is one too many for 16
-        before, rescale = (f.load(c.vector, place, align=c.register) for place in (total, alpha + at))
-        f.store(before * rescale, total, align=c.register)
+        # In memory: one more value in registers is one too many for 16.
+        f.store(f.const(c.vector, 0.0), top + at, align=c.register)
         with f.range(0, count, SUM_KEYS) as first:
             stop = f.minimum(first + SUM_KEYS, count)
             (part,) = f.fold(first, stop, c.per_word, [f.const(c.vector, 0.0)], word_of_keys)
-            f.store(f.load(c.vector, total, align=c.register) + part, total, align=c.register)
+            f.store(f.load(c.vector, top + at, align=c.register) + part, top + at, align=c.register)
+        total = state + (at + c.line)
+        before, rescale, block = (f.load(c.vector, x, align=c.register) for x in (total, alpha + at, top + at))
+        f.store(c.isa.multiply_add(f, before, rescale, block), total, align=c.register)
+        f.store(f.const(c.vector, -math.inf), top + at, align=c.register)
     f.ret()
     return name
