@@ -8,7 +8,6 @@ from flashtile.kernels.cpu import math as vmath
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.decode_scores import fold_lanes
 from flashtile.kernels.cpu.ir import Function, Module, Value
-from flashtile.kernels.cpu.softmax import PAIR_DEGREE
 
 # Accumulators that a row keeps: of raw scores, of weights, and the factor for what was summed before.
 STATE = ("maximum", "sum", "alpha", "spare")
@@ -40,7 +39,7 @@ def emit_row_softmax(module: Module, c: Config) -> str:
 
     def weight(difference: Value) -> Value:  # the difference first: the largest weight is exactly 1
         scaled = c.isa.multiply_add(f, difference, factor[0], difference * factor[1])
-        return vmath.weight(f, c.isa, scaled, degree=PAIR_DEGREE if c.pairs else None)
+        return vmath.weight(f, c.isa, scaled, coarse=c.pairs)
 
     def highest(key: Value, top: list[Value]) -> list[Value]:
         at = s + key * c.size

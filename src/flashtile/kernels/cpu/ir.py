@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -247,8 +247,12 @@ class Function:
 
     def iota(self, type_: str, start: int = 0) -> Value:
         """The constant vector start, start + 1, ... of an integer vector type."""
+        return self.integers(type_, range(start, start + lanes(type_)))
+
+    def integers(self, type_: str, numbers: Iterable[int]) -> Value:
+        """A constant vector of an integer vector type, lane by lane."""
         scalar = element(type_)
-        return Value(self, type_, "<" + ", ".join(f"{scalar} {start + i}" for i in range(lanes(type_))) + ">")
+        return Value(self, type_, "<" + ", ".join(f"{scalar} {n}" for n in numbers) + ">")
 
     def cast(self, op: str, value: Value, type_: str) -> Value:
         """Any LLVM cast: bitcast, zext, sext, trunc, sitofp, fptosi, fpext, fptrunc, ptrtoint, inttoptr."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
 
-from flashtile.kernels.cpu.ir import SIZES, Function, Value, element
+from flashtile.kernels.cpu.ir import SIZES, Function, Value, element, like
 from flashtile.kernels.cpu.isa import ISA
 
 
@@ -24,22 +25,27 @@ class _Format:
     mantissa: int
     bias: int
     degree: int  # of the exp2 polynomial: the least whose error vanishes in the rounding
+    table_bits: int  # log2 of the lanes of 64 bytes: a table of as many powers leaves 1 / lanes to the polynomial
+    table_degree: int  # which then needs no more than this
     negligible: float  # exponent of weights that are taken for 0
 
 
-_FORMATS = {"float": _Format("i32", 23, 127, 6, -100.0), "double": _Format("i64", 52, 1023, 11, -960.0)}
+_FORMATS = {
+    "float": _Format("i32", 23, 127, 6, 4, 3, -100.0),
+    "double": _Format("i64", 52, 1023, 11, 3, 8, -960.0),
+}
 
 
 @functools.cache
-def exp2_coefficients(degree: int) -> tuple[float, ...]:
-    """Coefficients, constant first, of p(f) = 1 + f q(f) ~ 2^f on [-1/2, 1/2].
+def exp2_coefficients(degree: int, width: int = 1) -> tuple[float, ...]:
+    """Coefficients, constant first, of p(f) = 1 + f q(f) ~ 2^f on [-1/2, 1/2] / width.
 
     q interpolates (2^f - 1) / f at Chebyshev nodes, in 60-digit arithmetic; p(0) = 1 exactly.
     """
     with localcontext() as context:
         context.prec = 60
         ln2 = Decimal(2).ln()
-        nodes = [Decimal(0.5 * math.cos(math.pi * (i + 0.5) / degree)) for i in range(degree)]
+        nodes = [Decimal(0.5 / width * math.cos(math.pi * (i + 0.5) / degree)) for i in range(degree)]
         divided = [((x * ln2).exp() - 1) / x if abs(x) > Decimal("1e-12") else ln2 for x in nodes]
         for j in range(1, degree):
             for i in range(degree - 1, j - 1, -1):
@@ -52,11 +58,10 @@ def exp2_coefficients(degree: int) -> tuple[float, ...]:
     return (1.0, *map(float, q))
 
 
-def exp2(f: Function, isa: ISA, x: Value, *, degree: int | None = None) -> Value:
+def exp2(f: Function, isa: ISA, x: Value) -> Value:
     """2^x lane by lane, within 1 ulp (1.2), exact at integers; +0 where the result is not normal, inf from 2^bias on.
 
-    x = n + r with n the nearest integer: 2^n is made of exponent bits, 2^r is a polynomial.  ``degree`` gives a
-    coarser one, within 2^-17 at degree 4.
+    x = n + r with n the nearest integer: 2^n is made of exponent bits, 2^r is a polynomial.
     """
     form = _FORMATS[element(x.type)]
     x = f.maximum(f.const(x.type, -float(form.bias)), x)  # 2^-bias is +0 below; operand order keeps NaN
@@ -64,24 +69,56 @@ def exp2(f: Function, isa: ISA, x: Value, *, degree: int | None = None) -> Value
     x = f.minimum(f.const(x.type, form.bias + 1.0), x)
     above = x > 1.0
     doubled = f.select(above, f.const(x.type, 2.0), 1.0)
-    return _exp2(f, isa, x - f.select(above, f.const(x.type, 1.0), 0.0), degree or form.degree) * doubled
+    return _exp2(f, isa, x - f.select(above, f.const(x.type, 1.0), 0.0), form.degree) * doubled
 
 
-def weight(f: Function, isa: ISA, x: Value, *, degree: int | None = None) -> Value:
-    """2^x for x <= 0, as a softmax needs it: 1 at 0, +0 at -inf, NaN at NaN, otherwise as exp2.
+def weight(f: Function, isa: ISA, x: Value, *, coarse: bool = False) -> Value:
+    """2^x for x <= 0, as a softmax needs it: 1 at 0, +0 at -inf, NaN at NaN, otherwise within 1 ulp (1.2), exact at
+    integers; ``coarse`` within 2^-17, for weights that are then rounded to bf16.
 
     Weights below 2^-100 (2^-960 in fp64) are 0.  Beside the row's largest, which is 1, they are nothing; but a
     sum of products with them can fall into the subnormal range, where some machines take a hundred times as long.
     """
     form = _FORMATS[element(x.type)]
     tiny = x < form.negligible
-    return f.select(tiny, f.const(x.type, 0.0), _exp2(f, isa, x, degree or form.degree))
+    if isa.permutes:
+        value = _exp2_by_table(f, isa, x, 2 if coarse else form.table_degree)
+    else:
+        value = _exp2(f, isa, x, 4 if coarse else form.degree)
+    return f.select(tiny, f.const(x.type, 0.0), value)
 
 
 def _exp2(f: Function, isa: ISA, x: Value, degree: int) -> Value:
     """2^x where 2^n, n the integer nearest to x, is normal or 0; rubbish elsewhere, but NaN at NaN."""
     whole, power = _nearest(f, x)
     return _polynomial(f, isa, exp2_coefficients(degree), x - whole) * power
+
+
+def _exp2_by_table(f: Function, isa: ISA, x: Value, degree: int) -> Value:
+    """2^x where it is well within the normal range; rubbish elsewhere, but NaN at NaN.
+
+    x = n + j / size + r: a register holds 2^(j / size), and what is left to the polynomial is so small that half of
+    its terms do.  These are what a kernel spends beside its two products.
+    Source:  Tang 1989, Table-driven implementation of the exponential function in IEEE floating-point arithmetic.
+    """
+    form, integers = _FORMATS[element(x.type)], like(x.type, _FORMATS[element(x.type)].integer)
+    size = 1 << form.table_bits
+    magic = 1.5 * 2.0 ** (form.mantissa - form.table_bits)
+    shifted = x + magic  # its low bits are n size + j
+    r = x - (shifted - magic)
+    low = f.bitcast(shifted, form.integer)
+    # Shifted to the exponent, n size + j leaves j in the mantissa: the table is less by as much.
+    up = form.mantissa - form.table_bits
+    table = f.integers(integers, (_bits(2.0 ** (j / size), element(x.type)) - (j << up) for j in range(size)))
+    power = f.bitcast(isa.look_up(f, table, low) + (low << up), element(x.type))
+    _, *rest = exp2_coefficients(degree, size)
+    return isa.multiply_add(f, power, _polynomial(f, isa, rest, r) * r, power)
+
+
+def _bits(number: float, type_: str) -> int:
+    """A number's bits in a floating-point format, as an integer."""
+    real, integer = ("f", "i") if type_ == "float" else ("d", "q")
+    return int(struct.unpack(integer, struct.pack(real, number))[0])
 
 
 def _nearest(f: Function, x: Value, more: int = 0) -> tuple[Value, Value]:

@@ -8,7 +8,6 @@ from flashtile.kernels.cpu import math as vmath
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.ir import Function, Module, Value
 
-PAIR_DEGREE = 4  # the weights are rounded to bf16 anyway
 SUM_KEYS = 16  # weights summed apart before they join the row's sum: a short chain of roundings, then another
 
 
@@ -26,12 +25,11 @@ def emit_softmax(module: Module, c: Config, vectors: int) -> str:
     f = Function(module, name, "void", ["ptr", "ptr", "ptr", "ptr", "i64", c.acc, c.acc], internal=True,
                  names=["state", "top", "alpha", "s", "count", "high", "low"])  # fmt: skip
     state, top, alpha, s, count, high, low = f.args
-    degree = PAIR_DEGREE if c.pairs else None
     factor = [f.splat(x, c.lanes) for x in (high, low)]
 
     def weight(difference: Value) -> Value:  # the difference first: the largest weight is exactly 1
         scaled = c.isa.multiply_add(f, difference, factor[0], difference * factor[1])
-        return vmath.weight(f, c.isa, scaled, degree=degree)
+        return vmath.weight(f, c.isa, scaled, coarse=c.pairs)
 
     with f.range(0, vectors * c.register, c.register) as at:
         old = f.load(c.vector, state + at, align=c.register)

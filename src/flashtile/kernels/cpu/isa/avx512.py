@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from flashtile.kernels.cpu.ir import Function, Value, lanes, vector
+from flashtile.kernels.cpu.ir import Function, Value, element, lanes, vector
 from flashtile.kernels.cpu.isa.base import ISA
 
 
 @dataclass(frozen=True)
 class _AVX512(ISA):
-    """AVX-512's own primitive: an estimate of the reciprocal to 14 bits."""
+    """AVX-512's own primitives: an estimate of the reciprocal to 14 bits, and a permutation of a whole register."""
+
+    def look_up(self, f: Function, table: Value, index: Value) -> Value:
+        kind = {"i32": "si", "i64": "di"}[element(table.type)]
+        return f.intrinsic(f"llvm.x86.avx512.permvar.{kind}.{8 * self.vector_bytes}", table.type, [table, index])
 
     def divide(self, f: Function, a: Value, b: Value) -> Value:
         """A quotient to 14 bits, corrected by what it leaves of a: half the time of the division of 16 lanes."""
@@ -32,6 +36,7 @@ _PLAIN = _AVX512(
     rows=8,
     fused=True,
     half=True,
+    permutes=True,
 )
 
 

@@ -32,6 +32,7 @@ class ISA:
     fused: bool = False
     half: bool = False  # converts between fp16 and fp32
     bf16_dot: bool = False  # accumulates products of bf16 pairs in fp32
+    permutes: bool = False  # picks lanes of a register by numbers in another, as cheaply as it adds: a small table
 
     def lanes(self, type_: str) -> int:
         """How many elements of this type a register holds."""
@@ -44,6 +45,10 @@ class ISA:
     def divide(self, f: Function, a: Value, b: Value) -> Value:
         """a / b within an ulp, for b and 1 / b both normal, or NaN.  NumPy: a / b."""
         return a / b
+
+    def look_up(self, f: Function, table: Value, index: Value) -> Value:
+        """table[index mod lanes], registers of integers, where the machine ``permutes``.  NumPy: table[index % n]."""
+        raise NotImplementedError(self.name)
 
     def dot_pairs(self, f: Function, acc: Value, a: Value, b: Value) -> Value:
         """acc + a.lo * b.lo + a.hi * b.hi over words that each hold two bf16, accumulated in fp32.
