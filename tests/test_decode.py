@@ -72,6 +72,22 @@ def test_decode_is_accurate(name: str, dtype: str) -> None:
 
 
 @on_every_isa
+@pytest.mark.parametrize("heads", [1, ENOUGH_ITEMS])
+@pytest.mark.parametrize("light", [1e-5, 1e-7, 1e-9])
+def test_light_keys_count_beside_a_heavy_one(light: float, heads: int, dtype: str) -> None:
+    """One key of weight 1 and 100,000 of weight 1e-5 or less, in one part and in many."""
+    q, k, v = uniform(Shape(1, 1, 1, 1, 100_000, 4, 16), dtype)
+    q[...], k[...], v[...] = 1, -0.25, np.abs(v) + 0.5
+    k[..., 33_333, :] = 0
+    scale = float(-np.log(light))
+    everywhere = (np.broadcast_to(x, (1, heads, *x.shape[2:])) for x in (q, k, v))  # heads that share their memory
+    o, lse = attend(*everywhere, scale=scale)
+    assert same_bits(o[:, :1], o[:, -1:]) and same_bits(lse[:, :1], lse[:, -1:])
+    assert_accurate(o[:, :1], q, k, v, scale=scale)
+    assert_accurate(lse[:, :1], q, k, v, scale=scale, kind="lse")
+
+
+@on_every_isa
 def test_no_keys(dtype: str) -> None:
     o, lse = attend(*uniform(Shape(1, 2, 1, 2, 0, 8, 8), dtype))
     assert not o.astype(np.float32).any() and np.isneginf(lse).all()

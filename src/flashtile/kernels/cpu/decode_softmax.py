@@ -10,8 +10,9 @@ from flashtile.kernels.cpu.decode_scores import fold_lanes
 from flashtile.kernels.cpu.ir import Function, Module, Value
 from flashtile.kernels.cpu.softmax import PAIR_DEGREE
 
-# Accumulators that a row keeps: of raw scores, of weights, and the factor for what was summed before.
-STATE = ("maximum", "sum", "alpha", "spare")
+# Accumulators that a row keeps: of raw scores, of weights, the factor for what was summed before, and what the sum of
+# weights has lost to rounding.
+STATE = ("maximum", "sum", "alpha", "lost")
 
 
 def state(c: Config, row: Value, name: str) -> Value:
@@ -63,9 +64,23 @@ def emit_row_softmax(module: Module, c: Config) -> str:
 
     (total,) = f.fold(0, keys, c.lanes, [f.const(c.vector, 0.0)], weigh)
     total = f.extract(fold_lanes(f, total, 1, lambda a, b: a + b), 0)
-    before = f.load(c.acc, state(c, row, "sum"))
+    places = state(c, row, "sum"), state(c, row, "lost")
+    before, lost = (f.load(c.acc, place) for place in places)
+    for number, place in zip(add_block(f, c, before, lost, alpha, total), places, strict=True):
+        f.store(number, place)
     f.store(new, state(c, row, "maximum"))
-    f.store(before * alpha + total, state(c, row, "sum"))
     f.store(alpha, state(c, row, "alpha"))
     f.ret()
     return f.name
+
+
+def add_block(f: Function, c: Config, before: Value, lost: Value, alpha: Value, block: Value) -> tuple[Value, Value]:
+    """A sum over key blocks, with one more of them, and what it has lost to rounding; what was there times alpha.
+
+    Many blocks of light keys beside a heavy one would all be rounded to the heavy one's last bit, in the same direction
+    if they are alike: a thousand of them lose a thousand roundings. Here they lose one.
+    Source: Kahan 1965, Further remarks on reducing truncation errors.
+    """
+    before, added = before * alpha, c.isa.multiply_add(f, lost, alpha, block)
+    total = before + added
+    return total, added - (total - before)
