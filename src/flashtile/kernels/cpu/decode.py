@@ -19,7 +19,7 @@ from flashtile.kernels.cpu import math as vmath
 from flashtile.kernels.cpu import params
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.decode_pack import Slots, emit_copy_rows, emit_load_query, emit_mask, slot_width
-from flashtile.kernels.cpu.decode_scores import KEY_TILE, emit_score_tiles
+from flashtile.kernels.cpu.decode_scores import KEY_TILE, each_row_tile, emit_score_tiles
 from flashtile.kernels.cpu.decode_softmax import STATE, emit_row_softmax, state
 from flashtile.kernels.cpu.decode_values import emit_value_tiles
 from flashtile.kernels.cpu.ir import SIZES, Function, Module, Value
@@ -146,9 +146,15 @@ class _Decode:
     def _start(self, rows: _Rows) -> None:
         """Queries laid out; outputs and sums 0, maxima -inf."""
         f, p, c = self.f, self.p, self.c
+
+        def queries(n: int, first: Value) -> None:
+            for r in range(n):
+                q, apart = self._row(rows, first + r, "q"), f.const("i64", n * c.register)
+                to = self.at["q"] + (first * self.k_slots.count + r) * c.register
+                self._call("load_query", q, p["q_d"], p["head_size"], to, apart, p["sign"])
+
+        each_row_tile(f, rows.count, queries)
         with f.range(0, rows.count) as row:
-            to = self.at["q"] + row * self.k_slots.count * c.register
-            self._call("load_query", self._row(rows, row, "q"), p["q_d"], p["head_size"], to, p["sign"])
             f.store(f.const(c.acc, -math.inf), state(c, self._state(row), "maximum"))
             for name in ("sum", "lost"):
                 f.store(f.const(c.acc, 0.0), state(c, self._state(row), name))

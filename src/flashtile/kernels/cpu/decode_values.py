@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from flashtile.kernels.cpu.config import Config
-from flashtile.kernels.cpu.decode_pack import KEYS_AHEAD, Slots, prefetch
+from flashtile.kernels.cpu.decode_pack import Slots, keys_ahead, prefetch
 from flashtile.kernels.cpu.decode_scores import ROW_TILES, accumulators, each_row_tile
 from flashtile.kernels.cpu.decode_softmax import STATE, add_block, state
 from flashtile.kernels.cpu.ir import SIZES, Function, Module, Value, vector
@@ -34,12 +34,12 @@ def emit_values(module: Module, c: Config, rows: int, vectors: int, contained: s
     o, o_row, states, v, stride, p, s, count = f.args
     line = c.key_block * c.size
     each = c.lanes * SIZES[c.memory]
-    ahead = stride * KEYS_AHEAD
+    ahead = stride * keys_ahead(c)
 
     def step(word: Value, acc: list[Value], keys: int = c.per_word) -> list[Value]:
         key = word * c.per_word
         at = [v + (key + u) * stride for u in range(keys)]
-        for line_at in range(0, vectors * each, CACHE_LINE):
+        for line_at in range(0, vectors * each if rows > 1 else 0, CACHE_LINE):  # a single row reads in order
             for row in at:
                 prefetch(f, row + (ahead + line_at))
         values = _words(f, c, at, vectors)
