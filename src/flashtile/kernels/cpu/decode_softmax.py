@@ -39,9 +39,9 @@ def emit_row_softmax(module: Module, c: Config) -> str:
     near = [f.splat(f.cast("trunc", f.clamp(x, 0, c.key_block), "i32"), c.lanes) for x in (first, beyond)]
     hidden = f.const(c.vector, -math.inf)
 
-    def weight(difference: Value) -> Value:  # the difference first: the largest weight is exactly 1
+    def weight(difference: Value, degree: int | None = None) -> Value:  # the difference first: the largest is exactly 1
         scaled = c.isa.multiply_add(f, difference, factor[0], difference * factor[1])
-        return vmath.weight(f, c.isa, scaled, degree=PAIR_DEGREE if c.pairs else None)
+        return vmath.weight(f, c.isa, scaled, degree=degree)
 
     def highest(key: Value, top: list[Value]) -> list[Value]:
         at = s + key * c.size
@@ -55,10 +55,10 @@ def emit_row_softmax(module: Module, c: Config) -> str:
     new = f.maximum(f.extract(fold_lanes(f, top, 1, f.maximum), 0), old)
     # A row that has seen no key yet has maximum -inf; 0 in its place keeps -inf - max from being NaN.
     safe = f.splat(f.select(new.eq(-math.inf), f.const(c.acc, 0.0), new), c.lanes)
-    alpha = f.extract(weight(f.splat(old, c.lanes) - safe), 0)
+    alpha = f.extract(weight(f.splat(old, c.lanes) - safe), 0)  # to the last bit: every block's multiplies the sums
 
     def weigh(key: Value, total: list[Value]) -> list[Value]:
-        w = weight(f.load(c.vector, s + key * c.size) - safe)
+        w = weight(f.load(c.vector, s + key * c.size) - safe, PAIR_DEGREE if c.pairs else None)
         f.store(c.isa.narrow(f, w, "bfloat") if c.pairs else w, p + key * weight_size(c))
         return [total[0] + w]
 
