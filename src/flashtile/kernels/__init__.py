@@ -50,6 +50,7 @@ class Capabilities:
     variant: str = ""  # which of the family's kernels computes this spec, for explain
     head_block: int = 1  # query heads of a work item; divides spec.heads
     part_keys: int | None = None  # fewest keys worth a work item of their own; None: keys are never split
+    longest_part: int | None = None  # keys over which a work item sums accurately; None: any number
     devices: frozenset[str] = frozenset(("cpu",))  # whose memory it reads: "cpu", "cuda"
     enough_items: int | None = None  # work items that keep all of a device busy; None: as many as threads may need
     at_once: bool = False  # one call computes every work item, on a device's own threads

@@ -71,12 +71,16 @@ def make_plan(spec: AttentionSpec, capabilities: Capabilities) -> Plan:
 
 
 def _keys_of_a_part(spec: AttentionSpec, capabilities: Capabilities, items: int, tile_k: int) -> int:
-    """How many keys a work item attends where few items on long keys would leave threads idle; 0: all of them."""
-    enough = capabilities.enough_items or ENOUGH_ITEMS
-    if capabilities.part_keys is None or not 0 < items < enough:
+    """How many keys a work item attends; 0: all of them.
+
+    Not all where few items on long keys would leave threads idle, or where the kernel would not sum so many accurately.
+    """
+    if capabilities.part_keys is None or items == 0:
         return 0
     seen = keys_seen(spec)
-    parts = min(-(-enough // items), seen // capabilities.part_keys)
+    parts = min(-(-(capabilities.enough_items or ENOUGH_ITEMS) // items), seen // capabilities.part_keys)
+    if capabilities.longest_part is not None:
+        parts = max(parts, -(-seen // capabilities.longest_part))
     if parts < 2:
         return 0
     # A window sees a few of many parts, and the merge reads all: their number is bounded.

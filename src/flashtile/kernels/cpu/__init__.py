@@ -38,6 +38,8 @@ _STORAGE = {"float64": "double", "float32": "float", "float16": "half", "bfloat1
 _PANELS = (1, 2, 4, 8)  # panels a work item may hold
 _AXES = "bhsd"
 _PART_KEYS = 1024  # a part of one row takes some 0.1 ms: long beside handing it out and merging it
+# Where scores rise from key block to key block, every one of them rescales the sums by a factor that was rounded.
+_LONGEST_PART = 16384
 _FEW_QUERIES = 12  # with so many queries a head decode.py beats forward.py, whose lanes they leave idle
 _FEW_OVER_16 = range(17, 21)  # and again where a second register of 16 lanes (a third of 8) would be idle but for a few
 _WIDE = 64  # bytes of a register: narrower ones have fewer lanes to leave idle
@@ -83,6 +85,7 @@ def capabilities(spec: AttentionSpec) -> Capabilities:
         variant="decode",
         head_block=spec.group,
         part_keys=_PART_KEYS if spec.group * spec.q_len == 1 else _PART_KEYS // 2,
+        longest_part=_LONGEST_PART,
     )
 
 

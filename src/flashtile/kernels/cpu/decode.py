@@ -19,7 +19,7 @@ from flashtile.kernels.cpu import math as vmath
 from flashtile.kernels.cpu import params
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.decode_pack import Slots, emit_copy_rows, emit_load_query, emit_mask, slot_width
-from flashtile.kernels.cpu.decode_scores import KEY_TILE, emit_score_tiles
+from flashtile.kernels.cpu.decode_scores import KEY_TILE, each_row_tile, emit_score_tiles
 from flashtile.kernels.cpu.decode_softmax import STATE, emit_row_softmax, state
 from flashtile.kernels.cpu.decode_values import emit_value_tiles
 from flashtile.kernels.cpu.ir import SIZES, Function, Module, Value
@@ -56,7 +56,7 @@ def scratch_layout(c: Config, rows: int, head_size: int, value_size: int) -> tup
         "at_state": rows * len(STATE) * c.size,
         "at_s": rows * c.key_block * c.size,
         "at_p": rows * c.key_block * c.size,
-        "at_o": rows * columns * c.size,
+        "at_o": 2 * rows * columns * c.size,
         "at_k": c.key_block * max(head_size, slot_width(c)) * each,
         "at_v": c.key_block * max(value_size, c.lanes) * each,
     }
@@ -112,7 +112,7 @@ class _Decode:
         self.at = {name: scratch + self.p[f"at_{name}"] for name in ("mask", "q", "state", "s", "p", "o", "k", "v")}
         self.k_slots = Slots.of(f, self.p["head_size"], slot_width(self.c))
         self.v_slots = Slots.of(f, self.p["value_size"], self.c.lanes)
-        self.o_row = self.v_slots.count * self.c.register
+        self.o_row = self.v_slots.count * (2 * self.c.register)  # outputs, then what their sums lost to rounding
         self._call("slot_mask", self.p["head_size"], self.at["mask"])
         with f.range(begin, end) as item:
             self._item(item)
@@ -146,11 +146,18 @@ class _Decode:
     def _start(self, rows: _Rows) -> None:
         """Queries laid out; outputs and sums 0, maxima -inf."""
         f, p, c = self.f, self.p, self.c
+
+        def queries(n: int, first: Value) -> None:
+            for r in range(n):
+                q, apart = self._row(rows, first + r, "q"), f.const("i64", n * c.register)
+                to = self.at["q"] + (first * self.k_slots.count + r) * c.register
+                self._call("load_query", q, p["q_d"], p["head_size"], to, apart, p["sign"])
+
+        each_row_tile(f, rows.count, queries)
         with f.range(0, rows.count) as row:
-            to = self.at["q"] + row * self.k_slots.count * c.register
-            self._call("load_query", self._row(rows, row, "q"), p["q_d"], p["head_size"], to, p["sign"])
             f.store(f.const(c.acc, -math.inf), state(c, self._state(row), "maximum"))
-            f.store(f.const(c.acc, 0.0), state(c, self._state(row), "sum"))
+            for name in ("sum", "lost"):
+                f.store(f.const(c.acc, 0.0), state(c, self._state(row), name))
         with f.range(0, rows.count * self.o_row, c.register) as at:
             f.store(f.const(c.vector, 0.0), self.at["o"] + at, align=c.register)
 

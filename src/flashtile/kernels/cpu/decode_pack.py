@@ -13,9 +13,6 @@ from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.ir import SIZES, Function, Module, Value, like, vector
 from flashtile.kernels.cpu.pack import read
 
-# How far ahead memory is told what comes. Hardware foresees a stream within a page and starts anew where K gives way to
-# V, at every block; half a block ahead spans both.
-KEYS_AHEAD = 64
 BITS = {"i16": "i16", "float": "i32", "double": "i64"}  # integers as wide as an element in memory
 
 
@@ -50,19 +47,20 @@ def slot_width(c: Config) -> int:
 def emit_load_query(module: Module, c: Config) -> str:
     """A function that lays one query out in slots, scaled by a sign; its name.
 
-    Arguments: query, bytes between its elements, elements, out, sign.  With ``pairs`` the elements are bf16, two a
-    word, as the keys are in memory; else accumulators.  What an earlier slot has counted is 0.
+    Arguments: query, bytes between its elements, elements, out, bytes between its slots, sign.  With ``pairs`` the
+    elements are bf16, two a word, as the keys are in memory; else accumulators.  What an earlier slot has counted is 0.
     """
-    f = Function(module, "load_query", "void", ["ptr", "i64", "i64", "ptr", c.acc], internal=True,
-                 names=["q", "step", "size", "out", "sign"])  # fmt: skip
-    q, step, size, out, sign = f.args
+    f = Function(module, "load_query", "void", ["ptr", "i64", "i64", "ptr", "i64", c.acc], internal=True,
+                 names=["q", "step", "size", "out", "apart", "sign"])  # fmt: skip
+    q, step, size, out, apart, sign = f.args
     slots = Slots.of(f, size, slot_width(c))
     each = c.size // c.per_word
-    with f.range(0, slots.count * c.register, c.register) as at:
-        f.store(f.const(c.words, 0), out + at, align=c.register)
+    with f.range(0, slots.count) as slot:
+        f.store(f.const(c.words, 0), out + slot * apart, align=c.register)
     with f.range(0, size) as d:
-        value = read(f, c, q + d * step) * sign
-        f.store(c.isa.narrow(f, value, "bfloat") if c.pairs else value, out + slots.place(f, d) * each)
+        value, place = read(f, c, q + d * step) * sign, slots.place(f, d)
+        at = out + (place // slots.width * apart + place % slots.width * each)
+        f.store(c.isa.narrow(f, value, "bfloat") if c.pairs else value, at)
     f.ret()
     return f.name
 
@@ -105,6 +103,14 @@ def emit_copy_rows(module: Module, c: Config) -> str:
             f.store(zero, target + d * each)
     f.ret()
     return f.name
+
+
+def keys_ahead(c: Config) -> int:
+    """How far ahead memory is told what comes, where a tile of several rows reads it out of order.
+
+    For 16-bit types that is the same place in the next key block, which spans the change from K to V and back.
+    """
+    return 256 // SIZES[c.memory]
 
 
 def prefetch(f: Function, at: Value) -> None:

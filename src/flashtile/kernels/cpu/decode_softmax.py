@@ -8,9 +8,11 @@ from flashtile.kernels.cpu import math as vmath
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.decode_scores import fold_lanes
 from flashtile.kernels.cpu.ir import Function, Module, Value
+from flashtile.kernels.cpu.spans import add_sum
 
-# Accumulators that a row keeps: of raw scores, of weights, and the factor for what was summed before.
-STATE = ("maximum", "sum", "alpha", "spare")
+# Accumulators that a row keeps: of raw scores, of weights, the factor for what was summed before, and what the sum of
+# weights has lost to rounding.
+STATE = ("maximum", "sum", "alpha", "lost")
 
 
 def state(c: Config, row: Value, name: str) -> Value:
@@ -37,9 +39,9 @@ def emit_row_softmax(module: Module, c: Config) -> str:
     near = [f.splat(f.cast("trunc", f.clamp(x, 0, c.key_block), "i32"), c.lanes) for x in (first, beyond)]
     hidden = f.const(c.vector, -math.inf)
 
-    def weight(difference: Value) -> Value:  # the difference first: the largest weight is exactly 1
+    def weight(difference: Value, *, coarse: bool = False) -> Value:  # the difference first: the largest is exactly 1
         scaled = c.isa.multiply_add(f, difference, factor[0], difference * factor[1])
-        return vmath.weight(f, c.isa, scaled, coarse=c.pairs)
+        return vmath.weight(f, c.isa, scaled, coarse=coarse)
 
     def highest(key: Value, top: list[Value]) -> list[Value]:
         at = s + key * c.size
@@ -53,18 +55,20 @@ def emit_row_softmax(module: Module, c: Config) -> str:
     new = f.maximum(f.extract(fold_lanes(f, top, 1, f.maximum), 0), old)
     # A row that has seen no key yet has maximum -inf; 0 in its place keeps -inf - max from being NaN.
     safe = f.splat(f.select(new.eq(-math.inf), f.const(c.acc, 0.0), new), c.lanes)
-    alpha = f.extract(weight(f.splat(old, c.lanes) - safe), 0)
+    alpha = f.extract(weight(f.splat(old, c.lanes) - safe), 0)  # to the last bit: every block's multiplies the sums
 
     def weigh(key: Value, total: list[Value]) -> list[Value]:
-        w = weight(f.load(c.vector, s + key * c.size) - safe)
+        w = weight(f.load(c.vector, s + key * c.size) - safe, coarse=c.pairs)
         f.store(c.isa.narrow(f, w, "bfloat") if c.pairs else w, p + key * weight_size(c))
         return [total[0] + w]
 
     (total,) = f.fold(0, keys, c.lanes, [f.const(c.vector, 0.0)], weigh)
     total = f.extract(fold_lanes(f, total, 1, lambda a, b: a + b), 0)
-    before = f.load(c.acc, state(c, row, "sum"))
+    places = state(c, row, "sum"), state(c, row, "lost")
+    before, lost = (f.load(c.acc, place) for place in places)
+    for number, place in zip(add_sum(f, c, before, lost, alpha, total), places, strict=True):
+        f.store(number, place)
     f.store(new, state(c, row, "maximum"))
-    f.store(before * alpha + total, state(c, row, "sum"))
     f.store(alpha, state(c, row, "alpha"))
     f.ret()
     return f.name

@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 
 from flashtile.kernels.cpu.config import Config
-from flashtile.kernels.cpu.decode_pack import KEYS_AHEAD, Slots, prefetch
+from flashtile.kernels.cpu.decode_pack import Slots, keys_ahead, prefetch
 from flashtile.kernels.cpu.decode_scores import ROW_TILES, accumulators, each_row_tile
 from flashtile.kernels.cpu.decode_softmax import STATE, state
 from flashtile.kernels.cpu.ir import SIZES, Function, Module, Value, vector
 from flashtile.kernels.cpu.pack import read
 from flashtile.kernels.cpu.scores import contract
+from flashtile.kernels.cpu.spans import add_sum
 
 CACHE_LINE = 64
 WIDEST = 8  # registers of value columns in a tile
@@ -22,10 +23,10 @@ NAMES = ["o", "o_row", "state", "v", "stride", "p", "s", "count"]
 def emit_values(module: Module, c: Config, rows: int, vectors: int, contained: str) -> str:
     """A function for ``rows`` queries and ``vectors`` registers of value columns; its name.
 
-    Arguments: outputs (updated), bytes between their rows, state of the rows, values at the tile's first column, bytes
-    between them, weights and scores (row-major, a key block apart), keys.  With ``pairs`` two keys' products are added
-    at once, their weights rounded to bf16.  Sums of one key block are formed apart
-    and then added to what was there: blocked summation.
+    Arguments: outputs (updated), bytes between their rows (a row's outputs, then what they have lost to rounding),
+    state of the rows, values at the tile's first column, bytes between them, weights and scores (row-major, a key block
+    apart), keys.  With ``pairs`` two keys' products are added at once, their weights rounded to bf16.  Sums of one key
+    block are formed apart and then added to what was there: blocked summation.
 
     A hidden key's weight is 0, but 0 * NaN is NaN.  So a block whose sums are not all finite, as happens with broken
     data only, is summed again by ``contained``, which leaves hidden keys out; finite data costs one test a block.
@@ -34,12 +35,12 @@ def emit_values(module: Module, c: Config, rows: int, vectors: int, contained: s
     o, o_row, states, v, stride, p, s, count = f.args
     line = c.key_block * c.size
     each = c.lanes * SIZES[c.memory]
-    ahead = stride * KEYS_AHEAD
+    ahead = stride * keys_ahead(c)
 
     def step(word: Value, acc: list[Value], keys: int = c.per_word) -> list[Value]:
         key = word * c.per_word
         at = [v + (key + u) * stride for u in range(keys)]
-        for line_at in range(0, vectors * each, CACHE_LINE):
+        for line_at in range(0, vectors * each if rows > 1 else 0, CACHE_LINE):  # a single row reads in order
             for row in at:
                 prefetch(f, row + (ahead + line_at))
         values = _words(f, c, at, vectors)
@@ -68,9 +69,7 @@ def emit_values(module: Module, c: Config, rows: int, vectors: int, contained: s
         for r in range(rows):
             alpha = f.splat(f.load(c.acc, state(c, row_states[r], "alpha")), c.lanes)
             for j in range(vectors):
-                at = outputs[r] + j * c.register
-                before = f.load(c.vector, at, align=c.register)
-                f.store(c.isa.multiply_add(f, before, alpha, acc[r * vectors + j]), at, align=c.register)
+                _add_to_outputs(f, c, outputs[r] + j * c.register, o_row, alpha, acc[r * vectors + j])
 
     def contain() -> None:
         for r in range(rows):
@@ -81,6 +80,14 @@ def emit_values(module: Module, c: Config, rows: int, vectors: int, contained: s
     f.either(bad, contain, add)
     f.ret()
     return f.name
+
+
+def _add_to_outputs(f: Function, c: Config, at: Value, o_row: Value, alpha: Value, block: Value) -> None:
+    """One register of a block's sums joins the outputs; what they lose is kept behind them, half a row further."""
+    places = at, at + o_row // 2
+    before, lost = (f.load(c.vector, place, align=c.register) for place in places)
+    for number, place in zip(add_sum(f, c, before, lost, alpha, block), places, strict=True):
+        f.store(number, place, align=c.register)
 
 
 def _words(f: Function, c: Config, rows: Sequence[Value], vectors: int) -> list[Value]:
@@ -105,7 +112,7 @@ def emit_contained_values(module: Module, c: Config) -> str:
     value that is not finite enters unweighted: its weight is positive, however small it was rounded.
     """
     f = Function(module, "contained_values", "void", ARGUMENTS, names=NAMES, internal=True)
-    o, _, states, v, stride, p, s, count = f.args
+    o, o_row, states, v, stride, p, s, count = f.args
 
     def step(word: Value, acc: list[Value]) -> list[Value]:
         key = word * c.per_word
@@ -124,9 +131,7 @@ def emit_contained_values(module: Module, c: Config) -> str:
 
     words = (count + (c.per_word - 1)) // c.per_word
     (total,) = f.fold(0, words, 1, [f.const(c.vector, 0.0)], step)
-    alpha = f.splat(f.load(c.acc, state(c, states, "alpha")), c.lanes)
-    before = f.load(c.vector, o, align=c.register)
-    f.store(c.isa.multiply_add(f, before, alpha, total), o, align=c.register)
+    _add_to_outputs(f, c, o, o_row, f.splat(f.load(c.acc, state(c, states, "alpha")), c.lanes), total)
     f.ret()
     return f.name
 

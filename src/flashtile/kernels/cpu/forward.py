@@ -256,19 +256,19 @@ class _Forward:
         """Transposed queries of the panel that begins at this row of the item."""
         return self.scratch + (self.p["at_q"] + panel * self.p["key_words"] * self.c.size)
 
-    def _sums(self, panel: Value, *, earlier: bool = False) -> tuple[Value, Value]:
-        """State and outputs of a panel: of the span at hand, or of earlier spans and of what was carried."""
+    def _sums(self, panel: Value, level: str = "") -> tuple[Value, Value]:
+        """State and outputs of a panel: of the span at hand; of earlier spans and of what was carried ("earlier_"); or
+        what these have lost to rounding ("lost_")."""
         p, c = self.p, self.c
-        at_state, at_o = (p[f"at_earlier_{x}" if earlier else f"at_{x}"] for x in ("state", "o"))
-        o = self.scratch + (at_o + panel * p["value_columns"] * c.size)
-        return self.scratch + (at_state + panel * (2 * c.size)), o
+        o = self.scratch + (p[f"at_{level}o"] + panel * p["value_columns"] * c.size)
+        return self.scratch + (p[f"at_{level}state"] + panel * (2 * c.size)), o
 
     def _join_span(self, rows: Value) -> None:
         """The sums of the span at hand into those of earlier spans."""
         p = self.p
         with self.f.range(0, rows, self.c.panel) as panel:
-            self._call("join_span", "void", *self._sums(panel), *self._sums(panel, earlier=True), p["value_columns"],
-                       p["c_high"], p["c_low"])  # fmt: skip
+            sums = (address for level in ("", "earlier_", "lost_") for address in self._sums(panel, level))
+            self._call("join_span", "void", *sums, p["value_columns"], p["c_high"], p["c_low"])
 
     def _start(self, q: Value, o: Value, lse: Value, rows: Value) -> None:
         """Queries of every panel transposed; no sums yet, or those that are carried."""
@@ -283,8 +283,9 @@ class _Forward:
                        p["key_words"], self._queries(panel), p["sign"])  # fmt: skip
             self._clear(*self._sums(panel))
             with f.when(self.spans):
-                earlier = self._sums(panel, earlier=True)
+                earlier = self._sums(panel, "earlier_")
                 self._clear(*earlier)
+                self._clear(*self._sums(panel, "lost_"))
                 if c.partial:
                     with f.when(p["carry"].ne(0)):
                         self._carry(panel, here, *earlier, o + panel * p["o_s"], lse + panel * c.size)
@@ -388,7 +389,7 @@ class _Forward:
         with f.when(self.spans):
             self._join_span(rows)
         with f.range(0, rows, c.panel) as panel:
-            last, earlier = self._sums(panel), self._sums(panel, earlier=True)
+            last, earlier = self._sums(panel), self._sums(panel, "earlier_")
             state, outputs = (f.select(self.spans, x, y) for x, y in zip(earlier, last, strict=True))
             here = f.minimum(rows - panel, c.panel)
             self._call("store_outputs", "void", outputs, state, o + panel * p["o_s"], p["o_s"], p["o_d"], here,

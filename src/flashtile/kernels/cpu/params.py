@@ -16,8 +16,8 @@ STRIDES = tuple(f"{tensor}_{axis}" for tensor in "qkvo" for axis in "bhsd")
 SIZES = ("heads", "group", "q_len", "kv_len", "head_size", "value_size", "value_columns", "key_words", "tile_q",
          "query_tiles", "splits", "split_keys", "o_split", "lse_split", "carry", "offset", "left", "right", "pack_k",
          "pack_v", "k_row", "v_row", "segment_b", "segment_h", "sink_b", "sink_h")  # fmt: skip
-SCRATCH = ("at_q", "at_o", "at_state", "at_earlier_o", "at_earlier_state", "at_k", "at_v", "at_extra", "at_cursor",
-           "at_dense")  # fmt: skip
+SCRATCH = ("at_q", "at_o", "at_state", "at_earlier_o", "at_earlier_state", "at_lost_o", "at_lost_state", "at_k", "at_v",
+           "at_extra", "at_cursor", "at_dense")  # fmt: skip
 REALS = ("sign", "scale", "c_high", "c_low", "lse_scale")
 
 # What the score program of a tile needs, in scratch memory: 64-bit words.
@@ -93,10 +93,8 @@ class Scratch:
         columns = c.padded(value_size)
         areas = {
             "at_q": panels * c.key_words(head_size) * c.line,
-            "at_o": panels * columns * c.line,
-            "at_state": panels * 2 * c.line,
-            "at_earlier_o": panels * columns * c.line,
-            "at_earlier_state": panels * 2 * c.line,
+            **{f"at_{level}o": panels * columns * c.line for level in ("", "earlier_", "lost_")},
+            **{f"at_{level}state": panels * 2 * c.line for level in ("", "earlier_", "lost_")},
             "at_k": c.key_block * c.key_words(head_size) * c.size,
             "at_v": (c.key_block // c.per_word + 1) * columns * c.size,
             "at_extra": columns * c.line,

@@ -27,9 +27,9 @@ def emit_softmax(module: Module, c: Config, vectors: int) -> str:
     state, top, alpha, s, count, high, low = f.args
     factor = [f.splat(x, c.lanes) for x in (high, low)]
 
-    def weight(difference: Value) -> Value:  # the difference first: the largest weight is exactly 1
+    def weight(difference: Value, *, coarse: bool = False) -> Value:  # the difference first: the largest is exactly 1
         scaled = c.isa.multiply_add(f, difference, factor[0], difference * factor[1])
-        return vmath.weight(f, c.isa, scaled, coarse=c.pairs)
+        return vmath.weight(f, c.isa, scaled, coarse=coarse)
 
     with f.range(0, vectors * c.register, c.register) as at:
         old = f.load(c.vector, state + at, align=c.register)
@@ -37,11 +37,12 @@ def emit_softmax(module: Module, c: Config, vectors: int) -> str:
         # A row that has seen no key yet has maximum -inf; 0 in its place keeps -inf - max from being NaN.
         safe = f.select(new.eq(-math.inf), f.const(c.vector, 0.0), new)
         f.store(new, state + at, align=c.register)
-        f.store(weight(old - safe), alpha + at, align=c.register)
+        f.store(weight(old - safe), alpha + at, align=c.register)  # to the last bit: it multiplies all sums
 
         def word_of_keys(key: Value, carry: list[Value]) -> list[Value]:
             places = [s + ((key + u) * c.line + at) for u in range(c.per_word)]
-            weights = [weight(f.load(c.vector, place, align=c.register) - safe) for place in places]
+            differences = [f.load(c.vector, place, align=c.register) - safe for place in places]
+            weights = [weight(x, coarse=c.pairs) for x in differences]
             if c.pairs:
                 f.store(c.isa.narrow_pairs(f, *weights), s + (key * (c.line // 2) + at), align=c.register)
             else:
