@@ -160,6 +160,8 @@ class Forward:
         self, q: int, k: int, v: int, o: int, lse: int, offsets: int, scoring: Scoring | None = None
     ) -> bytes | InParts:
         """The parameters of one call: a block, or in parts (parts.py) one for each stage."""
+        if scoring is None and self._merge is None:  # as most calls are; a tiny one would feel the detours
+            return params.pack_addresses(q, k, v, o, lse, offsets, *NO_SCORES.addresses) + self._tail
         extra = ScoreValues.of(scoring, self._config) if scoring else NO_SCORES
         if self._merge is not None:
             return self._merge.pack(lambda o, lse: self._block(extra, q, k, v, o, lse, offsets), o, lse)
