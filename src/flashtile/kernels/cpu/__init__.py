@@ -38,9 +38,14 @@ _STORAGE = {"float64": "double", "float32": "float", "float16": "half", "bfloat1
 _PANELS = (1, 2, 4, 8)  # panels a work item may hold
 _AXES = "bhsd"
 _PART_KEYS = 1024  # a part of one row takes some 0.1 ms: long beside handing it out and merging it
-_FEW_QUERIES = 12  # with so many queries a head decode.py beats forward.py, whose lanes they leave idle
-_FEW_OVER_16 = range(17, 21)  # and again where a second register of 16 lanes (a third of 8) would be idle but for a few
-_WIDE = 64  # bytes of a register: narrower ones have fewer lanes to leave idle
+# With few queries a head decode.py, whose time goes with the rows, beats forward.py, whose time goes with the registers
+# that they fill: one of so many lanes costs as much as so many rows. Before its first key a row takes as long as 40
+# keys, a register as 21.
+_REGISTER_ROWS = {16: 14, 8: 9}
+_ROW_STARTS, _REGISTER_STARTS = 40, 21
+_MOST_QUERIES = 20
+_NARROW_QUERIES = 12  # where registers have fewer bytes than
+_WIDE = 64
 _MOST_ROWS = 128  # on a key/value head; beyond it their scores and outputs crowd the cache
 
 
@@ -62,9 +67,20 @@ def config_of(spec: AttentionSpec) -> Config:
 
 def decodes(spec: AttentionSpec) -> bool:
     """Whether there are so few queries that decode.py computes them: measured; a matter of shapes and machine only."""
-    wide = isas.current().vector_bytes >= _WIDE
-    few = spec.q_len <= _FEW_QUERIES or (wide and spec.q_len in _FEW_OVER_16)
-    return few and spec.group * spec.q_len <= _MOST_ROWS and spec.options <= {"band"}
+    return _few(spec) and spec.group * spec.q_len <= _MOST_ROWS and spec.options <= {"band"}
+
+
+def _few(spec: AttentionSpec) -> bool:
+    """Whether decode.py is the faster one for so many queries of a head."""
+    c = config_of(spec)
+    if c.isa.vector_bytes < _WIDE:
+        return spec.q_len <= _NARROW_QUERIES
+    registers = -(-spec.q_len // c.lanes)
+    if c.pairs and registers > 1:  # forward.py takes two keys a step
+        return False
+    rows = registers * _REGISTER_ROWS[c.lanes]
+    faster = spec.q_len * (_ROW_STARTS + spec.kv_len) <= rows * (_REGISTER_STARTS + spec.kv_len)
+    return faster and spec.q_len <= _MOST_QUERIES
 
 
 def capabilities(spec: AttentionSpec) -> Capabilities:
