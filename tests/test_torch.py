@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import flashtile
 from flashtile.errors import SpecError, UnavailableError
 
 torch = pytest.importorskip("torch")
+import flashtile.devices  # noqa: E402
 import flashtile.kernels.vanilla  # noqa: E402
 import flashtile.owners  # noqa: E402
 import flashtile.torch  # noqa: E402  (after torch is known to be there)
@@ -260,3 +262,105 @@ def test_bad_out(out: Any, message: str) -> None:
     with pytest.raises(SpecError, match="^" + message):
         flashtile.torch.attention(X, X.clone(), X.clone(), out=out)
     assert np.array_equal(np.asarray(out), before)
+
+
+@pytest.mark.parametrize("sdpa_door", [False, True])
+def test_tensors_on_a_gpu_go_to_their_own_call_with_every_option(
+    monkeypatch: pytest.MonkeyPatch, sdpa_door: bool
+) -> None:
+    """The door's part of it: what the call on a GPU is given computes the same, here on the CPU."""
+    q, k, v = tensors(Shape(2, 2, 2, 9, 9, 8, 8))
+    calls: list[dict[str, Any]] = []
+
+    def attend_on_host(*arrays: Any, **options: Any) -> Any:
+        calls.append(options)
+        plain = {name: x.numpy() if torch.is_tensor(x) else x for name, x in options.items()}
+        found = flashtile.attention(*(x.numpy() for x in arrays), **plain)
+        return tuple(map(torch.from_numpy, found)) if options["return_lse"] else torch.from_numpy(found)
+
+    options: list[dict[str, Any]] = [{}, {"return_lse": True}, {"softcap": 3.0, "sinks": torch.ones(2)}]
+    if sdpa_door:
+        options += [{"attn_mask": torch.ones(9, 9).tril().bool()}, {"attn_mask": torch.rand(9, 9)}, {"is_causal": True}]
+    else:
+        options += [{"causal": True, "align": np.array([1, 2])}, {"out": torch.empty_like(q), "scale": 0.3}]
+    attend = flashtile.torch.scaled_dot_product_attention if sdpa_door else flashtile.torch.attention
+    for option in options:
+        want = attend(q, k, v, **option)
+        with monkeypatch.context() as patch:
+            patch.setattr(flashtile.devices, "attention", attend_on_host)
+            patch.setattr(flashtile.torch, "_are_ready", lambda *tensors: False)
+            patch.setattr(flashtile.torch, "_checked", lambda **tensors: flashtile.torch._attend_on_device)
+            got = attend(q, k, v, **option)
+        for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (got, want)), strict=True):
+            assert torch.equal(a, b)
+    needed = set(inspect.signature(flashtile.devices.attention).parameters) - {"q", "k", "v"}
+    assert len(calls) == len(options) and all(set(given) == needed for given in calls)
+
+
+def freed() -> Any:
+    x = X.clone()
+    x.untyped_storage().resize_(0)
+    return x
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("make", [freed, lambda: torch._efficientzerotensor((1, 2, 4, 8))])
+def test_tensors_without_memory_are_refused(make: Any, place: int) -> None:
+    for attend in (flashtile.torch.attention, flashtile.torch.scaled_dot_product_attention):
+        with pytest.raises(SpecError, match=f"^{'qkv'[place]}: got a Tensor without memory, expected one in memory"):
+            attend(*(make() if n == place else X for n in range(3)))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused() -> None:
+    for layout, message in (
+        (torch.strided, "a nested tensor, expected a dense"),
+        (torch.jagged, ".*NestedTensor, exp"),
+    ):
+        nested = torch.nested.nested_tensor([X[0, 0], X[0, 0, :1]], layout=layout)
+        for attend in (flashtile.torch.attention, flashtile.torch.scaled_dot_product_attention):
+            with pytest.raises(SpecError, match=f"^q.*: got {message}"):
+                attend(nested, nested, nested)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
+def test_transforms_and_modes_of_torch() -> None:
+    """What runs a function on stand-ins gets a clear error, what only changes defaults changes nothing."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    narrow = X[..., :3].clone()
+    for attend in (flashtile.torch.attention, flashtile.torch.scaled_dot_product_attention):
+        whole = torch.stack((X, X))
+        with pytest.raises(SpecError, match="^q: got a Tensor without memory, expected .* transform of torch.func"):
+            torch.vmap(lambda x, attend=attend: attend(x, X, X))(whole)
+        with pytest.raises(SpecError, match="^q: got a Tensor without memory"):
+            torch.func.functionalize(attend)(X, X, X)
+        with pytest.raises(UnavailableError, match="got a tensor with a tangent, .*gradients are not available yet"):
+            torch.func.jvp(lambda x, attend=attend: attend(x, X, X), (X,), (X,))
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            with pytest.raises(SpecError, match="^out: got a new FakeTensor from a mode of torch"):
+                attend(X, X, X)
+            fake = torch.ones(1, 2, 4, 8)
+        with pytest.raises(SpecError, match="got a torch.*FakeTensor, expected a torch.Tensor"):
+            attend(fake, X, X)
+        with pytest.raises(UnavailableError, match="^q: got a tensor that torch.jit.trace records"):
+            torch.jit.trace(lambda x, attend=attend: attend(x, x, x), (X,))
+        want = attend(X, X, narrow, return_lse=True)
+        with torch.device("meta"):
+            got = attend(X, X, narrow, return_lse=True)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_tangents_are_refused_wherever_they_come_in() -> None:
+    from torch.autograd import forward_ad
+
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(X, X)
+        for name in ("query", "key", "value"):
+            tensors_ = {**dict.fromkeys(("query", "key", "value"), X), name: dual}
+            with pytest.raises(UnavailableError, match=f"^{name}: got a tensor with a tangent"):
+                flashtile.torch.scaled_dot_product_attention(**tensors_)
+        with pytest.raises(UnavailableError, match="^bias: got a tensor with a tangent"):
+            flashtile.torch.attention(X, X, X, bias=dual[..., :4])
+        plain = flashtile.torch.attention(X, X, X)
+    assert torch.equal(plain, flashtile.torch.attention(X, X, X))

@@ -65,6 +65,7 @@ class Call:
 
     spec: AttentionSpec
     o_shape: tuple[int, ...]
+    o_like_q: bool  # q itself has the shape and layout of a new output
     lse_shape: tuple[int, ...]
     lse_dtype: np.dtype[Any]
     extents: tuple[tuple[int, int], ...]  # of o, q, k, v; see View.extent
@@ -105,6 +106,7 @@ def prepare(
     call = Call(
         spec,
         o_shape,
+        o_like_q=o == views[0],
         lse_shape=o_shape[:-1],
         lse_dtype=DTYPES[DTYPES[spec.dtype].accumulator].numpy,
         extents=tuple(x.extent() for x in (o, *views)),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from torch.autograd import forward_ad
 
 from flashtile.calls import Options, as_key, check_apart, lookup, prepare, split_align
 from flashtile.errors import UnavailableError, wrong
@@ -55,56 +58,91 @@ def attention(
     >>> flashtile.torch.attention(x, x, x, window=(16, 0)).shape
     torch.Size([1, 8, 128, 64])
     """
-    if not (_is_ready(q) and _is_ready(k) and _is_ready(v)):
-        _check_tensors(q=q, k=k, v=v)
-        if not (q.is_cpu and k.is_cpu and v.is_cpu):
-            return _attend_on_device(**locals())
+    attend = _attend
+    if not _are_ready(q, k, v):
+        attend = _checked(q=q, k=k, v=v)
     if seed is not None or dropout_p != 0:
         refuse_later(seed=seed, dropout_p=dropout_p)
-    offsets = out_key = spec = scoring = None
+    offsets = scores = None
     if align is not None:
         align, offsets = split_align(align, q.shape)
+    if not (mask is bias is score_mod is softcap is alibi_slopes is sinks is None):
+        scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks)
+    options = causal, as_key(window), align, scale, precision, kernel, engine
+    return attend(q, k, v, options, scores, offsets, return_lse, progress, out)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: tuple[Any, ...],
+    scores: ScoreOptions | None,
+    offsets: np.ndarray | None = None,
+    return_lse: bool = False,
+    progress: Any = None,
+    out: Tensor | None = None,
+) -> Any:
+    """`attention` of tensors on the CPU that were checked; `options` as in `Options`."""
+    spec = scoring = out_key = None
     if out is not None:
         _check_tensors(out=out)
         out_key = out.shape, out.stride(), out.dtype
-    options = causal, as_key(window), align, scale, precision, kernel, engine
     views = q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype
-    cache_key: tuple[Any, ...] = (views, out_key, options)
-    if not (mask is bias is score_mod is softcap is alibi_slopes is sinks is None):
-        given = {"mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks}
-        _check_tensors(**{name: x for name, x in given.items() if isinstance(x, Tensor)})
-        scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks)
+    key: tuple[Any, ...] = (views, out_key, options)
+    if scores is not None:
+        _check_scores(scores)
         spec, scoring = Options(*options).scored(scores, q, k, v, offsets)
-        cache_key += spec.program, spec.sinks
+        key += spec.program, spec.sinks
         if torch.is_grad_enabled() and scoring.program is not None:
             _check_captured(scoring.program)
-    call = lookup(cache_key) or prepare(cache_key, q, k, v, out, Options(*options), spec)
+    call = lookup(key)
+    if call is None:
+        _check_untraced()
+        call = prepare(key, q, k, v, out, Options(*options), spec)
     report = None if progress is None else reporter(progress)
-    q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
-    if out is None:
-        out = torch.empty(call.o_shape, dtype=q.dtype)
-    else:
-        check_apart(call, out.data_ptr(), q_at, k_at, v_at)
-    lse = None
+    target, lse = out, None
+    if target is None:  # empty_like takes half the time
+        target = torch.empty_like(q) if call.o_like_q else torch.empty(call.o_shape, dtype=q.dtype, device="cpu")
+        if type(target) is not Tensor:
+            raise wrong("out", f"a new {type(target).__name__} from a mode of torch that is on", "a call outside of it")
     if return_lse:
-        lse = torch.empty(call.lse_shape, dtype=torch.float64 if q.dtype is torch.float64 else torch.float32)
-    lse_at = 0 if lse is None else lse.data_ptr()
+        accumulator = torch.float64 if q.dtype is torch.float64 else torch.float32
+        lse = torch.empty(call.lse_shape, dtype=accumulator, device="cpu")
+    q_at, k_at, v_at, o_at = _addresses(q, k, v, target)
+    lse_at = 0 if lse is None else _address("lse", lse)
     offsets_at = 0 if offsets is None or call.spec.offset is not None else offsets.ctypes.data
-    params = call.pack(q_at, k_at, v_at, out.data_ptr(), lse_at, offsets_at, scoring)
+    if out is not None:
+        check_apart(call, o_at, q_at, k_at, v_at)
+    params = call.pack(q_at, k_at, v_at, o_at, lse_at, offsets_at, scoring)
     call.run(params, report)
-    return out if lse is None else (out, lse)
+    return target if lse is None else (target, lse)
 
 
-def _attend_on_device(**arguments: Any) -> Any:
-    """`attention` of tensors that do not all lie on the CPU."""
+def _attend_on_device(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: tuple[Any, ...],
+    scores: ScoreOptions | None,
+    offsets: np.ndarray | None = None,
+    return_lse: bool = False,
+    progress: Any = None,
+    out: Tensor | None = None,
+) -> Any:
+    """`_attend` of tensors that do not all lie on the CPU."""
     from flashtile import devices
 
-    named = ("out", "mask", "bias", "alibi_slopes", "sinks")
-    tensors = {name: arguments[name] for name in named if isinstance(arguments[name], Tensor)}
-    if arguments["out"] is not None:
-        tensors["out"] = arguments["out"]
-    _check_tensors(**tensors)
-    return devices.attention(**arguments)
+    if out is not None:
+        _check_tensors(out=out)
+    scores = scores or ScoreOptions()
+    _check_scores(scores)
+    keywords = {**Options(*options)._asdict(), **vars(scores)}
+    if offsets is not None:
+        keywords["align"] = offsets
+    return devices.attention(
+        q, k, v, **keywords, dropout_p=0.0, seed=None, return_lse=return_lse, progress=progress, out=out
+    )
 
 
 def scaled_dot_product_attention(
@@ -138,19 +176,18 @@ def scaled_dot_product_attention(
         raise wrong("attn_mask", "a mask together with is_causal=True", "one of the two, as in torch")
     if dropout_p != 0:
         refuse_later(dropout_p=dropout_p)
-    if not (_is_ready(query) and _is_ready(key) and _is_ready(value)):
-        _check_tensors(query=query, key=key, value=value)
-    axes = None
-    if query.ndim > 4 or not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
+    attend = _attend
+    if not _are_ready(query, key, value):
+        attend = _checked(query=query, key=key, value=value)
+    axes = scores = mask = bias = None
+    if not query.shape == key.shape == value.shape or query.ndim > 4:
         query, key, value, axes = _like_torch(query, key, value, enable_gqa)
-    more: dict[str, Any] = {}
     if attn_mask is not None:
-        more = _mask_like_torch(attn_mask, query, key, axes)
-    if not (softcap is alibi_slopes is sinks is None):
-        more.update(softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks)
-    result = attention(
-        query, key, value, causal=is_causal, window=window, align="top_left", scale=scale, return_lse=return_lse, **more
-    )
+        mask, bias = _mask_like_torch(attn_mask, query, key, axes)
+    if not (mask is bias is softcap is alibi_slopes is sinks is None):
+        scores = ScoreOptions(mask, bias, None, softcap, alibi_slopes, sinks)
+    options = is_causal, as_key(window), "top_left", scale, "ieee", "auto", "auto"
+    result = attend(query, key, value, options, scores, None, return_lse)
     if axes is None:
         return result
     results = tuple(x.reshape(*axes, *x.shape[1:]) for x in (result if return_lse else (result,)))
@@ -159,8 +196,11 @@ def scaled_dot_product_attention(
 
 def _like_torch(
     query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
-) -> tuple[Tensor, Tensor, Tensor, torch.Size]:
-    """Broadcast the leading axes as torch does: three tensors (B, H, S, D), and the axes that B stands for."""
+) -> tuple[Tensor, Tensor, Tensor, torch.Size | None]:
+    """Broadcast the leading axes as torch does: three tensors (B, H, S, D), and the axes that B stands for; None, and
+    the tensors as they are, where there is nothing to do."""
+    if query.ndim <= 4 and query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
+        return query, key, value, None
     named = {"query": query, "key": key, "value": value}
     for name, x in named.items():
         if x.ndim < 3:
@@ -179,8 +219,10 @@ def _like_torch(
     return query, key, value, axes
 
 
-def _mask_like_torch(attn_mask: Tensor, query: Tensor, key: Tensor, axes: torch.Size | None) -> dict[str, Tensor]:
-    """`attn_mask` as the keyword it stands for; `axes` are those that the batch of query stands for, if any do."""
+def _mask_like_torch(
+    attn_mask: Tensor, query: Tensor, key: Tensor, axes: torch.Size | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """`attn_mask` as a mask or as a bias, by its dtype; `axes` are those that the batch of query stands for, if any."""
     _check_tensors(attn_mask=attn_mask)
     if attn_mask.dtype is not torch.bool and not attn_mask.is_floating_point():
         raise wrong("attn_mask", f"dtype {attn_mask.dtype}", "torch.bool (True = attend) or a float dtype")
@@ -193,12 +235,62 @@ def _mask_like_torch(attn_mask: Tensor, query: Tensor, key: Tensor, axes: torch.
         whole = attn_mask.reshape((1,) * (len(full) - attn_mask.ndim) + attn_mask.shape)
         last = whole.shape[-3:]
         attn_mask = (whole if whole.shape[:-3].numel() == 1 else whole.expand(*axes, *last)).reshape(-1, *last)
-    return {"mask" if attn_mask.dtype is torch.bool else "bias": attn_mask}
+    return (attn_mask, None) if attn_mask.dtype is torch.bool else (None, attn_mask)
 
 
-def _is_ready(x: Tensor) -> bool:
-    """True for a plain dense CPU tensor that does not require grad: whatever else must be looked at closely."""
-    return type(x) is Tensor and x.is_cpu and x.layout is _STRIDED and not x.requires_grad and not x.is_neg()
+def _are_ready(*tensors: Tensor) -> bool:
+    """True for plain dense CPU tensors that no gradient is recorded for: whatever else must be looked at closely."""
+    for x in tensors:
+        if not (type(x) is Tensor and x.is_cpu and x.layout is _STRIDED) or x.requires_grad:
+            return False
+        if x.is_neg() or x.is_nested:
+            return False
+    return not _in_forward_mode()
+
+
+def _in_forward_mode() -> bool:
+    """Whether tensors may carry tangents: torch.autograd.forward_ad counts its levels from 0."""
+    return getattr(forward_ad, "_current_level", -1) >= 0
+
+
+def _check_untraced() -> None:
+    """Raise under torch.jit.trace, in which sizes are tensors: no two calls are then alike, so each one comes here."""
+    if torch.jit.is_tracing():
+        raise UnavailableError("q: got a tensor that torch.jit.trace records, expected one of an ordinary call")
+
+
+def _addresses(*tensors: Tensor) -> tuple[int, ...]:
+    """Where the elements of q, k, v and out lie. Raises: SpecError for a tensor that has some, but not in memory."""
+    try:
+        found = tuple([x.data_ptr() for x in tensors])
+    except RuntimeError:
+        found = (0,)
+    if 0 in found:  # an empty tensor, or one that only stands for others
+        found = tuple(map(_address, ("q", "k", "v", "out"), tensors))
+    return found
+
+
+def _address(name: str, x: Tensor) -> int:
+    """The address of one tensor's elements, 0 if there are none. Raises: as `_addresses`."""
+    try:
+        found = x.data_ptr()
+    except RuntimeError:
+        found = 0
+    if found == 0 and x.numel():
+        expected = "one in memory (not of a transform of torch.func, nor fake, nor with its storage freed)"
+        raise wrong(name, f"a {type(x).__qualname__} without memory", expected)
+    return found
+
+
+def _checked(**tensors: Tensor) -> Callable[..., Any]:
+    """The way to attend these tensors, by where they lie. Raises: as `_check_tensors`."""
+    _check_tensors(**tensors)
+    return _attend if all(x.is_cpu for x in tensors.values()) else _attend_on_device
+
+
+def _check_scores(scores: ScoreOptions) -> None:
+    """`_check_tensors` of those that came as options; `_check_captured` sees what functions read."""
+    _check_tensors(**{name: x for name, x in vars(scores).items() if isinstance(x, Tensor)})
 
 
 def _check_captured(program: Program) -> None:
@@ -210,7 +302,7 @@ def _check_captured(program: Program) -> None:
 
 def _check_tensors(**tensors: Tensor) -> None:
     """Raise unless each is a plain dense tensor, on the CPU or a GPU, that no gradient is recorded for."""
-    recording = torch.is_grad_enabled()
+    recording, forward = torch.is_grad_enabled(), _in_forward_mode()
     for name, x in tensors.items():
         if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
             got = f"a {type(x).__module__}.{type(x).__qualname__}"
@@ -219,10 +311,16 @@ def _check_tensors(**tensors: Tensor) -> None:
             raise wrong(name, f"a tensor on {x.device}", "a tensor on the CPU or a GPU of CUDA or ROCm")
         if x.layout is not torch.strided:
             raise wrong(name, f"layout {x.layout}", "a dense tensor")
+        if x.is_nested:
+            raise wrong(name, "a nested tensor", "a dense tensor")
         if x.is_neg():
             raise wrong(name, "a lazily negated view", "a tensor in memory (x.resolve_neg())")
         if recording and x.requires_grad:
             raise UnavailableError(
                 f"{name}: got a tensor that requires grad, expected one that does not, or torch.no_grad(): "
                 "gradients are not available yet"
+            )
+        if forward and forward_ad.unpack_dual(x).tangent is not None:
+            raise UnavailableError(
+                f"{name}: got a tensor with a tangent, expected one without: gradients are not available yet"
             )

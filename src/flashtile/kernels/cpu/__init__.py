@@ -40,9 +40,14 @@ _AXES = "bhsd"
 _PART_KEYS = 1024  # a part of one row takes some 0.1 ms: long beside handing it out and merging it
 # Where scores rise from key block to key block, every one of them rescales the sums by a factor that was rounded.
 _LONGEST_PART = 16384
-_FEW_QUERIES = 12  # with so many queries a head decode.py beats forward.py, whose lanes they leave idle
-_FEW_OVER_16 = range(17, 21)  # and again where a second register of 16 lanes (a third of 8) would be idle but for a few
-_WIDE = 64  # bytes of a register: narrower ones have fewer lanes to leave idle
+# With few queries a head decode.py, whose time goes with the rows, beats forward.py, whose time goes with the registers
+# that they fill: one of so many lanes costs as much as so many rows. Before its first key a row takes as long as 40
+# keys, a register as 21.
+_REGISTER_ROWS = {16: 14, 8: 9}
+_ROW_STARTS, _REGISTER_STARTS = 40, 21
+_MOST_QUERIES = 20
+_NARROW_QUERIES = 12  # where registers have fewer bytes than
+_WIDE = 64
 _MOST_ROWS = 128  # on a key/value head; beyond it their scores and outputs crowd the cache
 
 
@@ -64,9 +69,20 @@ def config_of(spec: AttentionSpec) -> Config:
 
 def decodes(spec: AttentionSpec) -> bool:
     """Whether there are so few queries that decode.py computes them: measured; a matter of shapes and machine only."""
-    wide = isas.current().vector_bytes >= _WIDE
-    few = spec.q_len <= _FEW_QUERIES or (wide and spec.q_len in _FEW_OVER_16)
-    return few and spec.group * spec.q_len <= _MOST_ROWS and spec.options <= {"band"}
+    return _few(spec) and spec.group * spec.q_len <= _MOST_ROWS and spec.options <= {"band"}
+
+
+def _few(spec: AttentionSpec) -> bool:
+    """Whether decode.py is the faster one for so many queries of a head."""
+    c = config_of(spec)
+    if c.isa.vector_bytes < _WIDE:
+        return spec.q_len <= _NARROW_QUERIES
+    registers = -(-spec.q_len // c.lanes)
+    if c.pairs and registers > 1:  # forward.py takes two keys a step
+        return False
+    rows = registers * _REGISTER_ROWS[c.lanes]
+    faster = spec.q_len * (_ROW_STARTS + spec.kv_len) <= rows * (_REGISTER_STARTS + spec.kv_len)
+    return faster and spec.q_len <= _MOST_QUERIES
 
 
 def capabilities(spec: AttentionSpec) -> Capabilities:
@@ -163,6 +179,8 @@ class Forward:
         self, q: int, k: int, v: int, o: int, lse: int, offsets: int, scoring: Scoring | None = None
     ) -> bytes | InParts:
         """The parameters of one call: a block, or in parts (parts.py) one for each stage."""
+        if scoring is None and self._merge is None:  # as most calls are; a tiny one would feel the detours
+            return params.pack_addresses(q, k, v, o, lse, offsets, *NO_SCORES.addresses) + self._tail
         extra = ScoreValues.of(scoring, self._config) if scoring else NO_SCORES
         if self._merge is not None:
             return self._merge.pack(lambda o, lse: self._block(extra, q, k, v, o, lse, offsets), o, lse)

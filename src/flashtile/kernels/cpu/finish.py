@@ -41,28 +41,22 @@ def emit_store_outputs(module: Module, c: Config) -> str:
     o, state, out, stride, step, rows, size, lse, nats, sink = f.args
     _reciprocal_and_lse(f, c, state, nats, sink)  # state now holds 1 / sum, then lse
     n = c.lanes
-    # Squares of lanes x lanes go through registers; what is left over goes one by one.
-    whole_rows = rows // n * n
+    # Squares of lanes x lanes go through registers; the columns that are left over go one by one.
     whole_columns = f.select(step.eq(SIZES[c.memory]), size // n * n, f.const("i64", 0))
-    with f.range(0, whole_rows, n) as lane:
+    with f.range(0, rows, n) as lane:
         factor = f.load(c.vector, state + lane * c.size, align=c.register)
         with f.range(0, whole_columns, n) as column:
             corner = o + (column * c.line + lane * c.size)
             square = [f.load(c.vector, corner + t * c.line, align=c.register) * factor for t in range(n)]
             target = out + (lane * stride + column * SIZES[c.memory])
             for r, row in enumerate(f.transpose(square)):
-                write(f, c, row, target + stride * r)
-
-    def one_by_one(lane: Value, first: Value | int) -> None:
+                with f.when(lane + r < rows):
+                    write(f, c, row, target + stride * r)
+    with f.range(0, rows) as lane:
         factor = f.load(c.acc, state + lane * c.size)
-        with f.range(first, size) as column:
+        with f.range(whole_columns, size) as column:
             value = f.load(c.acc, o + (column * c.line + lane * c.size)) * factor
             write(f, c, value, out + (lane * stride + column * step))
-
-    with f.range(0, whole_rows) as lane:
-        one_by_one(lane, whole_columns)
-    with f.range(whole_rows, rows) as lane:
-        one_by_one(lane, 0)
     with f.when(f.is_null(lse).eq(0)), f.range(0, rows) as lane:
         f.store(f.load(c.acc, state + (c.line + lane * c.size)), lse + lane * c.size, align=1)
     f.ret()

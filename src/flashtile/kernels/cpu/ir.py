@@ -275,7 +275,7 @@ class Function:
         """The smaller; b where either is NaN."""
         return self.select(a < b, a, b)
 
-    def clamp(self, x: Value, low: float, high: float) -> Value:
+    def clamp(self, x: Value, low: Value | float, high: Value | float) -> Value:
         return self.minimum(self.maximum(x, low), high)
 
     def fma(self, a: Value, b: Value, c: Value) -> Value:

@@ -42,24 +42,19 @@ def emit_load_queries(module: Module, c: Config, name: str = "load_queries") -> 
     q, stride, step, rows, size, words, out, sign = f.args
     n = c.lanes
     contiguous = step.eq(SIZES[c.memory])
-    # Squares of lanes x lanes words go through registers; what is left over goes word by word.
-    whole_rows = rows // n * n
+    # Squares of lanes x lanes words go through registers; the words of a row that are left over go one by one.
+    lanes_used = (rows + (n - 1)) // n * n
     whole_words = f.select(contiguous, size // (n * c.per_word) * n, f.const("i64", 0))
-    with f.range(0, whole_rows, n) as lane, f.range(0, whole_words, n) as word:
-        corner = q + lane * stride + word * (c.per_word * SIZES[c.memory])
-        columns = [_query_words(f, c, corner + stride * r, sign) for r in range(n)]
+    with f.range(0, lanes_used, n) as lane, f.range(0, whole_words, n) as word:
+        corner = q + word * (c.per_word * SIZES[c.memory])
+        columns = [_query_words(f, c, corner + f.minimum(lane + r, rows - 1) * stride, sign) for r in range(n)]
         for t, column in enumerate(f.transpose(columns)):
             f.store(column, out + ((word + t) * c.line + lane * c.size), align=c.register)
 
-    def word_by_word(lane: Value, first: Value | int) -> None:
+    with f.range(0, lanes_used) as lane:
         start = q + f.minimum(lane, rows - 1) * stride
-        with f.range(first, words) as word:
+        with f.range(whole_words, words) as word:
             f.store(_query_word(f, c, start, word, step, size, sign), out + (word * c.line + lane * c.size))
-
-    with f.range(0, whole_rows) as lane:
-        word_by_word(lane, whole_words)
-    with f.range(whole_rows, (rows + (n - 1)) // n * n) as lane:
-        word_by_word(lane, 0)
     f.ret()
     return f.name
 

@@ -46,15 +46,16 @@ def emit_panel(module: Module, c: Config, vectors: int, collect: str, add: str, 
         f.call(stage, "void", [a["scratch"] + at.frame, a["some_from"], keys, a["rows"], tile])
     tiles.call(f, a)
     whole = (keys + (c.rows - 1)) // c.rows * c.rows
+    # Keys that a band shows to the first register of queries; a program's mask may show any.
+    reach = keys if c.masked else f.cast("sext", a["above"], "i64") + c.lanes - a["some_from"]
     bad = a["bad"].ne(0)
     with f.when(bad):
         f.call(collect, "void", [s, a["raw"] + a["some_from"] * a["raw_stride"], a["raw_stride"], a["raw_step"], keys,
                                  a["size"], a["columns"], a["extra"]])  # fmt: skip
-    f.call(softmax, "void", [a["state"], top, alpha, s, whole, a["c_high"], a["c_low"]])
+    f.call(softmax, "void", [a["state"], top, alpha, s, whole, reach, a["c_high"], a["c_low"]])
     v = a["v"] + a["some_from"] // c.per_word * a["v_stride"]
-    words = (keys + (c.per_word - 1)) // c.per_word
     with f.range(0, a["columns"], c.rows) as column:
-        f.call(values, "void", [a["o"] + column * c.line, alpha, v + column * c.size, a["v_stride"], s, words])
+        f.call(values, "void", [a["o"] + column * c.line, alpha, v + column * c.size, a["v_stride"], s, keys, reach])
     with f.when(bad):
         f.call(add, "void", [a["o"], a["extra"], a["columns"]])
     f.ret()

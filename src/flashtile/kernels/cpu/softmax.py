@@ -11,20 +11,26 @@ from flashtile.kernels.cpu.ir import Function, Module, Value
 SUM_KEYS = 16  # weights summed apart before they join the row's sum: a short chain of roundings, then another
 
 
+def words_seen(f: Function, c: Config, reach: Value, keys: Value) -> Value:
+    """The words whose keys a register may see, of those that hold ``keys``: the first ``reach`` keys, if so many."""
+    return (f.clamp(reach, 0, keys) + (c.per_word - 1)) // c.per_word
+
+
 def emit_softmax(module: Module, c: Config, vectors: int) -> str:
     """A function over the scores of one key block; its name.
 
     Arguments: state (running maximum, then running sum), block maximum (consumed: left at -inf), alpha (out),
-    scores, their number (even), c_high, c_low.  Scores become weights exp2((s - m) c); with ``pairs`` two
+    scores, the number of keys (even), how many of them the first register of queries may see, as in values.py, c_high,
+    c_low.  Scores that may be seen become weights exp2((s - m) c); with ``pairs`` two
     keys' weights are rounded to bf16 and share a word, at half the rows.
 
     One register of queries at a time, one word of keys a step: more at once do not fit 16 registers beside
     the polynomial, and the machine overlaps the steps by itself.
     """
     name = f"softmax_{vectors}"
-    f = Function(module, name, "void", ["ptr", "ptr", "ptr", "ptr", "i64", c.acc, c.acc], internal=True,
-                 names=["state", "top", "alpha", "s", "count", "high", "low"])  # fmt: skip
-    state, top, alpha, s, count, high, low = f.args
+    f = Function(module, name, "void", ["ptr", "ptr", "ptr", "ptr", "i64", "i64", c.acc, c.acc], internal=True,
+                 names=["state", "top", "alpha", "s", "keys", "reach", "high", "low"])  # fmt: skip
+    state, top, alpha, s, keys, reach, high, low = f.args
     factor = [f.splat(x, c.lanes) for x in (high, low)]
 
     def weight(difference: Value, *, coarse: bool = False) -> Value:  # the difference first: the largest is exactly 1
@@ -32,6 +38,7 @@ def emit_softmax(module: Module, c: Config, vectors: int) -> str:
         return vmath.weight(f, c.isa, scaled, coarse=coarse)
 
     with f.range(0, vectors * c.register, c.register) as at:
+        count = f.minimum(words_seen(f, c, reach + at // c.size, keys) * c.per_word, keys)
         old = f.load(c.vector, state + at, align=c.register)
         new = f.maximum(f.load(c.vector, top + at, align=c.register), old)
         # A row that has seen no key yet has maximum -inf; 0 in its place keeps -inf - max from being NaN.
