@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))  # benchmarks/ is a folder of the checkout, not pa
 torch = pytest.importorskip("torch")
 from benchmarks import gpu, gpu_checks, gpu_peers, report  # noqa: E402
 
-SIZES = (20, 33)
+SIZES = (60, 100)  # with fewer rows the largest error of the baseline, and so what is allowed, is a matter of luck
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

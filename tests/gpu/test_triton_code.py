@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -57,6 +58,8 @@ FEW_WARPS = r"HMMA\..*"  # Hopper and Blackwell compute tiles of less than 64 ro
 # One variant of each kind of operand in CI, on every architecture; all others are slow.
 QUICK = {("bfloat16", 128, "band"), ("float16", 64, "open"), ("float32", 64, "band"), ("float32 tf32", 64, "open"),
          ("float64", 64, "band")}  # fmt: skip
+
+WIDE = ("float32", "float64")  # whose sums over many keys are formed in spans
 
 
 def variants(quick_kinds: set[tuple[str, int, str]], quick_archs: tuple[str, ...]) -> list[Any]:
@@ -117,6 +120,22 @@ def test_the_second_launch_of_a_call_spills_no_more_than_the_table_says(
     check_limits(arch, meta, used)
     if str(installed_version()).startswith(TRITON) and band == "band":
         assert used.spills <= row.contained_spills and meta.shared <= row.shared
+
+
+@pytest.mark.parametrize(
+    ("arch", "kind", "size", "band"),
+    [v for v in variants({("float32", 64, "band"), ("float64", 64, "band")}, ("sm_90",)) if v.values[1] in WIDE],
+)
+def test_sums_in_spans_find_room(arch: str, kind: str, size: int, band: str) -> None:
+    """Over many keys: those of earlier spans stay in registers, all but a few."""
+    one = chosen(arch, kind, size, band, kernels=["forward"])[0]
+    row = tiles.row_of(arch, kind, size)
+    one = replace(one, specialisation=special.forward(one.spec, one.tile, spans=True))
+    meta, used = code_of(one, arch)
+    check_tensor_cores(arch, kind, used, one.tile.tile_q)
+    check_limits(arch, meta, used)
+    if str(installed_version()).startswith(TRITON):
+        assert used.spills <= 26 and meta.shared <= row.shared
 
 
 def check_limits(arch: str, meta: Any, used: Resources) -> None:

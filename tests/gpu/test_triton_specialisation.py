@@ -39,10 +39,10 @@ def every(spec: AttentionSpec) -> list[Specialisation]:
     for memory in MEMORIES:
         found += [special.scores(spec, TILE, memory=memory), special.output(spec, TILE, memory=memory)]
         found += [special.merge(spec, TILE, finished=done, memory=memory) for done in (True, False)]
-        variants = itertools.product(special.STATES, (True, False), (True, False))
+        variants = itertools.product(special.STATES, *((True, False),) * 3)
         found += [
-            special.forward(spec, TILE, state=state, packed=packed, contain=contain, memory=memory)
-            for state, packed, contain in variants
+            special.forward(spec, TILE, state=state, packed=packed, contain=contain, spans=spans, memory=memory)
+            for state, packed, contain, spans in variants
         ]
     return found
 
@@ -70,6 +70,19 @@ def test_lengths_and_scale_are_not_compiled_in() -> None:
     assert special.forward(other, TILE) == base
     assert special.forward(replace(SPEC, scale=-1.0), TILE) != base  # a maximum becomes a minimum
     assert special.forward(replace(SPEC, value_size=64), TILE) != base
+
+
+def test_only_sums_of_full_precision_over_many_keys_have_spans() -> None:
+    """A call's length tells two kernels apart, no more."""
+
+    def spans(dtype: str, keys: int, precision: str = "ieee") -> bool:
+        return special.has_spans(replace(SPEC, dtype=dtype, precision=precision), TILE, keys)
+
+    most = special.SPAN * TILE.tile_k
+    assert spans("float32", most + 1) and spans("float64", most + 1)
+    assert not spans("float32", most) and not spans("bfloat16", 10**6) and not spans("float32", 10**6, "tf32")
+    one, other = (special.forward(SPEC, TILE, spans=on) for on in (False, True))
+    assert one != other and one.signature == other.signature
 
 
 def test_a_programs_structure_is_compiled_in_and_its_values_are_not() -> None:

@@ -46,8 +46,8 @@ _LONGEST_PART = 16384
 _REGISTER_ROWS = {16: 14, 8: 9}
 _ROW_STARTS, _REGISTER_STARTS = 40, 21
 _MOST_QUERIES = 20
-_NARROW_QUERIES = 12  # where registers have fewer bytes than
-_WIDE = 64
+_WIDE = 64  # bytes of such a register
+_NARROW_QUERIES = 12  # the most for decode.py where registers are narrower
 _MOST_ROWS = 128  # on a key/value head; beyond it their scores and outputs crowd the cache
 
 

@@ -3,10 +3,11 @@
 A program is one work item: a tile of query rows of one head, or, packed, the rows of all query heads that share a
 key/value head, against all keys or one part of them. It visits the key tiles that some of its rows see, first those
 that every row sees whole, which need no mask code, then those that the mask cuts. Scores and weights exist one tile at
-a time.
+a time. Sums over many keys are formed in two levels: those of a span of SPAN key tiles apart, which then join those of
+earlier spans; so no chain of roundings is as long as the keys.
 
 Source: Dao 2023, FlashAttention-2, section 3.1; Milakov and Gimelshein 2018 for the online softmax; Dao et al. 2023,
-Flash-Decoding, for the parts.
+Flash-Decoding, for the parts; Castaldo, Whaley, Chronopoulos 2008 for sums in two levels.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def forward(
     scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, sinks, captures,
     SCORE: tl.constexpr, MASK: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr,
     VALUE: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr,
-    BAND: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, CONTAIN: tl.constexpr,
+    BAND: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, CONTAIN: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """Work items first, first + 1, ... one a program; see `specialisation.forward` for the arguments.
 
@@ -74,10 +75,10 @@ def forward(
     inputs = (query, keys, values, factor, low, high, begin, end, b, h, i)
     where = (rows, runs, table_row, captures)
     sizes = (k_s.to(tl.int64), v_s.to(tl.int64), kv_len, head_size, value_size)
-    top, total, acc = _start(o_rows, lse_rows, o_d, inside, columns, STATE, TILE_Q, VALUE, ACC)
+    sums = _start(o_rows, lse_rows, o_d, inside, columns, STATE, TILE_Q, VALUE, ACC)
     top, total, acc = _sweep(
-        top, total, acc, inputs, where, sizes,
-        SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE, PACKED, ACC, CONTAIN,
+        sums, inputs, where, sizes,
+        SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE, PACKED, ACC, CONTAIN, SPAN,
     )  # fmt: skip
     if not CONTAIN:
         bad = any_not_finite(acc)
@@ -130,12 +131,15 @@ def _start(
 
 @triton.jit
 def _sweep(
-    top, total, acc, inputs, where, sizes,
+    sums, inputs, where, sizes,
     SCORE: tl.constexpr, MASK: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr,
     VALUE: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr,
-    PACKED: tl.constexpr, ACC: tl.constexpr, CONTAIN: tl.constexpr,
+    PACKED: tl.constexpr, ACC: tl.constexpr, CONTAIN: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """Every key tile that some row sees: first those that all rows see whole, then the others."""
+    earlier, tiles = sums, 0  # the sums of earlier spans, key tiles since then
+    if SPAN:
+        sums = _nothing_since(sums)
     if MASK is None:
         low, high = inputs[4], inputs[5]
         touched = tl.min(low, 0) // TILE_K * TILE_K
@@ -143,40 +147,91 @@ def _sweep(
         full_from = tl.cdiv(tl.max(low, 0), TILE_K) * TILE_K
         full_to = tl.min(high, 0) // TILE_K * TILE_K
         whole = full_to > full_from
-        for n0 in range(full_from, full_to, TILE_K):
-            top, total, acc = _key_tile(
-                top, total, acc, n0, inputs, where, sizes, True,
-                SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE, PACKED, ACC, CONTAIN,
-            )  # fmt: skip
+        sums, earlier, tiles = _stretch(
+            sums, earlier, tiles, full_from, full_to, inputs, where, sizes, True,
+            SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE, PACKED, ACC, CONTAIN, SPAN,
+        )  # fmt: skip
         before = tl.cdiv(tl.maximum(tl.where(whole, full_from, stop) - touched, 0), TILE_K)
         resume = tl.where(whole, full_to, stop)
         after = tl.cdiv(tl.maximum(stop - resume, 0), TILE_K)
-        for t in range(0, before + after):
+        top, total, acc = sums
+        for t in range(0, before + after):  # the band's edges, about as long as a tile of queries: part of a span
             n0 = tl.where(t < before, touched + t * TILE_K, resume + (t - before) * TILE_K)
             top, total, acc = _key_tile(
                 top, total, acc, n0, inputs, where, sizes, False,
                 SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE, PACKED, ACC, CONTAIN,
             )  # fmt: skip
+        sums = top, total, acc
     else:  # the plan's table says where, see tables.py
         begin, end = inputs[6], inputs[7]
         rows, runs = where[0] + where[2], where[1]
         for run in range(tl.load(rows), tl.load(rows + 1)):
             start = tl.maximum(tl.load(runs + 2 * run), begin)
             stop = tl.minimum(tl.load(runs + 2 * run + 1), end)
-            for n0 in range(start, stop, TILE_K):
-                top, total, acc = _key_tile(
-                    top, total, acc, n0, inputs, where, sizes, True,
-                    SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE, PACKED, ACC, CONTAIN,
-                )  # fmt: skip
+            sums, earlier, tiles = _stretch(
+                sums, earlier, tiles, start, stop, inputs, where, sizes, True,
+                SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE, PACKED, ACC, CONTAIN,
+                SPAN,
+            )  # fmt: skip
         for run in range(tl.load(rows + 1), tl.load(rows + 2)):
             start = tl.maximum(tl.load(runs + 2 * run), begin)
             stop = tl.minimum(tl.load(runs + 2 * run + 1), end)
-            for n0 in range(start, stop, TILE_K):
+            sums, earlier, tiles = _stretch(
+                sums, earlier, tiles, start, stop, inputs, where, sizes, False,
+                SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE, PACKED, ACC, CONTAIN,
+                SPAN,
+            )  # fmt: skip
+    return _joined(sums, earlier, CONTAIN) if SPAN else sums
+
+
+@triton.jit
+def _stretch(
+    sums, earlier, tiles, start, stop, inputs, where, sizes, FULL: tl.constexpr,
+    SCORE: tl.constexpr, MASK: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr,
+    VALUE: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr,
+    PACKED: tl.constexpr, ACC: tl.constexpr, CONTAIN: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """The key tiles of [start, stop). A span ends with SPAN of them or where, with those of stretches before, it has
+    SPAN or more: many short stretches share one."""
+    top, total, acc = sums
+    if SPAN:
+        for begin in range(start, stop, SPAN * TILE_K):
+            end = tl.minimum(begin + SPAN * TILE_K, stop)
+            for n0 in range(begin, end, TILE_K):
                 top, total, acc = _key_tile(
-                    top, total, acc, n0, inputs, where, sizes, False,
+                    top, total, acc, n0, inputs, where, sizes, FULL,
                     SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE, PACKED, ACC, CONTAIN,
                 )  # fmt: skip
-    return top, total, acc
+            tiles += tl.cdiv(end - begin, TILE_K)
+            if tiles >= SPAN:
+                earlier = _joined((top, total, acc), earlier, CONTAIN)
+                top, total, acc = _nothing_since(earlier)
+                tiles = 0
+    else:
+        for n0 in range(start, stop, TILE_K):
+            top, total, acc = _key_tile(
+                top, total, acc, n0, inputs, where, sizes, FULL,
+                SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE, PACKED, ACC, CONTAIN,
+            )  # fmt: skip
+    return (top, total, acc), earlier, tiles
+
+
+@triton.jit
+def _nothing_since(earlier):
+    """The sums of a span before its first key. Its maximum goes on from the earlier one, and is never below it."""
+    top, total, acc = earlier
+    return top, tl.zeros_like(total), tl.zeros_like(acc)
+
+
+@triton.jit
+def _joined(sums, earlier, CONTAIN: tl.constexpr):
+    """The sums of a span and of earlier ones, at the span's maximum."""
+    top, total, acc = sums
+    shrink = tl.exp2(earlier[0] - tl.where(top == MINUS_INF, 0.0, top))  # -inf - -inf would be NaN
+    before = earlier[2] * shrink[:, None]
+    if CONTAIN:  # an infinity stays one, however small its weight: see containment.py
+        before = tl.where(tl.abs(earlier[2]) < float("inf"), before, earlier[2])
+    return top, earlier[1] * shrink + total, before + acc
 
 
 @triton.jit

@@ -126,7 +126,8 @@ class Forward:
 
     def _forward(self, state: str, memory: Memory, values: Mapping[str, Any]) -> tuple[Launch, ...]:
         """The two launches of the forward kernel."""
-        how: dict[str, Any] = {"state": state, "packed": self._packed, "memory": memory}
+        spans = special.has_spans(self._spec, self._tile, self._plan.split_keys or self._spec.kv_len)
+        how: dict[str, Any] = {"state": state, "packed": self._packed, "spans": spans, "memory": memory}
         return tuple(
             Launch(special.forward(self._spec, self._tile, contain=contain, **how), values)
             for contain in (False, True)

@@ -31,6 +31,8 @@ PARTIAL = "partial"  # (o normalised, lse) in accumulators, of one part of the k
 CARRIED = "carried"  # the same, continuing the state that o and lse already hold
 STATES = (FINISHED, PARTIAL, CARRIED)
 
+SPAN = 128  # key tiles whose sums are formed apart
+
 Type = str | tuple[str, ...]  # of an argument: "i32", "i64", "*bf16", ...; a tuple's elements follow one another
 Constant = bool | int | str | None
 
@@ -142,6 +144,15 @@ _POINTEES = {"bool": "u8", "f16": "fp16", "bf16": "bf16", "f32": "fp32", "f64": 
 _AXES = "bhsd"
 
 
+def has_spans(spec: AttentionSpec, tile: Tile, keys: int) -> bool:
+    """Whether sums over so many keys would round too often, one key tile after another, for the precision they have.
+
+    Products of 16-bit or tf32 operands have no such precision, and a call of a few tiles has no use for it.
+    """
+    exact = spec.dtype == DTYPES[spec.dtype].accumulator and spec.precision == "ieee"
+    return exact and keys > SPAN * tile.tile_k
+
+
 def forward(
     spec: AttentionSpec,
     tile: Tile,
@@ -149,6 +160,7 @@ def forward(
     state: str = FINISHED,
     packed: bool = False,
     contain: bool = False,
+    spans: bool = False,
     memory: Memory = Memory(),
 ) -> Specialisation:
     """The flash forward kernel (forward.py) of a call.
@@ -156,6 +168,7 @@ def forward(
     state    FINISHED, PARTIAL or CARRIED: what o and lse hold before and after
     packed   a tile of queries holds the rows of all query heads that share a key/value head
     contain  the second launch of a call, which computes the work items that the first has marked as not finite
+    spans    the sums of every SPAN key tiles are formed apart: see `has_spans`
     """
     element, accumulator = _elements(spec)
     written = element if state == FINISHED else accumulator
@@ -185,6 +198,7 @@ def forward(
         "STATE": state,
         "PACKED": packed,
         "CONTAIN": contain,
+        "SPAN": SPAN if spans else 0,
     }
     tile = contained(tile) if contain else tile
     return _specialisation("forward", arguments, constants, memory, tile, spec.program)
