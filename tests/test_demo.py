@@ -47,6 +47,13 @@ def test_error_is_measured_and_within_the_rule(report: Report) -> None:
     assert 0 < report.largest_error <= report.allowed_error < 1e-4
 
 
+@pytest.mark.slow
+def test_error_is_within_the_rule_at_the_default_size(tmp_path: Path) -> None:
+    report = demo.run(tmp_path)
+    assert report.tokens > 100_000
+    assert report.largest_error <= report.allowed_error
+
+
 def test_noise_goes_and_the_picture_stays(report: Report, folder: Path) -> None:
     # Clipping to 0 ... 1 takes a little of the noise off what -20 log10(sigma) says.
     assert report.psnr_noisy == pytest.approx(-20 * math.log10(SIGMA), abs=1.5)
