@@ -105,12 +105,14 @@ def emit_copy_rows(module: Module, c: Config) -> str:
     return f.name
 
 
-def keys_ahead(c: Config) -> int:
-    """How far ahead memory is told what comes, where a tile of several rows reads it out of order.
+def keys_ahead(f: Function, c: Config, stride: Value, count: Value) -> Value:
+    """How far ahead, in bytes, memory is told what comes, where a tile of several rows reads keys out of order.
 
-    For 16-bit types that is the same place in the next key block, which spans the change from K to V and back.
+    For 16-bit types that is the same place in the next key block, which spans the change from K to V and back.  A block
+    with fewer keys is the last: what lies beyond may be no memory at all, and to find that out takes longer than to
+    read.
     """
-    return 256 // SIZES[c.memory]
+    return f.select(count < c.key_block, f.const("i64", 0), stride * (256 // SIZES[c.memory]))
 
 
 def prefetch(f: Function, at: Value) -> None:

@@ -39,7 +39,7 @@ def emit_scores(module: Module, c: Config, rows: int) -> str:
     q, k, stride, size, mask, s, count = f.args
     keys = min(KEY_TILE, accumulators(c) // rows)
     slots = Slots.of(f, size, slot_width(c))
-    ahead = stride * keys_ahead(c)
+    ahead = keys_ahead(f, c, stride, count)
 
     def sums(base: Sequence[Value]) -> list[Value]:
         """Partial sums of every row with the keys at these addresses."""

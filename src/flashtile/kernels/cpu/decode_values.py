@@ -35,7 +35,7 @@ def emit_values(module: Module, c: Config, rows: int, vectors: int, contained: s
     o, o_row, states, v, stride, p, s, count = f.args
     line = c.key_block * c.size
     each = c.lanes * SIZES[c.memory]
-    ahead = stride * keys_ahead(c)
+    ahead = keys_ahead(f, c, stride, count)
 
     def step(word: Value, acc: list[Value], keys: int = c.per_word) -> list[Value]:
         key = word * c.per_word
