@@ -4,7 +4,7 @@
     isa/         one instruction set a file                              config.py    what a kernel depends on
     params.py    the parameter block and scratch memory                  jit.py       text to callable code
     forward.py   work item -> key blocks -> panels                       cache.py     objects on disk
-    panel.py     one panel on one block: scores.py, softmax.py, values.py
+    panel.py     one panel on one block: scores.py, softmax.py, values.py; spans.py sums in levels over many blocks
     rescore.py   the score program over a block    dense.py  arrays it reads there    score_values.py  their addresses
     pack.py      layouts in    finish.py  outputs and lse    containment.py  NaN in hidden keys
     decode.py    few queries on long keys, lanes over the head size: decode_pack.py, decode_scores.py,
