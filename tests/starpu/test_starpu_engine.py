@@ -327,3 +327,11 @@ def test_a_thousand_calls_do_not_grow(script: Script) -> None:
     )
     grown, handles = map(int, done.stdout.split())
     assert grown < 4000 and handles == 0  # KiB
+
+
+def test_a_state_carried_over_many_keys(dtype: str) -> None:
+    """Each key tile's sums are formed apart before they join the state: see tests/test_many_keys.py."""
+    q, k, v = uniform(Shape(1, 1, 1, 8, 100_000, 8, 4), dtype)
+    v = np.abs(v)
+    o = attention(np.tile(q, (1, 1, 220, 1)), k, v, scale=1e-3)
+    assert_accurate(o[:, :, :8], q, k, v, scale=1e-3)
