@@ -35,13 +35,12 @@ def emit_row_softmax(module: Module, c: Config) -> str:
     f = Function(module, "row_softmax", "void", ["ptr", "ptr", "ptr", "i64", "i64", "i64", c.acc, c.acc], internal=True,
                  names=["state", "s", "p", "first", "beyond", "keys", "high", "low"])  # fmt: skip
     row, s, p, first, beyond, keys, high, low = f.args
-    factor = [f.splat(x, c.lanes) for x in (high, low)]
+    factors = [f.splat(x, c.lanes) for x in (high, low)]
     near = [f.splat(f.cast("trunc", f.clamp(x, 0, c.key_block), "i32"), c.lanes) for x in (first, beyond)]
     hidden = f.const(c.vector, -math.inf)
 
-    def weight(difference: Value, *, coarse: bool = False) -> Value:  # the difference first: the largest is exactly 1
-        scaled = c.isa.multiply_add(f, difference, factor[0], difference * factor[1])
-        return vmath.weight(f, c.isa, scaled, coarse=coarse)
+    def weight(difference: Value, *, coarse: bool = False) -> Value:
+        return vmath.weight_of(f, c.isa, difference, *factors, coarse=coarse)
 
     def highest(key: Value, top: list[Value]) -> list[Value]:
         at = s + key * c.size

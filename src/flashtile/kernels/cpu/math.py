@@ -88,6 +88,16 @@ def weight(f: Function, isa: ISA, x: Value, *, coarse: bool = False) -> Value:
     return f.select(tiny, f.const(x.type, 0.0), value)
 
 
+def weight_of(
+    f: Function, isa: ISA, difference: Value, high: Value, low: Value, *, coarse: bool = False
+) -> Value:
+    """The weight of a score by its difference to the maximum, times high + low (params.split_scale).
+
+    The difference comes first, so that the largest weight is exactly 1.
+    """
+    return weight(f, isa, isa.multiply_add(f, difference, high, difference * low), coarse=coarse)
+
+
 def _exp2(f: Function, isa: ISA, x: Value, degree: int) -> Value:
     """2^x where 2^n, n the integer nearest to x, is normal or 0; rubbish elsewhere, but NaN at NaN."""
     whole, power = _nearest(f, x)

@@ -31,11 +31,10 @@ def emit_softmax(module: Module, c: Config, vectors: int) -> str:
     f = Function(module, name, "void", ["ptr", "ptr", "ptr", "ptr", "i64", "i64", c.acc, c.acc], internal=True,
                  names=["state", "top", "alpha", "s", "keys", "reach", "high", "low"])  # fmt: skip
     state, top, alpha, s, keys, reach, high, low = f.args
-    factor = [f.splat(x, c.lanes) for x in (high, low)]
+    factors = [f.splat(x, c.lanes) for x in (high, low)]
 
-    def weight(difference: Value, *, coarse: bool = False) -> Value:  # the difference first: the largest is exactly 1
-        scaled = c.isa.multiply_add(f, difference, factor[0], difference * factor[1])
-        return vmath.weight(f, c.isa, scaled, coarse=coarse)
+    def weight(difference: Value, *, coarse: bool = False) -> Value:
+        return vmath.weight_of(f, c.isa, difference, *factors, coarse=coarse)
 
     with f.range(0, vectors * c.register, c.register) as at:
         count = f.minimum(words_seen(f, c, reach + at // c.size, keys) * c.per_word, keys)

@@ -33,8 +33,7 @@ def emit_join_span(module: Module, c: Config) -> str:
         before, now = (f.load(c.vector, x + at, align=c.register) for x in (earlier_state, state))
         # A row that has seen no key yet has maximum -inf; 0 in its place keeps -inf - max from being NaN.
         difference = before - f.select(now.eq(-math.inf), zero, now)
-        scaled = c.isa.multiply_add(f, difference, f.splat(high, c.lanes), difference * f.splat(low, c.lanes))
-        factor = vmath.weight(f, c.isa, scaled)
+        factor = vmath.weight_of(f, c.isa, difference, *(f.splat(x, c.lanes) for x in (high, low)))
         f.store(now, earlier_state + at, align=c.register)
 
         def join(*places: Value) -> None:

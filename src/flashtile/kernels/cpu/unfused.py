@@ -191,7 +191,7 @@ def _softmax(f: Function, c: Config, p: dict[str, Value], at: _Place, scratch: V
     factors = [f.splat(f.cast("fptrunc", p[name], c.acc), c.lanes) for name in ("c_high", "c_low")]
 
     def exp(x: Value) -> Value:
-        return vmath.weight(f, c.isa, c.isa.multiply_add(f, x, factors[0], x * factors[1]))
+        return vmath.weight_of(f, c.isa, x, *factors)
 
     with f.range(0, at.rows) as r:
         row = p["stored"] + r * p["stored_s"]
