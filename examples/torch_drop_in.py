@@ -1,6 +1,6 @@
 """A PyTorch model's attention on flashtile: one name changes, the tensors are not copied.
 
-    $ python examples/torch_drop_in.py
+$ python examples/torch_drop_in.py
 """
 
 from __future__ import annotations

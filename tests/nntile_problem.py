@@ -72,7 +72,6 @@ class Problem:
         assert np.isfinite(got).all() and error <= bound, f"error {error:.3g}, allowed {bound:.3g}"
 
 
-
 K = np.zeros((8, 6, 1, 2, 3), "float32", order="F")
 Q = np.zeros((8, 4, 1, 2, 3), "float32", order="F")
 LSE = np.zeros((4, 1, 2, 3), "float32", order="F")

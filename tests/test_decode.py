@@ -13,8 +13,8 @@ import flashtile
 from flashtile.arrays import address_of
 from flashtile.calls import clear_cache
 from flashtile.kernels import cpu
-from flashtile.kernels.cpu import isa as isas
 from flashtile.kernels.cpu import merge, parts
+from flashtile.llvm import machines as isas
 from flashtile.plan import make_plan
 from flashtile.plan.tiling import ENOUGH_ITEMS, MOST_PARTS
 from flashtile.spec import AttentionSpec

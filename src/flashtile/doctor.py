@@ -12,7 +12,8 @@ from pathlib import Path
 import flashtile
 from flashtile import engines, kernels
 from flashtile.errors import FlashtileError
-from flashtile.kernels.cpu import cache, isa
+from flashtile.llvm import cache
+from flashtile.llvm import machines as isa
 from flashtile.threads import get_num_threads
 
 Row = tuple[str, str, bool, str]  # room, name, available, why not (or a remark)

@@ -233,7 +233,7 @@ def offset_of(align: object, needed: bool, q_len: int, kv_len: int) -> int | Non
             "align",
             f"None with {q_len} queries and {kv_len} keys",
             'a choice, because a positional rule (causal, window, ALiBi, ...) needs one here: "top_left" (row 0 '
-            'meets key 0), '
+            "meets key 0), "
             '"bottom_right" (the last row meets the last key), an integer offset, or an integer array (B,)',
         )
     if align is PER_BATCH:

@@ -340,4 +340,3 @@ def _check_apart(outputs: dict[str, TiledTensor], every: dict[str, TiledTensor])
             same = x is out and name != other
             if same or (x is not out and max(x.extent[0], out.extent[0]) < min(x.extent[1], out.extent[1])):
                 raise wrong(name, f"an array within the memory that {other} spans", "memory of its own")
-

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from flashtile.kernels.cpu import isa as isas
-from flashtile.kernels.cpu import jit
-from flashtile.kernels.cpu.ir import SIZES, Function, Module, Value, vector
-from flashtile.kernels.cpu.isa import ISA
+from flashtile.llvm import jit
+from flashtile.llvm import machines as isas
+from flashtile.llvm.ir import SIZES, Function, Module, Value, vector
+from flashtile.llvm.machines import ISA
 
 _ELEMENTS = {np.dtype(np.float32): "float", np.dtype(np.float64): "double", np.dtype(np.int16): "i16",
              np.dtype(np.int32): "i32", np.dtype(np.int64): "i64"}  # fmt: skip

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from flashtile.kernels.cpu import isa as isas
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.decode import decode_text
 from flashtile.kernels.cpu.forward import forward_text
-from flashtile.kernels.cpu.isa import ISA
 from flashtile.kernels.cpu.merge import merge_text
+from flashtile.llvm import machines as isas
+from flashtile.llvm.machines import ISA
 
 STORAGES = ("double", "float", "half", "bfloat")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import flashtile
-from flashtile.kernels.cpu import cache
+from flashtile.llvm import cache
 
 OBJECT = bytes(range(256)) * 40
 NOBODY = 65534
@@ -116,7 +116,7 @@ def package_copy(tmp_path: Path) -> Path:
                                 ignore=shutil.ignore_patterns("__pycache__")))  # fmt: skip
 
 
-@pytest.mark.parametrize("source", ["kernels/cpu/softmax.py", "kernels/cpu/isa/base.py", "score/emit.py"])
+@pytest.mark.parametrize("source", ["kernels/cpu/softmax.py", "llvm/machines/base.py", "score/emit.py"])
 def test_an_edited_source_makes_new_objects(tmp_path: Path, source: str) -> None:
     """A copy of the package; a comment more in one generator; the same call finds nothing of what it had kept."""
     package, objects = package_copy(tmp_path), tmp_path / "objects"
@@ -137,7 +137,7 @@ def test_an_edited_source_makes_new_objects(tmp_path: Path, source: str) -> None
 
 def test_what_generates_no_code_makes_no_new_objects(tmp_path: Path) -> None:
     package = package_copy(tmp_path)
-    ask = "from flashtile.kernels.cpu.cache import sources_digest; print(sources_digest())"
+    ask = "from flashtile.llvm.cache import sources_digest; print(sources_digest())"
 
     def digest() -> str:
         environment = {**os.environ, "PYTHONPATH": str(package.parent)}
@@ -153,7 +153,7 @@ def test_what_generates_no_code_makes_no_new_objects(tmp_path: Path) -> None:
 
 FILL = """
 import os, random, sys
-from flashtile.kernels.cpu import cache
+from flashtile.llvm import cache
 keys = [str(n) for n in range(40)] * 3
 random.Random(int(sys.argv[1])).shuffle(keys)
 for key in keys:
@@ -200,7 +200,7 @@ def test_a_full_disk_costs_time_only(folder: Path) -> None:
     """A file system so small that the object does not fit: stood in for by a limit on the size of files."""
     script = (
         "import resource, signal\n"
-        "from flashtile.kernels.cpu import cache\n"
+        "from flashtile.llvm import cache\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "for _ in range(2):\n"
@@ -234,7 +234,7 @@ def test_a_read_only_folder_that_is_filled_is_used(monkeypatch: pytest.MonkeyPat
         cache.path_of("key").chmod(0o644)
         script = (
             "import os\n"
-            "from flashtile.kernels.cpu import cache\n"
+            "from flashtile.llvm import cache\n"
             "cache.sources_digest()\n"
             f"os.setuid({NOBODY})\n"
             "assert cache.fetch('key', lambda: b'built') != b'built'\n"

@@ -10,8 +10,8 @@ import pytest
 from lanes import every_isa, run
 
 from flashtile.errors import UnavailableError
-from flashtile.kernels.cpu import isa as isas
-from flashtile.kernels.cpu.isa import ISA
+from flashtile.llvm import machines as isas
+from flashtile.llvm.machines import ISA
 
 STORAGES = {"half": np.dtype(np.float16), "bfloat": np.dtype(ml_dtypes.bfloat16)}
 ALL_BITS = np.arange(1 << 16, dtype=np.uint16).view(np.int16)

@@ -16,9 +16,9 @@ from lanes import every_isa
 from modules import every_module
 
 from flashtile.errors import KernelError
-from flashtile.kernels.cpu import cache, jit
-from flashtile.kernels.cpu import isa as isas
-from flashtile.kernels.cpu.isa import ISA
+from flashtile.llvm import cache, jit
+from flashtile.llvm import machines as isas
+from flashtile.llvm.machines import ISA
 
 ADD = "define i64 @add(i64 %a, i64 %b) {\n %c = add i64 %a, %b\n ret i64 %c\n}"
 CALLS_OUT = "declare i64 @labs(i64)\ndefine i64 @f(i64 %a) {\n %c = call i64 @labs(i64 %a)\n ret i64 %c\n}"
@@ -128,7 +128,7 @@ FIRST_CALL = """
 import time
 import numpy as np
 import flashtile, llvmlite.binding
-import flashtile.kernels.cpu.forward, flashtile.kernels.cpu.merge, flashtile.kernels.cpu.jit
+import flashtile.kernels.cpu.forward, flashtile.kernels.cpu.merge, flashtile.llvm.jit
 q = np.ones((1, 1, 64, 64), np.float32)
 begin = time.process_time()
 flashtile.attention(q, q, q)

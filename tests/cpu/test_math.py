@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from lanes import every_isa, run, ulps
 
-from flashtile.kernels.cpu import math as vmath
-from flashtile.kernels.cpu.isa import ISA
+from flashtile.llvm import math as vmath
+from flashtile.llvm.machines import ISA
 
 WIDER = {"float32": np.float64, "float64": np.longdouble}
 LOWEST = {"float32": -126, "float64": -1022}  # exponent of the least normal number

@@ -14,11 +14,11 @@ import pytest
 from assembly import functions, innermost_loops, stack_traffic
 from modules import every_module
 
-from flashtile.kernels.cpu import isa as isas
-from flashtile.kernels.cpu import jit
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.forward import forward_text
-from flashtile.kernels.cpu.isa import ISA
+from flashtile.llvm import jit
+from flashtile.llvm import machines as isas
+from flashtile.llvm.machines import ISA
 
 HOT = ("scores", "values", "softmax")
 MODULES = {name: at for name, at in every_module(for_tests_too=False).items() if "forward" in name}

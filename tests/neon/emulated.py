@@ -19,9 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import flashtile
-from flashtile.kernels.cpu import isa as isas
-from flashtile.kernels.cpu import jit
-from flashtile.kernels.cpu.isa import ISA
+from flashtile.llvm import jit
+from flashtile.llvm import machines as isas
+from flashtile.llvm.machines import ISA
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 _DRIVER = Path(__file__).with_name("driver.c")

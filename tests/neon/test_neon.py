@@ -10,8 +10,8 @@ from inputs import Shape, uniform
 
 import flashtile
 from flashtile.dtypes import DTYPES
-from flashtile.kernels.cpu import isa as isas
-from flashtile.kernels.cpu import jit
+from flashtile.llvm import jit
+from flashtile.llvm import machines as isas
 from flashtile.testing import expect
 
 if (emulated := sys.modules.get("emulated")) is None:

@@ -11,10 +11,10 @@ from inputs import Shape, uniform
 
 import flashtile
 from flashtile.kernels import cpu
-from flashtile.kernels.cpu import isa as isas
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.forward import forward_text
 from flashtile.kernels.cpu.score_values import COVERAGE_KEYS
+from flashtile.llvm import machines as isas
 from flashtile.plan.segments import segments_of
 from flashtile.score import EMPTY, causal, coverage, document, padding, prefix, window
 from flashtile.score.program import Program

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from flashtile.kernels.cpu import jit
-from flashtile.kernels.cpu.ir import Function, Module, vector
-from flashtile.kernels.cpu.isa import ISA
+from flashtile.llvm import jit
+from flashtile.llvm.ir import Function, Module, vector
+from flashtile.llvm.machines import ISA
 from flashtile.score.captures import Block
 from flashtile.score.emit import Emission
 

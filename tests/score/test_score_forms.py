@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from trees import Tree, as_mask, as_score, trees
 
-from flashtile.kernels.cpu import isa
+from flashtile.llvm import machines as isa
 from flashtile.score import Program
 from flashtile.score.bounds import Bounds
 from flashtile.score.interval import Interval

@@ -229,9 +229,7 @@ def test_bits_depend_neither_on_workers_nor_on_the_scheduler(script: Script, tmp
     """
     runs = [("1", "eager"), ("2", "lws"), ("3", "random"), ("2", "prio"), ("4", "dmda"), ("2", "ws")]
     models = str(tmp_path / "models")
-    printed = {
-        script(body, N=n, STARPU_SCHED=scheduler, STARPU_PERF_MODEL_DIR=models).stdout for n, scheduler in runs
-    }
+    printed = {script(body, N=n, STARPU_SCHED=scheduler, STARPU_PERF_MODEL_DIR=models).stdout for n, scheduler in runs}
     assert len(printed) == 1
 
 

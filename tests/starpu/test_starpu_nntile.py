@@ -36,7 +36,13 @@ def test_tasks_give_the_bits_of_arrays(starpu: Any, dtype: str, mask: str | None
 
 def test_tiles_that_starpu_owns_or_the_program_does(starpu: Any) -> None:
     problem = Problem("float32")
-    a, lse = nntile.empty(problem.a.shape, "fp32", ), nntile.empty(problem.lse.shape, "fp32")
+    a, lse = (
+        nntile.empty(
+            problem.a.shape,
+            "fp32",
+        ),
+        nntile.empty(problem.lse.shape, "fp32"),
+    )
     for tile, start in ((a, 0), (lse, -np.inf)):
         with tile.acquire("W") as contents:
             assert contents.flags.f_contiguous and contents.shape == tile.shape

@@ -1,7 +1,7 @@
 """The demo: denoise a real photograph by exact non-local means, one attention call over all of its pixels.
 
-    photo.py    the photograph, noise, pictures on disk     nlm.py     non-local means as attention
-    measure.py  memory of the call                          report.py  what was found
+photo.py    the photograph, noise, pictures on disk     nlm.py     non-local means as attention
+measure.py  memory of the call                          report.py  what was found
 """
 
 from __future__ import annotations

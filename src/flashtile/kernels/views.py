@@ -71,9 +71,7 @@ class RowsKernel:
     scratch_bytes: int = 0
     merge_stage: None = None
 
-    def pack(
-        self, q: int, k: int, v: int, o: int, lse: int, offsets: int, scoring: Scoring | None = None
-    ) -> Views:
+    def pack(self, q: int, k: int, v: int, o: int, lse: int, offsets: int, scoring: Scoring | None = None) -> Views:
         """Views over one call's addresses; lse is 0 if it is not wanted, offsets if spec.offset is a number."""
         spec, layout, dtype = self.spec, self.layout, dtype_of(self.spec.dtype)
         batch, heads, kv_heads = spec.batch, spec.heads, spec.kv_heads

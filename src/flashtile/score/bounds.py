@@ -128,4 +128,3 @@ def _raise_outside(at: Evaluation, loads: dict[Expr, np.ndarray], points: np.nda
             raise SpecError(f"{source.name}: got index {index} at b={b}, h={h}, i={i}, j={j}, "
                             f"expected one within its shape {source.array.shape}")  # fmt: skip
     raise AssertionError("an element depends on a load out of bounds, but no load is")
-

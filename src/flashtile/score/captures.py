@@ -15,7 +15,7 @@ import numpy as np
 from .capture import Access, ArrayCapture, ScalarCapture, Slot
 
 if TYPE_CHECKING:
-    from ..kernels.cpu.ir import Value
+    from ..llvm.ir import Value
     from .emit import Emission
 
 # Element -> (LLVM type in memory, how it becomes a bool, i32 or float).
@@ -116,4 +116,3 @@ def widened(at: Emission, raw: Value, element: str) -> Value:
     wide = at.like(raw, at.accumulator)
     narrows = element == "f64" and at.accumulator == "float"
     return raw if raw.type == wide else f.cast("fptrunc" if narrows else "fpext", raw, wide)
-

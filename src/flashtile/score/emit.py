@@ -19,8 +19,8 @@ from .emit_integer import Integers
 from .expr import INT_MAX, INT_MIN, Expr, postorder
 
 if TYPE_CHECKING:
-    from ..kernels.cpu.ir import Function, Value
-    from ..kernels.cpu.isa import ISA
+    from ..llvm.ir import Function, Value
+    from ..llvm.machines import ISA
 
 
 class Emission:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..kernels.cpu.ir import Function, Value
+    from ..llvm.ir import Function, Value
 
 
 class Integers:

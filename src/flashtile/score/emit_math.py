@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ..kernels.cpu import math as kernel_math
-from ..kernels.cpu.ir import element, mangle
+from ..llvm import math as kernel_math
+from ..llvm.ir import element, mangle
 
 if TYPE_CHECKING:
-    from ..kernels.cpu.ir import Function, Value
-    from ..kernels.cpu.isa import ISA
+    from ..llvm.ir import Function, Value
+    from ..llvm.machines import ISA
 
 _MANTISSA = {"float": 23, "double": 52}
 _INTEGER = {"float": "i32", "double": "i64"}
@@ -117,5 +117,3 @@ def _whole_to_float(f: Function, n: Value, type_: str, mantissa: int) -> Value:
 def tanh(f: Function, isa: ISA, x: Value) -> Value:
     """NumPy: tanh(x)."""
     return kernel_math.tanh(f, isa, x)
-
-

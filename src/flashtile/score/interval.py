@@ -91,4 +91,3 @@ def holds_zero(x: Interval) -> Array:
 def either(a: Array | bool, b: Array | bool) -> Array | bool:
     """Logical or of two `nan` fields."""
     return b if a is False else a if b is False else np.logical_or(a, b)
-

@@ -151,7 +151,7 @@ def _module_path() -> Path:
 @functools.cache
 def _folder() -> Path:
     """In the cache of compiled kernels; where that refuses (others, or nobody, may write it), a folder of our own."""
-    from flashtile.kernels.cpu import cache
+    from flashtile.llvm import cache
 
     if cache.unavailable() is None:
         return cache.directory() / "starpu"

@@ -177,9 +177,7 @@ class Flow:
         tasks["footprint"][~some] = [footprint_of(identity, int(n), 0) for n in rows]
 
 
-def submit_pair(
-    flow: Flow, job: Job, q: Tile, k: Tile, v: Tile, o: Tile, lse: Tile, *, carry: bool, last: bool
-) -> int:
+def submit_pair(flow: Flow, job: Job, q: Tile, k: Tile, v: Tile, o: Tile, lse: Tile, *, carry: bool, last: bool) -> int:
     """Submit one pair of tiles; returns 0 if the mask keeps them apart, else 1. Raises: SpecError for tiles that do not
     belong together."""
     (b, h, i), j = q.index, k.index[2]

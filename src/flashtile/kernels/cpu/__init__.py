@@ -1,15 +1,13 @@
 """CPU kernels generated from Python as LLVM IR: exact, fused, no S x S array, no compiler on the machine.
 
-    ir.py        the vocabulary: typed values over LLVM IR text          math.py      exp2, log2, tanh
-    isa/         one instruction set a file                              config.py    what a kernel depends on
-    params.py    the parameter block and scratch memory                  jit.py       text to callable code
-    forward.py   work item -> key blocks -> panels                       cache.py     objects on disk
-    panel.py     one panel on one block: scores.py, softmax.py, values.py; spans.py sums in levels over many blocks
-    rescore.py   the score program over a block    dense.py  arrays it reads there    score_values.py  their addresses
-    pack.py      layouts in    finish.py  outputs and lse    containment.py  NaN in hidden keys
-    decode.py    few queries on long keys, lanes over the head size: decode_pack.py, decode_scores.py,
-                 decode_softmax.py, decode_values.py
-    parts.py     keys split over work items, and merge.py, which puts the parts together
+config.py    what a kernel depends on                                params.py    parameter block, scratch memory
+forward.py   work item -> key blocks -> panels
+panel.py     one panel on one block: scores.py, softmax.py, values.py; spans.py sums in levels over many blocks
+rescore.py   the score program over a block    dense.py  arrays it reads there    score_values.py  their addresses
+pack.py      layouts in    finish.py  outputs and lse    containment.py  NaN in hidden keys
+decode.py    few queries on long keys, lanes over the head size: decode_pack.py, decode_scores.py,
+             decode_softmax.py, decode_values.py
+parts.py     keys split over work items, and merge.py, which puts the parts together
 """
 
 from __future__ import annotations
@@ -21,15 +19,15 @@ from typing import TYPE_CHECKING
 
 from flashtile.errors import FlashtileError
 from flashtile.kernels import Capabilities, CompiledKernel, Layout
-from flashtile.kernels.cpu import isa as isas
 from flashtile.kernels.cpu import params
 from flashtile.kernels.cpu.config import Config
-from flashtile.kernels.cpu.ir import SIZES
 from flashtile.kernels.cpu.score_values import NO_SCORES, ScoreValues, score_steps
+from flashtile.llvm import machines as isas
+from flashtile.llvm.ir import SIZES
 
 if TYPE_CHECKING:
-    from flashtile.kernels.cpu.jit import Library
     from flashtile.kernels.cpu.parts import InParts
+    from flashtile.llvm.jit import Library
     from flashtile.plan import Plan
     from flashtile.score.options import Scoring
     from flashtile.spec import AttentionSpec
@@ -134,8 +132,8 @@ def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> CompiledKernel:
 
 @functools.cache
 def _library(c: Config) -> Library:
-    from flashtile.kernels.cpu import jit
     from flashtile.kernels.cpu.forward import EXPORTS, forward_text
+    from flashtile.llvm import jit
 
     return jit.load(lambda: forward_text(c), repr(c), c.isa, EXPORTS)
 

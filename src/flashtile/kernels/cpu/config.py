@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from flashtile.kernels.cpu.ir import SIZES, vector
-from flashtile.kernels.cpu.isa import ISA
+from flashtile.llvm.ir import SIZES, vector
+from flashtile.llvm.machines import ISA
 
 if TYPE_CHECKING:
     from flashtile.score.code import Code

@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 
 from flashtile.kernels.cpu.config import Config
-from flashtile.kernels.cpu.ir import SIZES, Function, Module, Value
 from flashtile.kernels.cpu.pack import any_nan, read
+from flashtile.llvm.ir import SIZES, Function, Module, Value
 
 
 def emit_scan_values(module: Module, c: Config) -> str:

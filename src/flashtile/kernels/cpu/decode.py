@@ -15,15 +15,15 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from flashtile.kernels.cpu import math as vmath
 from flashtile.kernels.cpu import params
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.decode_pack import Slots, emit_copy_rows, emit_load_query, emit_mask, slot_width
 from flashtile.kernels.cpu.decode_scores import KEY_TILE, each_row_tile, emit_score_tiles
 from flashtile.kernels.cpu.decode_softmax import STATE, emit_row_softmax, state
 from flashtile.kernels.cpu.decode_values import emit_value_tiles
-from flashtile.kernels.cpu.ir import SIZES, Function, Module, Value
 from flashtile.kernels.cpu.pack import write
+from flashtile.llvm import math as vmath
+from flashtile.llvm.ir import SIZES, Function, Module, Value
 
 EXPORTS = ("decode",)
 

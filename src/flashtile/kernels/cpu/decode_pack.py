@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flashtile.kernels.cpu.config import Config
-from flashtile.kernels.cpu.ir import SIZES, Function, Module, Value, like, vector
 from flashtile.kernels.cpu.pack import read
+from flashtile.llvm.ir import SIZES, Function, Module, Value, like, vector
 
 BITS = {"i16": "i16", "float": "i32", "double": "i64"}  # integers as wide as an element in memory
 

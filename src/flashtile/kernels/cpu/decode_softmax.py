@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-from flashtile.kernels.cpu import math as vmath
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.decode_scores import fold_lanes
-from flashtile.kernels.cpu.ir import Function, Module, Value
 from flashtile.kernels.cpu.spans import add_sum
+from flashtile.llvm import math as vmath
+from flashtile.llvm.ir import Function, Module, Value
 
 # Accumulators that a row keeps: of raw scores, of weights, the factor for what was summed before, and what the sum of
 # weights has lost to rounding.

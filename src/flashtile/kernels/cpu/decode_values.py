@@ -9,10 +9,10 @@ from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.decode_pack import Slots, keys_ahead, prefetch
 from flashtile.kernels.cpu.decode_scores import ROW_TILES, accumulators, each_row_tile
 from flashtile.kernels.cpu.decode_softmax import STATE, state
-from flashtile.kernels.cpu.ir import SIZES, Function, Module, Value, vector
 from flashtile.kernels.cpu.pack import read
 from flashtile.kernels.cpu.scores import contract
 from flashtile.kernels.cpu.spans import add_sum
+from flashtile.llvm.ir import SIZES, Function, Module, Value, vector
 
 CACHE_LINE = 64
 WIDEST = 8  # registers of value columns in a tile

@@ -7,8 +7,8 @@ themselves, its tile is transposed through registers, once a panel and key block
 from __future__ import annotations
 
 from flashtile.kernels.cpu.config import Config
-from flashtile.kernels.cpu.ir import Function, Module, Value
 from flashtile.kernels.cpu.rescore import frame_field
+from flashtile.llvm.ir import Function, Module, Value
 from flashtile.score.captures import STORAGE, Block, widened
 from flashtile.score.emit import Emission
 from flashtile.score.expr import Expr

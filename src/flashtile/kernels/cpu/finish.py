@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from flashtile.kernels.cpu import math as vmath
 from flashtile.kernels.cpu.config import Config
-from flashtile.kernels.cpu.ir import SIZES, Function, Module, Value
 from flashtile.kernels.cpu.pack import write
+from flashtile.llvm import math as vmath
+from flashtile.llvm.ir import SIZES, Function, Module, Value
 
 
 def emit_load_state(module: Module, c: Config) -> str:

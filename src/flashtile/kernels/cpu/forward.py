@@ -18,11 +18,11 @@ from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.containment import emit_add_nonfinite, emit_collect_nonfinite, emit_scan_values
 from flashtile.kernels.cpu.dense import emit_dense
 from flashtile.kernels.cpu.finish import emit_load_state, emit_store_outputs
-from flashtile.kernels.cpu.ir import Function, Module, Value
 from flashtile.kernels.cpu.pack import emit_load_queries, emit_pack_keys, emit_pack_values
 from flashtile.kernels.cpu.panel import PANEL_ARGUMENTS, emit_panel
 from flashtile.kernels.cpu.scores import FAR
 from flashtile.kernels.cpu.spans import BLOCKS, emit_join_span
+from flashtile.llvm.ir import Function, Module, Value
 
 EXPORTS = ("forward",)
 SEGMENT = 4  # words of a segment: keys some_from, some_to, all_from, all_to

@@ -14,10 +14,10 @@ import math
 import struct
 from collections.abc import Mapping
 
-from flashtile.kernels.cpu import math as vmath
 from flashtile.kernels.cpu.config import Config
-from flashtile.kernels.cpu.ir import SIZES, Function, Module, Value
 from flashtile.kernels.cpu.pack import write
+from flashtile.llvm import math as vmath
+from flashtile.llvm.ir import SIZES, Function, Module, Value
 
 EXPORTS = ("merge",)
 ADDRESSES = ("parts_o", "parts_lse", "o", "lse")

@@ -8,7 +8,7 @@ then one key block at a time is converted into scratch memory.
 from __future__ import annotations
 
 from flashtile.kernels.cpu.config import Config
-from flashtile.kernels.cpu.ir import SIZES, Function, Module, Value, like, vector
+from flashtile.llvm.ir import SIZES, Function, Module, Value, like, vector
 
 
 def read(f: Function, c: Config, at: Value, count: int = 1) -> Value:

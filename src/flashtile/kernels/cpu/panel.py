@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable
 
 from flashtile.kernels.cpu.config import Config
-from flashtile.kernels.cpu.ir import Function, Module, Value
 from flashtile.kernels.cpu.params import Scratch
 from flashtile.kernels.cpu.rescore import emit_rescore
 from flashtile.kernels.cpu.scores import emit_scores
 from flashtile.kernels.cpu.softmax import emit_softmax
 from flashtile.kernels.cpu.values import emit_values
+from flashtile.llvm.ir import Function, Module, Value
 
 # Keys are counted from the block's start: [some_from, some_to) are seen by some row of the panel, [all_from,
 # all_to) by every row.  Query lane i sees key r iff  i + above >= r  and  i + below <= r.

@@ -12,13 +12,14 @@ import numpy as np
 
 from flashtile.arrays import address_of
 from flashtile.kernels import Layout, Stage, Strides
-from flashtile.kernels.cpu import decode, jit, merge, params
+from flashtile.kernels.cpu import decode, merge, params
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.decode_pack import slot_width
-from flashtile.kernels.cpu.ir import SIZES
+from flashtile.llvm import jit
+from flashtile.llvm.ir import SIZES
 
 if TYPE_CHECKING:
-    from flashtile.kernels.cpu.jit import Library
+    from flashtile.llvm.jit import Library
     from flashtile.plan import Plan
     from flashtile.score.options import Scoring
     from flashtile.spec import AttentionSpec

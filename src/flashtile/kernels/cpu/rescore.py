@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 
 from flashtile.kernels.cpu.config import Config
-from flashtile.kernels.cpu.ir import Function, Module, Value, vector
 from flashtile.kernels.cpu.params import FRAME, Scratch
+from flashtile.llvm.ir import Function, Module, Value, vector
 from flashtile.score.captures import Block
 from flashtile.score.emit import Emission
 from flashtile.score.expr import Expr

@@ -11,8 +11,8 @@ import math
 from collections.abc import Sequence
 
 from flashtile.kernels.cpu.config import Config
-from flashtile.kernels.cpu.ir import Function, Module, Value
 from flashtile.kernels.cpu.params import Scratch
+from flashtile.llvm.ir import Function, Module, Value
 
 FAR = 1 << 30  # beyond any distance inside a tile, and no overflow when a lane number is added
 

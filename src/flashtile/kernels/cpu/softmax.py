@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from flashtile.kernels.cpu import math as vmath
 from flashtile.kernels.cpu.config import Config
-from flashtile.kernels.cpu.ir import Function, Module, Value
+from flashtile.llvm import math as vmath
+from flashtile.llvm.ir import Function, Module, Value
 
 SUM_KEYS = 16  # weights summed apart before they join the row's sum: a short chain of roundings, then another
 

@@ -18,11 +18,12 @@ import numpy as np
 from flashtile.arrays import address_of
 from flashtile.errors import UnavailableError, wrong
 from flashtile.kernels import Layout, Stage, cpu
-from flashtile.kernels.cpu import isa as isas
-from flashtile.kernels.cpu import jit, merge, params, parts
+from flashtile.kernels.cpu import merge, params, parts
 from flashtile.kernels.cpu import unfused as stages
 from flashtile.kernels.cpu.config import Config
-from flashtile.kernels.cpu.ir import SIZES
+from flashtile.llvm import jit
+from flashtile.llvm import machines as isas
+from flashtile.llvm.ir import SIZES
 from flashtile.plan import Plan
 
 if TYPE_CHECKING:

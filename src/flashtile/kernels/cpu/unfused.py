@@ -19,12 +19,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from flashtile.kernels.cpu import math as vmath
 from flashtile.kernels.cpu import params
 from flashtile.kernels.cpu.config import Config
-from flashtile.kernels.cpu.ir import SIZES, Function, Module, Value, vector
 from flashtile.kernels.cpu.pack import read, write
 from flashtile.kernels.cpu.scores import FAR
+from flashtile.llvm import math as vmath
+from flashtile.llvm.ir import SIZES, Function, Module, Value, vector
 from flashtile.score.captures import Block
 from flashtile.score.emit import Emission
 

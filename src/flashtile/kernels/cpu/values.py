@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from flashtile.kernels.cpu.config import Config
-from flashtile.kernels.cpu.ir import Function, Module, Value
 from flashtile.kernels.cpu.scores import contract
 from flashtile.kernels.cpu.softmax import words_seen
+from flashtile.llvm.ir import Function, Module, Value
 
 
 def emit_values(module: Module, c: Config, vectors: int) -> str:

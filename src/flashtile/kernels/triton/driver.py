@@ -166,9 +166,7 @@ def launch(function: Function, grid: int, stream: int, parameters: bytes) -> Non
     """
     size = ctypes.c_size_t(len(parameters))
     block = ctypes.create_string_buffer(parameters, len(parameters))
-    extra = (ctypes.c_void_p * 5)(
-        _BUFFER_POINTER, ctypes.addressof(block), _BUFFER_SIZE, ctypes.addressof(size), _END
-    )
+    extra = (ctypes.c_void_p * 5)(_BUFFER_POINTER, ctypes.addressof(block), _BUFFER_SIZE, ctypes.addressof(size), _END)
     with _on(function.device) as driver:
         status = driver.cuLaunchKernel(
             function.handle, grid, 1, 1, function.threads, 1, 1, function.shared, stream, None, extra

@@ -74,9 +74,7 @@ class Forward:
             )
         self.run = self._run_stage(0)
 
-    def pack(
-        self, q: int, k: int, v: int, o: int, lse: int, offsets: int, scoring: Scoring | None = None
-    ) -> Call:
+    def pack(self, q: int, k: int, v: int, o: int, lse: int, offsets: int, scoring: Scoring | None = None) -> Call:
         """The launches of one call. Addresses on the device; lse 0 if it is not wanted."""
         spec, plan, device = self._spec, self._plan, self._device
         wanted = Pointer(lse, self._accumulator) if lse else device.empty(self._rows, self._accumulator)
@@ -129,8 +127,7 @@ class Forward:
         spans = special.has_spans(self._spec, self._tile, self._plan.split_keys or self._spec.kv_len)
         how: dict[str, Any] = {"state": state, "packed": self._packed, "spans": spans, "memory": memory}
         return tuple(
-            Launch(special.forward(self._spec, self._tile, contain=contain, **how), values)
-            for contain in (False, True)
+            Launch(special.forward(self._spec, self._tile, contain=contain, **how), values) for contain in (False, True)
         )
 
     def _run_stage(self, stage: int) -> Any:

@@ -24,7 +24,7 @@ from flashtile.dtypes import DTYPES, round_to_bf16, widen_bits
 from flashtile.engines import direct
 from flashtile.errors import FlashtileError
 from flashtile.kernels import Layout
-from flashtile.kernels.cpu import cache
+from flashtile.llvm import cache
 from flashtile.plan import make_plan
 from flashtile.spec import PRECISIONS, AttentionSpec
 

@@ -1,8 +1,8 @@
 """Where a mask program lets a tile of queries look: its coverage, as two arrays that the kernel walks.
 
-    rows  int32 (2 n + 1,)  n tiles of queries, by batch, head and tile: runs rows[2 r] : rows[2 r + 1] of tile r are
-                            FULL, runs rows[2 r + 1] : rows[2 r + 2] are PARTIAL
-    runs  int32 (m, 2)      keys [start, stop) of each run; a FULL run is whole key tiles
+rows  int32 (2 n + 1,)  n tiles of queries, by batch, head and tile: runs rows[2 r] : rows[2 r + 1] of tile r are
+                        FULL, runs rows[2 r + 1] : rows[2 r + 2] are PARTIAL
+runs  int32 (m, 2)      keys [start, stop) of each run; a FULL run is whole key tiles
 """
 
 from __future__ import annotations

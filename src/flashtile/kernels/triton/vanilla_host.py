@@ -47,9 +47,7 @@ class Vanilla:
         if plan.query_tiles > 1 or plan.splits > 1:
             raise wrong("plan", f"{plan.query_tiles} tiles of queries in {plan.splits} parts", "one: a whole head")
 
-    def pack(
-        self, q: int, k: int, v: int, o: int, lse: int, offsets: int, scoring: Scoring | None = None
-    ) -> Call:
+    def pack(self, q: int, k: int, v: int, o: int, lse: int, offsets: int, scoring: Scoring | None = None) -> Call:
         """The launches of one call. Addresses on the device; lse 0 if it is not wanted."""
         spec, tile, device = self._spec, self._tile, self._device
         element, accumulator = ELEMENTS[spec.dtype], ELEMENTS[DTYPES[spec.dtype].accumulator]

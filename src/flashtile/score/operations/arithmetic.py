@@ -15,7 +15,7 @@ from ..interval import Interval, anything, corners, either, holds_zero, hull, in
 from .base import Operation, apply, const, is_const
 
 if TYPE_CHECKING:
-    from ...kernels.cpu.ir import Value
+    from ...llvm.ir import Value
     from ..emit import Emission
 
 
@@ -317,5 +317,3 @@ class Where(Operation):
 
     def llvm(self, at: Emission, c: Value, x: Value, y: Value) -> Value:
         return at.f.select(c, x, y)
-
-

@@ -13,7 +13,7 @@ import numpy as np
 from ..expr import Expr, node, promote
 
 if TYPE_CHECKING:
-    from ...kernels.cpu.ir import Value
+    from ...llvm.ir import Value
     from ..emit import Emission
     from ..interval import Interval
     from ..triton_source import Writer

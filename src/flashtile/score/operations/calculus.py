@@ -17,7 +17,7 @@ from .arithmetic import scaled
 from .base import Operation, apply, const
 
 if TYPE_CHECKING:
-    from ...kernels.cpu.ir import Value
+    from ...llvm.ir import Value
     from ..emit import Emission
 
 _ULPS = 64

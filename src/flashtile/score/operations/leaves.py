@@ -13,7 +13,7 @@ from ..interval import Interval, truth
 from .base import OPERATIONS, Operation, const
 
 if TYPE_CHECKING:
-    from ...kernels.cpu.ir import Value
+    from ...llvm.ir import Value
     from ..emit import Emission
     from ..triton_source import Writer
 
@@ -184,4 +184,3 @@ def inside(x: Expr) -> Expr:
     if not any(x.data.clamp):
         return const(True)
     return node(OPERATIONS["inside"], x.args, "bool", x.data)
-

@@ -15,7 +15,7 @@ from ..interval import Interval, either, truth
 from .base import Operation, is_const
 
 if TYPE_CHECKING:
-    from ...kernels.cpu.ir import Value
+    from ...llvm.ir import Value
     from ..emit import Emission
 
 

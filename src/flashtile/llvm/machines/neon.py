@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flashtile.kernels.cpu.isa.base import ISA
+from flashtile.llvm.machines.base import ISA
 
 MACHINES = (
     ISA(

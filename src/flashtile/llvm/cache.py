@@ -26,6 +26,7 @@ from pathlib import Path
 from flashtile.errors import FlashtileError
 
 KEPT = 512
+GENERATORS = ("llvm", "kernels/cpu", "score")  # folders whose sources decide what is generated
 
 _MAGIC = b"flashtile object 1\n"
 _HEAD = len(_MAGIC) + hashlib.sha256().digest_size
@@ -59,10 +60,9 @@ def unavailable() -> str | None:
 
 @functools.cache
 def sources_digest() -> str:
-    """Digest of every source file that takes part in generating code: this folder's and the score language's."""
-    here = os.path.dirname(__file__)
-    root = os.path.dirname(os.path.dirname(here))
-    walks = itertools.chain(os.walk(here), os.walk(os.path.join(root, "score")))
+    """Digest of every source file that takes part in generating code."""
+    root = os.path.dirname(os.path.dirname(__file__))
+    walks = itertools.chain.from_iterable(os.walk(os.path.join(root, folder)) for folder in GENERATORS)
     digest = hashlib.sha256()
     for file in sorted(os.path.join(at, name) for at, _, names in walks for name in names if name.endswith(".py")):
         with open(file, "rb") as source:

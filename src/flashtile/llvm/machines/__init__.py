@@ -20,7 +20,7 @@ import os
 import pkgutil
 
 from flashtile.errors import UnavailableError
-from flashtile.kernels.cpu.isa.base import ISA
+from flashtile.llvm.machines.base import ISA
 
 __all__ = ["ISA", "current", "known", "unavailable", "usable"]
 

@@ -5,6 +5,6 @@
 
 from __future__ import annotations
 
-from flashtile.kernels.cpu.isa.base import ISA
+from flashtile.llvm.machines.base import ISA
 
 MACHINES = (ISA(name="generic", rank=1, needs=frozenset(("x86_64",)), rows=2),)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from flashtile.kernels.cpu.ir import Function, Value, element, lanes, vector
-from flashtile.kernels.cpu.isa.base import ISA
+from flashtile.llvm.ir import Function, Value, element, lanes, vector
+from flashtile.llvm.machines.base import ISA
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
 
-from flashtile.kernels.cpu.ir import SIZES, Function, Value, element, like
-from flashtile.kernels.cpu.isa import ISA
+from flashtile.llvm.ir import SIZES, Function, Value, element, like
+from flashtile.llvm.machines import ISA
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,7 @@ def weight(f: Function, isa: ISA, x: Value, *, coarse: bool = False) -> Value:
     return f.select(tiny, f.const(x.type, 0.0), value)
 
 
-def weight_of(
-    f: Function, isa: ISA, difference: Value, high: Value, low: Value, *, coarse: bool = False
-) -> Value:
+def weight_of(f: Function, isa: ISA, difference: Value, high: Value, low: Value, *, coarse: bool = False) -> Value:
     """The weight of a score by its difference to the maximum, times high + low (params.split_scale).
 
     The difference comes first, so that the largest weight is exactly 1.

@@ -18,8 +18,8 @@ import llvmlite
 import llvmlite.binding as llvm
 
 from flashtile.errors import KernelError
-from flashtile.kernels.cpu import cache
-from flashtile.kernels.cpu.isa import ISA
+from flashtile.llvm import cache
+from flashtile.llvm.machines import ISA
 
 # One thread at a time uses LLVM: the second to want the same kernel then finds it on disk.  A fork waits for the end
 # of it, or the child would inherit LLVM half way, and locks that no one releases.

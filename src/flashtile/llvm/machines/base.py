@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from flashtile.kernels.cpu.ir import SIZES, Function, Value, like, vector
+from flashtile.llvm.ir import SIZES, Function, Value, like, vector
 
 
 @dataclass(frozen=True)
@@ -123,5 +123,3 @@ def _float_to_bfloat(f: Function, x: Value) -> Value:
     rounded = (word + ((word >> 16) & 1) + 0x7FFF) >> 16
     quiet = (word >> 16) | 0x40
     return f.cast("trunc", f.select(x.isnan(), quiet, rounded), like(x.type, "i16"))
-
-
