@@ -14,9 +14,10 @@ from .prefix import prefix
 from .program import Program
 from .relative import relative
 from .softcap import softcap
+from .varlen import varlen
 from .window import window
 
 __all__ = [
     "EMPTY", "FULL", "PARTIAL", "Coverage", "Mask", "Program", "Score", "alibi", "bias", "causal", "coverage", "dense",
-    "document", "padding", "prefix", "relative", "softcap", "window",
+    "document", "padding", "prefix", "relative", "softcap", "varlen", "window",
 ]  # fmt: skip
