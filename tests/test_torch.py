@@ -336,6 +336,8 @@ def test_sdpa_shapes_that_do_not_broadcast() -> None:
         ({"key": X[..., :3]}, "key: got head size 3, expected 8 as in query"),
         ({"query": X[..., :3]}, "key: got head size 8, expected 3 as in query"),
         ({"is_causal": "yes"}, "is_causal: got 'yes', expected True or False"),
+        ({"enable_gqa": "no"}, "enable_gqa: got 'no', expected True or False"),
+        ({"return_lse": "no"}, "return_lse: got 'no', expected True or False"),
         ({"is_causal": 1}, "is_causal: got 1, expected True or False"),
     ],
 )

@@ -11,7 +11,7 @@ from flashtile.calls import Options, as_key, check_apart, clear_cache, lookup, p
 from flashtile.errors import wrong
 from flashtile.progress import reporter
 from flashtile.score.options import ScoreOptions
-from flashtile.spec import refuse_later
+from flashtile.spec import check_flag, refuse_later
 
 __all__ = ["attention", "clear_cache"]
 
@@ -64,7 +64,7 @@ def attention(
               score_mod a function (s, b, h, i, j) -> a new score, s being scaled and capped.
               softcap   scores become softcap * tanh(score / softcap); None or 0 is off.
               alibi_slopes  (H,) or (B, H): scores lose slope * abs(i + offset - j).
-              sinks     (H,) or (B, H): a logit a head that joins the denominator only.
+              sinks     (H,) or (B, H): a logit a head that joins the denominator only; of any float dtype, as slopes.
               dropout_p and seed are not available yet.
     Returns:  o in q's dtype; with return_lse=True (o, lse), lse (B, H, S_q) being log sum exp of the scores, natural
               logarithm, float32 (float64 for float64).
@@ -82,6 +82,8 @@ def attention(
         return _attend_others(**locals())
     if seed is not None or dropout_p != 0:
         refuse_later(seed=seed, dropout_p=dropout_p)
+    if type(return_lse) is not bool:
+        check_flag("return_lse", return_lse)
     offsets = target = target_key = spec = scoring = None
     if align is not None:
         align, offsets = split_align(align, q.shape)

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 import flashtile
+from flashtile import threads
 from flashtile.errors import FlashtileError, KernelError, UnavailableError, wrong
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -320,8 +321,8 @@ def _natural(text: str) -> int:
 
 
 def _threads(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a positive integer")
+    if not text.isdecimal() or not 1 <= int(text) <= threads.MOST:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer from 1 to {threads.MOST}")
     return int(text)
 
 

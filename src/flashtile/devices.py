@@ -24,7 +24,7 @@ from flashtile.owners import LENDERS, Owner, borrow, give_back, library_of, owne
 from flashtile.progress import reporter
 from flashtile.score.capture import ArrayCapture, capture, is_array
 from flashtile.score.options import ScoreOptions, Scoring
-from flashtile.spec import AttentionSpec, refuse_later
+from flashtile.spec import AttentionSpec, check_flag, refuse_later
 
 
 def attention(
@@ -58,6 +58,7 @@ def attention(
     Raises:   as flashtile.attention; KernelError if the device has no memory left, the library's error as its cause.
     """
     refuse_later(seed=seed, dropout_p=dropout_p)
+    check_flag("return_lse", return_lse)
     library = one_library(q, k, v, out)
     owner = owner_of(library)
     q, k, v = (borrow(owner, x) for x in (q, k, v))

@@ -198,10 +198,15 @@ def integer(value: object) -> int | None:
     return None
 
 
+def check_flag(argument: str, value: object) -> None:
+    """Raise SpecError unless the value is a bool: "no" and 0 are more likely a mistake than a choice."""
+    if type(value).__name__ not in ("bool", "bool_"):  # bool_ is NumPy 1's
+        raise wrong(argument, repr(value), "True or False")
+
+
 def band_of(causal: object, window: object) -> Band | None:
     """The intersection of `causal` and `window`, None if every key is visible to every row."""
-    if type(causal).__name__ not in ("bool", "bool_"):  # bool_ is NumPy 1's
-        raise wrong("causal", repr(causal), "True or False")
+    check_flag("causal", causal)
     left, right = (None, None) if window is None else _window(window)
     right = 0 if causal else right
     return None if left is None and right is None else Band(left, right)

@@ -16,7 +16,7 @@ from flashtile.score.capture import ArrayCapture
 from flashtile.score.options import ScoreOptions
 from flashtile.score.program import Program
 from flashtile.sdpa import causal_bias, like_torch, number, spell, under_autocast
-from flashtile.spec import refuse_later
+from flashtile.spec import check_flag, refuse_later
 
 __all__ = ["attention", "scaled_dot_product_attention"]
 
@@ -73,6 +73,8 @@ def attention(
         attend = _checked(q=q, k=k, v=v)
     if seed is not None or dropout_p != 0:
         refuse_later(seed=seed, dropout_p=dropout_p)
+    if type(return_lse) is not bool:
+        check_flag("return_lse", return_lse)
     offsets = scores = None
     if align is not None:
         align, offsets = split_align(align, q.shape)
@@ -188,6 +190,9 @@ def scaled_dot_product_attention(
         raise wrong("attn_mask", "a mask together with is_causal=True", "one of the two, as in torch")
     if dropout_p != 0:
         refuse_later(dropout_p=dropout_p)
+    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa), ("return_lse", return_lse)):
+        if type(flag) is not bool:
+            check_flag(name, flag)
     attend = _attend
     query, key, value = under_autocast(query, key, value)
     if not _are_ready(query, key, value):

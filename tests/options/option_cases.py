@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from inputs import Shape
+from ml_dtypes import bfloat16
 
 from flashtile.score import causal, document, padding, prefix, relative, varlen, window
 
@@ -81,6 +82,11 @@ EACH: dict[str, Callable[[Shape], Options]] = {
     "alibi by batch": lambda s: {"alibi_slopes": np.stack([SLOPES, -SLOPES]).astype("f8"), "align": np.array([3, 80])},
     "sinks": lambda s: {"sinks": SINKS},
     "sinks by batch": lambda s: {"sinks": np.stack([SINKS, -SINKS]).astype("f8"), "causal": True, "align": 0},
+    "slopes and sinks of 16 bits": lambda s: {
+        "alibi_slopes": np.stack([SLOPES, -SLOPES]).astype(bfloat16),
+        "sinks": SINKS.astype("f2"),
+        "align": 0,
+    },
     "bias": lambda s: {"bias": numbers(1, s.heads, s.q_len, s.kv_len)},
     "bias that hides": lambda s: {"bias": np.where(coins(s.q_len, s.kv_len), numbers(s.q_len, s.kv_len), -np.inf)},
     "bias, window": lambda s: {"bias": numbers(s.kv_len, dtype="float16"), "window": (50, 3), "align": 10},

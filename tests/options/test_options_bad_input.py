@@ -33,7 +33,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "slopes of wrong shape": ({"alibi_slopes": np.ones(3, np.float32)}, r"^alibi_slopes: got shape \(3,\), expected"),
     "slopes of integers": ({"alibi_slopes": np.ones(4, int)}, "^alibi_slopes: got .*int64"),
     "sinks of wrong shape": ({"sinks": np.ones((4, 1), np.float32)}, r"^sinks: got shape \(4, 1\), expected"),
-    "sinks of float16": ({"sinks": np.ones(4, np.float16)}, r"^sinks: got dtype (torch\.)?float16, expected float32"),
+    "sinks of integers": ({"sinks": np.ones(4, int)}, r"^sinks: got dtype (torch\.)?int64, expected floats"),
     "sinks that are a list": ({"sinks": [1.0] * 4}, "^sinks: got a list, expected"),
     "negative softcap": ({"softcap": -1.0}, "^softcap: got -1.0, expected"),
     "softcap that is no number": ({"softcap": "30"}, "^softcap: got '30', expected"),

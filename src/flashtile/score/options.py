@@ -108,16 +108,16 @@ def _near(distance: int | None) -> int | None:
 
 def sinks_of(sinks: Any, spec: AttentionSpec) -> np.ndarray | ArrayCapture:
     """Sinks as a contiguous (B, H) array of the accumulator's dtype; as they are where they lie on a GPU."""
-    expected = f"float32 or float64 of shape (H,) = ({spec.heads},) or (B, H) = ({spec.batch}, {spec.heads})"
+    expected = f"floats of shape (H,) = ({spec.heads},) or (B, H) = ({spec.batch}, {spec.heads})"
     if not is_array(sinks):
         raise wrong("sinks", f"a {type(sinks).__name__}", expected)
     found = capture(sinks, "sinks")
-    if found.element not in ("f32", "f64"):
+    if found.type != "float":
         raise wrong("sinks", f"dtype {sinks.dtype}", expected)
     if found.array.shape not in ((spec.heads,), (spec.batch, spec.heads)):
         raise wrong("sinks", f"shape {tuple(found.array.shape)}", expected)
     check_device(found, spec.device)
     if found.place is not None:
         return found
-    accumulator = DTYPES[spec.dtype].accumulator
-    return np.ascontiguousarray(np.broadcast_to(found.array, (spec.batch, spec.heads)), accumulator)
+    values = found.widen(found.array, np.dtype(DTYPES[spec.dtype].accumulator))
+    return np.ascontiguousarray(np.broadcast_to(values, (spec.batch, spec.heads)))

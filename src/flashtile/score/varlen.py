@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import SpecError, wrong
-from ..spec import ALIGNMENTS, integer
+from ..spec import ALIGNMENTS, check_flag, integer
 from .expr import INT_MAX
 from .mask import Mask
 from .options import FARTHEST
@@ -63,8 +63,7 @@ def varlen(
     if len(rows) != len(keys):
         raise wrong("cu_seqlens_k", f"{len(keys)} boundaries", f"{len(rows)} as in cu_seqlens_q")
     low, high = (None, None) if window is None else _sides(window)
-    if not isinstance(causal, (bool, np.bool_)):
-        raise wrong("causal", repr(causal), "True or False")
+    check_flag("causal", causal)
     if causal:
         high = 0 if high is None else min(high, 0)
     # Positions count from the first of all rows and keys, so that a sequence's offset includes where it starts.
