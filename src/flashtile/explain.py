@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from flashtile import engines, kernels
+from flashtile import kernels
 from flashtile.arrays import View, contiguous, device_of, is_torch, plain, view_of
-from flashtile.calls import Options, as_name, split_align
+from flashtile.calls import Options, as_name, engine_of, split_align
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import wrong
 from flashtile.kernels import Layout
@@ -126,7 +126,7 @@ def explain(
     options = Options(causal, window, None, scale, precision, kernel, engine)
     scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks)
     spec, scoring, offsets = describe(views, options, align, scores)
-    chosen = engines.pick(as_name("engine", engine))
+    chosen = engine_of(spec, engine)
     family = kernels.pick(spec, as_name("kernel", kernel))
     able = family.capabilities(spec)
     plan = make_plan(spec, able)
@@ -198,7 +198,7 @@ def _passed_over(spec: AttentionSpec, chosen: str, requested: str) -> tuple[tupl
     for name, family in kernels.families():
         if name == chosen:
             continue
-        reason = kernels.objection(family, spec)
+        reason = kernels.objection(family, spec.filled)
         if reason is None:
             why = "comes later in the order" if requested == "auto" else f"{requested} was asked for"
             reason = f"can do it, but {why}"

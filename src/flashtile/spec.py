@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from flashtile.arrays import device_of
@@ -75,7 +75,22 @@ class AttentionSpec:
     @property
     def group(self) -> int:
         """Query heads that share one key/value head: head h reads key/value head h // group."""
-        return self.heads // self.kv_heads
+        return self.heads // max(self.kv_heads, 1)
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to multiply, or nothing to multiply it with: no heads, or head sizes of 0. Lengths
+        and batches of 0 are no special case to a kernel."""
+        return 0 in (self.heads, self.head_size, self.value_size)
+
+    @property
+    def filled(self) -> AttentionSpec:
+        """This call with a 1 for every such 0, as kernel families are asked about it."""
+        if not self.empty:
+            return self
+        heads, kv_heads = max(self.heads, self.kv_heads, 1), max(self.kv_heads, 1)
+        size, value_size = max(self.head_size, 1), max(self.value_size, 1)
+        return replace(self, heads=heads, kv_heads=kv_heads, head_size=size, value_size=value_size)
 
     @property
     def options(self) -> frozenset[str]:
@@ -130,10 +145,6 @@ ShapeRule = tuple[str, Callable[[Shape, Shape, Shape], bool], Text, Text]
 
 # argument, what must hold, what came, what was expected: of the three shapes as (B, H, S, D).
 SHAPE_RULES: tuple[ShapeRule, ...] = (
-    ("q", lambda q, k, v: q[3] >= 1, lambda q, k, v: f"head size {q[3]}", lambda q, k, v: "at least 1"),
-    ("q", lambda q, k, v: q[1] >= 1, lambda q, k, v: f"{q[1]} heads", lambda q, k, v: "at least 1"),
-    ("k", lambda q, k, v: k[1] >= 1, lambda q, k, v: f"{k[1]} heads", lambda q, k, v: "at least 1"),
-    ("v", lambda q, k, v: v[3] >= 1, lambda q, k, v: f"head size {v[3]}", lambda q, k, v: "at least 1"),
     ("k", lambda q, k, v: k[0] == q[0], lambda q, k, v: f"batch {k[0]}", lambda q, k, v: f"{q[0]} as in q"),
     ("v", lambda q, k, v: v[0] == q[0], lambda q, k, v: f"batch {v[0]}", lambda q, k, v: f"{q[0]} as in q"),
     ("k", lambda q, k, v: k[3] == q[3], lambda q, k, v: f"head size {k[3]}", lambda q, k, v: f"{q[3]} as in q"),
@@ -141,7 +152,7 @@ SHAPE_RULES: tuple[ShapeRule, ...] = (
     ("v", lambda q, k, v: v[2] == k[2], lambda q, k, v: f"length {v[2]}", lambda q, k, v: f"{k[2]} as in k"),
     (
         "k",
-        lambda q, k, v: q[1] % k[1] == 0,
+        lambda q, k, v: q[1] % k[1] == 0 if k[1] else q[1] == 0,
         lambda q, k, v: f"{k[1]} heads",
         lambda q, k, v: f"a divisor of q's {q[1]} heads",
     ),
@@ -249,9 +260,9 @@ def offset_of(align: object, needed: bool, q_len: int, kv_len: int) -> int | Non
 
 
 def scale_of(scale: object, head_size: int) -> float:
-    """The factor of q.k; by default 1 / sqrt(head_size)."""
+    """The factor of q.k; by default 1 / sqrt(head_size), of no elements 1."""
     if scale is None:
-        return 1.0 / math.sqrt(head_size)
+        return 1.0 / math.sqrt(max(head_size, 1))
     if not isinstance(scale, numbers.Real) or isinstance(scale, bool) or not math.isfinite(scale):
         raise wrong("scale", repr(scale), "a finite real number or None")
     return float(scale)

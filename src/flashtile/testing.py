@@ -178,7 +178,7 @@ def _largest_products(
     q: np.ndarray, k: np.ndarray, *, scale: float, band: Any, offset: Any, scoring: Scoring | None
 ) -> float:
     """The largest |scale| * sum |q||k| of a visible pair whose score is finite; 0 without any."""
-    (batch, heads, q_len, _), group = q.shape, q.shape[1] // k.shape[1]
+    (batch, heads, q_len, _), group = q.shape, q.shape[1] // max(k.shape[1], 1)
     offsets, largest = np.broadcast_to(offset, (batch,)), 0.0
     with np.errstate(all="ignore"):
         for b, h in np.ndindex(batch, heads):

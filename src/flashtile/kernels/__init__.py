@@ -126,7 +126,8 @@ def objection(family: ModuleType | str, spec: AttentionSpec) -> str | None:
 
 
 def pick(spec: AttentionSpec, requested: str) -> ModuleType:
-    """The family named `requested`, or for "auto" the first that can do the call.
+    """The family named `requested`, or for "auto" the first that can do the call. In its place, where a call has no
+    heads or head sizes of 0, one that computes it in NumPy: such a call never reaches compiled code on the CPU.
 
     Raises: SpecError for an unknown name; UnavailableError with each family's reason if none can.
     """
@@ -136,9 +137,13 @@ def pick(spec: AttentionSpec, requested: str) -> ModuleType:
         known.append(name)
         if requested not in ("auto", name):
             continue
-        reason = objection(family, spec)
+        reason = objection(family, spec.filled)
         if reason is None and isinstance(family, ModuleType):
-            return family
+            if not spec.empty or spec.device != "cpu":
+                return family
+            from flashtile.kernels import reference
+
+            return reference
         reasons.append(f"{name}: {reason}")
     if not reasons and requested != "auto":
         raise wrong("kernel", repr(requested), "one of " + ", ".join(map(repr, known)))
