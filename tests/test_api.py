@@ -200,6 +200,11 @@ def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(calls.cache) <= 4
 
 
+def test_the_package_lists_its_public_names() -> None:
+    assert set(dir(flashtile)) == {*flashtile.__all__, "__version__", "__doc__"}
+    assert all(hasattr(flashtile, name) for name in dir(flashtile) if name != "plot_coverage")
+
+
 def test_addresses_are_what_numpy_says() -> None:
     for x in (np.arange(6.0)[2:], np.zeros((0, 3)), np.ones((2, 2), ml_dtypes.bfloat16).T, np.array(1.0)):
         assert address_of(x) == _ask_address(x) == x.__array_interface__["data"][0]

@@ -73,7 +73,7 @@ class TiledTensor:
         self.columns = shape[3] if len(shape) == 4 else None
         self.extent, self.writable = (0, 0), True  # bytes of memory that it spans, if it is not StarPU's
         if isinstance(keep, np.ndarray):
-            described = view_of(keep)
+            described = view_of(keep)._replace(dtype=dtype.name)  # bfloat16 may come as its bits
             self.extent = tuple(address + end for end in described.extent())  # type: ignore[assignment]
             self.writable = keep.flags.writeable and not described.may_overlap_itself()
         batch, heads, length = shape[:3]
