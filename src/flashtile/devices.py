@@ -68,8 +68,9 @@ def attention(
     if align is not None:
         align, offsets = split_align(align, views[0].shape)
     options = Options(causal, as_key(window), align, scale, precision, kernel, engine)
-    given = [borrow(owner, x) if is_array(x) else x for x in (mask, bias, score_mod, softcap, alibi_slopes, sinks)]
-    spec, scoring = options.scored(ScoreOptions(*given, keep), *views, offsets)
+    scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks, keep)
+    borrowed = {name: borrow(owner, x) for name, x in vars(scores).items() if is_array(x)}
+    spec, scoring = options.scored(replace(scores, **borrowed), *views, offsets)
     key = (views, target, options, spec.program, spec.sinks, spec.dropout)
     report = None if progress is None else reporter(progress)
     with calling(owner, q) as place:

@@ -1,0 +1,71 @@
+"""Philox4x32 in machine code: for each lane's counter the random words of eight keys, and which weights they keep.
+
+Lanes run over queries, as everywhere; one call of the generator serves eight keys. A round is two products of 32 by 32
+bits that keep all 64. x86 multiplies so in lanes of 64 bits (vpmuludq) only, and every target that has less can split
+such lanes, so a vector of n queries is its even and its odd lanes, n / 2 each, from the first round to the last: what
+stands in the upper half of a lane is not looked at, and words need to be put together once, at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..llvm.ir import lanes, vector
+from .philox import MULTIPLIERS, ROUNDS, WEYL, WORD
+
+if TYPE_CHECKING:
+    from ..llvm.ir import Function, Value
+
+Key = list[tuple["Value", "Value"]]  # of each round, 64-bit lanes
+
+
+def round_keys(f: Function, low: Value, high: Value, count: int) -> Key:
+    """The key of every round, for vectors of `count` queries, from the seed's halves, i32; emitted outside loops."""
+    keys = []
+    for n in range(ROUNDS):
+        bumped = (half + f.const("i32", n * weyl & WORD) for half, weyl in zip((low, high), WEYL, strict=True))
+        first, second = (f.splat(f.cast("zext", half, "i64"), count // 2) for half in bumped)
+        keys.append((first, second))
+    return keys
+
+
+def words(f: Function, group: Value, rows: Value, head: Value, key: Key) -> list[Value]:
+    """The four words of each lane: i32 vectors like `rows`.
+
+    group, head  scalars, i32: j // 8, and b * H + h
+    rows         i of each lane, an i32 vector of an even number of lanes
+    """
+    even, odd = (_rounds(f, group, half, head, key) for half in _halves(f, rows))
+    return [_joined(f, a, b) for a, b in zip(even, odd, strict=True)]
+
+
+def keeps(f: Function, drawn: Sequence[Value], threshold: Value) -> list[Value]:
+    """Which weights of eight keys are kept: the words, and the threshold as an i32 scalar, to eight i1 vectors."""
+    bound = f.splat(threshold, lanes(drawn[0].type))
+    low = 0xFFFF
+    halves = [half for word in drawn for half in (word & low, word >> 16)]
+    return [half >= bound for half in halves]  # 16 bits in 32: signed comparison is as good
+
+
+def _halves(f: Function, x: Value) -> tuple[Value, Value]:
+    """The even and the odd lanes of i32, as the lower halves of 64-bit lanes."""
+    pairs = f.cast("bitcast", x, vector(lanes(x.type) // 2, "i64"))
+    return pairs, pairs >> 32
+
+
+def _joined(f: Function, even: Value, odd: Value) -> Value:
+    """`_halves` undone."""
+    pairs = (even & WORD) | (odd << 32)
+    return f.cast("bitcast", pairs, vector(2 * lanes(even.type), "i32"))
+
+
+def _rounds(f: Function, group: Value, rows: Value, head: Value, key: Key) -> tuple[Value, Value, Value, Value]:
+    """Every round on 64-bit lanes, of which the lower halves count."""
+    count = lanes(rows.type)
+    c0, c2 = (f.splat(f.cast("zext", x, "i64"), count) for x in (group, head))
+    c1, c3 = rows, f.const(rows.type, 0)
+    for k0, k1 in key:
+        p0, p1 = ((c & WORD) * f.const(c.type, m) for c, m in zip((c0, c2), MULTIPLIERS, strict=True))
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1, (p0 >> 32) ^ c3 ^ k1, p0
+    return c0, c1, c2, c3
