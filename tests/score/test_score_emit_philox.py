@@ -24,7 +24,7 @@ def module_text(lanes: int) -> str:
     module = Module()
     f = Function(module, "run", "void", ["i32"] * 6 + ["ptr"] * 2)
     low, high, threshold, group, head, first, words_at, keeps_at = f.args
-    key, type_ = emit_philox.round_keys(f, low, high, lanes), vector(lanes, "i32")
+    key, type_ = emit_philox.round_keys(f, low, high), vector(lanes, "i32")
     with f.range(0, ROWS, lanes) as at:
         rows = f.splat(first + f.cast("trunc", at, "i32"), lanes) + f.iota(type_)
         drawn = emit_philox.words(f, group, rows, head, key)

@@ -8,6 +8,7 @@ stands in the upper half of a lane is not looked at, and words need to be put to
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,17 +18,14 @@ from .philox import MULTIPLIERS, ROUNDS, WEYL, WORD
 if TYPE_CHECKING:
     from ..llvm.ir import Function, Value
 
-Key = list[tuple["Value", "Value"]]  # of each round, 64-bit lanes
+Key = list[tuple["Value", "Value"]]  # of each round, i64
 
 
-def round_keys(f: Function, low: Value, high: Value, count: int) -> Key:
-    """The key of every round, for vectors of `count` queries, from the seed's halves, i32; emitted outside loops."""
-    keys = []
-    for n in range(ROUNDS):
-        bumped = (half + f.const("i32", n * weyl & WORD) for half, weyl in zip((low, high), WEYL, strict=True))
-        first, second = (f.splat(f.cast("zext", half, "i64"), count // 2) for half in bumped)
-        keys.append((first, second))
-    return keys
+def round_keys(f: Function, low: Value, high: Value) -> Key:
+    """The key of every round from the seed's halves, two i32 scalars; emitted outside loops."""
+    halves = tuple(zip((low, high), WEYL, strict=True))
+    bumped = ([half + f.const("i32", n * weyl & WORD) for half, weyl in halves] for n in range(ROUNDS))
+    return [(f.cast("zext", first, "i64"), f.cast("zext", second, "i64")) for first, second in bumped]
 
 
 def words(f: Function, group: Value, rows: Value, head: Value, key: Key) -> list[Value]:
@@ -61,11 +59,24 @@ def _joined(f: Function, even: Value, odd: Value) -> Value:
 
 
 def _rounds(f: Function, group: Value, rows: Value, head: Value, key: Key) -> tuple[Value, Value, Value, Value]:
-    """Every round on 64-bit lanes, of which the lower halves count."""
-    count = lanes(rows.type)
-    c0, c2 = (f.splat(f.cast("zext", x, "i64"), count) for x in (group, head))
-    c1, c3 = rows, f.const(rows.type, 0)
+    """Every round on 64-bit lanes, of which the lower halves count.
+
+    What is the same for all lanes stays a scalar until it meets a vector: of the first three rounds' six products four
+    are scalar, and one of the others depends on the rows alone, so that it leaves a loop over keys.
+    """
+    c0, c2 = (f.cast("zext", x, "i64") for x in (group, head))
+    c1, c3 = rows, f.const("i64", 0)
     for k0, k1 in key:
         p0, p1 = ((c & WORD) * f.const(c.type, m) for c, m in zip((c0, c2), MULTIPLIERS, strict=True))
-        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1, (p0 >> 32) ^ c3 ^ k1, p0
+        c0, c1, c2, c3 = _xor(f, p1 >> 32, c1, k0), p1, _xor(f, p0 >> 32, c3, k1), p0
     return c0, c1, c2, c3
+
+
+def _xor(f: Function, *terms: Value) -> Value:
+    """The exclusive or of scalars and vectors, those of a kind first."""
+    scalars = [x for x in terms if x.type == "i64"]
+    vectors = [x for x in terms if x.type != "i64"]
+    if scalars:
+        same = functools.reduce(lambda a, b: a ^ b, scalars)
+        vectors = [*vectors, f.splat(same, lanes(vectors[0].type))] if vectors else [same]
+    return functools.reduce(lambda a, b: a ^ b, vectors)
