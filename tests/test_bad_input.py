@@ -140,24 +140,6 @@ def test_precision_is_for_float32(name: str, precision: str) -> None:
         flashtile.attention(q, q, q, precision=precision)
 
 
-LATER: dict[str, Any] = {
-    "dropout_p": 0.5,
-    "seed": 0,
-}
-
-
-@pytest.mark.parametrize("name", LATER)
-def test_options_that_are_not_available_yet(name: str) -> None:
-    out = np.full(SHAPE, 7, np.float32)
-    with pytest.raises(UnavailableError, match=f"^{name}: got a .*, expected its default: not available yet") as caught:
-        flashtile.attention(a(*SHAPE), a(*SHAPE), a(*SHAPE), out=out, **{name: LATER[name]})
-    assert isinstance(caught.value, NotImplementedError) and (out == 7).all()
-
-
-def test_options_of_later_may_be_off() -> None:
-    flashtile.attention(a(*SHAPE), a(*SHAPE), a(*SHAPE), dropout_p=0, seed=None)
-
-
 def bad_outs() -> list[tuple[Any, str]]:
     """out, and the error's text from its start."""
     return [

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashtile.arrays import device_of
 from flashtile.dtypes import DType, dtype_of
-from flashtile.errors import UnavailableError, wrong
+from flashtile.errors import wrong
 
 if TYPE_CHECKING:
     from flashtile.score.code import Code
@@ -48,7 +48,8 @@ class AttentionSpec:
     None if it is an array (batch,) that comes with each call. Without a band it is 0.
     device is where all arrays lie: "cpu", or "cuda:0" and so on.
     program is what else changes scores or hides keys; where it has a mask, that mask includes the band. sinks says
-    whether each query head has a logit that joins its denominators.
+    whether each query head has a logit that joins its denominators, dropout
+    whether some of its weights are dropped: by which seed and probability is a value of the call.
     """
 
     batch: int
@@ -65,6 +66,7 @@ class AttentionSpec:
     scale: float
     program: Code | None = None
     sinks: bool = False
+    dropout: bool = False
     device: str = "cpu"
 
     @property
@@ -95,7 +97,7 @@ class AttentionSpec:
     @property
     def options(self) -> frozenset[str]:
         """The names of the features this call needs from a kernel, as in `Capabilities.options`."""
-        named = (("band", self.band), ("program", self.program), ("sinks", self.sinks))
+        named = (("band", self.band), ("program", self.program), ("sinks", self.sinks), ("dropout", self.dropout))
         return frozenset(name for name, value in named if value)
 
     @classmethod
@@ -157,20 +159,6 @@ SHAPE_RULES: tuple[ShapeRule, ...] = (
         lambda q, k, v: f"a divisor of q's {q[1]} heads",
     ),
 )
-
-# name of a later option, the values that leave it off
-LATER_OPTIONS: dict[str, tuple[object, ...]] = {
-    "dropout_p": (0, 0.0),
-    "seed": (None,),
-}
-
-
-def refuse_later(**options: object) -> None:
-    """Raise UnavailableError for the first of these options that is on. Options not in the table are off at None."""
-    for name, value in options.items():
-        offs = LATER_OPTIONS.get(name, (None,))
-        if not any(value is off or (isinstance(value, (int, float)) and value == off) for off in offs):
-            raise UnavailableError(f"{name}: got a {type(value).__name__}, expected its default: not available yet")
 
 
 def common_dtype(q: object, k: object, v: object) -> DType:

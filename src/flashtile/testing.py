@@ -27,6 +27,7 @@ import numpy as np
 from flashtile.calls import Options
 from flashtile.dtypes import dtype_of
 from flashtile.kernels import reference, vanilla
+from flashtile.score.keep import keep_of
 from flashtile.score.options import ScoreOptions, Scoring
 from flashtile.spec import PER_BATCH, AttentionSpec, integer
 
@@ -75,6 +76,8 @@ def expect(
     causal: bool = False,
     window: Any = None,
     align: Any = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
     precision: str = "ieee",
     **scores: Any,
 ) -> tuple[Expected, Expected]:
@@ -90,7 +93,8 @@ def expect(
     """
     per_batch = not (align is None or isinstance(align, str) or integer(align) is not None)
     options = Options(causal, window, PER_BATCH if per_batch else align, scale, precision, "auto", "auto")
-    spec, scoring = options.scored(ScoreOptions(**scores), q, k, v, np.asarray(align) if per_batch else None)
+    changes = ScoreOptions(**scores, keep=keep_of(dropout_p, seed))
+    spec, scoring = options.scored(changes, q, k, v, np.asarray(align) if per_batch else None)
     offset = np.asarray(align) if spec.offset is None else spec.offset
     return expect_values(spec, [_values(x) for x in (q, k, v)], offset, scoring)
 

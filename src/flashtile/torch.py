@@ -13,10 +13,11 @@ from flashtile.calls import Options, as_key, check_apart, lookup, prepare, split
 from flashtile.errors import FlashtileError, UnavailableError, wrong
 from flashtile.progress import reporter
 from flashtile.score.capture import ArrayCapture
+from flashtile.score.keep import Keep, keep_of, threshold_of
 from flashtile.score.options import ScoreOptions
 from flashtile.score.program import Program
 from flashtile.sdpa import causal_bias, like_torch, number, spell, under_autocast
-from flashtile.spec import check_flag, refuse_later
+from flashtile.spec import check_flag
 
 __all__ = ["attention", "scaled_dot_product_attention"]
 
@@ -56,8 +57,9 @@ def attention(
     out: Tensor | None = None,
 ) -> Any:
     """`flashtile.attention` on tensors, all on the CPU or all on one GPU: the same keywords, shapes, numerics and
-    errors; no copy of q, k, v. On a GPU it runs on the current stream and returns before the kernels have run. Under
-    torch.autocast q, k and v are cast as for torch's SDPA (not float64), and nothing else is.
+    errors; no copy of q, k, v. Dropout without a seed draws one from torch's generator, as `torch.manual_seed` set it.
+    On a GPU it runs on the current stream and returns before the kernels have run. Under torch.autocast q, k and v are
+    cast as for torch's SDPA (not float64), and nothing else is.
 
     Returns:  a tensor of q's dtype; with return_lse=True also lse, float32 (float64 for float64).
     Raises:   as flashtile.attention; UnavailableError also if a tensor requires grad while gradients are recorded.
@@ -71,15 +73,14 @@ def attention(
     q, k, v = under_autocast(q, k, v)
     if not _are_ready(q, k, v):
         attend = _checked(q=q, k=k, v=v)
-    if seed is not None or dropout_p != 0:
-        refuse_later(seed=seed, dropout_p=dropout_p)
     if type(return_lse) is not bool:
         check_flag("return_lse", return_lse)
+    keep = None if seed is None and type(dropout_p) is float and dropout_p == 0 else _keep_of(dropout_p, seed)
     offsets = scores = None
     if align is not None:
         align, offsets = split_align(align, q.shape)
-    if not (mask is bias is score_mod is softcap is alibi_slopes is sinks is None):
-        scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks)
+    if not (mask is bias is score_mod is softcap is alibi_slopes is sinks is keep is None):
+        scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks, keep)
     options = causal, as_key(window), align, scale, precision, kernel, engine
     return attend(q, k, v, options, scores, offsets, return_lse, progress, out)
 
@@ -105,7 +106,7 @@ def _attend(
     if scores is not None:
         _check_scores(scores)
         spec, scoring = Options(*options).scored(scores, q, k, v, offsets)
-        key += spec.program, spec.sinks
+        key += spec.program, spec.sinks, spec.dropout
         if torch.is_grad_enabled() and scoring.program is not None:
             _check_captured(scoring.program)
     call = lookup(key)
@@ -152,9 +153,16 @@ def _attend_on_device(
     keywords = {**Options(*options)._asdict(), **vars(scores)}
     if offsets is not None:
         keywords["align"] = offsets
-    return devices.attention(
-        q, k, v, **keywords, dropout_p=0.0, seed=None, return_lse=return_lse, progress=progress, out=out
-    )
+    keep = keywords.pop("keep")
+    dropout = {"dropout_p": keep.dropout_p, "seed": keep.seed} if keep else {"dropout_p": 0.0, "seed": None}
+    return devices.attention(q, k, v, **keywords, **dropout, return_lse=return_lse, progress=progress, out=out)
+
+
+def _keep_of(dropout_p: Any, seed: Any) -> Keep | None:
+    """`keep_of`, with a seed of torch's generator where one is needed and none came. Raises: as `keep_of`."""
+    if seed is None and threshold_of(dropout_p):
+        seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
+    return keep_of(dropout_p, seed)
 
 
 def scaled_dot_product_attention(
@@ -181,18 +189,18 @@ def scaled_dot_product_attention(
     Options:  is_causal and window are aligned top_left, as torch aligns is_causal: row i stands at key i.
               attn_mask broadcasts to (..., H, L, S): boolean, True = attend, or of a float dtype, added to the scores;
               or a causal_upper_left or causal_lower_right of torch.nn.attention.bias, which aligns window as well.
-              softcap, alibi_slopes, sinks as attention. dropout_p is not available yet.
+              softcap, alibi_slopes, sinks as attention. dropout_p draws a seed from torch's generator; the mask is
+              that of `flashtile.attention` with this seed, not torch's.
     Numerics: a row that sees no key gives 0, where torch may give NaN.
     Raises:   as attention.
     Source:   PyTorch 2.13, torch.nn.functional.scaled_dot_product_attention.
     """
     if attn_mask is not None and is_causal:
         raise wrong("attn_mask", "a mask together with is_causal=True", "one of the two, as in torch")
-    if dropout_p != 0:
-        refuse_later(dropout_p=dropout_p)
     for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa), ("return_lse", return_lse)):
         if type(flag) is not bool:
             check_flag(name, flag)
+    keep = None if type(dropout_p) is float and dropout_p == 0 else _keep_of(dropout_p, None)
     attend = _attend
     query, key, value = under_autocast(query, key, value)
     if not _are_ready(query, key, value):
@@ -206,8 +214,8 @@ def scaled_dot_product_attention(
             is_causal, align = True, found
         else:
             mask, bias = _mask_like_torch(attn_mask, query, key, axes)
-    if not (mask is bias is softcap is alibi_slopes is sinks is None):
-        scores = ScoreOptions(mask, bias, None, softcap, alibi_slopes, sinks)
+    if not (mask is bias is softcap is alibi_slopes is sinks is keep is None):
+        scores = ScoreOptions(mask, bias, None, softcap, alibi_slopes, sinks, keep)
     options = is_causal, as_key(window), align, number("scale", scale), "ieee", "auto", "auto"
     try:
         result = attend(query, key, value, options, scores, None, return_lse)

@@ -8,6 +8,7 @@ from .causal import causal
 from .coverage import EMPTY, FULL, PARTIAL, Coverage, coverage
 from .dense import dense
 from .document import document
+from .keep import dropout_keep
 from .mask import Mask, Score
 from .padding import padding
 from .prefix import prefix
@@ -19,5 +20,5 @@ from .window import window
 
 __all__ = [
     "EMPTY", "FULL", "PARTIAL", "Coverage", "Mask", "Program", "Score", "alibi", "bias", "causal", "coverage", "dense",
-    "document", "padding", "prefix", "relative", "softcap", "varlen", "window",
+    "document", "dropout_keep", "padding", "prefix", "relative", "softcap", "varlen", "window",
 ]  # fmt: skip

@@ -30,6 +30,7 @@ ENOUGH = 32
 
 
 FLOWS: dict[str, type[Flow] | type[VanillaFlow]] = {"cpu": Flow, "vanilla": VanillaFlow}
+OPTIONS = frozenset(("band", "program", "sinks"))  # of a spec, that both flows know
 
 
 class Addresses(NamedTuple):
@@ -48,11 +49,15 @@ def prepare_tiles(spec: AttentionSpec, layout: Layout, family: str) -> tuple[Cal
     """Bind a spec and a layout: (pack, run) as CompiledKernel.pack and Run.
 
     family "cpu" is the fused flow, "vanilla" the three unfused codelets (vanilla.py).
-    Raises: UnavailableError for kernels that only Python can run.
+    Raises: UnavailableError for kernels that only Python can run, and for options that no flow knows.
     """
     if family not in FLOWS:
         names = " or ".join(map(repr, FLOWS))
         raise UnavailableError(f"kernel: got {family!r} with engine 'starpu', expected {names}: no Python in tasks")
+    if missing := spec.options - OPTIONS:
+        raise UnavailableError(
+            f"engine: got 'starpu', expected 'direct': it does not know {', '.join(sorted(missing))}"
+        )
     call = _Call(spec, layout, FLOWS[family] if spec.kv_len else Flow)  # without keys there are no scores to store
     return Addresses, call.run
 
