@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import numpy as np
 
@@ -15,9 +15,22 @@ from flashtile.spec import refuse_later
 
 __all__ = ["attention", "clear_cache"]
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from flashtile.signature import Array, Keywords
+
+    A = TypeVar("A", bound=Array)
+
 ndarray, empty = np.ndarray, np.empty
 
 
+@overload
+def attention(q: A, k: A, v: A, *, return_lse: Literal[False] = ..., **options: Unpack[Keywords]) -> A: ...
+@overload
+def attention(q: A, k: A, v: A, *, return_lse: Literal[True], **options: Unpack[Keywords]) -> tuple[A, Any]: ...
+@overload
+def attention(q: A, k: A, v: A, *, return_lse: bool, **options: Unpack[Keywords]) -> A | tuple[A, Any]: ...
 def attention(
     q: Any,
     k: Any,

@@ -84,7 +84,7 @@ def expect(
              are its options mask, bias, score_mod, softcap, alibi_slopes and sinks.
     Units:   lse in nats.
     Numerics: see the module's text; lse is judged by the same rule, in the accumulator's dtype.
-    Errors:  SpecError as `flashtile.attention`; ValueError where the baseline overflows in every element that the
+    Raises:  SpecError as `flashtile.attention`; ValueError where the baseline overflows in every element that the
              reference has finite, for the rule then says nothing.
     Source:  docs, "What flashtile computes", the accuracy rule.
     """
@@ -126,7 +126,7 @@ def assert_accurate(got: Any, q: Any, k: Any, v: Any, *, kind: str = "output", *
     Shapes:  got (B, H, S_q, D_v) for kind "output", (B, H, S_q) for kind "lse", or with as few axes as q.
     Units:   lse in nats.
     Numerics: the dtype, the shape and every element, by the rule of this module.
-    Errors:  AssertionError naming the first wrong element; else as `expect`.
+    Raises:  AssertionError naming the first wrong element; else as `expect`.
     Source:  docs, "What flashtile computes", the accuracy rule.
     """
     __tracebackhide__ = True

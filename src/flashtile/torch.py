@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -19,10 +19,27 @@ from flashtile.spec import refuse_later
 
 __all__ = ["attention", "scaled_dot_product_attention"]
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from flashtile.signature import Keywords
+
 Tensor = torch.Tensor
 _STRIDED = torch.strided
 
 
+@overload
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: Literal[False] = ..., **options: Unpack[Keywords]
+) -> torch.Tensor: ...
+@overload
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: Literal[True], **options: Unpack[Keywords]
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bool, **options: Unpack[Keywords]
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,
