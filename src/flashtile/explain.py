@@ -24,6 +24,7 @@ from flashtile.score.expr import Expr, postorder
 from flashtile.score.options import ScoreOptions, Scoring
 from flashtile.score.program import Program
 from flashtile.score.readable import mask_text, score_text
+from flashtile.signature import Align, Engine, Kernel, Precision, Window
 from flashtile.spec import LATER_OPTIONS, AttentionSpec, refuse_later
 from flashtile.threads import get_num_threads
 
@@ -94,15 +95,15 @@ def explain(
     bias: Any = None,
     score_mod: Any = None,
     causal: bool = False,
-    window: tuple[int | None, int | None] | None = None,
-    align: Any = None,
+    window: Window = None,
+    align: Align = None,
     softcap: float | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
     scale: float | None = None,
-    precision: str = "ieee",
-    kernel: str = "auto",
-    engine: str = "auto",
+    precision: Precision = "ieee",
+    kernel: Kernel = "auto",
+    engine: Engine = "auto",
     **others: Any,
 ) -> Explanation:
     """Say which kernel, instruction set, tiles, coverage, FLOPs and scratch a call would use, without running it.

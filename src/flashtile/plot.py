@@ -16,6 +16,7 @@ from flashtile.plan import make_plan
 from flashtile.score.coverage import EMPTY, FULL, PARTIAL
 from flashtile.score.options import ScoreOptions
 from flashtile.score.program import Program
+from flashtile.signature import Align, Kernel, Window
 from flashtile.spec import AttentionSpec, integer
 
 # What a tile costs, from nothing to a product without mask code; told apart without colour, too.
@@ -34,9 +35,9 @@ def plot_coverage(
     mask: Any = None,
     score_mod: Any = None,
     causal: bool = False,
-    window: tuple[int | None, int | None] | None = None,
-    align: Any = None,
-    kernel: str = "auto",
+    window: Window = None,
+    align: Align = None,
+    kernel: Kernel = "auto",
     batch: int = 0,
     head: int = 0,
     tile: tuple[int, int] | None = None,

@@ -28,6 +28,7 @@ from flashtile.calls import Options
 from flashtile.dtypes import dtype_of
 from flashtile.kernels import reference, vanilla
 from flashtile.score.options import ScoreOptions, Scoring
+from flashtile.signature import Align, Precision, Window
 from flashtile.spec import PER_BATCH, AttentionSpec, integer
 
 # How many times the baseline's largest error a tensor of each kind may err.
@@ -73,9 +74,9 @@ def expect(
     *,
     scale: float | None = None,
     causal: bool = False,
-    window: Any = None,
-    align: Any = None,
-    precision: str = "ieee",
+    window: Window = None,
+    align: Align = None,
+    precision: Precision = "ieee",
     **scores: Any,
 ) -> tuple[Expected, Expected]:
     """What `flashtile.attention` of the same arguments should return: the output, and lse.

@@ -15,6 +15,7 @@ from flashtile.progress import reporter
 from flashtile.score.capture import ArrayCapture
 from flashtile.score.options import ScoreOptions
 from flashtile.score.program import Program
+from flashtile.signature import Align, Engine, Kernel, Precision, Progress, Window
 from flashtile.spec import refuse_later
 
 __all__ = ["attention", "scaled_dot_product_attention"]
@@ -49,19 +50,19 @@ def attention(
     bias: Any = None,
     score_mod: Any = None,
     causal: bool = False,
-    window: tuple[int | None, int | None] | None = None,
-    align: Any = None,
+    window: Window = None,
+    align: Align = None,
     softcap: float | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
-    precision: str = "ieee",
+    precision: Precision = "ieee",
     return_lse: bool = False,
-    kernel: str = "auto",
-    engine: str = "auto",
-    progress: Any = None,
+    kernel: Kernel = "auto",
+    engine: Engine = "auto",
+    progress: Progress = None,
     out: Tensor | None = None,
 ) -> Any:
     """`flashtile.attention` on tensors, all on the CPU or all on one GPU: the same keywords, shapes, numerics and
@@ -172,7 +173,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    window: tuple[int | None, int | None] | None = None,
+    window: Window = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
