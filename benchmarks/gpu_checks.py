@@ -80,7 +80,7 @@ CHECKS = (
     Check("causal, bottom right", options=_always(causal=True, align="bottom_right")),
     Check("rows that see nothing", options=_always(causal=True, align=-50)),
     Check("window", options=_always(window=(17, 4), align="top_left")),
-    Check("an offset a batch", options=_per_batch),
+    Check("one offset per batch", options=_per_batch),
     Check("one key/value head", kv_heads=1),
     Check("as many key/value heads", kv_heads=4),
     Check("head size 1", size=1, value_size=1),

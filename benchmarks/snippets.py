@@ -127,7 +127,7 @@ def starpu_tiles(case_name: str) -> dict[str, float]:
 
 
 def starpu_submission() -> dict[str, float]:
-    """Microseconds a task for 10,000 tasks of empty kernels on five handles each, submitted and executed."""
+    """Microseconds per task for 10,000 tasks of empty kernels on five handles each, submitted and executed."""
     import numpy as np
 
     from flashtile import starpu

@@ -71,7 +71,7 @@ class Explanation:
             ("coverage", f"{c.full} full, {c.partial} partial, {c.empty} empty of {tiles} tiles; "
                          f"{100 * c.visible / max(c.pairs, 1):.1f}% of the pairs visible"),
             ("work", f"{self.flops / 1e9:.6g} GFLOP"),
-            ("scratch", f"{_bytes(self.scratch_bytes)} a thread; unfused scores take {_bytes(self.unfused_bytes)}"),
+            ("scratch", f"{_bytes(self.scratch_bytes)} per thread; unfused scores take {_bytes(self.unfused_bytes)}"),
             *((f"not {name}", reason) for name, reason in self.passed_over),
             *(("note", note) for note in self.notes),
         ]  # fmt: skip

@@ -22,7 +22,7 @@ from flashtile.spec import AttentionSpec, integer
 # What a tile costs, from nothing to a product without mask code; told apart without colour, too.
 _COLOURS = {EMPTY: "#f4f4f4", PARTIAL: "#f0a830", FULL: "#1f5a92"}
 _SQUARE = 3  # times as many keys as rows, or rows as keys: up to here the picture is to scale
-_LINED = 64  # tiles a side: up to here lines show where each ends
+_LINED = 64  # tiles along a side: up to here lines show where each ends
 _LABELS = {EMPTY: "empty: skipped", PARTIAL: "partial: masked element by element", FULL: "full: no mask code"}
 
 

@@ -10,7 +10,7 @@ from inputs import Shape
 
 from flashtile.score import causal, document, padding, prefix, relative, window
 
-# Ragged in every tile: panels of 6 to 48 rows, blocks of 32 and 128 keys; two query heads a key/value head.
+# Ragged in every tile: panels of 6 to 48 rows, blocks of 32 and 128 keys; two query heads per key/value head.
 SHAPE = Shape(2, 4, 2, 70, 150, 20, 24)
 AHEAD = SHAPE.kv_len - SHAPE.q_len  # the offset of "bottom_right"
 

@@ -142,7 +142,7 @@ def build(folder: Path, arch: str, chosen: Iterable[Chosen]) -> Iterator[dict[st
 
 
 def manifest(arch: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a manifest holds: versions, the architecture, an entry a kernel."""
+    """What a manifest holds: versions, the architecture, one entry per kernel."""
     import triton
 
     return {

@@ -25,7 +25,7 @@ def scores(
     SCORE: tl.constexpr, MASK: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr,
     WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
-    """Stage one, a tile a program: s = scale * q k^T, changed by the program, -inf where hidden.
+    """Stage one, one tile per program: s = scale * q k^T, changed by the program, -inf where hidden.
 
     Shapes:  q (B, H, S_q, D), k (B, H_kv, S_kv, D) -> s (B, H, S_q, columns), rows s_s elements apart; columns beyond
              S_kv are -inf.
@@ -59,7 +59,7 @@ def scores(
 def softmax(
     s, p, lse, first, q_len, kv_len, query_tiles, sinks, TILE_Q: tl.constexpr, TILE_K: tl.constexpr
 ):  # fmt: skip
-    """Stage two, a tile of rows a program: s (B, H, S_q, S_kv) -> weights p of that shape, lse (B, H, S_q) in nats.
+    """Stage two, one tile of rows per program: s (B, H, S_q, S_kv) -> weights p of that shape, lse (B, H, S_q) in nats.
 
     p may be s. The weight of a hidden key is -0.0, which no other weight is.
     """
@@ -104,7 +104,7 @@ def output(
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, VALUE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     STATE: tl.constexpr,
 ):  # fmt: skip
-    """Stage three, a tile of rows a program: o = p v; of a state that is carried, o + p v.
+    """Stage three, one tile of rows per program: o = p v; of a state that is carried, o + p v.
 
     Shapes:  p (B, H, S_q, S_kv), rows p_s elements apart, v (B, H_kv, S_kv, D_v) -> o (B, H, S_q, D_v). A weight of
              -0.0 says that the row does not see the key, where values are not finite.
