@@ -156,13 +156,20 @@ def starpu_submission() -> dict[str, float]:
         whole.append(time.perf_counter() - start)
     low, middle, high = statistics.quantiles(whole[1:], n=4, method="inclusive")
     us = 1e6 / len(rows)
-    return {"microseconds": middle * us, "quartiles": (low * us, high * us),  # type: ignore[dict-item]
-            "submission alone": statistics.median(submitting[1:]) * us}  # fmt: skip
+    return {
+        "microseconds": middle * us,
+        "quartiles": (low * us, high * us),  # type: ignore[dict-item]
+        "submission alone": statistics.median(submitting[1:]) * us,
+    }
 
 
 SNIPPETS: tuple[Callable[..., dict[str, float]], ...] = (
-    tiny_call, first_call, long_head, starpu_tiles, starpu_submission,
-)  # fmt: skip
+    tiny_call,
+    first_call,
+    long_head,
+    starpu_tiles,
+    starpu_submission,
+)
 
 if __name__ == "__main__":
     snippets = {snippet.__name__: snippet for snippet in SNIPPETS}

@@ -221,8 +221,14 @@ def test_merge_kernel(adjacent: bool, dtype: str) -> None:
     parts_o[3, 0, 0, 0, 5] = np.nan
     o = np.full((*rows, 37 * (1 if adjacent else 2)), 7).astype(numpy_dtype(dtype))[..., :: 1 if adjacent else 2]
     lse = np.empty(rows, accumulator)
-    tail = {"heads": 3, "q_len": 2, "value_size": 37, "splits": splits,
-            "o_split": parts_o.strides[0], "lse_split": parts_lse.strides[0]}  # fmt: skip
+    tail = {
+        "heads": 3,
+        "q_len": 2,
+        "value_size": 37,
+        "splits": splits,
+        "o_split": parts_o.strides[0],
+        "lse_split": parts_lse.strides[0],
+    }
     tail.update(zip(("o_b", "o_h", "o_s", "o_d"), o.strides, strict=True))
     block = merge.pack_addresses(*map(address_of, (parts_o, parts_lse, o, lse))) + merge.pack_tail(tail)
     scratch = np.empty(merge.scratch_bytes(c, splits), np.uint8)

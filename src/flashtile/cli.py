@@ -265,12 +265,12 @@ def _add_aot_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--dtype", type=_words, default=["bfloat16"], metavar="A,B", help="default bfloat16")
     sub.add_argument("--head-size", type=_numbers, default=(64, 128), metavar="A,B", help="default 64,128")
     sub.add_argument("--precision", default="ieee", help=f"of float32 inputs: {_names(Precision, 'ieee')}")
-    sub.add_argument("--kernels", type=_words, default=["forward", "merge"], metavar="A,B",
-                     help="of forward, merge, scores, softmax, output (default forward,merge)")  # fmt: skip
-    sub.add_argument("--state", type=_words, default=["finished"], metavar="A,B",
-                     help="what o and lse hold: finished (default), partial, carried")  # fmt: skip
-    sub.add_argument("--band", type=_words, default=["band", "open"], metavar="A,B",
-                     help="band: causal and windowed calls; open: no mask (default both)")  # fmt: skip
+    for option, default, content in (
+        ("--kernels", ["forward", "merge"], "of forward, merge, scores, softmax, output (default forward,merge)"),
+        ("--state", ["finished"], "what o and lse hold: finished (default), partial, carried"),
+        ("--band", ["band", "open"], "band: causal and windowed calls; open: no mask (default both)"),
+    ):
+        sub.add_argument(option, type=_words, default=default, metavar="A,B", help=content)
     sub.add_argument("--any-alignment", action="store_true", help="addresses and strides need not be multiples of 16")
 
 
