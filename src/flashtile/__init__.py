@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flashtile import errors, score
 from flashtile.api import attention
@@ -15,6 +15,9 @@ from flashtile.errors import FlashtileError, KernelError, SpecError, Unavailable
 from flashtile.explain import Explanation, explain
 from flashtile.merge import merge
 from flashtile.threads import get_num_threads, set_num_threads
+
+if TYPE_CHECKING:
+    from flashtile.plot import plot_coverage
 
 __version__ = "0.1.0"
 

@@ -29,6 +29,7 @@ from flashtile.dtypes import dtype_of
 from flashtile.kernels import reference, vanilla
 from flashtile.score.keep import keep_of
 from flashtile.score.options import ScoreOptions, Scoring
+from flashtile.signature import Align, Precision, Window
 from flashtile.spec import PER_BATCH, AttentionSpec, integer
 
 # How many times the baseline's largest error a tensor of each kind may err.
@@ -74,11 +75,11 @@ def expect(
     *,
     scale: float | None = None,
     causal: bool = False,
-    window: Any = None,
-    align: Any = None,
+    window: Window = None,
+    align: Align = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
-    precision: str = "ieee",
+    precision: Precision = "ieee",
     **scores: Any,
 ) -> tuple[Expected, Expected]:
     """What `flashtile.attention` of the same arguments should return: the output, and lse.
@@ -87,7 +88,7 @@ def expect(
              are its options mask, bias, score_mod, softcap, alibi_slopes and sinks.
     Units:   lse in nats.
     Numerics: see the module's text; lse is judged by the same rule, in the accumulator's dtype.
-    Errors:  SpecError as `flashtile.attention`; ValueError where the baseline overflows in every element that the
+    Raises:  SpecError as `flashtile.attention`; ValueError where the baseline overflows in every element that the
              reference has finite, for the rule then says nothing.
     Source:  docs, "What flashtile computes", the accuracy rule.
     """
@@ -130,7 +131,7 @@ def assert_accurate(got: Any, q: Any, k: Any, v: Any, *, kind: str = "output", *
     Shapes:  got (B, H, S_q, D_v) for kind "output", (B, H, S_q) for kind "lse", or with as few axes as q.
     Units:   lse in nats.
     Numerics: the dtype, the shape and every element, by the rule of this module.
-    Errors:  AssertionError naming the first wrong element; else as `expect`.
+    Raises:  AssertionError naming the first wrong element; else as `expect`.
     Source:  docs, "What flashtile computes", the accuracy rule.
     """
     __tracebackhide__ = True

@@ -39,7 +39,7 @@ def view(
 
     Shapes:  any; strides in bytes, of any sign, 0 included; the address may be misaligned.
     Numerics: none; the dtype names the storage (bfloat16 is its bits, uint16).
-    Errors:  none of its own: the caller vouches that the memory lives as long as the view.
+    Raises:  none of its own: the caller vouches that the memory lives as long as the view.
     """
     if 0 in shape:  # an empty array may come with a null address, which the interface refuses
         return np.empty(shape, dtype)
