@@ -13,6 +13,7 @@ from flashtile import errors, score
 from flashtile.api import attention
 from flashtile.errors import FlashtileError, KernelError, SpecError, UnavailableError
 from flashtile.explain import Explanation, explain
+from flashtile.gradients import Gradients, attention_backward
 from flashtile.merge import merge
 from flashtile.threads import get_num_threads, set_num_threads
 
@@ -21,10 +22,12 @@ __version__ = "0.1.0"
 __all__ = [
     "Explanation",
     "FlashtileError",
+    "Gradients",
     "KernelError",
     "SpecError",
     "UnavailableError",
     "attention",
+    "attention_backward",
     "errors",
     "explain",
     "get_num_threads",
