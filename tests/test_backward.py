@@ -188,11 +188,40 @@ def test_an_array_captured_twice_is_one_sum_and_a_clamped_load_gets_none():
     np.testing.assert_allclose(twice[short], once[short])
     view = short[:]
     assert view not in twice and len(twice) == 1
-    inside, clamped = (gradient(f)[short] for f in (
-        lambda s, b, h, i, j: s + np.where(j < 4, short[j], 0.4),
-        lambda s, b, h, i, j: s + short[j],
-    ))  # fmt: skip
-    np.testing.assert_allclose(inside, clamped)
+    full = np.concatenate([short, [0.4, 0.4, 0.4]])
+    guarded = gradient(lambda s, b, h, i, j: s + np.where(j < 4, short[j], 0.4))[short]
+    np.testing.assert_allclose(guarded, gradient(lambda s, b, h, i, j: s + full[j])[full][:4])
+
+
+def test_merge_backward_is_the_limit_of_differences():
+    r = np.random.default_rng(5)
+    pairs = [(r.standard_normal((3, 4)), r.standard_normal(3)) for _ in range(3)]
+    pairs[1][1][0] = -np.inf  # a partial whose row saw no key: its o is not read
+    pairs[1][0][0] = np.nan
+    do, dlse = r.standard_normal((3, 4)), r.standard_normal(3)
+    got = flashtile.merge_backward(do, pairs, dlse=dlse)
+    assert not got[1][0][0].any() and got[1][1][0] == 0
+    for n, which in np.ndindex(3, 2):
+        direction = r.standard_normal(pairs[n][which].shape)
+
+        def loss(step, n=n, which=which, direction=direction):
+            moved = [list(pair) for pair in pairs]
+            moved[n][which] = moved[n][which] + step * direction
+            o, lse = flashtile.merge(moved)
+            return np.sum(do * o) + np.sum(dlse * lse)
+
+        difference = (loss(1e-5) - loss(-1e-5)) / 2e-5
+        assert np.sum(got[n][which] * direction) == pytest.approx(difference, rel=1e-7, abs=1e-8)
+
+
+def test_merge_backward_of_rows_that_saw_nothing_is_zero_and_bad_shapes_raise():
+    nothing = np.zeros((2, 3), np.float32), np.full(2, -np.inf, np.float32)
+    do = np.full((2, 3), np.nan, np.float32)
+    assert all(not x.any() for pair in flashtile.merge_backward(do, [nothing, nothing]) for x in pair)
+    with pytest.raises(flashtile.SpecError, match="do: got shape"):
+        flashtile.merge_backward(do[:1], [nothing])
+    with pytest.raises(flashtile.SpecError, match="dlse: got dtype"):
+        flashtile.merge_backward(do, [nothing], dlse=np.zeros(2))
 
 
 BAD = {

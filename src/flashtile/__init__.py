@@ -14,7 +14,7 @@ from flashtile.api import attention
 from flashtile.errors import FlashtileError, KernelError, SpecError, UnavailableError
 from flashtile.explain import Explanation, explain
 from flashtile.gradients import Gradients, attention_backward
-from flashtile.merge import merge
+from flashtile.merge import merge, merge_backward
 from flashtile.threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
@@ -32,6 +32,7 @@ __all__ = [
     "explain",
     "get_num_threads",
     "merge",
+    "merge_backward",
     "plot_coverage",
     "score",
     "set_num_threads",
