@@ -10,6 +10,8 @@ It may also have
 
     refuses(spec) -> str | None    why it does not compute a spec that its capabilities cover, asked last: it may try
     remark() -> str                what `flashtile doctor` says of it where it is available
+    backward(spec, inputs, offset, scoring, wanted, order=None) -> Sums
+                                   the gradients, see kernels/backward.py; where Capabilities.directions has "backward"
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ class Capabilities:
     longest_part: int | None = None  # keys over which a work item sums accurately; None: any number
     devices: frozenset[str] = frozenset(("cpu",))  # whose memory it reads: "cpu", "cuda"
     enough_items: int | None = None  # work items that keep all of a device busy; None: as many as threads may need
+    directions: frozenset[str] = frozenset(("forward",))  # and "backward"
     at_once: bool = False  # one call computes every work item, on a device's own threads
 
 
@@ -104,7 +107,7 @@ def families() -> Iterator[tuple[str, ModuleType | str]]:
             yield name, module
 
 
-def objection(family: ModuleType | str, spec: AttentionSpec) -> str | None:
+def objection(family: ModuleType | str, spec: AttentionSpec, direction: str = "forward") -> str | None:
     """Why a family cannot do a call, None if it can."""
     if isinstance(family, str):
         return family
@@ -114,6 +117,8 @@ def objection(family: ModuleType | str, spec: AttentionSpec) -> str | None:
     able: Capabilities = family.capabilities(spec)
     if spec.device_kind not in able.devices:
         return f"runs on {', '.join(sorted(able.devices))}, not on {spec.device_kind}"
+    if direction not in able.directions:
+        return f"has no {direction}"
     if spec.dtype not in able.dtypes:
         return f"computes {', '.join(sorted(able.dtypes))}, not {spec.dtype}"
     largest = max(spec.head_size, spec.value_size)
@@ -125,7 +130,7 @@ def objection(family: ModuleType | str, spec: AttentionSpec) -> str | None:
     return refusal
 
 
-def pick(spec: AttentionSpec, requested: str) -> ModuleType:
+def pick(spec: AttentionSpec, requested: str, direction: str = "forward") -> ModuleType:
     """The family named `requested`, or for "auto" the first that can do the call. In its place, where a call has no
     heads or head sizes of 0, one that computes it in NumPy: such a call never reaches compiled code on the CPU.
 
@@ -137,7 +142,7 @@ def pick(spec: AttentionSpec, requested: str) -> ModuleType:
         known.append(name)
         if requested not in ("auto", name):
             continue
-        reason = objection(family, spec.filled)
+        reason = objection(family, spec.filled, direction)
         if reason is None and isinstance(family, ModuleType):
             if not spec.empty or spec.device != "cpu":
                 return family

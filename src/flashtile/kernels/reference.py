@@ -18,6 +18,7 @@ from flashtile.kernels import Capabilities, Layout
 from flashtile.kernels.views import RowsKernel
 
 if TYPE_CHECKING:
+    from flashtile.kernels.backward import Inputs, Sums
     from flashtile.plan import Plan
     from flashtile.score.keep import Keep
     from flashtile.score.options import Scoring
@@ -217,6 +218,7 @@ def capabilities(spec: AttentionSpec) -> Capabilities:
         tile_k=(max(1, spec.kv_len),),
         options=frozenset({"band", "program", "sinks", "dropout"}),
         native=False,
+        directions=frozenset({"forward", "backward"}),
     )
 
 
@@ -229,3 +231,18 @@ def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> RowsKernel:
 def oracle_dtype(dtype: str) -> np.dtype:
     """The arithmetic that judges a dtype: fp64, and longdouble for fp64 itself."""
     return np.dtype(np.longdouble if dtype_of(dtype).name == "float64" else np.float64)
+
+
+def backward(
+    spec: AttentionSpec,
+    inputs: Inputs,
+    offset: int | np.ndarray,
+    scoring: Scoring | None,
+    wanted: frozenset[str],
+    order: np.ndarray | None = None,
+) -> Sums:
+    """The gradients in the oracle's dtype, by blocks of rows."""
+    from flashtile.kernels.backward import Arithmetic, differentiate  # which builds on this module
+
+    exact = Arithmetic(oracle_dtype(spec.dtype), np.asarray, np.asarray, _BLOCK_SCORES)
+    return differentiate(spec, inputs, offset, scoring, wanted, exact, order)

@@ -28,6 +28,7 @@ from flashtile.kernels.reference import (
 from flashtile.kernels.views import RowsKernel
 
 if TYPE_CHECKING:
+    from flashtile.kernels.backward import Inputs, Sums
     from flashtile.plan import Plan
     from flashtile.score.options import Scoring
     from flashtile.spec import AttentionSpec, Band
@@ -166,6 +167,7 @@ def capabilities(spec: AttentionSpec) -> Capabilities:
         tile_k=(max(1, spec.kv_len),),
         options=frozenset({"band", "program", "sinks", "dropout"}),
         native=False,
+        directions=frozenset({"forward", "backward"}),
     )
 
 
@@ -173,3 +175,20 @@ def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> RowsKernel:
     """The baseline bound to one specification; nothing is generated, so nothing is cached."""
     attend = partial(attend_rows, scale=spec.scale, dtype=spec.dtype, band=spec.band, precision=spec.precision)
     return RowsKernel(spec, plan, layout, attend, rule_of)
+
+
+def backward(
+    spec: AttentionSpec,
+    inputs: Inputs,
+    offset: int | np.ndarray,
+    scoring: Scoring | None,
+    wanted: frozenset[str],
+    order: np.ndarray | None = None,
+) -> Sums:
+    """The gradients, unfused: a 16-bit type rounds S, P, dP and dS where they are stored, S_q x S_kv a head."""
+    from flashtile.kernels.backward import Arithmetic, differentiate  # which builds on this family's oracle
+
+    store, operand = STORED.get(spec.dtype), OPERANDS[spec.precision]
+    accumulator = np.dtype(DTYPES[spec.dtype].accumulator)
+    how = Arithmetic(accumulator, partial(rounded, store=store), partial(rounded, store=operand), None)
+    return differentiate(spec, inputs, offset, scoring, wanted, how, order)
