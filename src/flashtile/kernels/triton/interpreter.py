@@ -7,6 +7,9 @@ imported whether it interprets; the environment variable must be set by then.
 from __future__ import annotations
 
 import ctypes
+import importlib
+import inspect
+import re
 import threading
 import warnings
 from collections.abc import Mapping
@@ -27,6 +30,27 @@ _TORCH = {
 
 # While a kernel is interpreted, Triton's language is patched for the whole process.
 _one_at_a_time = threading.Lock()
+
+
+def mend_index(runtime: Any) -> None:
+    """Let a tensor of one element count as an integer under NumPy 2.4, in `triton.runtime.interpreter`.
+
+    Triton's interpreter asks int() of its array, which NumPy 2.4 refuses unless the array has no axes. Triton 3.6 is
+    alone in that; where the interpreter is built otherwise, this changes nothing.
+    """
+    patch = getattr(runtime, "_patch_lang_tensor", None)
+    if patch is None or not _SPELLED.search(inspect.getsource(patch)):
+        return
+
+    def mended(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    runtime._patch_lang_tensor = mended
+
+
+_SPELLED = re.compile(r"int\(self\.handle\.data\)")
+mend_index(importlib.import_module("triton.runtime.interpreter"))
 
 
 class Interpreter:

@@ -187,6 +187,12 @@ TABLE: dict[tuple[str, str], tuple[Row, Row, Row]] = {
     ),
 }
 
+# Rows in place of the table's where the Triton at hand is older than a version and its kernels would spill.
+OLDER: dict[tuple[str, str, int], tuple[tuple[int, int], Row]] = {
+    ("sm_80", "bfloat16", 64): ((3, 7), row(128, 64, 8, 2, 197, 0, 32768, 14)),
+    ("sm_80", "float16", 64): ((3, 7), row(128, 64, 8, 2, 197, 0, 32768, 8)),
+}
+
 # Other architectures, by a pattern: whose rows they take. Rows of sm_80 fit into 99 KB of shared memory, which is what
 # sm_86, sm_89 and sm_120 have.
 FALLBACK = (
@@ -197,8 +203,8 @@ FALLBACK = (
     (r"gfx9[45].", "gfx942"),
 )
 
-# The first Triton that compiles the forward kernel for an architecture, where that is not the first of all: 3.7 fails
-# in its layouts of Blackwell's tensor memory.
+# The first Triton that compiles the forward kernel for an architecture, where that is not the first of all: those
+# before 3.8 fail in their layouts of Blackwell's tensor memory.
 NEEDS = {"sm_100": (3, 8)}
 
 # With so few rows a key/value head, they are the whole tile: the least that tensor cores take.
@@ -222,7 +228,15 @@ def row_of(arch: str, kind: str, head_size: int) -> Row:
     rows = rows_of(arch)
     if rows is None:
         raise UnavailableError(f"no tile configuration for {arch}")
-    return TABLE[rows, kind][place]
+    older, instead = OLDER.get((rows, kind, HEADS[place]), ((0, 0), None))
+    return instead if instead is not None and _triton() < older else TABLE[rows, kind][place]
+
+
+def _triton() -> tuple[int, ...]:
+    """The version of the Triton at hand, which chooses among rows; where there is none, the table stands."""
+    from flashtile.kernels.triton import release
+
+    return release() or (99,)
 
 
 def vanilla_tile(spec: AttentionSpec, arch: str) -> Tile:
