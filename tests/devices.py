@@ -51,6 +51,12 @@ class HostOwner:
     def view(self, x: DeviceArray) -> View:
         return View(x.shape, x.strides, x.dtype, f"cuda:{x.device.id}")
 
+    def key(self, x: DeviceArray) -> Any:
+        return x.shape, x.strides, x.dtype, x.device.id
+
+    def number(self, x: DeviceArray) -> int:
+        return x.device.id
+
     def address(self, x: DeviceArray) -> int:
         return x.data.ptr
 

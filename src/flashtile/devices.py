@@ -60,23 +60,49 @@ def attention(
     refuse_later(seed=seed, dropout_p=dropout_p)
     library = one_library(q, k, v, out)
     owner = owner_of(library)
-    q, k, v = (borrow(owner, x) for x in (q, k, v))
-    views = owner.view(q), owner.view(k), owner.view(v)
-    target = None if out is None else owner.view(out)
-    offsets = None
+    lent = q, k, v
+    if library != owner.name:
+        lent = borrow(owner, q), borrow(owner, k), borrow(owner, v)
+    offsets = scores = None
     if align is not None:
-        align, offsets = split_align(align, views[0].shape)
+        align, offsets = split_align(align, tuple(q.shape))
+    given = mask, bias, score_mod, softcap, alibi_slopes, sinks
+    if any(x is not None for x in given):
+        scores = ScoreOptions(*(borrow(owner, x) if is_array(x) else x for x in given))
     options = Options(causal, as_key(window), align, scale, precision, kernel, engine)
-    given = (borrow(owner, x) if is_array(x) else x for x in (mask, bias, score_mod, softcap, alibi_slopes, sinks))
-    spec, scoring = options.scored(ScoreOptions(*given), *views, offsets)
-    key = (views, target, options, spec.program, spec.sinks)
-    report = None if progress is None else reporter(progress)
-    with calling(owner, q) as place:
-        call = lookup(key) or prepare(key, *views, target, options, spec)
-        scoring = place_sinks(scoring, spec, owner)
-        o, lse = run(call, place, (q, k, v), out, offsets, scoring, return_lse, report)
+    o, lse = attend(owner, lent, options, scores, offsets, return_lse, progress, out)
     o = out if out is not None else give_back(library, o)
     return (o, give_back(library, lse)) if return_lse else o
+
+
+def attend(
+    owner: Owner,
+    inputs: tuple[Any, Any, Any],
+    options: Options,
+    scores: ScoreOptions | None,
+    offsets: np.ndarray | None,
+    return_lse: bool,
+    progress: Any,
+    out: Any,
+) -> tuple[Any, Any]:
+    """`attention` of arrays of the owner's: the output, and lse or None. A repeated call finds itself by its key."""
+    q, k, v = inputs
+    key: tuple[Any, ...] = (owner.key(q), owner.key(k), owner.key(v), None if out is None else owner.key(out), options)
+    spec = scoring = None
+    if scores is not None:
+        spec, scoring = options.scored(scores, owner.view(q), owner.view(k), owner.view(v), offsets)
+        key += spec.program, spec.sinks
+    call = lookup(key)
+    if call is None and spec is None:  # checked before the device is touched
+        spec = options.spec(owner.view(q), owner.view(k), owner.view(v))
+    report = None if progress is None else reporter(progress)
+    with calling(owner, q) as place:
+        if call is None:
+            target = None if out is None else owner.view(out)
+            call = prepare(key, owner.view(q), owner.view(k), owner.view(v), target, options, spec)
+        if scoring is not None and scoring.sinks is not None:
+            scoring = place_sinks(scoring, call.spec, owner)
+        return run(call, place, inputs, out, offsets, scoring, return_lse, report)
 
 
 def run(
@@ -85,7 +111,7 @@ def run(
     inputs: tuple[Any, Any, Any],
     out: Any,
     offsets: np.ndarray | None,
-    scoring: Scoring,
+    scoring: Scoring | None,
     return_lse: bool,
     report: Any,
 ) -> tuple[Any, Any]:
@@ -131,34 +157,33 @@ class Here:
 
     def __init__(self, owner: Owner, like: Any) -> None:
         self.owner, self.like = owner, like
-        self.device = owner.view(like).device
+        self.number = owner.number(like)  # as CUDA counts
         self.stream = owner.stream(like)
 
     @property
-    def number(self) -> int:
-        """The device's number, as CUDA counts."""
-        return int(self.device.partition(":")[2] or 0)
+    def device(self) -> str:
+        return f"cuda:{self.number}"
 
     def empty(self, shape: tuple[int, ...], dtype: str, what: str) -> Any:
         """A new array of a dtype by its name, or of "uint8".
 
         Raises: KernelError that says what there was no room for, the library's error as its cause.
         """
-        size = 1 if dtype == "uint8" else dtype_of(dtype).itemsize
-        with self._room(what, math.prod(shape) * size):
+        try:
             return self.owner.empty(shape, dtype, self.like)
+        except self.owner.out_of_memory() as cause:
+            size = 1 if dtype == "uint8" else dtype_of(dtype).itemsize
+            raise self._full(what, math.prod(shape) * size, cause) from cause
 
     def upload(self, array: np.ndarray, what: str) -> Any:
         """A copy of a host array. Raises: as empty."""
-        with self._room(what, array.nbytes):
-            return self.owner.upload(np.ascontiguousarray(array), self.like)
-
-    @contextlib.contextmanager
-    def _room(self, what: str, nbytes: int) -> Iterator[None]:
         try:
-            yield
+            return self.owner.upload(np.ascontiguousarray(array), self.like)
         except self.owner.out_of_memory() as cause:
-            raise KernelError(f"{self.device}: no memory for {what}, {nbytes} bytes: {cause}") from cause
+            raise self._full(what, array.nbytes, cause) from cause
+
+    def _full(self, what: str, nbytes: int, cause: Exception) -> KernelError:
+        return KernelError(f"{self.device}: no memory for {what}, {nbytes} bytes: {cause}")
 
 
 _here: ContextVar[Here] = ContextVar("flashtile_device_call")

@@ -6,8 +6,10 @@ orders the work of both, and results go back the same way.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+from collections.abc import Hashable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -25,6 +27,14 @@ class Owner(Protocol):
 
     def view(self, x: Any) -> View:
         """The array without its memory."""
+        ...
+
+    def key(self, x: Any) -> Hashable:
+        """What a kernel depends on of an array: equal for arrays that have equal views."""
+        ...
+
+    def number(self, x: Any) -> int:
+        """The number of the array's device, as CUDA counts."""
         ...
 
     def address(self, x: Any) -> int: ...
@@ -69,6 +79,12 @@ class Torch:
     def view(self, x: Any) -> View:
         return view_of(x)
 
+    def key(self, x: Any) -> Hashable:
+        return x.shape, x.stride(), x.dtype, x.device
+
+    def number(self, x: Any) -> int:
+        return int(x.device.index or 0)
+
     def address(self, x: Any) -> int:
         return int(x.data_ptr())
 
@@ -107,6 +123,12 @@ class CuPy:
 
     def view(self, x: Any) -> View:
         return View(tuple(x.shape), tuple(x.strides), x.dtype, device_of(x))
+
+    def key(self, x: Any) -> Hashable:
+        return x.shape, x.strides, x.dtype, x.device.id
+
+    def number(self, x: Any) -> int:
+        return int(x.device.id)
 
     def address(self, x: Any) -> int:
         return int(x.data.ptr)
@@ -151,13 +173,19 @@ def owner_of(library: str) -> Owner:
     Raises: SpecError for a library that is not known, UnavailableError if JAX's arrays cannot be lent to anyone.
     """
     if library in OWNERS:
-        return OWNERS[library]()
+        return _owner(OWNERS[library])  # type: ignore[arg-type]
     if library not in LENDERS:
         raise wrong("q", f"an array of {library} on a GPU", "one of torch, CuPy or JAX")
     for name, owner in OWNERS.items():
         if importlib.util.find_spec(name) is not None:
-            return owner()
+            return _owner(owner)  # type: ignore[arg-type]
     raise UnavailableError(f"q: got an array of {LENDERS[library]} on a GPU, expected torch or CuPy beside it")
+
+
+@functools.cache
+def _owner(kind: Any) -> Owner:
+    """One for all calls: it holds nothing of them."""
+    return kind()
 
 
 def borrow(owner: Owner, x: Any) -> Any:

@@ -85,13 +85,13 @@ def gpu(fake_driver: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setattr(driver, "missing", lambda: None)
     monkeypatch.setattr(family, "refuses", lambda spec: None)  # the self-test needs a GPU that computes
     monkeypatch.setitem(owners.OWNERS, "cupy", lambda: machine.owner)  # type: ignore[arg-type]
-    pack = parameters.block
+    launch = cuda.Ready.__call__
 
-    def spy(specialisation: Specialisation, *arguments: Any) -> bytes:
-        machine.specialisations.append(specialisation)
-        return pack(specialisation, *arguments)
+    def spy(ready: cuda.Ready, grid: int, values: Any) -> None:
+        machine.specialisations.append(ready.specialisation)
+        launch(ready, grid, values)
 
-    monkeypatch.setattr(cuda, "block", spy)
+    monkeypatch.setattr(cuda.Ready, "__call__", spy)
     for cache in CACHES:
         cache.cache_clear()
     clear_cache()

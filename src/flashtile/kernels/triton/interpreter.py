@@ -13,13 +13,14 @@ import re
 import threading
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from flashtile.kernels.triton import jit
-from flashtile.kernels.triton.device import Placed, Pointer
+from flashtile.kernels.triton.device import Bound, Placed, Pointer
 from flashtile.kernels.triton.specialisation import Specialisation
 
 _TORCH = {
@@ -27,6 +28,8 @@ _TORCH = {
     "i8": torch.int8, "i16": torch.int16, "i32": torch.int32, "i64": torch.int64,
     "u8": torch.uint8, "u16": torch.uint16, "u32": torch.uint32, "u64": torch.uint64,
 }  # fmt: skip
+
+PROCESSORS = 3  # few, so that small problems show what a program does that has several work items
 
 # While a kernel is interpreted, Triton's language is patched for the whole process.
 _one_at_a_time = threading.Lock()
@@ -53,6 +56,18 @@ _SPELLED = re.compile(r"int\(self\.handle\.data\)")
 mend_index(importlib.import_module("triton.runtime.interpreter"))
 
 
+@dataclass(frozen=True)
+class Interpreted:
+    """A `device.Bound`."""
+
+    device: Interpreter
+    specialisation: Specialisation
+    fixed: Mapping[str, Any]
+
+    def __call__(self, grid: int, values: Mapping[str, Any]) -> None:
+        self.device.launch(self.specialisation, grid, {**self.fixed, **values})
+
+
 class Interpreter:
     """A `device.Device` in CPU memory."""
 
@@ -65,6 +80,12 @@ class Interpreter:
             array = array.copy()
         strides = tuple(stride // array.itemsize for stride in array.strides)
         return Placed(Pointer(array.ctypes.data, element, array), strides)
+
+    def processors(self) -> int:
+        return PROCESSORS
+
+    def bind(self, specialisation: Specialisation, fixed: Mapping[str, Any]) -> Bound:
+        return Interpreted(self, specialisation, fixed)
 
     def launch(self, specialisation: Specialisation, grid: int, values: Mapping[str, Any]) -> None:
         arguments = jit.constants(specialisation)
