@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from flashtile.arrays import device_of
-from flashtile.calls import Call, Options, as_key, check_apart, lookup, prepare, split_align
+from flashtile.calls import CACHE_ENTRIES, Call, Options, as_key, check_apart, lookup, prepare, split_align
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import KernelError, wrong
 from flashtile.owners import LENDERS, Owner, borrow, give_back, library_of, owner_of
@@ -90,7 +90,15 @@ def attend(
     key: tuple[Any, ...] = (owner.key(q), owner.key(k), owner.key(v), None if out is None else owner.key(out), options)
     spec = scoring = None
     if scores is not None:
-        spec, scoring = options.scored(scores, owner.view(q), owner.view(k), owner.view(v), offsets)
+        plain = key, scores.positional
+        spec = _remembered(plain)
+        if spec is None:
+            spec = options.spec(owner.view(q), owner.view(k), owner.view(v), scores.positional)
+            if len(_specs) >= CACHE_ENTRIES:
+                _specs.clear()
+            _specs[plain] = spec
+        offset = offsets if spec.offset is None else spec.offset
+        spec, scoring = scores.scoring(spec, options.causal, options.window, offset)
         key += spec.program, spec.sinks
     call = lookup(key)
     if call is None and spec is None:  # checked before the device is touched
@@ -103,6 +111,17 @@ def attend(
         if scoring is not None and scoring.sinks is not None:
             scoring = place_sinks(scoring, call.spec, owner)
         return run(call, place, inputs, out, offsets, scoring, return_lse, report)
+
+
+# What was validated of calls before their options that change scores, which are validated at every call.
+_specs: dict[Hashable, AttentionSpec] = {}
+
+
+def _remembered(key: Hashable) -> AttentionSpec | None:
+    try:
+        return _specs.get(key)
+    except TypeError:  # an unhashable option is a wrong one; validation names it
+        return None
 
 
 def run(

@@ -190,8 +190,10 @@ TABLE: dict[tuple[str, str], tuple[Row, Row, Row]] = {
 # Rows in place of the table's where the Triton at hand is older than a version and its kernels would spill.
 OLDER: dict[tuple[str, str, int], tuple[tuple[int, int], Row]] = {
     ("sm_80", "bfloat16", 64): ((3, 7), row(128, 64, 8, 2, 197, 0, 32768, 14)),
-    ("sm_90", "bfloat16", 256): ((3, 7), row(64, 32, 8, 2, 196, 0, 98304, 0)),
-    ("sm_90", "float16", 256): ((3, 7), row(64, 32, 8, 2, 196, 0, 98304, 0)),
+    ("sm_90", "bfloat16", 256): ((3, 7), row(64, 32, 8, 2, 196, 0, 98304, 268)),
+    ("sm_90", "float16", 256): ((3, 7), row(64, 32, 8, 2, 196, 0, 98304, 268)),
+    ("sm_90", "float32 bf16", 256): ((3, 7), row(32, 32, 8, 1, 180, 0, 49152, 0)),
+    ("sm_90", "float32 fp16", 256): ((3, 7), row(32, 32, 8, 1, 180, 0, 49152, 0)),
     ("sm_80", "float16", 64): ((3, 7), row(128, 64, 8, 2, 197, 0, 32768, 8)),
 }
 
