@@ -20,7 +20,7 @@ from flashtile.arrays import device_of
 from flashtile.calls import CACHE_ENTRIES, Call, Options, as_key, check_apart, lookup, prepare, split_align
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import KernelError, wrong
-from flashtile.owners import LENDERS, Owner, borrow, give_back, library_of, owner_of
+from flashtile.owners import LENDERS, Owner, borrow, give_back, hold, library_of, owner_of
 from flashtile.progress import reporter
 from flashtile.score.capture import ArrayCapture, capture, is_array
 from flashtile.score.options import ScoreOptions, Scoring
@@ -70,7 +70,7 @@ def attention(
     if any(x is not None for x in given):
         scores = ScoreOptions(*(borrow(owner, x) if is_array(x) else x for x in given))
     options = Options(causal, as_key(window), align, scale, precision, kernel, engine)
-    o, lse = attend(owner, lent, options, scores, offsets, return_lse, progress, out)
+    o, lse = attend(owner, lent, options, scores, offsets, return_lse, progress, out, held=library != "torch")
     o = out if out is not None else give_back(library, o)
     return (o, give_back(library, lse)) if return_lse else o
 
@@ -84,8 +84,13 @@ def attend(
     return_lse: bool,
     progress: Any,
     out: Any,
+    held: bool = False,
 ) -> tuple[Any, Any]:
-    """`attention` of arrays of the owner's: the output, and lse or None. A repeated call finds itself by its key."""
+    """`attention` of arrays of the owner's: the output, and lse or None. A repeated call finds itself by its key.
+
+    held: the inputs live until the device has read them. JAX's memory, lent, and CuPy's, of another stream, might be
+    given to an operation that no one orders behind the kernels; with torch that is the caller's record_stream.
+    """
     q, k, v = inputs
     key: tuple[Any, ...] = (owner.key(q), owner.key(k), owner.key(v), None if out is None else owner.key(out), options)
     spec = scoring = None
@@ -110,7 +115,11 @@ def attend(
             call = prepare(key, owner.view(q), owner.view(k), owner.view(v), target, options, spec)
         if scoring is not None and scoring.sinks is not None:
             scoring = place_sinks(scoring, call.spec, owner)
-        return run(call, place, inputs, out, offsets, scoring, return_lse, report)
+        try:
+            return run(call, place, inputs, out, offsets, scoring, return_lse, report)
+        finally:  # some kernels of a call that failed may be under way
+            if held:
+                hold(owner, *inputs, scores)
 
 
 # What was validated of calls before their options that change scores, which are validated at every call.

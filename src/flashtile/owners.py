@@ -6,10 +6,11 @@ orders the work of both, and results go back the same way.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -59,6 +60,10 @@ class Owner(Protocol):
         """A copy in host memory of an array of NumPy's dtypes, once the stream has come to it: this waits."""
         ...
 
+    def passed(self, like: Any) -> Callable[[], bool]:
+        """A mark at the end of the current stream: whether the device has passed it, asked without waiting."""
+        ...
+
     def spread(self, x: Any, shape: tuple[int, ...], dtype: str) -> Any:
         """The array, cast and broadcast, row-major."""
         ...
@@ -106,6 +111,11 @@ class Torch:
     def download(self, x: Any) -> np.ndarray:
         return x.cpu().numpy()
 
+    def passed(self, like: Any) -> Callable[[], bool]:
+        event = self.torch.cuda.Event()
+        event.record(self.torch.cuda.current_stream(like.device))
+        return event.query
+
     def spread(self, x: Any, shape: tuple[int, ...], dtype: str) -> Any:
         return x.to(getattr(self.torch, dtype)).expand(shape).contiguous()
 
@@ -150,6 +160,11 @@ class CuPy:
     def download(self, x: Any) -> np.ndarray:
         return self.cupy.asnumpy(x)
 
+    def passed(self, like: Any) -> Callable[[], bool]:
+        event = self.cupy.cuda.Event(disable_timing=True)
+        event.record(self.cupy.cuda.get_current_stream())
+        return lambda: bool(event.done)
+
     def spread(self, x: Any, shape: tuple[int, ...], dtype: str) -> Any:
         return self.cupy.ascontiguousarray(self.cupy.broadcast_to(x.astype(dtype, copy=False), shape))
 
@@ -193,6 +208,19 @@ def borrow(owner: Owner, x: Any) -> Any:
     if library_of(x) == owner.name or device_of(x) == "cpu":
         return x
     return importlib.import_module(owner.name).from_dlpack(x)
+
+
+# Inputs that launched kernels may still read: (whether the device has passed them, the arrays).
+_held: list[tuple[Callable[[], bool], tuple[Any, ...]]] = []
+
+
+def hold(owner: Owner, *inputs: Any) -> None:
+    """Keep arrays alive until the device has passed the end of the current stream; let go of those that it passed."""
+    _held.append((owner.passed(inputs[0]), inputs))
+    for entry in tuple(_held):
+        if entry[0]():
+            with contextlib.suppress(ValueError):  # another thread was faster
+                _held.remove(entry)
 
 
 def give_back(library: str, x: Any) -> Any:
