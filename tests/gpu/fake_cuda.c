@@ -15,7 +15,7 @@
 
 static int started, retained, current;
 static long shared_allowed = 48 << 10;
-static char loaded[16][128];
+static char loaded[64][128];
 static int modules;
 
 static int failing(const char *name) {
@@ -88,7 +88,7 @@ CUresult cuCtxGetCurrent(CUcontext *context) {
 CUresult cuModuleLoadData(CUmodule *module, const void *image) {
     MAY_FAIL("cuModuleLoadData");
     NEED(current == 1, CUDA_ERROR_INVALID_CONTEXT);
-    NEED(!memcmp(image, "\177ELF", 4) && modules < 16, CUDA_ERROR_INVALID_IMAGE);
+    NEED(!memcmp(image, "\177ELF", 4) && modules < 64, CUDA_ERROR_INVALID_IMAGE);
     *module = (CUmodule)(size_t)(0x300 + modules++);
     return CUDA_SUCCESS;
 }
