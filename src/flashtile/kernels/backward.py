@@ -77,7 +77,7 @@ def differentiate(
     block = max(1, spec.q_len if how.block_scores is None else how.block_scores // max(1, spec.kv_len))
     with np.errstate(all="ignore"):  # inf and NaN are answers here, not accidents
         for b, h in np.ndindex(spec.batch, spec.heads):
-            kv, rule = h // spec.group, rule_of(scoring, b, h)
+            kv, rule = h // spec.group, rule_of(scoring, b, h, spec.heads)
             for begin in range(0, spec.q_len, block):
                 rows = slice(begin, min(begin + block, spec.q_len))
                 part = _Rows(
