@@ -10,7 +10,8 @@ import pytest
 
 from flashtile.llvm import jit
 from flashtile.llvm import machines as isas
-from flashtile.llvm.ir import SIZES, Function, Module, Value, vector
+from flashtile.llvm.ir import Function, Module, Value
+from flashtile.llvm.types import SIZES, vector
 from flashtile.llvm.machines import ISA
 
 _ELEMENTS = {np.dtype(np.float32): "float", np.dtype(np.float64): "double", np.dtype(np.int16): "i16",

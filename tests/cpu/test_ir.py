@@ -12,7 +12,8 @@ from lanes import every_isa, run
 from flashtile.errors import KernelError
 from flashtile.llvm import jit
 from flashtile.llvm import machines as isas
-from flashtile.llvm.ir import Function, Module, Value, element, lanes, like, literal, mangle, sizeof, vector
+from flashtile.llvm.ir import Function, Module, Value
+from flashtile.llvm.types import element, lanes, like, literal, mangle, sizeof, vector
 from flashtile.llvm.machines import ISA
 
 INTEGERS = np.array([-7, -1, 0, 1, 2, 3, 8, 1 << 40, -(1 << 62), (1 << 63) - 1, 12, 5], np.int64)

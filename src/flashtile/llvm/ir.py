@@ -34,10 +34,11 @@ _COMPARE = {"lt": ("slt", "olt"), "le": ("sle", "ole"), "gt": ("sgt", "ogt"), "g
 class Value:
     """An SSA value (or constant) of a function under construction."""
 
-    __slots__ = ("function", "number", "ref", "type")
+    __slots__ = ("function", "number", "origin", "ref", "type")
 
-    def __init__(self, function: Function, type_: str, ref: str, number: int | None = None):
+    def __init__(self, function: Function, type_: str, ref: str, number: int | None = None) -> None:
         self.function, self.type, self.ref, self.number = function, type_, ref, number
+        self.origin: tuple[Value, int] | None = None  # of a pointer: another one, so many bytes before
 
     def __str__(self) -> str:
         return f"{self.type} {self.ref}"
@@ -253,7 +254,14 @@ class Function:
         count = nbytes if isinstance(nbytes, Value) else self.const("i64", nbytes)
         if count.number == 0:
             return pointer
-        return self.emit("ptr", f"getelementptr i8, ptr {pointer.ref}, i64 {count.ref}")
+        origin = None
+        if count.number is not None:
+            base, before = pointer.origin or (pointer, 0)
+            origin = base, before + count.number
+            pointer, count = base, self.const("i64", origin[1])
+        moved = self.emit("ptr", f"getelementptr i8, ptr {pointer.ref}, i64 {count.ref}")
+        moved.origin = origin
+        return moved
 
     def load(self, type_: str, pointer: Value, align: int | None = None) -> Value:
         return self.emit(type_, f"load {type_}, ptr {pointer.ref}, align {align or SIZES[element(type_)]}")

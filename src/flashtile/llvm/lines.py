@@ -85,15 +85,15 @@ class Lines(Operand):
         """The kind of a parameter that is such lines."""
         return cls.kind(shape=shape)
 
-    def place(self, line: Value | int, register: int = 0) -> Value:
-        """The address of a register of a line."""
-        return self.at + (line * self.shape.bytes + register * self.shape.step)
+    def place(self, line: Value | int, register: int = 0, *, at: Value | int = 0) -> Value:
+        """The address of a register of a line; ``at``: so many bytes further, where a loop goes over registers."""
+        return self.at + (line * self.shape.bytes + register * self.shape.step + at)
 
-    def load(self, line: Value | int, register: int = 0) -> Value:
-        return self.at.function.load(self.shape.register, self.place(line, register), align=self.shape.step)
+    def load(self, line: Value | int, register: int = 0, *, at: Value | int = 0) -> Value:
+        return self.at.function.load(self.shape.register, self.place(line, register, at=at), align=self.shape.step)
 
-    def store(self, value: Value, line: Value | int, register: int = 0) -> None:
-        self.at.function.store(value, self.place(line, register), align=self.shape.step)
+    def store(self, value: Value, line: Value | int, register: int = 0, *, at: Value | int = 0) -> None:
+        self.at.function.store(value, self.place(line, register, at=at), align=self.shape.step)
 
     def moved(self, nbytes: Value | int) -> Lines:
         """The same lines seen from so many bytes on: from another line, register or lane."""
@@ -112,7 +112,7 @@ class Lines(Operand):
         f = self.at.function
         value = f.const(self.shape.register, number)
         with f.range(0, count * self.shape.bytes, self.shape.step) as at:
-            self.moved(at).store(value, 0)
+            self.store(value, 0, at=at)
 
 
 class Panel(Lines):

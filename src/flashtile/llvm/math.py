@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
 
-from flashtile.llvm.ir import SIZES, Function, Value, element, like
+from flashtile.llvm.ir import Function, Value
+from flashtile.llvm.types import SIZES, element, like
 from flashtile.llvm.machines import ISA
 
 

@@ -23,7 +23,8 @@ from flashtile.kernels.cpu.decode_softmax import STATE, emit_row_softmax, state
 from flashtile.kernels.cpu.decode_values import emit_value_tiles
 from flashtile.kernels.cpu.pack import write
 from flashtile.llvm import math as vmath
-from flashtile.llvm.ir import SIZES, Function, Module, Value
+from flashtile.llvm.ir import Function, Module, Value
+from flashtile.llvm.types import SIZES
 
 EXPORTS = ("decode",)
 

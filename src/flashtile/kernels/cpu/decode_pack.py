@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.pack import read
-from flashtile.llvm.ir import SIZES, Function, Module, Value, like, vector
+from flashtile.llvm.ir import Function, Module, Value
+from flashtile.llvm.types import SIZES, like, vector
 
 BITS = {"i16": "i16", "float": "i32", "double": "i64"}  # integers as wide as an element in memory
 

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.decode_pack import Slots, keys_ahead, prefetch, read_slot, slot_width
 from flashtile.kernels.cpu.scores import contract
-from flashtile.llvm.ir import SIZES, Function, Module, Value, lanes
+from flashtile.llvm.ir import Function, Module, Value
+from flashtile.llvm.types import SIZES, lanes
 
 ROW_TILES = (4, 2, 1)
 KEY_TILE = 8  # keys are scored in multiples of this

@@ -12,7 +12,8 @@ from flashtile.kernels.cpu.decode_softmax import STATE, state
 from flashtile.kernels.cpu.pack import read
 from flashtile.kernels.cpu.scores import contract
 from flashtile.kernels.cpu.spans import add_sum
-from flashtile.llvm.ir import SIZES, Function, Module, Value, vector
+from flashtile.llvm.ir import Function, Module, Value
+from flashtile.llvm.types import SIZES, vector
 
 CACHE_LINE = 64
 WIDEST = 8  # registers of value columns in a tile

@@ -17,7 +17,8 @@ from collections.abc import Mapping
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.pack import write
 from flashtile.llvm import math as vmath
-from flashtile.llvm.ir import SIZES, Function, Module, Value
+from flashtile.llvm.ir import Function, Module, Value
+from flashtile.llvm.types import SIZES
 
 EXPORTS = ("merge",)
 ADDRESSES = ("parts_o", "parts_lse", "o", "lse")

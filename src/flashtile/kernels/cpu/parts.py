@@ -16,7 +16,7 @@ from flashtile.kernels.cpu import decode, merge, params
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.decode_pack import slot_width
 from flashtile.llvm import jit
-from flashtile.llvm.ir import SIZES
+from flashtile.llvm.types import SIZES
 
 if TYPE_CHECKING:
     from flashtile.llvm.jit import Library

@@ -24,7 +24,8 @@ from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.pack import read, write
 from flashtile.kernels.cpu.scores import FAR
 from flashtile.llvm import math as vmath
-from flashtile.llvm.ir import SIZES, Function, Module, Value, vector
+from flashtile.llvm.ir import Function, Module, Value
+from flashtile.llvm.types import SIZES, vector
 from flashtile.score.captures import Block
 from flashtile.score.emit import Emission
 

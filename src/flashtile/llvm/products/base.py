@@ -72,4 +72,3 @@ class Product:
     def words(self, isa: ISA, accumulator: str) -> str:
         """The LLVM type of a register of words."""
         return vector(isa.lanes(accumulator), self.word(accumulator))
-
