@@ -18,10 +18,11 @@ import numpy as np
 from flashtile.arrays import address_of
 from flashtile.errors import UnavailableError, wrong
 from flashtile.kernels import Layout, Stage, cpu
-from flashtile.kernels.cpu import merge, parts
-from flashtile.kernels.cpu import unfused as stages
+from flashtile.kernels.cpu import parts
 from flashtile.kernels.cpu.block import CALL, band_of, split_scale
 from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.passes import merge
+from flashtile.kernels.cpu.passes import unfused as stages
 from flashtile.llvm import jit
 from flashtile.llvm import machines as isas
 from flashtile.llvm.products import FMA
@@ -202,7 +203,7 @@ def merging(dtype: str, value_size: int) -> TileKernel:
 def unfused(
     spec: AttentionSpec, tile_q: int, tile_k: int, *, offsets: int = 0, scoring: Scoring | None = None
 ) -> dict[str, TileKernel]:
-    """The kernels of the three unfused stages: "scores", "softmax", "output"; see kernels/cpu/unfused.py.
+    """The kernels of the three unfused stages: "scores", "softmax", "output"; see passes/unfused.py.
 
     Items of scores and output are numbered as in `forward`, those of softmax (b * heads + h) * query_tiles + i.
     Words that tasks set: q, k, v, o, lse, stored (addresses; stored is the query tile's own), q_s, k_s, v_s, o_s (bytes
@@ -211,7 +212,7 @@ def unfused(
     c = replace(cpu.config_of(spec), product=FMA)
     query_tiles, key_tiles = max(1, -(-spec.q_len // tile_q)), -(-spec.kv_len // tile_k)
     columns = stages.columns_of(c, tile_k)
-    at_keys, scratch_bytes = stages.scratch_layout(c, spec.head_size, columns, key_tiles)
+    areas = stages.areas(c, spec.head_size, columns, key_tiles)
     captures = None
     if scoring is not None and scoring.program is not None:
         from flashtile.score.captures import Block
@@ -219,8 +220,8 @@ def unfused(
         captures = Block(scoring.program.slots).pack(scoring.program.captures)
     sinks = None if scoring is None else scoring.sinks
     step = c.element
-    sizes = {
-        **dict.fromkeys(stages.ADDRESSES, 0),
+    values = {
+        **dict.fromkeys(stages.CALL.types, 0),
         "offsets": offsets,
         "captures": 0 if captures is None else address_of(captures),
         "sinks": 0 if sinks is None else address_of(sinks),
@@ -230,18 +231,18 @@ def unfused(
         "heads": spec.heads, "q_len": spec.q_len, "kv_len": spec.kv_len,
         "head_size": spec.head_size, "value_size": spec.value_size,
         "tile_q": tile_q, "tile_k": tile_k, "query_tiles": query_tiles, "key_tiles": key_tiles, "columns": columns,
-        "carry": 0, "at_keys": at_keys,
+        "at_keys": areas.at["at_keys"],
         **band_of(spec),
         "sink_b": spec.heads * c.size, "sink_h": c.size,
-        **{name: x for name, x in split_scale(1.0, c.acc).items() if name in stages.REALS},
+        **{name: x for name, x in split_scale(1.0, c.acc).items() if name in stages.CALL.types},
         "scale": spec.scale,
     }  # fmt: skip
-    block = np.frombuffer(stages.pack(sizes), np.int64).copy()
+    block = np.frombuffer(stages.CALL.pack(values), np.int64).copy()
     library = _unfused_library(c)
     keep = library, captures, scoring
     sized = f"{c!r} {spec.head_size} {spec.value_size}"
     return {
-        name: TileKernel(library.address(name), block, stages.INDEX, scratch_bytes, f"{name} {sized}", keep, c)
+        name: TileKernel(library.address(name), block, stages.CALL.index, areas.bytes, f"{name} {sized}", keep, c)
         for name in stages.EXPORTS
     }
 
@@ -255,8 +256,9 @@ def _merging(c: Config, value_size: int, parts_count: int) -> TileKernel:
     step = c.element
     values = {"o_b": 0, "o_h": 0, "o_s": value_size * step, "o_d": step, "heads": 1, "q_len": 1 << 40,
               "value_size": value_size, "splits": parts_count, "o_split": 0, "lse_split": 0}  # fmt: skip
-    block = np.frombuffer(merge.pack_addresses(0, 0, 0, 0) + merge.pack_tail(values), np.int64).copy()
+    block = np.frombuffer(merge.CALL.pack(dict.fromkeys(merge.CALL.types, 0) | values), np.int64).copy()
     library = parts._library("merge", c)
-    words = {name: n for n, name in enumerate(merge.FIELDS)}
     identity = f"merge {parts_count} {c!r} {value_size}"
-    return TileKernel(library.address("merge"), block, words, merge.scratch_bytes(c, parts_count), identity, library, c)
+    return TileKernel(
+        library.address("merge"), block, merge.CALL.index, merge.scratch_bytes(c, parts_count), identity, library, c
+    )
