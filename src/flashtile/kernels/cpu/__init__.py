@@ -37,9 +37,9 @@ _AXES = "bhsd"
 _PART_KEYS = 1024  # a part of one row takes some 0.1 ms: long beside handing it out and merging it
 # Where scores rise from key block to key block, every one of them rescales the sums by a factor that was rounded.
 _LONGEST_PART = 16384
-# With few queries a head, passes/decode, whose time goes with the rows, beats forward.py, whose time goes with registers
-# that they fill: one of so many lanes costs as much as so many rows. Before its first key a row takes as long as 40
-# keys, a register as 21.
+# With few queries a head, passes/decode, whose time goes with the rows, beats forward.py, whose time goes with the
+# registers that they fill: one of so many lanes costs as much as so many rows. Before its first key a row takes as long
+# as 40 keys, a register as 21.
 _REGISTER_ROWS = {16: 14, 8: 9}
 _ROW_STARTS, _REGISTER_STARTS = 40, 21
 _MOST_QUERIES = 20
