@@ -30,12 +30,11 @@ def owner(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostOwner]:
     """The owner of every DeviceArray, with a kernel that can read them."""
     single = HostOwner()
     monkeypatch.setitem(owners.OWNERS, "cupy", lambda: single)  # type: ignore[arg-type]
-    able = vanilla.capabilities
 
     def capabilities(spec: Any) -> Any:
-        return dataclasses.replace(able(spec), devices=frozenset(("cpu", "cuda")), at_once=True)
+        return dataclasses.replace(vanilla.capabilities(spec), devices=frozenset(("cpu", "cuda")), at_once=True)
 
-    monkeypatch.setattr(vanilla, "capabilities", capabilities)
+    monkeypatch.setattr(vanilla, "FAMILY", dataclasses.replace(vanilla.FAMILY, capabilities=capabilities))
     clear_cache()
     yield single
     clear_cache()
@@ -92,7 +91,8 @@ def test_options_may_lie_on_the_device(owner: HostOwner) -> None:
 
     sinks, bias = on_device(np.ones(4), np.ones((12, 20), np.float32))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vanilla, "compile", lambda *arguments: Kernel())
+        fake = dataclasses.replace(vanilla.FAMILY, compile=lambda *arguments: Kernel())
+        patch.setattr(vanilla, "FAMILY", fake)
         flashtile.attention(*on_device(q, k, v), sinks=sinks, bias=bias)
     scoring = taken[0]
     assert scoring.sinks.place.device == "cuda:0" and scoring.sinks.array.shape == (2, 4)

@@ -91,18 +91,18 @@ def run(
 ) -> tuple[Any, Any]:
     """Launch a prepared call: its output, and lse or None."""
     owner, spec = place.owner, call.spec
-    addresses = [owner.address(x) for x in inputs]
+    q_at, k_at, v_at = (owner.address(x) for x in inputs)
     if out is None:
         out = place.empty(call.o_shape, spec.dtype, "the output")
     else:
-        check_apart(call, owner.address(out), *addresses)
+        check_apart(call, owner.address(out), q_at, k_at, v_at)
     lse = place.empty(call.lse_shape, DTYPES[spec.dtype].accumulator, "lse") if return_lse else None
     lse_at = 0 if lse is None else owner.address(lse)
     offsets_at = 0
     if offsets is not None and spec.offset is None:
         on_device = place.upload(offsets, "align")
         offsets_at = owner.address(on_device)
-    call.run(call.pack(*addresses, owner.address(out), lse_at, offsets_at, scoring), report)
+    call.run(call.pack(q_at, k_at, v_at, owner.address(out), lse_at, offsets_at, scoring), report)
     return out, lse
 
 

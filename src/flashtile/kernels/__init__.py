@@ -1,15 +1,7 @@
 """The contract between the plan, the engines and the kernels, and the choice of a kernel.
 
-A kernel family is a module in this folder with three functions:
-
-    unavailable() -> str | None                      why it cannot run on this machine, None if it can
-    capabilities(spec) -> Capabilities               what it does for this dtype and precision, as data
-    compile(spec, plan, layout) -> CompiledKernel    cached inside on what it really depends on
-
-It may also have
-
-    refuses(spec) -> str | None    why it does not compute a spec that its capabilities cover, asked last: it may try
-    remark() -> str                what `flashtile doctor` says of it where it is available
+A kernel family is a module in this folder that offers a `Family` by the name FAMILY. What it offers to engines that
+hold the arrays as tiles is a second contract, in tiles.py.
 """
 
 from __future__ import annotations
@@ -17,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from flashtile import rooms
@@ -25,6 +16,7 @@ from flashtile.errors import UnavailableError, wrong
 from flashtile.spec import AttentionSpec
 
 if TYPE_CHECKING:
+    from flashtile.plan import Plan
     from flashtile.score.options import Scoring
 
 # kernel="auto" takes the first family in this order that can do the call.
@@ -78,8 +70,15 @@ class Stage(NamedTuple):
 class CompiledKernel(Protocol):
     """A kernel for one spec, plan and layout. Safe to run from many threads at once, each with its own scratch."""
 
-    scratch_bytes: int  # needed by each thread; the engine gives a 64-byte aligned address
-    merge_stage: Stage | None  # to be run when every item of the plan is done, if plan.splits > 1
+    @property
+    def scratch_bytes(self) -> int:
+        """Needed by each thread; the engine gives a 64-byte aligned address."""
+        ...
+
+    @property
+    def merge_stage(self) -> Stage | None:
+        """To be run when every item of the plan is done, if plan.splits > 1."""
+        ...
 
     def pack(self, q: int, k: int, v: int, o: int, lse: int, offsets: int, scoring: Scoring | None = None) -> Any:
         """Turn addresses into the opaque, immutable parameters of one call.
@@ -95,23 +94,39 @@ class CompiledKernel(Protocol):
         ...
 
 
-def families() -> Iterator[tuple[str, ModuleType | str]]:
-    """Every kernel family by name, in the order of preference: its module, or why it cannot be imported."""
+def _never(spec: AttentionSpec) -> None:
+    """Refuse nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A kernel family, as its module offers it."""
+
+    name: str  # the module's
+    unavailable: Callable[[], str | None]  # why it cannot run on this machine, None if it can
+    capabilities: Callable[[AttentionSpec], Capabilities]  # what it does for this dtype and precision, as data
+    compile: Callable[[AttentionSpec, Plan, Layout], CompiledKernel]  # cached inside on what it really depends on
+    refuses: Callable[[AttentionSpec], str | None] = _never  # a spec that it is capable of, and why; asked last
+    remark: Callable[[], str] = rooms.no_remark  # what `flashtile doctor` says of it where it is available
+
+
+def families() -> Iterator[tuple[str, Family | str]]:
+    """Every kernel family by name, in the order of preference, or why its module cannot be imported."""
     package = sys.modules[__name__]
     for name in rooms.names(package, FASTEST_FIRST):
-        module = rooms.load(package, name, "unavailable", "capabilities", "compile")
-        if module is not None:
-            yield name, module
+        family = rooms.load(package, name, "FAMILY", Family)
+        if family is not None:
+            yield name, family
 
 
-def objection(family: ModuleType | str, spec: AttentionSpec) -> str | None:
+def objection(family: Family | str, spec: AttentionSpec) -> str | None:
     """Why a family cannot do a call, None if it can."""
     if isinstance(family, str):
         return family
-    reason: str | None = family.unavailable()
+    reason = family.unavailable()
     if reason is not None:
         return reason
-    able: Capabilities = family.capabilities(spec)
+    able = family.capabilities(spec)
     if spec.device_kind not in able.devices:
         return f"runs on {', '.join(sorted(able.devices))}, not on {spec.device_kind}"
     if spec.dtype not in able.dtypes:
@@ -121,11 +136,10 @@ def objection(family: ModuleType | str, spec: AttentionSpec) -> str | None:
         return f"head sizes up to {able.max_head_size}, not {largest}"
     if missing := spec.options - able.options:
         return "does not know " + ", ".join(sorted(missing))
-    refusal: str | None = family.refuses(spec) if hasattr(family, "refuses") else None
-    return refusal
+    return family.refuses(spec)
 
 
-def pick(spec: AttentionSpec, requested: str) -> ModuleType:
+def pick(spec: AttentionSpec, requested: str) -> Family:
     """The family named `requested`, or for "auto" the first that can do the call.
 
     Raises: SpecError for an unknown name; UnavailableError with each family's reason if none can.
@@ -137,7 +151,7 @@ def pick(spec: AttentionSpec, requested: str) -> ModuleType:
         if requested not in ("auto", name):
             continue
         reason = objection(family, spec)
-        if reason is None and isinstance(family, ModuleType):
+        if reason is None and not isinstance(family, str):
             return family
         reasons.append(f"{name}: {reason}")
     if not reasons and requested != "auto":
@@ -150,6 +164,6 @@ def survey() -> list[tuple[str, str, bool, str]]:
     rows = []
     for name, family in families():
         reason = family if isinstance(family, str) else family.unavailable()
-        remark = family.remark() if reason is None and hasattr(family, "remark") else ""
-        rows.append(("kernel", name, reason is None, reason or remark))
+        remark = family.remark() if reason is None and not isinstance(family, str) else reason
+        rows.append(("kernel", name, reason is None, remark or ""))
     return rows

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from flashtile.dtypes import DTYPES, dtype_of
-from flashtile.kernels import Capabilities, Layout
+from flashtile.kernels import Capabilities, Family, Layout
 from flashtile.kernels.views import RowsKernel
 
 if TYPE_CHECKING:
@@ -215,6 +215,9 @@ def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> RowsKernel:
     """The oracle bound to one specification; nothing is generated, so nothing is cached."""
     dtype = oracle_dtype(spec.dtype)
     return RowsKernel(spec, plan, layout, partial(attend_rows, scale=spec.scale, band=spec.band, dtype=dtype), rule_of)
+
+
+FAMILY = Family("reference", unavailable, capabilities, compile)
 
 
 def oracle_dtype(dtype: str) -> np.dtype:

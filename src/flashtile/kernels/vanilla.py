@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flashtile.dtypes import DTYPES, round_to_bf16, widen_bits
-from flashtile.kernels import Capabilities, Layout
+from flashtile.kernels import Capabilities, Family, Layout
 from flashtile.kernels.reference import (
     NO_RULE,
     Attended,
@@ -171,3 +171,6 @@ def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> RowsKernel:
     """The baseline bound to one specification; nothing is generated, so nothing is cached."""
     attend = partial(attend_rows, scale=spec.scale, dtype=spec.dtype, band=spec.band, precision=spec.precision)
     return RowsKernel(spec, plan, layout, attend, rule_of)
+
+
+FAMILY = Family("vanilla", unavailable, capabilities, compile)

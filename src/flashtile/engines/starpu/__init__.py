@@ -16,17 +16,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
-
-from flashtile.errors import UnavailableError
-
-if TYPE_CHECKING:
-    from flashtile.engines import Run
-    from flashtile.kernels import CompiledKernel, Layout
-    from flashtile.plan import Plan
-    from flashtile.spec import AttentionSpec
+from flashtile.engines import Bound, Engine
+from flashtile.kernels import Family, Layout
+from flashtile.spec import AttentionSpec
 
 
 def unavailable() -> str | None:
@@ -43,13 +35,11 @@ def remark() -> str:
     return text()
 
 
-def prepare(plan: Plan, kernel: CompiledKernel) -> Run:
-    """Never right: this engine runs tiles, see prepare_tiles."""
-    raise UnavailableError("engine: got 'starpu' with work items, expected a call over tiles")
-
-
-def prepare_tiles(spec: AttentionSpec, layout: Layout, family: ModuleType) -> tuple[Callable[..., Any], Run]:
-    """Bind a call: (pack, run), as CompiledKernel.pack and Run, with the codelets of kernels.cpu or kernels.vanilla."""
+def bind(spec: AttentionSpec, layout: Layout, family: Family) -> Bound:
+    """A call as tasks, of the fused or the unfused codelets."""
     from flashtile.engines.starpu import engine
 
-    return engine.prepare_tiles(spec, layout, family.__name__.rpartition(".")[2])
+    return engine.bind(spec, layout, family)
+
+
+ENGINE = Engine("starpu", unavailable, bind, remark=remark)

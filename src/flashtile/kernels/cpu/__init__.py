@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from flashtile.errors import FlashtileError
-from flashtile.kernels import Capabilities, CompiledKernel, Layout
+from flashtile.kernels import Capabilities, CompiledKernel, Family, Layout
 from flashtile.kernels.cpu import params
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.score_values import NO_SCORES, ScoreValues, score_steps
@@ -128,6 +128,9 @@ def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> CompiledKernel:
 
         return Decode(replace(c, pairs=c.pairs and c.storage == "bfloat"), spec, plan, layout)
     return Forward(replace(c, partial=plan.splits > 1), spec, plan, layout)
+
+
+FAMILY = Family("cpu", unavailable, capabilities, compile)
 
 
 @functools.cache

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from flashtile import devices
 from flashtile.dtypes import DTYPES
-from flashtile.kernels import Capabilities, CompiledKernel, Layout
+from flashtile.kernels import Capabilities, CompiledKernel, Family, Layout
 from flashtile.kernels.triton import driver, tiles
 from flashtile.kernels.triton.host import Forward
 from flashtile.spec import PRECISIONS
@@ -175,3 +175,6 @@ def device_of(spec: AttentionSpec) -> Device:
     from flashtile.kernels.triton.cuda import Gpu
 
     return Gpu()
+
+
+FAMILY = Family("triton", unavailable, capabilities, compile, refuses, remark)
