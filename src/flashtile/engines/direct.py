@@ -17,7 +17,7 @@ import numpy as np
 
 from flashtile.engines import Bound, Engine, Run
 from flashtile.errors import KernelError
-from flashtile.kernels import CompiledKernel, Family, Layout, Stage
+from flashtile.kernels import Family, Layout, Runnable, Stage
 from flashtile.plan import Plan, make_plan
 from flashtile.progress import Report
 from flashtile.spec import AttentionSpec
@@ -50,7 +50,7 @@ def bind(spec: AttentionSpec, layout: Layout, family: Family) -> Bound:
 ENGINE = Engine("direct", unavailable, bind)
 
 
-def prepare(plan: Plan, kernel: CompiledKernel) -> Run:
+def prepare(plan: Plan, kernel: Runnable) -> Run:
     """Bind a compiled kernel to its plan. The result may be called from any thread, many times at once."""
     items, scratch_bytes, run_items, merge = plan.items, kernel.scratch_bytes, kernel.run, kernel.merge_stage
     small = plan.at_once or plan.flops <= SMALL_FLOPS or items == 1

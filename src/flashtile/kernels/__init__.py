@@ -6,6 +6,7 @@ hold the arrays as tiles is a second contract, in tiles.py.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from flashtile import rooms
 from flashtile.errors import UnavailableError, wrong
+from flashtile.kernels.tiles import TileKernels
 from flashtile.spec import AttentionSpec
 
 if TYPE_CHECKING:
@@ -67,8 +69,8 @@ class Stage(NamedTuple):
     workspace_bytes: int  # of the partial results; pack allocates them, the parameters own them
 
 
-class CompiledKernel(Protocol):
-    """A kernel for one spec, plan and layout. Safe to run from many threads at once, each with its own scratch."""
+class Runnable(Protocol):
+    """Work items that can be run from many threads at once, each with its own scratch."""
 
     @property
     def scratch_bytes(self) -> int:
@@ -80,6 +82,14 @@ class CompiledKernel(Protocol):
         """To be run when every item of the plan is done, if plan.splits > 1."""
         ...
 
+    def run(self, params: Any, begin: int, end: int, scratch: int) -> int:
+        """Compute work items [begin, end) of the plan. Returns 0, or an error code of the kernel."""
+        ...
+
+
+class CompiledKernel(Runnable, Protocol):
+    """A kernel for one spec, plan and layout."""
+
     def pack(self, q: int, k: int, v: int, o: int, lse: int, offsets: int, scoring: Scoring | None = None) -> Any:
         """Turn addresses into the opaque, immutable parameters of one call.
 
@@ -87,10 +97,6 @@ class CompiledKernel(Protocol):
         offsets that of B int64 numbers, 0 where spec.offset is a scalar; scoring has the values of the spec's
         program and sinks.
         """
-        ...
-
-    def run(self, params: Any, begin: int, end: int, scratch: int) -> int:
-        """Compute work items [begin, end) of the plan. Returns 0, or an error code of the kernel."""
         ...
 
 
@@ -108,6 +114,7 @@ class Family:
     compile: Callable[[AttentionSpec, Plan, Layout], CompiledKernel]  # cached inside on what it really depends on
     refuses: Callable[[AttentionSpec], str | None] = _never  # a spec that it is capable of, and why; asked last
     remark: Callable[[], str] = rooms.no_remark  # what `flashtile doctor` says of it where it is available
+    tiles: Callable[[], TileKernels] | None = None  # for engines that hold tiles; imported when they are needed
 
 
 def families() -> Iterator[tuple[str, Family | str]]:
@@ -157,6 +164,21 @@ def pick(spec: AttentionSpec, requested: str) -> Family:
     if not reasons and requested != "auto":
         raise wrong("kernel", repr(requested), "one of " + ", ".join(map(repr, known)))
     raise UnavailableError(f"kernel: got {requested!r}, expected one that can do this call; " + "; ".join(reasons))
+
+
+@functools.cache
+def tile_kernels() -> TileKernels:
+    """The kernels for engines that hold tiles, of the first family that has them.
+
+    Raises: UnavailableError with each family's reason if none has.
+    """
+    reasons = []
+    for name, family in families():
+        reason = family if isinstance(family, str) else family.unavailable()
+        if reason is None and not isinstance(family, str) and family.tiles is not None:
+            return family.tiles()
+        reasons.append(f"{name}: {reason or 'has no kernels for tiles'}")
+    raise UnavailableError("kernel: got an engine that holds tiles, expected a family for it; " + "; ".join(reasons))
 
 
 def survey() -> list[tuple[str, str, bool, str]]:

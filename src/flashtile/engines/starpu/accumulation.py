@@ -14,7 +14,7 @@ from flashtile.engines.starpu.footprint import footprints
 from flashtile.engines.starpu.jobs import TASK
 from flashtile.engines.starpu.programs import Program
 from flashtile.errors import wrong
-from flashtile.kernels.cpu import tiles as kernels
+from flashtile.kernels import tile_kernels
 from flashtile.spec import AttentionSpec
 
 # NNTile's arguments, and what each sets in the parameter block. The mask comes last because it may be missing.
@@ -41,7 +41,7 @@ def submit(
     state = rw | commute if accumulate == COMMUTE else rw
     modes = np.array([[state if name in ("A", "logsumexp") else r for name in names]])
     task = np.zeros(1, TASK)
-    task["end"] = kernels.items(program.kernel)
+    task["end"] = program.kernel.items
     task["values"][0, 0] = offset
     task["tile"][0, :2] = firsts
     zero = np.zeros(1, np.int64)
@@ -65,5 +65,5 @@ def _program(now: runtime.Runtime, spec: AttentionSpec, mask: str | None) -> Pro
             del now.flows[next(iter(now.flows))]
         count = len(WORDS) - (mask is None)
         bindings = tuple((n, word, None) for n, word in enumerate(WORDS[:count]))
-        now.flows[key] = Program(now, kernels.accumulating(spec, mask), bindings, ("offset",))
+        now.flows[key] = Program(now, tile_kernels().accumulating(spec, mask), bindings, ("offset",))
     return now.flows[key]

@@ -14,7 +14,7 @@ from flashtile.engines.starpu.jobs import Job
 from flashtile.engines.starpu.tiles import TiledTensor, can_tile
 from flashtile.engines.starpu.vanilla import VanillaFlow
 from flashtile.errors import UnavailableError
-from flashtile.kernels import Family, Layout, Strides, cpu
+from flashtile.kernels import Family, Layout, Strides, tile_kernels
 from flashtile.kernels.views import view
 from flashtile.progress import Report
 from flashtile.spec import AttentionSpec
@@ -138,7 +138,7 @@ class _Call:
 def tile_sizes(spec: AttentionSpec) -> tuple[int, int]:
     """Rows of a query tile, in whole panels of the kernel, and keys of a key tile: a matter of shapes and instruction
     set only, and so are the bits."""
-    panel, heads = cpu.config_of(spec).panel, spec.batch * spec.heads
+    panel, heads = tile_kernels().rows_at_once(spec), spec.batch * spec.heads
     menu = [max(1, rows // panel) * panel for rows in TILE_Q]
     enough = [rows for rows in menu if heads * -(-spec.q_len // rows) >= ENOUGH]
     return min(max(enough, default=menu[0]), max(1, spec.q_len)), min(TILE_K, max(1, spec.kv_len))

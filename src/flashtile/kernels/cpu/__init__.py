@@ -22,6 +22,7 @@ from flashtile.kernels import Capabilities, CompiledKernel, Family, Layout
 from flashtile.kernels.cpu import params
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.score_values import NO_SCORES, ScoreValues, score_steps
+from flashtile.kernels.tiles import TileKernels
 from flashtile.llvm import machines as isas
 from flashtile.llvm.ir import SIZES
 
@@ -130,7 +131,14 @@ def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> CompiledKernel:
     return Forward(replace(c, partial=plan.splits > 1), spec, plan, layout)
 
 
-FAMILY = Family("cpu", unavailable, capabilities, compile)
+def tile_kernels() -> TileKernels:
+    """The kernels of tiles.py, which most calls do not need."""
+    from flashtile.kernels.cpu import tiles
+
+    return tiles
+
+
+FAMILY = Family("cpu", unavailable, capabilities, compile, tiles=tile_kernels)
 
 
 @functools.cache
