@@ -15,7 +15,7 @@ from devices import DeviceArray, Full, HostOwner
 from inputs import Shape, uniform
 
 import flashtile
-from flashtile import devices, owners
+from flashtile import current, devices, owners
 from flashtile.calls import clear_cache
 from flashtile.errors import KernelError, SpecError, UnavailableError
 from flashtile.kernels import vanilla
@@ -50,7 +50,7 @@ def test_a_call_runs_where_its_arrays_lie(owner: HostOwner, monkeypatch: pytest.
     run = devices.run
 
     def spy(*arguments: Any) -> Any:
-        here = devices.here()
+        here = current.here()
         seen.append((here.stream, here.device, owner.active))
         return run(*arguments)
 
@@ -63,7 +63,7 @@ def test_a_call_runs_where_its_arrays_lie(owner: HostOwner, monkeypatch: pytest.
     assert seen == [(0x1001, "cuda:1", 1)], "the library's stream and device"
     assert [entry[0] for entry in owner.diary] == ["empty", "empty", "upload"], "nothing is read back"
     with pytest.raises(LookupError):
-        devices.here()
+        current.here()
 
 
 def test_a_second_call_is_prepared_and_another_device_is_not_the_same(owner: HostOwner) -> None:

@@ -22,7 +22,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashtile import devices
+from flashtile import current
 from flashtile.dtypes import DTYPES
 from flashtile.kernels import Capabilities, CompiledKernel, Family, Layout
 from flashtile.kernels.triton import driver, tiles
@@ -135,7 +135,7 @@ def refuses(spec: AttentionSpec) -> str | None:
         return reason
     if tiles.rows_of(device.arch) is None:
         return f"has no tiles for {device.name}, which is {device.arch}"
-    compute = selftest.on_gpu if devices.in_call() else None
+    compute = functools.partial(selftest.on_gpu, capabilities, compile) if current.in_call() else None
     return selftest.failure(f"{device.name} ({device.arch})", str(installed_version()), spec, compute)
 
 
