@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from inputs import Shape, numpy_dtype, placed, same_bits, uniform
 from kernel_cases import Kernel
 from numpy.lib.stride_tricks import as_strided
 
+import flashtile
+from flashtile import engines
 from flashtile.dtypes import DTYPES
 from flashtile.kernels.reference import visible
 from flashtile.spec import AttentionSpec
@@ -212,6 +215,48 @@ def test_empty_outputs(kernel: Kernel, dtype: str, shape: Shape) -> None:
     o, lse = _attend(kernel, *uniform(shape, dtype))
     assert o.shape == (*shape.q[:3], shape.value_size) and o.dtype == numpy_dtype(dtype)
     assert lse.shape == shape.q[:3]
+
+
+NOTHING: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "causal": {"causal": True, "align": "bottom_right"},
+    "program": {"softcap": 3.0, "mask": lambda b, h, i, j: j <= i + 1, "sinks": None},
+    "slopes and sinks": {"alibi_slopes": None, "align": 0, "sinks": None},
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_no_heads_and_head_sizes_of_0(kernel: Kernel, dtype: str, name: str) -> None:
+    """In every combination, with lengths and batches of 0: D = 0 gives scores of 0, D_v = 0 still has an lse."""
+    for batch, heads, q_len, kv_len, size, values in itertools.product((0, 2), (0, 4), (0, 3), (0, 5), (0, 4), (0, 6)):
+        if heads and size and values:
+            continue
+        q, k, v = uniform(Shape(batch, heads, heads // 2, q_len, kv_len, size, values), dtype)
+        logits = np.linspace(-1, 1, heads)
+        options = {o: logits if x is None else x for o, x in NOTHING[name].items()}
+        o, lse = kernel(q, k, v, return_lse=True, **options)
+        want_o, want_lse = expect(q, k, v, **options)
+        want_o.check(o)
+        want_lse.check(lse)
+
+
+def test_head_size_0_is_the_mean_of_the_values(kernel: Kernel) -> None:
+    v = np.arange(20.0).reshape(1, 1, 5, 4)
+    o, lse = kernel(np.ones((1, 1, 3, 0)), np.ones((1, 1, 5, 0)), v, causal=True, align=1, return_lse=True)
+    np.testing.assert_allclose(o[0, 0], [v[0, 0, : n + 2].mean(0) for n in range(3)], rtol=1e-15)
+    np.testing.assert_allclose(lse[0, 0], np.log([2, 3, 4]), rtol=1e-15)
+
+
+def test_no_heads_of_keys_need_no_heads_of_queries(kernel: Kernel) -> None:
+    assert kernel(np.ones((2, 0, 3, 4)), np.ones((2, 2, 5, 4)), np.ones((2, 2, 5, 6))).shape == (2, 0, 3, 6)
+
+
+@pytest.mark.parametrize("engine", sorted(name for _, name, available, _ in engines.survey() if available))
+def test_no_engine_is_given_nothing_to_cut(engine: str) -> None:
+    for shape in (Shape(heads=0, kv_heads=0), Shape(head_size=0), Shape(value_size=0)):
+        q, k, v = uniform(shape, "float32")
+        assert flashtile.attention(q, k, v, engine=engine).shape == (*shape.q[:3], shape.value_size)
+        assert flashtile.explain(q, k, v, engine=engine).engine == "direct"
 
 
 @pytest.mark.parametrize("where", ["qk", "v", "all"])

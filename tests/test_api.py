@@ -200,6 +200,11 @@ def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(calls.cache) <= 4
 
 
+def test_the_package_lists_its_public_names() -> None:
+    assert set(dir(flashtile)) == {*flashtile.__all__, "__version__", "__doc__"}
+    assert all(hasattr(flashtile, name) for name in dir(flashtile) if name != "plot_coverage")
+
+
 def test_addresses_are_what_numpy_says() -> None:
     for x in (np.arange(6.0)[2:], np.zeros((0, 3)), np.ones((2, 2), ml_dtypes.bfloat16).T, np.array(1.0)):
         assert address_of(x) == _ask_address(x) == x.__array_interface__["data"][0]
@@ -213,7 +218,7 @@ def test_threads_by_default_by_variable_and_by_call(threads: Callable[[int], Non
         done = subprocess.run([sys.executable, "-c", code], env=_environment(value), capture_output=True, text=True)
         assert done.stdout.strip() == (expected or _affinity()), done.stderr
     done = subprocess.run([sys.executable, "-c", code], env=_environment("many"), capture_output=True, text=True)
-    assert "SpecError: FLASHTILE_NUM_THREADS: got 'many', expected a positive integer" in done.stderr
+    assert "SpecError: FLASHTILE_NUM_THREADS: got 'many', expected an integer from 1 to 4096" in done.stderr
 
 
 def _environment(value: str) -> dict[str, str]:

@@ -40,10 +40,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"v": a(2, 4, 6, 8)}, "v: got length 6, expected 5 as in k"),
     ({"k": a(2, 3, 5, 8), "v": a(2, 3, 5, 8)}, "k: got 3 heads, expected a divisor of q's 4 heads"),
     ({"k": a(2, 8, 5, 8), "v": a(2, 8, 5, 8)}, "k: got 8 heads, expected a divisor of q's 4 heads"),
-    ({"q": a(2, 0, 5, 8)}, "q: got 0 heads, expected at least 1"),
-    ({"k": a(2, 0, 5, 8), "v": a(2, 0, 5, 8)}, "k: got 0 heads, expected at least 1"),
-    ({"q": a(2, 4, 5, 0), "k": a(2, 4, 5, 0)}, "q: got head size 0, expected at least 1"),
-    ({"v": a(2, 4, 5, 0)}, "v: got head size 0, expected at least 1"),
+    ({"k": a(2, 0, 5, 8), "v": a(2, 0, 5, 8)}, "k: got 0 heads, expected a divisor of q's 4 heads"),
+    ({"q": a(2, 4, 5, 0)}, "k: got head size 8, expected 0 as in q"),
     # dtype
     ({"k": a(*SHAPE, name="float64")}, "k: got dtype float64, expected float32 as in q"),
     ({"v": a(*SHAPE, name="float16")}, "v: got dtype float16, expected float32 as in q"),
@@ -58,6 +56,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"v": 1.0}, "v: got a builtins.float, expected a NumPy array or a torch tensor"),
     ({"k": np.ma.masked_array(a(*SHAPE))}, "k: got a masked array, expected a plain array"),
     # options
+    ({"return_lse": "no"}, "return_lse: got 'no', expected True or False"),
+    ({"return_lse": 1}, "return_lse: got 1, expected True or False"),
     ({"causal": "yes"}, "causal: got 'yes', expected True or False"),
     ({"causal": None}, "causal: got None, expected True or False"),
     ({"window": (-2, 0)}, r"window: got \(-2, 0\), " + PAIR),
@@ -104,10 +104,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"softcap": -1}, r"softcap: got -1, expected a finite number > 0 \(None or 0: off\)"),
     ({"alibi_slopes": [0.5] * 4}, "alibi_slopes: got a list, expected a NumPy array or a torch tensor"),
     ({"alibi_slopes": a(3)}, r"alibi_slopes: got shape \(3,\), expected \(H,\) = \(4,\) or \(B, H\) = \(2, 4\)"),
-    ({"alibi_slopes": a(4, name="float16")}, "alibi_slopes: got float16 of shape .*, expected float32 or float64"),
-    ({"sinks": [0.0] * 4}, "sinks: got a list, expected float32 or float64"),
-    ({"sinks": a(2, 3)}, r"sinks: got shape \(2, 3\), expected float32 or float64 of shape \(H,\) = \(4,\)"),
-    ({"sinks": a(4, name=int)}, "sinks: got dtype int64, expected float32 or float64"),
+    ({"alibi_slopes": a(4, name="int16")}, "alibi_slopes: got int16 of shape .*, expected floats"),
+    ({"sinks": [0.0] * 4}, "sinks: got a list, expected floats"),
+    ({"sinks": a(2, 3)}, r"sinks: got shape \(2, 3\), expected floats of shape \(H,\) = \(4,\)"),
+    ({"sinks": a(4, name=int)}, "sinks: got dtype int64, expected floats"),
 ]
 
 
@@ -138,24 +138,6 @@ def test_precision_is_for_float32(name: str, precision: str) -> None:
     q = a(*SHAPE, name=name)
     with pytest.raises(SpecError, match=f"^precision: got '{precision}' with {name} inputs, expected 'ieee'"):
         flashtile.attention(q, q, q, precision=precision)
-
-
-LATER: dict[str, Any] = {
-    "dropout_p": 0.5,
-    "seed": 0,
-}
-
-
-@pytest.mark.parametrize("name", LATER)
-def test_options_that_are_not_available_yet(name: str) -> None:
-    out = np.full(SHAPE, 7, np.float32)
-    with pytest.raises(UnavailableError, match=f"^{name}: got a .*, expected its default: not available yet") as caught:
-        flashtile.attention(a(*SHAPE), a(*SHAPE), a(*SHAPE), out=out, **{name: LATER[name]})
-    assert isinstance(caught.value, NotImplementedError) and (out == 7).all()
-
-
-def test_options_of_later_may_be_off() -> None:
-    flashtile.attention(a(*SHAPE), a(*SHAPE), a(*SHAPE), dropout_p=0, seed=None)
 
 
 def bad_outs() -> list[tuple[Any, str]]:
@@ -213,10 +195,10 @@ def test_out_beside_an_input_is_right(shift: int) -> None:
     assert flashtile.attention(q, q[::-1], q, out=out) is out
 
 
-@pytest.mark.parametrize("n", [0, -1, 1.5, "2", None, True])
+@pytest.mark.parametrize("n", [0, -1, 10**6, 1.5, "2", None, True])
 def test_bad_numbers_of_threads(n: Any) -> None:
     before = flashtile.get_num_threads()
-    with pytest.raises(SpecError, match="^n: got .*, expected a positive integer"):
+    with pytest.raises(SpecError, match="^n: got .*, expected an integer from 1 to 4096"):
         flashtile.set_num_threads(n)
     assert flashtile.get_num_threads() == before
 

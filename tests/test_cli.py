@@ -145,11 +145,32 @@ def test_masks_in_files_intersect(tmp_path: Path) -> None:
     )
 
 
-def test_run_may_replace_its_input(tmp_path: Path) -> None:
+def test_run_may_replace_its_input_where_told(tmp_path: Path) -> None:
     arrays = _arrays()
     inputs = _npy(tmp_path, arrays)
-    assert cli.main(["run", *inputs, "-o", inputs[0], "--quiet", *FLAGS]) == 0
+    assert cli.main(["run", *inputs, "-o", inputs[0], "--overwrite", "--quiet", *FLAGS]) == 0
     assert_accurate(np.load(inputs[0]), **arrays, **OPTIONS)
+
+
+@pytest.mark.parametrize("name", ["q.npy", "bias.npy", "link.npy", "qkv.npz", "o.npy"])
+def test_run_does_not_replace_an_input(tmp_path: Path, name: str, capsys: Capture) -> None:
+    """Of q, k, v, of an option, behind a link, all in one file; nor with lse, whose name follows from that of o."""
+    arrays = _arrays()
+    inputs = _npy(tmp_path, arrays)
+    flags = _option_files(tmp_path, bias=np.ones((30, 50), np.float32))
+    np.save(tmp_path / "o.lse.npy", np.ones((30, 50), np.float32))
+    if name == "qkv.npz":
+        np.savez(tmp_path / name, **arrays)
+        inputs = [str(tmp_path / name)]
+    elif name == "link.npy":
+        (tmp_path / name).symlink_to(inputs[1])
+    elif name == "o.npy":
+        flags = ["--bias", str(tmp_path / "o.lse.npy"), "--return-lse"]
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    said = _fails(["run", *inputs, "-o", str(tmp_path / name), *flags, *FLAGS], capsys)
+    replaced = "o.lse.npy" if name == "o.npy" else name
+    assert f"--output: got {tmp_path / name}, expected another name: {tmp_path / replaced} is an input" in said
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_run_honours_threads_kernel_and_quiet(tmp_path: Path, capsys: Capture) -> None:
@@ -173,7 +194,8 @@ def test_run_honours_threads_kernel_and_quiet(tmp_path: Path, capsys: Capture) -
         (["--causal", "--align", "middle"], "align: got 'middle'"),
         (["--window", "-2", "0", "--align", "0"], "window: got "),
         (["--window", "3"], "--window: expected 2 arguments"),
-        (["--threads", "0"], "--threads: got '0', expected a positive integer"),
+        (["--threads", "0"], "--threads: got '0', expected an integer from 1 to 4096"),
+        (["--threads", "1000000"], "--threads: got '1000000', expected an integer from 1 to 4096"),
         (["--scale", "big"], "--scale: invalid float value: 'big'"),
         (["--softcap", "-1"], "softcap: got -1.0"),
         (["--bias", "none.npy"], "none.npy: got no such file or directory, expected a readable .npy file"),

@@ -162,7 +162,7 @@ def test_every_kernel_explains_itself(kernel: Any, dtype: str) -> None:
         ({"q": np.ones((4, 8)), "dtype": "float32"}, SpecError, "dtype: got float32, expected float64 as in q"),
         ({"q": (4, 8), "mask": 1}, SpecError, "mask: got int, expected a boolean array"),
         ({"q": (4, 8), "bias": np.ones((3, 4))}, SpecError, r"bias: got shape \(3, 4\)"),
-        ({"q": (4, 8), "dropout_p": 0.5}, UnavailableError, "dropout_p: .*not available yet"),
+        ({"q": (4, 8), "dropout_p": 0.5}, SpecError, "seed: got None with dropout_p = 0.5"),
         ({"q": (4, 8), "kernel": "none"}, SpecError, "kernel: got 'none'"),
         ({"q": (4, 8), "no_such": 1}, TypeError, "no_such"),
     ],

@@ -47,6 +47,18 @@ def test_the_map_is_that_of_the_call(tmp_path: Path) -> None:
     assert tiles(mask=np.ones((8, 8), bool)) == [[1, 1]] * 4  # a stored mask is not looked through
 
 
+def test_the_title_names_the_map_where_maps_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
+
+    titles: list[str] = []
+    monkeypatch.setattr(Axes, "set_title", lambda self, text, **options: titles.append(text))
+    for options in ({"causal": True}, {"mask": lambda b, h, i, j: j < 4 * h, "head": 2},
+                    {"mask": score.padding(np.array([4, 3])), "batch": 1}):  # fmt: skip
+        flashtile.plot_coverage(SHAPE, path=tmp_path / "map.png", tile=(2, 4), **options)
+    common = "2 x 4 tiles, 8 x 8 scores"
+    assert titles == [common, f"{common}, head 2 of 3", f"{common}, batch 1 of 2"]
+
+
 def test_tiles_are_by_default_those_of_the_plan(tmp_path: Path) -> None:
     plan = flashtile.explain((1000, 64), causal=True).plan
     kinds = flashtile.plot_coverage((1000, 64), causal=True, path=tmp_path / "map.png")

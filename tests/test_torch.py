@@ -110,6 +110,10 @@ def test_sdpa_by_its_own_signature(dtype: str, q_len: int, kv_len: int, is_causa
         ((1, 9, 4), (8, 7, 4), False),
         ((5, 2, 3, 9, 4), (5, 2, 3, 7, 4), False),
         ((5, 1, 3, 9, 4), (2, 3, 7, 4), False),
+        ((9, 4), (3, 7, 4), False),
+        ((3, 9, 4), (7, 4), False),
+        ((2, 3, 9, 4), (7, 4), False),
+        ((5, 2, 3, 9, 4), (7, 4), False),
         ((5, 2, 6, 9, 4), (5, 2, 3, 7, 4), True),
     ],
 )
@@ -123,6 +127,78 @@ def test_sdpa_broadcasts_as_torch_does(query: Any, key: Any, gqa: bool) -> None:
     close(o, s.softmax(-1) @ v)
     torch.testing.assert_close(lse, s.logsumexp(-1))
     close(o, flashtile.torch.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize(("key_heads", "value_heads"), [(2, 4), (3, 2), (1, 12), (12, 4), (4, 1)])
+def test_sdpa_groups_heads_of_keys_and_of_values(key_heads: int, value_heads: int) -> None:
+    q, _, _ = tensors(Shape(2, 12, 12, 9, 7, 8, 5))
+    _, k, _ = tensors(Shape(2, 12, key_heads, 9, 7, 8, 5), seed=1)
+    _, _, v = tensors(Shape(2, 12, value_heads, 9, 7, 8, 5), seed=2)
+    ours = flashtile.torch.scaled_dot_product_attention
+    close(ours(q, k, v, enable_gqa=True), sdpa(q, k, v, enable_gqa=True))
+    close(ours(q[0], k, v[0], enable_gqa=True), sdpa(q[0], k, v[0], enable_gqa=True))
+
+
+def test_sdpa_takes_tensors_of_no_axes_as_numbers() -> None:
+    q, k, v = tensors(Shape())
+    ours = flashtile.torch.scaled_dot_product_attention
+    for scale in (torch.tensor(0.3), torch.tensor(2), torch.tensor(0.3, dtype=torch.bfloat16)):
+        close(ours(q, k, v, scale=scale), sdpa(q, k, v, scale=scale))
+    learned = torch.tensor(0.3, requires_grad=True)
+    with pytest.raises(SpecError, match="^scale: got a tensor that requires grad"):
+        ours(q, k, v, scale=learned)
+    with torch.no_grad():
+        close(ours(q, k, v, scale=learned), sdpa(q, k, v, scale=0.3))
+    with pytest.raises(SpecError, match="^scale: got tensor"):
+        ours(q, k, v, scale=torch.tensor([0.3]))
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(9, 9), (9, 13), (13, 9)])
+@pytest.mark.filterwarnings("ignore:Lower right causal bias will produce NaNs")
+def test_sdpa_takes_the_causal_biases_of_torch(q_len: int, kv_len: int) -> None:
+    """Their elements say nothing: torch keeps the rule beside an empty tensor."""
+    from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+
+    q, k, v = tensors(Shape(2, 3, 3, q_len, kv_len))
+    ours = flashtile.torch.scaled_dot_product_attention
+    for make, offset in ((causal_upper_left, 0), (causal_lower_right, kv_len - q_len)):
+        mask = torch.ones(q_len, kv_len, dtype=torch.bool).tril(offset)
+        got = ours(q, k, v, attn_mask=make(q_len, kv_len))
+        close(got, sdpa(q, k, v, attn_mask=mask).nan_to_num(0))  # rows that see nothing: NaN in older versions
+        near = mask & torch.ones(q_len, kv_len, dtype=torch.bool).triu(offset - 2)
+        close(ours(q, k, v, make(q_len, kv_len), window=(2, None)), ours(q, k, v, near))
+        with pytest.raises(SpecError, match=r"^attn_mask: got a CausalBias of 9 x 8, expected one of"):
+            ours(q, k, v, make(9, 8))
+        with pytest.raises(SpecError, match="^attn_mask: got a mask together with is_causal"):
+            ours(q, k, v, make(q_len, kv_len), is_causal=True)
+        for option in ("mask", "bias"):
+            with pytest.raises(SpecError, match=f"^{option}: got a torch.*CausalBias, expected causal=True with align"):
+                flashtile.torch.attention(q, k, v, **{option: make(q_len, kv_len)})
+
+
+@pytest.mark.parametrize("lower", [torch.bfloat16, torch.float16])
+def test_autocast_is_honoured_as_by_torch(lower: Any) -> None:
+    q, k, v = tensors(Shape(2, 3, 3, 9, 13))
+    doors = (flashtile.torch.attention, flashtile.attention, flashtile.torch.scaled_dot_product_attention)
+    want = flashtile.torch.attention(*(x.to(lower) for x in (q, k, v)))
+    bias = torch.randn(9, 13)
+    for attend in doors:
+        with torch.autocast("cpu", dtype=lower):
+            assert torch.equal(attend(q, k, v), want) and want.dtype == sdpa(q, k, v).dtype
+            assert torch.equal(attend(q.bfloat16(), k.half(), v.double().float()).isnan(), want.isnan())
+            o, lse = attend(q, k, v, return_lse=True)
+            assert o.dtype is lower and lse.dtype is torch.float32
+            wide = [x.double() for x in (q, k, v)]
+            close(attend(*wide), sdpa(*wide), "float64")
+            with pytest.raises(SpecError, match=f"^k.*: got dtype {str(lower)[6:]}, expected float64"):
+                attend(q.double(), k, v)  # as in torch
+            with torch.autocast("cpu", enabled=False):
+                assert attend(q, k, v).dtype is torch.float32
+    with torch.autocast("cpu", dtype=lower):
+        name = str(lower)[6:]
+        close(doors[2](q, k, v, attn_mask=bias), sdpa(q, k, v, attn_mask=bias), name)
+        out = torch.empty(want.shape, dtype=lower)
+        assert doors[0](q, k, v, out=out) is out and torch.equal(out, want)
 
 
 def test_sdpa_window_is_anchored_as_causal_is() -> None:
@@ -201,7 +277,7 @@ NEGATED = torch.ones(1, 2, 4, 8, dtype=torch.complex64).conj().imag
         (X.to_sparse(), "got layout torch.sparse_coo, expected a dense tensor"),
         (X[0, 0].to_mkldnn(), "got layout torch._mkldnn, expected a dense tensor"),
         (NEGATED, r"got a lazily negated view, expected .*resolve_neg"),
-        (X.as_subclass(Renamed), r"got a test_torch.Renamed, expected a torch.Tensor .*as_subclass"),
+        (X.as_subclass(Renamed), "got a test_torch.Renamed, expected a torch.Tensor itself: what a subclass means"),
         (X.int(), "got dtype int32, expected one of"),
         (X.to(torch.complex64), "got dtype complex64, expected one of"),
     ],
@@ -221,7 +297,7 @@ def test_other_tensors_are_refused(bad: Any, message: str) -> None:
         ({"attn_mask": X[..., :4].int()}, SpecError, "attn_mask: got dtype torch.int32, expected torch.bool"),
         ({"attn_mask": X[..., :4].to("meta")}, SpecError, "attn_mask: got a tensor on meta"),
         ({"attn_mask": X, "is_causal": True}, SpecError, "attn_mask: got a mask together with is_causal"),
-        ({"dropout_p": 0.1}, UnavailableError, "dropout_p: .* not available yet"),
+        ({"dropout_p": 1.0}, SpecError, "dropout_p: got 1.0, expected a real number"),
         ({"softcap": -30.0}, SpecError, "softcap: got -30.0, expected a finite number > 0"),
         ({"alibi_slopes": X}, SpecError, r"alibi_slopes: got shape \(1, 2, 4, 8\), expected \(H,\) = \(2,\)"),
         ({"sinks": X}, SpecError, r"sinks: got shape \(1, 2, 4, 8\), expected .* \(H,\) = \(2,\)"),
@@ -232,19 +308,39 @@ def test_other_tensors_are_refused(bad: Any, message: str) -> None:
 def test_sdpa_options(option: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match="^" + message):
         flashtile.torch.scaled_dot_product_attention(X, X, X, **option)
-    if len(option) == 1 and error is UnavailableError and "attn_mask" not in option:
-        with pytest.raises(error, match="^" + message):
-            flashtile.torch.attention(X, X, X, **option)
 
 
 def test_sdpa_shapes_that_do_not_broadcast() -> None:
     ours = flashtile.torch.scaled_dot_product_attention
     with pytest.raises(SpecError, match="leading axes that broadcast.*enable_gqa=True"):
         ours(torch.ones(1, 8, 4, 8), torch.ones(1, 2, 4, 8), torch.ones(1, 2, 4, 8))
-    with pytest.raises(SpecError, match="k: got 3 heads, expected a divisor of q's 8 heads"):
+    with pytest.raises(SpecError, match="^key: got 3 heads, expected a divisor of query's 8 heads"):
         ours(torch.ones(1, 8, 4, 8), torch.ones(1, 3, 4, 8), torch.ones(1, 3, 4, 8), enable_gqa=True)
-    with pytest.raises(SpecError, match="key: got shape .*rank 3 or more"):
-        ours(torch.ones(2, 4, 8), torch.ones(4, 8), torch.ones(4, 8))
+    with pytest.raises(SpecError, match="^value: got 3 heads, expected a divisor of query's 8 heads"):
+        ours(torch.ones(1, 8, 4, 8), torch.ones(1, 2, 4, 8), torch.ones(1, 3, 4, 8), enable_gqa=True)
+    with pytest.raises(SpecError, match="^key: got shape .*rank 3 or more, as heads are grouped"):
+        ours(torch.ones(2, 4, 8), torch.ones(4, 8), torch.ones(4, 8), enable_gqa=True)
+    with pytest.raises(SpecError, match=r"^key: got shape \(8,\), expected rank 2 or more"):
+        ours(torch.ones(2, 4, 8), torch.ones(8), torch.ones(8))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": torch.ones(8)}, r"query: got shape \(8,\), expected rank 2 or more"),
+        ({"key": X.half()}, "key: got dtype float16, expected float32 as in query"),
+        ({"value": X[:, :, :3]}, "value: got length 3, expected 4 as in key"),
+        ({"key": X[..., :3]}, "key: got head size 3, expected 8 as in query"),
+        ({"query": X[..., :3]}, "key: got head size 8, expected 3 as in query"),
+        ({"is_causal": "yes"}, "is_causal: got 'yes', expected True or False"),
+        ({"enable_gqa": "no"}, "enable_gqa: got 'no', expected True or False"),
+        ({"return_lse": "no"}, "return_lse: got 'no', expected True or False"),
+        ({"is_causal": 1}, "is_causal: got 1, expected True or False"),
+    ],
+)
+def test_sdpa_errors_speak_of_its_own_arguments(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=f"^{message}$"):
+        flashtile.torch.scaled_dot_product_attention(**{**dict.fromkeys(("query", "key", "value"), X), **change})
 
 
 @pytest.mark.parametrize(
@@ -297,6 +393,9 @@ def test_tensors_on_a_gpu_go_to_their_own_call_with_every_option(
     assert len(calls) == len(options) and all(set(given) == needed for given in calls)
 
 
+sdpa_here = flashtile.torch.scaled_dot_product_attention
+
+
 def freed() -> Any:
     x = X.clone()
     x.untyped_storage().resize_(0)
@@ -306,8 +405,8 @@ def freed() -> Any:
 @pytest.mark.parametrize("place", [0, 1, 2])
 @pytest.mark.parametrize("make", [freed, lambda: torch._efficientzerotensor((1, 2, 4, 8))])
 def test_tensors_without_memory_are_refused(make: Any, place: int) -> None:
-    for attend in (flashtile.torch.attention, flashtile.torch.scaled_dot_product_attention):
-        with pytest.raises(SpecError, match=f"^{'qkv'[place]}: got a Tensor without memory, expected one in memory"):
+    for attend, names in ((flashtile.torch.attention, "qkv"), (sdpa_here, ("query", "key", "value"))):
+        with pytest.raises(SpecError, match=f"^{names[place]}: got a Tensor without memory, expected one in memory"):
             attend(*(make() if n == place else X for n in range(3)))
 
 
@@ -319,8 +418,9 @@ def test_nested_tensors_are_refused() -> None:
     ):
         nested = torch.nested.nested_tensor([X[0, 0], X[0, 0, :1]], layout=layout)
         for attend in (flashtile.torch.attention, flashtile.torch.scaled_dot_product_attention):
-            with pytest.raises(SpecError, match=f"^q.*: got {message}"):
+            with pytest.raises(SpecError, match=f"^q.*: got {message}") as caught:
                 attend(nested, nested, nested)
+            assert "score.varlen" in str(caught.value)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
@@ -331,9 +431,9 @@ def test_transforms_and_modes_of_torch() -> None:
     narrow = X[..., :3].clone()
     for attend in (flashtile.torch.attention, flashtile.torch.scaled_dot_product_attention):
         whole = torch.stack((X, X))
-        with pytest.raises(SpecError, match="^q: got a Tensor without memory, expected .* transform of torch.func"):
+        with pytest.raises(SpecError, match="^q.*: got a Tensor without memory, expected .* transform of torch.func"):
             torch.vmap(lambda x, attend=attend: attend(x, X, X))(whole)
-        with pytest.raises(SpecError, match="^q: got a Tensor without memory"):
+        with pytest.raises(SpecError, match="^q.*: got a Tensor without memory"):
             torch.func.functionalize(attend)(X, X, X)
         with pytest.raises(UnavailableError, match="got a tensor with a tangent, .*gradients are not available yet"):
             torch.func.jvp(lambda x, attend=attend: attend(x, X, X), (X,), (X,))
@@ -343,7 +443,7 @@ def test_transforms_and_modes_of_torch() -> None:
             fake = torch.ones(1, 2, 4, 8)
         with pytest.raises(SpecError, match="got a torch.*FakeTensor, expected a torch.Tensor"):
             attend(fake, X, X)
-        with pytest.raises(UnavailableError, match="^q: got a tensor that torch.jit.trace records"):
+        with pytest.raises(UnavailableError, match="^q.*: got a tensor that torch.jit.trace records"):
             torch.jit.trace(lambda x, attend=attend: attend(x, x, x), (X,))
         want = attend(X, X, narrow, return_lse=True)
         with torch.device("meta"):

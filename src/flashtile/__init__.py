@@ -35,6 +35,11 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    """The public names, and not the modules that happen to be loaded."""
+    return sorted([*__all__, "__version__", "__doc__"])
+
+
 def __getattr__(name: str) -> Any:
     """`plot_coverage`, loaded when it is first asked for."""
     if name == "plot_coverage":

@@ -10,8 +10,9 @@ from flashtile.arrays import address_of, device_of, is_torch, plain
 from flashtile.calls import Options, as_key, check_apart, clear_cache, lookup, prepare, split_align
 from flashtile.errors import wrong
 from flashtile.progress import reporter
+from flashtile.score.keep import keep_of
 from flashtile.score.options import ScoreOptions
-from flashtile.spec import refuse_later
+from flashtile.spec import check_flag
 
 __all__ = ["attention", "clear_cache"]
 
@@ -64,8 +65,11 @@ def attention(
               score_mod a function (s, b, h, i, j) -> a new score, s being scaled and capped.
               softcap   scores become softcap * tanh(score / softcap); None or 0 is off.
               alibi_slopes  (H,) or (B, H): scores lose slope * abs(i + offset - j).
-              sinks     (H,) or (B, H): a logit a head that joins the denominator only.
-              dropout_p and seed are not available yet.
+              sinks     (H,) or (B, H): a logit a head that joins the denominator only; of any float dtype, as slopes.
+              dropout_p the share of the weights that is dropped after the softmax, in [0, 1), rounded to 2^-16; those
+                        kept are divided by 1 - dropout_p. lse is without it.
+              seed      an integer in [0, 2^64) that decides, with b, h, i and j alone, which weights are dropped
+                        (`flashtile.score.dropout_keep`); needed with dropout; torch's generator draws it for tensors.
     Returns:  o in q's dtype; with return_lse=True (o, lse), lse (B, H, S_q) being log sum exp of the scores, natural
               logarithm, float32 (float64 for float64).
     Numerics: sums and softmax in float32 (float64 for float64). A row that sees no key gives o = 0, lse = -inf. What a
@@ -80,8 +84,9 @@ def attention(
     """
     if not (type(q) is type(k) is type(v) is ndarray):
         return _attend_others(**locals())
-    if seed is not None or dropout_p != 0:
-        refuse_later(seed=seed, dropout_p=dropout_p)
+    if type(return_lse) is not bool:
+        check_flag("return_lse", return_lse)
+    keep = None if seed is None and type(dropout_p) is float and dropout_p == 0 else keep_of(dropout_p, seed)
     offsets = target = target_key = spec = scoring = None
     if align is not None:
         align, offsets = split_align(align, q.shape)
@@ -91,10 +96,10 @@ def attention(
     options = causal, as_key(window), align, scale, precision, kernel, engine
     views = q.shape, q.strides, q.dtype, k.shape, k.strides, k.dtype, v.shape, v.strides, v.dtype
     key: tuple[Any, ...] = (views, target_key, options)
-    if not (mask is bias is score_mod is softcap is alibi_slopes is sinks is None):
-        scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks)
+    if not (mask is bias is score_mod is softcap is alibi_slopes is sinks is keep is None):
+        scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks, keep)
         spec, scoring = Options(*options).scored(scores, q, k, v, offsets)
-        key += spec.program, spec.sinks
+        key += spec.program, spec.sinks, spec.dropout
     call = lookup(key) or prepare(key, q, k, v, target, Options(*options), spec)
     report = None if progress is None else reporter(progress)
     q_at, k_at, v_at = address_of(q), address_of(k), address_of(v)

@@ -81,6 +81,14 @@ def _named(path: Path, expected: str) -> Iterator[None]:
         raise wrong(str(path), str(e).splitlines()[0], expected) from e
 
 
+def same(one: Path, other: Path) -> bool:
+    """Whether two names, by whatever links, lead to one file that exists."""
+    try:
+        return one.samefile(other)
+    except OSError:  # one of them does not exist, or is not to be looked at: reading or writing it will say so
+        return False
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`, and put the file written there in its place, unless the block raises.

@@ -92,7 +92,7 @@ def prepare(
     views = [view_of(x) for x in (q, k, v)]
     o_shape = views[0].shape[:-1] + views[2].shape[-1:]
     o = contiguous(o_shape, q.dtype, spec.device) if out is None else check_out(view_of(out), o_shape, spec)
-    engine = engines.pick(as_name("engine", options.engine))
+    engine = engine_of(spec, options.engine)
     family = kernels.pick(spec, as_name("kernel", options.kernel))
     layout = Layout(*(x.strides4() for x in (*views, o)))
     pack, run = engine.bind(spec, layout, family)
@@ -116,6 +116,12 @@ def prepare(
 def clear_cache() -> None:
     """Forget every prepared call: the next one chooses its kernel anew."""
     cache.clear()
+
+
+def engine_of(spec: AttentionSpec, engine: object) -> engines.Engine:
+    """The engine of a call by its name; the direct one where there are no tiles to cut, and little to share."""
+    chosen = engines.pick(as_name("engine", engine))
+    return engines.pick("direct") if spec.empty else chosen
 
 
 def as_name(argument: str, value: object) -> str:

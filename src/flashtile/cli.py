@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 import flashtile
+from flashtile import threads
 from flashtile.errors import FlashtileError, KernelError, UnavailableError, wrong
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -71,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
     """Attention over arrays in files: q, k and v in one .npz, or in three .npy, mapped into memory."""
     from flashtile import arrayfiles
 
-    output, lse_output = _outputs(options.output)
+    output, lse_output = _outputs(options)
     q, k, v = _inputs(options.inputs)
     keywords = _keywords(options)
     call = flashtile.explain(q, k, v, **keywords)  # validates: nothing is written for a call that cannot run
@@ -173,13 +174,21 @@ def _inputs(paths: list[Path]) -> list[np.ndarray]:
     raise wrong("INPUT", " ".join(map(str, paths)), "one .npz with q, k and v, or three .npy files")
 
 
-def _outputs(output: Path) -> tuple[Path, Path]:
-    """Where o goes, and where lse goes if that is a file of its own."""
+def _outputs(options: argparse.Namespace) -> tuple[Path, Path]:
+    """Where o goes, and where lse goes if that is a file of its own: neither is an input, unless --overwrite is on."""
+    from flashtile import arrayfiles
+
+    output = options.output
     if output.suffix not in (".npy", ".npz"):
         raise wrong("--output", output, "a name that ends in .npy or .npz")
     if not output.parent.is_dir():
         raise wrong("--output", output, f"a name in a folder that exists; {output.parent} does not")
-    return output, output.with_suffix(".lse.npy")
+    lse_output = output.with_suffix(".lse.npy")
+    read = [*options.inputs, *(path for name in ARRAY_OPTIONS if (path := getattr(options, name)) is not None)]
+    for target in (output, *((lse_output,) if options.return_lse and output.suffix == ".npy" else ())):
+        if not options.overwrite and any(arrayfiles.same(target, path) for path in read):
+            raise wrong("--output", output, f"another name: {target} is an input, replaced only with --overwrite")
+    return output, lse_output
 
 
 def _keywords(options: argparse.Namespace) -> dict[str, Any]:
@@ -241,6 +250,9 @@ def _add_run_options(sub: argparse.ArgumentParser) -> None:
         "inputs", nargs="+", type=Path, metavar="INPUT", help="one .npz with arrays q, k, v; or q.npy k.npy v.npy"
     )
     sub.add_argument("-o", "--output", type=Path, required=True, help="OUT.npy, or OUT.npz with the array o")
+    sub.add_argument(
+        "--overwrite", action="store_true", help="the output may have the name of an input, and replace it"
+    )
     sub.add_argument("--return-lse", action="store_true", help="also write lse: into OUT.npz, or to OUT.lse.npy")
     sub.add_argument("-q", "--quiet", action="store_true", help="no progress bar, no summary")
     _add_attention_options(sub)
@@ -309,8 +321,8 @@ def _natural(text: str) -> int:
 
 
 def _threads(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a positive integer")
+    if not text.isdecimal() or not 1 <= int(text) <= threads.MOST:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer from 1 to {threads.MOST}")
     return int(text)
 
 

@@ -20,8 +20,9 @@ from flashtile.errors import wrong
 from flashtile.owners import LENDERS, Owner, borrow, give_back, library_of, owner_of
 from flashtile.progress import reporter
 from flashtile.score.capture import ArrayCapture, capture, is_array
+from flashtile.score.keep import keep_of
 from flashtile.score.options import ScoreOptions, Scoring
-from flashtile.spec import AttentionSpec, refuse_later
+from flashtile.spec import AttentionSpec, check_flag
 
 
 def attention(
@@ -54,7 +55,8 @@ def attention(
               when the stream has come there.
     Raises:   as flashtile.attention; KernelError if the device has no memory left, the library's error as its cause.
     """
-    refuse_later(seed=seed, dropout_p=dropout_p)
+    check_flag("return_lse", return_lse)
+    keep = keep_of(dropout_p, seed)
     library = one_library(q, k, v, out)
     owner = owner_of(library)
     q, k, v = (borrow(owner, x) for x in (q, k, v))
@@ -64,9 +66,10 @@ def attention(
     if align is not None:
         align, offsets = split_align(align, views[0].shape)
     options = Options(causal, as_key(window), align, scale, precision, kernel, engine)
-    given = (borrow(owner, x) if is_array(x) else x for x in (mask, bias, score_mod, softcap, alibi_slopes, sinks))
-    spec, scoring = options.scored(ScoreOptions(*given), *views, offsets)
-    key = (views, target, options, spec.program, spec.sinks)
+    scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks, keep)
+    borrowed = {name: borrow(owner, x) for name, x in vars(scores).items() if is_array(x)}
+    spec, scoring = options.scored(replace(scores, **borrowed), *views, offsets)
+    key = (views, target, options, spec.program, spec.sinks, spec.dropout)
     report = None if progress is None else reporter(progress)
     with calling(owner, q) as place:
         call = lookup(key) or prepare(key, *views, target, options, spec)

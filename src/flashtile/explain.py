@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from flashtile import engines, kernels
+from flashtile import kernels
 from flashtile.arrays import View, contiguous, device_of, is_torch, plain, view_of
-from flashtile.calls import Options, as_name, split_align
+from flashtile.calls import Options, as_name, engine_of, split_align
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import wrong
 from flashtile.kernels import Layout
@@ -21,10 +21,11 @@ from flashtile.plan.mapped import count_map
 from flashtile.score.coverage import Coverage as Map
 from flashtile.score.coverage import coverage as map_of
 from flashtile.score.expr import Expr, postorder
+from flashtile.score.keep import keep_of
 from flashtile.score.options import ScoreOptions, Scoring
 from flashtile.score.program import Program
 from flashtile.score.readable import mask_text, score_text
-from flashtile.spec import LATER_OPTIONS, AttentionSpec, refuse_later
+from flashtile.spec import AttentionSpec
 from flashtile.threads import get_num_threads
 
 _WITHOUT_EFFECT = {"return_lse", "progress", "out"}  # on what explain says
@@ -61,6 +62,7 @@ class Explanation:
             *([("score", self.score)] if self.score else ()),
             *([("mask", self.mask)] if self.mask else ()),
             *([("sinks", "one more logit in each row's denominator")] if s.sinks else ()),
+            *([("dropout", "of the weights, by the seed and position of each")] if s.dropout else ()),
             ("kernel", ", ".join(filter(None, (self.kernel, self.variant, self.isa)))),
             ("engine", f"{self.engine}, {self._threads()}"),
             ("tiles", f"{p.tile_q} queries" + (f" of {p.head_block} heads" if p.head_block > 1 else "") +
@@ -100,6 +102,8 @@ def explain(
     alibi_slopes: Any = None,
     sinks: Any = None,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
     precision: str = "ieee",
     kernel: str = "auto",
     engine: str = "auto",
@@ -117,16 +121,15 @@ def explain(
     >>> flashtile.explain((1, 8, 4096, 64), causal=True).flops
     17184063488
     """
-    if unknown := others.keys() - LATER_OPTIONS.keys() - _WITHOUT_EFFECT:
+    if unknown := others.keys() - _WITHOUT_EFFECT:
         raise TypeError(f"explain() got an unexpected keyword argument {min(unknown)!r}")
-    refuse_later(**{name: value for name, value in others.items() if name in LATER_OPTIONS})
     k = q if k is None else k
     v = k if v is None else v
     views = [view_or_shape(x, argument, dtype, device) for argument, x in (("q", q), ("k", k), ("v", v))]
     options = Options(causal, window, None, scale, precision, kernel, engine)
-    scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks)
+    scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed))
     spec, scoring, offsets = describe(views, options, align, scores)
-    chosen = engines.pick(as_name("engine", engine))
+    chosen = engine_of(spec, engine)
     family = kernels.pick(spec, as_name("kernel", kernel))
     able = family.capabilities(spec)
     plan = make_plan(spec, able)
@@ -197,7 +200,7 @@ def _passed_over(spec: AttentionSpec, chosen: str, requested: str) -> tuple[tupl
     for name, family in kernels.families():
         if name == chosen:
             continue
-        reason = kernels.objection(family, spec)
+        reason = kernels.objection(family, spec.filled)
         if reason is None:
             why = "comes later in the order" if requested == "auto" else f"{requested} was asked for"
             reason = f"can do it, but {why}"

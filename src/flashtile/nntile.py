@@ -152,7 +152,7 @@ def flash_sdpa_fwd_async(
     described = {name: (tile.shape, tile.dtype) for name, tile in given.items()}
     call = _validated(described, dtype, causal, window, first_query, first_key, scale)
     _check_apart({name: tile.tensor.extent for name, tile in given.items()})
-    handles = {name: tile.handle for name, tile in given.items()}
+    handles = {name: tile.tensor[0, 0, 0].address for name, tile in given.items()}
     for name in ("A", "logsumexp"):
         if [*handles.values()].count(handles[name]) > 1:
             raise wrong(name, "a tile that is another argument too", "a tile of its own")
@@ -169,7 +169,7 @@ class Tile:
 
     @property
     def handle(self) -> int:
-        """The address of StarPU's handle (starpu_data_handle_t)."""
+        """The address of StarPU's handle (starpu_data_handle_t); from here on the tile counts as written."""
         return self.tensor[0, 0, 0].handle
 
     @contextmanager

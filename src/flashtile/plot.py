@@ -74,7 +74,9 @@ def plot_coverage(
     tile_q, tile_k = _tile(spec, kernel) if tile is None else _checked(tile)
     tiles = tile_map(program, spec, tile_q, tile_k).tiles()
     kinds: np.ndarray = tiles[min(batch, len(tiles) - 1), min(head, tiles.shape[1] - 1)]
-    _draw(kinds, target, (tile_q, tile_k), spec)
+    sizes = (("batch", batch, len(tiles), spec.batch), ("head", head, tiles.shape[1], spec.heads))
+    which = "".join(f", {name} {number} of {size}" for name, number, maps, size in sizes if maps > 1)
+    _draw(kinds, target, (tile_q, tile_k), spec, which)
     return kinds
 
 
@@ -96,7 +98,8 @@ def _checked(tile: Any) -> tuple[int, int]:
     return sides[0], sides[1]  # type: ignore[return-value]
 
 
-def _draw(kinds: np.ndarray, target: Path, tile: tuple[int, int], spec: AttentionSpec) -> None:
+def _draw(kinds: np.ndarray, target: Path, tile: tuple[int, int], spec: AttentionSpec, which: str) -> None:
+    """The picture; `which` names the batch and head where maps differ."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.colors import ListedColormap
@@ -119,7 +122,7 @@ def _draw(kinds: np.ndarray, target: Path, tile: tuple[int, int], spec: Attentio
         axes.vlines([n * tile[1] for n in range(1, columns)], *extent[3:1:-1], colors="white", linewidth=0.5)
         axes.hlines([n * tile[0] for n in range(1, rows)], *extent[:2], colors="white", linewidth=0.5)
     axes.set(xlabel="key j", ylabel="query row i", xlim=(0, max(spec.kv_len, 1)), ylim=(max(spec.q_len, 1), 0))
-    axes.set_title(f"{tile[0]} x {tile[1]} tiles, {spec.q_len} x {spec.kv_len} scores", fontsize=10)
+    axes.set_title(f"{tile[0]} x {tile[1]} tiles, {spec.q_len} x {spec.kv_len} scores{which}", fontsize=10)
     labels = {kind: f"{_LABELS[kind]} ({int((kinds == kind).sum())})" for kind in (FULL, PARTIAL, EMPTY)}
     shown = [Patch(facecolor=_COLOURS[kind], edgecolor="#888888", label=label) for kind, label in labels.items()]
     figure.legend(handles=shown, loc="outside lower center", ncols=1, fontsize=9, frameon=False)

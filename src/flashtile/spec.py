@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from flashtile.arrays import device_of
 from flashtile.dtypes import DType, dtype_of
-from flashtile.errors import UnavailableError, wrong
+from flashtile.errors import wrong
 
 if TYPE_CHECKING:
     from flashtile.score.code import Code
@@ -48,7 +48,8 @@ class AttentionSpec:
     None if it is an array (batch,) that comes with each call. Without a band it is 0.
     device is where all arrays lie: "cpu", or "cuda:0" and so on.
     program is what else changes scores or hides keys; where it has a mask, that mask includes the band. sinks says
-    whether each query head has a logit that joins its denominators.
+    whether each query head has a logit that joins its denominators, dropout
+    whether some of its weights are dropped: by which seed and probability is a value of the call.
     """
 
     batch: int
@@ -65,6 +66,7 @@ class AttentionSpec:
     scale: float
     program: Code | None = None
     sinks: bool = False
+    dropout: bool = False
     device: str = "cpu"
 
     @property
@@ -75,12 +77,27 @@ class AttentionSpec:
     @property
     def group(self) -> int:
         """Query heads that share one key/value head: head h reads key/value head h // group."""
-        return self.heads // self.kv_heads
+        return self.heads // max(self.kv_heads, 1)
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to multiply, or nothing to multiply it with: no heads, or head sizes of 0. Lengths
+        and batches of 0 are no special case to a kernel."""
+        return 0 in (self.heads, self.head_size, self.value_size)
+
+    @property
+    def filled(self) -> AttentionSpec:
+        """This call with a 1 for every such 0, as kernel families are asked about it."""
+        if not self.empty:
+            return self
+        heads, kv_heads = max(self.heads, self.kv_heads, 1), max(self.kv_heads, 1)
+        size, value_size = max(self.head_size, 1), max(self.value_size, 1)
+        return replace(self, heads=heads, kv_heads=kv_heads, head_size=size, value_size=value_size)
 
     @property
     def options(self) -> frozenset[str]:
         """The names of the features this call needs from a kernel, as in `Capabilities.options`."""
-        named = (("band", self.band), ("program", self.program), ("sinks", self.sinks))
+        named = (("band", self.band), ("program", self.program), ("sinks", self.sinks), ("dropout", self.dropout))
         return frozenset(name for name, value in named if value)
 
     @classmethod
@@ -130,10 +147,6 @@ ShapeRule = tuple[str, Callable[[Shape, Shape, Shape], bool], Text, Text]
 
 # argument, what must hold, what came, what was expected: of the three shapes as (B, H, S, D).
 SHAPE_RULES: tuple[ShapeRule, ...] = (
-    ("q", lambda q, k, v: q[3] >= 1, lambda q, k, v: f"head size {q[3]}", lambda q, k, v: "at least 1"),
-    ("q", lambda q, k, v: q[1] >= 1, lambda q, k, v: f"{q[1]} heads", lambda q, k, v: "at least 1"),
-    ("k", lambda q, k, v: k[1] >= 1, lambda q, k, v: f"{k[1]} heads", lambda q, k, v: "at least 1"),
-    ("v", lambda q, k, v: v[3] >= 1, lambda q, k, v: f"head size {v[3]}", lambda q, k, v: "at least 1"),
     ("k", lambda q, k, v: k[0] == q[0], lambda q, k, v: f"batch {k[0]}", lambda q, k, v: f"{q[0]} as in q"),
     ("v", lambda q, k, v: v[0] == q[0], lambda q, k, v: f"batch {v[0]}", lambda q, k, v: f"{q[0]} as in q"),
     ("k", lambda q, k, v: k[3] == q[3], lambda q, k, v: f"head size {k[3]}", lambda q, k, v: f"{q[3]} as in q"),
@@ -141,25 +154,11 @@ SHAPE_RULES: tuple[ShapeRule, ...] = (
     ("v", lambda q, k, v: v[2] == k[2], lambda q, k, v: f"length {v[2]}", lambda q, k, v: f"{k[2]} as in k"),
     (
         "k",
-        lambda q, k, v: q[1] % k[1] == 0,
+        lambda q, k, v: q[1] % k[1] == 0 if k[1] else q[1] == 0,
         lambda q, k, v: f"{k[1]} heads",
         lambda q, k, v: f"a divisor of q's {q[1]} heads",
     ),
 )
-
-# name of a later option, the values that leave it off
-LATER_OPTIONS: dict[str, tuple[object, ...]] = {
-    "dropout_p": (0, 0.0),
-    "seed": (None,),
-}
-
-
-def refuse_later(**options: object) -> None:
-    """Raise UnavailableError for the first of these options that is on. Options not in the table are off at None."""
-    for name, value in options.items():
-        offs = LATER_OPTIONS.get(name, (None,))
-        if not any(value is off or (isinstance(value, (int, float)) and value == off) for off in offs):
-            raise UnavailableError(f"{name}: got a {type(value).__name__}, expected its default: not available yet")
 
 
 def common_dtype(q: object, k: object, v: object) -> DType:
@@ -198,10 +197,15 @@ def integer(value: object) -> int | None:
     return None
 
 
+def check_flag(argument: str, value: object) -> None:
+    """Raise SpecError unless the value is a bool: "no" and 0 are more likely a mistake than a choice."""
+    if type(value).__name__ not in ("bool", "bool_"):  # bool_ is NumPy 1's
+        raise wrong(argument, repr(value), "True or False")
+
+
 def band_of(causal: object, window: object) -> Band | None:
     """The intersection of `causal` and `window`, None if every key is visible to every row."""
-    if type(causal).__name__ not in ("bool", "bool_"):  # bool_ is NumPy 1's
-        raise wrong("causal", repr(causal), "True or False")
+    check_flag("causal", causal)
     left, right = (None, None) if window is None else _window(window)
     right = 0 if causal else right
     return None if left is None and right is None else Band(left, right)
@@ -244,9 +248,9 @@ def offset_of(align: object, needed: bool, q_len: int, kv_len: int) -> int | Non
 
 
 def scale_of(scale: object, head_size: int) -> float:
-    """The factor of q.k; by default 1 / sqrt(head_size)."""
+    """The factor of q.k; by default 1 / sqrt(head_size), of no elements 1."""
     if scale is None:
-        return 1.0 / math.sqrt(head_size)
+        return 1.0 / math.sqrt(max(head_size, 1))
     if not isinstance(scale, numbers.Real) or isinstance(scale, bool) or not math.isfinite(scale):
         raise wrong("scale", repr(scale), "a finite real number or None")
     return float(scale)

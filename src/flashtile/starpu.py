@@ -159,7 +159,8 @@ def register(array: Any, rows: int) -> TiledTensor:
 def empty(shape: Sequence[int], dtype: Any, rows: int) -> TiledTensor:
     """Tiles that StarPU owns: allocated where and when a task first writes them, evicted if memory is short.
 
-    Shapes as in `register`. The contents are read by acquire; unregister() drops them.
+    Shapes as in `register`. The contents are read by acquire, once a task or acquire(..., "W") has written
+    them; unregister() drops them.
     """
     shape = tuple(integer(n) if integer(n) is not None else -1 for n in shape)  # type: ignore[misc]
     if len(shape) not in (3, 4) or min(shape) < 0 or 0 in shape[3:]:

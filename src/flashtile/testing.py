@@ -13,6 +13,7 @@ import numpy as np
 
 from flashtile.calls import Options
 from flashtile.kernels.accuracy import FACTOR, Expected, allow, expect_values, key_orders, ulp, values_of
+from flashtile.score.keep import keep_of
 from flashtile.score.options import ScoreOptions
 from flashtile.spec import PER_BATCH, integer
 
@@ -31,6 +32,8 @@ def expect(
     window: Any = None,
     align: Any = None,
     precision: str = "ieee",
+    dropout_p: float = 0.0,
+    seed: int | None = None,
     **scores: Any,
 ) -> tuple[Expected, Expected]:
     """What `flashtile.attention` of the same arguments should return: the output, and lse.
@@ -45,7 +48,8 @@ def expect(
     """
     per_batch = not (align is None or isinstance(align, str) or integer(align) is not None)
     options = Options(causal, window, PER_BATCH if per_batch else align, scale, precision, "auto", "auto")
-    spec, scoring = options.scored(ScoreOptions(**scores), q, k, v, np.asarray(align) if per_batch else None)
+    changes = ScoreOptions(**scores, keep=keep_of(dropout_p, seed))
+    spec, scoring = options.scored(changes, q, k, v, np.asarray(align) if per_batch else None)
     offset = np.asarray(align) if spec.offset is None else spec.offset
     return expect_values(spec, [values_of(x) for x in (q, k, v)], offset, scoring)
 

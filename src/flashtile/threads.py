@@ -8,6 +8,7 @@ from flashtile.errors import wrong
 from flashtile.spec import integer
 
 VARIABLE = "FLASHTILE_NUM_THREADS"
+MOST = 4096  # more than any machine has CPUs; systems refuse tens of thousands, in the middle of a call
 
 _chosen: int | None = None
 
@@ -27,12 +28,12 @@ def get_num_threads() -> int:
 def set_num_threads(n: int) -> None:
     """Let later calls use n threads, the calling one included. The result of a call does not depend on n.
 
-    Raises: SpecError unless n is a positive integer.
+    Raises: SpecError unless n is an integer from 1 to 4096.
     """
     global _chosen
     number = integer(n)
-    if number is None or number < 1:
-        raise wrong("n", repr(n), "a positive integer")
+    if number is None or not 1 <= number <= MOST:
+        raise wrong("n", repr(n), f"an integer from 1 to {MOST}")
     _chosen = number
 
 
@@ -43,6 +44,6 @@ def _default() -> int:
             return len(os.sched_getaffinity(0))
         except AttributeError:  # no such call on macOS and Windows
             return os.cpu_count() or 1
-    if not text.isdecimal() or int(text) < 1:
-        raise wrong(VARIABLE, repr(text), "a positive integer")
+    if not text.isdecimal() or not 1 <= int(text) <= MOST:
+        raise wrong(VARIABLE, repr(text), f"an integer from 1 to {MOST}")
     return int(text)

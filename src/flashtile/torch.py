@@ -10,16 +10,25 @@ import torch
 from torch.autograd import forward_ad
 
 from flashtile.calls import Options, as_key, check_apart, lookup, prepare, split_align
-from flashtile.errors import UnavailableError, wrong
+from flashtile.errors import FlashtileError, UnavailableError, wrong
 from flashtile.progress import reporter
 from flashtile.score.capture import ArrayCapture
+from flashtile.score.keep import Keep, keep_of, threshold_of
 from flashtile.score.options import ScoreOptions
 from flashtile.score.program import Program
-from flashtile.spec import refuse_later
+from flashtile.sdpa import causal_bias, like_torch, number, spell, under_autocast
+from flashtile.spec import check_flag
 
 __all__ = ["attention", "scaled_dot_product_attention"]
 
 Tensor = torch.Tensor
+# What to give instead of tensors whose elements alone do not say what they mean, by the name of the class.
+_PLAIN = {
+    "NestedTensor": "a dense tensor: the sequences one after the other with mask=score.varlen(...), or padded with "
+    "mask=score.padding(...)",
+    "CausalBias": "causal=True with align=, or attn_mask= of scaled_dot_product_attention",
+    "MaskedTensor": "a dense tensor, and which of its keys to see as mask=",
+}
 _STRIDED = torch.strided
 
 
@@ -48,7 +57,9 @@ def attention(
     out: Tensor | None = None,
 ) -> Any:
     """`flashtile.attention` on tensors, all on the CPU or all on one GPU: the same keywords, shapes, numerics and
-    errors; no copy of q, k, v. On a GPU it runs on the current stream and returns before the kernels have run.
+    errors; no copy of q, k, v. Dropout without a seed draws one from torch's generator, as `torch.manual_seed` set it.
+    On a GPU it runs on the current stream and returns before the kernels have run. Under torch.autocast q, k and v are
+    cast as for torch's SDPA (not float64), and nothing else is.
 
     Returns:  a tensor of q's dtype; with return_lse=True also lse, float32 (float64 for float64).
     Raises:   as flashtile.attention; UnavailableError also if a tensor requires grad while gradients are recorded.
@@ -59,15 +70,17 @@ def attention(
     torch.Size([1, 8, 128, 64])
     """
     attend = _attend
+    q, k, v = under_autocast(q, k, v)
     if not _are_ready(q, k, v):
         attend = _checked(q=q, k=k, v=v)
-    if seed is not None or dropout_p != 0:
-        refuse_later(seed=seed, dropout_p=dropout_p)
+    if type(return_lse) is not bool:
+        check_flag("return_lse", return_lse)
+    keep = None if seed is None and type(dropout_p) is float and dropout_p == 0 else _keep_of(dropout_p, seed)
     offsets = scores = None
     if align is not None:
         align, offsets = split_align(align, q.shape)
-    if not (mask is bias is score_mod is softcap is alibi_slopes is sinks is None):
-        scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks)
+    if not (mask is bias is score_mod is softcap is alibi_slopes is sinks is keep is None):
+        scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks, keep)
     options = causal, as_key(window), align, scale, precision, kernel, engine
     return attend(q, k, v, options, scores, offsets, return_lse, progress, out)
 
@@ -93,7 +106,7 @@ def _attend(
     if scores is not None:
         _check_scores(scores)
         spec, scoring = Options(*options).scored(scores, q, k, v, offsets)
-        key += spec.program, spec.sinks
+        key += spec.program, spec.sinks, spec.dropout
         if torch.is_grad_enabled() and scoring.program is not None:
             _check_captured(scoring.program)
     call = lookup(key)
@@ -140,9 +153,16 @@ def _attend_on_device(
     keywords = {**Options(*options)._asdict(), **vars(scores)}
     if offsets is not None:
         keywords["align"] = offsets
-    return devices.attention(
-        q, k, v, **keywords, dropout_p=0.0, seed=None, return_lse=return_lse, progress=progress, out=out
-    )
+    keep = keywords.pop("keep")
+    dropout = {"dropout_p": keep.dropout_p, "seed": keep.seed} if keep else {"dropout_p": 0.0, "seed": None}
+    return devices.attention(q, k, v, **keywords, **dropout, return_lse=return_lse, progress=progress, out=out)
+
+
+def _keep_of(dropout_p: Any, seed: Any) -> Keep | None:
+    """`keep_of`, with a seed of torch's generator where one is needed and none came. Raises: as `keep_of`."""
+    if seed is None and threshold_of(dropout_p):
+        seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
+    return keep_of(dropout_p, seed)
 
 
 def scaled_dot_product_attention(
@@ -164,59 +184,48 @@ def scaled_dot_product_attention(
     """`torch.nn.functional.scaled_dot_product_attention` by its own signature and defaults, and a few options more.
 
     Shapes:   query (..., H, L, E), key (..., H_kv, S, E), value (..., H_kv, S, E_v) -> (..., H, L, E_v). Leading axes
-              broadcast. Heads broadcast too unless enable_gqa, with which query head h reads head h // (H / H_kv).
+              broadcast. Heads broadcast too unless enable_gqa, with which query head h reads head h // (H / H_kv);
+              H_kv may then differ between key and value.
     Options:  is_causal and window are aligned top_left, as torch aligns is_causal: row i stands at key i.
-              attn_mask broadcasts to (..., H, L, S): boolean, True = attend, or of a float dtype, added to the scores.
-              softcap, alibi_slopes, sinks as attention. dropout_p is not available yet.
+              attn_mask broadcasts to (..., H, L, S): boolean, True = attend, or of a float dtype, added to the scores;
+              or a causal_upper_left or causal_lower_right of torch.nn.attention.bias, which aligns window as well.
+              softcap, alibi_slopes, sinks as attention. dropout_p draws a seed from torch's generator; the mask is
+              that of `flashtile.attention` with this seed, not torch's.
     Numerics: a row that sees no key gives 0, where torch may give NaN.
     Raises:   as attention.
     Source:   PyTorch 2.13, torch.nn.functional.scaled_dot_product_attention.
     """
     if attn_mask is not None and is_causal:
         raise wrong("attn_mask", "a mask together with is_causal=True", "one of the two, as in torch")
-    if dropout_p != 0:
-        refuse_later(dropout_p=dropout_p)
+    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa), ("return_lse", return_lse)):
+        if type(flag) is not bool:
+            check_flag(name, flag)
+    keep = None if type(dropout_p) is float and dropout_p == 0 else _keep_of(dropout_p, None)
     attend = _attend
+    query, key, value = under_autocast(query, key, value)
     if not _are_ready(query, key, value):
         attend = _checked(query=query, key=key, value=value)
     axes = scores = mask = bias = None
+    align = "top_left"
     if not query.shape == key.shape == value.shape or query.ndim > 4:
-        query, key, value, axes = _like_torch(query, key, value, enable_gqa)
+        query, key, value, axes = like_torch(query, key, value, enable_gqa)
     if attn_mask is not None:
-        mask, bias = _mask_like_torch(attn_mask, query, key, axes)
-    if not (mask is bias is softcap is alibi_slopes is sinks is None):
-        scores = ScoreOptions(mask, bias, None, softcap, alibi_slopes, sinks)
-    options = is_causal, as_key(window), "top_left", scale, "ieee", "auto", "auto"
-    result = attend(query, key, value, options, scores, None, return_lse)
+        if (found := causal_bias(attn_mask, query, key)) is not None:
+            is_causal, align = True, found
+        else:
+            mask, bias = _mask_like_torch(attn_mask, query, key, axes)
+    if not (mask is bias is softcap is alibi_slopes is sinks is keep is None):
+        scores = ScoreOptions(mask, bias, None, softcap, alibi_slopes, sinks, keep)
+    options = is_causal, as_key(window), align, number("scale", scale), "ieee", "auto", "auto"
+    try:
+        result = attend(query, key, value, options, scores, None, return_lse)
+    except FlashtileError as e:
+        spell(e)
+        raise
     if axes is None:
         return result
     results = tuple(x.reshape(*axes, *x.shape[1:]) for x in (result if return_lse else (result,)))
     return results if return_lse else results[0]
-
-
-def _like_torch(
-    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
-) -> tuple[Tensor, Tensor, Tensor, torch.Size | None]:
-    """Broadcast the leading axes as torch does: three tensors (B, H, S, D), and the axes that B stands for; None, and
-    the tensors as they are, where there is nothing to do."""
-    if query.ndim <= 4 and query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
-        return query, key, value, None
-    named = {"query": query, "key": key, "value": value}
-    for name, x in named.items():
-        if x.ndim < 3:
-            raise wrong(name, f"shape {tuple(x.shape)}", "rank 3 or more, as the leading axes differ")
-    last = -3 if enable_gqa else -2
-    try:
-        batch = torch.broadcast_shapes(*(x.shape[:last] for x in named.values()))
-    except RuntimeError as cause:
-        hint = "" if enable_gqa else " (heads that divide query's need enable_gqa=True)"
-        shapes = ", ".join(str(tuple(x.shape)) for x in named.values())
-        raise wrong("query, key, value", f"shapes {shapes}", f"leading axes that broadcast{hint}") from cause
-    query, key, value = (x.expand(*batch, *x.shape[last:]) for x in named.values())
-    axes = batch if enable_gqa else batch[:-1]
-    # A copy only where the axes cannot be seen as one, as after a broadcast of some of them.
-    query, key, value = (x.reshape(axes.numel(), *x.shape[-3:]) for x in (query, key, value))
-    return query, key, value, axes
 
 
 def _mask_like_torch(
@@ -306,13 +315,15 @@ def _check_tensors(**tensors: Tensor) -> None:
     for name, x in tensors.items():
         if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
             got = f"a {type(x).__module__}.{type(x).__qualname__}"
-            raise wrong(name, got, "a torch.Tensor (a subclass may have x.as_subclass(torch.Tensor))")
+            raise wrong(
+                name, got, _PLAIN.get(type(x).__name__, "a torch.Tensor itself: what a subclass means is unknown")
+            )
         if not (x.is_cpu or x.is_cuda):
             raise wrong(name, f"a tensor on {x.device}", "a tensor on the CPU or a GPU of CUDA or ROCm")
         if x.layout is not torch.strided:
             raise wrong(name, f"layout {x.layout}", "a dense tensor")
         if x.is_nested:
-            raise wrong(name, "a nested tensor", "a dense tensor")
+            raise wrong(name, "a nested tensor", _PLAIN["NestedTensor"])
         if x.is_neg():
             raise wrong(name, "a lazily negated view", "a tensor in memory (x.resolve_neg())")
         if recording and x.requires_grad:

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 from inputs import Shape
+from ml_dtypes import bfloat16
 
-from flashtile.score import causal, document, padding, prefix, relative, window
+from flashtile.score import causal, document, padding, prefix, relative, varlen, window
 
 # Ragged in every tile: panels of 6 to 48 rows, blocks of 32 and 128 keys; two query heads a key/value head.
 SHAPE = Shape(2, 4, 2, 70, 150, 20, 24)
@@ -37,6 +38,12 @@ SINKS = np.array([0.3, -1.0, 2.0, 5.0], np.float32)
 def _document_mod(s: Shape) -> Callable[..., Any]:
     doc = ids(s.kv_len, s.batch)
     return lambda b, h, i, j: doc[b, i] == doc[b, j]
+
+
+def _packed(s: Shape) -> Any:
+    """Sequences of other lengths in queries and keys, one without queries, one without keys."""
+    rows, keys = np.array([0, 30, 30, 40, s.q_len]), np.array([0, 41, 60, 60, s.kv_len])
+    return varlen(rows, keys, causal=True, window=(70, None))
 
 
 def _block_mod(s: Shape) -> Callable[..., Any]:
@@ -75,6 +82,11 @@ EACH: dict[str, Callable[[Shape], Options]] = {
     "alibi by batch": lambda s: {"alibi_slopes": np.stack([SLOPES, -SLOPES]).astype("f8"), "align": np.array([3, 80])},
     "sinks": lambda s: {"sinks": SINKS},
     "sinks by batch": lambda s: {"sinks": np.stack([SINKS, -SINKS]).astype("f8"), "causal": True, "align": 0},
+    "slopes and sinks of 16 bits": lambda s: {
+        "alibi_slopes": np.stack([SLOPES, -SLOPES]).astype(bfloat16),
+        "sinks": SINKS.astype("f2"),
+        "align": 0,
+    },
     "bias": lambda s: {"bias": numbers(1, s.heads, s.q_len, s.kv_len)},
     "bias that hides": lambda s: {"bias": np.where(coins(s.q_len, s.kv_len), numbers(s.q_len, s.kv_len), -np.inf)},
     "bias, window": lambda s: {"bias": numbers(s.kv_len, dtype="float16"), "window": (50, 3), "align": 10},
@@ -83,6 +95,7 @@ EACH: dict[str, Callable[[Shape], Options]] = {
     "dense mask": lambda s: {"mask": coins(s.batch, s.heads, s.q_len, s.kv_len)},
     "dense mask, causal": lambda s: {"mask": coins(s.q_len, s.kv_len), "causal": True, "align": AHEAD},
     "documents": lambda s: {"mask": document(ids(s.q_len, s.batch), ids(s.kv_len, s.batch))},
+    "packed": lambda s: {"mask": _packed(s)},
     "mask function": lambda s: {"mask": _block_mod(s)},
     "mask by head": lambda s: {"mask": lambda b, h, i, j: j <= i + h * 20 - b * 30},
     "masks composed": lambda s: {"mask": ~(window(20, 5) | prefix(10)) & causal(), "align": "bottom_right"},

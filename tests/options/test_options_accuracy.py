@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from inputs import Shape, uniform
@@ -14,7 +16,7 @@ from option_cases import EACH, SHAPE, TOGETHER, numbers
 import flashtile
 from flashtile.dtypes import DTYPES
 from flashtile.score import padding
-from flashtile.testing import Expected, expect
+from flashtile.testing import Expected, expect, ulp
 
 CASES = {**TOGETHER, **EACH}
 # Each case with one dtype here, so that each dtype meets a quarter of the cases; all of them in the slow sweep.
@@ -57,6 +59,31 @@ def test_ragged_sizes(kernel: Kernel, lengths: tuple[int, int], heads: tuple[int
     want_o, want_lse = expect(*inputs, **options)
     want_o.check(o, "output")
     want_lse.check(lse, "lse")
+
+
+@pytest.mark.parametrize("element", ["float32", "float64"])
+@pytest.mark.parametrize("sink", [-200.0, 20.0, 33.0, 47.0, 60.0, 75.0, 86.0, 95.0, 120.0, 700.0, 740.0])
+def test_a_sink_however_large_only_scales_the_row(kernel: Kernel, element: str, sink: float) -> None:
+    """Weights may be too small for the format while the outputs are not; a weight's own error grows with distance.
+
+    Small scores: like lse, such a row repeats the rounding of its scores in full, of which the order of the keys says
+    nothing.
+    """
+    shape = Shape(1, 2, 2, 40, 70, 16, 8)
+    q, k, v = uniform(shape, element, size=1.0)
+    for values in (v, np.ones_like(v), v * v.dtype.type(1e20)):
+        sinks = np.array([sink, sink + 0.37])
+        o, lse = kernel(q, k, values, sinks=sinks, return_lse=True)
+        want_o, want_lse = expect(q, k, values, sinks=sinks)
+        want_o.check(o, "output")
+        want_lse.check(lse, "lse")
+
+
+def test_a_far_sink_by_hand(kernel: Kernel, dtype: str) -> None:
+    zeros = np.zeros((2, 4), ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    o = kernel(zeros, zeros, np.ones_like(zeros), sinks=np.array([75.0])).astype(np.float64)
+    exact = 2 * math.exp(-75)
+    assert np.abs(o - exact).max() <= (exact if dtype == "float16" else 4 * ulp(exact, dtype))  # below its least
 
 
 def test_keys_in_parts() -> None:

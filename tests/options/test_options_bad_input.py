@@ -12,6 +12,7 @@ from option_cases import SHAPE
 
 import flashtile
 from flashtile.errors import FlashtileError, SpecError
+from flashtile.score import varlen
 
 FULL = (SHAPE.batch, SHAPE.heads, SHAPE.q_len, SHAPE.kv_len)
 COMPLEX, FAR, SHORT = np.zeros(150, complex), np.full(150, 2**40), np.zeros(9)
@@ -32,7 +33,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "slopes of wrong shape": ({"alibi_slopes": np.ones(3, np.float32)}, r"^alibi_slopes: got shape \(3,\), expected"),
     "slopes of integers": ({"alibi_slopes": np.ones(4, int)}, "^alibi_slopes: got .*int64"),
     "sinks of wrong shape": ({"sinks": np.ones((4, 1), np.float32)}, r"^sinks: got shape \(4, 1\), expected"),
-    "sinks of float16": ({"sinks": np.ones(4, np.float16)}, r"^sinks: got dtype (torch\.)?float16, expected float32"),
+    "sinks of integers": ({"sinks": np.ones(4, int)}, r"^sinks: got dtype (torch\.)?int64, expected floats"),
     "sinks that are a list": ({"sinks": [1.0] * 4}, "^sinks: got a list, expected"),
     "negative softcap": ({"softcap": -1.0}, "^softcap: got -1.0, expected"),
     "softcap that is no number": ({"softcap": "30"}, "^softcap: got '30', expected"),
@@ -65,6 +66,35 @@ def test_wrong_options(door: Callable[..., Any], name: str) -> None:
     with pytest.raises(SpecError, match=f"(?s){message}") as caught:
         door(out, **options)
     assert isinstance(caught.value, FlashtileError) and (out == 7).all()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (([0, 3], [0, 2, 4]), "cu_seqlens_k: got 3 boundaries, expected 2 as in cu_seqlens_q"),
+        (([1, 3], [0, 4]), "cu_seqlens_q: got 1 first, expected integers that rise from 0"),
+        (([0, 3], [0, 4, 2]), "cu_seqlens_k: got 2 after 4, expected"),
+        (([0, 3.5], [0, 4]), r"cu_seqlens_q: got float64 of shape \(2,\), expected"),
+        (([], []), "cu_seqlens_q: got float64 of shape"),
+        (([0, 3], [0, 4], 1), "causal: got 1, expected True or False"),
+        (([0, 3], [0, 4], True, (-2, 0)), "window: got left -2, expected"),
+        (([0, 3], [0, 4], True, 5), "window: got 5, expected"),
+        (([0, 3], [0, 4], True, None, "left"), "align: got 'left', expected"),
+        (([0, 3], [0, 4], True, None, [1, 2]), r"align: got int64 of shape \(2,\), expected"),
+        (([0, 3], [0, 4], True, None, 2**40), "align: got offsets from 1099511627776"),
+    ],
+)
+def test_wrong_boundaries_of_packed_sequences(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(SpecError, match=f"^{message}"):
+        varlen(*arguments)
+
+
+def test_boundaries_that_end_elsewhere_than_the_arrays() -> None:
+    q, k, v = uniform(SHAPE, "float32")
+    with pytest.raises(SpecError, match="^cu_seqlens_q: got boundaries up to 69, expected up to the length, 70"):
+        flashtile.attention(q, k, v, mask=varlen([0, 69], [0, 150]))
+    with pytest.raises(SpecError, match="^cu_seqlens_k: got boundaries up to 160, expected up to the length, 150"):
+        flashtile.attention(q, k, v, mask=varlen([0, 70], [0, 160]))
 
 
 def test_captured_tensors_of_another_device() -> None:

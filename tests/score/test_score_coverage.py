@@ -8,7 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trees import as_mask, trees
 
-from flashtile.score import EMPTY, FULL, PARTIAL, Program, causal, coverage, dense, document, padding, prefix, window
+from flashtile.score import (
+    EMPTY,
+    FULL,
+    PARTIAL,
+    Program,
+    causal,
+    coverage,
+    dense,
+    document,
+    padding,
+    prefix,
+    varlen,
+    window,
+)
 from flashtile.score.mask import as_mask as to_mask
 
 
@@ -107,6 +120,30 @@ def test_windows_are_exact_on_one_side_at_least(left, right, shape, tiles, offse
 @given(SHAPES, TILES, st.integers(-80, 80))
 def test_causal_is_exact(shape, tiles, offset):
     check(Program.of(shape, causal=True, offset=offset), *tiles, exact=True)
+
+
+LENGTHS = st.lists(st.tuples(*[st.integers(0, 30)] * 2), min_size=1, max_size=6)
+DISTANCE = st.none() | st.integers(-1, 12)
+
+
+@given(LENGTHS, TILES, st.booleans(), st.tuples(DISTANCE, DISTANCE), st.integers(-9, 9), st.data())
+def test_packed_sequences_are_exact(lengths, tiles, is_causal, sides, number, data):
+    """Whatever tiles cut and gaps lie between; and the mask is that of each sequence on its own."""
+    rows, keys = (np.cumsum([0, *column]) for column in zip(*lengths, strict=True))
+    each = data.draw(st.sampled_from(["bottom_right", "top_left", number, np.arange(len(lengths)) - number]))
+    shape = (1, 1, int(rows[-1]), int(keys[-1]))
+    program = Program.of(shape, mask=varlen(rows, keys, causal=is_causal, window=sides, align=each))
+    seen = np.zeros(shape, bool)
+    for n, (s_q, s_kv) in enumerate(lengths):
+        offset = (
+            {"bottom_right": s_kv - s_q, "top_left": 0}[each]
+            if isinstance(each, str)
+            else np.ravel(each)[n % np.size(each)]
+        )
+        alone = Program.of((1, 1, s_q, s_kv), causal=is_causal, window=sides, offset=int(offset))
+        seen[:, :, rows[n] : rows[n + 1], keys[n] : keys[n + 1]] = dense_mask(alone)
+    np.testing.assert_array_equal(dense_mask(program), seen)
+    check(program, *tiles, exact=True)
 
 
 def tiles_of(shape=(1, 1, 8, 8), tile=2, **options) -> list[str]:

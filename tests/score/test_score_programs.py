@@ -109,6 +109,7 @@ def test_bias_broadcasting(shape, layout):
         assert program.captures[0].array.ctypes.data == array.ctypes.data
 
 
+@pytest.mark.filterwarnings("ignore:.*Python's True")
 def test_nothing_to_do_is_no_program():
     for options in (
         {},

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from flashtile.errors import SpecError
-from flashtile.score import Program, causal, softcap
+from flashtile.score import Program, causal, softcap, varlen, window
 
 SHAPE = (2, 3, 12, 12)
 b, h, i, j = np.ix_(*(np.arange(n) for n in SHAPE))
@@ -19,6 +19,7 @@ s = np.random.default_rng(0).normal(size=SHAPE)
 
 GLOBAL_TABLE = np.arange(12) // 5
 GLOBAL_WIDTH = 4
+PAIRS, WORD, LAST = np.ones((3, 12)), "causal", -1
 
 
 def mask_of(function) -> np.ndarray:
@@ -132,6 +133,9 @@ def test_indexing_styles():
     same(score_of(lambda s, b, h, q, kv: s + table[..., kv][b, h][q]), want)
     same(score_of(lambda s, b, h, q, kv: s + table[1, -1, q, kv]), s + table[1, -1, i[0, 0], j[0, 0]])
     same(score_of(lambda s, b, h, q, kv: s + table[0, 1, 2, 3] + GLOBAL_TABLE[-1]), s + table[0, 1, 2, 3] + 2)
+    for at in (np.int64(-1), np.int8(-1), LAST):
+        same(score_of(lambda s, b, h, q, kv, at=at: s + table[b, at, q, kv]), s + table[b, -1, i, j])
+    same(score_of(lambda s, b, h, q, kv: s + table[b, np.int64(-1), q, kv]), s + table[b, -1, i, j])
     same(score_of(lambda s, b, h, q, kv: s + table[1][2][q, kv]), s + table[1, 2, i[0, 0], j[0, 0]])
     same(score_of(lambda s, b, h, q, kv: s + (table * 2).max(0)[h, q, kv]), s + (table * 2).max(0)[h, i, j])
     same(score_of(lambda s, b, h, q, kv: s + table.shape[1] * len(table)), s + 6)
@@ -195,6 +199,7 @@ def test_numpy_score_functions(function, want):
         (lambda b, h, q, kv: GLOBAL_TABLE.astype(bool)[kv], j >= 5),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*Python's True")
 def test_numpy_mask_functions(function, want):
     same(mask_of(function), want)
 
@@ -244,6 +249,43 @@ def test_values_that_decide_are_part_of_the_program():
 # -- what is refused ---------------------------------------------------------------------------------
 
 
+def test_composing_with_a_rule_that_is_not_called():
+    with pytest.raises(SpecError, match=r"^mask: got score.window itself, .*score.window\(left, right\)"):
+        causal() & window
+
+
+class Whole:
+    table = np.arange(12) > 3
+
+    def rule(self, b, h, i, j):
+        return self.table
+
+    __call__ = rule
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_a_constant_of_python_from_a_mask_warns_and_names_the_line(constant):
+    masks = {True: lambda b, h, i, j: i is not j, False: lambda b, h, i, j: i is j}
+    with pytest.warns(UserWarning, match=f"mask: the function returned Python's {constant}") as found:
+        same(mask_of(masks[constant]), constant)
+    assert found[0].filename == __file__ and found[0].lineno == masks[constant].__code__.co_firstlineno
+
+
+def test_constants_that_were_chosen_do_not_warn(recwarn):
+    same(mask_of(lambda b, h, q, kv: np.full_like(q, True, dtype=bool)), True)
+    same(np.broadcast_to(Program.of(SHAPE, mask=window(None, None)).visible(b, h, i, j), SHAPE), True)
+    same(score_of(lambda s, b, h, q, kv: 3), 3.0)
+    assert not recwarn.list
+
+
+def test_rows_of_an_array_are_not_computed_with():
+    """NumPy would compute with what the index leaves; the stand-in holds the whole array."""
+    table = np.arange(3 * 12.0).reshape(3, 12)
+    same(score_of(lambda s, b, h, q, kv: s + (table + 1).sum(0)[q]), s + (table + 1).sum(0)[i])
+    same(score_of(lambda s, b, h, q, kv: s + sum(row for row in table[:, q])), s + table.sum(0)[i])
+    assert score_of(lambda s, b, h, q, kv: s + table[h].ndim + (table[h].dtype == np.float64)).shape == SHAPE
+
+
 def branch(s, b, h, q, kv):
     if q > kv:
         return s
@@ -273,6 +315,17 @@ def branch(s, b, h, q, kv):
         (lambda s, b, h, q, kv: s**q, ["**"]),
         (lambda s, b, h, q, kv: s.astype(np.int8), ["int8"]),
         (lambda s, b, h, q, kv: np.zeros(3) + s, ["combination"]),
+        (lambda s, b, h, q, kv: s + PAIRS[h].sum(0)[q], [".sum", "indexed in part", "index all axes"]),
+        (lambda s, b, h, q, kv: s + (PAIRS[h] + 1).sum(0)[q], ["add", "indexed in part"]),
+        (lambda s, b, h, q, kv: s + np.sum(PAIRS[:, q], axis=0), ["sum", "indexed in part"]),
+        (lambda s, b, h, q, kv: s + np.asarray(PAIRS[h])[q], ["conversion", "indexed in part"]),
+        (lambda s, b, h, q, kv: s + PAIRS[True, q], ["[bool]", "an index is an integer"]),
+        (lambda s, b, h, q, kv: s + PAIRS.__setitem__((0, 0), 1.0), ["assignment", "where"]),
+        (lambda s, b, h, q, kv: s + WORD, ["combination with str", "operands are numbers"]),
+        (lambda s, b, h, q, kv: np.where(q == WORD, s, 0), ["combination with str"]),
+        (lambda s, b, h, q, kv: s * None, ["combination with NoneType"]),
+        (lambda s, b, h, q, kv: s + [1, 2], ["combination with list"]),
+        (lambda s, b, h, q, kv: np.where(q < kv), ["numpy.where", "missing 2 required"]),
     ],
 )
 def test_operations_outside_the_language_say_where_and_what_instead(function, words):
@@ -292,7 +345,23 @@ def test_operations_outside_the_language_say_where_and_what_instead(function, wo
         (dict(mask=lambda b, h, i, j: i * 1.0), ["mask", "float", "score_mod"]),
         (dict(mask=lambda b, h, i, j: i & 1), ["integer"]),
         (dict(score_mod=lambda s, b, h, i, j: i > j), ["score_mod", "bool"]),
-        (dict(mask=lambda b, h, i, j: None), ["NoneType"]),
+        (dict(mask=lambda b, h, i, j: None), ["NoneType", f"{__file__}:"]),
+        (
+            dict(mask=lambda b, h, i, j: GLOBAL_TABLE),
+            ["whole captured array", "GLOBAL_TABLE", f"{__file__}:", "index it"],
+        ),
+        (dict(mask=functools.partial(lambda t, *a: t[a[2] :], GLOBAL_TABLE)), ["index", f"{__file__}:"]),
+        (dict(mask=lambda b, h, i, j: np.ones(12) > 0), ["an array of shape (12,)", f"{__file__}:", "index it"]),
+        (dict(mask=lambda b, h, i, j: causal()), ["<mask causal>", f"{__file__}:", "composed outside"]),
+        (dict(mask=lambda b, h, i, j: (i, j)), ["a tuple", f"{__file__}:"]),
+        (dict(score_mod=lambda s, b, h, i, j: "s"), ["a str", f"{__file__}:"]),
+        (dict(mask=Whole().rule), ["a whole captured array", f"{__file__}:"]),
+        (dict(mask=Whole()), ["a whole captured array", f"{__file__}:"]),
+        (dict(mask=causal), ["mask: got score.causal itself, expected what it returns: score.causal()"]),
+        (dict(mask=window), ["mask: got score.window itself, expected what it returns: score.window(left, right)"]),
+        (dict(mask=varlen), ["score.varlen itself", "score.varlen(cu_seqlens_q, cu_seqlens_k)"]),
+        (dict(score_mod=softcap), ["score_mod: got score.softcap itself, expected", "score.softcap(cap)"]),
+        (dict(mask=lambda b, h, i, j: GLOBAL_TABLE[20] < j), ["GLOBAL_TABLE: got index 20 in `", f"{__file__}:"]),
         (dict(mask=3), ["mask", "int"]),
         (dict(score_mod="x"), ["score_mod", "str"]),
         (dict(score_mod=causal()), ["score_mod", "the mask causal"]),

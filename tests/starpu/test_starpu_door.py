@@ -56,6 +56,46 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+def test_tiles_that_were_never_written_are_not_read(starpu: Any) -> None:
+    """StarPU would end the process. Whole tensors, single tiles, states, acquire; and no more once they are written."""
+    shape, rows = (1, 1, 20, 8), 10
+    full = [starpu.register(np.ones(shape, "float32"), rows) for _ in range(3)]
+    void, o, lse = starpu.empty(shape, "float32", rows), *(starpu.empty(s, "float32", rows) for s in (shape, shape[:3]))
+    other_o, other_lse = starpu.empty(shape, "float32", rows), starpu.empty(shape[:3], "float32", rows)
+    never = r"^submit: got tile \(0, 0, {}\) of a tensor of shape \(1, 1, 20(, 8)?\), which was never written"
+    for n in range(3):
+        given = [void if n == m else x for m, x in enumerate(full)]
+        with pytest.raises(SpecError, match=never.format(0)):
+            starpu.submit_forward(*given, o, lse)
+    for tile in (0, 1):
+        with pytest.raises(SpecError, match=never.format(tile)):
+            pair = full[0][0, 0, tile], full[1][0, 0, 0], full[2][0, 0, 0], o[0, 0, tile], lse[0, 0, tile]
+            starpu.submit_forward(*pair, carry=True)
+    with pytest.raises(SpecError, match=never.format(0)):
+        starpu.submit_merge(o, lse, other_o, other_lse)
+    for mode in ("R", "RW"):
+        with (
+            pytest.raises(SpecError, match=f"^acquire: got mode '{mode}' on tile .*never written"),
+            o.acquire((0, 0, 1), mode),
+        ):
+            pass
+    for tile in (0, 1):
+        with void.acquire((0, 0, tile), "W") as held:
+            held[...] = 1
+    assert starpu.submit_forward(full[0], void, full[2], o, lse) > 0
+    starpu.submit_forward(*full, other_o, other_lse)
+    starpu.submit_merge(o, lse, other_o, other_lse)
+    starpu.wait()
+    with o.acquire((0, 0, 1)) as held:
+        assert np.allclose(held, 1)
+    foreign = starpu.empty(shape, "float32", rows)
+    assert foreign[0, 0, 0].handle in {int(h) for h in foreign.handles.ravel()}  # the program's tasks may write it
+    assert not foreign.runtime.unwritten.intersection([int(foreign.handles[0, 0, 0])])
+    for tensor in (*full, void, o, lse, other_o, other_lse, foreign):
+        tensor.unregister()
+    assert not runtime.current().unwritten
+
+
 @pytest.mark.parametrize("family", ["cpu", "vanilla"])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "none")
 def test_whole_tensors(starpu: Any, dtype: str, options: dict[str, Any], family: str) -> None:

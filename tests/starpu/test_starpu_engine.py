@@ -47,6 +47,37 @@ def attention(*arrays: Any, **options: Any) -> Any:
 families = pytest.mark.parametrize("family", ["cpu", "vanilla"])
 
 
+LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # as `placed`: order, steps, bytes off, repeated axes
+    "contiguous": lambda x: placed(x, (0, 1, 2, 3), (1, 1, 1, 1), 0),
+    "rows transposed": lambda x: placed(x, (0, 1, 3, 2), (1, 1, 1, 1), 0),
+    "heads inside": lambda x: placed(x, (0, 2, 1, 3), (1, 1, 1, 1), 0),
+    "every second element": lambda x: placed(x, (0, 1, 2, 3), (1, 1, 1, 2), 0),
+    "every third row": lambda x: placed(x, (0, 1, 2, 3), (1, 1, 3, 1), 0),
+    "elements backwards": lambda x: placed(x, (0, 1, 2, 3), (1, 1, 1, -1), 0),
+    "rows backwards": lambda x: placed(x, (0, 1, 2, 3), (1, -1, -1, 1), 0),
+    "one byte off": lambda x: placed(x, (0, 1, 2, 3), (1, 1, 1, 1), 1),
+    "one element for all": lambda x: placed(x, (0, 1, 2, 3), (1, 1, 1, 1), 0, (3,)),
+    "one row for all": lambda x: placed(x, (0, 1, 2, 3), (1, 1, 1, 1), 0, (2,)),
+}
+
+
+@pytest.mark.parametrize("chosen", ["direct", "starpu"])
+@families
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_on_every_engine(small_tiles: None, dtype: str, chosen: str, family: str, layout: str) -> None:
+    """q, k, v and out= lie in any way; the bits are those of contiguous arrays of the same values."""
+    inputs = uniform(Shape(2, 2, 1, 70, 110, 16, 8), dtype, seed=1)
+    laid = [LAYOUTS[layout](x) for x in inputs]
+    plain = [np.ascontiguousarray(x) for x in laid]
+    want = flashtile.attention(*plain, engine=chosen, kernel=family)
+    if layout == "contiguous":
+        expect(*plain)[0].check(want)
+    assert same_bits(flashtile.attention(*laid, engine=chosen, kernel=family), want)
+    if "for all" not in layout:
+        out = LAYOUTS[layout](np.zeros_like(want))
+        assert flashtile.attention(*laid, engine=chosen, kernel=family, out=out) is out and same_bits(out, want)
+
+
 @families
 def test_element_by_element_grid(family: str) -> None:
     checked = 0

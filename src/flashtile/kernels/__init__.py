@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from flashtile.plan import Plan
     from flashtile.score.options import Scoring
 
-# kernel="auto" takes the first family in this order that can do the call.
+# kernel="auto" takes the first family in this order that can do the call; the last one can do any.
 FASTEST_FIRST = ("cpu", "vanilla", "reference")
 
 Strides = tuple[int, int, int, int]
@@ -147,7 +147,8 @@ def objection(family: Family | str, spec: AttentionSpec) -> str | None:
 
 
 def pick(spec: AttentionSpec, requested: str) -> Family:
-    """The family named `requested`, or for "auto" the first that can do the call.
+    """The family named `requested`, or for "auto" the first that can do the call. In its place, where a call has no
+    heads or head sizes of 0, the complete one, in NumPy: such a call never reaches compiled code on the CPU.
 
     Raises: SpecError for an unknown name; UnavailableError with each family's reason if none can.
     """
@@ -157,9 +158,9 @@ def pick(spec: AttentionSpec, requested: str) -> Family:
         known.append(name)
         if requested not in ("auto", name):
             continue
-        reason = objection(family, spec)
+        reason = objection(family, spec.filled)
         if reason is None and not isinstance(family, str):
-            return family
+            return complete() if spec.empty and spec.device == "cpu" else family
         reasons.append(f"{name}: {reason}")
     if not reasons and requested != "auto":
         raise wrong("kernel", repr(requested), "one of " + ", ".join(map(repr, known)))
@@ -179,6 +180,13 @@ def tile_kernels() -> TileKernels:
             return family.tiles()
         reasons.append(f"{name}: {reason or 'has no kernels for tiles'}")
     raise UnavailableError("kernel: got an engine that holds tiles, expected a family for it; " + "; ".join(reasons))
+
+
+def complete() -> Family:
+    """The family that computes whatever a spec says."""
+    family = dict(families())[FASTEST_FIRST[-1]]
+    assert not isinstance(family, str)
+    return family
 
 
 def survey() -> list[tuple[str, str, bool, str]]:

@@ -19,6 +19,7 @@ from flashtile.kernels.views import RowsKernel
 
 if TYPE_CHECKING:
     from flashtile.plan import Plan
+    from flashtile.score.keep import Keep
     from flashtile.score.options import Scoring
     from flashtile.score.program import Program
     from flashtile.spec import AttentionSpec, Band
@@ -45,6 +46,8 @@ class Rule(NamedTuple):
     b: int
     h: int
     sink: float
+    keep: Keep | None = None
+    head: int = 0  # b * H + h, by which dropout counts
 
     def change(self, s: np.ndarray, rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
         """The scores of these rows and keys after the program, -inf where it hides: (r, n) -> (r, n)."""
@@ -52,15 +55,20 @@ class Rule(NamedTuple):
             return s
         return self.program.evaluate(s, self.b, self.h, rows[:, None], keys[None, :], s.dtype)
 
+    def drop(self, p: np.ndarray, rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """The weights of these rows and keys after dropout: (r, n) -> (r, n)."""
+        return p if self.keep is None else self.keep.drop(p, self.head, rows, keys)
+
 
 NO_RULE = Rule(None, 0, 0, -np.inf)
 
 
-def rule_of(scoring: Scoring | None, b: int, h: int) -> Rule:
-    """The rule of batch b and query head h."""
+def rule_of(scoring: Scoring | None, b: int, h: int, heads: int) -> Rule:
+    """The rule of batch b and query head h of `heads`."""
     if scoring is None:
         return NO_RULE
-    return Rule(scoring.program, b, h, -np.inf if scoring.sinks is None else float(scoring.sinks[b, h]))
+    sink = -np.inf if scoring.sinks is None else float(scoring.sinks[b, h])
+    return Rule(scoring.program, b, h, sink, scoring.keep, b * heads + h)
 
 
 def attend(
@@ -95,8 +103,9 @@ def attend(
     offsets = np.broadcast_to(offset, (batch,))
     for b, h in np.ndindex(batch, heads):
         kv = h // (heads // kv_heads)
+        rule = rule_of(scoring, b, h, heads)
         o[b, h], lse[b, h] = attend_rows(
-            q[b, h], k[b, kv], v[b, kv], 0, int(offsets[b]), rule_of(scoring, b, h), scale=scale, band=band, dtype=dtype
+            q[b, h], k[b, kv], v[b, kv], 0, int(offsets[b]), rule, scale=scale, band=band, dtype=dtype
         )
     return Attended(o, lse)
 
@@ -125,7 +134,7 @@ def attend_rows(
             here = first + np.arange(rows.start, rows.stop)
             s = hide(rule.change(s, here, keys), visible(band, offset, here, keys))
             weight, lse[rows] = weights(s, rule.sink)
-            o[rows] = weighted_values(weight, v, s)
+            o[rows] = weighted_values(rule.drop(weight, here, keys), v, s)
     return Attended(o, lse)
 
 
@@ -206,7 +215,7 @@ def capabilities(spec: AttentionSpec) -> Capabilities:
         query_block=1,
         tile_q=(16, 32, 64, 128, 256),
         tile_k=(max(1, spec.kv_len),),
-        options=frozenset({"band", "program", "sinks"}),
+        options=frozenset({"band", "program", "sinks", "dropout"}),
         native=False,
     )
 

@@ -91,7 +91,7 @@ def attend(
     for b, h in np.ndindex(batch, heads):
         kv = h // (heads // kv_heads)
         o[b, h], lse[b, h] = attend_rows(
-            q[b, h], k[b, kv], v[b, kv], 0, int(offsets[b]), rule_of(scoring, b, h),
+            q[b, h], k[b, kv], v[b, kv], 0, int(offsets[b]), rule_of(scoring, b, h, heads),
             scale=scale, dtype=dtype, band=band, precision=precision, order=order,
         )  # fmt: skip
     return Attended(o, lse)
@@ -125,6 +125,8 @@ def attend_rows(
 
         s = scores(q, k, scale=scale, change=change, store=store)
         p, lse = softmax(s, rule.sink, store=store or operand)
+        if rule.keep is not None:
+            p = rounded(rule.drop(p, rows, keys), store or operand)
         return Attended(output(p, v, s), lse)
 
 
@@ -162,7 +164,7 @@ def capabilities(spec: AttentionSpec) -> Capabilities:
         query_block=1,
         tile_q=(max(1, spec.q_len),),
         tile_k=(max(1, spec.kv_len),),
-        options=frozenset({"band", "program", "sinks"}),
+        options=frozenset({"band", "program", "sinks", "dropout"}),
         native=False,
     )
 

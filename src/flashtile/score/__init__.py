@@ -8,15 +8,17 @@ from .causal import causal
 from .coverage import EMPTY, FULL, PARTIAL, Coverage, coverage
 from .dense import dense
 from .document import document
+from .keep import dropout_keep
 from .mask import Mask, Score
 from .padding import padding
 from .prefix import prefix
 from .program import Program
 from .relative import relative
 from .softcap import softcap
+from .varlen import varlen
 from .window import window
 
 __all__ = [
     "EMPTY", "FULL", "PARTIAL", "Coverage", "Mask", "Program", "Score", "alibi", "bias", "causal", "coverage", "dense",
-    "document", "padding", "prefix", "relative", "softcap", "window",
+    "document", "dropout_keep", "padding", "prefix", "relative", "softcap", "varlen", "window",
 ]  # fmt: skip

@@ -11,15 +11,15 @@ from .mask import Score
 
 
 def alibi(slopes: Any) -> Score:
-    """s - slope[h] * abs(i + offset - j); slopes (H,) or (B, H), float32 or float64.
+    """s - slope[h] * abs(i + offset - j); slopes (H,) or (B, H), of any float dtype.
 
     Raises: SpecError for other ranks and dtypes.
     Source: Press, Smith, Lewis 2022, Train Short, Test Long.
     """
     found = capture(slopes, "alibi_slopes")
-    if found.rank not in (1, 2) or found.element not in ("f32", "f64"):
+    if found.rank not in (1, 2) or found.type != "float":
         got = f"{found.dtype} of shape {found.array.shape}"
-        raise SpecError(f"alibi_slopes: got {got}, expected float32 or float64 of shape (H,) or (B, H)")
+        raise SpecError(f"alibi_slopes: got {got}, expected floats of shape (H,) or (B, H)")
 
     def build(offset: Any) -> Any:
         def biased(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +98,14 @@ class Score:
         return trace_score(self.build(offset), self.name)
 
 
+def _check_called(value: Any, argument: str) -> None:
+    """Raise SpecError for one of this package's functions that make rules, given instead of what it makes."""
+    if isinstance(value, types.FunctionType) and value.__module__ == f"{__package__}.{value.__name__}":
+        name = f"score.{value.__name__}"
+        needed = (p.name for p in inspect.signature(value).parameters.values() if p.default is p.empty)
+        raise SpecError(f"{argument}: got {name} itself, expected what it returns: {name}({', '.join(needed)})")
+
+
 def as_mask(value: Any) -> Mask:
     """A mask object of whatever mask= takes: a Mask, a function (b, h, i, j), a boolean array."""
     from .capture import is_array
@@ -105,6 +115,7 @@ def as_mask(value: Any) -> Mask:
         return value
     if is_array(value):
         return dense(value)
+    _check_called(value, "mask")
     if callable(value):
         return Mask(lambda offset: value, name="mask")
     got = f"the score function {value.name}" if isinstance(value, Score) else type(value).__name__
@@ -115,6 +126,7 @@ def as_score(value: Any) -> Score:
     """A score object of whatever score_mod= takes: a Score, or a function (s, b, h, i, j)."""
     if isinstance(value, Score):
         return value
+    _check_called(value, "score_mod")
     if callable(value):
         return Score(lambda offset: value)
     got = f"the mask {value.name}" if isinstance(value, Mask) else type(value).__name__

@@ -11,6 +11,7 @@ from ..dtypes import DTYPES
 from ..errors import wrong
 from .capture import ArrayCapture, capture, is_array
 from .code import Code
+from .keep import Keep
 from .mask import Mask, Score
 from .program import Program
 
@@ -28,10 +29,12 @@ class Scoring:
 
     program   with its captured values, or None
     sinks     (B, H) logits in the accumulator's dtype, or None; an ArrayCapture where they lie on a GPU
+    keep      the threshold and seed of dropout, or None
     """
 
     program: Program | None
     sinks: Any  # np.ndarray, ArrayCapture or None
+    keep: Keep | None = None
 
     @property
     def code(self) -> Code | None:
@@ -40,7 +43,7 @@ class Scoring:
 
 @dataclass(frozen=True, eq=False)
 class ScoreOptions:
-    """The keywords of attention that change scores, as the caller gave them."""
+    """The keywords of attention that change scores or weights, as the caller gave them; of dropout, `keep_of` them."""
 
     mask: Any = None
     bias: Any = None
@@ -48,6 +51,7 @@ class ScoreOptions:
     softcap: Any = None
     alibi_slopes: Any = None
     sinks: Any = None
+    keep: Keep | None = None
 
     @property
     def positional(self) -> bool:
@@ -81,9 +85,10 @@ class ScoreOptions:
         for found in program.captures:
             if isinstance(found, ArrayCapture):
                 check_device(found, spec.device)
-        scoring = Scoring(None if program.is_identity else program, sinks)
+        scoring = Scoring(None if program.is_identity else program, sinks, self.keep)
         band = None if program.mask is not None else spec.band
-        return replace(spec, band=band, program=scoring.code, sinks=sinks is not None), scoring
+        dropout = self.keep is not None
+        return replace(spec, band=band, program=scoring.code, sinks=sinks is not None, dropout=dropout), scoring
 
 
 def check_reach(offset: Any) -> None:
@@ -108,16 +113,16 @@ def _near(distance: int | None) -> int | None:
 
 def sinks_of(sinks: Any, spec: AttentionSpec) -> np.ndarray | ArrayCapture:
     """Sinks as a contiguous (B, H) array of the accumulator's dtype; as they are where they lie on a GPU."""
-    expected = f"float32 or float64 of shape (H,) = ({spec.heads},) or (B, H) = ({spec.batch}, {spec.heads})"
+    expected = f"floats of shape (H,) = ({spec.heads},) or (B, H) = ({spec.batch}, {spec.heads})"
     if not is_array(sinks):
         raise wrong("sinks", f"a {type(sinks).__name__}", expected)
     found = capture(sinks, "sinks")
-    if found.element not in ("f32", "f64"):
+    if found.type != "float":
         raise wrong("sinks", f"dtype {sinks.dtype}", expected)
     if found.array.shape not in ((spec.heads,), (spec.batch, spec.heads)):
         raise wrong("sinks", f"shape {tuple(found.array.shape)}", expected)
     check_device(found, spec.device)
     if found.place is not None:
         return found
-    accumulator = DTYPES[spec.dtype].accumulator
-    return np.ascontiguousarray(np.broadcast_to(found.array, (spec.batch, spec.heads)), accumulator)
+    values = found.widen(found.array, np.dtype(DTYPES[spec.dtype].accumulator))
+    return np.ascontiguousarray(np.broadcast_to(values, (spec.batch, spec.heads)))

@@ -17,8 +17,8 @@ import numpy as np
 from ..errors import SpecError
 from .capture import ScalarCapture, capture, is_array
 from .expr import Expr, check_int32
-from .operations import const, load, scalar
-from .symbol import Symbol, lift, refuse
+from .operations import apply, const, load, scalar
+from .symbol import Symbol, lift, located, refuse
 
 
 class RuntimeInt(int):
@@ -97,7 +97,11 @@ class ArrayProxy:
         if not symbolic:
             # NumPy would copy a single element out; the Ellipsis keeps it a view, so its value stays a parameter.
             single = isinstance(self._array, np.ndarray) and Ellipsis not in parts
-            return replace_array(self._array[(*parts, Ellipsis) if single else index], self._name)
+            try:
+                return replace_array(self._array[(*parts, Ellipsis) if single else index], self._name)
+            except IndexError as e:
+                within = f"one within its shape {tuple(self._array.shape)}"
+                raise SpecError(f"{self._name}: got index {index!r}{located()}, expected {within}") from e
         bound = list(self._index)
         for axis, part in zip(free, self._spread(parts, len(free)), strict=False):
             if not (isinstance(part, slice) and part == slice(None)):
@@ -118,17 +122,20 @@ class ArrayProxy:
         return spread
 
     def _position(self, part: Any, size: int) -> Expr:
-        if isinstance(part, (Symbol, RuntimeInt)) or getattr(part, "shape", None) == ():
-            position = lift(part)
-            if position.type == "int":
-                return position
-            refuse(f"{self._name}: indexing with a {position.type}", "an index is an integer: cast it, or use //")
+        if isinstance(part, RuntimeInt):  # from the end, as in NumPy; which end is a part of the program
+            return lift(part) if part >= 0 else apply("add", lift(part), const(size))
+        if isinstance(part, Symbol):
+            if part.expr.type == "int":
+                return part.expr
+            refuse(f"{self._name}: indexing with a {part.expr.type}", "an index is an integer: cast it, or use //")
         try:
+            if isinstance(part, (bool, np.bool_)):
+                raise TypeError("NumPy takes a bool for a mask")
             at = operator.index(part)
         except TypeError:
             refuse(f"{self._name}[{type(part).__name__}]", "an index is an integer, traced or not, or ':'")
         if not -size <= at < size:
-            raise SpecError(f"{self._name}: got index {at}, expected one within an axis of {size}")
+            raise SpecError(f"{self._name}: got index {at}{located()}, expected one within an axis of {size}")
         return const(check_int32(at % size, self._name))
 
     @property
@@ -139,11 +146,25 @@ class ArrayProxy:
     def __len__(self) -> int:
         return self.shape[0]
 
+    def __iter__(self) -> Any:
+        return (self[n] for n in range(len(self)))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        refuse(f"{self._name}: assignment", "a traced function returns one score: choose by torch.where / numpy.where")
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self._array.dtype
+
     def __getattr__(self, name: str) -> Any:
-        """What the array itself has: dtype, device, max(), ..."""
-        if name.startswith("__") or None not in self._index or any(at is not None for at in self._index):
+        """What the array itself has: device, max(), ..."""
+        if name.startswith("__"):
             raise AttributeError(name)
-        attribute = getattr(self._array, name)
+        attribute = getattr(self.whole(f".{name}"), name)
         if callable(attribute):
             return lambda *args, **keywords: self._plainly(attribute, args, keywords)
         return replace_array(attribute, self._name)
@@ -152,8 +173,16 @@ class ArrayProxy:
         """A function of whole arrays and numbers, run on the arrays."""
         if any(isinstance(a, Symbol) for a in (*args, *keywords.values())):
             refuse(f"{self._name}: {getattr(function, '__name__', function)} of a whole array", "index the array first")
-        plain = {k: unwrap(v) for k, v in keywords.items()}
-        return replace_array(function(*map(unwrap, args), **plain), self._name)
+        name = getattr(function, "__name__", str(function))
+        plain = {k: unwrap(v, name) for k, v in keywords.items()}
+        return replace_array(function(*(unwrap(a, name) for a in args), **plain), self._name)
+
+    def whole(self, operation: str) -> Any:
+        """The array, none of whose axes has an index yet: NumPy would compute with what the index leaves of it."""
+        if any(at is not None for at in self._index):
+            refuse(f"{self._name}: {operation} of an array that is indexed in part",
+                   "index all axes at once, as in table[h, i, j], or compute with the whole array first")  # fmt: skip
+        return self._array
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), keywords: Any = None) -> Any:
@@ -167,7 +196,7 @@ class ArrayProxy:
         return self._plainly(function, args, keywords)
 
     def __array__(self, *args: Any, **keywords: Any) -> np.ndarray:
-        return np.asarray(self._array, *args)
+        return np.asarray(self.whole("conversion"), *args)
 
 
 def _flat(args: Any) -> Any:
@@ -175,11 +204,12 @@ def _flat(args: Any) -> Any:
         yield from _flat(a) if isinstance(a, (list, tuple)) else (a,)
 
 
-def unwrap(value: Any) -> Any:
+def unwrap(value: Any, operation: str) -> Any:
+    """The arrays behind stand-ins that a function of whole arrays is given."""
     if isinstance(value, ArrayProxy):
-        return value._array
+        return value.whole(operation)
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
-        return type(value)(map(unwrap, value))
+        return type(value)(unwrap(x, operation) for x in value)
     return value
 
 

@@ -21,12 +21,27 @@ _LIBRARIES = tuple(f"{os.sep}site-packages{os.sep}{name}{os.sep}" for name in ("
 
 def refuse(operation: str, remedy: str) -> NoReturn:
     """Raise the one error of an operation outside the language: what, where in the user's source, and the remedy."""
-    frame = sys._getframe(1)
+    file, line = _users_line()
+    raise SpecError(f"{file}:{line}: {operation} on a traced value{source(file, line)}: {remedy}")
+
+
+def located() -> str:
+    """The line of the traced function that runs now, for an error that begins with an argument."""
+    file, line = _users_line()
+    return f"{source(file, line)} ({file}:{line})"
+
+
+def source(file: str, line: int) -> str:
+    text = linecache.getline(file, line).strip()
+    return f" in `{text}`" if text else ""
+
+
+def _users_line() -> tuple[str, int]:
+    """The innermost line that is not ours."""
+    frame = sys._getframe(2)
     while frame.f_back is not None and _is_ours(frame.f_code.co_filename):
         frame = frame.f_back
-    file, line = frame.f_code.co_filename, frame.f_lineno
-    source = linecache.getline(file, line).strip()
-    raise SpecError(f"{file}:{line}: {operation} on a traced value{f' in `{source}`' if source else ''}: {remedy}")
+    return frame.f_code.co_filename, frame.f_lineno
 
 
 def _is_ours(file: str) -> bool:
@@ -133,7 +148,7 @@ def call(name: str, args: Any, keywords: dict[str, Any], origin: str) -> Any:
     try:
         return found(*args, **keywords)
     except TypeError as e:
-        raise SpecError(f"{origin}.{name}: {e}") from e
+        refuse(f"{origin}.{name}", str(e))
 
 
 def lift(value: Any) -> Expr:
@@ -164,7 +179,7 @@ def _binary(name: str, reflected: bool = False) -> Callable[[Symbol, Any], Any]:
     def operator(self: Symbol, other: Any) -> Any:
         from .functions import FUNCTIONS
 
-        if isinstance(other, (str, bytes, type(None), list, tuple, dict)):
+        if other is None and name in ("eq", "ne"):
             return NotImplemented
         return FUNCTIONS[name](other, self) if reflected else FUNCTIONS[name](self, other)
 

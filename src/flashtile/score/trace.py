@@ -12,6 +12,7 @@ import functools
 import inspect
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from .capture import is_array
 from .expr import Expr
 from .operations import cast, variable
 from .proxies import ArrayProxy, replace_array, runtime
-from .symbol import Symbol, lift
+from .symbol import Symbol, lift, source
 
 # Packages whose functions and modules are used as they are: symbols answer to torch and NumPy by protocol.
 _LIBRARIES = frozenset(("torch", "numpy", "jax", "jaxlib", "scipy", "ml_dtypes", "flashtile")) | sys.stdlib_module_names
@@ -34,6 +35,9 @@ def trace_mask(function: Callable[..., Any], argument: str = "mask") -> Expr:
     Raises: SpecError if it does not take four arguments, does not return a bool, or leaves the language.
     """
     result = _trace(function, "bhij", argument)
+    if type(result) is bool and not _is_library(getattr(function, "__module__", None)):
+        _warn_of_constant(function, argument, result)
+    result = lift(result)
     if result.type != "bool":
         kind = "a float" if result.type == "float" else "an integer"
         raise SpecError(f"{argument}: got a function that returns {kind}, expected a bool (True: attend); "
@@ -46,22 +50,51 @@ def trace_score(function: Callable[..., Any], argument: str = "score_mod") -> Ex
 
     Raises: SpecError if it does not take five arguments, returns a bool, or leaves the language.
     """
-    result = _trace(function, "sbhij", argument)
+    result = lift(_trace(function, "sbhij", argument))
     if result.type == "bool":
         raise SpecError(f"{argument}: got a function that returns a bool, expected the new score; a mask goes to mask=")
     return cast(result, "float")
 
 
-def _trace(function: Callable[..., Any], names: str, argument: str) -> Expr:
+def _trace(function: Callable[..., Any], names: str, argument: str) -> Any:
+    """What the function returns for symbols: one value, of the language or a number."""
     if not callable(function):
         raise SpecError(f"{argument}: got {type(function).__name__}, expected a function of ({', '.join(names)})")
     _check_arity(function, names, argument)
     rebuilt = _Rebuild(argument).value(function, _name_of(function))
     result = rebuilt(*(Symbol(variable(name)) for name in names))
-    if result is None or isinstance(result, (tuple, list, dict, str, ArrayProxy)):
-        got = "a whole captured array" if isinstance(result, ArrayProxy) else type(result).__name__
-        raise SpecError(f"{argument}: got a function that returns {got}, expected one traced value")
-    return lift(result)
+    if isinstance(result, (Symbol, bool, int, float, np.generic)) or getattr(result, "shape", None) == ():
+        return result
+    file, line = _line_of(function)
+    place = f"{source(file, line)} ({file}:{line})" if file else ""
+    got, remedy = f"a {type(result).__name__}", ""
+    if getattr(result, "shape", ()):
+        got = "a whole captured array" if isinstance(result, ArrayProxy) else f"an array of shape {tuple(result.shape)}"
+        remedy = ": index it with traced values, as in table[h, j]"
+    elif hasattr(result, "expression"):
+        got, remedy = repr(result), ": masks are composed outside of functions, as in score.causal() & function"
+    raise SpecError(f"{argument}: got a function that returns {got}{place}, expected one traced value{remedy}")
+
+
+def _line_of(function: Any) -> tuple[str, int]:
+    """Where a function begins; ("", 0) where nothing says so."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    methods = (vars(kind).get(name) for kind in type(function).__mro__ for name in ("forward", "__call__"))
+    for found in (function, getattr(function, "__func__", None), *methods):
+        code = getattr(found, "__code__", None)
+        if code is not None:
+            return code.co_filename, code.co_firstlineno
+    return "", 0
+
+
+def _warn_of_constant(function: Any, argument: str, result: bool) -> None:
+    """A mask that is the same for every pair is hardly meant: `i is j`, or `not`, `and` and `or` of other constants."""
+    file, line = _line_of(function)
+    effect = "every key is visible" if result else "every key is hidden"
+    text = f"{argument}: the function returned Python's {result}, not a traced value: {effect}; `is`, `and`, `or` and "
+    registry = getattr(function, "__globals__", {}).setdefault("__warningregistry__", {})
+    warnings.warn_explicit(text + "`not` are not traced, == & | ~ are", UserWarning, file, line, registry=registry)
 
 
 def _check_arity(function: Callable[..., Any], names: str, argument: str) -> None:

@@ -40,6 +40,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "scale zero": {"scale": 0.0, "window": (20, 0), "align": 0},
     "softcap": {"softcap": 0.5, "causal": True, "align": 0},
     "sinks": {"sinks": SINKS},
+    "far sinks": {"sinks": np.array([75.0, 95.0], np.float32)},
     "sinks of each batch": {"sinks": np.stack([SINKS, -SINKS[::-1]]), "causal": True, "align": -10},
     "bias": {"bias": BIAS, "causal": True, "align": 19},
     "bias that hides": {"bias": HIDING},

@@ -29,6 +29,7 @@ ENOUGH = 32
 
 
 FLOWS: dict[str, type[Flow] | type[VanillaFlow]] = {"cpu": Flow, "vanilla": VanillaFlow}
+OPTIONS = frozenset(("band", "program", "sinks"))  # of a spec, that both flows know
 
 
 class Addresses(NamedTuple):
@@ -47,12 +48,15 @@ def bind(spec: AttentionSpec, layout: Layout, family: Family) -> Bound:
     """Bind a spec and a layout.
 
     The family "cpu" is the fused flow, "vanilla" the three unfused codelets (vanilla.py).
-    Raises: UnavailableError for kernels that only Python can run.
+    Raises: UnavailableError for kernels that only Python can run, and for options that no flow knows.
     """
     if family.name not in FLOWS:
         names = " or ".join(map(repr, FLOWS))
         got = f"{family.name!r} with engine 'starpu'"
         raise UnavailableError(f"kernel: got {got}, expected {names}: no Python in tasks")
+    if missing := spec.options - OPTIONS:
+        unknown = ", ".join(sorted(missing))
+        raise UnavailableError(f"engine: got 'starpu', expected 'direct': it does not know {unknown}")
     call = _Call(spec, layout, FLOWS[family.name] if spec.kv_len else Flow)  # without keys there are no scores to store
     return Bound(Addresses, call.run)
 

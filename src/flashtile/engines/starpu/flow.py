@@ -192,6 +192,6 @@ def submit_pair(flow: Flow, job: Job, q: Tile, k: Tile, v: Tile, o: Tile, lse: T
     task["values"][0, 0], task["values"][0, 2] = carry, flow.sinks if last else 0
     r, w, rw, commute = (job.runtime.constant(name) for name in ("R", "W", "RW", "COMMUTE"))
     state = w if not carry else rw | commute if flow.accumulate == COMMUTE else rw
-    handles = np.array([[x.handle for x in (q, k, v, o, lse)]], np.uint64)
+    handles = np.array([[x.address for x in (q, k, v, o, lse)]], np.uint64)
     flow.program.submit(job, codelet("forward", flow.spec.dtype), handles, np.array([[r, r, r, state, state]]), task)
     return 1

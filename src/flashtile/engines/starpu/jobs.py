@@ -55,12 +55,13 @@ class Job:
 
         Shapes:  handles (n, buffers) uint64; modes (n, buffers) int32; tasks (n,) of TASK.
         keep:    objects that must live until the tasks are done.
-        Raises:  SpecError if a tile is held by the program; UnavailableError if no worker can run the codelet: then
-                 tasks of the job that have not begun are skipped.
+        Raises:  SpecError if a tile is held by the program, or is read and was never written; UnavailableError if no
+                 worker can run the codelet: then tasks of the job that have not begun are skipped.
         """
         runtime.current()
         if self.runtime.held and not self.runtime.held.isdisjoint(handles.ravel().tolist()):
             raise wrong("submit", "a tile that is acquired", "tiles released before tasks use them")
+        written = self._written(handles, modes)
         profile = self.runtime.profile
         batch = None if profile is None else profile.record(self, codelet, handles, modes, tasks)
         self._keep += [codelet, batch, *keep]
@@ -87,6 +88,24 @@ class Job:
                 f"starpu: task {done[0]} of {len(tasks)} of codelet {codelet.name} was refused with status {status} "
                 f"({os.strerror(-status)}), expected a worker that can run it on {places}"
             )
+        self.runtime.unwritten -= written
+
+    def _written(self, handles: np.ndarray, modes: np.ndarray) -> set[int]:
+        """Of handles without contents, those that tasks in this order write. Raises: SpecError if one reads first."""
+        empty = self.runtime.unwritten
+        if not empty:
+            return set()
+        every = handles.ravel()
+        found = np.flatnonzero(np.isin(every, np.fromiter(empty, np.uint64, len(empty))))
+        first = found[np.unique(every[found], return_index=True)[1]]  # where each is met for the first time
+        reads = first[modes.ravel()[first] & self.runtime.constant("R") != 0]
+        if reads.size:
+            handle = int(every[reads.min()])
+            tensor = self.runtime.handles[handle]
+            index = tuple(int(n) for n in np.argwhere(tensor.handles == handle)[0])
+            got = f"tile {index} of a tensor of shape {tensor.shape}, which was never written"
+            raise wrong("submit", got, 'tiles that a task, or acquire(..., "W"), has written')
+        return set(every[first].tolist())
 
     def wait(self, report: Report | None = None, total: int = 0) -> None:
         """Return when every task submitted so far is done. Ctrl-C skips what has not begun.

@@ -39,6 +39,7 @@ class Runtime:
         self.pid = os.getpid()
         self.codelets: dict[str, Codelet] = {}
         self.jobs: weakref.WeakSet[Job] = weakref.WeakSet()
+        self.unwritten: set[int] = set()  # handles without contents: StarPU ends the process of who reads one
         self.handles: dict[int, Any] = {}  # registered: what must live until they are not; see tiles.py
         self.held: set[int] = set()  # acquired by the program
         self.active = 0

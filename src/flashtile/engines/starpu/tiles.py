@@ -33,7 +33,15 @@ class Tile:
 
     @property
     def handle(self) -> int:
-        """The address of StarPU's handle (starpu_data_handle_t), for tasks of the program's own."""
+        """The address of StarPU's handle (starpu_data_handle_t), for tasks of the program's own, which may write it:
+        from here on it counts as written."""
+        found = self.address
+        self.tensor.runtime.unwritten.discard(found)
+        return found
+
+    @property
+    def address(self) -> int:
+        """`handle`, for tasks of this package's own."""
         self.tensor.check()
         return int(self.tensor.handles[self.index])
 
@@ -73,7 +81,7 @@ class TiledTensor:
         self.columns = shape[3] if len(shape) == 4 else None
         self.extent, self.writable = (0, 0), True  # bytes of memory that it spans, if it is not StarPU's
         if isinstance(keep, np.ndarray):
-            described = view_of(keep)
+            described = view_of(keep)._replace(dtype=dtype.name)  # bfloat16 may come as its bits
             self.extent = tuple(address + end for end in described.extent())  # type: ignore[assignment]
             self.writable = keep.flags.writeable and not described.may_overlap_itself()
         batch, heads, length = shape[:3]
@@ -89,6 +97,8 @@ class TiledTensor:
             return
         where = np.zeros(self.grid) if self.owned else address + np.broadcast_to(starts, self.grid)
         self._register(where.astype(np.uint64), np.broadcast_to(count, self.grid))
+        if self.owned:
+            self.runtime.unwritten.update(self.handles.ravel().tolist())
         self.runtime.handles.update(dict.fromkeys(self.handles.ravel().tolist(), self))
 
     def _register(self, where: np.ndarray, count: np.ndarray) -> None:
@@ -144,18 +154,23 @@ class TiledTensor:
 
         Mode R, W (what is there may be lost) or RW. While a tile is held no task can be submitted on it; release
         it by leaving the block. bfloat16 comes as its bits, uint16.
-        Raises: SpecError for another mode, a tile already held, an unregistered tensor.
+        Raises: SpecError for another mode, a tile already held or never written (but by W), an unregistered tensor.
         """
         tile = self[index]
-        handle = tile.handle
+        handle = tile.address
         if mode not in MODES:
             raise wrong("mode", repr(mode), "one of " + ", ".join(map(repr, MODES)))
         if handle in self.runtime.held:
             raise wrong("acquire", f"tile {index}, which is held already", "a tile released before")
+        if mode != "W" and handle in self.runtime.unwritten:
+            raise wrong(
+                "acquire", f"mode {mode!r} on tile {index}, which was never written", "'W', or a tile written before"
+            )
         with self.runtime.working():
             while self.runtime.lib.ft_acquire(handle, self.runtime.constant(mode)):
                 time.sleep(ACQUIRE_POLL_SECONDS)  # Ctrl-C comes through here
             self.runtime.held.add(handle)
+            self.runtime.unwritten.discard(handle)
             try:
                 yield self._contents(tile, handle, mode)
             finally:
@@ -192,6 +207,7 @@ class TiledTensor:
             how = DROP if self.owned else HOME
         with self.runtime.working():
             self.runtime.unregister(self.handles, how)
+        self.runtime.unwritten.difference_update(handles)
         for handle in handles:
             self.runtime.handles.pop(handle, None)
         self._keep = None

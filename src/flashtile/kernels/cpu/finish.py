@@ -39,7 +39,7 @@ def emit_store_outputs(module: Module, c: Config) -> str:
                  ["ptr", "ptr", "ptr", "i64", "i64", "i64", "i64", "ptr", c.acc, c.acc], internal=True,
                  names=["o", "state", "out", "stride", "step", "rows", "size", "lse", "nats", "sink"])  # fmt: skip
     o, state, out, stride, step, rows, size, lse, nats, sink = f.args
-    _reciprocal_and_lse(f, c, state, nats, sink)  # state now holds 1 / sum, then lse
+    _reciprocal_and_lse(f, c, o, size, state, nats, sink)  # state now holds what divides, then lse
     n = c.lanes
     # Squares of lanes x lanes go through registers; the columns that are left over go one by one.
     whole_columns = f.select(step.eq(SIZES[c.memory]), size // n * n, f.const("i64", 0))
@@ -63,26 +63,60 @@ def emit_store_outputs(module: Module, c: Config) -> str:
     return f.name
 
 
-def _reciprocal_and_lse(f: Function, c: Config, state: Value, nats: Value, sink: Value) -> None:
+def _reciprocal_and_lse(f: Function, c: Config, o: Value, size: Value, state: Value, nats: Value, sink: Value) -> None:
     """(maximum, sum) in place to (1 / sum, lse); a row that saw no key: (0, -inf), or (0, sink).
 
     The sum compares unequal to 0 when it is NaN, so a poisoned row stays NaN.  Without a sink the larger
     maximum is the row's own, its weight exp(0) is exactly 1, and nothing changes.
+
+    A sink above the maximum scales the row by that weight, which may be small beyond the format while the scaled
+    outputs are not: one half of its exponent goes to the outputs, the other into the reciprocal.
     """
     nothing, sinks = f.const(c.vector, -math.inf), f.splat(sink, c.lanes)
-
-    def exp(x: Value) -> Value:
-        return vmath.weight(f, c.isa, x * (1 / math.log(2)))
 
     with f.range(0, c.panel * c.size, c.register) as at:
         top = f.load(c.vector, state + at, align=c.register) * f.splat(nats, c.lanes)
         total = f.load(c.vector, state + (at + c.line), align=c.register)
         highest = f.maximum(sinks, top)
         reference = f.select(highest.eq(-math.inf), f.const(c.vector, 0.0), highest)
-        own = exp(top - reference)
-        total = c.isa.multiply_add(f, total, own, exp(sinks - reference))
+        half = _exp(f, c, top, reference, 0.5)
+        total = c.isa.multiply_add(f, total * half, half, _exp(f, c, sinks, reference))
         seen = total.ne(0.0)
-        inverse = f.select(seen, own / total, f.const(c.vector, 0.0))
+        inverse = f.select(seen, half / total, f.const(c.vector, 0.0))
+        with f.when(sink.ne(-math.inf)), f.range(0, size) as column:
+            place = o + (column * c.line + at)
+            f.store(f.load(c.vector, place, align=c.register) * half, place, align=c.register)
         log = vmath.log2(f, c.isa, f.select(seen, total, f.const(c.vector, 1.0))) * math.log(2)
         f.store(inverse, state + at, align=c.register)
         f.store(f.select(seen, reference + log, nothing), state + (at + c.line), align=c.register)
+
+
+# Of the accumulator's type: bits of its mantissa, exponent below which numbers are not normal, and ln 2 in two parts,
+# of which the first has so few bits that its multiples down to that exponent are exact.
+_FORMATS = {
+    "float": (23, -126, 0.693145751953125, 1.42860682030941723212e-6),
+    "double": (52, -1022, 0.69314718036912381649, 1.90821492927058770002e-10),
+}
+
+
+def _exp(f: Function, c: Config, a: Value, b: Value, part: float = 1.0) -> Value:
+    """e^(part (a - b)) for a <= b within 2 ulp where it is normal, +0 below, exactly 1 at 0; NaN stays NaN.
+
+    part is a power of two. x = n ln 2 + r: the rounding of a difference x, or of x / ln 2, as in the weights of
+    scores, would cost |x| units in the last place. There the scores that matter are near the maximum; a sink may be
+    far above it, and every key of the row would share the error.
+    Source:  Knuth, The Art of Computer Programming 2, section 4.2.2, for what the difference's rounding leaves.
+    """
+    mantissa, least, high, low = _FORMATS[c.acc]
+    per_octave = 1 / math.log(2)
+    difference = a - b
+    back = difference - a
+    rest = (a - (difference - back)) - (b + back)
+    x = difference * part
+    lowest = f.const(c.vector, (least - 1) * math.log(2))
+    rest = f.select(x > lowest, rest * part, f.const(c.vector, 0.0))  # of -inf it would be NaN
+    bounded = f.maximum(lowest, x)  # -inf is a weight of 0; the order keeps NaN
+    magic = 1.5 * 2.0**mantissa  # so large that the fraction falls off
+    whole = (bounded * per_octave + magic) - magic
+    r = (bounded - whole * high) - whole * low + rest
+    return vmath.exp2(f, c.isa, r * per_octave) * vmath.exp2(f, c.isa, whole)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from flashtile.kernels.triton.containment import add_contained, any_not_finite
+from flashtile.kernels.triton.functions import exp_of_difference
 from flashtile.kernels.triton.language import LN2, LOG2E, MINUS_INF, add_product, number, product, rounded, spread
 from flashtile.kernels.triton.rows import key_limits, locate
 
@@ -85,17 +86,19 @@ def forward(
         tl.store(odd, bad)
         inside = inside & (tl.broadcast_to(bad, [TILE_Q]) == 0)
 
-    own = tl.full((), 1.0, ACC)
-    if sinks is not None:
-        sink = tl.load(sinks + b * heads + h) * tl.full((), LOG2E, ACC)
-        highest = tl.maximum(top, sink)
+    half = tl.full((), 1.0, ACC)
+    if sinks is not None:  # to the last bits, and in two halves: a sink far above the row's scores scales the row
+        sink = tl.load(sinks + b * heads + h)
+        nats = top * tl.full((), LN2, ACC)
+        highest = tl.maximum(nats, sink)
         reference = tl.where(highest == MINUS_INF, 0.0, highest)
-        own = tl.exp2(top - reference)
-        total = total * own + tl.exp2(sink - reference)
-        top = reference
+        half = exp_of_difference(nats, reference, 0.5)
+        total = total * half * half + exp_of_difference(sink, reference, 1.0)
+        acc *= half[:, None]
+        top = reference * tl.full((), LOG2E, ACC)
     seen = total != 0.0
     total = tl.where(seen, total, 1.0)
-    acc = tl.where(seen[:, None], acc * (own / total)[:, None], 0.0)
+    acc = tl.where(seen[:, None], acc * (half / total)[:, None], 0.0)
     log_sum = (top + tl.log2(total)) * tl.full((), LN2, ACC)
     out = o_rows[:, None] + dv[None, :].to(tl.int64) * o_d
     tl.store(out, rounded(acc, o.dtype.element_ty), mask=inside[:, None] & columns[None, :])

@@ -126,6 +126,21 @@ def exp(x):
 
 
 @triton.jit
+def exp_of_difference(a, b, part: tl.constexpr):
+    """e^(part (a - b)) for a <= b, part a power of two; exactly 1 where they are equal.
+
+    What the rounding of the difference leaves counts: it costs as many units in the last place as the difference is
+    large, and a sink far above a row's scores would hand them to all of its keys.
+    Source: Knuth, The Art of Computer Programming 2, section 4.2.2.
+    """
+    difference = a - b
+    back = difference - a
+    rest = (a - (difference - back)) - (b + back)
+    rest = tl.where(tl.abs(difference) < 1e4, rest, 0.0)  # of -inf it would be NaN
+    return exp(difference * part) * (1.0 + rest * part)
+
+
+@triton.jit
 def exp2(x):
     """2^x: the hardware's own unit is good to two units in the last place."""
     return tl.exp2(x)

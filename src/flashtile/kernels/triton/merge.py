@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashtile.kernels.triton.functions import divide, log
+from flashtile.kernels.triton.functions import divide, exp_of_difference, log
 from flashtile.kernels.triton.language import LOG2E, MINUS_INF, rounded
 
 
@@ -45,10 +45,6 @@ def merge(
     for n in range(0, splits):
         top = tl.maximum(top, tl.load(parts_lse + n * lse_split, mask=inside, other=MINUS_INF))
     total = tl.zeros([TILE_Q], ACC)
-    if sinks is not None:
-        sink = tl.load(sinks + head)
-        top = tl.maximum(top, sink)
-        total += tl.exp2((sink - tl.where(top == MINUS_INF, 0.0, top)) * log2e)
     anchor = tl.where(top == MINUS_INF, 0.0, top)  # -inf - -inf would be NaN
     acc = tl.zeros([TILE_Q, VALUE], ACC)
     for n in range(0, splits):
@@ -57,9 +53,17 @@ def merge(
         values = tl.load(parts_o + n * o_split, mask=here, other=0.0)
         acc += tl.where((part == MINUS_INF)[:, None], 0.0, weight[:, None] * values)
         total += weight
+    half = tl.full((), 1.0, ACC)
+    if sinks is not None:  # to the last bits, and in two halves: a sink far above the row's scores scales the row
+        sink = tl.load(sinks + head)
+        highest = tl.maximum(top, sink)
+        anchor = tl.where(highest == MINUS_INF, 0.0, highest)
+        half = exp_of_difference(top, anchor, 0.5)
+        total = total * half * half + exp_of_difference(sink, anchor, 1.0)
+        acc *= half[:, None]
     seen = total != 0.0
     total = tl.where(seen, total, 1.0)
-    acc = acc * divide(tl.full([TILE_Q], 1.0, ACC), total)[:, None]
+    acc = acc * divide(tl.broadcast_to(half, [TILE_Q]), total)[:, None]
     batch, in_batch = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     o += (batch * o_b + in_batch * o_h + i.to(tl.int64) * o_s)[:, None] + d[None, :].to(tl.int64) * o_d
     tl.store(o, rounded(acc, o.dtype.element_ty), mask=here)

@@ -1,0 +1,260 @@
+"""Dropout in every kernel that declares it: the mask read out of it, exact in its expectation, and wrong arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import ml_dtypes  # noqa: F401  # names bfloat16 to NumPy
+import numpy as np
+import pytest
+from kernel_cases import Kernel, kernel_params
+
+import flashtile
+import flashtile.kernels
+from flashtile import testing
+from flashtile.calls import clear_cache
+from flashtile.dtypes import DTYPES
+from flashtile.engines import starpu
+from flashtile.errors import SpecError, UnavailableError
+from flashtile.score import dropout_keep
+from flashtile.spec import AttentionSpec
+
+SEED = 0x123456789ABCDEF0
+FAMILIES = dict(flashtile.kernels.families())
+
+
+def knowing() -> list[Any]:
+    """A test parameter for each kernel of this machine that declares dropout."""
+    spec = AttentionSpec.of(*[np.empty((4, 8), np.float32)] * 3)
+    return [
+        param
+        for param in kernel_params()
+        if "dropout" in FAMILIES[param.values[0].name].capabilities(spec).options  # type: ignore[union-attr]
+    ]
+
+
+@pytest.fixture(params=knowing())
+def dropping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
+    """`kernel`, of those that know dropout; its instruction set in force."""
+    if request.param.isa is not None:
+        monkeypatch.setenv("FLASHTILE_ISA", request.param.isa)
+    clear_cache()
+    yield request.param
+    clear_cache()
+
+
+def inputs(dtype: str = "float32", shape: tuple[int, ...] = (2, 4, 2, 37, 75, 16, 24)) -> list[np.ndarray]:
+    batch, heads, kv_heads, rows, keys, size, value_size = shape
+    rng = np.random.default_rng(0)
+    shapes = (batch, heads, rows, size), (batch, kv_heads, keys, size), (batch, kv_heads, keys, value_size)
+    return [rng.standard_normal(x).astype(dtype) for x in shapes]
+
+
+def read_mask(kernel: Kernel, shape: tuple[int, int, int, int], piece: int, dtype: str, **options: Any) -> np.ndarray:
+    """The weights that a kernel gives, times the number of keys: q = 0, and v an identity in pieces of columns."""
+    batch, heads, rows, keys = shape
+    q, k, eye = np.zeros((batch, heads, rows, 8), dtype), np.zeros((batch, heads, keys, 8), dtype), np.eye(keys)
+    parts = []
+    for first in range(0, keys, piece):
+        v = np.broadcast_to(eye[:, first : first + piece].astype(dtype), (batch, heads, keys, min(piece, keys - first)))
+        parts.append(kernel(q, k, v, **options))
+    return np.concatenate(parts, axis=-1) * keys
+
+
+@pytest.mark.parametrize(("shape", "piece"), [((2, 3, 70, 150), 64), ((1, 2, 5, 1030), 128), ((1, 1, 33, 7), 7)])
+def test_the_mask_read_out(dropping: Kernel, shape: tuple[int, int, int, int], piece: int, dtype: str) -> None:
+    """Whatever the tiles are: bit for bit the mask of the definition, and the weights' size."""
+    weights = read_mask(dropping, shape, piece, dtype, dropout_p=0.25, seed=SEED)
+    mask = dropout_keep(shape, 0.25, SEED)
+    np.testing.assert_array_equal(weights != 0, mask)
+    np.testing.assert_allclose(weights[mask].astype(float), 4 / 3, rtol=8 * DTYPES[dtype].eps)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "causal": {"causal": True, "align": "bottom_right"},
+    "window": {"window": (9, 3), "align": 20},
+    "mask": {"mask": lambda b, h, i, j: (i + j) % 3 != h % 3},
+    "score": {"softcap": 3.0, "alibi_slopes": np.full(4, 0.1), "align": 5},
+    "sinks": {"sinks": np.array([0.5, -1.0, 2.0, 0.0])},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_accurate(dropping: Kernel, name: str, dtype: str) -> None:
+    x, options = inputs(dtype), {**OPTIONS[name], "dropout_p": 0.3, "seed": SEED}
+    o, lse = dropping(*x, return_lse=True, **options)
+    testing.assert_accurate(o, *x, **options)
+    testing.assert_accurate(lse, *x, kind="lse", **options)
+
+
+def test_lse_is_without_dropout(dropping: Kernel) -> None:
+    x = inputs()
+    plain, dropped = (
+        dropping(*x, return_lse=True, causal=True, align=0, **o) for o in ({}, {"dropout_p": 0.5, "seed": 1})
+    )
+    np.testing.assert_array_equal(plain[1], dropped[1])
+    assert (plain[0] != dropped[0]).any()
+
+
+@pytest.mark.parametrize("p", [0, 0.0, 1e-6, np.float32(0)])
+def test_nothing_is_drawn_at_0(dropping: Kernel, p: float) -> None:
+    x = inputs()
+    plain = dropping(*x)
+    for seed in (None, SEED):
+        np.testing.assert_array_equal(dropping(*x, dropout_p=p, seed=seed), plain)
+
+
+def test_the_same_seed_gives_the_same_bits(dropping: Kernel) -> None:
+    x = inputs()
+    first = dropping(*x, dropout_p=0.4, seed=5)
+    np.testing.assert_array_equal(dropping(*x, dropout_p=0.4, seed=5), first)
+    for other in ({"dropout_p": 0.4, "seed": 6}, {"dropout_p": 0.5, "seed": 5}):
+        assert (dropping(*x, **other) != first).any()  # values of the call, although the prepared one is the same
+
+
+def test_bits_do_not_depend_on_threads(dropping: Kernel) -> None:
+    x, before = inputs(shape=(2, 4, 2, 150, 75, 16, 24)), flashtile.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            flashtile.set_num_threads(threads)
+            results.append(dropping(*x, dropout_p=0.4, seed=5, progress=lambda done, total: None))
+    finally:
+        flashtile.set_num_threads(before)
+    assert all((r == results[0]).all() for r in results)
+
+
+def test_expectation_is_exact(dropping: Kernel) -> None:
+    """The mean over many seeds comes to the output without dropout, within five standard errors."""
+    x = inputs("float64", (1, 2, 1, 9, 40, 8, 5))
+    draws = np.array([dropping(*x, dropout_p=0.3, seed=seed) for seed in range(400)])
+    error = np.abs(draws.mean(axis=0) - dropping(*x))
+    assert (error <= 5 * draws.std(axis=0) / np.sqrt(len(draws))).all()
+
+
+def test_what_a_mask_hides_stays_hidden(dropping: Kernel) -> None:
+    """Poison at hidden keys changes no bit, and a row without keys is 0."""
+    q, k, v = inputs()
+    hidden = np.arange(75) % 5 == 2
+    mask = np.broadcast_to(~hidden, (2, 4, 37, 75)).copy()
+    mask[:, :, 4] = False
+    options = {"mask": mask, "dropout_p": 0.3, "seed": 2}
+    clean = dropping(q, k, v, **options)
+    k[:, :, hidden], v[:, :, hidden] = np.nan, np.inf
+    np.testing.assert_array_equal(dropping(q, k, v, **options), clean)
+    assert (clean[:, :, 4] == 0).all() and np.isfinite(clean).all()
+
+
+def test_a_visible_nan_makes_its_row_nan(dropping: Kernel) -> None:
+    q, k, v = inputs()
+    q[0, 0, 3] = np.nan
+    o = dropping(q, k, v, dropout_p=0.9, seed=2)
+    assert np.isnan(o[0, 0, 3]).all() and np.isnan(o).sum() == o.shape[-1]
+
+
+def test_auto_takes_a_kernel_that_knows_dropout() -> None:
+    x = inputs()
+    chosen = flashtile.explain(*x, dropout_p=0.3, seed=1)
+    assert chosen.spec.dropout and "dropout" in str(chosen)
+    o = flashtile.attention(*x, dropout_p=0.3, seed=1)
+    np.testing.assert_array_equal(o, flashtile.attention(*x, dropout_p=0.3, seed=1, kernel=chosen.kernel))
+
+
+@pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if not isinstance(f, str) and f.unavailable() is None])
+def test_a_kernel_without_it_says_so(name: str) -> None:
+    x = inputs()
+    if name in {param.values[0].name for param in knowing()}:
+        assert kernel_runs(name, x)
+    else:
+        with pytest.raises(UnavailableError, match="dropout"):
+            flashtile.attention(*x, dropout_p=0.3, seed=1, kernel=name)
+
+
+def kernel_runs(name: str, x: list[np.ndarray]) -> bool:
+    return bool((flashtile.attention(*x, dropout_p=0.3, seed=1, kernel=name) != flashtile.attention(*x)).any())
+
+
+def test_starpu_says_so() -> None:
+    """Its flows have codelets of their own: none drops weights, whatever the kernel of the same name does."""
+    if reason := starpu.unavailable():
+        pytest.skip(f"no StarPU: {reason}")
+    for kernel in ("auto", "vanilla"):
+        with pytest.raises(UnavailableError, match="does not know dropout"):
+            flashtile.attention(*inputs(), dropout_p=0.3, seed=1, kernel=kernel, engine="starpu")
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"dropout_p": p, "seed": 1}, "dropout_p: got .*, expected a real number in")
+    for p in (1, 1.0, -0.1, 1 - 2**-17, 1 - 2**-20, float("nan"), float("inf"), "0.1", None, True, np.zeros(2), 1j)
+] + [
+    ({"dropout_p": 0.1, "seed": seed}, "seed: got .*, expected an integer in")
+    for seed in (None, -1, 2**64, 1.0, "1", True, np.zeros(1, int), float("nan"))
+] + [({"seed": -1}, "seed: got -1, expected an integer in")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
+def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+    x, out = inputs(), np.full((2, 4, 37, 24), 7, np.float32)
+    for call in (
+        lambda: flashtile.attention(*x, out=out, **options),
+        lambda: flashtile.explain(*x, **options),
+        lambda: dropout_keep((2, 3), options.get("dropout_p", 0.0), options.get("seed")),
+    ):
+        with pytest.raises(SpecError, match="^" + message):
+            call()
+    assert (out == 7).all()
+
+
+@pytest.mark.parametrize("shape", [5, (3,), (1, 2, 3, 4, 5), (2, -1), (2.0, 3), "ab"])
+def test_a_wrong_shape_of_a_mask(shape: Any) -> None:
+    with pytest.raises(SpecError, match="^shape: got .*, expected"):
+        dropout_keep(shape, 0.5, 1)
+
+
+def test_the_largest_probability() -> None:
+    """More than 2^-17 below 1 rounds to 1 - 2^-16: one of 65536 weights is kept, and counts 65536 times."""
+    p = np.nextafter(1 - 2**-17, 0)
+    o = flashtile.attention(np.zeros((400, 1)), np.zeros((800, 1)), np.ones((800, 1)), dropout_p=p, seed=1)
+    kept = dropout_keep((400, 800), p, 1).sum(axis=1)
+    np.testing.assert_allclose(o[:, 0], kept * 65536 / 800)
+
+
+@pytest.mark.parametrize("door", ["attention", "scaled_dot_product_attention"])
+def test_torch_draws_the_seed(door: str) -> None:
+    torch = pytest.importorskip("torch")
+    import flashtile.torch
+
+    x = [torch.from_numpy(a) for a in inputs(shape=(2, 4, 4, 37, 75, 16, 24))]
+    call = getattr(flashtile.torch, door)
+
+    def draw(seed: int, p: float = 0.5) -> Any:
+        torch.manual_seed(seed)
+        return call(*x, dropout_p=p), call(*x, dropout_p=p)
+
+    first, again, other = draw(0), draw(0), draw(1)
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], first[1]) and not torch.equal(first[0], other[0])
+    torch.manual_seed(0)
+    seed = int(torch.empty((), dtype=torch.int64).random_())
+    by_numpy = flashtile.attention(*[a.numpy() for a in x], dropout_p=0.5, seed=seed)
+    np.testing.assert_array_equal(first[0].numpy(), by_numpy)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    call(*x, dropout_p=0.0)
+    call(*x, dropout_p=1e-6)
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(SpecError, match="^dropout_p: got 1.5"):
+        call(*x, dropout_p=1.5)
+
+
+def test_torch_takes_a_seed() -> None:
+    torch = pytest.importorskip("torch")
+    x = [torch.from_numpy(a) for a in inputs()]
+    before = torch.get_rng_state()
+    o = flashtile.attention(*x, dropout_p=0.5, seed=9)
+    np.testing.assert_array_equal(o.numpy(), flashtile.attention(*inputs(), dropout_p=0.5, seed=9))
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(SpecError, match="^seed: got -1"):
+        flashtile.attention(*x, dropout_p=0.5, seed=-1)
