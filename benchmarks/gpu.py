@@ -216,8 +216,10 @@ def run_timing(options: argparse.Namespace, lines: list[str]) -> int:
     for case in cases(options.dtype, options.dry):
         result = measure(case, peers, "cpu" if options.dry else "cuda")
         results.append(result)
-        cells = (f"{m.peer} {m.rate / 1e3:.1f}" if m.status == "timed" else f"{m.peer} {m.status}"
-                 for m in result.measurements)  # fmt: skip
+        cells = (
+            f"{m.peer} {m.rate / 1e3:.1f}" if m.status == "timed" else f"{m.peer} {m.status}"
+            for m in result.measurements
+        )
         print(f"{case.name:20} TFLOP/s: {', '.join(cells)}", flush=True)
     print(*report.refusals(results), sep="\n")
     report.write_measurements(options.output / "gpu.csv", results, lines)

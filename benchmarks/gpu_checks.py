@@ -80,7 +80,7 @@ CHECKS = (
     Check("causal, bottom right", options=_always(causal=True, align="bottom_right")),
     Check("rows that see nothing", options=_always(causal=True, align=-50)),
     Check("window", options=_always(window=(17, 4), align="top_left")),
-    Check("an offset a batch", options=_per_batch),
+    Check("one offset per batch", options=_per_batch),
     Check("one key/value head", kv_heads=1),
     Check("as many key/value heads", kv_heads=4),
     Check("head size 1", size=1, value_size=1),
@@ -88,8 +88,9 @@ CHECKS = (
     Check("head size 128", size=128, value_size=128, options=_always(causal=True, align="bottom_right")),
     Check("head size 256", size=256, value_size=256, batch=1),
     Check("one query, split over keys", batch=1, heads=8, q_len=1, kv_len=5000),
-    Check("few queries, split over keys", batch=1, heads=8, q_len=3, kv_len=3000,
-          options=_always(causal=True, align=2990)),
+    Check(
+        "few queries, split over keys", batch=1, heads=8, q_len=3, kv_len=3000, options=_always(causal=True, align=2990)
+    ),
     Check("no key", kv_len=0),
     Check("no query", q_len=0),
     Check("rows before heads in memory", prepare=_rows_first),
@@ -103,14 +104,20 @@ CHECKS = (
     Check("boolean mask", options=_mask),
     Check("documents", options=_documents),
     Check("a function of the user's", options=_user_function),
-    Check("sinks, split over keys", batch=1, heads=8, q_len=1, kv_len=5000,
-          options=lambda to, s: {"sinks": to(_random(s[1]))}),
+    Check(
+        "sinks, split over keys",
+        batch=1,
+        heads=8,
+        q_len=1,
+        kv_len=5000,
+        options=lambda to, s: {"sinks": to(_random(s[1]))},
+    ),
     Check("hidden NaN and inf", options=_always(causal=True, align=-20), prepare=_hidden_nan),
     *(
         Check(f"precision {name}", options=_always(precision=name), dtypes=("float32",))
         for name in ("tf32", "bf16", "fp16")
     ),
-)  # fmt: skip
+)
 
 
 def problem(check: Check, dtype: str, lengths: tuple[int, int]) -> tuple[tuple[Any, Any, Any], tuple[int, ...]]:
@@ -147,10 +154,8 @@ def run(check: Check, dtype: str, kernel: str, to: To, lengths: tuple[int, int])
         lse.check(got[1].cpu(), "lse")
     except (AssertionError, flashtile.FlashtileError, RuntimeError) as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-    same = got[0].cpu().contiguous().view(-1).view(dtype=_bits(dtype)).equal(
-        again.cpu().contiguous().view(-1).view(dtype=_bits(dtype))
-    )  # fmt: skip
-    return None if same else "the second call gave other bits"
+    first, second = (x.cpu().contiguous().view(-1).view(dtype=_bits(dtype)) for x in (got[0], again))
+    return None if first.equal(second) else "the second call gave other bits"
 
 
 def _bits(dtype: str) -> Any:

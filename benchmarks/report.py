@@ -12,10 +12,27 @@ from .driver import BASE, CaseResult, Measurement
 
 OWN = "flashtile"
 MEASUREMENT_COLUMNS = (
-    "case", "dtype", "shape", "causal", "window", "peer", "threads", "status", "why", "largest_error",
-    "allowed_error", "first_seconds", "median_seconds", "spread", "samples", "rate", "rate_unit", "limit",
-    "limit_unit", "percent_of_limit",
-)  # fmt: skip
+    "case",
+    "dtype",
+    "shape",
+    "causal",
+    "window",
+    "peer",
+    "threads",
+    "status",
+    "why",
+    "largest_error",
+    "allowed_error",
+    "first_seconds",
+    "median_seconds",
+    "spread",
+    "samples",
+    "rate",
+    "rate_unit",
+    "limit",
+    "limit_unit",
+    "percent_of_limit",
+)
 VERDICT_COLUMNS = ("subject", "measure", "value", "target", "met", "note")
 
 

@@ -127,7 +127,7 @@ def starpu_tiles(case_name: str) -> dict[str, float]:
 
 
 def starpu_submission() -> dict[str, float]:
-    """Microseconds a task for 10,000 tasks of empty kernels on five handles each, submitted and executed."""
+    """Microseconds per task for 10,000 tasks of empty kernels on five handles each, submitted and executed."""
     import numpy as np
 
     from flashtile import starpu
@@ -156,13 +156,20 @@ def starpu_submission() -> dict[str, float]:
         whole.append(time.perf_counter() - start)
     low, middle, high = statistics.quantiles(whole[1:], n=4, method="inclusive")
     us = 1e6 / len(rows)
-    return {"microseconds": middle * us, "quartiles": (low * us, high * us),  # type: ignore[dict-item]
-            "submission alone": statistics.median(submitting[1:]) * us}  # fmt: skip
+    return {
+        "microseconds": middle * us,
+        "quartiles": (low * us, high * us),  # type: ignore[dict-item]
+        "submission alone": statistics.median(submitting[1:]) * us,
+    }
 
 
 SNIPPETS: tuple[Callable[..., dict[str, float]], ...] = (
-    tiny_call, first_call, long_head, starpu_tiles, starpu_submission,
-)  # fmt: skip
+    tiny_call,
+    first_call,
+    long_head,
+    starpu_tiles,
+    starpu_submission,
+)
 
 if __name__ == "__main__":
     snippets = {snippet.__name__: snippet for snippet in SNIPPETS}

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # benchmarks/ is a folder of the checkout, not part of the wheel
 
 import benchmarks.__main__ as command  # noqa: E402
 from benchmarks import check, driver, machine, peak, peers, report  # noqa: E402

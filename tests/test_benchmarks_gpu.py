@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # benchmarks/ is a folder of the checkout, not part of the wheel
 
 torch = pytest.importorskip("torch")
 from benchmarks import gpu, gpu_checks, gpu_peers, report  # noqa: E402

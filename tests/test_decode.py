@@ -32,7 +32,7 @@ CASES = {
     "window in the middle": (Shape(1, 2, 1, 5, 700, 24, 8), {"window": (100, 3), "align": 250}),
     "parts that some rows do not see": (Shape(1, 2, 2, 3, 2000, 48, 31), {"causal": True, "align": 1022}),
     "rows without keys": (Shape(1, 1, 1, 4, 90, 16, 16), {"causal": True, "align": -2}),
-    "offsets a batch": (Shape(3, 2, 1, 2, 400, 17, 19), {"window": (64, 0), "align": np.array([398, 100, -5])}),
+    "one offset per batch": (Shape(3, 2, 1, 2, 400, 17, 19), {"window": (64, 0), "align": np.array([398, 100, -5])}),
     "smallest": (Shape(1, 1, 1, 1, 1, 1, 1), {}),
     "negative scale": (Shape(1, 1, 1, 2, 129, 5, 3), {"scale": -0.7}),
     "scale 0": (Shape(1, 2, 1, 2, 65, 20, 20), {"scale": 0.0}),
@@ -221,8 +221,14 @@ def test_merge_kernel(adjacent: bool, dtype: str) -> None:
     parts_o[3, 0, 0, 0, 5] = np.nan
     o = np.full((*rows, 37 * (1 if adjacent else 2)), 7).astype(numpy_dtype(dtype))[..., :: 1 if adjacent else 2]
     lse = np.empty(rows, accumulator)
-    tail = {"heads": 3, "q_len": 2, "value_size": 37, "splits": splits,
-            "o_split": parts_o.strides[0], "lse_split": parts_lse.strides[0]}  # fmt: skip
+    tail = {
+        "heads": 3,
+        "q_len": 2,
+        "value_size": 37,
+        "splits": splits,
+        "o_split": parts_o.strides[0],
+        "lse_split": parts_lse.strides[0],
+    }
     tail.update(zip(("o_b", "o_h", "o_s", "o_d"), o.strides, strict=True))
     block = merge.pack_addresses(*map(address_of, (parts_o, parts_lse, o, lse))) + merge.pack_tail(tail)
     scratch = np.empty(merge.scratch_bytes(c, splits), np.uint8)

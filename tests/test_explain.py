@@ -82,7 +82,7 @@ def test_everything_about_a_call() -> None:
     }
     assert got.notes == ()
     text = str(got)
-    for part in ("quick, isa9", "32 queries x 64 keys", "3 MiB a thread", "not asleep  no such device", "offset 100"):
+    for part in ("quick, isa9", "32 queries x 64 keys", "3 MiB per thread", "not asleep  no such device", "offset 100"):
         assert part in text
     assert "-9 <= j - (i + offset) <= 5" in text and len({line.find("  ") > 0 for line in text.splitlines()}) == 1
 

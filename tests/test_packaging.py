@@ -8,9 +8,12 @@ import pathlib
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 
 import pytest
+
+import hatch_build
 
 pytestmark = pytest.mark.core
 
@@ -56,6 +59,35 @@ def test_core_needs_only_numpy_and_llvmlite(wheel: pathlib.Path) -> None:
 
 def test_wheel_declares_its_license(wheel: pathlib.Path) -> None:
     assert wheel_metadata(wheel)["License-Expression"] == "Apache-2.0"
+
+
+def test_the_page_of_an_index_has_no_link_that_needs_files_beside_it(wheel: pathlib.Path) -> None:
+    metadata = wheel_metadata(wheel)
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    shown = str(metadata.get_payload())
+    assert shown.startswith("# flashtile\n") and not hatch_build.RELATIVE.search(shown)
+
+
+def test_links_of_that_page_lead_to_files_of_the_sources() -> None:
+    readme = (ROOT / "README.md").read_text()
+    source = "https://host.example/flashtile"
+    shown = hatch_build.page(readme, source)
+    assert not hatch_build.RELATIVE.search(shown)
+    links = re.findall(re.escape(source) + r"/(blob|raw)/HEAD/([^)]+)\)", shown)
+    assert len(links) == len(hatch_build.RELATIVE.findall(readme)) and ("raw", "docs/images/demo.png") in links
+    assert [path for _, path in links if not (ROOT / path.partition("#")[0]).is_file()] == []
+    without = hatch_build.page(readme, None)
+    assert [path for kind, path in links if kind == "blob" and f"(`{path}`)" not in without] == []
+    assert "demo.png" not in without
+
+
+def test_an_sdist_holds_what_builds_it(tmp_path: pathlib.Path) -> None:
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (built,) = tmp_path.iterdir()
+    with tarfile.open(built) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"pyproject.toml", "hatch_build.py", "README.md", "docs/images/demo.png"} <= packed
 
 
 def test_every_folder_of_the_package_is_a_package() -> None:

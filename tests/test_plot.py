@@ -67,8 +67,9 @@ def test_tiles_are_by_default_those_of_the_plan(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keys", [600, 1200, 7998])  # to scale, to scale and wide, not to scale
 def test_the_picture_has_the_areas_of_the_map(tmp_path: Path, keys: int) -> None:
-    kinds = flashtile.plot_coverage((600, 8), (keys, 8), window=(150, 0), align=keys // 2, path=tmp_path / "a.PNG",
-                                    tile=(100, keys // 6))  # fmt: skip
+    kinds = flashtile.plot_coverage(
+        (600, 8), (keys, 8), window=(150, 0), align=keys // 2, path=tmp_path / "a.PNG", tile=(100, keys // 6)
+    )
     pixels = drawn(tmp_path / "a.PNG")
     share = {kind: area(pixels, kind) / sum(area(pixels, k) for k in COLOURS) for kind in COLOURS}
     for kind in COLOURS:

@@ -104,10 +104,20 @@ def test_capabilities_without_a_device(monkeypatch: pytest.MonkeyPatch, no_inter
 
 @pytest.mark.parametrize(
     ("arch", "rows"),
-    [("sm_80", "sm_80"), ("sm_86", "sm_80"), ("sm_89", "sm_80"), ("sm_90", "sm_90"), ("sm_100", "sm_100"),
-     ("sm_103", "sm_100"), ("sm_120", "sm_80"), ("gfx942", "gfx942"), ("gfx950", "gfx942"),
-     ("sm_75", None), ("gfx90a", None)],
-)  # fmt: skip
+    [
+        ("sm_80", "sm_80"),
+        ("sm_86", "sm_80"),
+        ("sm_89", "sm_80"),
+        ("sm_90", "sm_90"),
+        ("sm_100", "sm_100"),
+        ("sm_103", "sm_100"),
+        ("sm_120", "sm_80"),
+        ("gfx942", "gfx942"),
+        ("gfx950", "gfx942"),
+        ("sm_75", None),
+        ("gfx90a", None),
+    ],
+)
 def test_architectures_take_the_rows_of_their_kin(arch: str, rows: str | None) -> None:
     assert tiles.rows_of(arch) == rows
     if rows is None:

@@ -32,8 +32,16 @@ def prepare(case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray, threads: in
         for b, h, i in np.ndindex(queries.grid):
             for j in range(keys_.grid[2]):
                 kv = b, h // group, j
-                starpu.submit_forward(queries[b, h, i], keys_[kv], values[kv], out[b, h, i], out_lse[b, h, i],
-                                      carry=j > 0, last=j + 1 == keys_.grid[2], **keywords)  # fmt: skip
+                starpu.submit_forward(
+                    queries[b, h, i],
+                    keys_[kv],
+                    values[kv],
+                    out[b, h, i],
+                    out_lse[b, h, i],
+                    carry=j > 0,
+                    last=j + 1 == keys_.grid[2],
+                    **keywords,
+                )
         starpu.wait()
 
     def to_numpy(_: None) -> np.ndarray:

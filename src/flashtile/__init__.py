@@ -7,28 +7,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flashtile import errors, score
 from flashtile.api import attention
 from flashtile.errors import FlashtileError, KernelError, SpecError, UnavailableError
 from flashtile.explain import Explanation, explain
-from flashtile.merge import merge
+from flashtile.gradients import Gradients, attention_backward
+from flashtile.merge import merge, merge_backward
 from flashtile.threads import get_num_threads, set_num_threads
+
+if TYPE_CHECKING:
+    from flashtile.plot import plot_coverage
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Explanation",
     "FlashtileError",
+    "Gradients",
     "KernelError",
     "SpecError",
     "UnavailableError",
     "attention",
+    "attention_backward",
     "errors",
     "explain",
     "get_num_threads",
     "merge",
+    "merge_backward",
     "plot_coverage",
     "score",
     "set_num_threads",

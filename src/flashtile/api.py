@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
@@ -12,13 +12,43 @@ from flashtile.errors import wrong
 from flashtile.progress import reporter
 from flashtile.score.keep import keep_of
 from flashtile.score.options import ScoreOptions
+from flashtile.signature import Align, Engine, Kernel, Precision, Progress, Window
 from flashtile.spec import check_flag
 
 __all__ = ["attention", "clear_cache"]
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from flashtile.signature import D, Keywords, Lse, Other, Plain, S
+
 ndarray, empty = np.ndarray, np.empty
 
 
+@overload
+def attention(
+    q: Plain[S, D], k: Plain[Any, D], v: Plain[Any, D], *, return_lse: Literal[False] = ..., **options: Unpack[Keywords]
+) -> Plain[S, D]: ...
+@overload
+def attention(
+    q: Plain[S, D], k: Plain[Any, D], v: Plain[Any, D], *, return_lse: Literal[True], **options: Unpack[Keywords]
+) -> tuple[Plain[S, D], Lse]: ...
+@overload
+def attention(
+    q: Plain[S, D], k: Plain[Any, D], v: Plain[Any, D], *, return_lse: bool, **options: Unpack[Keywords]
+) -> Plain[S, D] | tuple[Plain[S, D], Lse]: ...
+@overload
+def attention(
+    q: Other, k: Other, v: Other, *, return_lse: Literal[False] = ..., **options: Unpack[Keywords]
+) -> Other: ...
+@overload
+def attention(
+    q: Other, k: Other, v: Other, *, return_lse: Literal[True], **options: Unpack[Keywords]
+) -> tuple[Other, Other]: ...
+@overload
+def attention(
+    q: Other, k: Other, v: Other, *, return_lse: bool, **options: Unpack[Keywords]
+) -> Other | tuple[Other, Other]: ...
 def attention(
     q: Any,
     k: Any,
@@ -28,19 +58,19 @@ def attention(
     bias: Any = None,
     score_mod: Any = None,
     causal: bool = False,
-    window: tuple[int | None, int | None] | None = None,
-    align: Any = None,
+    window: Window = None,
+    align: Align = None,
     softcap: float | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
-    precision: str = "ieee",
+    precision: Precision = "ieee",
     return_lse: bool = False,
-    kernel: str = "auto",
-    engine: str = "auto",
-    progress: Any = None,
+    kernel: Kernel = "auto",
+    engine: Engine = "auto",
+    progress: Progress = None,
     out: Any = None,
 ) -> Any:
     """Exact attention: softmax(scale * q k^T) v, without storing the scores.

@@ -8,13 +8,14 @@ import operator
 import sys
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import numpy as np
 
 import flashtile
 from flashtile import threads
 from flashtile.errors import FlashtileError, KernelError, UnavailableError, wrong
+from flashtile.signature import Alignment, Engine, Kernel, Precision
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -275,13 +276,13 @@ def _add_aot_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("-o", "--output", type=Path, required=True, help="folder; each architecture has its own in it")
     sub.add_argument("--dtype", type=_words, default=["bfloat16"], metavar="A,B", help="default bfloat16")
     sub.add_argument("--head-size", type=_numbers, default=(64, 128), metavar="A,B", help="default 64,128")
-    sub.add_argument("--precision", default="ieee", help="of float32 inputs: ieee (default), tf32, bf16, fp16")
-    sub.add_argument("--kernels", type=_words, default=["forward", "merge"], metavar="A,B",
-                     help="of forward, merge, scores, softmax, output (default forward,merge)")  # fmt: skip
-    sub.add_argument("--state", type=_words, default=["finished"], metavar="A,B",
-                     help="what o and lse hold: finished (default), partial, carried")  # fmt: skip
-    sub.add_argument("--band", type=_words, default=["band", "open"], metavar="A,B",
-                     help="band: causal and windowed calls; open: no mask (default both)")  # fmt: skip
+    sub.add_argument("--precision", default="ieee", help=f"of float32 inputs: {_names(Precision, 'ieee')}")
+    for option, default, content in (
+        ("--kernels", ["forward", "merge"], "of forward, merge, scores, softmax, output (default forward,merge)"),
+        ("--state", ["finished"], "what o and lse hold: finished (default), partial, carried"),
+        ("--band", ["band", "open"], "band: causal and windowed calls; open: no mask (default both)"),
+    ):
+        sub.add_argument(option, type=_words, default=default, metavar="A,B", help=content)
     sub.add_argument("--any-alignment", action="store_true", help="addresses and strides need not be multiples of 16")
 
 
@@ -289,18 +290,23 @@ def _add_attention_options(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("attention", "as the keywords of flashtile.attention; arrays from files, mapped")
     group.add_argument("--causal", action="store_true")
     group.add_argument("--window", type=int, nargs=2, metavar=("LEFT", "RIGHT"), help="-1 is open on that side")
-    group.add_argument("--align", type=_align, help="top_left, bottom_right or an integer")
+    group.add_argument("--align", type=_align, help=f"{_names(Alignment)}, or an integer")
     for name, content in ARRAY_OPTIONS.items():
         group.add_argument("--" + name.replace("_", "-"), type=Path, metavar="FILE.npy", help=content)
     group.add_argument("--softcap", type=float, metavar="CAP", help="scores become CAP * tanh(score / CAP)")
     group.add_argument("--scale", type=float, help="default 1 / sqrt(D)")
-    group.add_argument("--precision", default="ieee", help="of float32 inputs: ieee (default), tf32, bf16, fp16")
-    group.add_argument("--kernel", default="auto")
-    group.add_argument("--engine", default="auto")
+    group.add_argument("--precision", default="ieee", help=f"of float32 inputs: {_names(Precision, 'ieee')}")
+    group.add_argument("--kernel", default="auto", help=_names(Kernel, "auto"))
+    group.add_argument("--engine", default="auto", help=_names(Engine, "auto"))
 
 
 def _add_threads(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--threads", type=_threads, metavar="N", help="default: the CPUs that this process may use")
+
+
+def _names(literal: Any, default: str = "") -> str:
+    """The names of a Literal, for help."""
+    return ", ".join(f"{name} (default)" if name == default else name for name in get_args(literal))
 
 
 def _numbers(text: str) -> tuple[int, ...]:

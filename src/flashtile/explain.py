@@ -25,6 +25,7 @@ from flashtile.score.keep import keep_of
 from flashtile.score.options import ScoreOptions, Scoring
 from flashtile.score.program import Program
 from flashtile.score.readable import mask_text, score_text
+from flashtile.signature import Align, Engine, Kernel, Precision, Window
 from flashtile.spec import AttentionSpec
 from flashtile.threads import get_num_threads
 
@@ -72,7 +73,7 @@ class Explanation:
             ("coverage", f"{c.full} full, {c.partial} partial, {c.empty} empty of {tiles} tiles; "
                          f"{100 * c.visible / max(c.pairs, 1):.1f}% of the pairs visible"),
             ("work", f"{self.flops / 1e9:.6g} GFLOP"),
-            ("scratch", f"{_bytes(self.scratch_bytes)} a thread; unfused scores take {_bytes(self.unfused_bytes)}"),
+            ("scratch", f"{_bytes(self.scratch_bytes)} per thread; unfused scores take {_bytes(self.unfused_bytes)}"),
             *((f"not {name}", reason) for name, reason in self.passed_over),
             *(("note", note) for note in self.notes),
         ]  # fmt: skip
@@ -96,17 +97,17 @@ def explain(
     bias: Any = None,
     score_mod: Any = None,
     causal: bool = False,
-    window: tuple[int | None, int | None] | None = None,
-    align: Any = None,
+    window: Window = None,
+    align: Align = None,
     softcap: float | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
-    precision: str = "ieee",
-    kernel: str = "auto",
-    engine: str = "auto",
+    precision: Precision = "ieee",
+    kernel: Kernel = "auto",
+    engine: Engine = "auto",
     **others: Any,
 ) -> Explanation:
     """Say which kernel, instruction set, tiles, coverage, FLOPs and scratch a call would use, without running it.

@@ -52,6 +52,41 @@ def merge(o_lse_pairs: Iterable[tuple[Any, Any]]) -> tuple[Any, Any]:
     return o.astype(pairs[0][0].dtype), lse.astype(pairs[0][1].dtype)
 
 
+def merge_backward(do: Any, o_lse_pairs: Iterable[tuple[Any, Any]], *, dlse: Any = None) -> list[tuple[Any, Any]]:
+    """The gradients of `merge`: of sum(do * o) + sum(dlse * lse), to each partial's (o, lse), in the order given.
+
+    Shapes:   do as each o (..., S_q, D_v), dlse as each lse (..., S_q) or None for 0; NumPy arrays only, since torch
+              differentiates `merge` itself. Each gradient has the shape and dtype of what it belongs to.
+    Numerics: d o_n = w_n do, d lse_n = w_n (rowsum(do * (o_n - o)) + dlse), w_n = exp(lse_n - lse), in float32 (float64
+              if any o or lse is). A row of a partial that saw no key gets 0, whatever its o and do hold.
+    Raises:   SpecError as `merge`, and for do or dlse of another shape or dtype.
+    Source:   the derivative of `merge`'s formula.
+    """
+    pairs = _validated(o_lse_pairs)
+    first_o, first_lse = pairs[0]
+    if is_torch(first_o):
+        raise wrong("o_lse_pairs", "torch tensors", "NumPy arrays; torch differentiates flashtile.merge itself")
+    do = plain(do, "do")
+    dlse = np.zeros_like(first_lse) if dlse is None else plain(dlse, "dlse")
+    for name, x, like in (("do", do, first_o), ("dlse", dlse, first_lse)):
+        if x.shape != like.shape:
+            raise wrong(name, f"shape {x.shape}", f"{like.shape}")
+        if x.dtype != like.dtype:
+            raise wrong(name, f"dtype {x.dtype}", f"{like.dtype}")
+    wide = np.float64 if "float64" in {x.dtype.name for pair in pairs for x in pair} else np.float32
+    do, dlse = do.astype(wide), dlse.astype(wide)
+    o, lse = merge([(part.astype(wide), its.astype(wide)) for part, its in pairs])
+    found = []
+    with np.errstate(invalid="ignore", over="ignore"):  # inf and NaN are answers here
+        for part, its in pairs:
+            seen = its != -np.inf
+            weight = np.where(seen, np.exp(its.astype(wide) - lse), 0)
+            d_part = np.where(seen[..., None], weight[..., None] * do, 0)
+            d_lse = np.where(seen, weight * (np.sum(do * (part.astype(wide) - o), axis=-1) + dlse), 0)
+            found.append((d_part.astype(part.dtype), d_lse.astype(its.dtype)))
+    return found
+
+
 def _merge(xp: Any, pairs: list[tuple[Any, Any]], highest: Any) -> tuple[Any, Any]:
     """The formula, in NumPy or torch. highest (..., S_q): the largest lse of each row, a constant to gradients, because
     the result does not depend on it."""

@@ -16,12 +16,13 @@ from flashtile.plan import make_plan
 from flashtile.score.coverage import EMPTY, FULL, PARTIAL
 from flashtile.score.options import ScoreOptions
 from flashtile.score.program import Program
+from flashtile.signature import Align, Kernel, Window
 from flashtile.spec import AttentionSpec, integer
 
 # What a tile costs, from nothing to a product without mask code; told apart without colour, too.
 _COLOURS = {EMPTY: "#f4f4f4", PARTIAL: "#f0a830", FULL: "#1f5a92"}
 _SQUARE = 3  # times as many keys as rows, or rows as keys: up to here the picture is to scale
-_LINED = 64  # tiles a side: up to here lines show where each ends
+_LINED = 64  # tiles along a side: up to here lines show where each ends
 _LABELS = {EMPTY: "empty: skipped", PARTIAL: "partial: masked element by element", FULL: "full: no mask code"}
 
 
@@ -34,9 +35,9 @@ def plot_coverage(
     mask: Any = None,
     score_mod: Any = None,
     causal: bool = False,
-    window: tuple[int | None, int | None] | None = None,
-    align: Any = None,
-    kernel: str = "auto",
+    window: Window = None,
+    align: Align = None,
+    kernel: Kernel = "auto",
     batch: int = 0,
     head: int = 0,
     tile: tuple[int, int] | None = None,

@@ -6,17 +6,18 @@ import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from flashtile.arrays import device_of
 from flashtile.dtypes import DType, dtype_of
 from flashtile.errors import wrong
+from flashtile.signature import Alignment, Precision
 
 if TYPE_CHECKING:
     from flashtile.score.code import Code
 
-ALIGNMENTS = ("top_left", "bottom_right")
-PRECISIONS = ("ieee", "tf32", "bf16", "fp16")
+ALIGNMENTS: tuple[str, ...] = get_args(Alignment)
+PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 # Positions, windows and offsets stay below this, so that their sums never overflow 64 bits in a kernel.
 LARGEST_POSITION = 2**60

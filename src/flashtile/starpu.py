@@ -17,7 +17,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from flashtile.engines.starpu.tiles import Tile, TiledTensor, can_tile
 from flashtile.engines.starpu.vanilla import VanillaFlow
 from flashtile.errors import UnavailableError, wrong
 from flashtile.score.options import ScoreOptions
+from flashtile.signature import Align, Precision, Window
 from flashtile.spec import integer
 
 __all__ = [
@@ -195,17 +196,17 @@ def submit_forward(
     bias: Any = None,
     score_mod: Any = None,
     causal: bool = False,
-    window: tuple[int | None, int | None] | None = None,
-    align: Any = None,
+    window: Window = None,
+    align: Align = None,
     softcap: float | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
     scale: float | None = None,
-    precision: str = "ieee",
+    precision: Precision = "ieee",
     accumulate: str = ORDERED,
     carry: bool | None = None,
     last: bool | None = None,
-    kernel: str = "cpu",
+    kernel: Literal["cpu", "vanilla"] = "cpu",
 ) -> int:
     """Submit attention: of whole tensors, one task for each pair of tiles that meet; or of one pair of tiles.
 

@@ -15,6 +15,7 @@ from flashtile.calls import Options
 from flashtile.kernels.accuracy import FACTOR, Expected, allow, expect_values, key_orders, ulp, values_of
 from flashtile.score.keep import keep_of
 from flashtile.score.options import ScoreOptions
+from flashtile.signature import Align, Precision, Window
 from flashtile.spec import PER_BATCH, integer
 
 __all__ = [
@@ -29,11 +30,11 @@ def expect(
     *,
     scale: float | None = None,
     causal: bool = False,
-    window: Any = None,
-    align: Any = None,
-    precision: str = "ieee",
+    window: Window = None,
+    align: Align = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
+    precision: Precision = "ieee",
     **scores: Any,
 ) -> tuple[Expected, Expected]:
     """What `flashtile.attention` of the same arguments should return: the output, and lse.

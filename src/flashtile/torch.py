@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -17,9 +17,15 @@ from flashtile.score.keep import Keep, keep_of, threshold_of
 from flashtile.score.options import ScoreOptions
 from flashtile.score.program import Program
 from flashtile.sdpa import causal_bias, like_torch, number, spell, under_autocast
+from flashtile.signature import Align, Engine, Kernel, Precision, Progress, Window
 from flashtile.spec import check_flag
 
 __all__ = ["attention", "scaled_dot_product_attention"]
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from flashtile.signature import Keywords
 
 Tensor = torch.Tensor
 # What to give instead of tensors whose elements alone do not say what they mean, by the name of the class.
@@ -32,6 +38,18 @@ _PLAIN = {
 _STRIDED = torch.strided
 
 
+@overload
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: Literal[False] = ..., **options: Unpack[Keywords]
+) -> torch.Tensor: ...
+@overload
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: Literal[True], **options: Unpack[Keywords]
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bool, **options: Unpack[Keywords]
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,
@@ -41,19 +59,19 @@ def attention(
     bias: Any = None,
     score_mod: Any = None,
     causal: bool = False,
-    window: tuple[int | None, int | None] | None = None,
-    align: Any = None,
+    window: Window = None,
+    align: Align = None,
     softcap: float | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
-    precision: str = "ieee",
+    precision: Precision = "ieee",
     return_lse: bool = False,
-    kernel: str = "auto",
-    engine: str = "auto",
-    progress: Any = None,
+    kernel: Kernel = "auto",
+    engine: Engine = "auto",
+    progress: Progress = None,
     out: Tensor | None = None,
 ) -> Any:
     """`flashtile.attention` on tensors, all on the CPU or all on one GPU: the same keywords, shapes, numerics and
@@ -175,7 +193,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    window: tuple[int | None, int | None] | None = None,
+    window: Window = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,

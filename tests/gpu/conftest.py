@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # devices.py, inputs.py
 
 from flashtile.kernels.triton import compiler_missing
 

@@ -11,7 +11,7 @@ from ml_dtypes import bfloat16
 
 from flashtile.score import causal, document, padding, prefix, relative, varlen, window
 
-# Ragged in every tile: panels of 6 to 48 rows, blocks of 32 and 128 keys; two query heads a key/value head.
+# Ragged in every tile: panels of 6 to 48 rows, blocks of 32 and 128 keys; two query heads per key/value head.
 SHAPE = Shape(2, 4, 2, 70, 150, 20, 24)
 AHEAD = SHAPE.kv_len - SHAPE.q_len  # the offset of "bottom_right"
 
@@ -58,18 +58,26 @@ def _tapered(s: Shape) -> Callable[..., Any]:
 
 def _everything(s: Shape) -> Options:
     return {
-        "softcap": 4.0, "alibi_slopes": SLOPES, "bias": numbers(1, s.heads, s.q_len, s.kv_len),
-        "mask": coins(s.batch, 1, 1, s.kv_len), "window": (90, 10), "align": np.array([AHEAD, 7]), "sinks": SINKS,
-    }  # fmt: skip
+        "softcap": 4.0,
+        "alibi_slopes": SLOPES,
+        "bias": numbers(1, s.heads, s.q_len, s.kv_len),
+        "mask": coins(s.batch, 1, 1, s.kv_len),
+        "window": (90, 10),
+        "align": np.array([AHEAD, 7]),
+        "sinks": SINKS,
+    }
 
 
 def _everything_by_hand(s: Shape) -> Options:
     rule = _document_mod(s)
     return {
-        "score_mod": _tapered(s), "mask": causal() & rule | prefix(9),
-        "align": "bottom_right", "sinks": np.stack([SINKS, -SINKS]), "softcap": 20.0,
+        "score_mod": _tapered(s),
+        "mask": causal() & rule | prefix(9),
+        "align": "bottom_right",
+        "sinks": np.stack([SINKS, -SINKS]),
+        "softcap": 20.0,
         "bias": numbers(s.q_len, s.kv_len, dtype="float16"),
-    }  # fmt: skip
+    }
 
 
 # Both together use every option.
@@ -105,21 +113,31 @@ EACH: dict[str, Callable[[Shape], Options]] = {
 
 # The rules that hide keys, and the same in NumPy: (b, h, i, j) -> bool, broadcasting.
 MASKS: dict[str, tuple[Options, Callable[..., Any]]] = {
-    "padding array": ({"mask": coins(2, 1, 1, SHAPE.kv_len)},
-                      lambda b, h, i, j: coins(2, 1, 1, SHAPE.kv_len)[b, 0, 0, j]),
+    "padding array": (
+        {"mask": coins(2, 1, 1, SHAPE.kv_len)},
+        lambda b, h, i, j: coins(2, 1, 1, SHAPE.kv_len)[b, 0, 0, j],
+    ),
     "padding": ({"mask": padding([141, 33])}, lambda b, h, i, j: j < np.array([141, 33])[b]),
     "dense": ({"mask": coins(SHAPE.q_len, SHAPE.kv_len)}, lambda b, h, i, j: coins(SHAPE.q_len, SHAPE.kv_len)[i, j]),
-    "documents": ({"mask": document(ids(SHAPE.q_len)[0], ids(SHAPE.kv_len)[0])},
-                  lambda b, h, i, j: ids(SHAPE.q_len)[0, i] == ids(SHAPE.kv_len)[0, j]),
+    "documents": (
+        {"mask": document(ids(SHAPE.q_len)[0], ids(SHAPE.kv_len)[0])},
+        lambda b, h, i, j: ids(SHAPE.q_len)[0, i] == ids(SHAPE.kv_len)[0, j],
+    ),
     "function": ({"mask": _block_mod(SHAPE)}, _block_mod(SHAPE)),
     "composed": ({"mask": causal() & ~prefix(40), "align": AHEAD}, lambda b, h, i, j: (j <= i + AHEAD) & (j >= 40)),
-    "causal and padding": ({"mask": padding([141, 33]), "causal": True, "align": AHEAD},
-                           lambda b, h, i, j: (j <= i + AHEAD) & (j < np.array([141, 33])[b])),
-    "bias": ({"bias": np.where(coins(SHAPE.q_len, SHAPE.kv_len), 0.5, -np.inf)},
-             lambda b, h, i, j: coins(SHAPE.q_len, SHAPE.kv_len)[i, j]),
-    "score": ({"score_mod": lambda s, b, h, i, j: np.where(j % 3 != h % 3, s, -np.inf)},
-              lambda b, h, i, j: j % 3 != h % 3),
-}  # fmt: skip
+    "causal and padding": (
+        {"mask": padding([141, 33]), "causal": True, "align": AHEAD},
+        lambda b, h, i, j: (j <= i + AHEAD) & (j < np.array([141, 33])[b]),
+    ),
+    "bias": (
+        {"bias": np.where(coins(SHAPE.q_len, SHAPE.kv_len), 0.5, -np.inf)},
+        lambda b, h, i, j: coins(SHAPE.q_len, SHAPE.kv_len)[i, j],
+    ),
+    "score": (
+        {"score_mod": lambda s, b, h, i, j: np.where(j % 3 != h % 3, s, -np.inf)},
+        lambda b, h, i, j: j % 3 != h % 3,
+    ),
+}
 
 
 def seen(rule: Callable[..., Any], shape: Shape = SHAPE) -> np.ndarray:

@@ -38,7 +38,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "negative softcap": ({"softcap": -1.0}, "^softcap: got -1.0, expected"),
     "softcap that is no number": ({"softcap": "30"}, "^softcap: got '30', expected"),
     "operation outside": ({"score_mod": lambda s, b, h, i, j: np.sin(s)}, r"input\.py:\d+: numpy\.sin on a traced"),
-}  # fmt: skip
+}
 
 
 def doors() -> list[Any]:

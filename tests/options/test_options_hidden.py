@@ -27,8 +27,8 @@ def test_hidden_keys_change_no_bit(kernel: Kernel, name: str) -> None:
     inputs = uniform(SHAPE, dtype)
     clean_o, clean_lse = kernel(*inputs, return_lse=True, **options)
     met = spared = 0
-    for where, poison, keys in (("k", np.nan, KEYS[0]), ("v", np.nan, KEYS[1]), ("k", np.inf, KEYS[2]),
-                                ("v", -np.inf, KEYS[2])):  # fmt: skip
+    poisons = ("k", np.nan, KEYS[0]), ("v", np.nan, KEYS[1]), ("k", np.inf, KEYS[2]), ("v", -np.inf, KEYS[2])
+    for where, poison, keys in poisons:
         if name == "bias" and where == "k":
             continue  # a bias is no mask: -inf added to NaN is NaN; but a score of -inf hides what V holds
         q, k, v = (x.copy() for x in inputs)

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # benchmarks/ is a folder of the checkout, not part of the wheel
-
-from benchmarks import starpu as command  # noqa: E402
-from benchmarks.cases import Case  # noqa: E402
+from benchmarks import starpu as command
+from benchmarks.cases import Case
 
 
 def test_every_contestant_is_checked_and_timed(

@@ -73,7 +73,7 @@ def _attend(t: Tokens, progress: Any) -> tuple[np.ndarray, np.ndarray, dict[str,
         _, lse = t.attend(return_lse=True, out=o, progress=report)
         seconds = time.perf_counter() - start
     gflop = call.flops / 1e9
-    return o, lse, {
+    facts = {
         "tokens": len(t.patches),
         "head_size": t.patches.shape[1],
         "value_size": t.colours.shape[1],
@@ -88,7 +88,8 @@ def _attend(t: Tokens, progress: Any) -> tuple[np.ndarray, np.ndarray, dict[str,
         "extra_bytes": None if growth.bytes is None else max(growth.bytes - lse.nbytes, 0),
         "scratch_bytes": call.scratch_bytes * call.threads,
         "unfused_bytes": call.unfused_bytes,
-    }  # fmt: skip
+    }
+    return o, lse, facts
 
 
 def _largest_error(o: np.ndarray, t: Tokens) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class Report:
     psnr_denoised: float
 
     def json(self) -> str:
-        """One JSON object, a member a field."""
+        """One JSON object, one member per field."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     def __str__(self) -> str:
@@ -46,6 +46,7 @@ class Report:
         else:  # the meter does not tell fractions of a megabyte
             extra = "less than 1 MB" if self.extra_bytes < 1e6 else f"{self.extra_bytes / 1e6:.0f} MB"
         kernel = ", ".join(filter(None, (self.kernel, self.isa)))
+        allowed = f"{self.allowed_error:.2g} allowed"
         lines = [
             ("picture", f"{self.photo}, {self.columns} x {self.rows}, noise sigma {self.sigma:g}, seed {self.seed}"),
             ("tokens", f"{self.tokens:,} queries and keys, D = {self.head_size}, D_v = {self.value_size}, float32"),
@@ -54,8 +55,7 @@ class Report:
             ("time", f"{self.seconds:.2f} s for {self.gflop:,.0f} GFLOP: {self.gflop_per_second:.1f} GFLOP/s"),
             ("extra memory", f"{extra} beyond inputs and outputs; scratch {self.scratch_bytes / 1e6:.2f} MB"),
             ("unfused", f"would store {self.unfused_bytes / 1e9:,.1f} GB of scores"),
-            ("largest error", f"{self.largest_error:.2g} on {self.sample_rows} rows against float64 "
-                              f"({self.allowed_error:.2g} allowed)"),
+            ("largest error", f"{self.largest_error:.2g} on {self.sample_rows} rows against float64 ({allowed})"),
             ("PSNR", f"{self.psnr_noisy:.2f} dB noisy -> {self.psnr_denoised:.2f} dB denoised"),
-        ]  # fmt: skip
+        ]
         return "".join(f"{name:<14} {text}\n" for name, text in lines)

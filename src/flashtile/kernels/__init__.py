@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from flashtile import rooms
 from flashtile.errors import UnavailableError, wrong
+from flashtile.kernels.gradients import Backward
 from flashtile.kernels.tiles import TileKernels
 from flashtile.spec import AttentionSpec
 
@@ -47,6 +48,7 @@ class Capabilities:
     longest_part: int | None = None  # keys over which a work item sums accurately; None: any number
     devices: frozenset[str] = frozenset(("cpu",))  # whose memory it reads: "cpu", "cuda"
     enough_items: int | None = None  # work items that keep all of a device busy; None: as many as threads may need
+    directions: frozenset[str] = frozenset(("forward",))  # and "backward"
     at_once: bool = False  # one call computes every work item, on a device's own threads
 
 
@@ -114,6 +116,7 @@ class Family:
     compile: Callable[[AttentionSpec, Plan, Layout], CompiledKernel]  # cached inside on what it really depends on
     refuses: Callable[[AttentionSpec], str | None] = _never  # a spec that it is capable of, and why; asked last
     remark: Callable[[], str] = rooms.no_remark  # what `flashtile doctor` says of it where it is available
+    backward: Backward | None = None  # gradients, of NumPy arrays; where Capabilities.directions has "backward"
     tiles: Callable[[], TileKernels] | None = None  # for engines that hold tiles; imported when they are needed
 
 
@@ -126,7 +129,7 @@ def families() -> Iterator[tuple[str, Family | str]]:
             yield name, family
 
 
-def objection(family: Family | str, spec: AttentionSpec) -> str | None:
+def objection(family: Family | str, spec: AttentionSpec, direction: str = "forward") -> str | None:
     """Why a family cannot do a call, None if it can."""
     if isinstance(family, str):
         return family
@@ -136,6 +139,8 @@ def objection(family: Family | str, spec: AttentionSpec) -> str | None:
     able = family.capabilities(spec)
     if spec.device_kind not in able.devices:
         return f"runs on {', '.join(sorted(able.devices))}, not on {spec.device_kind}"
+    if direction not in able.directions:
+        return f"has no {direction}"
     if spec.dtype not in able.dtypes:
         return f"computes {', '.join(sorted(able.dtypes))}, not {spec.dtype}"
     largest = max(spec.head_size, spec.value_size)
@@ -146,7 +151,7 @@ def objection(family: Family | str, spec: AttentionSpec) -> str | None:
     return family.refuses(spec)
 
 
-def pick(spec: AttentionSpec, requested: str) -> Family:
+def pick(spec: AttentionSpec, requested: str, direction: str = "forward") -> Family:
     """The family named `requested`, or for "auto" the first that can do the call. In its place, where a call has no
     heads or head sizes of 0, the complete one, in NumPy: such a call never reaches compiled code on the CPU.
 
@@ -158,7 +163,7 @@ def pick(spec: AttentionSpec, requested: str) -> Family:
         known.append(name)
         if requested not in ("auto", name):
             continue
-        reason = objection(family, spec.filled)
+        reason = objection(family, spec.filled, direction)
         if reason is None and not isinstance(family, str):
             return complete() if spec.empty and spec.device == "cpu" else family
         reasons.append(f"{name}: {reason}")

@@ -22,6 +22,7 @@ import numpy as np
 
 from flashtile.dtypes import dtype_of
 from flashtile.kernels import reference, vanilla
+from flashtile.kernels.rule import visible
 from flashtile.score.options import Scoring
 from flashtile.spec import AttentionSpec
 
@@ -129,7 +130,7 @@ def _largest_products(
             sums = np.abs(q[b, h]).astype(np.float64) @ np.abs(k[b, h // group]).astype(np.float64).T  # (S_q, S_kv)
             rows, keys = np.arange(q_len), np.arange(k.shape[2])
             counted = np.isfinite(sums)
-            if (seen := reference.visible(band, int(offsets[b]), rows, keys)) is not None:
+            if (seen := visible(band, int(offsets[b]), rows, keys)) is not None:
                 counted &= seen
             if scoring is not None and scoring.program is not None:
                 counted &= scoring.program.visible(b, h, rows[:, None], keys[None, :])

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import launching  # noqa: F401  # skips this file unless Triton interprets
 import numpy as np
 import pytest
@@ -13,6 +10,7 @@ import triton
 import triton.language as tl
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from trees import Tree, as_mask, as_score, trees
 
 from flashtile.kernels.triton.host import captured
 from flashtile.kernels.triton.interpreter import Interpreter, _argument
@@ -21,9 +19,6 @@ from flashtile.kernels.triton.program import function_of
 from flashtile.score import Program
 from flashtile.score.expr import postorder
 from flashtile.score.operations import OPERATIONS, inside
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "score"))
-from trees import Tree, as_mask, as_score, trees  # noqa: E402
 
 SHAPE = (2, 3, 40, 40)
 REALS = {"float32": tl.float32, "float64": tl.float64}

@@ -75,8 +75,10 @@ def choose(
     """
     kernels, states, bands, head_sizes = tuple(kernels), tuple(states), tuple(bands), tuple(head_sizes)
     for argument, names, known in (
-        ("kernels", kernels, KERNELS), ("states", states, special.STATES), ("bands", bands, BANDS),
-    ):  # fmt: skip
+        ("kernels", kernels, KERNELS),
+        ("states", states, special.STATES),
+        ("bands", bands, BANDS),
+    ):
         for name in names:
             if name not in known:
                 raise wrong(argument, repr(name), "some of " + ", ".join(known))
@@ -142,7 +144,7 @@ def build(folder: Path, arch: str, chosen: Iterable[Chosen]) -> Iterator[dict[st
 
 
 def manifest(arch: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a manifest holds: versions, the architecture, an entry a kernel."""
+    """What a manifest holds: versions, the architecture, one entry per kernel."""
     import triton
 
     return {

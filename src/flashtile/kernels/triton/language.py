@@ -1,7 +1,7 @@
 """The few places where the interpreter and a GPU need different words: products and rounding of narrow types.
 
 Triton's interpreter keeps bfloat16 as its 16 bits. Loads, stores and conversions to float32 are right; a product or
-any arithmetic on it is rubbish, and the conversion back truncates. So under TRITON_INTERPRET=1, and only there,
+any arithmetic on it is meaningless, and the conversion back truncates. So under TRITON_INTERPRET=1, and only there,
 operands are widened before a product, which changes no value, and rounding to nearest even is done by hand. And a
 comparison of two scalars, when it meets a tile, is given the type of what was compared; so programs get no scalars.
 """

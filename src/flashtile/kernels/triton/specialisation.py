@@ -31,7 +31,7 @@ PARTIAL = "partial"  # (o normalised, lse) in accumulators, of one part of the k
 CARRIED = "carried"  # the same, continuing the state that o and lse already hold
 STATES = (FINISHED, PARTIAL, CARRIED)
 
-SPAN = 128  # key tiles whose sums are formed apart
+SPAN = 128  # key tiles whose sums are accumulated separately
 
 Type = str | tuple[str, ...]  # of an argument: "i32", "i64", "*bf16", ...; a tuple's elements follow one another
 Constant = bool | int | str | None
@@ -168,7 +168,7 @@ def forward(
     state    FINISHED, PARTIAL or CARRIED: what o and lse hold before and after
     packed   a tile of queries holds the rows of all query heads that share a key/value head
     contain  the second launch of a call, which computes the work items that the first has marked as not finite
-    spans    the sums of every SPAN key tiles are formed apart: see `has_spans`
+    spans    the sums of every SPAN key tiles are accumulated separately: see `has_spans`
     """
     element, accumulator = _elements(spec)
     written = element if state == FINISHED else accumulator

@@ -25,7 +25,7 @@ def scores(
     SCORE: tl.constexpr, MASK: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr,
     WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
-    """Stage one, a tile a program: s = scale * q k^T, changed by the program, -inf where hidden.
+    """Stage one, one tile per program: s = scale * q k^T, changed by the program, -inf where hidden.
 
     Shapes:  q (B, H, S_q, D), k (B, H_kv, S_kv, D) -> s (B, H, S_q, columns), rows s_s elements apart; columns beyond
              S_kv are -inf.
@@ -56,10 +56,8 @@ def scores(
 
 
 @triton.jit
-def softmax(
-    s, p, lse, first, q_len, kv_len, query_tiles, sinks, TILE_Q: tl.constexpr, TILE_K: tl.constexpr
-):  # fmt: skip
-    """Stage two, a tile of rows a program: s (B, H, S_q, S_kv) -> weights p of that shape, lse (B, H, S_q) in nats.
+def softmax(s, p, lse, first, q_len, kv_len, query_tiles, sinks, TILE_Q: tl.constexpr, TILE_K: tl.constexpr):
+    """Stage two, one tile of rows per program: s (B, H, S_q, S_kv) -> weights p of that shape, lse (B, H, S_q) in nats.
 
     p may be s. The weight of a hidden key is -0.0, which no other weight is.
     """
@@ -92,8 +90,8 @@ def softmax(
         here = inside & (n0 + n < kv_len)[None, :]
         x = tl.load(s + n0, mask=here, other=MINUS_INF).to(ACC)
         weight = exp(x - anchor[:, None]) * tl.where(x == MINUS_INF, -1.0, 1.0).to(ACC)
-        tl.store(p + n0, rounded(divide(weight, tl.broadcast_to(total[:, None], [TILE_Q, TILE_K])), p.dtype.element_ty),
-                 mask=here)  # fmt: skip
+        share = divide(weight, tl.broadcast_to(total[:, None], [TILE_Q, TILE_K]))
+        tl.store(p + n0, rounded(share, p.dtype.element_ty), mask=here)
     tl.store(lse + row, tl.where(seen, anchor + log(total), MINUS_INF), mask=i < q_len)
 
 
@@ -104,7 +102,7 @@ def output(
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, VALUE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     STATE: tl.constexpr,
 ):  # fmt: skip
-    """Stage three, a tile of rows a program: o = p v; of a state that is carried, o + p v.
+    """Stage three, one tile of rows per program: o = p v; of a state that is carried, o + p v.
 
     Shapes:  p (B, H, S_q, S_kv), rows p_s elements apart, v (B, H_kv, S_kv, D_v) -> o (B, H, S_q, D_v). A weight of
              -0.0 says that the row does not see the key, where values are not finite.
@@ -130,8 +128,15 @@ def output(
 
 
 @triton.jit
-def _weigh(inputs, acc, TILE_K: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-           CONTAIN: tl.constexpr):  # fmt: skip
+def _weigh(
+    inputs,
+    acc,
+    TILE_K: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    CONTAIN: tl.constexpr,
+):
     """acc + p v over all keys."""
     BITS: tl.constexpr = tl.int64 if tl.float64 == ACC else tl.int32
     p, v, v_s, kv_len, columns = inputs

@@ -13,8 +13,13 @@ from flashtile.llvm import machines as isas
 from flashtile.llvm.ir import SIZES, Function, Module, Value, vector
 from flashtile.llvm.machines import ISA
 
-_ELEMENTS = {np.dtype(np.float32): "float", np.dtype(np.float64): "double", np.dtype(np.int16): "i16",
-             np.dtype(np.int32): "i32", np.dtype(np.int64): "i64"}  # fmt: skip
+_ELEMENTS = {
+    np.dtype(np.float32): "float",
+    np.dtype(np.float64): "double",
+    np.dtype(np.int16): "i16",
+    np.dtype(np.int32): "i32",
+    np.dtype(np.int64): "i64",
+}
 _DTYPES = {element: dtype for dtype, element in _ELEMENTS.items()}
 
 

@@ -104,16 +104,21 @@ def test_a_damaged_file_is_rebuilt(folder: Path, damage: str) -> None:
     path = cache.path_of("key")
     content = path.read_bytes()
     flipped = bytes([content[-1] ^ 1])
-    damaged = {"truncated": content[:-5000], "empty": b"", "one bit": content[:-1] + flipped,
-               "another file": b"\x7fELF" + content, "longer": content + b"\0"}  # fmt: skip
+    damaged = {
+        "truncated": content[:-5000],
+        "empty": b"",
+        "one bit": content[:-1] + flipped,
+        "another file": b"\x7fELF" + content,
+        "longer": content + b"\0",
+    }
     path.write_bytes(damaged[damage])
     assert fetch(2) == 1
     assert path.read_bytes() == content
 
 
 def package_copy(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(Path(flashtile.__file__).parent, tmp_path / "copy/flashtile",
-                                ignore=shutil.ignore_patterns("__pycache__")))  # fmt: skip
+    ignored = shutil.ignore_patterns("__pycache__")
+    return Path(shutil.copytree(Path(flashtile.__file__).parent, tmp_path / "copy/flashtile", ignore=ignored))
 
 
 @pytest.mark.parametrize("source", ["kernels/cpu/softmax.py", "llvm/machines/base.py", "score/emit.py"])

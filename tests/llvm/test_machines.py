@@ -7,6 +7,7 @@ from fractions import Fraction
 import ml_dtypes
 import numpy as np
 import pytest
+from kernel_cases import kernel_params
 from lanes import every_isa, run
 
 from flashtile.errors import UnavailableError
@@ -136,3 +137,9 @@ def test_an_instruction_set_that_cannot_be_used(name: str, monkeypatch: pytest.M
 def test_an_instruction_set_prints_the_same_in_every_process() -> None:
     """The print is part of cache keys; the order of a set differs from process to process."""
     assert all("frozenset" not in repr(isa) for isa in isas.known().values())
+
+
+def test_the_generated_kernels_are_tested_on_every_instruction_set_of_this_machine() -> None:
+    kernels = [parameter.values[0] for parameter in kernel_params()]
+    assert [kernel.isa for kernel in kernels if kernel.name == "cpu"] == isas.usable()
+    assert {kernel.isa for kernel in kernels if kernel.name in ("reference", "vanilla")} == {None}

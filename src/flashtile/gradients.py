@@ -1,0 +1,234 @@
+"""`flashtile.attention_backward`: the gradients of attention, from arrays to the kernel that computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flashtile import engines, kernels
+from flashtile.arrays import is_torch, plain, view_of
+from flashtile.calls import Options, as_key, as_name, split_align
+from flashtile.dtypes import DTYPES, dtype_of
+from flashtile.errors import wrong
+from flashtile.kernels.gradients import Inputs, Sums
+from flashtile.score.capture import ArrayCapture
+from flashtile.score.options import ScoreOptions, Scoring
+
+NAMES = ("q", "k", "v", "bias", "sinks", "alibi_slopes", "captured")
+
+
+class ByIdentity(Mapping[Any, np.ndarray]):
+    """Gradients of captured arrays: looked up by the array object itself, since arrays have no hash. A view of an
+    array is another array."""
+
+    def __init__(self, pairs: Iterable[tuple[Any, np.ndarray]] = ()) -> None:
+        self._pairs = {id(array): (array, gradient) for array, gradient in pairs}
+
+    def __getitem__(self, array: Any) -> np.ndarray:
+        try:
+            return self._pairs[id(array)][1]
+        except KeyError:
+            raise KeyError("an array that no score function of the call captured") from None
+
+    def __contains__(self, array: object) -> bool:
+        return id(array) in self._pairs
+
+    def __iter__(self) -> Iterator[Any]:
+        return (array for array, _ in self._pairs.values())
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """What `attention_backward` returns: each of its array's shape and dtype, None where `wrt` does not ask."""
+
+    q: Any = None
+    k: Any = None
+    v: Any = None
+    bias: Any = None
+    sinks: Any = None
+    alibi_slopes: Any = None
+    captured: Mapping[Any, Any] | None = None
+
+
+def attention_backward(
+    do: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    o: Any,
+    lse: Any,
+    *,
+    dlse: Any = None,
+    wrt: Iterable[str] = ("q", "k", "v"),
+    mask: Any = None,
+    bias: Any = None,
+    score_mod: Any = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    align: Any = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    scale: float | None = None,
+    precision: str = "ieee",
+    kernel: str = "auto",
+    engine: str = "auto",
+    out: Gradients | None = None,
+    accumulate: bool = False,
+) -> Gradients:
+    """Gradients of sum(do * o) + sum(dlse * lse), from what `attention(..., return_lse=True)` took and returned.
+
+    Shapes:  do and o (B, H, S_q, D_v), lse and dlse (B, H, S_q), or with as few axes as q; NumPy arrays only.
+    Options: wrt    names among "q", "k", "v", "bias", "sinks", "alibi_slopes", "captured": only these are computed.
+             out    a Gradients with a writable array for each of them, written to; accumulate=True adds to it.
+             the rest as in `flashtile.attention`.
+    Returns: Gradients. `captured[array]` is found by the array's identity: one sum for an array captured twice;
+             an array given as bias or alibi_slopes has all of its gradient there.
+    Numerics: sums in the accumulator's dtype, then cast. A row that sees no key gives 0; what is hidden
+             reaches nothing.
+             The kernels that have it, vanilla and reference, are unfused, run on the calling thread whatever the
+             engine, and vanilla holds S_q x S_kv scores of a head.
+    Raises:  SpecError, UnavailableError before any memory is touched.
+    Source:  Dao 2023, FlashAttention-2, section 3.1.2.
+    """
+    do, q, k, v, o, lse = (
+        _array(x, name) for x, name in zip((do, q, k, v, o, lse), ("do", "q", "k", "v", "o", "lse"), strict=True)
+    )
+    offsets = None
+    if align is not None:
+        align, offsets = split_align(align, q.shape)
+    options = Options(causal, as_key(window), align, scale, precision, kernel, engine)
+    scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks)
+    spec, scoring = options.scored(scores, q, k, v, offsets)
+    given = {"q": q, "k": k, "v": v, "bias": bias, "sinks": sinks, "alibi_slopes": alibi_slopes}
+    names = _names(wrt, given, scoring)
+    _check(do, "do", q.shape[:-1] + v.shape[-1:], spec.dtype)
+    _check(o, "o", q.shape[:-1] + v.shape[-1:], spec.dtype)
+    accumulator = dtype_of(np.dtype(DTYPES[spec.dtype].accumulator)).name
+    _check(lse, "lse", q.shape[:-1], accumulator)
+    if dlse is not None:
+        dlse = _array(dlse, "dlse")
+        _check(dlse, "dlse", q.shape[:-1], accumulator)
+    sources = _sources(names, given, scoring)
+    _check_out(out, accumulate, sources, names, (do, q, k, v, o, lse, dlse))
+    engines.pick(as_name("engine", engine))
+    backward = kernels.pick(spec, as_name("kernel", kernel), "backward").backward
+    assert backward is not None  # it has the direction
+    offset: Any = offsets if spec.offset is None else spec.offset
+    wide = [_wide(x, 4) for x in (do, q, k, v, o)]
+    inputs = Inputs(
+        wide[0], wide[1], wide[2], wide[3], wide[4], _wide(lse, 3), None if dlse is None else _wide(dlse, 3)
+    )
+    wanted = frozenset(n if n in ("q", "k", "v", "sinks") else "arrays" for n in names)
+    sums = backward(spec, inputs, offset, scoring, wanted)
+    return _finish(sums, sources, names, scoring, out, accumulate)
+
+
+def _array(x: Any, name: str) -> np.ndarray:
+    if is_torch(x):
+        raise wrong(name, "a torch tensor", "a NumPy array: gradients of torch tensors are not available yet")
+    return plain(x, name)
+
+
+def _wide(x: np.ndarray, rank: int) -> np.ndarray:
+    x = x.astype(np.float32) if dtype_of(x.dtype).name == "bfloat16" else x
+    return x[(None,) * (rank - x.ndim)]
+
+
+def _check(x: np.ndarray, name: str, shape: tuple[int, ...], dtype: str) -> None:
+    if x.shape != shape:
+        raise wrong(name, f"shape {x.shape}", f"{shape}")
+    if dtype_of(x.dtype, name).name != dtype:
+        raise wrong(name, f"dtype {x.dtype}", dtype)
+
+
+def _names(wrt: Iterable[str], given: dict[str, Any], scoring: Scoring) -> tuple[str, ...]:
+    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    for name in names:
+        if name not in NAMES:
+            raise wrong("wrt", repr(name), "names among " + ", ".join(NAMES))
+        if name != "captured" and given[name] is None:
+            raise wrong("wrt", f"{name!r} in a call without {name}", "names of what the call has")
+        if name == "captured" and not _captured(given, scoring):
+            raise wrong("wrt", "'captured'", "a score function that captures a float array")
+    return names
+
+
+def _captured(given: dict[str, Any], scoring: Scoring) -> list[Any]:
+    """The float arrays that the score depends on and that came with a function, each once."""
+    if scoring.program is None:
+        return []
+    own = {id(given["bias"]), id(given["alibi_slopes"])}
+    sources = (scoring.program.capture(g.slot).source for g in scoring.program.array_gradients)
+    return list({id(x): x for x in sources if id(x) not in own}.values())
+
+
+def _sources(names: tuple[str, ...], given: dict[str, Any], scoring: Scoring) -> list[tuple[str, Any]]:
+    """(name, array) of everything whose gradient is asked for."""
+    found = [(n, given[n]) for n in dict.fromkeys(names) if n != "captured"]
+    return found + ([("captured", x) for x in _captured(given, scoring)] if "captured" in names else [])
+
+
+def _target(out: Gradients, name: str, source: Any) -> Any:
+    if name != "captured":
+        return getattr(out, name)
+    return out.captured[source] if out.captured is not None and source in out.captured else None
+
+
+def _check_out(out: Any, accumulate: bool, sources: list[tuple[str, Any]], names: Any, inputs: Any) -> None:
+    if out is None:
+        if accumulate:
+            raise wrong("accumulate", "True without out", "out=, a Gradients to add to")
+        return
+    if not isinstance(out, Gradients):
+        raise wrong("out", f"a {type(out).__name__}", "a flashtile.Gradients")
+    seen: list[np.ndarray] = []
+    others = [x for x in (*inputs, *(s for _, s in sources)) if isinstance(x, np.ndarray)]
+    for name, source in sources:
+        target = _target(out, name, source)
+        if not isinstance(target, np.ndarray):
+            raise wrong(f"out.{name}", f"a {type(target).__name__}", "a NumPy array, since wrt asks for it")
+        if target.shape != source.shape or target.dtype != source.dtype:
+            raise wrong(f"out.{name}", f"{target.dtype} of shape {target.shape}", f"{source.dtype} of {source.shape}")
+        if not target.flags.writeable:
+            raise wrong(f"out.{name}", "a read-only array", "a writable one")
+        if view_of(target).may_overlap_itself() or any(np.may_share_memory(target, x) for x in (*others, *seen)):
+            raise wrong(f"out.{name}", "an array that shares memory", "memory of its own")
+        seen.append(target)
+
+
+def _finish(sums: Sums, sources: list[tuple[str, Any]], names: Any, scoring: Scoring, out: Any,
+            accumulate: bool) -> Gradients:  # fmt: skip
+    """The sums in their arrays' shapes and dtypes, written to `out` if there is one."""
+    done: dict[str, Any] = {}
+    captured: list[tuple[Any, np.ndarray]] = []
+    for name, source in sources:
+        value = _sum_of(sums, name, source, scoring)
+        target = np.zeros(source.shape, source.dtype) if out is None else _target(out, name, source)
+        with np.errstate(over="ignore", invalid="ignore"):  # what the dtype cannot hold is an infinity there
+            target[...] = (target.astype(value.dtype) + value if accumulate else value).astype(target.dtype)
+        if name == "captured":
+            captured.append((source, target))
+        else:
+            done[name] = target
+    return Gradients(**done, captured=ByIdentity(captured) if "captured" in names else None)
+
+
+def _sum_of(sums: Sums, name: str, source: Any, scoring: Scoring) -> np.ndarray:
+    if name in ("q", "k", "v"):
+        return np.asarray(getattr(sums, name)).reshape(source.shape)
+    if name == "sinks":
+        assert sums.sinks is not None
+        return sums.sinks.sum(axis=0) if source.ndim == 1 else sums.sinks
+    total: Any = 0.0
+    captures = () if scoring.program is None else scoring.program.captures
+    for number, x in enumerate(captures):
+        if isinstance(x, ArrayCapture) and x.source is source and number in sums.arrays:
+            total = total + sums.arrays[number]
+    return np.broadcast_to(np.asarray(total), source.shape)

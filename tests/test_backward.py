@@ -1,0 +1,255 @@
+"""Gradients: every kernel that has the backward direction against differences, the reference, poison and bad input."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import flashtile
+from flashtile import kernels
+from flashtile.calls import Options
+from flashtile.testing import allow
+
+B, H, KV, S, T, D, E = 2, 4, 2, 5, 7, 3, 4
+rng = np.random.default_rng(3)
+BIAS = rng.standard_normal((1, H, 1, T))
+SLOPES = rng.random(H) + 0.1
+SINKS = rng.standard_normal(H)
+TABLE = rng.standard_normal((H, 13))
+SEEN = rng.random((B, 1, S, T)) > 0.4
+SEEN[0, 0, 2] = False  # a row that sees nothing
+
+
+KERNELS = "reference", "vanilla"
+
+
+def table_score(table):
+    return lambda s, b, h, i, j: s * (1 + 0.1 * table[h, i - j + 6]) + table[h, j]
+
+
+OPTIONS = {
+    "plain": {},
+    "causal": {"causal": True, "align": "top_left"},
+    "window": {"window": (2, 1), "align": "bottom_right"},
+    "per batch": {"causal": True, "align": np.array([-2, 1])},
+    "mask": {"mask": SEEN},
+    "softcap": {"softcap": 1.5},
+    "alibi": {"alibi_slopes": SLOPES, "align": 1},
+    "bias": {"bias": BIAS, "scale": 0.7},
+    "sinks": {"sinks": SINKS, "mask": SEEN},
+    "sinks per batch": {"sinks": np.stack([SINKS, -SINKS])},
+    "function": {"score_mod": table_score(TABLE)},
+    "together": {"softcap": 2.0, "score_mod": table_score(TABLE), "alibi_slopes": SLOPES, "bias": BIAS,
+                 "sinks": SINKS, "mask": SEEN, "causal": True, "align": "bottom_right"},
+}  # fmt: skip
+
+
+def families():
+    spec = Options(False, None, None, None, "ieee", "auto", "auto").spec(*inputs("float64")[:3])
+    for name, family in kernels.families():
+        if kernels.objection(family, spec, "backward") is None:
+            yield name
+
+
+def inputs(dtype, seed=0):
+    r = np.random.default_rng(seed)
+    shapes = (B, H, S, D), (B, KV, T, D), (B, KV, T, E), (B, H, S, E), (B, H, S)
+    q, k, v, do, dlse = (r.standard_normal(shape) for shape in shapes)
+    if dtype == "bfloat16":
+        import ml_dtypes
+
+        dtype = ml_dtypes.bfloat16
+    return *(x.astype(dtype) for x in (q, k, v, do)), dlse.astype(np.float64 if dtype == "float64" else np.float32)
+
+
+def asked(options):
+    names = [n for n in ("bias", "sinks", "alibi_slopes") if n in options]
+    return ("q", "k", "v", *names, *(["captured"] if "score_mod" in options else []))
+
+
+def run(kernel, q, k, v, do, dlse, options, **more):
+    o, lse = flashtile.attention(q, k, v, return_lse=True, kernel="reference", **options)
+    return flashtile.attention_backward(
+        do, q, k, v, o, lse, dlse=dlse, wrt=asked(options), kernel=kernel, **options, **more
+    )
+
+
+def parts(gradients, options):
+    found = {n: getattr(gradients, n) for n in asked(options) if n != "captured"}
+    return found | ({"captured": gradients.captured[TABLE]} if "score_mod" in options else {})
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_reference_is_the_limit_of_differences(name):
+    options = OPTIONS[name]
+    q, k, v, do, dlse = inputs("float64")
+    got = parts(run("reference", q, k, v, do, dlse, options), options)
+    variables = {"q": q, "k": k, "v": v, "captured": TABLE} | options
+    for which, gradient in got.items():
+        x, direction = variables[which], np.random.default_rng(1).standard_normal(variables[which].shape)
+
+        def loss(step, which=which, x=x, direction=direction):
+            moved = x + step * direction
+            a = {"q": q, "k": k, "v": v} | options
+            a["score_mod" if which == "captured" else which] = table_score(moved) if which == "captured" else moved
+            o, lse = flashtile.attention(**a, return_lse=True, kernel="reference")
+            return np.sum(do * o) + np.sum(np.where(np.isfinite(lse), dlse * lse, 0))
+
+        step = 1e-5
+        difference = (loss(step) - loss(-step)) / (2 * step)
+        assert np.sum(gradient * direction) == pytest.approx(difference, rel=1e-7, abs=1e-8), which
+
+
+@pytest.mark.parametrize("storage", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_kernel_errs_at_most_three_times_as_much_as_the_baseline(name, storage):
+    options = OPTIONS[name]
+    q, k, v, do, dlse = inputs(storage)
+    truth = parts(run("reference", *(x.astype(np.float64) for x in (q, k, v, do, dlse)), options), options)
+    baseline = parts(run("vanilla", q, k, v, do, dlse, options), options)
+    shapes = {"q": q, "k": k, "v": v, "captured": TABLE} | options
+    for kernel in families():
+        for which, x in parts(run(kernel, q, k, v, do, dlse, options), options).items():
+            assert x.dtype == shapes[which].dtype and x.shape == shapes[which].shape
+            allowed = allow(truth[which], [baseline[which]], str(x.dtype), kind="gradient")
+            error = np.abs(x.astype(np.float64) - truth[which])
+            assert (error <= allowed).all(), (kernel, which, error.max(), allowed)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_baseline_is_the_reference_up_to_rounding(name):
+    # The rule above judges the baseline by itself, so it is held to the reference here: fp64 loses no half of its bits.
+    truth, got = (parts(run(kernel, *inputs("float64"), OPTIONS[name]), OPTIONS[name]) for kernel in KERNELS)
+    for which, x in got.items():
+        np.testing.assert_allclose(x, truth[which], rtol=0, atol=np.sqrt(np.finfo(float).eps), err_msg=which)
+
+
+@pytest.mark.parametrize("family", list(families()))
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_what_is_hidden_reaches_no_gradient(family, poison):
+    q, k, v, do, dlse = inputs("float32")
+    mask, bias = SEEN.copy(), np.broadcast_to(BIAS, (B, H, S, T)).astype(np.float32)
+    mask[..., 3] = False
+    table = TABLE.astype(np.float32)
+
+    def score(table):
+        return lambda s, b, h, i, j: s + table[h, j]
+
+    def gradients(k, v, do, bias, table, q=q):
+        options = {"mask": mask, "bias": bias, "sinks": SINKS, "score_mod": score(table)}
+        o, lse = flashtile.attention(q, k, v, return_lse=True, kernel="reference", **options)
+        g = flashtile.attention_backward(
+            do, q, k, v, o, lse, dlse=dlse, wrt=("q", "k", "v", "bias", "sinks", "captured"), kernel=family, **options
+        )
+        return g.q, g.k, g.v, g.bias, g.sinks, g.captured[table]
+
+    clean = gradients(k, v, do, bias, table)
+    k, v, do, bias, table, q = (x.copy() for x in (k, v, do, bias, table, q))
+    k[:, :, 3] = v[:, :, 3] = do[0, :, 2] = q[0, :, 2] = table[:, 3] = poison
+    bias[..., 3] = poison
+    for a, b in zip(clean, gradients(k, v, do, bias, table, q), strict=True):
+        assert np.isfinite(a).all()
+        np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
+
+
+@pytest.mark.parametrize("family", list(families()))
+def test_a_visible_nan_stays_with_the_rows_that_see_it(family):
+    q, k, v, do, dlse = inputs("float64")
+    v[0, 0, 5] = np.nan
+    g = run(family, q, k, v, do, dlse, {"causal": True, "align": 1})  # row i sees keys up to i + 1
+    assert np.isnan(g.q[0, :2, 4]).all() and np.isfinite(g.q[0, :2, :4]).all() and np.isfinite(g.q[0, 2:]).all()
+    assert np.isfinite(g.k[1]).all() and np.isfinite(g.v).all() and np.isnan(g.k[0, 0, :6]).all()
+
+
+@pytest.mark.parametrize("family", list(families()))
+def test_out_accumulates_strides_are_free_and_only_what_is_asked_for_comes(family):
+    q, k, v, _, _ = inputs("float32")
+    do = np.broadcast_to(np.float32(1), (B, H, S, E))
+    o, lse = flashtile.attention(q, k, v, return_lse=True)
+    one = flashtile.attention_backward(do, q, k, v, o, lse, wrt="k", kernel=family)
+    assert one.q is one.v is one.captured is None
+    out = flashtile.Gradients(k=np.full_like(k, np.nan))
+    assert flashtile.attention_backward(do, q, k, v, o, lse, wrt="k", kernel=family, out=out).k is out.k
+    np.testing.assert_array_equal(out.k, one.k)
+    flashtile.attention_backward(do, q, k, v, o, lse, wrt="k", kernel=family, out=out, accumulate=True)
+    np.testing.assert_allclose(out.k, 2 * one.k, rtol=1e-6)
+
+
+def test_an_array_captured_twice_is_one_sum_and_a_clamped_load_gets_none():
+    q, k, v, do, dlse = inputs("float64")
+    short = np.linspace(0.1, 0.4, 4)
+
+    def gradient(score):
+        o, lse = flashtile.attention(q, k, v, score_mod=score, return_lse=True)
+        return flashtile.attention_backward(do, q, k, v, o, lse, wrt="captured", score_mod=score).captured
+
+    twice = gradient(lambda s, b, h, i, j: s + short[h] * j + short[h])
+    once = gradient(lambda s, b, h, i, j: s + short[h] * (j + 1))
+    np.testing.assert_allclose(twice[short], once[short])
+    view = short[:]
+    assert view not in twice and len(twice) == 1
+    full = np.concatenate([short, [0.4, 0.4, 0.4]])
+    guarded = gradient(lambda s, b, h, i, j: s + np.where(j < 4, short[j], 0.4))[short]
+    np.testing.assert_allclose(guarded, gradient(lambda s, b, h, i, j: s + full[j])[full][:4])
+
+
+def test_merge_backward_is_the_limit_of_differences():
+    r = np.random.default_rng(5)
+    pairs = [(r.standard_normal((3, 4)), r.standard_normal(3)) for _ in range(3)]
+    pairs[1][1][0] = -np.inf  # a partial whose row saw no key: its o is not read
+    pairs[1][0][0] = np.nan
+    do, dlse = r.standard_normal((3, 4)), r.standard_normal(3)
+    got = flashtile.merge_backward(do, pairs, dlse=dlse)
+    assert not got[1][0][0].any() and got[1][1][0] == 0
+    for n, which in np.ndindex(3, 2):
+        direction = r.standard_normal(pairs[n][which].shape)
+
+        def loss(step, n=n, which=which, direction=direction):
+            moved = [list(pair) for pair in pairs]
+            moved[n][which] = moved[n][which] + step * direction
+            o, lse = flashtile.merge(moved)
+            return np.sum(do * o) + np.sum(dlse * lse)
+
+        difference = (loss(1e-5) - loss(-1e-5)) / 2e-5
+        assert np.sum(got[n][which] * direction) == pytest.approx(difference, rel=1e-7, abs=1e-8)
+
+
+def test_merge_backward_of_rows_that_saw_nothing_is_zero_and_bad_shapes_raise():
+    nothing = np.zeros((2, 3), np.float32), np.full(2, -np.inf, np.float32)
+    do = np.full((2, 3), np.nan, np.float32)
+    assert all(not x.any() for pair in flashtile.merge_backward(do, [nothing, nothing]) for x in pair)
+    with pytest.raises(flashtile.SpecError, match="do: got shape"):
+        flashtile.merge_backward(do[:1], [nothing])
+    with pytest.raises(flashtile.SpecError, match="dlse: got dtype"):
+        flashtile.merge_backward(do, [nothing], dlse=np.zeros(2))
+
+
+BAD = {
+    "do": ({"do": np.zeros((B, H, S, E + 1), np.float32)}, "do: got shape"),
+    "do's dtype": ({"do": np.zeros((B, H, S, E))}, "do: got dtype"),
+    "o": ({"o": np.zeros((B, H, S + 1, E), np.float32)}, "o: got shape"),
+    "lse": ({"lse": np.zeros((B, H, S))}, "lse: got dtype"),
+    "dlse": ({"dlse": np.zeros((B, H), np.float32)}, "dlse: got shape"),
+    "a name": ({"wrt": ("q", "w")}, "wrt: got 'w'"),
+    "no bias": ({"wrt": "bias"}, "wrt: got 'bias'"),
+    "no capture": ({"wrt": ("captured",)}, "wrt: got 'captured'"),
+    "accumulate": ({"accumulate": True}, "accumulate"),
+    "out": ({"out": flashtile.Gradients()}, "out.q"),
+    "engine": ({"engine": "none"}, "engine"),
+    "kernel": ({"kernel": "none"}, "kernel"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_error(name):
+    q, k, v, do, dlse = inputs("float32")
+    o, lse = flashtile.attention(q, k, v, return_lse=True)
+    change, message = BAD[name]
+    arguments = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse} | change
+    with pytest.raises(flashtile.SpecError, match=message):
+        flashtile.attention_backward(**arguments)
+
+
+def test_auto_takes_a_kernel_that_has_the_direction():
+    spec = Options(False, None, None, None, "ieee", "auto", "auto").spec(*inputs("float32")[:3])
+    assert "backward" in kernels.pick(spec, "auto", "backward").capabilities(spec).directions
