@@ -108,6 +108,7 @@ def run(options: argparse.Namespace) -> int:
         verdicts += run_table(options, lines)
     if "overheads" in options.parts:
         verdicts += overheads.tiny_call(options.threads)
+        verdicts += overheads.gpu_host(options.threads)
         verdicts += overheads.first_call(options.threads, repeats=1 if options.quick else 5)
     if "memory" in options.parts:
         verdicts += memory.long_head(options.threads, 16384 if options.quick else 65536)

@@ -11,6 +11,7 @@ import tempfile
 from typing import Any
 
 from . import machine
+from .gpu_host import OPTIONS
 from .report import Verdict
 
 DOORS = (
@@ -19,6 +20,9 @@ DOORS = (
     "torch.nn.functional.scaled_dot_product_attention",
 )
 TINY_TARGET = 10.0  # microseconds
+# Microseconds; with options; beside the time of the trace, where there is a function.
+GPU_HOST_TARGETS = {"plain": 30.0, "causal": 30.0, "mask function": 40.0}
+GPU_HOST_OPTIONS = 60.0
 FIRST_TARGETS = {"cold": 1.0, "warm": 0.060}  # seconds
 
 
@@ -50,6 +54,18 @@ def tiny_call(threads: int) -> list[Verdict]:
         note = found.get("error", "for comparison" if target is None else "")
         measure = f"us, {door.replace('scaled_dot_product_attention', 'sdpa')}"
         verdicts.append(Verdict("tiny call", measure, found.get("microseconds"), target, note, at_most=True))
+    return verdicts
+
+
+def gpu_host(threads: int) -> list[Verdict]:
+    """The host's part of a GPU call, with a driver that does nothing; a tiny call of torch's on the CPU beside it."""
+    verdicts = []
+    for option in OPTIONS:
+        found = run_snippet("gpu_host", option, threads=threads)
+        target = GPU_HOST_TARGETS.get(option, GPU_HOST_OPTIONS) + found.get("trace", 0.0)
+        note = found.get("error", f"torch's CPU SDPA, tiny: {found.get('torch', 0.0):.1f} us")
+        measure = f"us before a launch, {option}"
+        verdicts.append(Verdict("gpu call", measure, found.get("microseconds"), target, note, at_most=True))
     return verdicts
 
 

@@ -36,6 +36,13 @@ def tiny_call(door: str) -> dict[str, float]:
     return {"microseconds": statistics.median(batches) * 1e6}
 
 
+def gpu_host(option: str, rounds: str = "60") -> dict[str, float]:
+    """Least microseconds of a GPU call's host side: see gpu_host.py."""
+    from . import gpu_host
+
+    return gpu_host.measure(option, int(rounds))
+
+
 class ImportClock:
     """Seconds spent in import statements, nested ones counted once."""
 
@@ -165,6 +172,7 @@ def starpu_submission() -> dict[str, float]:
 
 SNIPPETS: tuple[Callable[..., dict[str, float]], ...] = (
     tiny_call,
+    gpu_host,
     first_call,
     long_head,
     starpu_tiles,

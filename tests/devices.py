@@ -45,11 +45,18 @@ class HostOwner:
 
     def __init__(self) -> None:
         self.diary: list[tuple[Any, ...]] = []
+        self.idle = False  # whether the device has passed every mark
         self.full_at: str | None = None  # what fails for want of memory: "empty" or "upload"
         self.active: int | None = None  # the current device
 
     def view(self, x: DeviceArray) -> View:
         return View(x.shape, x.strides, x.dtype, f"cuda:{x.device.id}")
+
+    def key(self, x: DeviceArray) -> Any:
+        return x.shape, x.strides, x.dtype, x.device.id
+
+    def number(self, x: DeviceArray) -> int:
+        return x.device.id
 
     def address(self, x: DeviceArray) -> int:
         return x.data.ptr
@@ -75,6 +82,10 @@ class HostOwner:
     def download(self, x: DeviceArray) -> np.ndarray:
         self.diary.append(("download", x.shape))
         return x.array
+
+    def passed(self, like: DeviceArray) -> Any:
+        self.diary.append(("mark", like.shape))
+        return lambda: self.idle
 
     def spread(self, x: DeviceArray, shape: tuple[int, ...], dtype: str) -> DeviceArray:
         return DeviceArray(np.ascontiguousarray(np.broadcast_to(x.array.astype(dtype), shape)), x.device.id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -90,3 +91,15 @@ def test_a_wrong_peer_is_not_timed() -> None:
 def _rows(path: Path) -> list[dict[str, str]]:
     with path.open() as file:
         return list(csv.DictReader(line for line in file if not line.startswith("#")))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("option", ["causal", "mask function"])
+def test_the_host_side_of_a_call_is_measured_without_a_gpu(option: str) -> None:
+    """It launches; how long it takes is decided by no test."""
+    command = [sys.executable, "-m", "benchmarks.snippets", "gpu_host", option, "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert set(found) == {"microseconds", "torch"} | ({"trace"} if option == "mask function" else set())
+    assert all(value > 0 for value in found.values())

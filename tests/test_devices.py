@@ -4,7 +4,9 @@ unfused kernel for the device's own."""
 from __future__ import annotations
 
 import dataclasses
+import gc
 import sys
+import weakref
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -61,7 +63,7 @@ def test_a_call_runs_where_its_arrays_lie(owner: HostOwner, monkeypatch: pytest.
     assert isinstance(o, DeviceArray) and o.device.id == lse.device.id == 1
     assert np.array_equal(o.array, want) and np.array_equal(lse.array, want_lse)
     assert seen == [(0x1001, "cuda:1", 1)], "the library's stream and device"
-    assert [entry[0] for entry in owner.diary] == ["empty", "empty", "upload"], "nothing is read back"
+    assert [entry[0] for entry in owner.diary] == ["empty", "empty", "upload", "mark"], "nothing is read back"
     with pytest.raises(LookupError):
         current.here()
 
@@ -177,6 +179,24 @@ def test_jax_lends_its_arrays(owner: HostOwner, monkeypatch: pytest.MonkeyPatch)
     assert np.array_equal(o.array, flashtile.attention(q, k, v, kernel="vanilla"))
     with pytest.raises(SpecError, match="^out: got an array of jax, whose arrays are not written to"):
         flashtile.attention(*(JaxArray(x) for x in (q, k, v)), out=JaxArray(q))
+
+
+def test_inputs_live_until_the_device_has_read_them(owner: HostOwner) -> None:
+    """A caller may drop its arrays at once; the next call lets go of those whose kernels have run."""
+    owners._held.clear()
+    q, k, v = (DeviceArray(x) for x in uniform(SHAPE, "float32"))
+    gone = weakref.ref(q)
+    flashtile.attention(q, k, v)
+    del q
+    gc.collect()
+    assert gone() is not None and len(owners._held) == 1
+    other = DeviceArray(uniform(SHAPE, "float32")[0])
+    flashtile.attention(other, k, v)
+    assert gone() is not None and len(owners._held) == 2
+    owner.idle = True
+    flashtile.attention(other, k, v)
+    gc.collect()
+    assert gone() is None and not owners._held
 
 
 def test_other_libraries_are_named() -> None:

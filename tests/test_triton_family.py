@@ -33,9 +33,9 @@ def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     ("version", "reason"),
     [
         (None, "triton is not installed"),
-        ("3.6.2", "triton is 3.6.2, not from 3.7 to below 3.10"),
-        ("3.10.0", "triton is 3.10.0, not from 3.7 to below 3.10"),
-        ("4.0.0", "triton is 4.0.0, not from 3.7 to below 3.10"),
+        ("3.5.1", "triton is 3.5.1, not from 3.6 to below 3.10: pip install 'triton>=3.6,<3.10'"),
+        ("3.10.0", "triton is 3.10.0, not from 3.6 to below 3.10: pip install 'triton>=3.6,<3.10'"),
+        ("4.0.0", "triton is 4.0.0, not from 3.6 to below 3.10: pip install 'triton>=3.6,<3.10'"),
     ],
 )
 def test_without_the_right_triton(monkeypatch: pytest.MonkeyPatch, version: str | None, reason: str) -> None:
@@ -45,7 +45,7 @@ def test_without_the_right_triton(monkeypatch: pytest.MonkeyPatch, version: str 
         flashtile.explain((1, 2, 16, 8), kernel="triton")
 
 
-@pytest.mark.parametrize("version", ["3.7.0", "3.8.1", "3.9.0", "3.9.0+git1234"])
+@pytest.mark.parametrize("version", ["3.6.0", "3.7.0", "3.8.1", "3.9.0", "3.9.0+git1234"])
 def test_versions_in_range(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(family, "installed_version", lambda: version)
     assert family.compiler_missing() is None
@@ -125,6 +125,15 @@ def test_architectures_take_the_rows_of_their_kin(arch: str, rows: str | None) -
             tiles.row_of(arch, "float32", 64)
     else:
         assert tiles.row_of(arch, "float32", 100) == tiles.TABLE[rows, "float32"][1]
+
+
+def test_a_row_that_spills_with_an_older_triton_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    for (arch, kind, size), (below, instead) in tiles.OLDER.items():
+        usual = tiles.TABLE[arch, kind][tiles.HEADS.index(size)]
+        assert instead.tile != usual.tile and below > family.VERSIONS[0]
+        for version, chosen in (((3, 6), instead), (below, usual), ((3, 9), usual)):
+            monkeypatch.setattr(family, "installed_version", lambda v=version: "{}.{}.0".format(*v))
+            assert tiles.row_of(arch, kind, size) == chosen
 
 
 def test_an_architecture_without_tiles_is_refused(monkeypatch: pytest.MonkeyPatch, no_interpreter: None) -> None:

@@ -20,34 +20,33 @@ class Here:
 
     def __init__(self, owner: Owner, like: Any) -> None:
         self.owner, self.like = owner, like
-        self.device = owner.view(like).device
+        self.number = owner.number(like)  # as CUDA counts
         self.stream = owner.stream(like)
 
     @property
-    def number(self) -> int:
-        """The device's number, as CUDA counts."""
-        return int(self.device.partition(":")[2] or 0)
+    def device(self) -> str:
+        return f"cuda:{self.number}"
 
     def empty(self, shape: tuple[int, ...], dtype: str, what: str) -> Any:
         """A new array of a dtype by its name, or of "uint8".
 
         Raises: KernelError that says what there was no room for, the library's error as its cause.
         """
-        size = 1 if dtype == "uint8" else dtype_of(dtype).itemsize
-        with self._room(what, math.prod(shape) * size):
+        try:
             return self.owner.empty(shape, dtype, self.like)
+        except self.owner.out_of_memory() as cause:
+            size = 1 if dtype == "uint8" else dtype_of(dtype).itemsize
+            raise self._full(what, math.prod(shape) * size, cause) from cause
 
     def upload(self, array: np.ndarray, what: str) -> Any:
         """A copy of a host array. Raises: as empty."""
-        with self._room(what, array.nbytes):
-            return self.owner.upload(np.ascontiguousarray(array), self.like)
-
-    @contextlib.contextmanager
-    def _room(self, what: str, nbytes: int) -> Iterator[None]:
         try:
-            yield
+            return self.owner.upload(np.ascontiguousarray(array), self.like)
         except self.owner.out_of_memory() as cause:
-            raise KernelError(f"{self.device}: no memory for {what}, {nbytes} bytes: {cause}") from cause
+            raise self._full(what, array.nbytes, cause) from cause
+
+    def _full(self, what: str, nbytes: int, cause: Exception) -> KernelError:
+        return KernelError(f"{self.device}: no memory for {what}, {nbytes} bytes: {cause}")
 
 
 _here: ContextVar[Here] = ContextVar("flashtile_device_call")

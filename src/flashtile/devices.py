@@ -7,17 +7,18 @@ uses it has yet to run.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from flashtile.arrays import device_of
-from flashtile.calls import Call, Options, as_key, check_apart, lookup, prepare, split_align
+from flashtile.calls import CACHE_ENTRIES, Call, Options, as_key, check_apart, lookup, prepare, split_align
 from flashtile.current import Here, calling
 from flashtile.dtypes import DTYPES
 from flashtile.errors import wrong
-from flashtile.owners import LENDERS, Owner, borrow, give_back, library_of, owner_of
+from flashtile.owners import LENDERS, Owner, borrow, give_back, hold, library_of, owner_of
 from flashtile.progress import reporter
 from flashtile.score.capture import ArrayCapture, capture, is_array
 from flashtile.score.keep import keep_of
@@ -59,24 +60,77 @@ def attention(
     keep = keep_of(dropout_p, seed)
     library = one_library(q, k, v, out)
     owner = owner_of(library)
-    q, k, v = (borrow(owner, x) for x in (q, k, v))
-    views = owner.view(q), owner.view(k), owner.view(v)
-    target = None if out is None else owner.view(out)
-    offsets = None
+    lent = q, k, v
+    if library != owner.name:
+        lent = borrow(owner, q), borrow(owner, k), borrow(owner, v)
+    offsets = scores = None
     if align is not None:
-        align, offsets = split_align(align, views[0].shape)
+        align, offsets = split_align(align, tuple(q.shape))
+    given = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep
+    if any(x is not None for x in given):
+        scores = ScoreOptions(*(borrow(owner, x) if is_array(x) else x for x in given))
     options = Options(causal, as_key(window), align, scale, precision, kernel, engine)
-    scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks, keep)
-    borrowed = {name: borrow(owner, x) for name, x in vars(scores).items() if is_array(x)}
-    spec, scoring = options.scored(replace(scores, **borrowed), *views, offsets)
-    key = (views, target, options, spec.program, spec.sinks, spec.dropout)
-    report = None if progress is None else reporter(progress)
-    with calling(owner, q) as place:
-        call = lookup(key) or prepare(key, *views, target, options, spec)
-        scoring = place_sinks(scoring, spec, owner)
-        o, lse = run(call, place, (q, k, v), out, offsets, scoring, return_lse, report)
+    o, lse = attend(owner, lent, options, scores, offsets, return_lse, progress, out, held=library != "torch")
     o = out if out is not None else give_back(library, o)
     return (o, give_back(library, lse)) if return_lse else o
+
+
+def attend(
+    owner: Owner,
+    inputs: tuple[Any, Any, Any],
+    options: Options,
+    scores: ScoreOptions | None,
+    offsets: np.ndarray | None,
+    return_lse: bool,
+    progress: Any,
+    out: Any,
+    held: bool = False,
+) -> tuple[Any, Any]:
+    """`attention` of arrays of the owner's: the output, and lse or None. A repeated call finds itself by its key.
+
+    held: the inputs live until the device has read them. JAX's memory, lent, and CuPy's, of another stream, might be
+    given to an operation that no one orders behind the kernels; with torch that is the caller's record_stream.
+    """
+    q, k, v = inputs
+    key: tuple[Any, ...] = (owner.key(q), owner.key(k), owner.key(v), None if out is None else owner.key(out), options)
+    spec = scoring = None
+    if scores is not None:
+        plain = key, scores.positional
+        spec = _remembered(plain)
+        if spec is None:
+            spec = options.spec(owner.view(q), owner.view(k), owner.view(v), scores.positional)
+            if len(_specs) >= CACHE_ENTRIES:
+                _specs.clear()
+            _specs[plain] = spec
+        offset = offsets if spec.offset is None else spec.offset
+        spec, scoring = scores.scoring(spec, options.causal, options.window, offset)
+        key += spec.program, spec.sinks, spec.dropout
+    call = lookup(key)
+    if call is None and spec is None:  # checked before the device is touched
+        spec = options.spec(owner.view(q), owner.view(k), owner.view(v))
+    report = None if progress is None else reporter(progress)
+    with calling(owner, q) as place:
+        if call is None:
+            target = None if out is None else owner.view(out)
+            call = prepare(key, owner.view(q), owner.view(k), owner.view(v), target, options, spec)
+        if scoring is not None and scoring.sinks is not None:
+            scoring = place_sinks(scoring, call.spec, owner)
+        try:
+            return run(call, place, inputs, out, offsets, scoring, return_lse, report)
+        finally:  # some kernels of a call that failed may be under way
+            if held:
+                hold(owner, *inputs, scores)
+
+
+# What was validated of calls before their options that change scores, which are validated at every call.
+_specs: dict[Hashable, AttentionSpec] = {}
+
+
+def _remembered(key: Hashable) -> AttentionSpec | None:
+    try:
+        return _specs.get(key)
+    except TypeError:  # an unhashable option is a wrong one; validation names it
+        return None
 
 
 def run(
@@ -85,7 +139,7 @@ def run(
     inputs: tuple[Any, Any, Any],
     out: Any,
     offsets: np.ndarray | None,
-    scoring: Scoring,
+    scoring: Scoring | None,
     return_lse: bool,
     report: Any,
 ) -> tuple[Any, Any]:

@@ -153,11 +153,16 @@ def explain(
         mask=mask_text(program) if program else "",
         flops=2 * (spec.head_size + spec.value_size) * coverage.visible,
         scratch_bytes=compiled.scratch_bytes,
-        workspace_bytes=compiled.merge_stage.workspace_bytes if compiled.merge_stage else 0,
+        workspace_bytes=_workspace(compiled),
         unfused_bytes=coverage.pairs * DTYPES[DTYPES[spec.dtype].accumulator].itemsize,
         passed_over=_passed_over(spec, family.name, kernel),
         notes=_notes(spec, able, program),
     )
+
+
+def _workspace(kernel: Any) -> int:
+    """Bytes between a call's launches: of a merge that follows in a stage of its own, or as the kernel says."""
+    return kernel.merge_stage.workspace_bytes if kernel.merge_stage else getattr(kernel, "workspace_bytes", 0)
 
 
 def describe(

@@ -6,8 +6,11 @@ orders the work of both, and results go back the same way.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import importlib.util
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -25,6 +28,14 @@ class Owner(Protocol):
 
     def view(self, x: Any) -> View:
         """The array without its memory."""
+        ...
+
+    def key(self, x: Any) -> Hashable:
+        """What a kernel depends on of an array: equal for arrays that have equal views."""
+        ...
+
+    def number(self, x: Any) -> int:
+        """The number of the array's device, as CUDA counts."""
         ...
 
     def address(self, x: Any) -> int: ...
@@ -49,6 +60,10 @@ class Owner(Protocol):
         """A copy in host memory of an array of NumPy's dtypes, once the stream has come to it: this waits."""
         ...
 
+    def passed(self, like: Any) -> Callable[[], bool]:
+        """A mark at the end of the current stream: whether the device has passed it, asked without waiting."""
+        ...
+
     def spread(self, x: Any, shape: tuple[int, ...], dtype: str) -> Any:
         """The array, cast and broadcast, row-major."""
         ...
@@ -68,6 +83,12 @@ class Torch:
 
     def view(self, x: Any) -> View:
         return view_of(x)
+
+    def key(self, x: Any) -> Hashable:
+        return x.shape, x.stride(), x.dtype, x.device
+
+    def number(self, x: Any) -> int:
+        return int(x.device.index or 0)
 
     def address(self, x: Any) -> int:
         return int(x.data_ptr())
@@ -90,6 +111,11 @@ class Torch:
     def download(self, x: Any) -> np.ndarray:
         return x.cpu().numpy()
 
+    def passed(self, like: Any) -> Callable[[], bool]:
+        event = self.torch.cuda.Event()
+        event.record(self.torch.cuda.current_stream(like.device))
+        return event.query
+
     def spread(self, x: Any, shape: tuple[int, ...], dtype: str) -> Any:
         return x.to(getattr(self.torch, dtype)).expand(shape).contiguous()
 
@@ -107,6 +133,12 @@ class CuPy:
 
     def view(self, x: Any) -> View:
         return View(tuple(x.shape), tuple(x.strides), x.dtype, device_of(x))
+
+    def key(self, x: Any) -> Hashable:
+        return x.shape, x.strides, x.dtype, x.device.id
+
+    def number(self, x: Any) -> int:
+        return int(x.device.id)
 
     def address(self, x: Any) -> int:
         return int(x.data.ptr)
@@ -127,6 +159,11 @@ class CuPy:
 
     def download(self, x: Any) -> np.ndarray:
         return self.cupy.asnumpy(x)
+
+    def passed(self, like: Any) -> Callable[[], bool]:
+        event = self.cupy.cuda.Event(disable_timing=True)
+        event.record(self.cupy.cuda.get_current_stream())
+        return lambda: bool(event.done)
 
     def spread(self, x: Any, shape: tuple[int, ...], dtype: str) -> Any:
         return self.cupy.ascontiguousarray(self.cupy.broadcast_to(x.astype(dtype, copy=False), shape))
@@ -151,13 +188,19 @@ def owner_of(library: str) -> Owner:
     Raises: SpecError for a library that is not known, UnavailableError if JAX's arrays cannot be lent to anyone.
     """
     if library in OWNERS:
-        return OWNERS[library]()
+        return _owner(OWNERS[library])  # type: ignore[arg-type]
     if library not in LENDERS:
         raise wrong("q", f"an array of {library} on a GPU", "one of torch, CuPy or JAX")
     for name, owner in OWNERS.items():
         if importlib.util.find_spec(name) is not None:
-            return owner()
+            return _owner(owner)  # type: ignore[arg-type]
     raise UnavailableError(f"q: got an array of {LENDERS[library]} on a GPU, expected torch or CuPy beside it")
+
+
+@functools.cache
+def _owner(kind: Any) -> Owner:
+    """One for all calls: it holds nothing of them."""
+    return kind()
 
 
 def borrow(owner: Owner, x: Any) -> Any:
@@ -165,6 +208,19 @@ def borrow(owner: Owner, x: Any) -> Any:
     if library_of(x) == owner.name or device_of(x) == "cpu":
         return x
     return importlib.import_module(owner.name).from_dlpack(x)
+
+
+# Inputs that launched kernels may still read: (whether the device has passed them, the arrays).
+_held: list[tuple[Callable[[], bool], tuple[Any, ...]]] = []
+
+
+def hold(owner: Owner, *inputs: Any) -> None:
+    """Keep arrays alive until the device has passed the end of the current stream; let go of those that it passed."""
+    _held.append((owner.passed(inputs[0]), inputs))
+    for entry in tuple(_held):
+        if entry[0]():
+            with contextlib.suppress(ValueError):  # another thread was faster
+                _held.remove(entry)
 
 
 def give_back(library: str, x: Any) -> Any:

@@ -166,14 +166,12 @@ def _attend_on_device(
 
     if out is not None:
         _check_tensors(out=out)
-    scores = scores or ScoreOptions()
-    _check_scores(scores)
-    keywords = {**Options(*options)._asdict(), **vars(scores)}
-    if offsets is not None:
-        keywords["align"] = offsets
-    keep = keywords.pop("keep")
-    dropout = {"dropout_p": keep.dropout_p, "seed": keep.seed} if keep else {"dropout_p": 0.0, "seed": None}
-    return devices.attention(q, k, v, **keywords, **dropout, return_lse=return_lse, progress=progress, out=out)
+        devices.one_library(q, k, v, out)
+    if scores is not None:
+        _check_scores(scores)
+    owner = devices.owner_of("torch")
+    o, lse = devices.attend(owner, (q, k, v), Options(*options), scores, offsets, return_lse, progress, out)
+    return (o, lse) if return_lse else o
 
 
 def _keep_of(dropout_p: Any, seed: Any) -> Keep | None:

@@ -14,7 +14,7 @@ import pytest
 
 from flashtile.arrays import contiguous
 from flashtile.errors import UnavailableError
-from flashtile.kernels.triton import aot, installed_version, tiles, too_old
+from flashtile.kernels.triton import aot, installed_version, release, tiles, too_old
 from flashtile.kernels.triton import specialisation as special
 from flashtile.kernels.triton.aot import Chosen, choose
 from flashtile.kernels.triton.compiler import compiled
@@ -38,7 +38,7 @@ TENSOR = {
     ("sm_90", "bfloat16"): r"HGMMA\.64x\d+x16\.F32\.BF16",
     ("sm_90", "float16"): r"HGMMA\.64x\d+x16\.F32",
     ("sm_90", "float32 tf32"): r"HGMMA\.64x\d+x8\.F32\.TF32",
-    ("sm_90", "float64"): r"DMMA\.8x8x4",
+    ("sm_90", "float64"): r"DMMA\.(8x8x4|16x8x16)",  # up to Triton 3.6 the larger one, which Hopper has as well
     ("sm_100", "bfloat16"): r"UTCHMMA",
     ("sm_100", "float16"): r"UTCHMMA",
     ("sm_100", "float32 tf32"): r"UTCHMMA",
@@ -52,6 +52,9 @@ TENSOR = {
 for _arch, _size in itertools.product((*NVIDIA, "gfx942"), ("16", "b16")):
     _name = {"16": "float16", "b16": "bfloat16"}[_size]
     TENSOR[_arch, f"float32 {'fp16' if _size == '16' else 'bf16'}"] = TENSOR[_arch, _name]
+
+# Of kernels with sums in spans, by the version of Triton for which it was counted.
+SPAN_SPILLS = {(3, 6): 112, (3, 9): 26}
 
 FEW_WARPS = r"HMMA\..*"  # Hopper and Blackwell compute tiles of less than 64 rows with Ampere's instructions
 
@@ -104,8 +107,9 @@ def test_shipped_kernels_use_what_the_table_says(arch: str, kind: str, size: int
     meta, used = code_of(one, arch)
     check_tensor_cores(arch, kind, used, row.tile.tile_q)
     check_limits(arch, meta, used)
+    assert used.spills <= row.spills, "on clean data, with any Triton: else another row stands in tiles.OLDER"
     if str(installed_version()).startswith(TRITON):
-        assert used.registers <= row.registers and used.spills <= row.spills and meta.shared <= row.shared
+        assert used.registers <= row.registers and meta.shared <= row.shared
 
 
 @pytest.mark.parametrize(("arch", "kind", "size", "band"), variants({("bfloat16", 128, "band")}, NVIDIA[1:]))
@@ -134,8 +138,10 @@ def test_sums_in_spans_find_room(arch: str, kind: str, size: int, band: str) -> 
     meta, used = code_of(one, arch)
     check_tensor_cores(arch, kind, used, one.tile.tile_q)
     check_limits(arch, meta, used)
+    most = SPAN_SPILLS.get(release())
+    assert most is None or used.spills <= most
     if str(installed_version()).startswith(TRITON):
-        assert used.spills <= 26 and meta.shared <= row.shared
+        assert meta.shared <= row.shared
 
 
 def check_limits(arch: str, meta: Any, used: Resources) -> None:

@@ -87,13 +87,13 @@ def gpu(fake_driver: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     untested = replace(family.FAMILY, refuses=lambda spec: None)  # the self-test needs a GPU that computes
     monkeypatch.setattr(family, "FAMILY", untested)
     monkeypatch.setitem(owners.OWNERS, "cupy", lambda: machine.owner)  # type: ignore[arg-type]
-    pack = parameters.block
+    launch = cuda.Ready.__call__
 
-    def spy(specialisation: Specialisation, *arguments: Any) -> bytes:
-        machine.specialisations.append(specialisation)
-        return pack(specialisation, *arguments)
+    def spy(ready: cuda.Ready, grid: int, values: Any) -> None:
+        machine.specialisations.append(ready.specialisation)
+        launch(ready, grid, values)
 
-    monkeypatch.setattr(cuda, "block", spy)
+    monkeypatch.setattr(cuda.Ready, "__call__", spy)
     for cache in CACHES:
         cache.cache_clear()
     clear_cache()
@@ -138,6 +138,29 @@ def test_what_the_driver_is_told(gpu: Gpu) -> None:
     assert [dict(x.constants)["CONTAIN"] for x in gpu.specialisations] == [False, True]
     assert read(launches[0], gpu.specialisations[0])["odd"] == read(launches[1], gpu.specialisations[1])["odd"] != 0
     assert not [entry for entry in gpu.owner.diary if entry[0] == "download"], "nothing is waited for"
+
+
+def test_the_second_launch_is_small(gpu: Gpu) -> None:
+    """It looks for marks with a program a processor, however many work items there are."""
+    q = DeviceArray(uniform(Shape(2, 16, 16, 1300, 64, 64, 64), "float16")[0])
+    k = DeviceArray(uniform(Shape(2, 16, 16, 64, 64, 64, 64), "float16")[0])
+    flashtile.attention(q, k, k)
+    first, second = gpu.launches()
+    assert first.grid[0] == read(second, gpu.specialisations[1])["items"] > 132 and second.grid == (132, 1, 1)
+
+
+@pytest.mark.parametrize("device", [0, 1])
+def test_a_context_that_is_current_is_kept(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, device: int) -> None:
+    """A library has made the first device's current on this thread: a launch on the second still finds its own."""
+    q = DeviceArray(uniform(Shape(1, 1, 1, 20, 20, 64, 64), "float16")[0], device)
+    monkeypatch.setenv("FAKE_CUDA_BOUND", "1")
+    pushed: list[int] = []
+    entered = driver._on
+    monkeypatch.setattr(driver, "_on", lambda number: pushed.append(number) or entered(number))  # type: ignore[func-returns-value]
+    flashtile.attention(q, q, q)
+    pushed.clear()
+    flashtile.attention(q, q, q)
+    assert pushed == [1, 1] * device and len(gpu.launches()) == 4
 
 
 def test_few_queries_are_split_over_keys_and_merged(gpu: Gpu) -> None:

@@ -107,6 +107,7 @@ def forward_launches(gpu: Gpu, door: Any, dtype: str, precision: str = "ieee") -
             "q": 0x1_0000_0000, "k": 0x2_0000_0000, "v": 0x3_0000_0000, "o": 0x4_0000_0000, "lse": 0x5_0000_0008,
             "odd": LINE, **STRIDES, "q_s": 32, "k_s": HEAD, "v_s": 48, "o_s": 64, "o_split": 0, "lse_split": 0,
             **COUNTS, "q_len": rows, "kv_len": keys, "head_size": HEAD, "value_size": HEAD, "query_tiles": query_tiles,
+            "items": query_tiles,
             "splits": 1, "split_keys": keys, "scale": BITS, "left": OPEN, "right": 0,
             "offset": OFFSET + i * TILE_Q - j * TILE_K,
         }  # fmt: skip

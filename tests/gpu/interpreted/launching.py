@@ -87,8 +87,6 @@ def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, tile: Tile = SMALL, p
     kernel = Forward(spec, plan, p.layout, tile, Interpreter())
     call = kernel.pack(*p.addresses, p.scoring)
     kernel.run(call, 0, plan.items, 0)
-    if kernel.merge_stage is not None:
-        kernel.merge_stage.run(call, 0, kernel.merge_stage.items, 0)
     return p.arrays[3], p.arrays[4]
 
 

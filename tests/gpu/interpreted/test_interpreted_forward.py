@@ -147,10 +147,11 @@ def test_continues_a_state(name: str) -> None:
     plan = Plan(spec.batch, spec.heads, 2, 4, 16, 16, 0, split_keys=16)
     launches = Forward(spec, plan, p.layout, SMALL, device).pack(*p.addresses, p.scoring).stages[0]
     for part in range(plan.splits):
-        for launch, contain in zip(launches, (False, True), strict=True):
+        for bound, contain in zip(launches.kernels, (False, True), strict=True):
             kernel = special.forward(spec, SMALL, state=special.CARRIED, contain=contain, memory=memory)
             for item in range(part, plan.items, plan.splits):
-                device.launch(kernel, 1, {**launch.values, **carried, "first": item})
+                values = {**bound.fixed, **launches.values, **carried, "first": item, "items": 1}
+                device.launch(kernel, 1, values)
     sinks = p.scoring.sinks
     finish = {
         "parts_o": carried["o"], "parts_lse": carried["lse"], **places(device, o, lse), **steps, "first": 0,

@@ -98,7 +98,7 @@ def forward(runtime: Runtime, spec: AttentionSpec, tile_q: int) -> Launches | st
         "lse": Source("ADDRESS", 4), "odd": Source("SCRATCH"),
         **_rows(spec, {"q": 0, "k": 1, "v": 2}), **_rows(spec, {"o": 3}, wide),
         "o_split": 0, "lse_split": 0, "splits": 1, "split_keys": Source("SIZE", KEYS),
-        **_counts(spec), **_changes(spec), "query_tiles": Source("TILES", ROWS),
+        **_counts(spec), **_changes(spec), "items": Source("TILES", ROWS), "query_tiles": Source("TILES", ROWS),
     }  # fmt: skip
     memory = _memories(spec)
     cases = [

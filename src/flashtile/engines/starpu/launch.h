@@ -1,7 +1,7 @@
 /* What Python sees of the launcher: machine code of GPU kernels, and where a launch finds its arguments. Read by cffi,
    beside shim.h. Knows neither StarPU nor NVIDIA's headers. */
 
-#define FT_ARGUMENTS 16
+#define FT_ARGUMENTS 20
 #define FT_BLOCK 64
 #define FT_SIZES 5
 #define FT_LAUNCHES 2

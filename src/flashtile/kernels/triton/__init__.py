@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from flashtile.plan import Plan
     from flashtile.spec import AttentionSpec
 
-VERSIONS = (3, 7), (3, 10)  # from, to below: kernels compile alike with all between
+VERSIONS = (3, 6), (3, 10)  # from, to below: kernels compile with all between. torch 2.11 pins 3.6
 PART_KEYS = 512  # fewest keys of a part: some tiles, so that a program outlives its start
 ANY_ARCH = "sm_80"  # whose capabilities are told where no device is asked about
 
@@ -59,8 +59,8 @@ def compiler_missing() -> str | None:
     if version is None:
         return "triton is not installed"
     low, high = (".".join(map(str, v)) for v in VERSIONS)
-    if not VERSIONS[0] <= tuple(map(int, version.split(".")[:2])) < VERSIONS[1]:
-        return f"triton is {version}, not from {low} to below {high}"
+    if not VERSIONS[0] <= (release() or (0,)) < VERSIONS[1]:
+        return f"triton is {version}, not from {low} to below {high}: pip install 'triton>={low},<{high}'"
     return None
 
 
@@ -72,6 +72,12 @@ def installed_version() -> str | None:
         return None
     match = re.search(r"^__version__ = ['\"](\d+\.\d+[^'\"]*)", Path(found.origin).read_text(), re.MULTILINE)
     return match[1] if match else None
+
+
+def release() -> tuple[int, ...] | None:
+    """Triton's version as two numbers, (3, 9); None if it is not installed."""
+    version = installed_version()
+    return None if version is None else tuple(map(int, version.split(".")[:2]))
 
 
 def arch_of(spec: AttentionSpec) -> str:
@@ -142,10 +148,9 @@ def refuses(spec: AttentionSpec) -> str | None:
 def too_old(arch: str) -> str | None:
     """Why the installed Triton cannot compile for an architecture; None if it can."""
     needed = tiles.NEEDS.get(str(tiles.rows_of(arch)))
-    version = str(installed_version())
-    if needed is None or tuple(map(int, version.split(".")[:2])) >= needed:
+    if needed is None or (release() or needed) >= needed:
         return None
-    return f"needs triton {'.'.join(map(str, needed))} for {arch}, not {version}"
+    return f"needs triton {'.'.join(map(str, needed))} for {arch}, not {installed_version()}"
 
 
 def remark() -> str:

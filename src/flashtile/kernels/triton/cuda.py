@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from flashtile import current
 from flashtile.kernels.triton import driver
 from flashtile.kernels.triton.compiler import compiled
-from flashtile.kernels.triton.device import Placed, Pointer
-from flashtile.kernels.triton.parameters import block
+from flashtile.kernels.triton.device import Bound, Placed, Pointer
+from flashtile.kernels.triton.parameters import Template
 from flashtile.kernels.triton.specialisation import Specialisation
 
 # Bytes of an element, by Triton's names.
@@ -38,25 +38,57 @@ class Gpu:
         strides = tuple(0 if own == 0 else step // once.itemsize for own, step in given)
         return Placed(Pointer(here.owner.address(memory), element, memory), strides)
 
-    def launch(self, specialisation: Specialisation, grid: int, values: Mapping[str, Any]) -> None:
+    def processors(self) -> int:
+        return driver.device(current.here().number).processors
+
+    def bind(self, specialisation: Specialisation, fixed: Mapping[str, Any]) -> Bound:
+        return Ready(specialisation, fixed)
+
+
+class Ready:
+    """A `device.Bound`: compiled and loaded at its first launch on a device; later ones fill in what differs."""
+
+    def __init__(self, specialisation: Specialisation, fixed: Mapping[str, Any]) -> None:
+        self.specialisation, self._fixed = specialisation, fixed
+        self._template = Template(specialisation, fixed)
+        self._loaded: dict[int, Loaded] = {}
+
+    def __call__(self, grid: int, values: Mapping[str, Any]) -> None:
         here = current.here()
-        kernel = compiled(specialisation, driver.device(here.number).arch)
-        scratch = None
-        if size := kernel.metadata.global_scratch_size:
-            scratch = here.empty((grid * size,), "uint8", "workspace")
-        if kernel.metadata.target.backend != "cuda":
-            kernel[(grid, 1, 1)](*_as_triton_takes_them(kernel, values), stream=here.stream)
+        loaded = self._loaded.get(here.number)
+        if loaded is None:
+            loaded = self._loaded[here.number] = _loaded(here.number, self.specialisation)
+        at, scratch = 0, None
+        if loaded.scratch:
+            scratch = here.empty((grid * loaded.scratch,), "uint8", "workspace")
+            at = here.owner.address(scratch)
+        if loaded.function is None:
+            kernel = loaded.kernel
+            arguments = _as_triton_takes_them(kernel, {**self._fixed, **values})
+            kernel[(grid, 1, 1)](*arguments, stream=here.stream)
             return
-        at = 0 if scratch is None else here.owner.address(scratch)
-        driver.launch(_loaded(here.number, specialisation), grid, here.stream, block(specialisation, values, at))
+        driver.launch(loaded.function, grid, here.stream, self._template.fill(values, at))
+
+
+class Loaded(NamedTuple):
+    """A kernel on a device: its function, none where Triton's own launcher takes it, and the bytes of scratch memory
+    that a program wants."""
+
+    function: driver.Function | None
+    kernel: Any
+    scratch: int
 
 
 @functools.cache
-def _loaded(number: int, specialisation: Specialisation) -> driver.Function:
-    """The kernel on a device: compiled and loaded at its first launch there."""
+def _loaded(number: int, specialisation: Specialisation) -> Loaded:
+    """The kernel on a device, compiled."""
     kernel = compiled(specialisation, driver.device(number).arch)
     meta = kernel.metadata
-    return driver.load(number, kernel.asm["cubin"], meta.name, meta.warp_size * meta.num_warps, meta.shared)
+    if meta.target.backend != "cuda":
+        return Loaded(None, kernel, meta.global_scratch_size)
+    threads = meta.warp_size * meta.num_warps
+    function = driver.load(number, kernel.asm["cubin"], meta.name, threads, meta.shared)
+    return Loaded(function, kernel, meta.global_scratch_size)
 
 
 def _as_triton_takes_them(kernel: Any, values: Mapping[str, Any]) -> list[Any]:

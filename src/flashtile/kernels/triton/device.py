@@ -25,6 +25,18 @@ class Placed(NamedTuple):
     strides: tuple[int, ...]
 
 
+class Bound(Protocol):
+    """A kernel and those of its arguments that are alike at every launch. Safe to launch from many threads."""
+
+    @property
+    def specialisation(self) -> Specialisation: ...
+
+    def __call__(self, grid: int, values: Mapping[str, Any]) -> None:
+        """Run `grid` programs. values: for each other name of the signature an int, a Pointer, or a tuple of these;
+        names that the kernel does not take are passed over."""
+        ...
+
+
 class Device(Protocol):
     """Every method may be called from any thread; each acts on the caller's stream, in order."""
 
@@ -36,6 +48,10 @@ class Device(Protocol):
         """An array of the host where kernels can read it: itself, or a copy. Axes of stride 0 keep it."""
         ...
 
-    def launch(self, specialisation: Specialisation, grid: int, values: Mapping[str, Any]) -> None:
-        """Run `grid` programs. values: for each name of the signature an int, a Pointer, or a tuple of these."""
+    def processors(self) -> int:
+        """How many programs run at the same time at least: what keeps all of the device busy."""
+        ...
+
+    def bind(self, specialisation: Specialisation, fixed: Mapping[str, Any]) -> Bound:
+        """A kernel with those of its arguments that are alike at every call of its."""
         ...

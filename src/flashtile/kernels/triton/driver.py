@@ -26,6 +26,8 @@ _DYNAMIC_SHARED = 8
 _BUFFER_POINTER, _BUFFER_SIZE, _END = 1, 2, 0
 _OUT_OF_MEMORY = 2
 
+MOST_PARAMETERS = 32764  # bytes of a block, of the newest devices; 4096 of others
+
 PLAIN_SHARED = 48 << 10  # bytes of shared memory that a kernel may have without asking
 
 
@@ -48,6 +50,7 @@ class Function:
     module: int  # stays loaded: kernels are few, and launches of them may be under way
     threads: int  # of a program
     shared: int  # dynamic shared memory of a program, bytes
+    context: int  # of the device's: what must be current at a launch
 
 
 def missing() -> str | None:
@@ -156,19 +159,46 @@ def load(number: int, machine_code: bytes, name: str, threads: int, shared: int)
             check(status, f"{shared} bytes of shared memory for kernel {name}")
     if function.value is None or module.value is None:
         raise KernelError(f"load of kernel {name}: NVIDIA's driver gave no function")
-    return Function(number, function.value, module.value, threads, shared)
+    return Function(number, function.value, module.value, threads, shared, _primary_context(number).value or 0)
 
 
-def launch(function: Function, grid: int, stream: int, parameters: bytes) -> None:
+def launch(function: Function, grid: int, stream: int, parameters: bytes | bytearray) -> None:
     """Put a kernel into a stream: `grid` programs with one block of parameters, which is copied. Does not wait.
 
     Raises: KernelError.
     """
-    size = ctypes.c_size_t(len(parameters))
-    block = ctypes.create_string_buffer(parameters, len(parameters))
-    extra = (ctypes.c_void_p * 5)(_BUFFER_POINTER, ctypes.addressof(block), _BUFFER_SIZE, ctypes.addressof(size), _END)
-    with _on(function.device) as driver:
-        status = driver.cuLaunchKernel(
-            function.handle, grid, 1, 1, function.threads, 1, 1, function.shared, stream, None, extra
-        )
+    if len(parameters) > MOST_PARAMETERS:
+        raise KernelError(f"launch: got {len(parameters)} bytes of parameters, expected {MOST_PARAMETERS} at most")
+    driver = library()
+    try:
+        frame = _frames.pop()
+    except IndexError:
+        frame = Frame()
+    frame.block[: len(parameters)] = parameters
+    frame.size.value = len(parameters)
+    arguments = function.handle, grid, 1, 1, function.threads, 1, 1, function.shared, stream, None, frame.extra
+    if driver.cuCtxGetCurrent(frame.current) == 0 and frame.context.value == function.context:
+        status = driver.cuLaunchKernel(*arguments)
+    else:  # this thread has not met the device yet, or met it in a context of its own
+        with _on(function.device):
+            status = driver.cuLaunchKernel(*arguments)
+    _frames.append(frame)
+    if status:
         check(status, "launch")
+
+
+class Frame:
+    """What the driver reads during a launch: the block of parameters and where it lies."""
+
+    def __init__(self) -> None:
+        self.size, self.context = ctypes.c_size_t(), ctypes.c_void_p()
+        self.current = ctypes.byref(self.context)
+        self._memory = ctypes.create_string_buffer(MOST_PARAMETERS)
+        self.block = memoryview(self._memory).cast("B")
+        self.extra = (ctypes.c_void_p * 5)(
+            _BUFFER_POINTER, ctypes.addressof(self._memory), _BUFFER_SIZE, ctypes.addressof(self.size), _END
+        )
+
+
+# Frames that no launch uses: one for each thread, or signal handler, that ever launched at the same time as others.
+_frames: list[Frame] = []

@@ -26,25 +26,59 @@ def forward(
     q, k, v, o, lse, odd,
     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, o_b, o_h, o_s, o_d,
     o_split, lse_split,
-    first, heads, group, q_len, kv_len, head_size, value_size, query_tiles, splits, split_keys,
+    first, items, heads, group, q_len, kv_len, head_size, value_size, query_tiles, splits, split_keys,
     scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, sinks, captures,
     SCORE: tl.constexpr, MASK: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr,
     VALUE: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr,
     BAND: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, CONTAIN: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Work items first, first + 1, ... one a program; see `specialisation.forward` for the arguments.
+    """Work items first, first + 1, ...; see `specialisation.forward` for the arguments.
 
     Shapes:  q (B, H, S_q, D), k (B, H_kv, S_kv, D), v (B, H_kv, S_kv, D_v) -> o (B, H, S_q, D_v), lse (B, H, S_q); for
              a partial result these for every part. Strides in elements.
     Units:   lse and sinks in nats; scale has the bits of a double.
-    Two launches make a call. The first marks in odd (work items,) those whose sums are not all finite, and leaves
-    their o and lse as they were; the second, CONTAIN, computes just these (containment.py).
+    Two launches make a call. The first, one item a program, marks in odd (work items,) those whose sums are not all
+    finite, and leaves their o and lse as they were. The second, CONTAIN, computes just these (containment.py); it has
+    as many programs as the device has processors or more, which look through the marks of all `items`.
     """
+    if CONTAIN:
+        for item in range(first + tl.program_id(0), first + items, tl.num_programs(0)):
+            if tl.load(odd + item) != 0:
+                _work_item(
+                    item, q, k, v, o, lse, odd,
+                    q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, o_b, o_h, o_s, o_d,
+                    o_split, lse_split,
+                    heads, group, q_len, kv_len, head_size, value_size, query_tiles, splits, split_keys,
+                    scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, sinks, captures,
+                    SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE,
+                    BAND, STATE, PACKED, CONTAIN, SPAN,
+                )  # fmt: skip
+    else:
+        _work_item(
+            first + tl.program_id(0), q, k, v, o, lse, odd,
+            q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, o_b, o_h, o_s, o_d,
+            o_split, lse_split,
+            heads, group, q_len, kv_len, head_size, value_size, query_tiles, splits, split_keys,
+            scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, sinks, captures,
+            SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE,
+            BAND, STATE, PACKED, CONTAIN, SPAN,
+        )  # fmt: skip
+
+
+@triton.jit
+def _work_item(
+    item, q, k, v, o, lse, odd,
+    q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, o_b, o_h, o_s, o_d,
+    o_split, lse_split,
+    heads, group, q_len, kv_len, head_size, value_size, query_tiles, splits, split_keys,
+    scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, sinks, captures,
+    SCORE: tl.constexpr, MASK: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr,
+    VALUE: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr,
+    BAND: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, CONTAIN: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """One work item: the arguments of `forward`."""
     ACC: tl.constexpr = lse.dtype.element_ty
-    item = first + tl.program_id(0)
     odd += item
-    if CONTAIN and tl.load(odd) == 0:
-        return
     split = item % splits
     tile = item // splits % query_tiles
     if BAND:  # later rows see more keys of a causal call: start with what takes longest

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -13,14 +13,15 @@ from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import wrong
 from flashtile.kernels import Layout, Stage
 from flashtile.kernels.triton import specialisation as special
-from flashtile.kernels.triton.device import Device, Pointer
-from flashtile.kernels.triton.specialisation import ELEMENTS, Memory, Specialisation, Tile
-from flashtile.kernels.triton.tables import table_of
+from flashtile.kernels.triton.device import Bound, Device, Pointer
+from flashtile.kernels.triton.specialisation import ELEMENTS, Memory, Tile
+from flashtile.kernels.triton.tables import Table, table_of
 from flashtile.score.capture import ArrayCapture, ScalarCapture
 
 if TYPE_CHECKING:
     from flashtile.plan import Plan
     from flashtile.score.options import Scoring
+    from flashtile.score.program import Program
     from flashtile.spec import AttentionSpec
 
 # A side of a band that is open; positions, offsets and distances stay below half of it.
@@ -28,31 +29,33 @@ OPEN = 2**61
 # Rows and keys are counted in int32, and a tile may reach beyond the last.
 LONGEST = 2**30
 MERGE_ROWS = 16  # rows of a program that merges partial results
-MERGE_WORK = 4  # operations an output element and part
+MOST_TABLES = 16  # of one mask with several captured numbers that are kept
 _AXES = "bhsd"
 
 
-class Launch(NamedTuple):
-    """A kernel with its run-time arguments, all but which work items."""
+class Launches(NamedTuple):
+    """Kernels that follow one another, and the arguments that they share: all but which work items."""
 
-    specialisation: Specialisation
+    kernels: tuple[Bound, ...]
     values: Mapping[str, Any]
 
 
 class Call(NamedTuple):
     """The launches of one call, in order, by stage: over the plan's work items, and over the tiles of a merge."""
 
-    stages: tuple[tuple[Launch, ...], ...]
+    stages: tuple[Launches, ...]
 
 
 class Forward:
     """The flash kernel bound to one spec, plan and layout: a `kernels.CompiledKernel`.
 
-    The plan's tiles are the kernel's: plan.tile_q and plan.tile_k are the tile's.
+    The plan's tiles are the kernel's: plan.tile_q and plan.tile_k are the tile's. A merge follows the last work items
+    in the same stream, so there is no stage of it for an engine to wait for.
     Raises: SpecError for strides that are not whole elements, and for lengths beyond int32.
     """
 
     scratch_bytes = 0
+    merge_stage: Stage | None = None
 
     def __init__(self, spec: AttentionSpec, plan: Plan, layout: Layout, tile: Tile, device: Device):
         self._spec, self._plan, self._tile, self._device = spec, plan, tile, device
@@ -62,97 +65,126 @@ class Forward:
         self._split = plan.splits > 1
         self._rows = spec.batch * spec.heads * spec.q_len
         self._element, self._accumulator = ELEMENTS[spec.dtype], ELEMENTS[DTYPES[spec.dtype].accumulator]
-        self.merge_stage: Stage | None = None
-        if self._split:
-            self._merge_tiles = -(-spec.q_len // MERGE_ROWS)
-            size = DTYPES[DTYPES[spec.dtype].accumulator].itemsize
-            self.merge_stage = Stage(
-                items=spec.batch * spec.heads * self._merge_tiles,
-                run=self._run_stage(1),
-                work=MERGE_WORK * self._rows * spec.value_size * plan.splits,
-                workspace_bytes=plan.splits * self._rows * (spec.value_size + 1) * size,
-            )
-        self.run = self._run_stage(0)
+        self._merge_tiles = -(-spec.q_len // MERGE_ROWS)
+        self._kernels: dict[bool, tuple[tuple[Bound, ...], ...]] = {}  # by whether the arrays are aligned
+        self._tables: dict[tuple[Any, ...], Table] = {}
+        size = DTYPES[DTYPES[spec.dtype].accumulator].itemsize
+        o_split, lse_split = (spec.value_size * self._rows, self._rows) if self._split else (0, 0)
+        # The workspace, bytes from its start: marks of the work items, an lse that is not wanted, partial results.
+        counts = (4 * plan.items, size * self._rows, plan.splits * size * o_split, plan.splits * size * lse_split)
+        self._odd_at, self._lse_at, self._parts_o_at, self._parts_lse_at, self.workspace_bytes = places(counts)
 
     def pack(self, q: int, k: int, v: int, o: int, lse: int, offsets: int, scoring: Scoring | None = None) -> Call:
         """The launches of one call. Addresses on the device; lse 0 if it is not wanted."""
-        spec, plan, device = self._spec, self._plan, self._device
-        wanted = Pointer(lse, self._accumulator) if lse else device.empty(self._rows, self._accumulator)
-        out = Pointer(o, self._element)
-        layout, memory = self._layout, self._layout.memory((q, k, v, o))
+        device, aligned = self._device, not (q | k | v | o) % 16
+        kernels = self._kernels.get(aligned)
+        if kernels is None:
+            kernels = self._kernels[aligned] = self._bind(aligned)
+        work = device.empty(self.workspace_bytes, "u8")
+        at, keep, element, accumulator = work.address, work.keep, self._element, self._accumulator
+        out, wanted = Pointer(o, element), Pointer(lse or at + self._lse_at, accumulator, keep)
         values: dict[str, Any] = {
-            "q": Pointer(q, self._element),
-            "k": Pointer(k, self._element),
-            "v": Pointer(v, self._element),
-            **layout.values("qkv"),
-            "odd": device.empty(plan.items, "i32"),
-            "first": 0,
-            **sizes_of(spec),
-            "query_tiles": plan.query_tiles,
-            "splits": plan.splits,
-            "split_keys": plan.split_keys or spec.kv_len,
-            "scale": bits(spec.scale),
-            **band_values(spec, offsets),
-            "rows": None, "runs": None, "rows_b": 0, "rows_h": 0,
-            "sinks": None,
-            "captures": None,
-        }  # fmt: skip
+            "q": Pointer(q, element),
+            "k": Pointer(k, element),
+            "v": Pointer(v, element),
+            "o": out,
+            "lse": wanted,
+            "odd": Pointer(at + self._odd_at, "i32", keep),
+            "offsets": Pointer(offsets, "i64"),
+        }
         sinks = None
         if scoring is not None:
             values.update(self._score_values(scoring))
             if scoring.sinks is not None:
-                sinks = sinks_at(scoring.sinks, self._accumulator, device)
+                sinks = values["sinks"] = sinks_at(scoring.sinks, accumulator, device)
         if not self._split:
-            values.update({"o": out, "lse": wanted, **layout.values("o"), "o_split": 0, "lse_split": 0})
-            values["sinks"] = sinks
-            return Call((self._forward(special.FINISHED, memory, values),))
-        o_split, lse_split = self._rows * spec.value_size, self._rows
-        parts_o = device.empty(plan.splits * o_split, self._accumulator)
-        parts_lse = device.empty(plan.splits * lse_split, self._accumulator)
-        row = spec.value_size
-        inner = dict(zip(("o_b", "o_h", "o_s", "o_d"), (spec.heads * spec.q_len * row, spec.q_len * row, row, 1),
-                         strict=True))  # fmt: skip
-        steps = {"o_split": o_split, "lse_split": lse_split}
-        values.update({"o": parts_o, "lse": parts_lse, **inner, **steps})
-        merging: dict[str, Any] = {
-            "parts_o": parts_o, "parts_lse": parts_lse, "o": out, "lse": wanted, **layout.values("o"), **steps,
-            "first": 0, **sizes_of(spec), "query_tiles": self._merge_tiles, "splits": plan.splits, "sinks": sinks,
-        }  # fmt: skip
-        merge = special.merge(spec, Tile(MERGE_ROWS, MERGE_ROWS), memory=Memory(memory.contiguous, aligned=False))
-        parts_memory = Memory(memory.contiguous, aligned=memory.aligned and row % 16 == 0)
-        return Call((self._forward(special.PARTIAL, parts_memory, values), (Launch(merge, merging),)))
+            return Call((Launches(kernels[0], values),))
+        parts_o = Pointer(at + self._parts_o_at, accumulator, keep)
+        parts_lse = Pointer(at + self._parts_lse_at, accumulator, keep)
+        merging = {"parts_o": parts_o, "parts_lse": parts_lse, "o": out, "lse": wanted, "sinks": sinks}
+        values.update({"o": parts_o, "lse": parts_lse})
+        return Call((Launches(kernels[0], values), Launches(kernels[1], merging)))
 
-    def _forward(self, state: str, memory: Memory, values: Mapping[str, Any]) -> tuple[Launch, ...]:
-        """The two launches of the forward kernel."""
-        spans = special.has_spans(self._spec, self._tile, self._plan.split_keys or self._spec.kv_len)
-        how: dict[str, Any] = {"state": state, "packed": self._packed, "spans": spans, "memory": memory}
-        return tuple(
-            Launch(special.forward(self._spec, self._tile, contain=contain, **how), values) for contain in (False, True)
-        )
-
-    def _run_stage(self, stage: int) -> Any:
-        def run(params: Call, begin: int, end: int, scratch: int) -> int:
-            for launch in params.stages[stage] if begin < end else ():
-                self._device.launch(launch.specialisation, end - begin, {**launch.values, "first": begin})
+    def run(self, params: Call, begin: int, end: int, scratch: int) -> int:
+        """Launch work items [begin, end), and after the last of them the merge."""
+        if begin >= end:
             return 0
+        first, contain = params.stages[0].kernels
+        values = {**params.stages[0].values, "first": begin, "items": end - begin}
+        first(end - begin, values)
+        contain(min(end - begin, self._device.processors()), values)
+        if self._split and end == self._plan.items:
+            (merge,), merging = params.stages[1]
+            merge(self._spec.batch * self._spec.heads * self._merge_tiles, {**merging, "first": 0})
+        return 0
 
-        return run
+    def _bind(self, aligned: bool) -> tuple[tuple[Bound, ...], ...]:
+        """The kernels of the forward's two launches, and of the merge if there is one, with what is alike for all
+        calls."""
+        spec, plan, layout, row = self._spec, self._plan, self._layout, self._spec.value_size
+        memory = replace(layout.memory(()), aligned=aligned and layout.memory(()).aligned)
+        splits: dict[str, Any] = {"o_split": 0, "lse_split": 0, "splits": plan.splits}
+        strides = layout.values("o")
+        if self._split:
+            splits |= {"o_split": self._rows * row, "lse_split": self._rows}
+            inner = (spec.heads * spec.q_len * row, spec.q_len * row, row, 1)
+            strides = dict(zip(("o_b", "o_h", "o_s", "o_d"), inner, strict=True))
+        fixed = {
+            **layout.values("qkv"), **strides, **splits, **sizes_of(spec), **band_values(spec),
+            "query_tiles": plan.query_tiles, "split_keys": plan.split_keys or spec.kv_len, "scale": bits(spec.scale),
+        }  # fmt: skip
+        how: dict[str, Any] = {
+            "state": special.PARTIAL if self._split else special.FINISHED,
+            "packed": self._packed,
+            "spans": special.has_spans(spec, self._tile, plan.split_keys or spec.kv_len),
+            "memory": replace(memory, aligned=memory.aligned and row % 16 == 0) if self._split else memory,
+        }
+        both = tuple(special.forward(spec, self._tile, contain=contain, **how) for contain in (False, True))
+        bound = tuple(self._device.bind(kernel, fixed) for kernel in both)
+        if not self._split:
+            return (bound,)
+        merge = special.merge(spec, Tile(MERGE_ROWS, MERGE_ROWS), memory=replace(memory, aligned=False))
+        merging = {**layout.values("o"), **splits, **sizes_of(spec), "query_tiles": self._merge_tiles}
+        return bound, (self._device.bind(merge, merging),)
 
     def _score_values(self, scoring: Scoring) -> dict[str, Any]:
         """Captured values, and the coverage of a mask, as they are now: O(S) for one that depends on arrays."""
-        program, spec = scoring.program, self._spec
+        program = scoring.program
         if program is None:
             return {}
         values: dict[str, Any] = {"captures": captured(program.captures, self._device)}
         if program.mask is not None:
-            from flashtile.score.coverage import coverage
-
-            rows = spec.q_len if self._packed else self._plan.tile_q
-            table = table_of(coverage(program, max(1, rows), self._plan.tile_k, np.dtype(lse_type(spec))))
-            values["rows"] = self._device.place(table.rows, "i32").pointer
-            values["runs"] = self._device.place(table.runs, "i32").pointer
+            table = self._table(program)
+            place = self._device.place(table.both, "i32").pointer
+            values["rows"], values["runs"] = place, place._replace(address=place.address + 4 * table.rows.size)
             values["rows_b"], values["rows_h"] = table.rows_b, table.rows_h
         return values
+
+    def _table(self, program: Program) -> Table:
+        """The coverage of a mask as the kernels walk it: kept where it follows from captured numbers, without arrays,
+        whose values may be other ones now."""
+        from flashtile.score.coverage import coverage
+
+        numbers = tuple(bits(x.value) for x in program.captures if isinstance(x, ScalarCapture))
+        settled = len(numbers) == len(program.captures)
+        table = self._tables.get(numbers) if settled else None
+        if table is None:
+            rows = self._spec.q_len if self._packed else self._plan.tile_q
+            table = table_of(coverage(program, max(1, rows), self._plan.tile_k, np.dtype(lse_type(self._spec))))
+            if settled:
+                if len(self._tables) >= MOST_TABLES:
+                    self._tables.clear()
+                self._tables[numbers] = table
+        return table
+
+
+def places(counts: Iterable[int]) -> tuple[int, ...]:
+    """Where parts of so many bytes begin that follow one another, each at a multiple of 16; and where the last ends."""
+    found, at = [], 0
+    for count in counts:
+        found.append(at)
+        at += -(-count // 16) * 16
+    return (*found, at)
 
 
 @dataclass(frozen=True)
@@ -202,12 +234,12 @@ def sizes_of(spec: AttentionSpec) -> dict[str, int]:
     }  # fmt: skip
 
 
-def band_values(spec: AttentionSpec, offsets: int) -> dict[str, Any]:
-    """Distances and anchor of the spec's band; offsets is the address of (B,) int64, where the anchor is an array."""
+def band_values(spec: AttentionSpec) -> dict[str, Any]:
+    """Distances and anchor of the spec's band; None for an anchor that is an array, which a call has."""
     if spec.band is None:
-        return {"left": None, "right": None, "offset": None, "offsets": None}
+        return {"left": None, "right": None, "offset": None}
     left, right = (OPEN if side is None else min(side, OPEN) for side in (spec.band.left, spec.band.right))
-    return {"left": left, "right": right, "offset": spec.offset, "offsets": Pointer(offsets, "i64")}
+    return {"left": left, "right": right, "offset": spec.offset}
 
 
 def captured(captures: Any, device: Device) -> tuple[Any, ...] | None:

@@ -7,16 +7,20 @@ imported whether it interprets; the environment variable must be set by then.
 from __future__ import annotations
 
 import ctypes
+import importlib
+import inspect
+import re
 import threading
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from flashtile.kernels.triton import jit
-from flashtile.kernels.triton.device import Placed, Pointer
+from flashtile.kernels.triton.device import Bound, Placed, Pointer
 from flashtile.kernels.triton.specialisation import Specialisation
 
 _TORCH = {
@@ -34,8 +38,43 @@ _TORCH = {
     "u64": torch.uint64,
 }
 
+PROCESSORS = 3  # few, so that small problems show what a program does that has several work items
+
 # While a kernel is interpreted, Triton's language is patched for the whole process.
 _one_at_a_time = threading.Lock()
+
+
+def mend_index(runtime: Any) -> None:
+    """Let a tensor of one element count as an integer under NumPy 2.4, in `triton.runtime.interpreter`.
+
+    Triton's interpreter asks int() of its array, which NumPy 2.4 refuses unless the array has no axes. Triton 3.6 is
+    alone in that; where the interpreter is built otherwise, this changes nothing.
+    """
+    patch = getattr(runtime, "_patch_lang_tensor", None)
+    if patch is None or not _SPELLED.search(inspect.getsource(patch)):
+        return
+
+    def mended(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    runtime._patch_lang_tensor = mended
+
+
+_SPELLED = re.compile(r"int\(self\.handle\.data\)")
+mend_index(importlib.import_module("triton.runtime.interpreter"))
+
+
+@dataclass(frozen=True)
+class Interpreted:
+    """A `device.Bound`."""
+
+    device: Interpreter
+    specialisation: Specialisation
+    fixed: Mapping[str, Any]
+
+    def __call__(self, grid: int, values: Mapping[str, Any]) -> None:
+        self.device.launch(self.specialisation, grid, {**self.fixed, **values})
 
 
 class Interpreter:
@@ -50,6 +89,12 @@ class Interpreter:
             array = array.copy()
         strides = tuple(stride // array.itemsize for stride in array.strides)
         return Placed(Pointer(array.ctypes.data, element, array), strides)
+
+    def processors(self) -> int:
+        return PROCESSORS
+
+    def bind(self, specialisation: Specialisation, fixed: Mapping[str, Any]) -> Bound:
+        return Interpreted(self, specialisation, fixed)
 
     def launch(self, specialisation: Specialisation, grid: int, values: Mapping[str, Any]) -> None:
         arguments = jit.constants(specialisation)

@@ -41,10 +41,49 @@ def layout_of(specialisation: Specialisation) -> struct.Struct:
     return struct.Struct("@" + "".join(letters) + 2 * POINTER)
 
 
+class Template:
+    """The block of a kernel whose launches have some arguments alike: those are written once."""
+
+    def __init__(self, specialisation: Specialisation, fixed: Mapping[str, Any]) -> None:
+        self._start = bytearray(layout_of(specialisation).size)
+        self._scratch = len(self._start) - 2 * struct.calcsize(POINTER)
+        letters = "@"
+        holes: list[
+            tuple[int, str, list[tuple[str, int]]]
+        ] = []  # (offset, letters, elements) of what follows without gap
+        for name, types in specialisation.signature:
+            for n, type_ in enumerate((types,) if isinstance(types, str) else types):
+                place = name, -1 if isinstance(types, str) else n
+                letters += _letter(type_)
+                end = struct.calcsize(letters)
+                offset = end - size_of(type_)
+                if name in fixed:
+                    struct.pack_into("@" + letters[-1], self._start, offset, _element(fixed, *place))
+                elif holes and offset == holes[-1][0] + struct.calcsize("=" + holes[-1][1]):
+                    holes[-1] = holes[-1][0], holes[-1][1] + letters[-1], [*holes[-1][2], place]
+                else:
+                    holes.append((offset, letters[-1], [place]))
+        self._holes = tuple((at, struct.Struct("=" + form).pack_into, tuple(which)) for at, form, which in holes)
+
+    def fill(self, values: Mapping[str, Any], scratch: int = 0) -> bytearray:
+        """The block of a launch. scratch is the address of what the kernel asked for, 0 if it asked for nothing."""
+        block = self._start.copy()
+        for offset, pack_into, places in self._holes:
+            pack_into(block, offset, *[_element(values, name, n) for name, n in places])
+        if scratch:
+            struct.pack_into(POINTER, block, self._scratch, scratch)
+        return block
+
+
+def _element(values: Mapping[str, Any], name: str, n: int) -> int:
+    """An argument as a number, or of a tuple its element n."""
+    value = values[name] if n < 0 else values[name][n]
+    return value if type(value) is int else value.address if type(value) is Pointer else int(value)
+
+
 def block(specialisation: Specialisation, values: Mapping[str, Any], scratch: int) -> bytes:
-    """The parameters of a launch. scratch is the address of what the kernel asked for, 0 if it asked for nothing."""
-    flat = (v.address if isinstance(v, Pointer) else v for v in specialisation.flat_values(values))
-    return layout_of(specialisation).pack(*flat, scratch, 0)
+    """The parameters of a launch of a kernel that has no other. scratch: see Template.fill."""
+    return bytes(Template(specialisation, {}).fill(values, scratch))
 
 
 def _letter(type_: str) -> str:

@@ -182,7 +182,7 @@ def forward(
         **_strides("qkvo", memory),
         "o_split": "i64",
         "lse_split": "i64",
-        **_sizes("first", "heads", "group", "q_len", "kv_len", "head_size", "value_size"),
+        **_sizes("first", "items", "heads", "group", "q_len", "kv_len", "head_size", "value_size"),
         **_sizes("query_tiles", "splits", "split_keys"),
         "scale": "i64",
         **_band(spec),

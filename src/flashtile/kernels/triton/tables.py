@@ -20,6 +20,11 @@ class Table(NamedTuple):
     rows_b: int  # tiles of queries from one batch to the next, 0 where one map serves all
     rows_h: int
 
+    @property
+    def both(self) -> np.ndarray:
+        """rows and, right behind them, runs: one array to copy."""
+        return np.concatenate([self.rows, self.runs.ravel()])
+
 
 def table_of(coverage: Coverage) -> Table:
     """The table of a coverage. A FULL run that ends within a key tile gives it up: the tile is not whole."""

@@ -8,18 +8,18 @@ from flashtile.dtypes import DTYPES
 from flashtile.errors import wrong
 from flashtile.kernels import Layout, Stage
 from flashtile.kernels.triton import specialisation as special
-from flashtile.kernels.triton.device import Device, Pointer
+from flashtile.kernels.triton.device import Bound, Device, Pointer
 from flashtile.kernels.triton.host import (
     Call,
     Elements,
-    Launch,
+    Launches,
     band_values,
     bits,
     captured,
     check_lengths,
     sizes_of,
 )
-from flashtile.kernels.triton.specialisation import ELEMENTS, Tile
+from flashtile.kernels.triton.specialisation import ELEMENTS, Memory, Tile
 
 if TYPE_CHECKING:
     from flashtile.plan import Plan
@@ -38,6 +38,7 @@ class Vanilla:
 
     def __init__(self, spec: AttentionSpec, plan: Plan, layout: Layout, tile: Tile, device: Device):
         self._spec, self._tile, self._device = spec, tile, device
+        self._kernels: dict[Memory, tuple[Bound, ...]] = {}
         self._layout = Elements.of(layout, spec)
         self._query_tiles = -(-spec.q_len // tile.tile_q)
         self._key_tiles = -(-spec.kv_len // tile.tile_k)
@@ -49,7 +50,7 @@ class Vanilla:
 
     def pack(self, q: int, k: int, v: int, o: int, lse: int, offsets: int, scoring: Scoring | None = None) -> Call:
         """The launches of one call. Addresses on the device; lse 0 if it is not wanted."""
-        spec, tile, device = self._spec, self._tile, self._device
+        spec, device = self._spec, self._device
         element, accumulator = ELEMENTS[spec.dtype], ELEMENTS[DTYPES[spec.dtype].accumulator]
         rows = spec.batch * spec.heads * spec.q_len
         stored, memory = special.stored(spec), self._layout.memory((q, k, v, o))
@@ -59,19 +60,29 @@ class Vanilla:
             "q": Pointer(q, element), "k": Pointer(k, element), "v": Pointer(v, element), "o": Pointer(o, element),
             "s": device.empty(rows * spec.kv_len, stored), "p": device.empty(rows * spec.kv_len, stored),
             "lse": Pointer(lse, accumulator) if lse else device.empty(rows, accumulator),
-            **self._layout.values("qkvo"), **sizes_of(spec),
-            "s_s": spec.kv_len, "p_s": spec.kv_len, "columns": spec.kv_len,
-            "query_tiles": self._query_tiles, "key_tiles": self._key_tiles,
-            "scale": bits(spec.scale), **band_values(spec, offsets), "sinks": sinks,
+            "offsets": Pointer(offsets, "i64"), "sinks": sinks,
             "captures": captured(program.captures, device) if program else None,
         }  # fmt: skip
+        kernels = self._kernels.get(memory)
+        if kernels is None:
+            kernels = self._kernels[memory] = self._bind(memory)
+        return Call((Launches(kernels, values),))
+
+    def _bind(self, memory: Memory) -> tuple[Bound, ...]:
+        """The three stages, with what is alike for all calls."""
+        spec, tile = self._spec, self._tile
+        fixed = {
+            **self._layout.values("qkvo"), **sizes_of(spec), **band_values(spec), "scale": bits(spec.scale),
+            "s_s": spec.kv_len, "p_s": spec.kv_len, "columns": spec.kv_len,
+            "query_tiles": self._query_tiles, "key_tiles": self._key_tiles,
+        }  # fmt: skip
         stages = special.scores(spec, tile, memory=memory), special.softmax(spec, tile)
-        return Call((tuple(Launch(x, values) for x in (*stages, special.output(spec, tile, memory=memory))),))
+        return tuple(self._device.bind(x, fixed) for x in (*stages, special.output(spec, tile, memory=memory)))
 
     def run(self, params: Call, begin: int, end: int, scratch: int) -> int:
         """Heads [begin, end) of (B, H), stage after stage."""
-        for launch, grid in zip(params.stages[0], self._grids, strict=True):
+        (kernels, values) = params.stages[0]
+        for kernel, grid in zip(kernels, self._grids, strict=True):
             if begin < end and grid:
-                values = {**launch.values, "first": begin * grid}
-                self._device.launch(launch.specialisation, (end - begin) * grid, values)
+                kernel((end - begin) * grid, {**values, "first": begin * grid})
         return 0

@@ -1,0 +1,113 @@
+"""What a call on a GPU costs on the host: all up to and with its launches, taken by a driver that does nothing.
+
+No GPU is needed: tests/gpu/fake_cuda.c stands for NVIDIA's driver, and tensors in CPU memory for those on a device.
+What torch's allocator on a device and the real cuLaunchKernel cost is not in the numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import machine
+
+ARCH = "90"
+OPTIONS = ("plain", "causal", "softcap", "parts", "mask function")
+
+
+def measure(option: str, rounds: int = 60, repeats: int = 30) -> dict[str, float]:
+    """Least microseconds of a repeated call; of tracing alone, where there is a function; of a tiny call of torch's."""
+    import torch
+
+    import flashtile.torch
+    from flashtile.score.program import Program
+
+    pretend()
+    q, few, k = (torch.randn(shape).bfloat16() for shape in ((1, 8, 512, 64), (1, 8, 1, 64), (1, 2, 8192, 64)))
+    mask = lambda b, h, i, j: (i >= j) & (j > 5)  # noqa: E731
+    attend = flashtile.torch.attention
+    calls: dict[str, Callable[[], Any]] = {
+        "plain": lambda: attend(q, q, q),
+        "causal": lambda: attend(q, q, q, causal=True),
+        "softcap": lambda: attend(q, q, q, causal=True, softcap=20.0),
+        "parts": lambda: attend(few, k, k),
+        "mask function": lambda: attend(q, q, q, mask=mask),
+    }
+    tiny = q[:, :1, :16].contiguous()
+    found = {
+        "microseconds": least(calls[option], rounds, repeats),
+        "torch": least(lambda: torch.nn.functional.scaled_dot_product_attention(tiny, tiny, tiny), rounds, repeats),
+    }
+    if option == "mask function":
+        found["trace"] = least(lambda: Program.of((1, 8, 512, 512), mask=mask), rounds, repeats)
+    return found
+
+
+def least(call: Callable[[], Any], rounds: int, repeats: int) -> float:
+    """Microseconds: the least of many, as others use this machine, too."""
+    call()
+    best = float("inf")
+    for _ in range(rounds):
+        began = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        best = min(best, (time.perf_counter() - began) / repeats)
+    return best * 1e6
+
+
+def pretend() -> None:
+    """From now on this process has a GPU that takes every launch, and CPU tensors count as tensors on it."""
+    import torch
+    import triton
+
+    import flashtile.torch as door
+    from flashtile import devices, owners
+    from flashtile.arrays import view_of
+    from flashtile.kernels import triton as family
+    from flashtile.kernels.triton import driver
+
+    class OnHost(owners.Torch):
+        def view(self, x: Any) -> Any:
+            return view_of(x)._replace(device="cuda:0")
+
+        def current(self, x: Any) -> Any:
+            return contextlib.nullcontext()
+
+        def stream(self, x: Any) -> int:
+            return 0
+
+        def upload(self, array: np.ndarray, like: Any) -> Any:
+            return torch.from_numpy(array.reshape(-1).view(np.uint8)).clone()
+
+        def out_of_memory(self) -> tuple[type[Exception], ...]:
+            return (MemoryError,)
+
+    def checked(**tensors: Any) -> Any:
+        door._check_tensors(**tensors)
+        return door._attend_on_device
+
+    folder = Path(tempfile.mkdtemp(prefix="flashtile-driver-"))
+    include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    source, library = machine.ROOT / "tests" / "gpu" / "fake_cuda.c", folder / "libcuda.so.1"
+    subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-I", include, "-o", library, source], check=True)
+    os.environ.update(FAKE_CUDA_ARCH=ARCH, FAKE_CUDA_BOUND="1")
+    os.environ.pop("FAKE_CUDA_LOG", None)
+    owner = OnHost()
+    replaced: tuple[tuple[Any, str, Any], ...] = (
+        (driver, "LIBRARY", str(library)),
+        (driver, "missing", lambda: None),
+        (family, "refuses", lambda spec: None),  # the self-test wants a GPU that computes
+        (devices, "owner_of", lambda library: owner),
+        (door, "_checked", checked),
+        (door, "_are_ready", lambda *tensors: False),
+    )
+    for module, name, value in replaced:
+        setattr(module, name, value)
