@@ -1,13 +1,16 @@
 """The StarPU engine: attention as a sequential task flow over tiles that are data handles.
 
     shim.h, shim.c  C, compiled against the installed StarPU by build.py: trampoline, jobs, batches
-    runtime.py      start, stop, and what is checked before a C call      jobs.py       submit, wait, errors
-    codelets.py     operations as StarPU knows them                       programs.py   kernels as tasks call them
-    tiles.py        tensors as handles                                    states.py     partial results merged and cast
-    coverage.py     which tiles meet, and how much of them                footprint.py  what a task costs
-    flow.py         the tasks of a forward pass, in order                 engine.py     a call of attention
-    profile.py      what tasks did, while a block lasts                   graph.py      which tasks wait for which
-    trace.py        a profile for Perfetto                                pictures.py   a profile drawn
+    runtime.py      StarPU in this process: start, stop, and what is checked before a C call
+    codelets.py     operations as StarPU knows them          jobs.py       submit, wait, errors
+    session.py      what one start keeps: codelets, flows    programs.py   kernels as tasks call them
+    tiles.py        tensors as handles                       states.py     partial results merged and cast
+    coverage.py     which tiles meet, and how much of them   footprint.py  what a task costs
+    flow.py         the tasks of a forward pass, in order    vanilla.py    those of the unfused stages
+    accumulation.py one key tile added to a state            engine.py     a call of attention
+    records.py      what is known of a task that ran         graph.py      which tasks wait for which
+    pictures.py     a profile drawn                          trace.py      a profile for Perfetto
+    profile.py      what tasks did, while a block lasts      report.py     StarPU, for doctor
     cuda.py         what programs launch on GPUs                          manifest.py    kernels compiled ahead of time
     launch.h, .c    C that launches them through NVIDIA's driver, without CUDA's headers and without Python
 

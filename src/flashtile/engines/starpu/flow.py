@@ -14,12 +14,12 @@ import numpy as np
 
 from flashtile.dtypes import DTYPES
 from flashtile.engines.starpu import cuda
-from flashtile.engines.starpu.codelets import codelet
 from flashtile.engines.starpu.coverage import BandCoverage, ProgramCoverage, TileCoverage
 from flashtile.engines.starpu.footprint import footprint_of, footprints
 from flashtile.engines.starpu.jobs import TASK, Job
 from flashtile.engines.starpu.programs import Program
 from flashtile.engines.starpu.runtime import Runtime
+from flashtile.engines.starpu.session import codelet
 from flashtile.engines.starpu.states import submit_finish
 from flashtile.engines.starpu.tiles import DROP_LATER, Tile, TiledTensor
 from flashtile.errors import UnavailableError, wrong

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from flashtile.engines.starpu import cuda
-from flashtile.engines.starpu.codelets import codelet
 from flashtile.engines.starpu.cuda import Launches
 from flashtile.engines.starpu.footprint import footprints
 from flashtile.engines.starpu.jobs import TASK, Job
 from flashtile.engines.starpu.programs import Binding, Program
+from flashtile.engines.starpu.session import codelet
 from flashtile.engines.starpu.tiles import TiledTensor
 from flashtile.errors import wrong
 from flashtile.kernels import tile_kernels

@@ -216,7 +216,7 @@ class TiledTensor:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.live and self.runtime is runtime._runtime:
+        if self.live and not self.runtime.over:
             self.unregister()
 
 

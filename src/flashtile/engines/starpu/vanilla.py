@@ -12,11 +12,11 @@ import numpy as np
 
 from flashtile.dtypes import DTYPES
 from flashtile.engines.starpu import cuda
-from flashtile.engines.starpu.codelets import codelet
 from flashtile.engines.starpu.footprint import footprints
 from flashtile.engines.starpu.jobs import TASK, Job
 from flashtile.engines.starpu.programs import Program
 from flashtile.engines.starpu.runtime import Runtime
+from flashtile.engines.starpu.session import codelet
 from flashtile.engines.starpu.states import submit_finish
 from flashtile.engines.starpu.tiles import DROP_LATER, TiledTensor
 from flashtile.kernels import tile_kernels
