@@ -15,6 +15,7 @@ import numpy as np
 
 from flashtile.arrays import device_of
 from flashtile.calls import CACHE_ENTRIES, Call, Options, as_key, check_apart, lookup, prepare, split_align
+from flashtile.checks import check_flag
 from flashtile.current import Here, calling
 from flashtile.dtypes import DTYPES
 from flashtile.errors import wrong
@@ -23,7 +24,7 @@ from flashtile.progress import reporter
 from flashtile.score.capture import ArrayCapture, capture, is_array
 from flashtile.score.keep import keep_of
 from flashtile.score.options import ScoreOptions, Scoring
-from flashtile.spec import AttentionSpec, check_flag
+from flashtile.spec import AttentionSpec
 
 
 def attention(

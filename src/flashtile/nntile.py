@@ -23,6 +23,7 @@ import numpy as np
 
 from flashtile.arrays import address_of, plain
 from flashtile.calls import as_key
+from flashtile.checks import integer
 from flashtile.dtypes import DTYPES, DType, dtype_of
 from flashtile.engines import direct
 from flashtile.errors import wrong
@@ -31,7 +32,7 @@ from flashtile.kernels.tiles import Native
 from flashtile.plan import Plan
 from flashtile.plan.coverage import visible_pairs
 from flashtile.plan.tiling import flops_of
-from flashtile.spec import LARGEST_POSITION, AttentionSpec, integer
+from flashtile.spec import LARGEST_POSITION, AttentionSpec
 
 if TYPE_CHECKING:
     from flashtile.engines.starpu.tiles import TiledTensor

@@ -23,6 +23,7 @@ import numpy as np
 
 from flashtile.arrays import plain
 from flashtile.calls import Options, as_key, split_align
+from flashtile.checks import integer
 from flashtile.dtypes import DTYPES, DType, dtype_of
 from flashtile.engines.starpu import runtime, session, states
 from flashtile.engines.starpu.codelets import LABELS
@@ -36,7 +37,6 @@ from flashtile.engines.starpu.vanilla import VanillaFlow
 from flashtile.errors import UnavailableError, wrong
 from flashtile.score.options import ScoreOptions
 from flashtile.signature import Align, Precision, Window
-from flashtile.spec import integer
 
 __all__ = [
     "COMMUTE",

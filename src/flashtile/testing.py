@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from flashtile.calls import Options
+from flashtile.checks import integer
 from flashtile.kernels.accuracy import FACTOR, Expected, allow, expect_values, key_orders, ulp, values_of
 from flashtile.score.keep import keep_of
 from flashtile.score.options import ScoreOptions
 from flashtile.signature import Align, Precision, Window
-from flashtile.spec import PER_BATCH, integer
+from flashtile.spec import PER_BATCH
 
 __all__ = [
     "FACTOR", "Expected", "allow", "allowed_error", "assert_accurate", "expect", "expect_values", "key_orders", "ulp",

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
+from flashtile.checks import integer
 from flashtile.engines.starpu import build
 from flashtile.errors import UnavailableError, wrong
-from flashtile.spec import integer
 from flashtile.threads import get_num_threads
 
 if TYPE_CHECKING:
