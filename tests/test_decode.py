@@ -13,7 +13,8 @@ import flashtile
 from flashtile.arrays import address_of
 from flashtile.calls import clear_cache
 from flashtile.kernels import cpu
-from flashtile.kernels.cpu import merge, parts
+from flashtile.kernels.cpu import parts
+from flashtile.kernels.cpu.passes import merge
 from flashtile.llvm import machines as isas
 from flashtile.plan import make_plan
 from flashtile.plan.tiling import ENOUGH_ITEMS, MOST_PARTS
@@ -230,7 +231,7 @@ def test_merge_kernel(adjacent: bool, dtype: str) -> None:
         "lse_split": parts_lse.strides[0],
     }
     tail.update(zip(("o_b", "o_h", "o_s", "o_d"), o.strides, strict=True))
-    block = merge.pack_addresses(*map(address_of, (parts_o, parts_lse, o, lse))) + merge.pack_tail(tail)
+    block = merge.CALL.head(*map(address_of, (parts_o, parts_lse, o, lse))) + merge.CALL.tail(tail)
     scratch = np.empty(merge.scratch_bytes(c, splits), np.uint8)
     assert parts.entry("merge", c)(block, 0, lse.size, address_of(scratch)) == 0
     want_o, want_lse = flashtile.merge(list(zip(parts_o, parts_lse, strict=True)))

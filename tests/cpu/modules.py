@@ -6,11 +6,12 @@ from collections.abc import Callable
 from functools import partial
 
 from flashtile.kernels.cpu.config import Config
-from flashtile.kernels.cpu.decode import decode_text
-from flashtile.kernels.cpu.forward import forward_text
-from flashtile.kernels.cpu.merge import merge_text
+from flashtile.kernels.cpu.passes.decode.kernel import decode_text
+from flashtile.kernels.cpu.passes.forward import forward_text
+from flashtile.kernels.cpu.passes.merge import merge_text
 from flashtile.llvm import machines as isas
 from flashtile.llvm.machines import ISA
+from flashtile.llvm.products import FMA, PAIRS
 
 STORAGES = ("double", "float", "half", "bfloat")
 
@@ -19,8 +20,8 @@ def configs(isa: ISA) -> dict[str, Config]:
     """The configurations that calls lead to: with the bf16 dot, bf16 takes it always and fp32 if it may."""
     found = {}
     for storage in STORAGES:
-        pairs = {"bfloat": (True,), "float": (False, True)}.get(storage, (False,)) if isa.bf16_dot else (False,)
-        found |= {f"{storage}{'-pairs' * p}": Config(isa, storage, pairs=p) for p in pairs}
+        products = {"bfloat": (PAIRS,), "float": (FMA, PAIRS)}.get(storage, (FMA,)) if isa.bf16_dot else (FMA,)
+        found |= {f"{storage}{'-pairs' * (x is PAIRS)}": Config(isa, storage, x) for x in products}
     return found
 
 
@@ -30,7 +31,7 @@ def modules(isa: ISA) -> dict[str, Callable[[], str]]:
     for name, c in configs(isa).items():
         found[f"forward-{name}"] = partial(forward_text, c)
         found[f"merge-{name}"] = partial(merge_text, c)
-        if not c.pairs or c.storage == "bfloat":
+        if c.product is FMA or c.storage == "bfloat":
             found[f"decode-{name}"] = partial(decode_text, c)
     return found
 

@@ -10,8 +10,9 @@ import pytest
 
 from flashtile.llvm import jit
 from flashtile.llvm import machines as isas
-from flashtile.llvm.ir import SIZES, Function, Module, Value, vector
+from flashtile.llvm.ir import Function, Module, Value
 from flashtile.llvm.machines import ISA
+from flashtile.llvm.types import SIZES, vector
 
 _ELEMENTS = {
     np.dtype(np.float32): "float",

@@ -12,8 +12,9 @@ from lanes import every_isa, run
 from flashtile.errors import KernelError
 from flashtile.llvm import jit
 from flashtile.llvm import machines as isas
-from flashtile.llvm.ir import Function, Module, Value, element, lanes, like, literal, mangle, sizeof, vector
+from flashtile.llvm.ir import Function, Module, Value
 from flashtile.llvm.machines import ISA
+from flashtile.llvm.types import element, lanes, like, literal, mangle, sizeof, vector
 
 INTEGERS = np.array([-7, -1, 0, 1, 2, 3, 8, 1 << 40, -(1 << 62), (1 << 63) - 1, 12, 5], np.int64)
 FLOATS = np.array([-2.5, -0.0, 0.0, 1.0, 3.25, np.inf, -np.inf, np.nan, 1e-40, 7.0, -1.0, 2.0], np.float32)

@@ -128,7 +128,7 @@ FIRST_CALL = """
 import time
 import numpy as np
 import flashtile, llvmlite.binding
-import flashtile.kernels.cpu.forward, flashtile.kernels.cpu.merge, flashtile.llvm.jit
+import flashtile.kernels.cpu.passes.forward, flashtile.kernels.cpu.passes.merge, flashtile.llvm.jit
 q = np.ones((1, 1, 64, 64), np.float32)
 begin = time.process_time()
 flashtile.attention(q, q, q)

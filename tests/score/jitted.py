@@ -8,8 +8,9 @@ from collections.abc import Callable
 import numpy as np
 
 from flashtile.llvm import jit
-from flashtile.llvm.ir import Function, Module, vector
+from flashtile.llvm.ir import Function, Module
 from flashtile.llvm.machines import ISA
+from flashtile.llvm.types import vector
 from flashtile.score.captures import Block
 from flashtile.score.emit import Emission
 

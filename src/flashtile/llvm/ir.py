@@ -20,78 +20,32 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
+from flashtile.llvm.types import FLOATS, SIZES, element, lanes, like, literal, mangle, vector
+
 T = TypeVar("T")
 
-SIZES = {"i1": 1, "i8": 1, "i16": 2, "half": 2, "bfloat": 2, "i32": 4, "float": 4, "i64": 8, "double": 8, "ptr": 8}
-_MANGLED = {"float": "f32", "double": "f64", "half": "f16", "bfloat": "bf16", "ptr": "p0"}
-_FLOATS = frozenset(("float", "double", "half", "bfloat"))
 _COMPARE = {"lt": ("slt", "olt"), "le": ("sle", "ole"), "gt": ("sgt", "ogt"), "ge": ("sge", "oge"),
             "eq": ("eq", "oeq"), "ne": ("ne", "une"), "ult": ("ult", "ult"), "uno": ("", "uno")}  # fmt: skip
-
-
-def vector(lanes: int, element: str) -> str:
-    """Type of a vector: ``vector(16, "float") == "<16 x float>"``."""
-    return f"<{lanes} x {element}>"
-
-
-def element(type_: str) -> str:
-    """Element type of a vector, or the scalar type itself."""
-    return type_[1:-1].split(" x ")[1] if type_[0] == "<" else type_
-
-
-def lanes(type_: str) -> int:
-    """Number of lanes of a vector type; 1 for a scalar."""
-    return int(type_[1:].split(" x ")[0]) if type_[0] == "<" else 1
-
-
-def sizeof(type_: str) -> int:
-    """Bytes a value of this type takes in memory."""
-    return lanes(type_) * SIZES[element(type_)]
-
-
-def like(type_: str, element_: str) -> str:
-    """The type of the same shape (scalar, or so many lanes) with another element."""
-    return vector(lanes(type_), element_) if type_[0] == "<" else element_
-
-
-def mangle(type_: str) -> str:
-    """The type as it stands in the name of an overloaded intrinsic: ``v16f32``."""
-    name = _MANGLED.get(element(type_), element(type_))
-    return f"v{lanes(type_)}{name}" if type_[0] == "<" else name
-
-
-def literal(type_: str, number: float) -> str:
-    """A number as LLVM writes it; floats as the hexadecimal image of a double, so no digit is lost."""
-    scalar = element(type_)
-    if scalar in _FLOATS:
-        if scalar == "float":
-            number = struct.unpack("f", struct.pack("f", number))[0]
-        elif scalar != "double":
-            raise ValueError(f"literal of {scalar}: emit it in float and narrow it")
-        text = f"0x{struct.unpack('<Q', struct.pack('<d', number))[0]:016X}"
-    else:
-        text = str(int(number))
-    return f"splat ({scalar} {text})" if type_[0] == "<" else text
 
 
 class Value:
     """An SSA value (or constant) of a function under construction."""
 
-    __slots__ = ("function", "number", "ref", "type")
+    __slots__ = ("function", "number", "origin", "ref", "type")
 
-    def __init__(self, function: Function, type_: str, ref: str, number: int | None = None):
+    def __init__(self, function: Function, type_: str, ref: str, number: int | None = None) -> None:
         self.function, self.type, self.ref, self.number = function, type_, ref, number
+        self.origin: tuple[Value, int] | None = None  # of a pointer: another one, so many bytes before
 
     def __str__(self) -> str:
         return f"{self.type} {self.ref}"
 
     @property
     def is_float(self) -> bool:
-        return element(self.type) in _FLOATS
+        return element(self.type) in FLOATS
 
     def _lift(self, other: Value | float) -> Value:
         return other if isinstance(other, Value) else self.function.const(self.type, other)
@@ -242,7 +196,7 @@ class Function:
         return Value(self, type_, ref)
 
     def const(self, type_: str, number: float) -> Value:
-        exact = int(number) if element(type_) not in _FLOATS and type_[0] != "<" else None
+        exact = int(number) if element(type_) not in FLOATS and type_[0] != "<" else None
         return Value(self, type_, literal(type_, number), exact)
 
     def iota(self, type_: str, start: int = 0) -> Value:
@@ -300,7 +254,14 @@ class Function:
         count = nbytes if isinstance(nbytes, Value) else self.const("i64", nbytes)
         if count.number == 0:
             return pointer
-        return self.emit("ptr", f"getelementptr i8, ptr {pointer.ref}, i64 {count.ref}")
+        origin = None
+        if count.number is not None:
+            base, before = pointer.origin or (pointer, 0)
+            origin = base, before + count.number
+            pointer, count = base, self.const("i64", origin[1])
+        moved = self.emit("ptr", f"getelementptr i8, ptr {pointer.ref}, i64 {count.ref}")
+        moved.origin = origin
+        return moved
 
     def load(self, type_: str, pointer: Value, align: int | None = None) -> Value:
         return self.emit(type_, f"load {type_}, ptr {pointer.ref}, align {align or SIZES[element(type_)]}")

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
 
-from flashtile.llvm.ir import SIZES, Function, Value, element, like
+from flashtile.llvm.ir import Function, Value
 from flashtile.llvm.machines import ISA
+from flashtile.llvm.types import SIZES, element, like
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,29 @@ def weight_of(f: Function, isa: ISA, difference: Value, high: Value, low: Value,
     The difference comes first, so that the largest weight is exactly 1.
     """
     return weight(f, isa, isa.multiply_add(f, difference, high, difference * low), coarse=coarse)
+
+
+def exp_of_difference(f: Function, isa: ISA, a: Value, b: Value, part: float = 1.0) -> Value:
+    """e^(part (a - b)) for a <= b within 2 ulp where it is normal, +0 below, exactly 1 at 0; NaN stays NaN.
+
+    part is a power of two. x = n ln 2 + r: the rounding of a difference x, or of x / ln 2, as in the weights of
+    scores, would cost |x| units in the last place. There the scores that matter are near the maximum; a sink may be
+    far above it, and every key of the row would share the error.
+    Source:  Knuth, The Art of Computer Programming 2, section 4.2.2, for what the difference's rounding leaves.
+    """
+    form, (high, low) = _FORMATS[element(a.type)], _LN2[element(a.type)]
+    per_octave = 1 / math.log(2)
+    difference = a - b
+    back = difference - a
+    rest = (a - (difference - back)) - (b + back)
+    x = difference * part
+    lowest = f.const(a.type, -form.bias * math.log(2))  # of numbers that are normal, and an octave
+    rest = f.select(x > lowest, rest * part, f.const(a.type, 0.0))  # of -inf it would be NaN
+    bounded = f.maximum(lowest, x)  # -inf is a weight of 0; the order keeps NaN
+    magic = 1.5 * 2.0**form.mantissa  # so large that the fraction falls off
+    whole = (bounded * per_octave + magic) - magic
+    r = (bounded - whole * high) - whole * low + rest
+    return exp2(f, isa, r * per_octave) * exp2(f, isa, whole)
 
 
 def _exp2(f: Function, isa: ISA, x: Value, degree: int) -> Value:

@@ -9,7 +9,7 @@ import math
 from typing import TYPE_CHECKING
 
 from ..llvm import math as kernel_math
-from ..llvm.ir import element, mangle
+from ..llvm.types import element, mangle
 
 if TYPE_CHECKING:
     from ..llvm.ir import Function, Value

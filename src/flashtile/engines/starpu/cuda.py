@@ -141,7 +141,7 @@ def finish(runtime: Runtime, dtype: str, value_size: int, tile_q: int) -> Launch
 
 def unfused(runtime: Runtime, spec: AttentionSpec, row: int) -> dict[str, Launches | str]:
     """Of the codelets `scores`, `softmax` and `output`, whose stored scores have rows of so many elements; padding, and
-    weights of hidden keys, are told as kernels/cpu/unfused.py does."""
+    weights of hidden keys, are told as kernels/cpu/passes/unfused.py does."""
     if spec.program is not None or spec.sinks:
         return dict.fromkeys(("scores", "softmax", "output"), OF_THE_HOST)
     spec = _one_tile(spec)

@@ -1,13 +1,11 @@
 """CPU kernels generated from Python as LLVM IR: exact, fused, no S x S array, no compiler on the machine.
 
-config.py    what a kernel depends on                                params.py    parameter block, scratch memory
-forward.py   work item -> key blocks -> panels
-panel.py     one panel on one block: scores.py, softmax.py, values.py; spans.py sums in levels over many blocks
-rescore.py   the score program over a block    dense.py  arrays it reads there    score_values.py  their addresses
-pack.py      layouts in    finish.py  outputs and lse    containment.py  NaN in hidden keys
-decode.py    few queries on long keys, lanes over the head size: decode_pack.py, decode_scores.py,
-             decode_softmax.py, decode_values.py
-parts.py     keys split over work items, and merge.py, which puts the parts together
+config.py    what a kernel depends on        block.py, scratch.py    its parameter blocks, its scratch memory
+passes/      kernels: forward.py (item.py, walk.py, panel.py), decode, merge, unfused
+steps/       what passes are made of, in terms of lanes and rows: pack, product, band, program (frame, dense),
+             softmax, accumulate, spans, contain, finish
+parts.py     keys split over work items, and merged          tiles.py    for engines that hold tiles
+score_values.py    the addresses of what a score program reads
 """
 
 from __future__ import annotations
@@ -19,12 +17,13 @@ from typing import TYPE_CHECKING
 
 from flashtile.errors import FlashtileError
 from flashtile.kernels import Capabilities, CompiledKernel, Family, Layout
-from flashtile.kernels.cpu import params
+from flashtile.kernels.cpu import scratch
+from flashtile.kernels.cpu.block import CALL, band_of, scores_in_nats, split_scale
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.score_values import NO_SCORES, ScoreValues, score_steps
 from flashtile.kernels.tiles import TileKernels
 from flashtile.llvm import machines as isas
-from flashtile.llvm.ir import SIZES
+from flashtile.llvm.products import FMA, PAIRS
 
 if TYPE_CHECKING:
     from flashtile.kernels.cpu.parts import InParts
@@ -63,7 +62,7 @@ def config_of(spec: AttentionSpec) -> Config:
     """The configuration that computes this spec on the current instruction set."""
     isa = isas.current()
     sixteen = spec.dtype == "bfloat16" or spec.precision == "bf16"
-    return Config(isa, _STORAGE[spec.dtype], pairs=sixteen and isa.bf16_dot, code=spec.program)
+    return Config(isa, _STORAGE[spec.dtype], product=PAIRS if sixteen and isa.bf16_dot else FMA, code=spec.program)
 
 
 def decodes(spec: AttentionSpec) -> bool:
@@ -77,7 +76,7 @@ def _few(spec: AttentionSpec) -> bool:
     if c.isa.vector_bytes < _WIDE:
         return spec.q_len <= _NARROW_QUERIES
     registers = -(-spec.q_len // c.lanes)
-    if c.pairs and registers > 1:  # forward.py takes two keys a step
+    if c.per_word > 1 and registers > 1:  # forward.py takes two keys a step
         return False
     rows = registers * _REGISTER_ROWS[c.lanes]
     faster = spec.q_len * (_ROW_STARTS + spec.kv_len) <= rows * (_REGISTER_STARTS + spec.kv_len)
@@ -127,7 +126,7 @@ def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> CompiledKernel:
     if decodes(spec):
         from flashtile.kernels.cpu.parts import Decode
 
-        return Decode(replace(c, pairs=c.pairs and c.storage == "bfloat"), spec, plan, layout)
+        return Decode(replace(c, product=c.product if c.storage == "bfloat" else FMA), spec, plan, layout)
     return Forward(replace(c, partial=plan.splits > 1), spec, plan, layout)
 
 
@@ -143,7 +142,7 @@ FAMILY = Family("cpu", unavailable, capabilities, compile, tiles=tile_kernels)
 
 @functools.cache
 def _library(c: Config) -> Library:
-    from flashtile.kernels.cpu.forward import EXPORTS, forward_text
+    from flashtile.kernels.cpu.passes.forward import EXPORTS, forward_text
     from flashtile.llvm import jit
 
     return jit.load(lambda: forward_text(c), repr(c), c.isa, EXPORTS)
@@ -163,7 +162,8 @@ class Forward:
         self._library = _library(c)  # keeps the code in memory
         self.run = _entry(c)
         panels = plan.tile_q // c.panel
-        offsets, self.scratch_bytes = params.Scratch(c).layout(c, spec.head_size, spec.value_size, panels)
+        areas = scratch.sized(c, spec.head_size, spec.value_size, panels)
+        self.scratch_bytes = areas.bytes
         self.merge_stage, self._merge = None, None
         parts = {"splits": 1, "split_keys": spec.kv_len, "o_split": 0, "lse_split": 0}
         if plan.splits > 1:
@@ -174,13 +174,13 @@ class Forward:
             parts = {"splits": plan.splits, "split_keys": plan.split_keys, **merge.steps}
             self.run, self.merge_stage = first_stage(self.run), merge.stage
             self.scratch_bytes = max(self.scratch_bytes, merge.scratch_bytes)
-        self._tail = params.pack_tail(
+        self._tail = CALL.tail(
             {
                 **{f"{t}_{a}": n for t in "qkvo" for a, n in zip(_AXES, getattr(layout, t), strict=True)},
                 **_sizes(c, spec, plan, layout),
                 **parts,
-                **offsets,
-                **(params.scores_in_nats if c.scored else params.split_scale)(spec.scale, c.acc),
+                **areas.at,
+                **(scores_in_nats if c.scored else split_scale)(spec.scale, c.acc),
             }
         )
 
@@ -189,25 +189,24 @@ class Forward:
     ) -> bytes | InParts:
         """The parameters of one call: a block, or in parts (parts.py) one for each stage."""
         if scoring is None and self._merge is None:  # as most calls are; a tiny one would feel the detours
-            return params.pack_addresses(q, k, v, o, lse, offsets, *NO_SCORES.addresses) + self._tail
+            return CALL.head(q, k, v, o, lse, offsets, *NO_SCORES.addresses) + self._tail
         extra = ScoreValues.of(scoring, self._config) if scoring else NO_SCORES
         if self._merge is not None:
             return self._merge.pack(lambda o, lse: self._block(extra, q, k, v, o, lse, offsets), o, lse)
         return self._block(extra, q, k, v, o, lse, offsets)
 
     def _block(self, scores: ScoreValues, *addresses: int) -> bytes:
-        block = params.pack_addresses(*addresses, *scores.addresses) + self._tail
+        block = CALL.head(*addresses, *scores.addresses) + self._tail
         return scores.hold(block) if scores.arrays else block
 
 
 def _sizes(c: Config, spec: AttentionSpec, plan: Plan, layout: Layout) -> dict[str, int]:
     """Lengths, band, and whether K and V must be converted before the kernels can read them."""
-    left, right = (spec.band.left, spec.band.right) if spec.band else (None, None)
     columns, words = c.padded(spec.value_size), c.key_words(spec.head_size)
-    step = SIZES[c.memory]
+    step = c.element
     foreign = c.memory != c.acc  # elements that the multiply-add cannot read from memory
     loose_k, loose_v = layout.k[3] != step, layout.v[3] != step
-    bf16_words = c.pairs and c.storage == "bfloat" and spec.head_size % 2 == 0
+    in_words = c.storage == c.product.operand and spec.head_size % c.per_word == 0  # a row of K is words already
     return {
         "heads": spec.heads,
         "group": spec.group,
@@ -221,15 +220,9 @@ def _sizes(c: Config, spec: AttentionSpec, plan: Plan, layout: Layout) -> dict[s
         "query_tiles": plan.query_tiles,
         "carry": 0,
         **score_steps(c, spec),
-        "offset": _bounded(spec.offset or 0),
-        "left": params.OPEN if left is None else _bounded(left),
-        "right": params.OPEN if right is None else _bounded(right),
-        "pack_k": int(loose_k or (c.pairs and not bf16_words) or (foreign and not c.pairs)),
-        "pack_v": int(loose_v or c.pairs or foreign or columns != spec.value_size),
+        **band_of(spec),
+        "pack_k": int(loose_k or (not in_words if c.product.operand else foreign)),
+        "pack_v": int(loose_v or c.per_word > 1 or foreign or columns != spec.value_size),
         "k_row": words * c.size,
         "v_row": columns * c.size,
     }
-
-
-def _bounded(distance: int) -> int:
-    return max(-params.OPEN, min(params.OPEN, distance))

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from flashtile.llvm.ir import SIZES, vector
+from flashtile.llvm.lines import Line
 from flashtile.llvm.machines import ISA
+from flashtile.llvm.products import FMA, Product
+from flashtile.llvm.types import SIZES, vector
 
 if TYPE_CHECKING:
     from flashtile.score.code import Code
@@ -17,8 +19,8 @@ class Config:
     """Everything that decides the machine code; all else is a run-time parameter.
 
     storage     element in memory: "float", "double", "half", "bfloat"
-    pairs       products of bf16 pairs in the dot unit instead of fp32 multiply-adds
-    key_block   keys whose scores are held at a time: 128 rows of scores fit the first-level cache
+    product     the micro-kernel of both products
+    key_block   keys whose scores are held at a time: 128 lines of scores fit the first-level cache
     unroll      contraction steps emitted per loop iteration
     partial     attend a part of the keys: outputs and lse in the accumulator's type, to be merged or carried on
     code        the score program, if there is one
@@ -26,7 +28,7 @@ class Config:
 
     isa: ISA
     storage: str
-    pairs: bool = False
+    product: Product = FMA
     key_block: int = 128
     unroll: int = 2
     partial: bool = False
@@ -50,7 +52,7 @@ class Config:
     @property
     def output(self) -> Config:
         """The configuration of memory that outputs are written to: a partial's is in the accumulator's type."""
-        return replace(self, storage=self.acc, pairs=False) if self.partial else self
+        return replace(self, storage=self.acc, product=FMA) if self.partial else self
 
     @property
     def memory(self) -> str:
@@ -58,13 +60,18 @@ class Config:
         return "i16" if self.storage in ("half", "bfloat") else self.storage
 
     @property
+    def element(self) -> int:
+        """Bytes of an element in memory."""
+        return SIZES[self.memory]
+
+    @property
     def word(self) -> str:
         """Type of one step of a product: an element, or two bf16 in 32 bits."""
-        return "i32" if self.pairs else self.acc
+        return self.product.word(self.acc)
 
     @property
     def per_word(self) -> int:
-        return 2 if self.pairs else 1
+        return self.product.depth
 
     @property
     def size(self) -> int:
@@ -73,12 +80,12 @@ class Config:
 
     @property
     def lanes(self) -> int:
-        """Queries in one register."""
+        """Lanes of one register."""
         return self.isa.lanes(self.acc)
 
     @property
     def panel(self) -> int:
-        """Queries that a micro-kernel works on at once: one a lane, ``isa.vectors`` registers."""
+        """Queries that a micro-kernel works on at once: one per lane, ``isa.vectors`` registers."""
         return self.lanes * self.isa.vectors
 
     @property
@@ -97,14 +104,19 @@ class Config:
         return vector(self.lanes, self.word)
 
     @property
-    def line(self) -> int:
-        """Bytes of one accumulator a query of the panel."""
-        return self.panel * self.size
+    def register(self) -> int:
+        """Bytes of a register."""
+        return self.isa.vector_bytes
 
     @property
-    def register(self) -> int:
-        """Bytes of a register: the step between the vectors of a line."""
-        return self.isa.vector_bytes
+    def line(self) -> Line:
+        """One accumulator for each query of the panel."""
+        return Line(self.vector, self.isa.vectors)
+
+    @property
+    def word_line(self) -> Line:
+        """One word for each query of the panel."""
+        return Line(self.words, self.isa.vectors)
 
     def padded(self, value_size: int) -> int:
         """Value columns rounded up to whole output tiles."""

@@ -12,11 +12,13 @@ import numpy as np
 
 from flashtile.arrays import address_of
 from flashtile.kernels import Layout, Stage, Strides
-from flashtile.kernels.cpu import decode, merge, params
+from flashtile.kernels.cpu.block import band_of, split_scale
 from flashtile.kernels.cpu.config import Config
-from flashtile.kernels.cpu.decode_pack import slot_width
+from flashtile.kernels.cpu.passes import merge
+from flashtile.kernels.cpu.passes.decode import kernel as decode
+from flashtile.kernels.cpu.passes.decode.rows import slot_width
 from flashtile.llvm import jit
-from flashtile.llvm.ir import SIZES
+from flashtile.llvm.products import FMA
 
 if TYPE_CHECKING:
     from flashtile.llvm.jit import Library
@@ -71,17 +73,9 @@ class Merge:
         self.strides = (spec.heads * spec.q_len * row_bytes, spec.q_len * row_bytes, row_bytes, c.size)
         self.steps = {"o_split": o_split, "lse_split": lse_split}  # bytes between the results of two parts
         self._lse_at = plan.splits * o_split
-        self._tail = merge.pack_tail(
-            {
-                **dict(zip(("o_b", "o_h", "o_s", "o_d"), o, strict=True)),
-                "heads": spec.heads,
-                "q_len": spec.q_len,
-                "value_size": spec.value_size,
-                "splits": plan.splits,
-                **self.steps,
-            }
-        )
-        run = entry("merge", replace(c, partial=False, pairs=False, code=None))
+        sizes = {**_of(spec, "heads q_len value_size"), "splits": plan.splits, **self.steps}
+        self._tail = merge.CALL.tail({**dict(zip(("o_b", "o_h", "o_s", "o_d"), o, strict=True)), **sizes})
+        run = entry("merge", replace(c, partial=False, product=FMA, code=None))
         self.stage = Stage(
             items=rows,
             run=lambda call, begin, end, scratch: run(call.merge, begin, end, scratch),
@@ -94,7 +88,7 @@ class Merge:
         memory = np.empty(self.stage.workspace_bytes, np.uint8)
         parts_o = address_of(memory)
         parts_lse = parts_o + self._lse_at
-        block = merge.pack_addresses(parts_o, parts_lse, o, lse) + self._tail
+        block = merge.CALL.head(parts_o, parts_lse, o, lse) + self._tail
         return InParts(parts(parts_o, parts_lse), block, memory)
 
 
@@ -102,23 +96,15 @@ class Decode:
     """A compiled decode kernel with the parameter blocks of one plan and layout."""
 
     def __init__(self, c: Config, spec: AttentionSpec, plan: Plan, layout: Layout):
-        run = entry("decode", c)
-        self.run = run
-        self.merge_stage = None
+        self.run, self.merge_stage = entry("decode", c), None
         self._merge = Merge(c, spec, plan, layout.o) if plan.splits > 1 else None
-        rows = spec.group * spec.q_len
-        offsets, self.scratch_bytes = decode.scratch_layout(c, rows, spec.head_size, spec.value_size)
+        areas = decode.areas(c, spec.group * spec.q_len, spec.head_size, spec.value_size)
+        self.scratch_bytes = areas.bytes
         if self._merge is not None:
             self.scratch_bytes = max(self.scratch_bytes, self._merge.scratch_bytes)
-            self.run, self.merge_stage = first_stage(run), self._merge.stage
-        self._tail = decode.pack_tail(
-            {
-                **_strides(layout, self._merge),
-                **_sizes(c, spec, plan, layout, self._merge),
-                **offsets,
-                **params.split_scale(spec.scale, c.acc),
-            }
-        )
+            self.run, self.merge_stage = first_stage(self.run), self._merge.stage
+        sizes = {**_strides(layout, self._merge), **_sizes(c, spec, plan, layout, self._merge), **areas.at}
+        self._tail = decode.CALL.tail({**sizes, **split_scale(spec.scale, c.acc)})
 
     def pack(
         self, q: int, k: int, v: int, o: int, lse: int, offsets: int, scoring: Scoring | None = None
@@ -129,7 +115,7 @@ class Decode:
         return self._block(q, k, v, o, lse, offsets)
 
     def _block(self, *addresses: int) -> bytes:
-        return decode.pack_addresses(*addresses) + self._tail
+        return decode.CALL.head(*addresses) + self._tail
 
 
 def _strides(layout: Layout, merging: Merge | None) -> dict[str, int]:
@@ -139,26 +125,17 @@ def _strides(layout: Layout, merging: Merge | None) -> dict[str, int]:
 
 def _sizes(c: Config, spec: AttentionSpec, plan: Plan, layout: Layout, merging: Merge | None) -> dict[str, int]:
     """Lengths, band, parts, and whether K and V must be copied before their rows can be read as slots."""
-    left, right = (spec.band.left, spec.band.right) if spec.band else (None, None)
-    step = SIZES[c.memory]
     return {
-        "heads": spec.heads,
-        "kv_heads": spec.kv_heads,
-        "q_len": spec.q_len,
-        "kv_len": spec.kv_len,
-        "head_size": spec.head_size,
-        "value_size": spec.value_size,
+        **_of(spec, "heads kv_heads q_len kv_len head_size value_size"),
         "splits": plan.splits,
         "split_keys": plan.split_keys or spec.kv_len,
-        "offset": _bounded(spec.offset or 0),
-        "left": params.OPEN if left is None else _bounded(left),
-        "right": params.OPEN if right is None else _bounded(right),
-        "pack_k": int(layout.k[3] != step or spec.head_size < slot_width(c)),
-        "pack_v": int(layout.v[3] != step or spec.value_size < c.lanes),
+        **band_of(spec),
+        "pack_k": int(layout.k[3] != c.element or spec.head_size < slot_width(c)),
+        "pack_v": int(layout.v[3] != c.element or spec.value_size < c.lanes),
         "partial": int(merging is not None),
         **(merging.steps if merging else {"o_split": 0, "lse_split": 0}),
     }
 
 
-def _bounded(distance: int) -> int:
-    return max(-params.OPEN, min(params.OPEN, distance))
+def _of(spec: AttentionSpec, names: str) -> dict[str, int]:
+    return {name: getattr(spec, name) for name in names.split()}

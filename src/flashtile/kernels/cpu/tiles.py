@@ -16,13 +16,15 @@ import numpy as np
 from flashtile.arrays import address_of
 from flashtile.errors import UnavailableError, wrong
 from flashtile.kernels import Layout, cpu
-from flashtile.kernels.cpu import merge, params, parts
-from flashtile.kernels.cpu import unfused as stages
+from flashtile.kernels.cpu import parts
+from flashtile.kernels.cpu.block import CALL, band_of, split_scale
 from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.passes import merge
+from flashtile.kernels.cpu.passes import unfused as stages
 from flashtile.kernels.tiles import TileKernel
 from flashtile.llvm import jit
 from flashtile.llvm import machines as isas
-from flashtile.llvm.ir import SIZES
+from flashtile.llvm.products import FMA
 from flashtile.plan import Plan
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ class InPlace(Config):
 
     @property
     def output(self) -> Config:
-        return replace(self, pairs=False)
+        return replace(self, product=FMA)
 
 
 def rows_at_once(spec: AttentionSpec) -> int:
@@ -60,13 +62,13 @@ def forward(
         raise wrong("tile rows", f"{tile_q} with a mask", f"a multiple of {c.panel}, or all {spec.q_len} rows")
     query_tiles, key_tiles = max(1, -(-spec.q_len // tile_q)), max(1, -(-spec.kv_len // tile_k))
     plan = Plan(spec.batch, spec.heads, query_tiles, 1, -(-tile_q // c.panel) * c.panel, tile_k, 0)
-    step, wide = SIZES[c.memory], SIZES[c.output.memory]
+    step, wide = c.element, c.output.element
     rows = {name: (0, 0, size * step, step) for name, size in (("q", spec.head_size), ("v", spec.value_size))}
     layout = Layout(rows["q"], rows["q"], rows["v"], (0, 0, spec.value_size * wide, wide))
     kernel = cpu.Forward(c, spec, plan, layout)
     packed = kernel.pack(0, 0, 0, 0, 0, offsets, scoring)
     assert isinstance(packed, bytes)  # not in parts
-    block, words = np.frombuffer(packed, np.int64).copy(), params.INDEX
+    block, words = np.frombuffer(packed, np.int64).copy(), CALL.index
     block[words["tile_q"]] = tile_q
     block[words["splits"]], block[words["split_keys"]] = key_tiles, tile_k
     library = cpu._library(c)
@@ -82,7 +84,7 @@ def accumulating(spec: AttentionSpec, mask: str | None = None) -> TileKernel:
     c = cpu.config_of(spec)
     tile_q = max(1, min(spec.q_len, ACCUMULATED_ROWS // c.panel * c.panel or c.panel))
     kernel = forward(spec, tile_q, max(1, spec.kv_len), in_place=True, scoring=scoring)
-    block, words, step = kernel.block, dict(kernel.words), SIZES[c.memory]
+    block, words, step = kernel.block, dict(kernel.words), c.element
     lengths = {"q": spec.q_len * spec.head_size, "k": spec.kv_len * spec.head_size, "v": spec.kv_len * spec.value_size,
                "o": spec.q_len * spec.value_size}  # fmt: skip
     for name, length in lengths.items():
@@ -148,20 +150,20 @@ def merging(dtype: str, value_size: int) -> TileKernel:
 def unfused(
     spec: AttentionSpec, tile_q: int, tile_k: int, *, offsets: int = 0, scoring: Scoring | None = None
 ) -> dict[str, TileKernel]:
-    """See TileKernels.unfused, and kernels/cpu/unfused.py."""
-    c = replace(cpu.config_of(spec), pairs=False)
+    """See TileKernels.unfused, and passes/unfused.py."""
+    c = replace(cpu.config_of(spec), product=FMA)
     query_tiles, key_tiles = max(1, -(-spec.q_len // tile_q)), -(-spec.kv_len // tile_k)
     columns = stages.columns_of(c, tile_k)
-    at_keys, scratch_bytes = stages.scratch_layout(c, spec.head_size, columns, key_tiles)
+    areas = stages.areas(c, spec.head_size, columns, key_tiles)
     captures = None
     if scoring is not None and scoring.program is not None:
         from flashtile.score.captures import Block
 
         captures = Block(scoring.program.slots).pack(scoring.program.captures)
     sinks = None if scoring is None else scoring.sinks
-    step, left, right = SIZES[c.memory], *((spec.band.left, spec.band.right) if spec.band else (None, None))
-    sizes = {
-        **dict.fromkeys(stages.ADDRESSES, 0),
+    step = c.element
+    values = {
+        **dict.fromkeys(stages.CALL.types, 0),
         "offsets": offsets,
         "captures": 0 if captures is None else address_of(captures),
         "sinks": 0 if sinks is None else address_of(sinks),
@@ -171,20 +173,18 @@ def unfused(
         "heads": spec.heads, "q_len": spec.q_len, "kv_len": spec.kv_len,
         "head_size": spec.head_size, "value_size": spec.value_size,
         "tile_q": tile_q, "tile_k": tile_k, "query_tiles": query_tiles, "key_tiles": key_tiles, "columns": columns,
-        "carry": 0, "at_keys": at_keys,
-        "offset": cpu._bounded(spec.offset or 0),
-        "left": params.OPEN if left is None else cpu._bounded(left),
-        "right": params.OPEN if right is None else cpu._bounded(right),
+        "at_keys": areas.at["at_keys"],
+        **band_of(spec),
         "sink_b": spec.heads * c.size, "sink_h": c.size,
-        **{name: x for name, x in params.split_scale(1.0, c.acc).items() if name in stages.REALS},
+        **{name: x for name, x in split_scale(1.0, c.acc).items() if name in stages.CALL.types},
         "scale": spec.scale,
     }  # fmt: skip
-    block = np.frombuffer(stages.pack(sizes), np.int64).copy()
+    block = np.frombuffer(stages.CALL.pack(values), np.int64).copy()
     library = _unfused_library(c)
     keep = library, captures, scoring
     sized = f"{c!r} {spec.head_size} {spec.value_size}"
     return {
-        name: TileKernel(library.address(name), block, stages.INDEX, scratch_bytes, f"{name} {sized}", keep)
+        name: TileKernel(library.address(name), block, stages.CALL.index, areas.bytes, f"{name} {sized}", keep)
         for name in stages.EXPORTS
     }
 
@@ -195,11 +195,11 @@ def _unfused_library(c: Config) -> jit.Library:
 
 
 def _merging(c: Config, value_size: int, parts_count: int) -> TileKernel:
-    step = SIZES[c.memory]
+    step = c.element
     values = {"o_b": 0, "o_h": 0, "o_s": value_size * step, "o_d": step, "heads": 1, "q_len": 1 << 40,
               "value_size": value_size, "splits": parts_count, "o_split": 0, "lse_split": 0}  # fmt: skip
-    block = np.frombuffer(merge.pack_addresses(0, 0, 0, 0) + merge.pack_tail(values), np.int64).copy()
+    block = np.frombuffer(merge.CALL.pack(dict.fromkeys(merge.CALL.types, 0) | values), np.int64).copy()
     library = parts._library("merge", c)
-    words = {name: n for n, name in enumerate(merge.FIELDS)}
     identity = f"merge {parts_count} {c!r} {value_size}"
-    return TileKernel(library.address("merge"), block, words, merge.scratch_bytes(c, parts_count), identity, library)
+    scratch_bytes = merge.scratch_bytes(c, parts_count)
+    return TileKernel(library.address("merge"), block, merge.CALL.index, scratch_bytes, identity, library)

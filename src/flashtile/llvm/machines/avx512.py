@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from flashtile.llvm.ir import Function, Value, element, lanes, vector
+from flashtile.llvm.ir import Function, Value
 from flashtile.llvm.machines.base import ISA
+from flashtile.llvm.types import element, lanes, vector
 
 
 @dataclass(frozen=True)

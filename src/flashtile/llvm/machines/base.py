@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from flashtile.llvm.ir import SIZES, Function, Value, like, vector
+from flashtile.llvm.ir import Function, Value
+from flashtile.llvm.types import SIZES, like, vector
 
 
 @dataclass(frozen=True)

@@ -14,39 +14,34 @@ Source: Vaswani et al. 2017, Attention Is All You Need, section 3.2.1; ``kernels
 from __future__ import annotations
 
 import math
-import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
-from flashtile.kernels.cpu import params
 from flashtile.kernels.cpu.config import Config
-from flashtile.kernels.cpu.pack import read, write
-from flashtile.kernels.cpu.scores import FAR
+from flashtile.kernels.cpu.steps.band import FAR, OPEN
+from flashtile.kernels.cpu.steps.pack import read, write
 from flashtile.llvm import math as vmath
-from flashtile.llvm.ir import SIZES, Function, Module, Value, vector
-from flashtile.score.captures import Block
+from flashtile.llvm.blocks import Areas, Block, integers, pointers, reals
+from flashtile.llvm.ir import Function, Module, Value
+from flashtile.llvm.routines import entry
+from flashtile.llvm.types import vector
+from flashtile.score.captures import Block as Captures
 from flashtile.score.emit import Emission
 
 EXPORTS = ("scores", "softmax", "output")
-ADDRESSES = ("q", "k", "v", "o", "lse", "stored", "offsets", "captures", "sinks")
-SIZES_OF_CALL = ("q_s", "k_s", "v_s", "o_s", "stored_s", "heads", "q_len", "kv_len", "head_size", "value_size",
-                 "tile_q", "tile_k", "query_tiles", "key_tiles", "columns", "carry", "offset", "left", "right",
-                 "sink_b", "sink_h", "at_keys")  # fmt: skip
-REALS = ("scale", "c_high", "c_low")
-# stored_s: bytes of a row of stored scores.  columns: keys of a key tile with their padding.  carry: o holds the sum
-# over earlier key tiles.  at_keys: where in scratch the transposed keys begin; the row before them comes first.
-FIELDS = (*ADDRESSES, *SIZES_OF_CALL, *REALS)
-INDEX: Mapping[str, int] = {name: n for n, name in enumerate(FIELDS)}
+
+CALL = Block(
+    pointers("q k v o lse stored offsets captures sinks")
+    # stored_s: bytes of a row of stored scores.
+    | integers("q_s k_s v_s o_s stored_s heads q_len kv_len head_size value_size tile_q tile_k query_tiles key_tiles")
+    # columns: keys of a key tile with their padding. carry: o holds the sum over earlier key tiles.
+    | integers("columns carry offset left right sink_b sink_h at_keys")
+    | reals("scale c_high c_low")
+)
 
 REGISTERS = 4  # sums that a row has at work at once: enough to hide the latency of a multiply-add
-
-_block = struct.Struct(f"{len(ADDRESSES) + len(SIZES_OF_CALL)}q{len(REALS)}d")
-
-
-def pack(values: Mapping[str, float]) -> bytes:
-    """The parameter block."""
-    return _block.pack(*(values[name] for name in FIELDS))
 
 
 def columns_of(c: Config, keys: int) -> int:
@@ -55,23 +50,19 @@ def columns_of(c: Config, keys: int) -> int:
     return -(-keys // step) * step
 
 
-def scratch_layout(c: Config, head_size: int, columns: int, key_tiles: int) -> tuple[int, int]:
-    """(at_keys, bytes of all): a row of scores or a query in accumulators, then a key tile transposed."""
-    row = -(-max(head_size, columns * key_tiles) * c.size // 64) * 64
-    return row, row + head_size * columns * c.size
+def areas(c: Config, head_size: int, columns: int, key_tiles: int) -> Areas:
+    """A thread's scratch memory: a row of scores or a query in accumulators, then a key tile transposed."""
+    row = max(head_size, columns * key_tiles) * c.size
+    return Areas({"row": row, "at_keys": head_size * columns * c.size})
 
 
 def unfused_text(c: Config) -> str:
-    """LLVM IR of the module whose three exported functions are
-
-    i32 scores, softmax, output(ptr params, i64 begin, i64 end, ptr scratch): 0 on success.
-    """
+    """LLVM IR of the module that exports scores, softmax and output (routines.entry)."""
     module = Module()
     for name, stage in zip(EXPORTS, (_scores, _softmax, _output), strict=True):
-        f = Function(module, name, "i32", ["ptr", "i64", "i64", "ptr"], names=["params", "begin", "end", "scratch"])
-        block, begin, end, scratch = f.args
-        types = {**dict.fromkeys(ADDRESSES, "ptr"), **dict.fromkeys(REALS, "double")}
-        p = {field: f.load(types.get(field, "i64"), block + 8 * n) for field, n in INDEX.items()}
+        f = entry(module, name)
+        block, begin, end, scratch = f.parameters
+        p = CALL.load(f, block)
         with f.range(begin, end) as item:
             stage(f, c, p, _place(f, p, item, name != "softmax"), scratch)
         f.ret(f.const("i32", 0))
@@ -91,42 +82,42 @@ class _Place:
     column: Value  # where its keys stand in a row of stored scores
 
 
-def _place(f: Function, p: dict[str, Value], item: Value, has_key_tile: bool) -> _Place:
+def _place(f: Function, p: SimpleNamespace, item: Value, has_key_tile: bool) -> _Place:
     tile = f.const("i64", 0)
     if has_key_tile:
-        tile, item = item % p["key_tiles"], item // p["key_tiles"]
-    head, first = item // p["query_tiles"], item % p["query_tiles"] * p["tile_q"]
-    key = tile * p["tile_k"]
-    return _Place(head // p["heads"], head % p["heads"], first, f.minimum(p["q_len"] - first, p["tile_q"]), key,
-                  f.minimum(p["kv_len"] - key, p["tile_k"]), tile * p["columns"])  # fmt: skip
+        tile, item = item % p.key_tiles, item // p.key_tiles
+    head, first = item // p.query_tiles, item % p.query_tiles * p.tile_q
+    key = tile * p.tile_k
+    return _Place(head // p.heads, head % p.heads, first, f.minimum(p.q_len - first, p.tile_q), key,
+                  f.minimum(p.kv_len - key, p.tile_k), tile * p.columns)  # fmt: skip
 
 
 # -- scores -------------------------------------------------------------------------------------------
 
 
-def _scores(f: Function, c: Config, p: dict[str, Value], at: _Place, scratch: Value) -> None:
-    step, keys = SIZES[c.memory], scratch + p["at_keys"]
-    scale = f.splat(f.cast("fptrunc", p["scale"], c.acc), c.lanes)
-    with f.range(0, p["columns"]) as column, f.range(0, p["head_size"]) as d:  # padding repeats the last key
-        source = p["k"] + (at.key + f.minimum(column, at.keys - 1)) * p["k_s"]
-        f.store(read(f, c, source + d * step), keys + (d * p["columns"] + column) * c.size)
+def _scores(f: Function, c: Config, p: SimpleNamespace, at: _Place, scratch: Value) -> None:
+    step, keys = c.element, scratch + p.at_keys
+    scale = f.splat(f.cast("fptrunc", p.scale, c.acc), c.lanes)
+    with f.range(0, p.columns) as column, f.range(0, p.head_size) as d:  # padding repeats the last key
+        source = p.k + (at.key + f.minimum(column, at.keys - 1)) * p.k_s
+        f.store(read(f, c, source + d * step), keys + (d * p.columns + column) * c.size)
     program = _Program(f, c, p, at)
     with f.range(0, at.rows) as r:
         row = at.first + r
-        query = p["q"] + row * p["q_s"]
-        with f.range(0, p["head_size"]) as d:
+        query = p.q + row * p.q_s
+        with f.range(0, p.head_size) as d:
             f.store(read(f, c, query + d * step), scratch + d * c.size)
-        target = p["stored"] + r * p["stored_s"] + at.column * step
+        target = p.stored + r * p.stored_s + at.column * step
         seen, change = _seen_by(f, c, p, at, row), program.row(row)
-        with f.range(0, p["columns"], REGISTERS * c.lanes) as first:
+        with f.range(0, p.columns, REGISTERS * c.lanes) as first:
             line = keys + first * c.size
 
             def add(d: Value, sums: list[Value], line: Value = line) -> list[Value]:
-                factor, at_d = f.splat(f.load(c.acc, scratch + d * c.size), c.lanes), line + d * (p["columns"] * c.size)
+                factor, at_d = f.splat(f.load(c.acc, scratch + d * c.size), c.lanes), line + d * (p.columns * c.size)
                 loaded = (f.load(c.vector, at_d + n * c.register, align=c.size) for n in range(REGISTERS))
                 return [c.isa.multiply_add(f, factor, key, total) for key, total in zip(loaded, sums, strict=True)]
 
-            products = f.fold(0, p["head_size"], 1, [f.const(c.vector, 0.0)] * REGISTERS, add)
+            products = f.fold(0, p.head_size, 1, [f.const(c.vector, 0.0)] * REGISTERS, add)
             for n, raw in enumerate(products):
                 column = first + n * c.lanes
                 score, shown = change(column, raw * scale)
@@ -134,12 +125,12 @@ def _scores(f: Function, c: Config, p: dict[str, Value], at: _Place, scratch: Va
                 write(f, c, f.select(visible, score, f.const(c.vector, -math.inf)), target + column * step)
 
 
-def _seen_by(f: Function, c: Config, p: dict[str, Value], at: _Place, row: Value) -> Callable[[Value], Value]:
+def _seen_by(f: Function, c: Config, p: SimpleNamespace, at: _Place, row: Value) -> Callable[[Value], Value]:
     """Which lanes, from a column on, are keys that the band shows to this row."""
-    per_batch = f.is_null(p["offsets"]).eq(0)
-    offset = f.value_when(per_batch, lambda: f.load("i64", p["offsets"] + at.b * 8), p["offset"])
-    middle = row + f.clamp(offset, -params.OPEN, params.OPEN) - at.key
-    low, high = f.maximum(middle - p["left"], 0), f.minimum(middle + p["right"], at.keys - 1)
+    per_batch = f.is_null(p.offsets).eq(0)
+    offset = f.value_when(per_batch, lambda: f.load("i64", p.offsets + at.b * 8), p.offset)
+    middle = row + f.clamp(offset, -OPEN, OPEN) - at.key
+    low, high = f.maximum(middle - p.left, 0), f.minimum(middle + p.right, at.keys - 1)
     ends = [f.splat(f.cast("trunc", f.clamp(x, -FAR, FAR), "i32"), c.lanes) for x in (low, high)]
 
     def seen(column: Value) -> Value:
@@ -152,13 +143,13 @@ def _seen_by(f: Function, c: Config, p: dict[str, Value], at: _Place, row: Value
 class _Program:
     """The score program, its lanes over keys; without one, scores stay as they are."""
 
-    def __init__(self, f: Function, c: Config, p: dict[str, Value], at: _Place) -> None:
+    def __init__(self, f: Function, c: Config, p: SimpleNamespace, at: _Place) -> None:
         self.f, self.c, self.at = f, c, at
         if c.code is not None:
             self.roots = [root for root in (c.code.score, c.code.mask) if root is not None]
             batch, head = (f.cast("trunc", x, "i32") for x in (at.b, at.h))
             values = {"b": batch, "h": head}
-            self.outer = Emission(f, c.isa, c.acc, c.lanes, Block(c.code.slots), p["captures"], values)
+            self.outer = Emission(f, c.isa, c.acc, c.lanes, Captures(c.code.slots), p.captures, values)
             self.outer.prepare(*self.roots)
 
     def row(self, row: Value) -> Callable[[Value, Value], tuple[Value, Value | None]]:
@@ -183,18 +174,18 @@ class _Program:
 # -- softmax ------------------------------------------------------------------------------------------
 
 
-def _softmax(f: Function, c: Config, p: dict[str, Value], at: _Place, scratch: Value) -> None:
-    step, columns = SIZES[c.memory], p["columns"] * p["key_tiles"]
+def _softmax(f: Function, c: Config, p: SimpleNamespace, at: _Place, scratch: Value) -> None:
+    step, columns = c.element, p.columns * p.key_tiles
     low = f.const(c.acc, -math.inf)
-    sink_at = p["sinks"] + at.b * p["sink_b"] + at.h * p["sink_h"]
-    sink = f.value_when(f.is_null(p["sinks"]).eq(0), lambda: f.load(c.acc, sink_at), low)
-    factors = [f.splat(f.cast("fptrunc", p[name], c.acc), c.lanes) for name in ("c_high", "c_low")]
+    sink_at = p.sinks + at.b * p.sink_b + at.h * p.sink_h
+    sink = f.value_when(f.is_null(p.sinks).eq(0), lambda: f.load(c.acc, sink_at), low)
+    factors = [f.splat(f.cast("fptrunc", x, c.acc), c.lanes) for x in (p.c_high, p.c_low)]
 
     def exp(x: Value) -> Value:
         return vmath.weight_of(f, c.isa, x, *factors)
 
     with f.range(0, at.rows) as r:
-        row = p["stored"] + r * p["stored_s"]
+        row = p.stored + r * p.stored_s
 
         def score(column: Value, row: Value = row) -> Value:
             return read(f, c, row + column * step, c.lanes)
@@ -219,8 +210,8 @@ def _softmax(f: Function, c: Config, p: dict[str, Value], at: _Place, scratch: V
             hidden = score(column).eq(-math.inf)
             write(f, c, f.select(hidden, f.const(c.vector, -0.0), weights), row + column * step)
         lse = anchor + f.extract(vmath.log2(f, c.isa, f.splat(total, c.lanes)), 0) * math.log(2)
-        row_of_all = (at.b * p["heads"] + at.h) * p["q_len"] + at.first + r
-        f.store(f.select(seen, lse, low), p["lse"] + row_of_all * c.size, align=1)
+        row_of_all = (at.b * p.heads + at.h) * p.q_len + at.first + r
+        f.store(f.select(seen, lse, low), p.lse + row_of_all * c.size, align=1)
 
 
 def _across(f: Function, c: Config, register: Value, combine: Callable[[Value, Value], Value]) -> Value:
@@ -235,12 +226,12 @@ def _across(f: Function, c: Config, register: Value, combine: Callable[[Value, V
 # -- output -------------------------------------------------------------------------------------------
 
 
-def _output(f: Function, c: Config, p: dict[str, Value], at: _Place, scratch: Value) -> None:
-    step, wide = SIZES[c.memory], c.size
-    v = p["v"] + at.key * p["v_s"]
+def _output(f: Function, c: Config, p: SimpleNamespace, at: _Place, scratch: Value) -> None:
+    step, wide = c.element, c.size
+    v = p.v + at.key * p.v_s
     with f.range(0, at.rows) as r:
-        o = p["o"] + (at.first + r) * p["o_s"]
-        weights = p["stored"] + r * p["stored_s"] + at.column * step
+        o = p.o + (at.first + r) * p.o_s
+        weights = p.stored + r * p.stored_s + at.column * step
 
         def columns(first: Value, registers: int, lanes: int, o: Value = o, weights: Value = weights) -> None:
             zero = f.const(c.vector if lanes > 1 else c.acc, 0.0)
@@ -248,19 +239,19 @@ def _output(f: Function, c: Config, p: dict[str, Value], at: _Place, scratch: Va
 
             def add(key: Value, sums: list[Value]) -> list[Value]:
                 weight, hidden = _weight(f, c, weights + key * step)
-                factor, row = f.splat(weight, lanes) if lanes > 1 else weight, v + key * p["v_s"]
+                factor, row = f.splat(weight, lanes) if lanes > 1 else weight, v + key * p.v_s
                 values = (read(f, c, row + column * step, lanes) for column in places)
                 seen = (f.select(hidden, zero, value) for value in values)  # 0 * NaN is NaN
                 return [c.isa.multiply_add(f, factor, value, total) for value, total in zip(seen, sums, strict=True)]
 
             for column, total in zip(places, f.fold(0, at.keys, 1, [zero] * registers, add), strict=True):
                 target = o + column * wide
-                before = f.value_when(p["carry"].ne(0), partial(f.load, zero.type, target, align=1), zero)
+                before = f.value_when(p.carry.ne(0), partial(f.load, zero.type, target, align=1), zero)
                 f.store(total + before, target, align=1)
 
         done = f.const("i64", 0)
         for registers, lanes in ((REGISTERS, c.lanes), (1, c.lanes), (1, 1)):
-            end = p["value_size"] // (registers * lanes) * (registers * lanes)
+            end = p.value_size // (registers * lanes) * (registers * lanes)
             with f.range(done, end, registers * lanes) as first:
                 columns(first, registers, lanes)
             done = end
@@ -268,5 +259,5 @@ def _output(f: Function, c: Config, p: dict[str, Value], at: _Place, scratch: Va
 
 def _weight(f: Function, c: Config, at: Value) -> tuple[Value, Value]:
     """A stored weight, and whether its bits are those of -0.0: a hidden key."""
-    bits = 8 * SIZES[c.memory]
+    bits = 8 * c.element
     return read(f, c, at), f.load(f"i{bits}", at, align=1).eq(-(1 << (bits - 1)))

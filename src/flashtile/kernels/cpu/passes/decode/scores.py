@@ -8,11 +8,14 @@ for every pair: a score does not depend on the tile that it was computed in.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from flashtile.kernels.cpu.config import Config
-from flashtile.kernels.cpu.decode_pack import Slots, keys_ahead, prefetch, read_slot, slot_width
-from flashtile.kernels.cpu.scores import contract
-from flashtile.llvm.ir import SIZES, Function, Module, Value, lanes
+from flashtile.kernels.cpu.passes.decode.rows import Keys, Slots, keys_ahead, prefetch, read_slot
+from flashtile.llvm.ir import Function, Module, Value
+from flashtile.llvm.lines import Line, Panel, Scores
+from flashtile.llvm.routines import Routine
+from flashtile.llvm.types import lanes
 
 ROW_TILES = (4, 2, 1)
 KEY_TILE = 8  # keys are scored in multiples of this
@@ -24,78 +27,76 @@ def accumulators(c: Config) -> int:
     return 1 << ((c.isa.rows * c.isa.vectors).bit_length() - 1)
 
 
-def emit_scores(module: Module, c: Config, rows: int) -> str:
-    """A function for ``rows`` queries and a multiple of KEY_TILE keys; its name.
+def _kinds(c: Config, rows: int) -> dict[str, Any]:
+    """Queries in slots, a register of words for each row, meet ``count`` keys."""
+    scores = Scores.of(Line(c.acc, c.key_block))
+    return {"queries": Panel.of(Line(c.words, rows)), "keys": Keys.kind(), "scores": scores, "count": "i64"}
 
-    Arguments: queries (slot by slot, the rows of a slot adjacent), keys, bytes between keys, elements of a key, mask of
-    the last slot, scores (out, row-major, rows a key block apart), number of keys.
+
+def emit_scores(module: Module, c: Config, rows: int) -> Routine:
+    """Scores of ``rows`` queries with a multiple of KEY_TILE keys.
 
     The keys of a tile are read abreast, a slot of each, so that a slot of the queries is loaded once for them.  A
     single row needs no such reuse, and reads key after key: memory in the order of its addresses is foreseen by
     hardware, better than by a program that names what it will read.
     """
-    f = Function(module, f"scores_{rows}", "void", ["ptr", "ptr", "i64", "i64", "ptr", "ptr", "i64"], internal=True,
-                 names=["q", "k", "stride", "size", "mask", "s", "count"])  # fmt: skip
-    q, k, stride, size, mask, s, count = f.args
-    keys = min(KEY_TILE, accumulators(c) // rows)
-    slots = Slots.of(f, size, slot_width(c))
-    ahead = keys_ahead(f, c, stride, count)
+    f = Routine(module, f"scores_{rows}", **_kinds(c, rows))
+    queries, keys, scores, count = f.parameters
+    tile = min(KEY_TILE, accumulators(c) // rows)
+    slots = Slots.of_words(c, keys.size)
+    ahead = keys_ahead(c, keys.stride, count)
 
     def sums(base: Sequence[Value]) -> list[Value]:
         """Partial sums of every row with the keys at these addresses."""
 
-        def step(slot: Value, acc: list[Value], masked: bool = False) -> list[Value]:
-            at = slots.last * SIZES[c.memory] if masked else slot * (slots.width * SIZES[c.memory])
-            line = q + slot * (rows * c.register)
-            words = [f.load(c.words, line + r * c.register, align=c.register) for r in range(rows)]
-            out = list(acc)
+        def step(slot: Value, totals: list[Value], mask: Value | None = None) -> list[Value]:
+            at = slot * (slots.width * c.element) if mask is None else slots.last * c.element
+            line, totals = queries.line(slot), list(totals)
+            words = [line.load(0, r) for r in range(rows)]
             for n, key in enumerate(base):
                 if rows > 1:
-                    prefetch(f, key + (at + ahead))
-                value = read_slot(f, c, key + at, mask if masked else None)
-                for r in range(rows):
-                    place = r * len(base) + n
-                    out[place] = contract(f, c, acc[place], value, words[r])
-            return out
+                    prefetch(key + (at + ahead))
+                value = read_slot(f, c, key + at, mask)
+                for place, word in zip(range(n, len(totals), len(base)), words, strict=True):
+                    totals[place] = c.product.multiply_add(f, c.isa, totals[place], value, word)
+            return totals
 
-        acc = f.fold(0, slots.whole, 1, [f.const(c.vector, 0.0)] * (rows * len(base)), step)
-        return f.fold(slots.whole, slots.count, 1, acc, lambda slot, acc: step(slot, acc, masked=True))
+        totals = f.fold(0, slots.whole, 1, [f.const(c.vector, 0.0)] * (rows * len(base)), step)
+        return f.fold(slots.whole, slots.count, 1, totals, lambda slot, totals: step(slot, totals, keys.mask))
 
-    with f.range(0, count, keys) as key:
-        base = [k + key * stride]
-        while len(base) < keys:
-            base.append(base[-1] + stride)
-        parts = sums(base) if rows > 1 else [part for key_ in base for part in sums([key_])]
-        _store_sums(f, c, parts, keys, s + key * c.size)
+    with f.range(0, count, tile) as key:
+        base = [keys.row(key).at]
+        while len(base) < tile:
+            base.append(base[-1] + keys.stride)
+        parts = sums(base) if rows > 1 else [part for each in base for part in sums([each])]
+        _store_sums(f, c, parts, tile, scores.lane(key))
     f.ret()
-    return f.name
+    return f
 
 
-def emit_score_tiles(module: Module, c: Config) -> str:
-    """A function that scores every row against a range of keys; its name.
-
-    Arguments: as of ``emit_scores``, with any number of keys (whole tiles of KEY_TILE are read and written), and the
-    number of rows.  Keys come in pieces that stay in the first-level cache while every row tile meets them.
-    """
+def emit_score_tiles(module: Module, c: Config) -> Routine:
+    """Scores of every row with any number of keys; whole tiles of KEY_TILE are read and written. Queries stand tile by
+    tile, each slot by slot. Keys come in pieces that stay in the first-level cache while all row tiles meet them."""
     tiles = {rows: emit_scores(module, c, rows) for rows in ROW_TILES}
-    f = Function(module, "score_tiles", "void", ["ptr", "ptr", "i64", "i64", "ptr", "ptr", "i64", "i64"], internal=True,
-                 names=["q", "k", "stride", "size", "mask", "s", "count", "rows"])  # fmt: skip
-    q, k, stride, size, mask, s, count, rows = f.args
-    q_row = Slots.of(f, size, slot_width(c)).count * c.register
+    f = Routine(module, "score_tiles", **_kinds(c, 1), rows="i64")
+    queries, keys, scores, count, rows = f.parameters
+    row_bytes = Slots.of_words(c, keys.size).count * c.register
     with f.range(0, count, SCORED_KEYS) as key:
         left = f.minimum(count - key, SCORED_KEYS)
 
         def tile(n: int, row: Value) -> None:
-            out = s + (row * c.key_block + key) * c.size
-            f.call(tiles[n], "void", [q + row * q_row, k + key * stride, stride, size, mask, out, left])
+            here = scores.moved((row * c.key_block + key) * c.size)
+            some = Panel(queries.at + row * row_bytes, Line(c.words, n))
+            tiles[n](f, queries=some, keys=keys.row(key), scores=here, count=left)
 
-        each_row_tile(f, rows, tile)
+        each_row_tile(rows, tile)
     f.ret()
-    return f.name
+    return f
 
 
-def each_row_tile(f: Function, rows: Value, tile: Callable[[int, Value], None]) -> None:
+def each_row_tile(rows: Value, tile: Callable[[int, Value], None]) -> None:
     """tile(n, first row) over all rows: as many of the largest tiles as fit, then at most one of each other."""
+    f = rows.function
     largest, *smaller = ROW_TILES
     with f.range(0, rows // largest * largest, largest) as row:
         tile(largest, row)
@@ -104,16 +105,15 @@ def each_row_tile(f: Function, rows: Value, tile: Callable[[int, Value], None]) 
             tile(n, rows // (2 * n) * (2 * n))
 
 
-def _store_sums(f: Function, c: Config, parts: Sequence[Value], keys: int, s: Value) -> None:
+def _store_sums(f: Function, c: Config, parts: Sequence[Value], keys: int, scores: Scores) -> None:
     """The sum over lanes of each register; they stand row by row, ``keys`` of each."""
     group = min(len(parts), c.lanes)
     run = min(group, keys)
     for first in range(0, len(parts), group):
         sums = add_across(f, parts[first : first + group])
         for n in range(0, group, run):
-            row, key = divmod(first + n, keys)
             of_a_row = f.shuffle(sums, sums, range(n, n + run)) if run < group else sums
-            f.store(of_a_row, s + (row * c.key_block + key) * c.size)
+            f.store(of_a_row, scores.place(*divmod(first + n, keys)))
 
 
 def add_across(f: Function, parts: Sequence[Value]) -> Value:

@@ -1,0 +1,76 @@
+"""The parameter blocks of the forward kernel: of a call, and of the score program of a tile."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flashtile.kernels.cpu.steps.band import OPEN
+from flashtile.llvm.blocks import Block, integers, pointers, reals, strides_of
+
+if TYPE_CHECKING:
+    from flashtile.spec import AttentionSpec
+
+CALL = Block(
+    # captures: the program's capture block. rows, segments: which keys each panel of queries sees (plan/segments.py).
+    pointers("q k v o lse offsets captures rows segments sinks")
+    | strides_of("qkvo")
+    | integers("heads group q_len kv_len head_size value_size value_columns key_words tile_q query_tiles")
+    # Parts of the keys, split_keys each, that are work items of their own, and the bytes between their results.
+    | integers("splits split_keys o_split lse_split")
+    # carry: o and lse hold the state of earlier keys, to be continued. pack_k, pack_v: K and V must be converted.
+    | integers("carry offset left right pack_k pack_v k_row v_row segment_b segment_h sink_b sink_h")
+    | integers("at_q at_o at_state at_earlier_o at_earlier_state at_lost_o at_lost_state at_k at_v at_extra at_cursor")
+    | integers("at_dense")
+    | reals("sign scale c_high c_low lse_scale")
+)
+
+# What the score program of a tile needs, in scratch memory.
+FRAME = Block(pointers("captures") | integers("b h row last_row block last_key") | reals("scale") | pointers("dense"))
+
+
+def band_of(spec: AttentionSpec) -> dict[str, int]:
+    """A spec's band as the words of a block."""
+    left, right = (spec.band.left, spec.band.right) if spec.band else (None, None)
+    return {
+        "offset": _bounded(spec.offset or 0),
+        "left": OPEN if left is None else _bounded(left),
+        "right": OPEN if right is None else _bounded(right),
+    }
+
+
+def _bounded(distance: int) -> int:
+    return max(-OPEN, min(OPEN, distance))
+
+
+def split_scale(scale: float, accumulator: str) -> dict[str, float]:
+    """scale * log2(e) as sign * (c_high + c_low), and the factor from raw scores to nats.
+
+    The kernel keeps raw scores, subtracts their maximum, and multiplies the difference by c_high + c_low, so
+    the exponent of the largest weight is exactly 0 and the product is good to twice the precision.  c_low is
+    strictly positive: a masked score of -inf must not meet a factor of 0.  ``sign`` multiplies the queries: it
+    carries the sign of the scale, 0 for a scale of 0, and the power of two that brings an outlandish scale
+    into range; all exact.
+    """
+    real = np.float64 if accumulator == "double" else np.float32
+    c = np.longdouble(abs(scale)) / np.log(np.longdouble(2))
+    if c == 0:
+        sign, c = 0.0, np.longdouble(1) / np.log(np.longdouble(2))
+    else:
+        limit = 960 if real is np.float64 else 96
+        exponent = int(math.floor(math.log2(abs(scale))))
+        shift = min(max(exponent, -limit), limit) - exponent
+        sign, c = math.copysign(2.0**-shift, scale), c * np.longdouble(2) ** shift
+    high = real(c)
+    if np.longdouble(high) >= c:
+        high = np.nextafter(high, real(0))
+    low = real(c - np.longdouble(high))
+    nats = float(c * np.log(np.longdouble(2)))
+    return {"sign": sign, "scale": scale, "c_high": float(high), "c_low": float(low), "lse_scale": nats}
+
+
+def scores_in_nats(scale: float, accumulator: str) -> dict[str, float]:
+    """The same where a score program needs the scores themselves: they are scaled first, and then are in nats."""
+    return {**split_scale(1.0, accumulator), "scale": scale}

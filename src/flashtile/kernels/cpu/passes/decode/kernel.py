@@ -1,0 +1,246 @@
+"""The decode kernel: few queries on long keys.  K and V are read once for all rows that share them.
+
+A work item is one part of the keys of one key/value head, for every query row that uses that head: the rows
+of the GQA group, and a few positions of each.  With so few rows nothing is reused often enough to be worth
+transposing, so lanes run over the head dimension, and the kernel is as fast as K and V come from memory.  A
+row's arithmetic depends on where its key blocks stand in the whole problem only.
+
+Source: Dao et al. 2023, Flash-Decoding; Shazeer 2019 for shared keys and values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.passes.decode.rows import Keys, Row, Slots, emit_copy, emit_mask, emit_query, slot_width
+from flashtile.kernels.cpu.passes.decode.scores import KEY_TILE, each_row_tile, emit_score_tiles
+from flashtile.kernels.cpu.passes.decode.softmax import RowState, emit_row_softmax, state_line
+from flashtile.kernels.cpu.passes.decode.values import Outputs, emit_value_tiles
+from flashtile.kernels.cpu.steps.band import OPEN
+from flashtile.kernels.cpu.steps.pack import write
+from flashtile.kernels.cpu.steps.softmax import Factors
+from flashtile.llvm import math as vmath
+from flashtile.llvm.blocks import Areas, Block, integers, pointers, reals, strides_of
+from flashtile.llvm.ir import Module, Value
+from flashtile.llvm.lines import Line, Panel, Rows, Scores, Sums, Weights, Words
+from flashtile.llvm.routines import Routine, entry
+
+EXPORTS = ("decode",)
+
+CALL = Block(
+    pointers("q k v o lse offsets")
+    | strides_of("qkvo")
+    | integers("heads kv_heads q_len kv_len head_size value_size")
+    # Parts of the keys, split_keys each. pack_k, pack_v: rows of K and V must be copied before they are read as slots.
+    | integers("splits split_keys offset left right pack_k pack_v")
+    # partial: o takes accumulators, to be merged; bytes between the results of two parts.
+    | integers("partial o_split lse_split")
+    | integers("at_mask at_q at_state at_s at_p at_o at_k at_v")
+    | reals("sign c_high c_low lse_scale")
+)
+
+
+def areas(c: Config, rows: int, head_size: int, value_size: int) -> Areas:
+    """A thread's scratch memory."""
+    slots = -(-head_size // slot_width(c))
+    columns = -(-value_size // c.lanes) * c.lanes
+    return Areas(
+        {
+            "at_mask": c.register,
+            "at_q": rows * slots * c.register,
+            "at_state": rows * state_line(c).bytes,
+            "at_s": rows * c.key_block * c.size,
+            "at_p": rows * c.key_block * c.size,
+            "at_o": 2 * rows * columns * c.size,
+            "at_k": c.key_block * max(head_size, slot_width(c)) * c.element,
+            "at_v": c.key_block * max(value_size, c.lanes) * c.element,
+        }
+    )
+
+
+def decode_text(c: Config) -> str:
+    """LLVM IR of the module that exports decode (routines.entry)."""
+    module = Module()
+    _Decode(module, c).emit()
+    return module.text()
+
+
+@dataclass
+class _Item:
+    """A work item: row r is position r % q_len of head r // q_len of the group, which shares keys and values."""
+
+    rows: Value
+    b: Value
+    first_head: Value
+    k: Words
+    v: Words
+
+
+class _Decode:
+    """Emits the exported function; the emitted functions that it calls are its fields."""
+
+    def __init__(self, module: Module, c: Config) -> None:
+        self.c = c
+        self.load_query, self.mask, self.copy_rows = emit_query(module, c), emit_mask(module, c), emit_copy(module, c)
+        self.score_tiles, self.row_softmax = emit_score_tiles(module, c), emit_row_softmax(module, c)
+        self.value_tiles, self.store_row = emit_value_tiles(module, c), emit_store_row(module, c)
+        self.f = entry(module, "decode")
+
+    def emit(self) -> None:
+        c, f, (block, begin, end, scratch) = self.c, self.f, self.f.parameters
+        self.p = p = CALL.load(f, block)
+        for name in ("sign", "c_high", "c_low", "lse_scale"):
+            setattr(p, name, f.cast("fptrunc", getattr(p, name), c.acc))
+        self.factors = Factors(p.c_high, p.c_low)
+        self.at_mask, self.at_q = scratch + p.at_mask, scratch + p.at_q
+        self.states = RowState(scratch + p.at_state, state_line(c))
+        self.scores = Scores(scratch + p.at_s, Line(c.acc, c.key_block))
+        self.weights = Weights(scratch + p.at_p, Line(c.word, c.key_block))
+        at_o, self.at_k, self.at_v = scratch + p.at_o, scratch + p.at_k, scratch + p.at_v
+        self.k_slots, self.v_slots = Slots.of_words(c, p.head_size), Slots.of(p.value_size, c.lanes)
+        self.outputs = Outputs(at_o, self.v_slots.count * (2 * c.register))
+        self.mask(f, size=p.head_size, out=self.at_mask)
+        with f.range(begin, end) as number:
+            self._item(number)
+        f.ret(f.const("i32", 0))
+
+    def _item(self, number: Value) -> None:
+        f, p, c = self.f, self.p, self.c
+        head, split = number // p.splits, number % p.splits
+        b, kv_head = head // p.kv_heads, head % p.kv_heads
+        group = p.heads // p.kv_heads
+        rows, first_head = group * p.q_len, kv_head * group
+        k = Words(p.k + b * p.k_b + kv_head * p.k_h, p.k_s)
+        v = Words(p.v + b * p.v_b + kv_head * p.v_h, p.v_s)
+        item = _Item(rows, b, first_head, k, v)
+        per_batch = f.is_null(p.offsets).eq(0)
+        shift = f.value_when(per_batch, lambda: f.load("i64", p.offsets + b * 8), p.offset)
+        shift = f.clamp(shift, -OPEN, OPEN)
+        low, high = shift - p.left, shift + p.right + 1  # keys that the first position sees
+        self._start(item)
+        start = f.maximum(low, split * p.split_keys)
+        stop = f.minimum(high + p.q_len - 1, f.minimum((split + 1) * p.split_keys, p.kv_len))
+        # The first block may begin late, but in step with the lanes: a weight is summed in the lane of its key.
+        step = max(KEY_TILE, c.lanes)
+        with f.range(start // c.key_block * c.key_block, stop, c.key_block) as block:
+            begin = f.maximum(block, start // step * step)
+            end = f.minimum(block + c.key_block, stop)
+            self._block(item, begin, end - begin, low - begin, high - begin)
+        self._finish(item, split)
+
+    def _start(self, item: _Item) -> None:
+        """Queries laid out; outputs and sums 0, maxima -inf."""
+        f, p, c = self.f, self.p, self.c
+
+        def queries(n: int, first: Value) -> None:
+            for r in range(n):
+                query, apart = Row(self._row(item, first + r, "q"), p.q_d), f.const("i64", n * c.register)
+                out = Words(self.at_q + (first * self.k_slots.count + r) * c.register, apart)
+                self.load_query(f, query=query, size=p.head_size, out=out, sign=p.sign)
+
+        each_row_tile(item.rows, queries)
+        zero = f.const(c.acc, 0.0)
+        with f.range(0, item.rows) as row:
+            self.states.row(row).write(maximum=f.const(c.acc, -math.inf), sum=zero, lost=zero)
+        with f.range(0, item.rows * self.outputs.stride, c.register) as at:
+            f.store(f.const(c.vector, 0.0), self.outputs.moved(at).at, align=c.register)
+
+    def _row(self, item: _Item, row: Value, tensor: str) -> Value:
+        """Where a row of q or o begins."""
+        p = self.p
+        at, b, h, s = (getattr(p, name) for name in (tensor, f"{tensor}_b", f"{tensor}_h", f"{tensor}_s"))
+        head, i = item.first_head + row // p.q_len, row % p.q_len
+        return at + item.b * b + head * h + i * s
+
+    def _block(self, item: _Item, begin: Value, keys: Value, low: Value, high: Value) -> None:
+        """One key block against all rows: scores, softmax, outputs.  Position i sees keys [low + i, high + i)."""
+        f, p, c = self.f, self.p, self.c
+        self._scores(item, item.k.row(begin), p.kv_len - begin, keys)
+        with f.range(0, item.rows) as row:
+            i, line = row % p.q_len, row * self.scores.shape.bytes
+            self.row_softmax(
+                f, state=self.states.row(row), scores=self.scores.moved(line), weights=self.weights.moved(line),
+                first=low + i, beyond=f.minimum(high + i, keys), count=keys, factors=self.factors,
+            )  # fmt: skip
+        packed, values = p.pack_v.ne(0), item.v.row(begin)
+        with f.when(packed):
+            rows = Rows(values.at, p.v_s, p.v_d, keys, p.value_size)
+            self.copy_rows(f, rows=rows, out=self.at_v, width=self.v_slots.padded)
+        at = f.select(packed, self.at_v, values.at)
+        values = Words(at, f.select(packed, self.v_slots.padded * c.element, p.v_s))
+        self.value_tiles(
+            f, outputs=self.outputs, states=self.states, values=values, weights=self.weights, scores=self.scores,
+            count=keys, size=p.value_size, rows=item.rows,
+        )  # fmt: skip
+
+    def _scores(self, item: _Item, k: Words, there: Value, keys: Value) -> None:
+        """Scores of a block.  Tiles read whole: keys whose tile would reach beyond the end of K are copied first."""
+        f, p, c = self.f, self.p, self.c
+        tiles = (keys + (KEY_TILE - 1)) // KEY_TILE * KEY_TILE
+        in_place = f.select(tiles <= there, tiles, keys // KEY_TILE * KEY_TILE)
+        in_place = f.select(p.pack_k.ne(0), f.const("i64", 0), in_place)
+        queries = Panel(self.at_q, Line(c.words, 1))
+
+        def score(k: Words, first: Value, count: Value) -> None:
+            block, to = Keys(k.at, k.stride, self.k_slots.padded, self.at_mask), self.scores.lane(first)
+            self.score_tiles(f, queries=queries, keys=block, scores=to, count=count, rows=item.rows)
+
+        score(k, f.const("i64", 0), in_place)
+        with f.when(in_place < keys):
+            left = Rows(k.row(in_place).at, p.k_s, p.k_d, keys - in_place, p.head_size)
+            self.copy_rows(f, rows=left, out=self.at_k, width=self.k_slots.padded)
+            score(Words(self.at_k, self.k_slots.padded * c.element), in_place, keys - in_place)
+
+    def _finish(self, item: _Item, split: Value) -> None:
+        f, p, c = self.f, self.p, self.c
+        with f.range(0, item.rows) as row:
+            out = Row(self._row(item, row, "o") + split * p.o_split, p.o_d)
+            flat = (item.b * p.heads + item.first_head) * p.q_len + row
+            lse = f.select(f.is_null(p.lse), p.lse, p.lse + split * p.lse_split + flat * c.size)
+            sums, state = Sums(self.outputs.row(row).at, Line(c.vector, 1)), self.states.row(row)
+            self.store_row(f, sums=sums, state=state, size=p.value_size, out=out, partial=p.partial, lse=lse,
+                           nats=p.lse_scale)  # fmt: skip
+
+
+def emit_store_row(module: Module, c: Config) -> Routine:
+    """One row's normalised outputs, from slots of sums, and its lse where it is not null: a ``partial`` result in
+    accumulators, or a final one of the storage type. A row that saw no key: 0 and -inf. ``nats`` is the factor from raw
+    scores to nats."""
+    kinds: dict[str, Any] = {"sums": Sums.of(Line(c.vector, 1)), "state": RowState.of(state_line(c)), "size": "i64"}
+    f = Routine(module, "store_row", **kinds, out=Row.kind(), partial="i64", lse="ptr", nats=c.acc)
+    sums, state, size, out, partial, lse, nats = f.parameters
+    total = state.read("sum")
+    seen = total.ne(0.0)  # a sum that is NaN compares unequal: a poisoned row stays NaN
+    inverse = f.select(seen, 1.0 / total, f.const(c.acc, 0.0))
+    with f.when(f.is_null(lse).eq(0)):
+        log = vmath.log2(f, c.isa, f.splat(f.select(seen, total, f.const(c.acc, 1.0)), c.lanes))
+        value = state.read("maximum") * nats + f.extract(log, 0) * math.log(2)
+        f.store(f.select(seen, value, f.const(c.acc, -math.inf)), lse, align=1)
+    slots = Slots.of(size, c.lanes)
+
+    def each(store: Callable[[Value, Value], None], width: int) -> None:
+        """Whole registers where elements are adjacent and there are enough, else one by one."""
+
+        def registers() -> None:
+            with f.range(0, slots.count) as slot:
+                x = sums.load(slot) * f.splat(inverse, c.lanes)
+                store(x, out.at + f.minimum(slot * c.lanes, slots.last) * width)
+
+        def elements() -> None:
+            with f.range(0, size) as column:
+                place = sums.moved(slots.place(column) * c.size).at
+                store(f.load(c.acc, place) * inverse, out.row(column).at)
+
+        f.either(out.stride.eq(width) & (size >= c.lanes), registers, elements)
+
+    f.either(
+        partial.ne(0),
+        lambda: each(lambda x, at: f.store(x, at, align=1), c.size),
+        lambda: each(lambda x, at: write(f, c, x, at), c.element),
+    )
+    f.ret()
+    return f

@@ -1,0 +1,149 @@
+"""Rows as the decode kernel reads them: queries in words, and copies of keys or values that cannot be read in place.
+
+A row of n elements is read as slots of so many elements as fit a register.  The last slot, where n is not a
+multiple, begins so early that it ends with the row: nothing beyond the row is read, and the elements that an
+earlier slot has counted are masked out.  A row shorter than a slot is copied and filled up with zeros.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.steps.pack import read
+from flashtile.llvm.ir import Function, Module, Value
+from flashtile.llvm.lines import Rows, Words
+from flashtile.llvm.routines import Routine
+from flashtile.llvm.types import like, vector
+
+BITS = {"i16": "i16", "float": "i32", "double": "i64"}  # integers as wide as an element in memory
+
+
+class Row(Words):
+    """A row in memory as it lies; bytes between its elements."""
+
+
+@dataclass(frozen=True)
+class Keys(Words):
+    """Keys that are read as slots: the elements of each, and the mask of the last slot."""
+
+    WORDS: ClassVar = Words.WORDS | {"size": "i64", "mask": "ptr"}
+    size: Value
+    mask: Value
+
+    def row(self, n: Value | int) -> Keys:
+        return replace(self, at=self.at + n * self.stride)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """How a row of ``size`` elements is cut into slots of ``width``."""
+
+    size: Value
+    width: int
+    whole: Value  # slots that overlap no other
+    count: Value
+    padded: Value  # elements of a row that can be read: at least one slot
+    last: Value  # element at which the last slot begins, if it is not a whole one
+
+    @classmethod
+    def of(cls, size: Value, width: int) -> Slots:
+        whole = size // width
+        padded = size.function.maximum(size, width)
+        return cls(size, width, whole, (size + (width - 1)) // width, padded, padded - width)
+
+    @classmethod
+    def of_words(cls, c: Config, size: Value) -> Slots:
+        return cls.of(size, slot_width(c))
+
+    def place(self, element: Value) -> Value:
+        """Where an element stands in an array of slots."""
+        edge = self.whole * self.width
+        return self.size.function.select(element < edge, element, element - self.last + edge)
+
+
+def slot_width(c: Config) -> int:
+    """Elements of a key that one register holds."""
+    return c.lanes * c.per_word
+
+
+def element(f: Function, c: Config, x: Value) -> Value:
+    """Accumulators as elements of words."""
+    return x if c.product.operand is None else c.isa.narrow(f, x, c.product.operand)
+
+
+def emit_query(module: Module, c: Config) -> Routine:
+    """One query in slots of words, scaled by a sign; 0 where an earlier slot has counted an element."""
+    f = Routine(module, "load_query", query=Row.kind(), size="i64", out=Words.kind(), sign=c.acc)
+    query, size, out, sign = f.parameters
+    slots = Slots.of_words(c, size)
+    with f.range(0, slots.count) as slot:
+        f.store(f.const(c.words, 0), out.row(slot).at, align=c.register)
+    with f.range(0, size) as d:
+        value, place = read(f, c, query.row(d).at) * sign, slots.place(d)
+        at = out.at + (place // slots.width * out.stride + place % slots.width * (c.size // c.per_word))
+        f.store(element(f, c, value), at)
+    f.ret()
+    return f
+
+
+def emit_mask(module: Module, c: Config) -> Routine:
+    """The mask of the last slot of keys of ``size`` elements: all ones where an element is still to be counted."""
+    bits = BITS[c.memory]
+    f = Routine(module, "slot_mask", size="i64", out="ptr")
+    size, out = f.parameters
+    slots = Slots.of_words(c, size)
+    counted = slots.whole * slots.width - slots.last
+    with f.range(0, slots.width) as i:
+        f.store(f.select(i < counted, f.const(bits, 0), f.const(bits, -1)), out + i * c.element)
+    f.ret()
+    return f
+
+
+def emit_copy(module: Module, c: Config) -> Routine:
+    """Rows of any strides as dense rows of ``width`` elements of the same type; those without a source become 0."""
+    f = Routine(module, "copy_rows", rows=Rows.kind(), out="ptr", width="i64")
+    rows, out, width = f.parameters
+    each = c.element
+    chunks = f.select(rows.adjacent(each), rows.size // c.lanes * c.lanes, f.const("i64", 0))
+    with f.range(0, rows.count) as row:
+        source, target = rows.at + row * rows.stride, out + row * (width * each)
+        with f.range(0, chunks, c.lanes) as d:
+            f.store(f.load(vector(c.lanes, c.memory), source + d * each), target + d * each)
+        with f.range(chunks, rows.size) as d:
+            f.store(f.load(c.memory, source + d * rows.step, align=1), target + d * each)
+        with f.range(rows.size, width) as d:
+            f.store(f.const(BITS[c.memory], 0), target + d * each)
+    f.ret()
+    return f
+
+
+def keys_ahead(c: Config, stride: Value, count: Value) -> Value:
+    """How far ahead, in bytes, memory is told what comes, where a tile of several rows reads keys out of order.
+
+    For 16-bit types that is the same place in the next key block, which spans the change from K to V and back.  A block
+    with fewer keys is the last: what lies beyond may be no memory at all, and to find that out takes longer than to
+    read.
+    """
+    f = count.function
+    return f.select(count < c.key_block, f.const("i64", 0), stride * (256 // c.element))
+
+
+def prefetch(at: Value) -> None:
+    """Ask for a line of memory to be brought into the second-level cache; any address will do."""
+    f = at.function
+    read_it, second_level, data = (f.const("i32", n) for n in (0, 2, 1))
+    f.intrinsic("llvm.prefetch.p0", "void", [at, read_it, second_level, data])
+
+
+def read_slot(f: Function, c: Config, at: Value, mask: Value | None = None) -> Value:
+    """One slot of a key in registers, as words or widened; only the elements that the mask keeps."""
+    in_words = c.product.operand is not None  # memory holds them as they are
+    kind = c.words if in_words else vector(c.lanes, c.memory)
+    bits = f.load(kind, at, align=1)
+    if mask is not None:
+        integer = like(kind, c.word if in_words else BITS[c.memory])
+        kept = f.cast("bitcast", bits, integer) & f.load(integer, mask, align=1)
+        bits = f.cast("bitcast", kept, kind)
+    return bits if in_words or c.memory != "i16" else c.isa.widen(f, bits, c.storage)

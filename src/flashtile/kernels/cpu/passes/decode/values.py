@@ -1,0 +1,196 @@
+"""Outputs of a few queries: lanes run over value columns, and each value is read once for all the rows of a tile."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.passes.decode.rows import Slots, keys_ahead, prefetch
+from flashtile.kernels.cpu.passes.decode.scores import ROW_TILES, accumulators, each_row_tile
+from flashtile.kernels.cpu.passes.decode.softmax import RowState, state_line
+from flashtile.kernels.cpu.steps.pack import read
+from flashtile.kernels.cpu.steps.spans import add_sum
+from flashtile.llvm.ir import Function, Module, Value
+from flashtile.llvm.lines import Line, Scores, Weights, Words
+from flashtile.llvm.routines import Routine
+from flashtile.llvm.types import vector
+
+CACHE_LINE = 64
+WIDEST = 8  # registers of value columns in a tile
+
+
+class Outputs(Words):
+    """Rows of sums in slots, each a row's outputs and then what they have lost to rounding."""
+
+    def row(self, n: Value | int) -> Outputs:
+        return self.moved(n * self.stride)
+
+    def moved(self, nbytes: Value | int) -> Outputs:
+        return Outputs(self.at + nbytes, self.stride)
+
+    def add(self, c: Config, alpha: Value, block: Value) -> None:
+        """A register of a block's sums joins the first of the first row."""
+        f = self.at.function
+        places = self.at, self.at + self.stride // 2
+        before, lost = (f.load(c.vector, place, align=c.register) for place in places)
+        for number, place in zip(add_sum(f, c, before, lost, alpha, block), places, strict=True):
+            f.store(number, place, align=c.register)
+
+
+def _kinds(c: Config) -> dict[str, Any]:
+    """A block of ``count`` keys joins outputs: values from a tile's first column on, weights and scores of the rows."""
+    tile = {"outputs": Outputs.kind(), "states": RowState.of(state_line(c)), "values": Words.kind()}
+    weights, scores = Weights.of(Line(c.word, c.key_block)), Scores.of(Line(c.acc, c.key_block))
+    return tile | {"weights": weights, "scores": scores, "count": "i64"}
+
+
+def emit_values(module: Module, c: Config, rows: int, vectors: int, contained: Routine) -> Routine:
+    """outputs = alpha outputs + weights values, for ``rows`` queries and ``vectors`` registers of value columns. The
+    sums of one block are accumulated separately and then added to what was there: blocked summation.
+
+    A hidden key's weight is 0, but 0 * NaN is NaN.  So a block whose sums are not all finite, as happens with broken
+    data only, is summed again by ``contained``, which leaves hidden keys out; finite data costs one test a block.
+    """
+    f = Routine(module, f"values_{rows}_{vectors}", **_kinds(c))
+    outputs, states, values, weights, scores, count = f.parameters
+    totals = _weighted_sums(f, c, rows, vectors)
+    broken = _any_nonfinite(f, c, totals)
+    row_outputs, row_states = [outputs.row(r) for r in range(rows)], [states.row(r) for r in range(rows)]
+
+    def add() -> None:
+        for r in range(rows):
+            alpha = f.splat(row_states[r].read("alpha"), c.lanes)
+            for j in range(vectors):
+                row_outputs[r].moved(j * c.register).add(c, alpha, totals[r * vectors + j])
+
+    def contain() -> None:
+        for r in range(rows):
+            for j in range(vectors):
+                here = row_outputs[r].moved(j * c.register)
+                columns = Words(values.at + j * (c.lanes * c.element), values.stride)
+                contained(f, outputs=here, states=row_states[r], values=columns, weights=weights.line(r),
+                          scores=scores.line(r), count=count)  # fmt: skip
+
+    f.either(broken, contain, add)
+    f.ret()
+    return f
+
+
+def _weighted_sums(f: Routine, c: Config, rows: int, vectors: int) -> list[Value]:
+    """The block's sums of weights times values, row by row."""
+    _, _, values, weights, _, count = f.parameters
+    ahead = keys_ahead(c, values.stride, count)
+
+    def step(word: Value, totals: list[Value], keys: int = c.per_word) -> list[Value]:
+        first = word * c.per_word
+        at = [values.row(first + u).at for u in range(keys)]
+        ahead_of = at if rows > 1 else []  # a single row reads in order
+        for line in range(0, vectors * c.lanes * c.element, CACHE_LINE):
+            for row in ahead_of:
+                prefetch(row + (ahead + line))
+        columns = _words(f, c, at, vectors)
+        factors = [f.splat(weights.load(r, word), c.lanes) for r in range(rows)]
+        each = ((factor, column) for factor in factors for column in columns)
+        return [c.product.multiply_add(f, c.isa, x, *operands) for x, operands in zip(totals, each, strict=True)]
+
+    def steps(word: Value, totals: list[Value]) -> list[Value]:
+        for u in range(c.unroll):
+            totals = step(word + u, totals)
+        return totals
+
+    words = count // c.per_word
+    whole = words - words % c.unroll
+    totals = f.fold(0, whole, c.unroll, [f.const(c.vector, 0.0)] * (rows * vectors), steps)
+    totals = f.fold(whole, words, 1, totals, step)
+    if c.per_word > 1:  # a last key without a partner: the weight beside its own is 0
+        totals = f.fold(words, words + count % c.per_word, 1, totals, lambda word, x: step(word, x, keys=1))
+    return totals
+
+
+def _any_nonfinite(f: Function, c: Config, totals: Sequence[Value]) -> Value:
+    first, *others = totals
+    zero = sum((x * 0.0 for x in others), first * 0.0)  # NaN where a sum is not finite
+    return f.cast("bitcast", zero.isnan(), f"i{c.lanes}").ne(0)
+
+
+def _words(f: Function, c: Config, rows: Sequence[Value], vectors: int) -> list[Value]:
+    """Registers of value columns in words, of the keys at these addresses (of one, with itself)."""
+    each = c.lanes * c.element
+    return [_join(f, c, keys) for keys in [[_bits(f, c, row + j * each) for row in rows] for j in range(vectors)]]
+
+
+def _bits(f: Function, c: Config, at: Value) -> Value:
+    """A register of value columns of one key as words hold it: accumulators, or as it lies in memory."""
+    return read(f, c, at, c.lanes) if c.product.operand is None else f.load(vector(c.lanes, c.memory), at, align=1)
+
+
+def _join(f: Function, c: Config, keys: Sequence[Value]) -> Value:
+    """Words of value columns of a key, or of two keys, the first one's low."""
+    if c.per_word == 1:
+        return keys[0]
+    order = [lane for t in range(c.lanes) for lane in (t, c.lanes + t)]
+    return f.cast("bitcast", f.shuffle(keys[0], keys[-1], order), c.words)
+
+
+def emit_contained_values(module: Module, c: Config) -> Routine:
+    """As ``emit_values`` for one row and one register, but keys with score -inf are left out.
+
+    The order of additions is the same, so a row that sees only finite values gets the bits of the fast function.  A
+    value that is not finite enters unweighted: its weight is positive, however small it was rounded.
+    """
+    f = Routine(module, "contained_values", **_kinds(c))
+    outputs, states, values, weights, scores, count = f.parameters
+
+    def step(word: Value, totals: list[Value]) -> list[Value]:
+        first = word * c.per_word
+        (total,), clean = totals, []
+        for u in range(c.per_word):
+            at = values.row(f.minimum(first + u, count - 1) if u else first).at
+            value = read(f, c, at, c.lanes)
+            seen = f.splat(scores.load(0, first + u).ne(-math.inf), c.lanes)
+            nonfinite = (value * 0.0).isnan()
+            total = f.select(seen & nonfinite, total + value, total)
+            bits = value if c.product.operand is None else _bits(f, c, at)
+            zero = f.const(bits.type, 0)
+            clean.append(f.select(seen, f.select(nonfinite, zero, bits), zero))
+        weight = f.splat(weights.load(0, word), c.lanes)
+        return [c.product.multiply_add(f, c.isa, total, weight, _join(f, c, clean))]
+
+    words = (count + (c.per_word - 1)) // c.per_word
+    (total,) = f.fold(0, words, 1, [f.const(c.vector, 0.0)], step)
+    outputs.add(c, f.splat(states.read("alpha"), c.lanes), total)
+    f.ret()
+    return f
+
+
+def emit_value_tiles(module: Module, c: Config) -> Routine:
+    """A block joins the outputs of all ``rows``, ``size`` columns each: in tiles of as many registers as accumulators
+    allow, and single registers for what is left."""
+    contained = emit_contained_values(module, c)
+    wide = {rows: min(WIDEST, accumulators(c) // rows) for rows in ROW_TILES}
+    sizes = {(rows, n): None for rows in ROW_TILES for n in (wide[rows], 1)}  # with few registers both are 1
+    tiles = {size: emit_values(module, c, *size, contained) for size in sizes}
+    f = Routine(module, "value_tiles", **_kinds(c), size="i64", rows="i64")
+    outputs, states, values, weights, scores, count, size, rows = f.parameters
+    slots = Slots.of(size, c.lanes)
+
+    def row_tile(n: int, row: Value) -> None:
+        line = row * weights.shape.bytes
+
+        def tile(vectors: int, slot: Value, column: Value) -> None:
+            here, state = outputs.row(row).moved(slot * c.register), states.row(row)
+            columns = Words(values.at + column * c.element, values.stride)
+            tiles[n, vectors](f, outputs=here, states=state, values=columns, weights=weights.moved(line),
+                              scores=scores.moved(line), count=count)  # fmt: skip
+
+        edge = slots.whole // wide[n] * wide[n]
+        with f.range(0, edge, wide[n]) as slot:
+            tile(wide[n], slot, slot * c.lanes)
+        with f.range(edge, slots.count) as slot:
+            tile(1, slot, f.minimum(slot * c.lanes, slots.padded - c.lanes))
+
+    each_row_tile(rows, row_tile)
+    f.ret()
+    return f

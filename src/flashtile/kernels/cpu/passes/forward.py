@@ -1,0 +1,194 @@
+"""The forward kernel: attention of query tiles to all their keys, online softmax, one pass over K and V.
+
+A work item is a tile of queries of one head. It is cut into panels, one query per lane; the item walks the key blocks
+that any of its rows sees, and each panel in turn does scores -> softmax -> outputs on the block. So K and V are
+converted (where they must be) once for all panels of the item, and a row's arithmetic depends on where its panel and
+its key blocks stand in the whole problem only: not on the tile size, not on the threads.
+
+Source: Dao 2023, FlashAttention-2, section 3.1; Milakov and Gimelshein 2018 for the online softmax.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+from flashtile.kernels.cpu.block import CALL
+from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.passes.item import Call, Item
+from flashtile.kernels.cpu.passes.panel import emit_panels
+from flashtile.kernels.cpu.passes.walk import by_band, by_segments
+from flashtile.kernels.cpu.steps.band import Seen
+from flashtile.kernels.cpu.steps.contain import NonFinite, emit_scan
+from flashtile.kernels.cpu.steps.finish import emit_finish, emit_load_state
+from flashtile.kernels.cpu.steps.pack import emit_pack_columns, emit_pack_rows, emit_transpose
+from flashtile.kernels.cpu.steps.spans import emit_join_span
+from flashtile.llvm.ir import Module, Value
+from flashtile.llvm.lines import Panel, Rows, State, Sums, Words
+from flashtile.llvm.routines import entry
+
+EXPORTS = ("forward",)
+
+
+def forward_text(c: Config) -> str:
+    """LLVM IR of the module whose one exported function is
+
+    i32 forward(ptr params, i64 begin, i64 end, ptr scratch): work items [begin, end), 0 on success.
+    """
+    module = Module()
+    _Forward(module, c).emit()
+    return module.text()
+
+
+class _Forward:
+    """Emits the exported function; the emitted functions that it calls are its fields."""
+
+    def __init__(self, module: Module, c: Config) -> None:
+        self.c = c
+        self.load_queries = emit_transpose(module, c, "load_queries", Panel)
+        self.pack_keys, self.pack_values = emit_pack_rows(module, c), emit_pack_columns(module, c)
+        self.scan = emit_scan(module, c)
+        self.join_span = emit_join_span(module, c)
+        self.finish = emit_finish(module, c.output)
+        if c.partial:
+            self.load_outputs = emit_transpose(module, c.output, "load_outputs", Sums)
+            self.load_state = emit_load_state(module, c)
+        self.panels = emit_panels(module, c)
+        self.f = entry(module, "forward")
+
+    def emit(self) -> None:
+        f, (block, begin, end, scratch) = self.f, self.f.parameters
+        p = CALL.load(f, block)
+        for name in ("sign", "c_high", "c_low", "lse_scale"):  # the score program's frame takes ``scale`` as it is
+            setattr(p, name, f.cast("fptrunc", getattr(p, name), self.c.acc))
+        self.call = Call(f, self.c, p, scratch)
+        with f.range(begin, end) as number:
+            self._item(self.call.item(number))
+        f.ret(f.const("i32", 0))
+
+    def _item(self, item: Item) -> None:
+        call, c = self.call, self.c
+        self._start(item)
+        if c.code:
+            call.open_frame(item)
+        walk = by_segments if c.masked else by_band
+        walk(call, item, _Attend(self, item))
+        self._finish(item, call.sink(item))
+
+    def _start(self, item: Item) -> None:
+        """Queries of every panel transposed; no sums yet, or those that are carried."""
+        f, p, c, call = self.f, self.call.p, self.c, self.call
+        call.work.tops.fill(-math.inf, 1)
+        with f.range(0, item.rows, c.panel) as panel:
+            here = f.minimum(item.rows - panel, c.panel)
+            rows = Rows(item.q + panel * p.q_s, p.q_s, p.q_d, here, p.head_size)
+            self.load_queries(f, rows=rows, words=p.key_words, out=call.queries(panel), sign=p.sign)
+            self._clear(*call.sums(panel))
+            with f.when(call.spans):
+                earlier = call.sums(panel, "earlier_")
+                self._clear(*earlier)
+                self._clear(*call.sums(panel, "lost_"))
+                if c.partial:
+                    with f.when(p.carry.ne(0)):
+                        self._carry(item, panel, here, *earlier)
+
+    def _clear(self, state: State, sums: Sums) -> None:
+        """Sums 0, maxima -inf."""
+        f, c = self.f, self.c
+        zero = f.const(c.vector, 0.0)
+        with f.range(0, c.line.bytes, c.register) as at:
+            state.store(f.const(c.vector, -math.inf), 0, at=at)
+            state.store(zero, 1, at=at)
+        sums.fill(0.0, self.call.p.value_columns)
+
+    def _carry(self, item: Item, panel: Value, rows: Value, state: State, sums: Sums) -> None:
+        """Carried outputs and lse as those of an earlier span; the span at hand begins at their maximum."""
+        f, p, c, call = self.f, self.call.p, self.c, self.call
+        carried, lse = call.output(item, panel, rows), item.lse + panel * c.size
+        self.load_outputs(f, rows=carried, words=p.value_size, out=sums, sign=f.const(c.acc, 1.0))
+        self.load_state(f, state=state, lse=lse, count=rows, nats=p.lse_scale)
+        now, _ = call.sums(panel)
+        with f.range(0, c.line.bytes, c.register) as at:
+            now.store(state.load(0, at=at), 0, at=at)
+
+    def _finish(self, item: Item, sink: Value) -> None:
+        f, p, c, call = self.f, self.call.p, self.c, self.call
+        with f.when(call.spans):
+            self.end_span(item)
+        with f.range(0, item.rows, c.panel) as panel:
+            last, earlier = call.sums(panel), call.sums(panel, "earlier_")
+            state, sums = (
+                type(y)(f.select(call.spans, x.at, y.at), c.line) for x, y in zip(earlier, last, strict=True)
+            )
+            out = call.output(item, panel, f.minimum(item.rows - panel, c.panel))
+            lse = call.advance(item.lse, panel)
+            self.finish(f, sums=sums, state=state, out=out, lse=lse, nats=p.lse_scale, sink=sink)
+
+    def end_span(self, item: Item) -> None:
+        """The sums of the span at hand into those of earlier spans."""
+        f, call = self.f, self.call
+        with f.range(0, item.rows, self.c.panel) as panel:
+            self.join_span(f, **call.levels(panel), columns=call.p.value_columns, factors=call.factors)
+
+
+class _Attend:
+    """The visitor of the forward: K and V of a block, and one panel after another attends to them."""
+
+    def __init__(self, forward: _Forward, item: Item) -> None:
+        self.forward, self.item, self.call = forward, item, forward.call
+
+    def end_span(self) -> None:
+        self.forward.end_span(self.item)
+
+    def block(self, start: Value, stop: Value) -> Callable[[Value, Seen], None]:
+        """K and V of the keys [start, stop): as they lie, or converted into scratch.
+
+        Score tiles read whole: keys whose last tile would reach beyond the end of K are copied, too.
+        """
+        f, call, item, kernel = self.call.f, self.call, self.item, self.forward
+        p, c, scratch = call.p, call.c, call.work.at
+        k, v, keys = item.k + start * p.k_s, item.v + start * p.v_s, stop - start
+        k_rows, v_rows = Rows(k, p.k_s, p.k_d, keys, p.head_size), Rows(v, p.v_s, p.v_d, keys, p.value_size)
+        packed_k, packed_v = Words(scratch + p.at_k, p.k_row), Words(scratch + p.at_v, p.v_row)
+        whole = start + (keys + (c.rows - 1)) // c.rows * c.rows
+        pack_k, pack_v = p.pack_k.ne(0) | (whole > p.kv_len), p.pack_v.ne(0)
+        with f.when(pack_k):
+            kernel.pack_keys(f, rows=k_rows, words=p.key_words, out=packed_k)
+        scan = partial(kernel.scan, f, values=Words(v, p.v_s), count=keys, size=p.value_size)
+        pack = partial(kernel.pack_values, f, rows=v_rows, columns=p.value_columns, out=packed_v)
+        found = f.value_when(pack_v.eq(0), scan, f.const("i64", 0))
+        copied = pack_v | found.ne(0)
+        found = f.value_when(copied, pack, found)
+        rows = Words(f.select(pack_k, packed_k.at, k), f.select(pack_k, p.k_row, p.k_s))
+        values = Words(f.select(copied, packed_v.at, v), f.select(copied, p.v_row, p.v_s))
+        return partial(self._attend, start, rows, values, v, found)
+
+    def _attend(
+        self, start: Value, rows: Words, values: Words, v: Value, found: Value, panel: Value, seen: Seen
+    ) -> None:
+        """One panel against one key block, if it sees any of it: by the function of as many registers as it has."""
+        f, call, c, p = self.call.f, self.call, self.call.c, self.call.p
+        lanes = f.minimum(self.item.rows - panel, c.panel)
+        if c.code:
+            call.frame.write(row=self.item.first + panel, block=start)
+        state, sums = call.sums(panel)
+        arguments = {
+            "work": call.work, "panel": call.queries(panel), "sums": sums, "state": state, "rows": rows,
+            "values": values,
+            "depth": p.key_words, "columns": p.value_columns, "seen": seen, "lanes": lanes,
+            "nonfinite": NonFinite(found, v, p.v_s, p.v_d, p.value_size, call.work.at + p.at_extra),
+            "dense": p.at_dense, "factors": call.factors,
+        }  # fmt: skip
+        count = (lanes + (c.lanes - 1)) // c.lanes
+
+        def dispatch(n: int) -> None:
+            """The function for ``count`` registers, trying the full panel first."""
+            attend = self.forward.panels[n - 1]
+            if n == 1:
+                attend(f, **arguments)
+            else:
+                f.either(count.eq(n), lambda: attend(f, **arguments), lambda: dispatch(n - 1))
+
+        with f.when(seen.some_from < seen.some_to):
+            dispatch(c.isa.vectors)

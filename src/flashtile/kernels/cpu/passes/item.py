@@ -1,0 +1,130 @@
+"""A work item of the forward kernel: a tile of queries of one head, cut into panels, and the sums of each panel."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.scratch import Work
+from flashtile.kernels.cpu.steps.band import OPEN
+from flashtile.kernels.cpu.steps.frame import Frame
+from flashtile.kernels.cpu.steps.softmax import Factors
+from flashtile.kernels.cpu.steps.spans import BLOCKS, LEVELS
+from flashtile.llvm.ir import Function, Value
+from flashtile.llvm.lines import Panel, Rows, State, Sums
+
+
+@dataclass
+class Item:
+    """Its rows from ``first`` on, K and V of its head, the keys it may look at, and where its results go."""
+
+    b: Value
+    h: Value
+    first: Value
+    rows: Value
+    q: Value
+    k: Value
+    v: Value
+    o: Value
+    lse: Value
+    first_key: Value
+    last_key: Value
+
+
+class Call:
+    """What every part of the kernel works with: the function under construction, the words of the parameter block and
+    scratch memory.
+
+    ``spans``: there may be sums of earlier spans (spans.py) beside those of the span at hand.
+    """
+
+    def __init__(self, f: Function, c: Config, p: SimpleNamespace, scratch: Value) -> None:
+        self.f, self.c, self.p, self.work = f, c, p, Work(scratch, c)
+        self.spans = (p.kv_len > BLOCKS * c.key_block) | p.carry.ne(0)
+
+    def item(self, number: Value) -> Item:
+        """Work item ((b * heads + h) * query_tiles + tile) * splits + split."""
+        f, p, c = self.f, self.p, self.c
+        first_key, last_key = f.const("i64", 0), p.kv_len
+        split = number % p.splits
+        if c.partial:
+            number = number // p.splits
+            first_key = split * p.split_keys
+            last_key = f.minimum(first_key + p.split_keys, last_key)
+        head = number // p.query_tiles
+        b, h = head // p.heads, head % p.heads
+        first = number % p.query_tiles * p.tile_q
+        rows = f.minimum(p.q_len - first, p.tile_q)
+
+        def at(tensor: str, head: Value, row: Value | int) -> Value:
+            base = getattr(p, tensor)
+            for index, axis in zip((b, head, row), "bhs", strict=True):
+                base = base + getattr(p, f"{tensor}_{axis}") * index
+            return base
+
+        k, v = (at(x, h // p.group, 0) for x in "kv")
+        o, lse = at("o", h, first), self.advance(p.lse, head * p.q_len + first)
+        if c.partial:
+            o, lse = o + split * p.o_split, lse + split * p.lse_split
+        return Item(b, h, first, rows, at("q", h, first), k, v, o, lse, first_key, last_key)
+
+    def advance(self, lse: Value, rows: Value) -> Value:
+        """The lse of a row further on; null, if it is not wanted, stays null."""
+        return self.f.select(self.f.is_null(lse), lse, lse + rows * self.c.size)
+
+    @property
+    def factors(self) -> Factors:
+        return Factors(self.p.c_high, self.p.c_low)
+
+    @property
+    def frame(self) -> Frame:
+        return Frame(self.work.frame)
+
+    def queries(self, panel: Value) -> Panel:
+        """Transposed queries of the panel that begins at this row of the item."""
+        c, p = self.c, self.p
+        return Panel(self.work.at + (p.at_q + panel * p.key_words * c.size), c.word_line)
+
+    def sums(self, panel: Value, level: str = "") -> tuple[State, Sums]:
+        """State and outputs of a panel: of the span at hand; of earlier spans and of what was carried ("earlier_"); or
+        what these have lost to rounding ("lost_")."""
+        c, p, scratch = self.c, self.p, self.work.at
+        o = scratch + (getattr(p, f"at_{level}o") + panel * p.value_columns * c.size)
+        state = scratch + (getattr(p, f"at_{level}state") + panel * (2 * c.size))
+        return State(state, c.line), Sums(o, c.line)
+
+    def levels(self, panel: Value) -> dict[str, State | Sums]:
+        """State and sums of every level, as ``join_span`` takes them."""
+        found: dict[str, State | Sums] = {}
+        for level in LEVELS:
+            found[f"{level}state"], found[f"{level}sums"] = self.sums(panel, level)
+        return found
+
+    def output(self, item: Item, panel: Value, count: Value) -> Rows:
+        """Where a panel's outputs lie."""
+        p = self.p
+        return Rows(item.o + panel * p.o_s, p.o_s, p.o_d, count, p.value_size)
+
+    def band(self, b: Value, row: Value) -> tuple[Value, Value]:
+        """The first and the last key that a row sees."""
+        f, p = self.f, self.p
+        per_batch = f.is_null(p.offsets).eq(0)
+        offset = f.value_when(per_batch, lambda: f.load("i64", p.offsets + b * 8), p.offset)
+        offset = f.clamp(offset, -OPEN, OPEN)
+        return row + offset - p.left, row + offset + p.right
+
+    def sink(self, item: Item) -> Value:
+        """The head's sink; -inf if there is none."""
+        f, p = self.f, self.p
+        none = f.const(self.c.acc, -math.inf)
+        at = p.sinks + item.b * p.sink_b + item.h * p.sink_h
+        return f.value_when(f.is_null(p.sinks).eq(0), lambda: f.load(self.c.acc, at), none)
+
+    def open_frame(self, item: Item) -> None:
+        """What the score program needs of this head, for every tile."""
+        p = self.p
+        dense = self.work.at + p.at_dense
+        self.frame.write(captures=p.captures, b=item.b, h=item.h, last_row=p.q_len - 1, last_key=p.kv_len - 1,
+                         scale=p.scale, dense=dense)  # fmt: skip

@@ -1,0 +1,144 @@
+"""One panel against one block: product -> band -> program -> maximum -> weights -> accumulate.
+
+Nothing here says query or key: lanes and rows. In the forward, lanes are queries, rows are keys.
+"""
+
+from __future__ import annotations
+
+import math
+
+from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.scratch import Work, dense_bytes
+from flashtile.kernels.cpu.steps.accumulate import emit_accumulate
+from flashtile.kernels.cpu.steps.band import Seen
+from flashtile.kernels.cpu.steps.contain import NonFinite, emit_add, emit_collect
+from flashtile.kernels.cpu.steps.dense import emit_dense
+from flashtile.kernels.cpu.steps.frame import Frame
+from flashtile.kernels.cpu.steps.product import emit_product
+from flashtile.kernels.cpu.steps.program import emit_program
+from flashtile.kernels.cpu.steps.softmax import Factors, emit_softmax
+from flashtile.llvm.ir import Function, Module, Value
+from flashtile.llvm.lines import Lines, Panel, State, Sums, Weights, Words
+from flashtile.llvm.routines import Routine
+
+
+def emit_panels(module: Module, c: Config) -> list[Routine]:
+    """The functions that add one block to a panel of up to 1, 2, ... registers of lanes."""
+    containment = emit_collect(module, c), emit_add(module, c)
+    dense = [emit_dense(module, c, n) for n in range(len(c.code.dense_loads) if c.code else 0)]
+    return [_emit_panel(module, c, n + 1, *containment, dense) for n in range(c.isa.vectors)]
+
+
+def _emit_panel(module: Module, c: Config, width: int, collect: Routine, add: Routine, dense: list[Routine]) -> Routine:
+    scores, softmax, accumulate = (
+        _Scores(module, c, width),
+        emit_softmax(module, c, width),
+        emit_accumulate(module, c, width),
+    )
+    f = Routine(
+        module,
+        f"panel_{width}",
+        work=Work.of(c),
+        panel=Panel.of(c.word_line),
+        sums=Sums.of(c.line),
+        state=State.of(c.line),
+        rows=Words.kind(),
+        values=Words.kind(),
+        depth="i64",
+        columns="i64",
+        seen=Seen.kind(),
+        nonfinite=NonFinite.kind(),
+        lanes="i64",
+        dense="i64",
+        factors=Factors.of(c),
+    )
+    work, panel, sums, state, rows, values, depth, columns, seen, nonfinite, lanes, dense_at, factors = f.parameters
+    tops, alpha, lines = work.tops, work.alpha, work.scores
+    count = seen.count
+    for n, lay_out in enumerate(dense):
+        out = Lines(work.at + (dense_at + n * dense_bytes(c)), c.line)
+        lay_out(f, frame=Frame(work.frame), first=seen.some_from, count=count, lanes=lanes, out=out)
+    scores.call(f, work, panel, rows, depth, seen)
+    whole = (count + (c.rows - 1)) // c.rows * c.rows
+    # Rows that a band shows to the first register of lanes; a program's mask may show any.
+    reach = count if c.masked else f.cast("sext", seen.above, "i64") + c.lanes - seen.some_from
+    broken = nonfinite.found.ne(0)
+    collected = Sums(nonfinite.sums, c.line)
+    with f.when(broken):
+        collect(f, scores=lines, values=nonfinite.rows(seen.some_from, count), columns=columns, sums=collected)
+    softmax(f, state=state, tops=tops, alpha=alpha, scores=lines, count=whole, reach=reach, factors=factors)
+    first = values.row(seen.some_from // c.per_word)
+    with f.range(0, columns, c.rows) as column:
+        target, tile = sums.line(column), Words(first.at + column * c.size, first.stride)
+        weights = Weights(lines.at, c.word_line)
+        accumulate(f, sums=target, alpha=alpha, rows=tile, weights=weights, count=count, reach=reach)
+    with f.when(broken):
+        add(f, sums=sums, collected=collected, columns=columns)
+    f.ret()
+    return f
+
+
+class _Scores:
+    """The functions that fill the scores of a block: edge tiles, which are masked, and full ones, which are not.
+
+    Without a score program a band is applied in the edge tiles themselves. A program comes after the products
+    (program.py): its mask to edge tiles alone, its score, if it has one, to all.
+    """
+
+    def __init__(self, module: Module, c: Config, width: int) -> None:
+        self.c = c
+        if not c.scored:
+            self.full = emit_product(module, c, width, "full")
+        if c.code is None:
+            self.edges = [emit_product(module, c, width, "edge", edge=True, first=first) for first in range(width)]
+        else:
+            self.raw = emit_product(module, c, width, "raw", top=False)
+            self.program = {e: emit_program(module, c, width, edge=e) for e in (False, True) if e or c.scored}
+
+    def call(self, f: Function, work: Work, panel: Panel, rows: Words, depth: Value, seen: Seen) -> None:
+        """Edge rows up to the first tile that every lane sees whole, full tiles, edge rows to the end."""
+        c, some_from, some_to = self.c, seen.some_from, seen.some_to
+        whole = f.minimum(some_from + (seen.all_from - some_from + (c.rows - 1)) // c.rows * c.rows, some_to)
+        until = f.maximum(whole + f.maximum(seen.all_to - whole, 0) // c.rows * c.rows, whole)
+        stretches = [(some_from, whole, True), (whole, until, False), (until, some_to, True)]
+
+        def tile(row: Value, edge: bool) -> None:
+            tile = {"work": work, "panel": panel, "rows": rows.row(row), "depth": depth, "line": row - some_from}
+            if c.scored or edge and c.code:
+                self.raw(f, **tile)
+            elif edge:
+                self._edge_tile(f, seen, row, tile)
+            else:
+                self.full(f, **tile)
+
+        for first, last, edge in stretches:
+            with f.range(first, last, c.rows) as row:
+                tile(row, edge)
+        for first, last, edge in stretches if c.code else ():
+            if edge or c.scored:
+                with f.when(first < last):
+                    self.program[edge](f, work=work, first=first, last=last, origin=some_from, band=seen.band)
+        if c.code:
+            self._hide_rest(f, work, seen.count)
+
+    def _edge_tile(self, f: Function, seen: Seen, row: Value, tile: dict[str, object]) -> None:
+        """The variant that leaves out every register none of whose lanes sees even the tile's first row."""
+        band = seen.band.moved(f.cast("trunc", row, "i32"))
+        tile = {**tile, "last": seen.some_to - row - 1, "band": band}
+
+        def skip(first: int) -> None:
+            if first == 0:
+                self.edges[0](f, **tile)
+            else:
+                hidden = band.above < -(first * self.c.lanes - 1)
+                f.either(hidden, lambda: self.edges[first](f, **tile), lambda: skip(first - 1))
+
+        skip(len(self.edges) - 1)
+
+    def _hide_rest(self, f: Function, work: Work, count: Value) -> None:
+        """-inf for the lines of the last tile that stand for no row."""
+        c, line = self.c, self.c.line.bytes
+        end = (count + (c.rows - 1)) // c.rows * c.rows
+        scores = work.scores
+        with f.range(count * line, end * line, c.register) as at:
+            scores.store(f.const(c.vector, -math.inf), 0, at=at)

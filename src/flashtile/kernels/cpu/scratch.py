@@ -1,0 +1,74 @@
+"""Scratch memory of a thread: areas of known size first, then those whose size depends on the call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from flashtile.kernels.cpu.block import FRAME
+from flashtile.kernels.cpu.steps.spans import LEVELS
+from flashtile.llvm.blocks import Areas
+from flashtile.llvm.ir import Value
+from flashtile.llvm.lines import Lines, Scores
+from flashtile.llvm.routines import Kind, Operand
+
+if TYPE_CHECKING:
+    from flashtile.kernels.cpu.config import Config
+
+
+@dataclass(frozen=True)
+class Work(Operand):
+    """What every step of a panel works on: the frame of the score program, the running maximum of the block, the factor
+    for older sums, and the scores."""
+
+    WORDS: ClassVar = {"at": "ptr"}
+    at: Value
+    c: Config
+
+    @classmethod
+    def of(cls, c: Config) -> Kind:
+        return cls.kind(c=c)
+
+    @property
+    def frame(self) -> Value:
+        return self.at + fixed(self.c).at["frame"]
+
+    @property
+    def tops(self) -> Lines:
+        return Lines(self.at + fixed(self.c).at["tops"], self.c.line)
+
+    @property
+    def alpha(self) -> Lines:
+        return Lines(self.at + fixed(self.c).at["alpha"], self.c.line)
+
+    @property
+    def scores(self) -> Scores:
+        return Scores(self.at + fixed(self.c).at["scores"], self.c.line)
+
+
+def dense_bytes(c: Config) -> int:
+    """Bytes of one dense load's tile: a line for each key, as the scores."""
+    return (c.key_block + c.rows) * c.line.bytes
+
+
+def fixed(c: Config) -> Areas:
+    """The areas whose size is known when the kernel is generated."""
+    line = c.line.bytes
+    return Areas({"frame": FRAME.bytes, "tops": line, "alpha": line, "scores": dense_bytes(c)})
+
+
+def sized(c: Config, head_size: int, value_size: int, panels: int) -> Areas:
+    """The areas whose size depends on the call; their offsets ride in the parameter block, as ``at_`` and their
+    name."""
+    columns, line = c.padded(value_size), c.line.bytes
+    areas = {
+        "q": panels * c.key_words(head_size) * line,
+        **{f"{level}o": panels * columns * line for level in LEVELS},
+        **{f"{level}state": panels * 2 * line for level in LEVELS},
+        "k": c.key_block * c.key_words(head_size) * c.size,
+        "v": (c.key_block // c.per_word + 1) * columns * c.size,
+        "extra": columns * line,
+        "cursor": 8 * (panels + 1),
+        "dense": len(c.code.dense_loads) * dense_bytes(c) if c.code else 0,
+    }
+    return Areas({f"at_{name}": size for name, size in areas.items()}, start=fixed(c).bytes)

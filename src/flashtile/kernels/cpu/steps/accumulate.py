@@ -1,0 +1,62 @@
+"""The accumulation: sums[column][lane] = alpha sums + sum over rows of rows[row][column] * weights[row][lane]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.steps.product import outer
+from flashtile.kernels.cpu.steps.softmax import words_seen
+from flashtile.llvm.ir import Module, Value
+from flashtile.llvm.lines import Lines, Sums, Weights, Words
+from flashtile.llvm.routines import Routine
+
+
+def emit_accumulate(module: Module, c: Config, width: int) -> Routine:
+    """One tile of columns, from where ``sums`` and ``rows`` begin. The first register of lanes may see ``reach`` of the
+    ``count`` rows; each further register those of ``lanes`` more. The sums of one block are accumulated separately and
+    then added to what was there: blocked summation, whose error grows with the number of blocks, not of rows.
+
+    Along a diagonal the first registers are done while the others go on: each one's rows end where all its weights are
+    0, which saves a tenth of the products of a causal call with 512 keys.
+    """
+    kinds: dict[str, Any] = {
+        "sums": Sums.of(c.line),
+        "alpha": Lines.of(c.line),
+        "rows": Words.kind(),
+        "weights": Weights.of(c.word_line),
+    }
+    f = Routine(module, f"accumulate_{width}", **kinds, count="i64", reach="i64")
+    sums, alpha, rows, weights, count, reach = f.parameters
+
+    def add(first: Value, stop: Value, totals: list[Value], live: range) -> list[Value]:
+        """The products of the words [first, stop) for the registers ``live``."""
+
+        def left(word: Value, column: int) -> Value:
+            return f.load(c.word, rows.row(word).at + column * c.size, align=1)
+
+        def step(word: Value, totals: list[Value]) -> list[Value]:
+            return outer(f, c, word, left, weights.load, totals, live)
+
+        def steps(word: Value, totals: list[Value]) -> list[Value]:
+            for u in range(c.unroll):
+                totals = step(word + u, totals)
+            return totals
+
+        whole = stop - (stop - first) % c.unroll
+        totals = f.fold(first, whole, c.unroll, totals, steps)
+        return f.fold(whole, stop, 1, totals, step)
+
+    done = f.const("i64", 0)
+    totals = [f.const(c.vector, 0.0)] * (c.rows * width)
+    for j in range(width):
+        stop = words_seen(f, c, reach + j * c.lanes, count)
+        live = range(j, width)
+        totals = add(done, stop, totals, live)
+        factor = alpha.load(0, j)
+        for r in range(c.rows):
+            sums.store(c.isa.multiply_add(f, sums.load(r, j), factor, totals[r * len(live)]), r, j)
+        totals = [total for n, total in enumerate(totals) if n % len(live)]
+        done = stop
+    f.ret()
+    return f

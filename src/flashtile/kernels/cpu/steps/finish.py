@@ -1,0 +1,85 @@
+"""The end of a panel: sums divided by the sum of weights and transposed back, lse in nats; and the way in of what
+such a panel left off."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.steps.pack import write
+from flashtile.llvm import math as vmath
+from flashtile.llvm.ir import Function, Module, Value
+from flashtile.llvm.lines import Rows, State, Sums
+from flashtile.llvm.routines import Routine
+
+
+def emit_load_state(module: Module, c: Config) -> Routine:
+    """A carried lse becomes the softmax state of a panel. The carried output is normalised, so its sum of weights is
+    1 at a maximum of lse; no key yet: -inf and 0. ``nats`` is the factor from raw scores to nats."""
+    f = Routine(module, "load_state", state=State.of(c.line), lse="ptr", count="i64", nats=c.acc)
+    state, lse, count, nats = f.parameters
+    with f.range(0, count) as lane:
+        value = f.load(c.acc, lse + lane * c.size, align=1)
+        total = f.select(value.eq(-math.inf), f.const(c.acc, 0.0), f.const(c.acc, 1.0))
+        f.store(value / nats, state.at + lane * c.size)
+        f.store(total, state.at + (c.line.bytes + lane * c.size))
+    f.ret()
+    return f
+
+
+def emit_finish(module: Module, c: Config) -> Routine:
+    """A panel's normalised outputs as rows, and its lse where it is not null. ``sink`` is a logit that joins the sum of
+    weights only; -inf: none."""
+    kinds: dict[str, Any] = {"sums": Sums.of(c.line), "state": State.of(c.line), "out": Rows.kind()}
+    f = Routine(module, "finish", **kinds, lse="ptr", nats=c.acc, sink=c.acc)
+    sums, state, out, lse, nats, sink = f.parameters
+    _reciprocal_and_lse(f, c, sums, out.size, state, nats, sink)  # state now holds what divides, then lse
+    n = c.lanes
+    # Squares of lanes x lanes go through registers; the columns that are left over go one by one.
+    whole_columns = f.select(out.adjacent(c.element), out.size // n * n, f.const("i64", 0))
+    with f.range(0, out.count, n) as lane:
+        factor = state.lane(lane).load(0)
+        with f.range(0, whole_columns, n) as column:
+            corner = sums.moved(column * c.line.bytes + lane * c.size)
+            square = [corner.load(t) * factor for t in range(n)]
+            target = out.at + (lane * out.stride + column * c.element)
+            for r, row in enumerate(f.transpose(square)):
+                with f.when(lane + r < out.count):
+                    write(f, c, row, target + out.stride * r)
+    with f.range(0, out.count) as lane:
+        factor = f.load(c.acc, state.lane(lane).at)
+        with f.range(whole_columns, out.size) as column:
+            value = f.load(c.acc, sums.at + (column * c.line.bytes + lane * c.size)) * factor
+            write(f, c, value, out.at + (lane * out.stride + column * out.step))
+    with f.when(f.is_null(lse).eq(0)), f.range(0, out.count) as lane:
+        f.store(f.load(c.acc, state.at + (c.line.bytes + lane * c.size)), lse + lane * c.size, align=1)
+    f.ret()
+    return f
+
+
+def _reciprocal_and_lse(
+    f: Function, c: Config, sums: Sums, columns: Value, state: State, nats: Value, sink: Value
+) -> None:
+    """(maximum, sum) in place to (1 / sum, lse); a row that saw no key: (0, -inf), or (0, sink).
+
+    The sum compares unequal to 0 when it is NaN, so a poisoned row stays NaN. Without a sink the larger maximum is the
+    row's own, its weight exp(0) is exactly 1, and nothing changes.
+
+    A sink above the maximum scales the row by that weight, which may be small beyond the format while the scaled
+    outputs are not: one half of its exponent goes to the outputs, the other into the reciprocal.
+    """
+    nothing, sinks = f.const(c.vector, -math.inf), f.splat(sink, c.lanes)
+    with f.range(0, c.line.bytes, c.register) as at:
+        top, total = state.load(0, at=at) * f.splat(nats, c.lanes), state.load(1, at=at)
+        highest = f.maximum(sinks, top)
+        reference = f.select(highest.eq(-math.inf), f.const(c.vector, 0.0), highest)
+        half = vmath.exp_of_difference(f, c.isa, top, reference, 0.5)
+        total = c.isa.multiply_add(f, total * half, half, vmath.exp_of_difference(f, c.isa, sinks, reference))
+        seen = total.ne(0.0)
+        inverse = f.select(seen, half / total, f.const(c.vector, 0.0))
+        with f.when(sink.ne(-math.inf)), f.range(0, columns) as column:
+            sums.store(sums.load(column, at=at) * half, column, at=at)
+        log = vmath.log2(f, c.isa, f.select(seen, total, f.const(c.vector, 1.0))) * math.log(2)
+        state.store(inverse, 0, at=at)
+        state.store(f.select(seen, reference + log, nothing), 1, at=at)

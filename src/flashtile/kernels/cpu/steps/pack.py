@@ -1,0 +1,135 @@
+"""Changes of layout: lanes in, and rows where the products cannot read them as they lie.
+
+Only what stands in lanes is transposed, once a panel, by shuffles. Rows are read in place unless their type needs
+widening (or pairing), their innermost axis is not contiguous, or they hold something non-finite; then one block at a
+time is converted into scratch memory.
+"""
+
+from __future__ import annotations
+
+from flashtile.kernels.cpu.config import Config
+from flashtile.llvm.ir import Function, Module, Value
+from flashtile.llvm.lines import Lines, Panel, Rows, Sums, Words
+from flashtile.llvm.routines import Routine
+from flashtile.llvm.types import vector
+
+
+def read(f: Function, c: Config, at: Value, count: int = 1) -> Value:
+    """``count`` elements of memory as accumulators (16-bit floats widened); a scalar if count is 1."""
+    bits = f.load(vector(count, c.memory) if count > 1 else c.memory, at, align=1)
+    return c.isa.widen(f, bits, c.storage) if c.memory == "i16" else bits
+
+
+def write(f: Function, c: Config, value: Value, at: Value) -> None:
+    """The reverse of ``read``: rounded to nearest even."""
+    f.store(c.isa.narrow(f, value, c.storage) if c.memory == "i16" else value, at, align=1)
+
+
+def join(f: Function, c: Config, elements: list[Value]) -> Value:
+    """A word of elements that came from memory."""
+    return c.product.join(f, c.isa, elements, exact=c.storage == c.product.operand)
+
+
+def emit_transpose(module: Module, c: Config, name: str, to: type[Lines]) -> Routine:
+    """Rows as lanes: lane r of line w is word w of row r, times a sign. Lanes of the last register without a row repeat
+    the last row."""
+    out_kind = Sums.of(c.line) if to is Sums else Panel.of(c.word_line)
+    f = Routine(module, name, rows=Rows.kind(), words="i64", out=out_kind, sign=c.acc)
+    rows, words, out, sign = f.parameters
+    n = c.lanes
+    # Squares of lanes x lanes words go through registers; the words of a row that are left over go one by one.
+    lanes_used = (rows.count + (n - 1)) // n * n
+    whole_words = f.select(rows.adjacent(c.element), rows.size // (n * c.per_word) * n, f.const("i64", 0))
+    with f.range(0, lanes_used, n) as lane, f.range(0, whole_words, n) as word:
+        corner = rows.at + word * (c.per_word * c.element)
+        registers = [
+            _register_of_words(f, c, corner + f.minimum(lane + r, rows.count - 1) * rows.stride, sign) for r in range(n)
+        ]
+        for t, line in enumerate(f.transpose(registers)):
+            out.store(line, word + t, at=lane * c.size)
+    with f.range(0, lanes_used) as lane:
+        start = rows.at + f.minimum(lane, rows.count - 1) * rows.stride
+        with f.range(whole_words, words) as word:
+            f.store(_one_word(f, c, start, word, rows, sign), out.place(word, at=lane * c.size))
+    f.ret()
+    return f
+
+
+def _register_of_words(f: Function, c: Config, at: Value, sign: Value) -> Value:
+    """A register of words from contiguous memory."""
+    factor, k = f.splat(sign, c.lanes), c.per_word
+    parts = [read(f, c, at + h * c.lanes * c.element, c.lanes) * factor for h in range(k)]
+    if k > 1:  # element u of every word
+        parts = [f.shuffle(parts[0], parts[-1], range(u, k * c.lanes, k)) for u in range(k)]
+    return join(f, c, parts)
+
+
+def _one_word(f: Function, c: Config, start: Value, word: Value, rows: Rows, sign: Value) -> Value:
+    """A word of a row of any stride; 0 in place of an element past its end, which is not read."""
+    elements, first = [], word * c.per_word
+    for u in range(c.per_word):
+        inside = first + u < rows.size if u else None
+        at = first + u if inside is None else f.select(inside, first + u, first)
+        value = read(f, c, start + at * rows.step)
+        elements.append(value if inside is None else f.select(inside, value, f.const(value.type, 0.0)))
+    return join(f, c, [element * sign for element in elements])
+
+
+def emit_pack_rows(module: Module, c: Config) -> Routine:
+    """Rows to rows of words."""
+    f = Routine(module, "pack_rows", rows=Rows.kind(), words="i64", out=Words.kind())
+    rows, words, out = f.parameters
+    whole = rows.size // (c.lanes * c.per_word) * c.lanes
+    chunks = f.select(rows.adjacent(c.element), whole, f.const("i64", 0))
+    one = f.const(c.acc, 1.0)
+    with f.range(0, rows.count) as r:
+        source, target = rows.at + r * rows.stride, out.row(r).at
+        with f.range(0, chunks, c.lanes) as word:
+            at = source + word * (c.per_word * c.element)
+            f.store(_register_of_words(f, c, at, one), target + word * c.size)
+        with f.range(chunks, words) as word:
+            f.store(_one_word(f, c, source, word, rows, one), target + word * c.size)
+    f.ret()
+    return f
+
+
+def emit_pack_columns(module: Module, c: Config) -> Routine:
+    """Rows to rows of words along columns: one word holds as many rows' elements of a column. Returns whether any
+    element was non-finite. Such elements become 0 (contain.py says why); so do missing columns, up to ``columns``,
+    and rows."""
+    f = Routine(module, "pack_columns", "i64", rows=Rows.kind(), columns="i64", out=Words.kind())
+    rows, columns, out = f.parameters
+    chunks = f.select(rows.adjacent(c.element), rows.size // c.lanes * c.lanes, f.const("i64", 0))
+
+    def convert(row: Value, column: Value, count: int, poison: Value) -> Value:
+        found = []
+        for u in range(c.per_word):
+            inside = row + u < rows.count
+            source = rows.at + f.select(inside, row + u, row) * rows.stride
+            value = read(f, c, source + column * rows.step, count)
+            if u:
+                inside = f.splat(inside, count) if count > 1 else inside
+                value = f.select(inside, value, f.const(value.type, 0.0))
+            zero = value * 0.0  # NaN where the value is not finite
+            poison = poison + zero
+            found.append(f.select(zero.eq(0.0), value, f.const(value.type, 0.0)))
+        target = out.row(row // c.per_word).at + column * c.size
+        f.store(join(f, c, found), target, align=c.size)
+        return poison
+
+    def one_word(row: Value, poison: list[Value]) -> list[Value]:
+        registers = f.fold(0, chunks, c.lanes, poison[:1], lambda col, p: [convert(row, col, c.lanes, p[0])])
+        scalars = f.fold(chunks, rows.size, 1, poison[1:], lambda col, p: [convert(row, col, 1, p[0])])
+        with f.range(rows.size, columns) as column:
+            f.store(f.const(c.word, 0), out.row(row // c.per_word).at + column * c.size)
+        return [*registers, *scalars]
+
+    clean = [f.const(c.vector, 0.0), f.const(c.acc, 0.0)]
+    f.ret(any_nan(f, c, *f.fold(0, rows.count, c.per_word, clean, one_word)))
+    return f
+
+
+def any_nan(f: Function, c: Config, register: Value, scalar: Value) -> Value:
+    """1 if any lane or the scalar is NaN, else 0."""
+    bits = f.cast("bitcast", register.isnan(), f"i{c.lanes}")
+    return f.cast("zext", bits.ne(0) | scalar.isnan(), "i64")

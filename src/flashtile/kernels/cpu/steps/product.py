@@ -1,0 +1,105 @@
+"""The score product: lines of scores, S[row][lane] = sum over depth of rows[row][depth] * panel[depth][lane].
+
+A row's words are broadcast from memory as they lie, so rows need no packing; lanes were transposed once (pack.py). A
+tile of a few rows by the panel's registers fills the register file; the contraction is the loop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.scratch import Work
+from flashtile.kernels.cpu.steps.band import Band
+from flashtile.llvm.ir import Function, Module, Value
+from flashtile.llvm.lines import Panel, Words
+from flashtile.llvm.routines import Routine
+
+# Words of the left operand for row r of a tile, and of the right one for register j, at a step of depth.
+Left = Callable[[Value, int], Value]
+Right = Callable[[Value, int], Value]
+
+
+def outer(
+    f: Function, c: Config, depth: Value, left: Left, right: Right, sums: Sequence[Value], live: range
+) -> list[Value]:
+    """One step of depth of a tile: sums[row][j] += left(row) * right(j), row by row, for the registers ``live``."""
+    lines = [right(depth, j) for j in live]
+    found = []
+    for row in range(c.rows):
+        word = f.splat(left(depth, row), c.lanes)
+        of_row = sums[row * len(live) : (row + 1) * len(live)]
+        found += [
+            c.product.multiply_add(f, c.isa, total, word, line) for total, line in zip(of_row, lines, strict=True)
+        ]
+    return found
+
+
+def emit_product(
+    module: Module, c: Config, width: int, name: str, *, edge: bool = False, first: int = 0, top: bool = True
+) -> Routine:
+    """One tile of the scores of a panel ``width`` registers wide, from a line on, and the running maximum (unless the
+    score program keeps it later: ``top``).
+
+    An ``edge`` tile applies a band, and hides the rows after ``last``, which are readable memory. Registers before
+    ``first`` are known to be hidden: their scores are -inf, uncomputed.
+    """
+    kinds: dict[str, Any] = {
+        "work": Work.of(c),
+        "panel": Panel.of(c.word_line),
+        "rows": Words.kind(),
+        "depth": "i64",
+        "line": "i64",
+    }
+    edges: dict[str, Any] = {"last": "i64", "band": Band.kind()} if edge else {}
+    f = Routine(module, f"{name}_{width}_{first}", **kinds, **edges)
+    work, panel, rows, depth, line, *edge_of = f.parameters
+    live = range(first, width)
+    sums = _contraction(f, c, panel, rows, depth, live)
+    scores, tops, hidden = work.scores.line(line), work.tops, f.const(c.vector, -math.inf)
+    for r in range(c.rows):
+        for n, j in enumerate(live):
+            at = r * len(live) + n
+            if edge:
+                last, band = edge_of
+                sums[at] = f.select(band.tile_sees(c, r, j, last), sums[at], hidden)
+            scores.store(sums[at], r, j)
+        for j in range(first):
+            scores.store(hidden, r, j)
+    for n, j in enumerate(live if top else ()):
+        largest = tops.load(0, j)
+        for r in range(c.rows):
+            largest = f.maximum(sums[r * len(live) + n], largest)
+        tops.store(largest, 0, j)
+    f.ret()
+    return f
+
+
+def _contraction(f: Function, c: Config, panel: Panel, rows: Words, depth: Value, live: range) -> list[Value]:
+    """The sums of a tile, row by row."""
+    starts = [rows.at]
+    while len(starts) < c.rows:
+        starts.append(starts[-1] + rows.stride)
+
+    def left(d: Value, row: int) -> Value:
+        return f.load(c.word, starts[row] + d * c.size, align=1)
+
+    def step(d: Value, sums: list[Value]) -> list[Value]:
+        return outer(f, c, d, left, panel.load, sums, live)
+
+    zero = [f.const(c.vector, 0.0)] * (c.rows * len(live))
+    unroll = c.unroll if c.isa.fused else 2 * c.unroll
+
+    def steps(d: Value, sums: list[Value]) -> list[Value]:
+        # Without a fused multiply-add every product is rounded, too. Some summed first meet the large sum less often,
+        # for the same instructions.
+        short = sums if c.isa.fused else zero
+        for u in range(unroll):
+            short = step(d + u, short)
+        return short if c.isa.fused else [a + b for a, b in zip(sums, short, strict=True)]
+
+    whole = depth - depth % unroll
+    sums = f.fold(0, whole, unroll, zero, steps)
+    return f.fold(whole, depth, 1, sums, step)

@@ -1,0 +1,103 @@
+"""The score program: one pass over the scores of a block, after the products and before the softmax.
+
+A pass of its own, not the end of each score tile: there the sums fill the register file and the program would be
+emitted for every element of the tile; here it is emitted once for each register of lanes, its constants and whatever
+depends on the lane stay in registers, and the scores it reads are in the first-level cache.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.scratch import Work, dense_bytes
+from flashtile.kernels.cpu.steps.band import Band
+from flashtile.kernels.cpu.steps.frame import Frame
+from flashtile.llvm.ir import Function, Module, Value
+from flashtile.llvm.lines import Lines
+from flashtile.llvm.routines import Routine
+from flashtile.llvm.types import vector
+from flashtile.score.emit import Emission
+from flashtile.score.expr import Expr
+
+
+def emit_program(module: Module, c: Config, width: int, *, edge: bool) -> Routine:
+    """The rows [first, last) go through the program, counted from the block; row ``origin`` stands on the first line of
+    the scores. An ``edge`` pass hides what the mask, or where the program has none, the band hides. It also keeps the
+    running maximum."""
+    kinds: dict[str, Any] = {"work": Work.of(c), "first": "i64", "last": "i64", "origin": "i64", "band": Band.kind()}
+    f = Routine(module, f"program_{width}_{'edge' if edge else 'full'}", **kinds)
+    work, first, last, origin, band = f.parameters
+    program = _Program(f, c, Frame(work.frame), width, masked=edge and c.masked)
+    hidden = f.const(c.vector, -math.inf)
+    tops = [work.tops.load(0, j) for j in range(width)]
+
+    def one_row(row: Value, tops: list[Value]) -> list[Value]:
+        line = (row - origin) * c.line.bytes
+        place = program.row(row)
+
+        def one_register(j: int) -> Value:
+            here = work.scores.place(0, j, at=line)
+            value, visible = program.element(place, j, f.load(c.vector, here, align=c.register), line)
+            if edge:
+                value = f.select(band.sees(c, j, row) if visible is None else visible, value, hidden)
+            f.store(value, here, align=c.register)
+            return f.maximum(value, tops[j])
+
+        return f.abreast(width, one_register)
+
+    for j, top in enumerate(f.fold(first, last, 1, tops, one_row)):
+        work.tops.store(top, 0, j)
+    f.ret()
+    return f
+
+
+class _Program:
+    """Emits the program's parts where they belong: what depends on the lane before the loop over rows, what depends
+    on the row once in it, the rest for every register of scores.
+
+    Lanes past the end repeat the last: what is loaded for them exists, and they are not stored.
+    """
+
+    def __init__(self, f: Function, c: Config, frame: Frame, width: int, *, masked: bool) -> None:
+        assert c.code is not None
+        self.f, self.c, self.code = f, c, c.code
+        self.score, self.mask = c.code.score, c.code.mask if masked else None
+        self.roots = [root for root in (self.score, self.mask) if root is not None]
+        self.outer = frame.program(f, c)
+        self.outer.prepare(*self.roots)
+        self.block, self.dense = frame.read("block"), frame.read("dense")
+        self.scale = f.splat(f.cast("fptrunc", frame.read("scale"), c.acc), c.lanes)
+        lane, last_lane = (f.splat(frame.integer(name), c.lanes) for name in ("row", "last_row"))
+        self.lanes = []
+        for j in range(width):
+            i = f.minimum(lane + f.iota(vector(c.lanes, "i32"), j * c.lanes), last_lane)
+            self.lanes.append(self.outer.inner({"i": i}))
+            self.lanes[j].prepare(*self.roots)
+
+    def row(self, row: Value) -> Emission:
+        """The place where a row, counted from the block, is known."""
+        place = self.outer.inner({"j": self.f.cast("trunc", self.block + row, "i32")})
+        place.prepare(*self.roots)
+        return place
+
+    def element(self, row: Emission, j: int, raw: Value, line: Value) -> tuple[Value, Value | None]:
+        """A row's scores for the lanes of register j, and which of them see it (None: all), from raw products;
+        ``line``: how many bytes into the scores."""
+        lanes = self.lanes[j]
+        variables = {"i": lanes.variable("i"), "s": raw * self.scale if self.score else raw}
+        place = row.inner(variables, given={**lanes.known, **self._dense(j, line)})
+        score = place.vector(self.score) if self.score else raw
+        return score, place.vector(self.mask) if self.mask else None
+
+    def _dense(self, j: int, line: Value) -> dict[Expr, Value]:
+        """Loads that dense.py has laid out like the scores."""
+        f, c, found = self.f, self.c, {}
+        for n, load in enumerate(self.code.dense_loads):
+            stored = Lines(self.dense + n * dense_bytes(c), c.line).load(0, j, at=line)
+            if load.type != "float":  # integers and bools were widened to the accumulator's size
+                stored = f.bitcast(stored, f"i{8 * c.size}")
+                stored = stored.ne(0) if load.type == "bool" else f.cast("trunc", stored, vector(c.lanes, "i32"))
+            found[load] = stored
+        return found

@@ -1,0 +1,74 @@
+"""What a product is: a micro-kernel as data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flashtile.llvm.ir import Function, Value
+from flashtile.llvm.machines.base import ISA
+from flashtile.llvm.types import vector
+
+
+@dataclass(frozen=True)
+class Product:
+    """sums[row][lane] += sum over depth of left[row][depth] * right[depth][lane], for a tile of rows x lanes x depth.
+
+    Operands are made of words: what one step of depth takes from a row or a lane. A product multiplies words of one
+    kind and may cost accuracy, so a kernel's configuration names it; a machine says which it has (`unavailable`).
+
+    name, depth   a word holds ``depth`` elements
+    operand       the element that words hold; None: the accumulator's own type
+    rows, lanes   of a tile; None: as many as the machine's registers hold (ISA.rows, ISA.vectors)
+    left          "broadcast": a word of a row is read from memory into all lanes; "tile": rows are loaded together
+    right         "lines": a line of words for each step of depth; "tile": the same, loaded together
+    lands         where sums are when a tile is done: "registers" or "memory"
+    parts, terms  an operand is split into so many parts, each rounded to ``operand``; the products of which are summed
+    permission    what the operating system must grant a process before its first use; None: nothing
+    """
+
+    name: str
+    depth: int = 1
+    operand: str | None = None
+    rows: int | None = None
+    lanes: int | None = None
+    left: str = "broadcast"
+    right: str = "lines"
+    lands: str = "registers"
+    parts: int = 1
+    terms: tuple[tuple[int, int], ...] = ((0, 0),)
+    permission: str | None = None
+
+    def __repr__(self) -> str:
+        return self.name  # it stands in cache keys: the sources' digest speaks for the rest
+
+    def unavailable(self, isa: ISA) -> str | None:
+        """Why the machine does not have it; None if it does."""
+        return None
+
+    def word(self, accumulator: str) -> str:
+        """The LLVM type of a word."""
+        return accumulator
+
+    def shape(self, isa: ISA, accumulator: str) -> tuple[int, int, int]:
+        """(rows, lanes, depth) of a tile on a machine."""
+        registers = isa.vectors * isa.lanes(accumulator)
+        return self.rows or isa.rows, self.lanes or registers, self.depth
+
+    def multiply_add(self, f: Function, isa: ISA, total: Value, left: Value, right: Value) -> Value:
+        """total + left * right over the elements of one word of each."""
+        raise NotImplementedError(self.name)
+
+    def join(self, f: Function, isa: ISA, elements: Sequence[Value], *, exact: bool = False) -> Value:
+        """A word (or a register of them) from ``depth`` accumulators, rounded to what it holds; ``exact``: they are of
+        that type already."""
+        raise NotImplementedError(self.name)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether operands are rounded to 16 bits, all parts taken together: weights then need no more accuracy."""
+        return self.operand is not None and self.parts == 1
+
+    def words(self, isa: ISA, accumulator: str) -> str:
+        """The LLVM type of a register of words."""
+        return vector(isa.lanes(accumulator), self.word(accumulator))
