@@ -16,11 +16,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from flashtile.errors import FlashtileError
-from flashtile.kernels import Capabilities, CompiledKernel, Layout
+from flashtile.kernels import Capabilities, CompiledKernel, Family, Layout
 from flashtile.kernels.cpu import scratch
 from flashtile.kernels.cpu.block import CALL, band_of, scores_in_nats, split_scale
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.score_values import NO_SCORES, ScoreValues, score_steps
+from flashtile.kernels.tiles import TileKernels
 from flashtile.llvm import machines as isas
 from flashtile.llvm.products import FMA, PAIRS
 
@@ -127,6 +128,16 @@ def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> CompiledKernel:
 
         return Decode(replace(c, product=c.product if c.storage == "bfloat" else FMA), spec, plan, layout)
     return Forward(replace(c, partial=plan.splits > 1), spec, plan, layout)
+
+
+def tile_kernels() -> TileKernels:
+    """The kernels of tiles.py, which most calls do not need."""
+    from flashtile.kernels.cpu import tiles
+
+    return tiles
+
+
+FAMILY = Family("cpu", unavailable, capabilities, compile, tiles=tile_kernels)
 
 
 @functools.cache
