@@ -1,8 +1,8 @@
 """A small vocabulary over textual LLVM IR: typed values, functions, loops.
 
 A kernel generator calls Python methods; each call appends one line of LLVM IR in static single assignment form. Values
-carry their LLVM type as text, overload the arithmetic operators, and lift Python numbers to constants of their own type,
-so generator code reads like the arithmetic it emits. Text: llvmlite's objects cannot name vector intrinsics.
+carry their LLVM type as text, overload the arithmetic operators, and lift Python numbers to constants of their own
+type, so generator code reads like the arithmetic it emits. Text: llvmlite's objects cannot name vector intrinsics.
 
 >>> module = Module()
 >>> f = Function(module, "axpy", "void", ["ptr", "ptr", "i64"], names=["x", "y", "n"])
@@ -158,8 +158,8 @@ class Module:
 
 
 class Function:
-    """One LLVM function under construction. ``internal`` functions are called by others of the module only; they are kept
-    out of line, since each micro-kernel wants the register file to itself."""
+    """One LLVM function under construction. ``internal`` functions are called by others of the module only; they are
+    kept out of line, since each micro-kernel wants the register file to itself."""
 
     def __init__(self, module: Module, name: str, returns: str, args: Sequence[str], *,
                  names: Sequence[str] | None = None, internal: bool = False):  # fmt: skip
