@@ -38,14 +38,14 @@ _AXES = "bhsd"
 _PART_KEYS = 1024  # a part of one row takes some 0.1 ms: long beside handing it out and merging it
 # Where scores rise from key block to key block, every one of them rescales the sums by a factor that was rounded.
 _LONGEST_PART = 16384
-# With few queries a head decode.py, whose time goes with the rows, beats forward.py, whose time goes with the registers
-# that they fill: one of so many lanes costs as much as so many rows. Before its first key a row takes as long as 40
-# keys, a register as 21.
+# With few queries a head, passes/decode, whose time goes with the rows, beats forward.py, whose time goes with the
+# registers that they fill: one of so many lanes costs as much as so many rows. Before its first key a row takes as long
+# as 40 keys, a register as 21.
 _REGISTER_ROWS = {16: 14, 8: 9}
 _ROW_STARTS, _REGISTER_STARTS = 40, 21
 _MOST_QUERIES = 20
 _WIDE = 64  # bytes of such a register
-_NARROW_QUERIES = 12  # the most for decode.py where registers are narrower
+_NARROW_QUERIES = 12  # the most for passes/decode where registers are narrower
 _MOST_ROWS = 128  # on a key/value head; beyond it their scores and outputs crowd the cache
 
 
@@ -66,12 +66,12 @@ def config_of(spec: AttentionSpec) -> Config:
 
 
 def decodes(spec: AttentionSpec) -> bool:
-    """Whether there are so few queries that decode.py computes them: measured; a matter of shapes and machine only."""
+    """Whether there are so few queries that passes/decode computes them: measured; of shapes and machine only."""
     return _few(spec) and spec.group * spec.q_len <= _MOST_ROWS and spec.options <= {"band"}
 
 
 def _few(spec: AttentionSpec) -> bool:
-    """Whether decode.py is the faster one for so many queries of a head."""
+    """Whether passes/decode is the faster one for so many queries of a head."""
     c = config_of(spec)
     if c.isa.vector_bytes < _WIDE:
         return spec.q_len <= _NARROW_QUERIES
