@@ -80,11 +80,11 @@ def differentiate(
 def seen_product(w: np.ndarray, x: np.ndarray, seen: np.ndarray) -> np.ndarray:
     """w @ x over what is seen, whatever x holds elsewhere: (r, n), (n, c), bool (r, n) -> (r, c). w is 0 if unseen."""
     finite = np.isfinite(x)
-    odd = np.flatnonzero(~finite.all(axis=1))
-    if not len(odd):
+    nonfinite = np.flatnonzero(~finite.all(axis=1))
+    if not len(nonfinite):
         return product(w, x)
     result = product(w, np.where(finite, x, 0))
-    for n in odd:
+    for n in nonfinite:
         put_back = seen[:, n, None] & ~finite[n]
         result += np.where(put_back, w[:, n, None] * x[n], 0)
     return result

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Protocol
 from ..errors import SpecError
 
 INT_MIN, INT_MAX = -(1 << 31), (1 << 31) - 1
+FARTHEST = 1 << 29  # positions and offsets up to here have sums and differences in int32
 TYPES = ("bool", "int", "float")  # in order of promotion
 VARIABLES = {"s": "float", "b": "int", "h": "int", "i": "int", "j": "int"}
 
