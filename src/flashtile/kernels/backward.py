@@ -60,9 +60,17 @@ def differentiate(
             for begin in range(0, spec.q_len, block):
                 rows = slice(begin, min(begin + block, spec.q_len))
                 part = _Rows(
-                    do[b, h, rows], q[b, h, rows], k[b, kv][keys], v[b, kv][keys], o[b, h, rows], lse[b, h, rows],
-                    dlse[b, h, rows], np.arange(rows.start, rows.stop), keys, int(offsets[b]),
-                )  # fmt: skip
+                    do[b, h, rows],
+                    q[b, h, rows],
+                    k[b, kv][keys],
+                    v[b, kv][keys],
+                    o[b, h, rows],
+                    lse[b, h, rows],
+                    dlse[b, h, rows],
+                    np.arange(rows.start, rows.stop),
+                    keys,
+                    int(offsets[b]),
+                )
                 tile = _scores(part, spec, rule, how)
                 if dv is not None:
                     dv[b, kv, keys] += seen_product(how.operand(tile.p.T), how.operand(part.do), tile.seen.T)

@@ -75,8 +75,13 @@ def node(operation: Kind, args: tuple[Expr, ...], type_: str, data: Hashable = N
         if found is None:
             found = object.__new__(Expr)
             reach = frozenset((data,)) if operation.name == "var" else frozenset().union(*(a.variables for a in args))
-            for name, value in (("operation", operation), ("args", args), ("type", type_), ("data", data),
-                                ("variables", reach)):  # fmt: skip
+            for name, value in (
+                ("operation", operation),
+                ("args", args),
+                ("type", type_),
+                ("data", data),
+                ("variables", reach),
+            ):
                 object.__setattr__(found, name, value)
             _nodes[key] = found
         return found

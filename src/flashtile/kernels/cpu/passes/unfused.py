@@ -88,8 +88,15 @@ def _place(f: Function, p: SimpleNamespace, item: Value, has_key_tile: bool) -> 
         tile, item = item % p.key_tiles, item // p.key_tiles
     head, first = item // p.query_tiles, item % p.query_tiles * p.tile_q
     key = tile * p.tile_k
-    return _Place(head // p.heads, head % p.heads, first, f.minimum(p.q_len - first, p.tile_q), key,
-                  f.minimum(p.kv_len - key, p.tile_k), tile * p.columns)  # fmt: skip
+    return _Place(
+        head // p.heads,
+        head % p.heads,
+        first,
+        f.minimum(p.q_len - first, p.tile_q),
+        key,
+        f.minimum(p.kv_len - key, p.tile_k),
+        tile * p.columns,
+    )
 
 
 # -- scores -------------------------------------------------------------------------------------------
