@@ -38,9 +38,12 @@ OPTIONS = {
     "bias": {"bias": BIAS, "scale": 0.7},
     "sinks": {"sinks": SINKS, "mask": SEEN},
     "sinks per batch": {"sinks": np.stack([SINKS, -SINKS])},
+    "one number": {"bias": np.array([[0.3]]), "sinks": SINKS},
+    "dropout": {"dropout_p": 0.3, "seed": 7, "causal": True, "align": 1},
     "function": {"score_mod": table_score(TABLE)},
     "together": {"softcap": 2.0, "score_mod": table_score(TABLE), "alibi_slopes": SLOPES, "bias": BIAS,
-                 "sinks": SINKS, "mask": SEEN, "causal": True, "align": "bottom_right"},
+                 "sinks": SINKS, "mask": SEEN, "causal": True, "align": "bottom_right",
+                 "dropout_p": 0.2, "seed": 2**64 - 1},
 }  # fmt: skip
 
 
@@ -173,6 +176,35 @@ def test_out_accumulates_strides_are_free_and_only_what_is_asked_for_comes(famil
     np.testing.assert_array_equal(out.k, one.k)
     flashtile.attention_backward(do, q, k, v, o, lse, wrt="k", kernel=family, out=out, accumulate=True)
     np.testing.assert_allclose(out.k, 2 * one.k, rtol=1e-6)
+
+
+@pytest.mark.parametrize("family", list(families()))
+@pytest.mark.parametrize("storage", ["float64", "float32", "float16"])
+def test_the_mask_read_out_of_the_backward_is_that_of_the_forward(family, storage):
+    """q = 0, and do an identity: dv is the dropped weights, transposed. With v and do of ones dP shows them as well."""
+    rows = keys = 21
+    q = np.zeros((B, H, rows, D), storage)
+    v, do = np.ones((B, H, keys, rows), storage), np.broadcast_to(np.eye(rows, dtype=storage), (B, H, rows, rows))
+    options = {"dropout_p": 0.25, "seed": 99}
+    o, lse = flashtile.attention(q, q, v, return_lse=True, **options)
+    g = flashtile.attention_backward(do, q, q, v, o, lse, wrt="v", kernel=family, **options)
+    mask = flashtile.score.dropout_keep((B, H, rows, keys), **options)
+    np.testing.assert_array_equal(g.v.swapaxes(2, 3) != 0, mask)
+    np.testing.assert_allclose(g.v.swapaxes(2, 3)[mask] * keys, 4 / 3, rtol=8 * np.finfo(storage).eps)
+    # With a bias, dS = P (dP - delta): its sign tells dP's zeros where delta is between 0 and the kept dP.
+    bias = np.zeros((B, H, rows, keys), storage)
+    one = np.ones_like(o)
+    ds = flashtile.attention_backward(one, q, q, v, o, lse, wrt="bias", bias=bias, kernel=family, **options).bias
+    told = ~(mask.all(axis=-1) | ~mask.any(axis=-1))
+    np.testing.assert_array_equal((ds > 0)[told], mask[told])
+
+
+def test_dropout_needs_its_seed():
+    q, k, v, do, _ = inputs("float32")
+    o, lse = flashtile.attention(q, k, v, return_lse=True)
+    for change, message in (({"dropout_p": 1.0}, "dropout_p: got 1.0"), ({"dropout_p": 0.5}, "seed: got None")):
+        with pytest.raises(flashtile.SpecError, match=message):
+            flashtile.attention_backward(do, q, k, v, o, lse, **change)
 
 
 def test_an_array_captured_twice_is_one_sum_and_a_clamped_load_gets_none():

@@ -14,9 +14,10 @@ from flashtile.calls import Options, as_key, as_name, split_align
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import wrong
 from flashtile.kernels.backward import Inputs, Sums
-from flashtile.score.capture import ArrayCapture
+from flashtile.score.keep import keep_of
 from flashtile.score.options import ScoreOptions, Scoring
 
+SINGLE = ("q", "k", "v", "sinks")  # what is no array of the program
 NAMES = ("q", "k", "v", "bias", "sinks", "alibi_slopes", "captured")
 
 
@@ -76,6 +77,8 @@ def attention_backward(
     alibi_slopes: Any = None,
     sinks: Any = None,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
     precision: str = "ieee",
     kernel: str = "auto",
     engine: str = "auto",
@@ -104,7 +107,7 @@ def attention_backward(
     if align is not None:
         align, offsets = split_align(align, q.shape)
     options = Options(causal, as_key(window), align, scale, precision, kernel, engine)
-    scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks)
+    scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed))
     spec, scoring = options.scored(scores, q, k, v, offsets)
     given = {"q": q, "k": k, "v": v, "bias": bias, "sinks": sinks, "alibi_slopes": alibi_slopes}
     names = _names(wrt, given, scoring)
@@ -124,14 +127,15 @@ def attention_backward(
     inputs = Inputs(
         wide[0], wide[1], wide[2], wide[3], wide[4], _wide(lse, 3), None if dlse is None else _wide(dlse, 3)
     )
-    wanted = frozenset(n if n in ("q", "k", "v", "sinks") else "arrays" for n in names)
+    slots = (slots_of(scoring, source) for name, source in sources if name not in SINGLE)
+    wanted = frozenset(names).intersection(SINGLE).union(*slots)
     sums = family.backward(spec, inputs, offset, scoring, wanted)
     return _finish(sums, sources, names, scoring, out, accumulate)
 
 
 def _array(x: Any, name: str) -> np.ndarray:
     if is_torch(x):
-        raise wrong(name, "a torch tensor", "a NumPy array: gradients of torch tensors are not available yet")
+        raise wrong(name, "a torch tensor", "a NumPy array: tensors have their gradients by autograd")
     return plain(x, name)
 
 
@@ -225,9 +229,18 @@ def _sum_of(sums: Sums, name: str, source: Any, scoring: Scoring) -> np.ndarray:
     if name == "sinks":
         assert sums.sinks is not None
         return sums.sinks.sum(axis=0) if source.ndim == 1 else sums.sinks
-    total: Any = 0.0
-    captures = () if scoring.program is None else scoring.program.captures
-    for number, x in enumerate(captures):
-        if isinstance(x, ArrayCapture) and x.source is source and number in sums.arrays:
-            total = total + sums.arrays[number]
-    return np.broadcast_to(np.asarray(total), source.shape)
+    return array_sum(sums, source, scoring)
+
+
+def slots_of(scoring: Scoring, source: Any) -> frozenset[int]:
+    """The numbers of the slots through which a call's score depends on this very array."""
+    program = scoring.program
+    if program is None:
+        return frozenset()
+    return frozenset(g.slot.number for g in program.array_gradients if program.capture(g.slot).source is source)
+
+
+def array_sum(sums: Sums, source: Any, scoring: Scoring) -> np.ndarray:
+    """The gradient of a captured array, of its shape, in the arithmetic's dtype; 0 if no score depends on it."""
+    total = sum((sums.arrays[n] for n in sorted(slots_of(scoring, source))), start=0.0)
+    return np.broadcast_to(np.asarray(total), tuple(source.shape))
