@@ -14,6 +14,7 @@ import pytest
 
 import flashtile
 from flashtile.errors import UnavailableError
+from flashtile.testing import assert_gradients_accurate
 
 torch = pytest.importorskip("torch")
 import flashtile.torch  # noqa: E402  (after torch is known to be there)
@@ -133,6 +134,19 @@ def test_gradcheck_of_dropout_whose_seed_torch_draws() -> None:
     torch.manual_seed(3)
     first, second = (ours(*inputs(), dropout_p=0.4, enable_gqa=True) for _ in range(2))
     assert torch.equal(first, call(*inputs())) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("attend", [ours, sdpa], ids=["ours", "torch's"])
+@pytest.mark.parametrize("storage", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3}], ids=str)
+def test_gradients_of_sdpa_by_the_accuracy_rule(attend: Any, storage: Any, options: dict[str, Any]) -> None:
+    """torch's own gradients, too, so that both compute the same thing."""
+    q, k, v = leaves(*(draw(2, 3, 17, 8, seed=n, dtype=storage) for n in range(3)))
+    do = draw(2, 3, 17, 8, seed=3, dtype=storage)
+    attend(q, k, v, **options).backward(do)
+    same = {"causal": options["is_causal"]} if "is_causal" in options else options
+    got = flashtile.Gradients(q.grad, k.grad, v.grad)
+    assert_gradients_accurate(got, do, *(x.detach() for x in (q, k, v)), **same)
 
 
 @pytest.mark.parametrize("needed", range(1, 8))

@@ -10,14 +10,13 @@ import torch
 from torch.autograd import forward_ad
 
 from flashtile import autograd
-from flashtile.autograd import Scored, tensors_of
+from flashtile.autograd import Scored
 from flashtile.calls import Options, as_key, check_apart, lookup, prepare, split_align
 from flashtile.errors import FlashtileError, UnavailableError, wrong
 from flashtile.progress import reporter
 from flashtile.score.capture import ArrayCapture
 from flashtile.score.keep import Keep, keep_of, threshold_of
 from flashtile.score.options import ScoreOptions, Scoring
-from flashtile.score.program import Program
 from flashtile.sdpa import causal_bias, like_torch, number, spell, under_autocast
 from flashtile.signature import Align, Engine, Kernel, Precision, Progress, Window
 from flashtile.spec import check_flag
@@ -133,7 +132,7 @@ def _attend(
     if scores is not None:
         if isinstance(scores, ScoreOptions):
             scored = _scored(scores, q, k, v, options, offsets)
-            if _needs_recording(scored.scoring, scores.sinks):
+            if _is_recorded(scored.scoring, scores.sinks):
                 return _record(q, k, v, options, scored, scores.sinks, offsets, return_lse, progress, out)
             scores = scored
         spec, scoring = scores
@@ -175,24 +174,32 @@ def _attend_recorded(
     """`_attend` where a gradient of q, k or v is recorded."""
     given = ScoreOptions() if scores is None else scores
     scored = _scored(given, q, k, v, options, offsets)
+    _is_recorded(scored.scoring, None)  # for its checks
     return _record(q, k, v, options, scored, given.sinks, offsets, return_lse, progress, out)
 
 
 def _scored(
     scores: ScoreOptions, q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...], offsets: np.ndarray | None
 ) -> Scored:
-    """The options' meaning, once their tensors and those that functions read are found to be ordinary ones."""
+    """What the options mean, once their tensors are found to be ordinary; `_is_recorded` sees what functions read."""
     _check_scores(scores)
-    scored = Scored(*Options(*options).scored(scores, q, k, v, offsets))
-    if scored.scoring.program is not None:
-        _check_captured(scored.scoring.program)
-    return scored
+    return Scored(*Options(*options).scored(scores, q, k, v, offsets))
 
 
-def _needs_recording(scoring: Scoring, sinks: Any) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return getattr(sinks, "requires_grad", False) or any(x.requires_grad for x in tensors_of(scoring))
+def _is_recorded(scoring: Scoring, sinks: Any) -> bool:
+    """Whether a gradient of sinks, or of a tensor that the program reads, is recorded.
+
+    Raises: as `_check_tensors`, for one whose derivative would be lost without a word.
+    """
+    recording, forward = torch.is_grad_enabled(), _in_forward_mode()
+    found = recording and getattr(sinks, "requires_grad", False)
+    if scoring.program is not None and (recording or forward):
+        for x in scoring.program.captures:
+            source = x.source if isinstance(x, ArrayCapture) else None
+            if isinstance(source, Tensor) and (forward or source.requires_grad):
+                _check_tensors(**{x.name: source})
+                found = found or recording and source.requires_grad
+    return bool(found)
 
 
 def _record(
@@ -387,17 +394,8 @@ def _checked(**tensors: Tensor) -> Callable[..., Any]:
 
 
 def _check_scores(scores: ScoreOptions) -> None:
-    """`_check_tensors` of those that came as options; `_check_captured` sees what functions read."""
+    """`_check_tensors` of those that came as options; `_is_recorded` sees what functions read."""
     _check_tensors(**{name: x for name, x in vars(scores).items() if isinstance(x, Tensor)})
-
-
-def _check_captured(program: Program) -> None:
-    """Raise if a function reads a tensor whose derivative would be lost without a word."""
-    forward = _in_forward_mode()
-    for found in program.captures:
-        source = found.source if isinstance(found, ArrayCapture) else None
-        if isinstance(source, Tensor) and (forward or source.requires_grad):
-            _check_tensors(**{found.name: source})
 
 
 def _check_tensors(**tensors: Tensor) -> None:
