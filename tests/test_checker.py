@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 from inputs import Shape, numpy_dtype, uniform
 
-from flashtile import testing
+from flashtile import Gradients, testing
+from flashtile.gradients import ByIdentity
 from flashtile.kernels import reference, vanilla
 
 pytestmark = pytest.mark.core
@@ -171,3 +173,69 @@ def test_unknown_kind_is_refused() -> None:
     q, k, v = uniform(SHAPE, "float32")
     with pytest.raises(ValueError, match="kind: got 'sum', expected"):
         testing.assert_accurate(q, q, k, v, kind="sum")
+
+
+DO = np.random.default_rng(1).uniform(-1, 1, (*SHAPE.q[:3], SHAPE.value_size))
+TABLE = np.random.default_rng(2).uniform(-1, 1, SHAPE.kv_len)
+DIFFERENTIATED: dict[str, Any] = {
+    "wrt": ("q", "k", "v", "sinks", "captured"),
+    "dlse": np.ones(SHAPE.q[:3], np.float32),
+    "sinks": np.array([0.5, -0.5]),
+    "score_mod": lambda s, b, h, i, j: s + TABLE[j],
+}
+
+
+def _right_gradients(dtype: str) -> tuple[dict[str, Any], tuple[np.ndarray, ...]]:
+    """The reference's gradients rounded to their dtypes, and do, q, k, v."""
+    inputs = DO.astype(numpy_dtype(dtype)), *uniform(SHAPE, dtype)
+    found = vars(testing.expect_gradients(*inputs, **DIFFERENTIATED))
+    right = {name: found[name].value.astype(numpy_dtype(dtype)) for name in "qkv"}
+    captured = ByIdentity([(TABLE, found["captured"][TABLE].value.astype(TABLE.dtype))])
+    return right | {"sinks": found["sinks"].value.astype(np.float64), "captured": captured}, inputs
+
+
+def test_right_gradients_pass(dtype: str) -> None:
+    right, inputs = _right_gradients(dtype)
+    testing.assert_gradients_accurate(Gradients(**right), *inputs, **DIFFERENTIATED)
+
+
+WRONG_GRADIENTS: dict[str, tuple[Callable[[np.ndarray], Any], str]] = {
+    "NaN": (lambda x: np.where(np.arange(x.size).reshape(x.shape) == 1, np.nan, x).astype(x.dtype), "NaN in one"),
+    "negated": (lambda x: -x, "error over"),
+    "zero": (np.zeros_like, "error over"),
+    "a row short": (lambda x: x[..., 1:], "got shape"),
+    "another dtype": (lambda x: x.astype(np.float16 if x.dtype != np.float16 else np.float32), "got dtype"),
+    "missing": (lambda x: None, "got none"),
+}
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v", "sinks", "captured"])
+@pytest.mark.parametrize("wrong", WRONG_GRADIENTS.values(), ids=WRONG_GRADIENTS.keys())
+def test_wrong_gradients_fail(dtype: str, wrong: tuple[Callable[[np.ndarray], Any], str], which: str) -> None:
+    spoil, message = wrong
+    right, inputs = _right_gradients(dtype)
+    if which == "captured":
+        spoiled = spoil(right["captured"][TABLE])
+        right["captured"] = ByIdentity([] if spoiled is None else [(TABLE, spoiled)])
+    else:
+        right[which] = spoil(right[which])
+    with pytest.raises(AssertionError, match=f"^{which}: .*{message}"):
+        testing.assert_gradients_accurate(Gradients(**right), *inputs, **DIFFERENTIATED)
+
+
+def test_gradients_by_more_than_is_allowed_and_unasked_ones_fail(dtype: str) -> None:
+    right, inputs = _right_gradients(dtype)
+    expected = testing.expect_gradients(*inputs, **DIFFERENTIATED)
+    right["k"] = right["k"].copy()
+    right["k"][0, 0, 3] = (right["k"][0, 0, 3].astype(float) + 3 * expected.k.allowed).astype(right["k"].dtype)
+    with pytest.raises(AssertionError, match="^k: error over"):
+        testing.assert_gradients_accurate(Gradients(**right), *inputs, **DIFFERENTIATED)
+    with pytest.raises(AssertionError, match="^q: got one, expected .*where wrt asks"):
+        testing.assert_gradients_accurate(Gradients(**right), *inputs, **DIFFERENTIATED | {"wrt": ()})
+
+
+def test_what_gradients_are_allowed_is_small(dtype: str) -> None:
+    _, inputs = _right_gradients(dtype)
+    for name, want in vars(testing.expect_gradients(*inputs, **DIFFERENTIATED)).items():
+        if name in "qkv":
+            assert 0 < want.allowed < 32 * testing.ulp(np.abs(want.value).max(), dtype)

@@ -229,37 +229,6 @@ def test_the_owner_of_tensors_on_a_gpu() -> None:
     assert all(issubclass(error, Exception) for error in owner.out_of_memory())
 
 
-def test_gradients_are_refused_only_while_they_are_recorded() -> None:
-    q, k, v = tensors(Shape())
-    want = flashtile.torch.attention(q, k, v)
-    for n in range(3):
-        arrays = [x.clone().requires_grad_() if i == n else x for i, x in enumerate((q, k, v))]
-        for attend in (flashtile.torch.attention, flashtile.attention, flashtile.torch.scaled_dot_product_attention):
-            with pytest.raises(UnavailableError, match="requires grad.*gradients are not available yet"):
-                attend(*arrays)
-            for quiet in (torch.no_grad(), torch.inference_mode()):
-                with quiet:
-                    assert torch.equal(attend(*arrays), want)
-    with torch.no_grad():
-        assert torch.equal(flashtile.torch.attention(torch.nn.Parameter(q), k, v), want)
-    with pytest.raises(UnavailableError, match="^out: "):
-        flashtile.torch.attention(q, k, v, out=torch.empty_like(q).requires_grad_())
-
-
-def test_captured_tensors_that_require_grad_are_refused() -> None:
-    q = torch.randn(1, 2, 8, 4)
-    table = torch.randn(2, 8).requires_grad_()
-    score_mod = lambda s, b, h, i, j: s + table[h, j]  # noqa: E731
-    mask = lambda b, h, i, j: table[h, j] > 0  # noqa: E731
-    for option in ({"score_mod": score_mod}, {"mask": mask}, {"mask": flashtile.score.causal() & mask}):
-        with pytest.raises(UnavailableError, match=": table: got a tensor that requires grad.*not available yet"):
-            flashtile.torch.attention(q, q, q, **option)
-    with torch.no_grad():
-        with_grad = flashtile.torch.attention(q, q, q, score_mod=score_mod)
-    table = table.detach()
-    torch.testing.assert_close(flashtile.torch.attention(q, q, q, score_mod=score_mod), with_grad)
-
-
 class Renamed(torch.Tensor):
     pass
 
@@ -375,6 +344,7 @@ def test_tensors_on_a_gpu_go_to_their_own_call_with_every_option(
         given = {**options._asdict(), **({} if scores is None else vars(scores)), "out": out, "progress": progress}
         if offsets is not None:
             given["align"] = offsets
+        assert given.pop("keep", None) is None
         plain = {name: x.numpy() if torch.is_tensor(x) else x for name, x in given.items()}
         o, lse = flashtile.attention(*(x.numpy() for x in inputs), **plain, return_lse=True)
         return torch.from_numpy(o), torch.from_numpy(lse) if return_lse else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,20 +14,23 @@ from flashtile.calls import Options, as_key, as_name, split_align
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import wrong
 from flashtile.kernels.gradients import Inputs, Sums
-from flashtile.score.capture import ArrayCapture
+from flashtile.score.capture import ArrayCapture, capture
+from flashtile.score.keep import keep_of
 from flashtile.score.options import ScoreOptions, Scoring
+from flashtile.spec import AttentionSpec
 
+SINGLE = ("q", "k", "v", "sinks")  # what is no array of the program
 NAMES = ("q", "k", "v", "bias", "sinks", "alibi_slopes", "captured")
 
 
-class ByIdentity(Mapping[Any, np.ndarray]):
+class ByIdentity(Mapping[Any, Any]):
     """Gradients of captured arrays: looked up by the array object itself, since arrays have no hash. A view of an
     array is another array."""
 
-    def __init__(self, pairs: Iterable[tuple[Any, np.ndarray]] = ()) -> None:
+    def __init__(self, pairs: Iterable[tuple[Any, Any]] = ()) -> None:
         self._pairs = {id(array): (array, gradient) for array, gradient in pairs}
 
-    def __getitem__(self, array: Any) -> np.ndarray:
+    def __getitem__(self, array: Any) -> Any:
         try:
             return self._pairs[id(array)][1]
         except KeyError:
@@ -76,6 +79,8 @@ def attention_backward(
     alibi_slopes: Any = None,
     sinks: Any = None,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
     precision: str = "ieee",
     kernel: str = "auto",
     engine: str = "auto",
@@ -97,47 +102,80 @@ def attention_backward(
     Raises:  SpecError, UnavailableError before any memory is touched.
     Source:  Dao 2023, FlashAttention-2, section 3.1.2.
     """
-    do, q, k, v, o, lse = (
-        _array(x, name) for x, name in zip((do, q, k, v, o, lse), ("do", "q", "k", "v", "o", "lse"), strict=True)
-    )
+    q, k, v = _array(q, "q"), _array(k, "k"), _array(v, "v")
     offsets = None
     if align is not None:
         align, offsets = split_align(align, q.shape)
     options = Options(causal, as_key(window), align, scale, precision, kernel, engine)
-    scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks)
-    spec, scoring = options.scored(scores, q, k, v, offsets)
-    given = {"q": q, "k": k, "v": v, "bias": bias, "sinks": sinks, "alibi_slopes": alibi_slopes}
-    names = _names(wrt, given, scoring)
-    _check(do, "do", q.shape[:-1] + v.shape[-1:], spec.dtype)
-    _check(o, "o", q.shape[:-1] + v.shape[-1:], spec.dtype)
+    scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed))
+    problem = Problem.of((q, k, v), options, scores, offsets, wrt)
+    inputs = _inputs(problem.spec, do, q, k, v, o, lse, dlse)
+    _check_out(out, accumulate, problem, (*inputs, offsets, None if sinks is None else capture(sinks, "sinks").array))
+    engines.pick(as_name("engine", engine))
+    family = kernels.pick(problem.spec, as_name("kernel", kernel), "backward")
+    sums = problem.differentiate(family, inputs)
+    return _finish(problem, sums, out, accumulate)
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A validated call, and what of it is to be differentiated."""
+
+    spec: AttentionSpec
+    scoring: Scoring
+    offset: Any  # an integer, or (B,)
+    names: tuple[str, ...]  # wrt
+    sources: list[tuple[str, Any]]  # everything whose gradient is asked for: q, ..., and "captured" as often as needed
+
+    @classmethod
+    def of(
+        cls, inputs: tuple[Any, Any, Any], options: Options, scores: ScoreOptions, offsets: Any, wrt: Iterable[str]
+    ) -> Problem:
+        """Raises: SpecError."""
+        spec, scoring = options.scored(scores, *inputs, offsets)
+        given = dict(zip("qkv", inputs, strict=True))
+        given |= {"bias": scores.bias, "sinks": scores.sinks, "alibi_slopes": scores.alibi_slopes}
+        names = _names(wrt, given, scoring)
+        offset = offsets if spec.offset is None else spec.offset
+        return cls(spec, scoring, offset, names, _sources(names, given, scoring))
+
+    def differentiate(self, family: Any, inputs: Sequence[Any], order: np.ndarray | None = None) -> Sums:
+        """The sums of a kernel family for do, q, k, v, o, lse, dlse, of 2 to 4 axes and any float dtype."""
+        slots = (slots_of(self.scoring, source) for name, source in self.sources if name not in SINGLE)
+        wanted = frozenset(self.names).intersection(SINGLE).union(*slots)
+        ranks = 4, 4, 4, 4, 4, 3, 3
+        wide = Inputs(*(None if x is None else _wide(x, n) for x, n in zip(inputs, ranks, strict=True)))  # type: ignore[arg-type]
+        sums: Sums = family.backward(self.spec, wide, self.offset, self.scoring, wanted, order)
+        return sums
+
+    def values(self, sums: Sums) -> Iterator[tuple[str, Any, np.ndarray]]:
+        """(name, source, gradient) of everything that is asked for, in the source's shape and the sums' dtype."""
+        for name, source in self.sources:
+            yield name, source, _sum_of(sums, name, source, self.scoring)
+
+
+def _inputs(spec: AttentionSpec, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dlse: Any) -> tuple[Any, ...]:
+    """The arrays of a call, in the order of `kernels.backward.Inputs`. Raises: SpecError."""
     accumulator = dtype_of(np.dtype(DTYPES[spec.dtype].accumulator)).name
-    _check(lse, "lse", q.shape[:-1], accumulator)
+    rows = q.shape[:-1]
+    do, o, lse = _array(do, "do"), _array(o, "o"), _array(lse, "lse")
+    for name, x in (("do", do), ("o", o)):
+        _check(x, name, rows + v.shape[-1:], spec.dtype)
+    _check(lse, "lse", rows, accumulator)
     if dlse is not None:
         dlse = _array(dlse, "dlse")
-        _check(dlse, "dlse", q.shape[:-1], accumulator)
-    sources = _sources(names, given, scoring)
-    _check_out(out, accumulate, sources, names, (do, q, k, v, o, lse, dlse))
-    engines.pick(as_name("engine", engine))
-    backward = kernels.pick(spec, as_name("kernel", kernel), "backward").backward
-    assert backward is not None  # it has the direction
-    offset: Any = offsets if spec.offset is None else spec.offset
-    wide = [_wide(x, 4) for x in (do, q, k, v, o)]
-    inputs = Inputs(
-        wide[0], wide[1], wide[2], wide[3], wide[4], _wide(lse, 3), None if dlse is None else _wide(dlse, 3)
-    )
-    wanted = frozenset(n if n in ("q", "k", "v", "sinks") else "arrays" for n in names)
-    sums = backward(spec, inputs, offset, scoring, wanted)
-    return _finish(sums, sources, names, scoring, out, accumulate)
+        _check(dlse, "dlse", rows, accumulator)
+    return do, q, k, v, o, lse, dlse
 
 
 def _array(x: Any, name: str) -> np.ndarray:
     if is_torch(x):
-        raise wrong(name, "a torch tensor", "a NumPy array: gradients of torch tensors are not available yet")
+        raise wrong(name, "a torch tensor", "a NumPy array: tensors have their gradients by autograd")
     return plain(x, name)
 
 
 def _wide(x: np.ndarray, rank: int) -> np.ndarray:
-    x = x.astype(np.float32) if dtype_of(x.dtype).name == "bfloat16" else x
+    x = x.astype(np.float32) if x.dtype.name == "bfloat16" else x
     return x[(None,) * (rank - x.ndim)]
 
 
@@ -181,16 +219,15 @@ def _target(out: Gradients, name: str, source: Any) -> Any:
     return out.captured[source] if out.captured is not None and source in out.captured else None
 
 
-def _check_out(out: Any, accumulate: bool, sources: list[tuple[str, Any]], names: Any, inputs: Any) -> None:
+def _check_out(out: Any, accumulate: bool, problem: Problem, inputs: Sequence[Any]) -> None:
     if out is None:
         if accumulate:
             raise wrong("accumulate", "True without out", "out=, a Gradients to add to")
         return
     if not isinstance(out, Gradients):
         raise wrong("out", f"a {type(out).__name__}", "a flashtile.Gradients")
-    seen: list[np.ndarray] = []
-    others = [x for x in (*inputs, *(s for _, s in sources)) if isinstance(x, np.ndarray)]
-    for name, source in sources:
+    seen = _memory(problem, inputs)
+    for name, source in problem.sources:
         target = _target(out, name, source)
         if not isinstance(target, np.ndarray):
             raise wrong(f"out.{name}", f"a {type(target).__name__}", "a NumPy array, since wrt asks for it")
@@ -198,18 +235,25 @@ def _check_out(out: Any, accumulate: bool, sources: list[tuple[str, Any]], names
             raise wrong(f"out.{name}", f"{target.dtype} of shape {target.shape}", f"{source.dtype} of {source.shape}")
         if not target.flags.writeable:
             raise wrong(f"out.{name}", "a read-only array", "a writable one")
-        if view_of(target).may_overlap_itself() or any(np.may_share_memory(target, x) for x in (*others, *seen)):
+        if view_of(target).may_overlap_itself() or any(np.may_share_memory(target, x) for x in seen):
             raise wrong(f"out.{name}", "an array that shares memory", "memory of its own")
         seen.append(target)
 
 
-def _finish(sums: Sums, sources: list[tuple[str, Any]], names: Any, scoring: Scoring, out: Any,
-            accumulate: bool) -> Gradients:  # fmt: skip
-    """The sums in their arrays' shapes and dtypes, written to `out` if there is one."""
+def _memory(problem: Problem, inputs: Sequence[Any]) -> list[np.ndarray]:
+    """Every array that the call reads: those of its arguments, and those that its functions captured."""
+    program = problem.scoring.program
+    captures = () if program is None else program.captures
+    captured = [x.array for x in captures if isinstance(x, ArrayCapture)]
+    return [x for x in (*inputs, *(x for _, x in problem.sources), *captured)
+            if isinstance(x, np.ndarray)]  # fmt: skip
+
+
+def _finish(problem: Problem, sums: Sums, out: Gradients | None, accumulate: bool) -> Gradients:
+    """The sums in their arrays' dtypes, written to `out` if there is one."""
     done: dict[str, Any] = {}
     captured: list[tuple[Any, np.ndarray]] = []
-    for name, source in sources:
-        value = _sum_of(sums, name, source, scoring)
+    for name, source, value in problem.values(sums):
         target = np.zeros(source.shape, source.dtype) if out is None else _target(out, name, source)
         with np.errstate(over="ignore", invalid="ignore"):  # what the dtype cannot hold is an infinity there
             target[...] = (target.astype(value.dtype) + value if accumulate else value).astype(target.dtype)
@@ -217,7 +261,7 @@ def _finish(sums: Sums, sources: list[tuple[str, Any]], names: Any, scoring: Sco
             captured.append((source, target))
         else:
             done[name] = target
-    return Gradients(**done, captured=ByIdentity(captured) if "captured" in names else None)
+    return Gradients(**done, captured=ByIdentity(captured) if "captured" in problem.names else None)
 
 
 def _sum_of(sums: Sums, name: str, source: Any, scoring: Scoring) -> np.ndarray:
@@ -226,9 +270,18 @@ def _sum_of(sums: Sums, name: str, source: Any, scoring: Scoring) -> np.ndarray:
     if name == "sinks":
         assert sums.sinks is not None
         return sums.sinks.sum(axis=0) if source.ndim == 1 else sums.sinks
-    total: Any = 0.0
-    captures = () if scoring.program is None else scoring.program.captures
-    for number, x in enumerate(captures):
-        if isinstance(x, ArrayCapture) and x.source is source and number in sums.arrays:
-            total = total + sums.arrays[number]
-    return np.broadcast_to(np.asarray(total), source.shape)
+    return array_sum(sums, source, scoring)
+
+
+def slots_of(scoring: Scoring, source: Any) -> frozenset[int]:
+    """The numbers of the slots through which a call's score depends on this very array."""
+    program = scoring.program
+    if program is None:
+        return frozenset()
+    return frozenset(g.slot.number for g in program.array_gradients if program.capture(g.slot).source is source)
+
+
+def array_sum(sums: Sums, source: Any, scoring: Scoring) -> np.ndarray:
+    """The gradient of a captured array, of its shape, in the arithmetic's dtype; 0 if no score depends on it."""
+    total = sum((sums.arrays[n] for n in sorted(slots_of(scoring, source))), start=0.0)
+    return np.broadcast_to(np.asarray(total), tuple(source.shape))

@@ -9,14 +9,15 @@ import numpy as np
 import torch
 from torch.autograd import forward_ad
 
+from flashtile import autograd
+from flashtile.autograd import Scored
 from flashtile.calls import Options, as_key, check_apart, lookup, prepare, split_align
 from flashtile.checks import check_flag
 from flashtile.errors import FlashtileError, UnavailableError, wrong
 from flashtile.progress import reporter
 from flashtile.score.capture import ArrayCapture
 from flashtile.score.keep import Keep, keep_of, threshold_of
-from flashtile.score.options import ScoreOptions
-from flashtile.score.program import Program
+from flashtile.score.options import ScoreOptions, Scoring
 from flashtile.sdpa import causal_bias, like_torch, number, spell, under_autocast
 from flashtile.signature import Align, Engine, Kernel, Precision, Progress, Window
 
@@ -80,7 +81,11 @@ def attention(
     cast as for torch's SDPA (not float64), and nothing else is.
 
     Returns:  a tensor of q's dtype; with return_lse=True also lse, float32 (float64 for float64).
-    Raises:   as flashtile.attention; UnavailableError also if a tensor requires grad while gradients are recorded.
+    Gradients: by autograd, of q, k, v, bias, sinks, alibi_slopes and tensors that a score function captured, from o and
+              lse; on the CPU, first order. The backward is unfused so far: one thread, S_q x S_kv scores of one head at
+              a time.
+    Raises:   as flashtile.attention; UnavailableError also on a GPU if a tensor requires grad while gradients are
+              recorded, for tangents (forward mode), and in a backward with create_graph=True.
 
     >>> import torch, flashtile.torch
     >>> x = torch.ones(1, 8, 128, 64, dtype=torch.bfloat16)
@@ -108,13 +113,16 @@ def _attend(
     k: Tensor,
     v: Tensor,
     options: tuple[Any, ...],
-    scores: ScoreOptions | None,
+    scores: ScoreOptions | Scored | None,
     offsets: np.ndarray | None = None,
     return_lse: bool = False,
     progress: Any = None,
     out: Tensor | None = None,
 ) -> Any:
-    """`attention` of tensors on the CPU that were checked; `options` as in `Options`."""
+    """`attention` of tensors on the CPU that were checked; `options` as in `Options`.
+
+    No gradient of q, k, v is recorded, and none at all where the options came scored.
+    """
     spec = scoring = out_key = None
     if out is not None:
         _check_tensors(out=out)
@@ -122,11 +130,13 @@ def _attend(
     views = q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype
     key: tuple[Any, ...] = (views, out_key, options)
     if scores is not None:
-        _check_scores(scores)
-        spec, scoring = Options(*options).scored(scores, q, k, v, offsets)
+        if isinstance(scores, ScoreOptions):
+            scored = _scored(scores, q, k, v, options, offsets)
+            if _is_recorded(scored.scoring, scores.sinks):
+                return _record(q, k, v, options, scored, scores.sinks, offsets, return_lse, progress, out)
+            scores = scored
+        spec, scoring = scores
         key += spec.program, spec.sinks, spec.dropout
-        if torch.is_grad_enabled() and scoring.program is not None:
-            _check_captured(scoring.program)
     call = lookup(key)
     if call is None:
         _check_untraced()
@@ -148,6 +158,73 @@ def _attend(
     params = call.pack(q_at, k_at, v_at, o_at, lse_at, offsets_at, scoring)
     call.run(params, report)
     return target if lse is None else (target, lse)
+
+
+def _attend_recorded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: tuple[Any, ...],
+    scores: ScoreOptions | None,
+    offsets: np.ndarray | None = None,
+    return_lse: bool = False,
+    progress: Any = None,
+    out: Tensor | None = None,
+) -> Any:
+    """`_attend` where a gradient of q, k or v is recorded."""
+    given = ScoreOptions() if scores is None else scores
+    scored = _scored(given, q, k, v, options, offsets)
+    _is_recorded(scored.scoring, None)  # for its checks
+    return _record(q, k, v, options, scored, given.sinks, offsets, return_lse, progress, out)
+
+
+def _scored(
+    scores: ScoreOptions, q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...], offsets: np.ndarray | None
+) -> Scored:
+    """What the options mean, once their tensors are found to be ordinary; `_is_recorded` sees what functions read."""
+    _check_scores(scores)
+    return Scored(*Options(*options).scored(scores, q, k, v, offsets))
+
+
+def _is_recorded(scoring: Scoring, sinks: Any) -> bool:
+    """Whether a gradient of sinks, or of a tensor that the program reads, is recorded.
+
+    Raises: as `_check_tensors`, for one whose derivative would be lost without a word.
+    """
+    recording, forward = torch.is_grad_enabled(), _in_forward_mode()
+    found = recording and getattr(sinks, "requires_grad", False)
+    if scoring.program is not None and (recording or forward):
+        for x in scoring.program.captures:
+            source = x.source if isinstance(x, ArrayCapture) else None
+            if isinstance(source, Tensor) and (forward or source.requires_grad):
+                _check_tensors(**{x.name: source})
+                found = found or recording and source.requires_grad
+    return bool(found)
+
+
+def _record(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: tuple[Any, ...],
+    scored: Scored,
+    sinks: Any,
+    offsets: np.ndarray | None,
+    return_lse: bool,
+    progress: Any,
+    out: Tensor | None,
+) -> Any:
+    """`_attend` with a backward."""
+    if out is not None:
+        raise UnavailableError("out: got a tensor while gradients are recorded, expected None, or torch.no_grad()")
+    _check_untraced()
+    _addresses(q, k, v, q)
+
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return _attend(q, k, v, options, scored, offsets, True, progress)
+
+    o, lse = autograd.attend(forward, (q, k, v), scored, sinks, offsets, Options(*options).kernel)
+    return (o, lse) if return_lse else o
 
 
 def _attend_on_device(
@@ -310,23 +387,20 @@ def _address(name: str, x: Tensor) -> int:
 def _checked(**tensors: Tensor) -> Callable[..., Any]:
     """The way to attend these tensors, by where they lie. Raises: as `_check_tensors`."""
     _check_tensors(**tensors)
-    return _attend if all(x.is_cpu for x in tensors.values()) else _attend_on_device
+    if not all(x.is_cpu for x in tensors.values()):
+        return _attend_on_device
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values())
+    return _attend_recorded if recorded else _attend
 
 
 def _check_scores(scores: ScoreOptions) -> None:
-    """`_check_tensors` of those that came as options; `_check_captured` sees what functions read."""
+    """`_check_tensors` of those that came as options; `_is_recorded` sees what functions read."""
     _check_tensors(**{name: x for name, x in vars(scores).items() if isinstance(x, Tensor)})
 
 
-def _check_captured(program: Program) -> None:
-    """Raise if a function reads a tensor that requires grad: its gradient would be lost without a word."""
-    for found in program.captures:
-        if isinstance(found, ArrayCapture) and getattr(found.source, "requires_grad", False):
-            _check_tensors(**{found.name: found.source})
-
-
 def _check_tensors(**tensors: Tensor) -> None:
-    """Raise unless each is a plain dense tensor, on the CPU or a GPU, that no gradient is recorded for."""
+    """Raise unless each is a plain dense tensor without a tangent, on the CPU, or on a GPU if no gradient is
+    recorded for it."""
     recording, forward = torch.is_grad_enabled(), _in_forward_mode()
     for name, x in tensors.items():
         if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
@@ -342,12 +416,13 @@ def _check_tensors(**tensors: Tensor) -> None:
             raise wrong(name, "a nested tensor", _PLAIN["NestedTensor"])
         if x.is_neg():
             raise wrong(name, "a lazily negated view", "a tensor in memory (x.resolve_neg())")
-        if recording and x.requires_grad:
+        if recording and x.requires_grad and not x.is_cpu:
             raise UnavailableError(
-                f"{name}: got a tensor that requires grad, expected one that does not, or torch.no_grad(): "
-                "gradients are not available yet"
+                f"{name}: got a tensor on {x.device} that requires grad, expected one that does not, or "
+                "torch.no_grad(): gradients are not available there yet"
             )
         if forward and forward_ad.unpack_dual(x).tangent is not None:
             raise UnavailableError(
-                f"{name}: got a tensor with a tangent, expected one without: gradients are not available yet"
+                f"{name}: got a tensor with a tangent, expected one without: "
+                "forward-mode gradients are not available yet"
             )

@@ -36,20 +36,23 @@ def differentiate(
     inputs: Inputs,
     offset: int | np.ndarray,
     scoring: Scoring | None,
-    wanted: frozenset[str],
+    wanted: frozenset[str | int],
     how: Arithmetic,
     order: np.ndarray | None = None,
 ) -> Sums:
     """Gradients of sum(do * o) + sum(dlse * lse).
 
-    `wanted` names "q", "k", "v", "sinks", "arrays"; `order` (S_kv,) permutes the keys, each keeping its index.
+    `wanted` names "q", "k", "v", "sinks", and captured arrays by the numbers of their slots; `order` (S_kv,)
+    permutes the keys, each keeping its index.
     """
     keys = np.arange(spec.kv_len) if order is None else order
     do, q, k, v, o, lse = (x.astype(how.dtype) for x in inputs[:6])
     dlse = np.zeros_like(lse) if inputs.dlse is None else inputs.dlse.astype(how.dtype)
     program = None if scoring is None else scoring.program
-    gradients = program.array_gradients if program is not None and "arrays" in wanted else ()
-    arrays = {g.slot.number: np.zeros(program.capture(g.slot).array.shape, how.dtype) for g in gradients if program}
+    slots = {} if program is None else {g.slot.number: g.slot for g in program.array_gradients}
+    arrays = {
+        n: np.zeros(program.capture(x).array.shape, how.dtype) for n, x in slots.items() if program and n in wanted
+    }
     dq, dk, dv = (np.zeros_like(x) if name in wanted else None for name, x in (("q", q), ("k", k), ("v", v)))
     dsinks = np.zeros((spec.batch, spec.heads), how.dtype) if "sinks" in wanted else None
     offsets = np.broadcast_to(offset, (spec.batch,))
@@ -73,7 +76,7 @@ def differentiate(
                 )
                 tile = _scores(part, spec, rule, how)
                 if dv is not None:
-                    dv[b, kv, keys] += seen_product(how.operand(tile.p.T), how.operand(part.do), tile.seen.T)
+                    dv[b, kv, keys] += seen_product(how.operand(tile.weight.T), how.operand(part.do), tile.seen.T)
                 if dsinks is not None:
                     dsinks[b, h] += _sink(part, tile, rule.sink)
                 if dq is not None:
@@ -118,7 +121,7 @@ class _Tile(NamedTuple):
 
     s: np.ndarray  # scaled, before the program
     seen: np.ndarray
-    p: np.ndarray
+    weight: np.ndarray  # P after dropout, as it met V
     ds: np.ndarray  # of the score after the program
     ds_raw: np.ndarray  # of the score before it, as it enters the products
     delta: np.ndarray
@@ -133,7 +136,9 @@ def _scores(part: _Rows, spec: AttentionSpec, rule: Rule, how: Arithmetic) -> _T
     delta = np.where(seen.any(axis=1), (part.do * part.o).sum(axis=1), 0) - part.dlse
     # Dropout multiplies p by keep / (1 - dropout_p) for dV, and dP likewise; p itself stays in dS = p (dP - delta).
     p = how.store(np.where(seen, np.exp(s - part.lse[:, None]), 0))
-    dp = how.store(product(how.operand(part.do), how.operand(part.v).T))
+    weight = p if rule.keep is None else how.store(rule.drop(p, part.rows, part.keys))
+    dp = rule.drop(product(how.operand(part.do), how.operand(part.v).T), part.rows, part.keys)
+    dp = how.store(dp)
     ds = how.store(np.where(seen, p * (dp - delta[:, None]), 0))
     ds_raw = ds
     if rule.program is not None and (slope := rule.program.score_derivative) is not None:
@@ -141,7 +146,7 @@ def _scores(part: _Rows, spec: AttentionSpec, rule: Rule, how: Arithmetic) -> _T
         slopes = rule.program.run([slope], raw, *at, raw.dtype)[0]
         # A slope of 0 comes from a selection or a saturated cap: the score does not depend on q and k there.
         ds_raw = how.store(np.where(seen & (slopes != 0), ds * slopes, 0))
-    return _Tile(raw, seen, p, ds, how.operand(ds_raw), delta)
+    return _Tile(raw, seen, weight, ds, how.operand(ds_raw), delta)
 
 
 def _sink(part: _Rows, tile: _Tile, sink: float) -> np.ndarray | float:
@@ -156,10 +161,15 @@ def _add_arrays(arrays: dict[int, np.ndarray], part: _Rows, tile: _Tile, rule: R
     assert program is not None
     at = rule.b, rule.h, part.rows[:, None], part.keys[None, :]
     for gradient in program.array_gradients:
+        if gradient.slot.number not in arrays:
+            continue
         value, *index = program.run([gradient.value, *gradient.index], tile.s, *at, tile.s.dtype)
         target = arrays[gradient.slot.number]
         if 0 in target.shape:
             continue
         given = np.where(tile.seen & (value != 0), tile.ds * value, 0)
+        if not index:  # one element, read everywhere
+            target += given.sum()
+            continue
         where = tuple(np.clip(x, 0, n - 1) for x, n in zip(index, target.shape, strict=True))
         np.add.at(target, tuple(np.broadcast_to(x, given.shape) for x in where), given)

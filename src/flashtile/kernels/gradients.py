@@ -36,7 +36,8 @@ class Sums(NamedTuple):
 class Backward(Protocol):
     """Gradients of sum(do * o) + sum(dlse * lse), in the family's arithmetic.
 
-    offset is the spec's own, or (B,) integers; `wanted` names "q", "k", "v", "sinks", "arrays"; `order` (S_kv,)
+    offset is the spec's own, or (B,) integers; `wanted` names "q", "k", "v", "sinks", and captured arrays by
+    their slots; `order` (S_kv,)
     permutes the keys, each keeping its index: the same mathematics, another rounding.
     """
 
@@ -46,6 +47,6 @@ class Backward(Protocol):
         inputs: Inputs,
         offset: int | np.ndarray,
         scoring: Scoring | None,
-        wanted: frozenset[str],
+        wanted: frozenset[str | int],
         order: np.ndarray | None = None,
     ) -> Sums: ...

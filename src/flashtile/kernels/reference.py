@@ -174,7 +174,7 @@ def backward(
     inputs: Inputs,
     offset: int | np.ndarray,
     scoring: Scoring | None,
-    wanted: frozenset[str],
+    wanted: frozenset[str | int],
     order: np.ndarray | None = None,
 ) -> Sums:
     """The gradients in the oracle's dtype, by blocks of rows."""

@@ -183,7 +183,7 @@ def backward(
     inputs: Inputs,
     offset: int | np.ndarray,
     scoring: Scoring | None,
-    wanted: frozenset[str],
+    wanted: frozenset[str | int],
     order: np.ndarray | None = None,
 ) -> Sums:
     """The gradients, unfused: a 16-bit type rounds S, P, dP and dS where they are stored, S_q x S_kv a head."""

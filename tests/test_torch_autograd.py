@@ -1,0 +1,364 @@
+"""Autograd of the PyTorch door: gradcheck over the options, torch's own SDPA, what is saved, and what is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import flashtile
+from flashtile.errors import UnavailableError
+from flashtile.testing import assert_gradients_accurate
+
+torch = pytest.importorskip("torch")
+import flashtile.torch  # noqa: E402  (after torch is known to be there)
+
+attention = flashtile.torch.attention
+ours = flashtile.torch.scaled_dot_product_attention
+sdpa = torch.nn.functional.scaled_dot_product_attention
+
+B, H, KV, S, T, D, E = 2, 4, 2, 4, 6, 3, 2
+
+
+def draw(*shape: int, seed: int = 0, dtype: Any = torch.float64) -> Any:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def leaves(*tensors: Any) -> list[Any]:
+    return [x.detach().clone().requires_grad_() for x in tensors]
+
+
+def inputs(dtype: Any = torch.float64) -> list[Any]:
+    shapes = (B, H, S, D), (B, KV, T, D), (B, KV, T, E)
+    return leaves(*(draw(*shape, seed=n, dtype=dtype) for n, shape in enumerate(shapes)))
+
+
+def seen() -> Any:
+    mask = draw(B, 1, S, T, seed=9) > -0.3
+    mask[0, 0, 1] = False  # a row that sees nothing
+    return mask
+
+
+BIAS, SINKS, SLOPES = draw(1, H, 1, T, seed=5), draw(H, seed=6), draw(H, seed=7).abs()
+TABLE, FACTOR, ONE = draw(H, S + T - 1, seed=8), draw(seed=10), draw(1, 1, 1, 1, seed=11)
+
+# Options, and the tensors among them whose gradients are checked, by the names of the options.
+Case = tuple[dict[str, Any], dict[str, Any]]
+CASES: dict[str, Case] = {
+    "plain": ({}, {}),
+    "causal": ({"causal": True, "align": "bottom_right"}, {}),
+    "window": ({"window": (2, 1), "align": np.array([1, -1])}, {}),
+    "mask": ({"mask": seen()}, {}),
+    "mask function": ({"mask": lambda b, h, i, j: (i + j + h) % 3 != 0}, {}),
+    "bias": ({"scale": 0.7}, {"bias": BIAS}),
+    "bias of one element": ({}, {"bias": ONE}),
+    "softcap": ({"softcap": 1.5}, {}),
+    "alibi": ({"align": 1}, {"alibi_slopes": SLOPES}),
+    "alibi per batch": ({"align": 1}, {"alibi_slopes": torch.stack((SLOPES, 2 * SLOPES))}),
+    "sinks": ({"mask": seen()}, {"sinks": SINKS}),
+    "sinks per batch": ({}, {"sinks": torch.stack((SINKS, -SINKS))}),
+    "dropout": ({"dropout_p": 0.3, "seed": 5}, {}),
+    "together": (
+        {"causal": True, "align": "bottom_right", "mask": seen(), "softcap": 2.0, "dropout_p": 0.2, "seed": 1},
+        {"bias": BIAS, "sinks": SINKS, "alibi_slopes": SLOPES},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradcheck(name: str) -> None:
+    """Differences in fp64, of the output and of lse where it is finite, to every tensor of the call."""
+    options, learned = CASES[name]
+
+    def call(q: Any, k: Any, v: Any, *others: Any) -> Any:
+        o, lse = attention(q, k, v, return_lse=True, **options, **dict(zip(learned, others, strict=True)))
+        return o, torch.where(lse.isfinite(), lse, 0)
+
+    torch.autograd.gradcheck(call, (*inputs(), *leaves(*learned.values())))
+
+
+SCORES: dict[str, Callable[..., Any]] = {
+    "a table": lambda table, factor: lambda s, b, h, i, j: s + table[h, i - j + T - 1],
+    "a table twice": lambda table, factor: lambda s, b, h, i, j: s * table[h, j] + torch.tanh(table[h, i]),
+    "a number": lambda table, factor: lambda s, b, h, i, j: s * factor,
+    "a row of a table": lambda table, factor: lambda s, b, h, i, j: s + table[1][i - j + T - 1] * factor,
+    "a changed table": lambda table, factor: lambda s, b, h, i, j: s + (2 * table)[h, j],
+    "a choice": lambda table, factor: lambda s, b, h, i, j: torch.where(i > j, s + table[h, j], s * factor),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_gradcheck_of_what_a_score_function_captured(name: str) -> None:
+    """The tensor itself, a view of it, or what torch computed from it while the function was traced."""
+
+    def call(q: Any, k: Any, v: Any, table: Any, factor: Any) -> Any:
+        return attention(q, k, v, score_mod=SCORES[name](table, factor), sinks=SINKS, return_lse=True)
+
+    torch.autograd.gradcheck(call, (*inputs(), *leaves(TABLE, FACTOR)))
+
+
+def test_one_tensor_in_several_places_has_the_sum() -> None:
+    x, slopes = leaves(draw(1, 4, 4, 4), draw(4, seed=1))
+
+    def call(x: Any, slopes: Any) -> Any:
+        return attention(
+            x, x, x, bias=x, sinks=slopes, alibi_slopes=slopes, score_mod=lambda s, b, h, i, j: s * x[b, h, i, j]
+        )
+
+    torch.autograd.gradcheck(call, (x, slopes))
+
+
+@pytest.mark.parametrize("attn_mask", [None, draw(T, seed=5), draw(3, 1, H, S, T, seed=5), draw(B, 1, S, T, seed=5)])
+def test_gradcheck_of_sdpa_as_torch_broadcasts(attn_mask: Any) -> None:
+    q, k, v = leaves(draw(3, B, H, S, D), draw(1, B, KV, T, D, seed=1), draw(B, KV, T, E, seed=2))
+    learned = [] if attn_mask is None else leaves(attn_mask)
+
+    def call(q: Any, k: Any, v: Any, *mask: Any) -> Any:
+        return ours(q, k, v, *mask, enable_gqa=True, return_lse=True, softcap=3.0)
+
+    torch.autograd.gradcheck(call, (q, k, v, *learned))
+
+
+def test_gradcheck_of_dropout_whose_seed_torch_draws() -> None:
+    def call(q: Any, k: Any, v: Any) -> Any:
+        torch.manual_seed(3)
+        return ours(q, k, v, dropout_p=0.4, enable_gqa=True)
+
+    torch.autograd.gradcheck(call, tuple(inputs()))
+    torch.manual_seed(3)
+    first, second = (ours(*inputs(), dropout_p=0.4, enable_gqa=True) for _ in range(2))
+    assert torch.equal(first, call(*inputs())) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("attend", [ours, sdpa], ids=["ours", "torch's"])
+@pytest.mark.parametrize("storage", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3}], ids=str)
+def test_gradients_of_sdpa_by_the_accuracy_rule(attend: Any, storage: Any, options: dict[str, Any]) -> None:
+    """torch's own gradients, too, so that both compute the same thing."""
+    q, k, v = leaves(*(draw(2, 3, 17, 8, seed=n, dtype=storage) for n in range(3)))
+    do = draw(2, 3, 17, 8, seed=3, dtype=storage)
+    attend(q, k, v, **options).backward(do)
+    same = {"causal": options["is_causal"]} if "is_causal" in options else options
+    got = flashtile.Gradients(q.grad, k.grad, v.grad)
+    assert_gradients_accurate(got, do, *(x.detach() for x in (q, k, v)), **same)
+
+
+@pytest.mark.parametrize("needed", range(1, 8))
+def test_only_what_is_needed_is_computed(needed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashtile.kernels import vanilla
+
+    wanted: list[Any] = []
+    backward = vanilla.backward
+    monkeypatch.setattr(vanilla, "backward", lambda *a: wanted.append(a[4]) or backward(*a))
+    q, k, table = draw(1, 2, 4, 3), draw(1, 2, 4, 3, seed=1), draw(2, 4, seed=2)
+    given = [x.requires_grad_(bool(needed >> n & 1)) for n, x in enumerate((q, k, table))]
+    bias = draw(4, 4, seed=3)
+    attention(q, k, k.detach(), bias=bias, score_mod=lambda s, b, h, i, j: s + table[h, j]).sum().backward()
+    assert [x.grad is not None for x in given] == [x.requires_grad for x in given]
+    names = {name for name, x in zip("qk", given, strict=False) if x.requires_grad}
+    assert wanted[0] - names == ({n for n in wanted[0] if isinstance(n, int)}) and names <= wanted[0]
+    assert len(wanted[0]) == sum(x.requires_grad for x in given)
+
+
+@pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16, torch.float32])
+def test_gradients_have_their_tensors_dtypes(storage: Any) -> None:
+    q, k, v = inputs(storage)
+    bias, sinks, slopes = leaves(BIAS.float(), SINKS, SLOPES.bfloat16())
+    attention(q, k, v, bias=bias, sinks=sinks, alibi_slopes=slopes, align=0).float().square().sum().backward()
+    for x in (q, k, v, bias, sinks, slopes):
+        assert x.grad.dtype is x.dtype and x.grad.shape == x.shape and x.grad.isfinite().all() and x.grad.any()
+
+
+def test_what_overflows_is_infinite() -> None:
+    """As torch's GradScaler looks for it."""
+    x = draw(1, 1, 4, 8, dtype=torch.float16)
+    v = x.clone().requires_grad_()
+    attention(x, x, v).backward(torch.full_like(v, 60000.0))
+    assert v.grad.isinf().any() and not v.grad.isnan().any()
+
+
+def test_rows_that_see_nothing_have_zero_gradients() -> None:
+    q, k, v = inputs()
+    mask = torch.zeros(S, T, dtype=torch.bool)
+    o, lse = attention(q, k, v, mask=mask, return_lse=True)
+    (o.sum() + torch.where(lse.isfinite(), lse, 0).sum()).backward()
+    assert not any(x.grad.any() for x in (q, k, v))
+
+
+def test_lse_alone_and_nothing_at_all() -> None:
+    q, k, v = inputs()
+    _, lse = attention(q, k, v, return_lse=True)
+    lse.sum().backward()
+    whole = (q @ k.repeat_interleave(2, 1).mT / D**0.5).logsumexp(-1).sum()
+    torch.testing.assert_close(q.grad, torch.autograd.grad(whole, q)[0])
+    assert not v.grad.any()
+
+
+def test_gradients_accumulate_and_the_graph_is_kept_if_asked() -> None:
+    q, k, v = inputs()
+    o = attention(q, k, v)
+    o.sum().backward(retain_graph=True)
+    once = [x.grad.clone() for x in (q, k, v)]
+    o.sum().backward()
+    for x, one in zip((q, k, v), once, strict=True):
+        assert torch.equal(x.grad, 2 * one)
+    with pytest.raises(RuntimeError, match="second time"):
+        o.sum().backward()
+
+
+@pytest.mark.parametrize("place", range(7))
+def test_changes_in_place_are_noticed(place: int) -> None:
+    q, k, v, table, sinks = (*inputs(), *leaves(TABLE, SINKS))
+    mask, given = seen(), [q, k, v, table, sinks]
+    o = attention(q, k, v, score_mod=lambda s, b, h, i, j: s + table[h, j], sinks=sinks, mask=mask)
+    with torch.no_grad():
+        [*given, mask, o][place].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        o.sum().backward()
+
+
+def test_hooks_on_saved_tensors_and_checkpointing() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    table = leaves(TABLE)[0]
+
+    def call(q: Any, k: Any, v: Any) -> Any:
+        return attention(q, k, v, score_mod=lambda s, b, h, i, j: s + table[h, j], dropout_p=0.3)
+
+    def gradients(run: Callable[..., Any]) -> list[Any]:
+        torch.manual_seed(4)
+        given = inputs()
+        table.grad = None
+        run(*given).square().sum().backward()
+        return [*(x.grad for x in given), table.grad]
+
+    want, packed = gradients(call), []
+
+    def pack(x: Any) -> Any:
+        packed.append(x.shape)
+        return x.detach().clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x.clone()):
+        hooked = gradients(call)
+    rerun = [gradients(lambda *a, r=r: checkpoint(call, *a, use_reentrant=r)) for r in (False, True)]
+    for got in (hooked, *rerun):
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    sizes = {(B, H, S, D), (B, KV, T, D), (B, KV, T, E), (B, H, S, E), (B, H, S), tuple(TABLE.shape)}
+    assert {tuple(x) for x in packed} == sizes  # the last by square
+
+
+def test_numbers_are_those_of_the_forward() -> None:
+    """What a function closed over may have changed before the backward."""
+    factor = 2.0
+
+    def gradient(then: float) -> Any:
+        nonlocal factor
+        factor = 2.0
+        q, k, v = inputs()
+        o = attention(q, k, v, score_mod=lambda s, b, h, i, j: s * factor)
+        factor = then
+        o.sum().backward()
+        return q.grad
+
+    assert torch.equal(gradient(2.0), gradient(100.0))
+
+
+def test_backward_from_many_threads() -> None:
+    losses, results = [], []
+    for n in range(6):
+        q, k, v = leaves(*(draw(1, 2, 33, 8, seed=3 * n + m) for m in range(3)))
+        results.append((q, torch.autograd.grad(attention(q, k, v, causal=True).square().sum(), q)[0]))
+        losses.append(attention(q, k, v, causal=True).square().sum())
+    threads = [threading.Thread(target=loss.backward) for loss in losses]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(q.grad, want) for q, want in results)
+
+
+def test_autocast_and_modules() -> None:
+    layer = torch.nn.Linear(8, 8)
+    x = draw(2, 5, 8, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours(*[layer(x)] * 3).float().sum().backward()
+    assert layer.weight.grad.dtype is torch.float32 and layer.weight.grad.any()
+
+
+def test_without_grad_nothing_is_recorded() -> None:
+    q, k, v = inputs()
+    want = attention(q, k, v).detach()
+    for quiet in (torch.no_grad(), torch.inference_mode()):
+        with quiet:
+            o = attention(q, k, v)
+            assert not o.requires_grad and torch.equal(o, want)
+    assert attention(q.detach(), k.detach(), v.detach()).grad_fn is None
+
+
+def test_what_cannot_be_recorded_is_refused() -> None:
+    q, k, v = inputs()
+    with pytest.raises(UnavailableError, match="^out: got a tensor while gradients are recorded"):
+        attention(q, k, v, out=torch.empty(B, H, S, E, dtype=torch.float64))
+    with pytest.raises(UnavailableError, match="^kernel: got 'cpu'.*cpu: has no backward"):
+        attention(q, k, v, kernel="cpu")
+    o = attention(q, k, v)
+    with pytest.raises(UnavailableError, match="^create_graph: got True, expected False"):
+        torch.autograd.grad(o.sum(), q, create_graph=True)
+    with pytest.raises(UnavailableError, match="without memory"):
+        torch.autograd.grad(o, q, torch.ones(3, *o.shape, dtype=o.dtype), is_grads_batched=True, retain_graph=True)
+    for transform in (torch.func.grad, torch.func.jacrev):
+        with pytest.raises(flashtile.SpecError, match="^q: got a Tensor without memory"):
+            transform(lambda x: attention(x, k.detach(), v.detach()).sum())(q.detach())
+
+
+def test_tangents_of_captured_tensors_are_refused() -> None:
+    from torch.autograd import forward_ad
+
+    q = draw(1, 2, 4, 3)
+    with forward_ad.dual_level():
+        table = forward_ad.make_dual(draw(2, 4), draw(2, 4))
+        with pytest.raises(UnavailableError, match="table: got a tensor with a tangent"):
+            attention(q, q, q, score_mod=lambda s, b, h, i, j: s + table[h, j])
+
+
+WORKER = """
+import sys, torch, flashtile.torch
+from torch.nn.parallel import DistributedDataParallel
+rank, store = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.proj, self.table = torch.nn.Linear(8, 24), torch.nn.Parameter(torch.randn(2, 6))
+    def forward(self, x):
+        q, k, v = self.proj(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        return flashtile.torch.attention(q, k, v, score_mod=lambda s, b, h, i, j: s + self.table[h, j])
+
+layer = Layer()
+x = torch.randn(2, 1, 6, 8, generator=torch.Generator().manual_seed(1))
+both = [torch.autograd.grad(layer(part).square().sum(), layer.parameters()) for part in x]
+parallel = DistributedDataParallel(layer)
+parallel(x[rank]).square().sum().backward()
+for p, *parts in zip(layer.parameters(), *both):
+    torch.testing.assert_close(p.grad, sum(parts) / 2)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
+def test_a_step_of_distributed_data_parallel(tmp_path: Path) -> None:
+    arguments = [sys.executable, "-c", WORKER]
+    workers = [
+        subprocess.Popen([*arguments, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    errors = [worker.communicate()[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
