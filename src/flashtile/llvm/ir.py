@@ -1,9 +1,8 @@
 """A small vocabulary over textual LLVM IR: typed values, functions, loops.
 
-A kernel generator calls Python methods; each call appends one line of LLVM IR in static single
-assignment form.  Values carry their LLVM type as text (``i64``, ``float``, ``<16 x float>``), overload
-the arithmetic operators, and lift Python numbers to constants of their own type, so generator code reads
-like the arithmetic it emits.  Text, because llvmlite's object layer cannot name vector intrinsics.
+A kernel generator calls Python methods; each call appends one line of LLVM IR in static single assignment form. Values
+carry their LLVM type as text, overload the arithmetic operators, and lift Python numbers to constants of their own
+type, so generator code reads like the arithmetic it emits. Text: llvmlite's objects cannot name vector intrinsics.
 
 >>> module = Module()
 >>> f = Function(module, "axpy", "void", ["ptr", "ptr", "i64"], names=["x", "y", "n"])
@@ -23,12 +22,9 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
-from flashtile.llvm.types import FLOATS, SIZES, element, lanes, like, literal, mangle, vector
+from flashtile.llvm.types import COMPARE, FLOATS, SIZES, element, lanes, like, literal, mangle, vector
 
 T = TypeVar("T")
-
-_COMPARE = {"lt": ("slt", "olt"), "le": ("sle", "ole"), "gt": ("sgt", "ogt"), "ge": ("sge", "oge"),
-            "eq": ("eq", "oeq"), "ne": ("ne", "une"), "ult": ("ult", "ult"), "uno": ("", "uno")}  # fmt: skip
 
 
 class Value:
@@ -113,7 +109,7 @@ class Value:
 
     def _compare(self, how: str, other: Value | float) -> Value:
         right = self._lift(other)
-        op = f"fcmp {_COMPARE[how][1]}" if self.is_float else f"icmp {_COMPARE[how][0]}"
+        op = f"fcmp {COMPARE[how][1]}" if self.is_float else f"icmp {COMPARE[how][0]}"
         return self.function.emit(like(self.type, "i1"), f"{op} {self.type} {self.ref}, {right.ref}")
 
     def __lt__(self, other: Value | float) -> Value:
@@ -162,11 +158,8 @@ class Module:
 
 
 class Function:
-    """One LLVM function under construction.
-
-    ``internal`` functions are called by others of the module only; they are kept out of line, since each
-    micro-kernel wants the register file to itself.
-    """
+    """One LLVM function under construction. ``internal`` functions are called by others of the module only; they are
+    kept out of line, since each micro-kernel wants the register file to itself."""
 
     def __init__(self, module: Module, name: str, returns: str, args: Sequence[str], *,
                  names: Sequence[str] | None = None, internal: bool = False):  # fmt: skip

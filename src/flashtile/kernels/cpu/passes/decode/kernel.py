@@ -32,15 +32,15 @@ from flashtile.llvm.routines import Routine, entry
 EXPORTS = ("decode",)
 
 CALL = Block(
-    pointers("q k v o lse offsets")
-    | strides_of("qkvo")
-    | integers("heads kv_heads q_len kv_len head_size value_size")
+    pointers("q k v o lse offsets"),
+    strides_of("qkvo"),
+    integers("heads kv_heads q_len kv_len head_size value_size"),
     # Parts of the keys, split_keys each. pack_k, pack_v: rows of K and V must be copied before they are read as slots.
-    | integers("splits split_keys offset left right pack_k pack_v")
+    integers("splits split_keys offset left right pack_k pack_v"),
     # partial: o takes accumulators, to be merged; bytes between the results of two parts.
-    | integers("partial o_split lse_split")
-    | integers("at_mask at_q at_state at_s at_p at_o at_k at_v")
-    | reals("sign c_high c_low lse_scale")
+    integers("partial o_split lse_split"),
+    integers("at_mask at_q at_state at_s at_p at_o at_k at_v"),
+    reals("sign c_high c_low lse_scale"),
 )
 
 
