@@ -27,6 +27,11 @@ def name_of(operation: str, dtype: str) -> str:
     return f"flashtile_{operation}_{dtype}"
 
 
+def labels_of(name: str) -> tuple[str, ...]:
+    """What the numbers of a task's tile are, by the name of its codelet."""
+    return LABELS[name.removeprefix("flashtile_").rpartition("_")[0]]
+
+
 class Codelet:
     """One operation in one dtype, as StarPU knows it.
 

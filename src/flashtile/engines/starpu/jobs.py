@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from flashtile.engines.starpu import runtime
-from flashtile.engines.starpu.codelets import Codelet
+from flashtile.engines.starpu.codelets import Codelet, labels_of
 from flashtile.errors import KernelError, UnavailableError, wrong
 from flashtile.progress import Report
 
@@ -48,7 +48,6 @@ class Job:
         assert self.runtime.ffi.sizeof("ft_task") == TASK.itemsize
         self._job = self.runtime.ffi.gc(self._lib.ft_job_new(), self._lib.ft_job_free)
         self._keep: list[Any] = []  # what tasks point to
-        self._labels: dict[str, tuple[str, ...]] = {}  # of the codelets that it has submitted
         self.runtime.jobs.add(self)
 
     def submit(self, codelet: Codelet, handles: np.ndarray, modes: np.ndarray, tasks: np.ndarray, *keep: Any) -> None:
@@ -66,7 +65,6 @@ class Job:
         recorder = self.runtime.recorder
         batch = None if recorder is None else recorder.record(self, codelet, handles, modes, tasks)
         self._keep += [codelet, batch, *keep]
-        self._labels[codelet.name] = codelet.labels
         ffi = self.runtime.ffi
         done = ffi.new("int64_t *")
         handles, modes = np.ascontiguousarray(handles, np.uint64), np.ascontiguousarray(modes, np.int32)
@@ -162,7 +160,7 @@ class Job:
 
     def _describe(self, failure: Any) -> str:
         name = self.runtime.ffi.string(failure.codelet).decode()
-        tile = named(self._labels[name], failure.tile)
+        tile = named(labels_of(name), failure.tile)
         worker = self.runtime.worker_name(failure.worker)
         detail = self.runtime.ffi.string(failure.detail).decode(errors="replace")
         return f"codelet {name} failed on {tile} with status {failure.status}, on {worker}" + (detail and f": {detail}")

@@ -141,7 +141,7 @@ FAMILY = Family("cpu", unavailable, capabilities, compile, tiles=tile_kernels)
 
 
 @functools.cache
-def _library(c: Config) -> Library:
+def library_of(c: Config) -> Library:
     from flashtile.kernels.cpu.passes.forward import EXPORTS, forward_text
     from flashtile.llvm import jit
 
@@ -151,7 +151,7 @@ def _library(c: Config) -> Library:
 @functools.cache
 def _entry(c: Config):  # type: ignore[no-untyped-def]  # a ctypes function type made at run time
     integer, pointer = ctypes.c_int64, ctypes.c_void_p
-    return _library(c).function("forward", ctypes.c_int32, ctypes.c_char_p, integer, integer, pointer)
+    return library_of(c).function("forward", ctypes.c_int32, ctypes.c_char_p, integer, integer, pointer)
 
 
 class Forward:
@@ -159,7 +159,7 @@ class Forward:
 
     def __init__(self, c: Config, spec: AttentionSpec, plan: Plan, layout: Layout):
         self._config = c
-        self._library = _library(c)  # keeps the code in memory
+        self._library = library_of(c)  # keeps the code in memory
         self.run = _entry(c)
         panels = plan.tile_q // c.panel
         areas = scratch.sized(c, spec.head_size, spec.value_size, panels)

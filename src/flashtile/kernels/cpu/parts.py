@@ -34,7 +34,7 @@ MERGE_WORK = 4  # operations an output element and part, beside 2 * D of the pro
 
 
 @functools.cache
-def _library(name: str, c: Config) -> Library:
+def library_of(name: str, c: Config) -> Library:
     text, exports = _MODULES[name]
     return jit.load(lambda: text(c), f"{name} {c!r}", c.isa, exports)
 
@@ -43,7 +43,7 @@ def _library(name: str, c: Config) -> Library:
 def entry(name: str, c: Config) -> Callable[..., int]:
     """The exported function (params, begin, end, scratch) -> status of a kernel; its code stays in memory."""
     integer, pointer = ctypes.c_int64, ctypes.c_void_p
-    return _library(name, c).function(name, ctypes.c_int32, ctypes.c_char_p, integer, integer, pointer)
+    return library_of(name, c).function(name, ctypes.c_int32, ctypes.c_char_p, integer, integer, pointer)
 
 
 class InParts(NamedTuple):

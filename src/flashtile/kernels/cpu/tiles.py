@@ -71,7 +71,7 @@ def forward(
     block, words = np.frombuffer(packed, np.int64).copy(), CALL.index
     block[words["tile_q"]] = tile_q
     block[words["splits"]], block[words["split_keys"]] = key_tiles, tile_k
-    library = cpu._library(c)
+    library = cpu.library_of(c)
     identity = f"forward {c!r} {spec.head_size} {spec.value_size}"
     return TileKernel(library.address("forward"), block, words, kernel.scratch_bytes, identity, (library, packed))
 
@@ -222,7 +222,7 @@ def _merging(c: Config, value_size: int, parts_count: int) -> TileKernel:
         "lse_split": 0,
     }
     block = np.frombuffer(merge.CALL.pack(dict.fromkeys(merge.CALL.types, 0) | values), np.int64).copy()
-    library = parts._library("merge", c)
+    library = parts.library_of("merge", c)
     identity = f"merge {parts_count} {c!r} {value_size}"
     scratch_bytes = merge.scratch_bytes(c, parts_count)
     return TileKernel(library.address("merge"), block, merge.CALL.index, scratch_bytes, identity, library)
