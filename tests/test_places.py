@@ -52,13 +52,13 @@ TABLE: dict[str, Place] = {
     "starpu": Place("engines.starpu", "errors arrays llvm score spec options plan contract triton engines"),
     "calls": Place("calls", "errors arrays spec options contract engines"),
     "doors": Place(
-        "api torch devices gradients merge sdpa explain plot starpu nntile",
+        "api torch autograd devices gradients merge sdpa explain plot starpu nntile",
         "errors arrays score spec options plan contract owners engines direct starpu calls",
     ),
     "package": Place("", "errors arrays score doors"),
     "tools": Place(
         "cli __main__ bench demo doctor testing arrayfiles",
-        "errors arrays llvm score spec options contract numpy triton engines starpu calls package",
+        "errors arrays llvm score spec options contract numpy triton engines starpu calls doors package",
     ),
 }
 
