@@ -81,8 +81,8 @@ def attention(
     cast as for torch's SDPA (not float64), and nothing else is.
 
     Returns:  a tensor of q's dtype; with return_lse=True also lse, float32 (float64 for float64).
-    Gradients: by autograd, of q, k, v, bias, sinks, alibi_slopes and tensors that a score function captured, from o and
-              lse; on the CPU, first order. The backward is unfused so far: one thread, S_q x S_kv scores of one head at
+              Both have gradients by autograd (first order, CPU) to q, k, v, bias, sinks, alibi_slopes, and tensors
+              that a score function captured. Its backward is unfused so far: one thread, S_q x S_kv scores of a head at
               a time.
     Raises:   as flashtile.attention; UnavailableError also on a GPU if a tensor requires grad while gradients are
               recorded, for tangents (forward mode), and in a backward with create_graph=True.
