@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from inputs import Shape, numpy_dtype, same_bits, uniform
+from processes import run
 
 import flashtile
 from flashtile.dtypes import DTYPES
@@ -293,7 +294,7 @@ def program(tmp_path: Path) -> ctypes.CDLL:
     source.write_text(PROGRAM)
     flags = subprocess.run(["pkg-config", "--cflags", "--libs", found[0]], capture_output=True, text=True, check=True)
     command = [compiler, "-shared", "-fPIC", "-o", str(library), str(source), *flags.stdout.split()]
-    subprocess.run(command, check=True, timeout=60)
+    run(command, check=True)
     loaded = ctypes.CDLL(str(library))
     loaded.own_register.restype = ctypes.c_void_p
     loaded.own_register.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
@@ -380,7 +381,6 @@ def test_out_of_core(script: Script, tmp_path: Path) -> None:
         STARPU_DISK_SWAP=str(tmp_path),
         STARPU_DISK_SWAP_SIZE="200",
         SWAP=str(tmp_path),
-        timeout=120,
     )
     files, nbytes = map(int, done.stdout.split())
     assert files > 0 and nbytes > 10_000_000
