@@ -138,8 +138,8 @@ def starpu_submission() -> dict[str, float]:
     import numpy as np
 
     from flashtile import starpu
-    from flashtile.engines.starpu.codelets import codelet
     from flashtile.engines.starpu.jobs import TASK, Job
+    from flashtile.engines.starpu.session import codelet
 
     starpu.init(workers=int(os.environ["OMP_NUM_THREADS"]))
     chains, length = 100, 100

@@ -17,7 +17,7 @@ from numpy.lib.stride_tricks import as_strided
 import flashtile
 from flashtile import engines
 from flashtile.dtypes import DTYPES
-from flashtile.kernels.reference import visible
+from flashtile.kernels.rule import visible
 from flashtile.spec import AttentionSpec
 from flashtile.testing import Expected, expect, ulp
 

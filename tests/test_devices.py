@@ -17,7 +17,7 @@ from devices import DeviceArray, Full, HostOwner
 from inputs import Shape, uniform
 
 import flashtile
-from flashtile import devices, owners
+from flashtile import current, devices, owners
 from flashtile.calls import clear_cache
 from flashtile.errors import KernelError, SpecError, UnavailableError
 from flashtile.kernels import vanilla
@@ -32,12 +32,11 @@ def owner(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostOwner]:
     """The owner of every DeviceArray, with a kernel that can read them."""
     single = HostOwner()
     monkeypatch.setitem(owners.OWNERS, "cupy", lambda: single)  # type: ignore[arg-type]
-    able = vanilla.capabilities
 
     def capabilities(spec: Any) -> Any:
-        return dataclasses.replace(able(spec), devices=frozenset(("cpu", "cuda")), at_once=True)
+        return dataclasses.replace(vanilla.capabilities(spec), devices=frozenset(("cpu", "cuda")), at_once=True)
 
-    monkeypatch.setattr(vanilla, "capabilities", capabilities)
+    monkeypatch.setattr(vanilla, "FAMILY", dataclasses.replace(vanilla.FAMILY, capabilities=capabilities))
     clear_cache()
     yield single
     clear_cache()
@@ -53,7 +52,7 @@ def test_a_call_runs_where_its_arrays_lie(owner: HostOwner, monkeypatch: pytest.
     run = devices.run
 
     def spy(*arguments: Any) -> Any:
-        here = devices.here()
+        here = current.here()
         seen.append((here.stream, here.device, owner.active))
         return run(*arguments)
 
@@ -66,7 +65,7 @@ def test_a_call_runs_where_its_arrays_lie(owner: HostOwner, monkeypatch: pytest.
     assert seen == [(0x1001, "cuda:1", 1)], "the library's stream and device"
     assert [entry[0] for entry in owner.diary] == ["empty", "empty", "upload", "mark"], "nothing is read back"
     with pytest.raises(LookupError):
-        devices.here()
+        current.here()
 
 
 def test_a_second_call_is_prepared_and_another_device_is_not_the_same(owner: HostOwner) -> None:
@@ -94,7 +93,8 @@ def test_options_may_lie_on_the_device(owner: HostOwner) -> None:
 
     sinks, bias = on_device(np.ones(4), np.ones((12, 20), np.float32))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vanilla, "compile", lambda *arguments: Kernel())
+        fake = dataclasses.replace(vanilla.FAMILY, compile=lambda *arguments: Kernel())
+        patch.setattr(vanilla, "FAMILY", fake)
         flashtile.attention(*on_device(q, k, v), sinks=sinks, bias=bias)
     scoring = taken[0]
     assert scoring.sinks.place.device == "cuda:0" and scoring.sinks.array.shape == (2, 4)

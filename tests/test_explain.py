@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,9 +28,8 @@ class Compiled:
     run = pack
 
 
-def family(name: str, reason: str | None = None, **changes: Any) -> types.ModuleType:
+def family(name: str, reason: str | None = None, **changes: Any) -> kernels.Family:
     """A kernel family that must not be run."""
-    module = types.ModuleType(f"flashtile.kernels.{name}")
     able = Capabilities(
         name=name,
         dtypes=frozenset({"float32", "bfloat16"}),
@@ -44,14 +42,12 @@ def family(name: str, reason: str | None = None, **changes: Any) -> types.Module
         native=True,
         isa="isa9",
     )
-    members = {
-        "unavailable": lambda: reason,
-        "capabilities": lambda spec: dataclasses.replace(able, **changes),
-        "compile": lambda spec, plan, layout: Compiled(),
-    }
-    for key, value in members.items():
-        setattr(module, key, value)
-    return module
+    return kernels.Family(
+        name,
+        unavailable=lambda: reason,
+        capabilities=lambda spec: dataclasses.replace(able, **changes),
+        compile=lambda spec, plan, layout: Compiled(),
+    )
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashtile import kernels, rooms
+from flashtile import engines, kernels, rooms
 from flashtile.arrays import View, contiguous, device_of
 from flashtile.dtypes import DTYPES, dtype_of, round_to_bf16, widen_bits
 from flashtile.errors import SpecError
@@ -236,6 +236,13 @@ def test_rooms_are_found_by_listing_a_folder() -> None:
 
     names = rooms.names(package, ("reference", "absent"))
     assert names[0] == "reference" and "absent" not in names and names[1:] == sorted(names[1:])
-    assert rooms.load(package, "reference", "compile") is package.reference  # type: ignore[attr-defined]
-    assert rooms.load(package, "reference", "no_such_function") is None
-    assert "No module named" in str(rooms.load(package, "absent", "compile"))
+    family = package.reference.FAMILY  # type: ignore[attr-defined]
+    assert rooms.load(package, "reference", "FAMILY", kernels.Family) is family
+    assert rooms.load(package, "reference", "FAMILY", str) is None
+    assert rooms.load(package, "views", "FAMILY", kernels.Family) is None
+    assert "No module named" in str(rooms.load(package, "absent", "FAMILY", kernels.Family))
+
+
+def test_a_room_is_offered_under_its_module_s_name() -> None:
+    for found in (*kernels.families(), *engines.engines()):
+        assert isinstance(found[1], str) or found[1].name == found[0]

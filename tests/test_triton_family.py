@@ -140,14 +140,14 @@ def test_an_architecture_without_tiles_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(family, "installed_version", lambda: "3.9.0")
     monkeypatch.setattr(driver, "missing", lambda: None)
     monkeypatch.setattr(driver, "device", lambda number: driver.Device("Old GPU", "sm_75", 65536, 40))
-    assert kernels.objection(family, spec()) == "has no tiles for Old GPU, which is sm_75"
+    assert kernels.objection(family.FAMILY, spec()) == "has no tiles for Old GPU, which is sm_75"
 
 
 def test_an_old_triton_is_refused(monkeypatch: pytest.MonkeyPatch, no_interpreter: None) -> None:
     monkeypatch.setattr(driver, "missing", lambda: None)
     monkeypatch.setattr(driver, "device", lambda number: driver.Device("New GPU", "sm_103", 232448, 148))
     monkeypatch.setattr(family, "installed_version", lambda: "3.7.1")
-    assert kernels.objection(family, spec()) == "needs triton 3.8 for sm_103, not 3.7.1"
+    assert kernels.objection(family.FAMILY, spec()) == "needs triton 3.8 for sm_103, not 3.7.1"
     assert family.too_old("sm_90") is None
     monkeypatch.setattr(family, "installed_version", lambda: "3.8.0")
     assert family.too_old("sm_100") is None

@@ -8,12 +8,12 @@ import numpy as np
 
 from flashtile.arrays import address_of, device_of, is_torch, plain
 from flashtile.calls import Options, as_key, check_apart, clear_cache, lookup, prepare, split_align
+from flashtile.checks import check_flag
 from flashtile.errors import wrong
 from flashtile.progress import reporter
 from flashtile.score.keep import keep_of
 from flashtile.score.options import ScoreOptions
 from flashtile.signature import Align, Engine, Kernel, Precision, Progress, Window
-from flashtile.spec import check_flag
 
 __all__ = ["attention", "clear_cache"]
 

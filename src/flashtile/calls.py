@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,8 +14,6 @@ from flashtile.arrays import View, contiguous, view_of
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import wrong
 from flashtile.kernels import Layout
-from flashtile.plan import make_plan
-from flashtile.progress import Report
 from flashtile.score.options import ScoreOptions, Scoring
 from flashtile.spec import LARGEST_POSITION, PER_BATCH, AttentionSpec
 
@@ -69,8 +67,8 @@ class Call:
     lse_shape: tuple[int, ...]
     lse_dtype: np.dtype[Any]
     extents: tuple[tuple[int, int], ...]  # of o, q, k, v; see View.extent
-    pack: Callable[..., Any]  # addresses of q, k, v, o, lse, offsets, and the Scoring or None -> parameters
-    run: Callable[[Any, Report | None], None]
+    pack: engines.Pack
+    run: engines.Run
 
 
 def lookup(key: Hashable) -> Call | None:
@@ -97,12 +95,7 @@ def prepare(
     engine = engine_of(spec, options.engine)
     family = kernels.pick(spec, as_name("kernel", options.kernel))
     layout = Layout(*(x.strides4() for x in (*views, o)))
-    if hasattr(engine, "prepare_tiles"):  # it cuts the arrays itself
-        pack, run = engine.prepare_tiles(spec, layout, family)
-    else:
-        plan = make_plan(spec, family.capabilities(spec))
-        kernel = family.compile(spec, plan, layout)
-        pack, run = kernel.pack, engine.prepare(plan, kernel)
+    pack, run = engine.bind(spec, layout, family)
     call = Call(
         spec,
         o_shape,
@@ -125,7 +118,7 @@ def clear_cache() -> None:
     cache.clear()
 
 
-def engine_of(spec: AttentionSpec, engine: object) -> Any:
+def engine_of(spec: AttentionSpec, engine: object) -> engines.Engine:
     """The engine of a call by its name; the direct one where there are no tiles to cut, and little to share."""
     chosen = engines.pick(as_name("engine", engine))
     return engines.pick("direct") if spec.empty else chosen

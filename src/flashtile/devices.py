@@ -7,10 +7,7 @@ uses it has yet to run.
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Hashable, Iterator
-from contextvars import ContextVar
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -18,14 +15,16 @@ import numpy as np
 
 from flashtile.arrays import device_of
 from flashtile.calls import CACHE_ENTRIES, Call, Options, as_key, check_apart, lookup, prepare, split_align
-from flashtile.dtypes import DTYPES, dtype_of
-from flashtile.errors import KernelError, wrong
+from flashtile.checks import check_flag
+from flashtile.current import Here, calling
+from flashtile.dtypes import DTYPES
+from flashtile.errors import wrong
 from flashtile.owners import LENDERS, Owner, borrow, give_back, hold, library_of, owner_of
 from flashtile.progress import reporter
 from flashtile.score.capture import ArrayCapture, capture, is_array
 from flashtile.score.keep import keep_of
 from flashtile.score.options import ScoreOptions, Scoring
-from flashtile.spec import AttentionSpec, check_flag
+from flashtile.spec import AttentionSpec
 
 
 def attention(
@@ -147,18 +146,18 @@ def run(
 ) -> tuple[Any, Any]:
     """Launch a prepared call: its output, and lse or None."""
     owner, spec = place.owner, call.spec
-    addresses = [owner.address(x) for x in inputs]
+    q_at, k_at, v_at = (owner.address(x) for x in inputs)
     if out is None:
         out = place.empty(call.o_shape, spec.dtype, "the output")
     else:
-        check_apart(call, owner.address(out), *addresses)
+        check_apart(call, owner.address(out), q_at, k_at, v_at)
     lse = place.empty(call.lse_shape, DTYPES[spec.dtype].accumulator, "lse") if return_lse else None
     lse_at = 0 if lse is None else owner.address(lse)
     offsets_at = 0
     if offsets is not None and spec.offset is None:
         on_device = place.upload(offsets, "align")
         offsets_at = owner.address(on_device)
-    call.run(call.pack(*addresses, owner.address(out), lse_at, offsets_at, scoring), report)
+    call.run(call.pack(q_at, k_at, v_at, owner.address(out), lse_at, offsets_at, scoring), report)
     return out, lse
 
 
@@ -180,61 +179,3 @@ def place_sinks(scoring: Scoring, spec: AttentionSpec, owner: Owner) -> Scoring:
         return scoring
     whole = owner.spread(scoring.sinks.source, (spec.batch, spec.heads), DTYPES[spec.dtype].accumulator)
     return replace(scoring, sinks=capture(whole, "sinks"))
-
-
-class Here:
-    """The call in progress: where kernels find their stream and their memory."""
-
-    def __init__(self, owner: Owner, like: Any) -> None:
-        self.owner, self.like = owner, like
-        self.number = owner.number(like)  # as CUDA counts
-        self.stream = owner.stream(like)
-
-    @property
-    def device(self) -> str:
-        return f"cuda:{self.number}"
-
-    def empty(self, shape: tuple[int, ...], dtype: str, what: str) -> Any:
-        """A new array of a dtype by its name, or of "uint8".
-
-        Raises: KernelError that says what there was no room for, the library's error as its cause.
-        """
-        try:
-            return self.owner.empty(shape, dtype, self.like)
-        except self.owner.out_of_memory() as cause:
-            size = 1 if dtype == "uint8" else dtype_of(dtype).itemsize
-            raise self._full(what, math.prod(shape) * size, cause) from cause
-
-    def upload(self, array: np.ndarray, what: str) -> Any:
-        """A copy of a host array. Raises: as empty."""
-        try:
-            return self.owner.upload(np.ascontiguousarray(array), self.like)
-        except self.owner.out_of_memory() as cause:
-            raise self._full(what, array.nbytes, cause) from cause
-
-    def _full(self, what: str, nbytes: int, cause: Exception) -> KernelError:
-        return KernelError(f"{self.device}: no memory for {what}, {nbytes} bytes: {cause}")
-
-
-_here: ContextVar[Here] = ContextVar("flashtile_device_call")
-
-
-@contextlib.contextmanager
-def calling(owner: Owner, like: Any) -> Iterator[Here]:
-    """Within it, calls run on the device and the current stream of an array."""
-    with owner.current(like):
-        token = _here.set(Here(owner, like))
-        try:
-            yield _here.get()
-        finally:
-            _here.reset(token)
-
-
-def here() -> Here:
-    """The call in progress on this thread. Raises: LookupError if there is none."""
-    return _here.get()
-
-
-def in_call() -> bool:
-    """Whether a call is in progress on this thread."""
-    return _here.get(None) is not None

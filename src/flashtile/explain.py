@@ -136,17 +136,16 @@ def explain(
     plan = make_plan(spec, able)
     o = contiguous(views[0].shape[:-1] + views[2].shape[-1:], spec.dtype, spec.device)
     compiled = family.compile(spec, plan, Layout(*(x.strides4() for x in (*views, o))))
-    name = _room(family)
     program = scoring.program
     coverage = coverage_of(spec, plan, offsets)
     if program is not None and program.mask is not None:
         coverage = count_map(program, tile_map(program, spec, plan.tile_q, plan.tile_k))
     return Explanation(
         spec=spec,
-        kernel=name,
+        kernel=family.name,
         variant=able.variant,
         isa=able.isa,
-        engine=_room(chosen),
+        engine=chosen.name,
         threads=get_num_threads(),
         plan=plan,
         coverage=coverage,
@@ -156,7 +155,7 @@ def explain(
         scratch_bytes=compiled.scratch_bytes,
         workspace_bytes=_workspace(compiled),
         unfused_bytes=coverage.pairs * DTYPES[DTYPES[spec.dtype].accumulator].itemsize,
-        passed_over=_passed_over(spec, name, kernel),
+        passed_over=_passed_over(spec, family.name, kernel),
         notes=_notes(spec, able, program),
     )
 
@@ -244,7 +243,3 @@ def _bytes(n: int) -> str:
         if n >= size:
             return f"{n / size:.4g} {unit}"
     return f"{n} B"
-
-
-def _room(module: Any) -> str:
-    return str(module.__name__.rpartition(".")[2])

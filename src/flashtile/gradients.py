@@ -13,7 +13,7 @@ from flashtile.arrays import is_torch, plain, view_of
 from flashtile.calls import Options, as_key, as_name, split_align
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import wrong
-from flashtile.kernels.backward import Inputs, Sums
+from flashtile.kernels.gradients import Inputs, Sums
 from flashtile.score.capture import ArrayCapture
 from flashtile.score.options import ScoreOptions, Scoring
 
@@ -118,14 +118,15 @@ def attention_backward(
     sources = _sources(names, given, scoring)
     _check_out(out, accumulate, sources, names, (do, q, k, v, o, lse, dlse))
     engines.pick(as_name("engine", engine))
-    family = kernels.pick(spec, as_name("kernel", kernel), "backward")
+    backward = kernels.pick(spec, as_name("kernel", kernel), "backward").backward
+    assert backward is not None  # it has the direction
     offset: Any = offsets if spec.offset is None else spec.offset
     wide = [_wide(x, 4) for x in (do, q, k, v, o)]
     inputs = Inputs(
         wide[0], wide[1], wide[2], wide[3], wide[4], _wide(lse, 3), None if dlse is None else _wide(dlse, 3)
     )
     wanted = frozenset(n if n in ("q", "k", "v", "sinks") else "arrays" for n in names)
-    sums = family.backward(spec, inputs, offset, scoring, wanted)
+    sums = backward(spec, inputs, offset, scoring, wanted)
     return _finish(sums, sources, names, scoring, out, accumulate)
 
 

@@ -23,9 +23,16 @@ import numpy as np
 
 from flashtile.arrays import address_of, plain
 from flashtile.calls import as_key
+from flashtile.checks import integer
 from flashtile.dtypes import DTYPES, DType, dtype_of
+from flashtile.engines import direct
 from flashtile.errors import wrong
-from flashtile.spec import LARGEST_POSITION, AttentionSpec, integer
+from flashtile.kernels import tile_kernels
+from flashtile.kernels.tiles import Native
+from flashtile.plan import Plan
+from flashtile.plan.coverage import visible_pairs
+from flashtile.plan.tiling import flops_of
+from flashtile.spec import LARGEST_POSITION, AttentionSpec
 
 if TYPE_CHECKING:
     from flashtile.engines.starpu.tiles import TiledTensor
@@ -296,8 +303,6 @@ def _position(name: str, value: Any) -> int:
 
 def _meets(spec: AttentionSpec, offset: int) -> bool:
     """Whether some query sees some key."""
-    from flashtile.plan.coverage import visible_pairs
-
     return spec.band is None or visible_pairs(replace(spec, heads=1, kv_heads=1), offset) > 0
 
 
@@ -311,20 +316,9 @@ def _check_apart(spans: dict[str, tuple[int, int]]) -> None:
 
 def _run(call: _Call, arrays: dict[str, np.ndarray]) -> None:
     """Compute on the embedded engine's threads."""
-    from flashtile.engines import direct
-    from flashtile.kernels.cpu import tiles
-    from flashtile.plan import Plan
-    from flashtile.plan.tiling import flops_of
-
-    kernel = tiles.accumulating(call.spec, call.mask)
-    words, block = kernel.words, kernel.block.copy()
-    places = {"q": "Q", "k": "K", "v": "V", "o": "A", "lse": "logsumexp", "mask": "mask"}
-    for word, name in places.items():
-        if name in arrays:
-            block[words[word]] = address_of(arrays[name])
-    block[words["offset"]] = call.offset
-    if kernel.inner[0] >= 0:
-        block[kernel.inner[0]] = address_of(block) + 8 * kernel.inner[1]
-    items = tiles.items(kernel)
-    plan = Plan(1, call.spec.heads, items // call.spec.heads, 1, 1, call.spec.kv_len, flops_of(call.spec))
-    direct.prepare(plan, tiles.Native(kernel))(address_of(block))
+    kernel = tile_kernels().accumulating(call.spec, call.mask)
+    words = {"Q": "q", "K": "k", "V": "v", "A": "o", "logsumexp": "lse", "mask": "mask"}
+    block = kernel.filled(offset=call.offset, **{words[name]: address_of(x) for name, x in arrays.items()})
+    query_tiles = kernel.items // call.spec.heads
+    plan = Plan(1, call.spec.heads, query_tiles, 1, 1, call.spec.kv_len, flops_of(call.spec))
+    direct.prepare(plan, Native(kernel))(address_of(block))

@@ -10,6 +10,7 @@ import numpy as np
 
 from flashtile import kernels
 from flashtile.calls import Options, as_name
+from flashtile.checks import integer
 from flashtile.errors import UnavailableError, wrong
 from flashtile.explain import describe, tile_map, view_or_shape
 from flashtile.plan import make_plan
@@ -17,7 +18,7 @@ from flashtile.score.coverage import EMPTY, FULL, PARTIAL
 from flashtile.score.options import ScoreOptions
 from flashtile.score.program import Program
 from flashtile.signature import Align, Kernel, Window
-from flashtile.spec import AttentionSpec, integer
+from flashtile.spec import AttentionSpec
 
 # What a tile costs, from nothing to a product without mask code; told apart without colour, too.
 _COLOURS = {EMPTY: "#f4f4f4", PARTIAL: "#f0a830", FULL: "#1f5a92"}

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from types import ModuleType
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def names(package: ModuleType, first: tuple[str, ...]) -> list[str]:
@@ -13,14 +16,20 @@ def names(package: ModuleType, first: tuple[str, ...]) -> list[str]:
     return [name for name in first if name in found] + sorted(found.difference(first))
 
 
-def load(package: ModuleType, name: str, *needed: str) -> ModuleType | str | None:
+def load(package: ModuleType, name: str, offer: str, kind: type[T]) -> T | str | None:
     """Import one module of a package.
 
-    Returns the module; or the reason, if something it needs is not installed; or None, if it is not a room,
-    that is, if it lacks one of the functions named in `needed`.
+    Returns what it offers: its attribute named `offer`; or the reason, if something it needs is not installed; or None,
+    if it is not a room, that is, if it offers nothing of this kind.
     """
     try:
         module = importlib.import_module(f"{package.__name__}.{name}")
     except ImportError as missing:
         return str(missing)
-    return module if all(hasattr(module, function) for function in needed) else None
+    offered = getattr(module, offer, None)
+    return offered if isinstance(offered, kind) else None
+
+
+def no_remark() -> str:
+    """What `flashtile doctor` says of a room that says nothing."""
+    return ""

@@ -6,17 +6,15 @@ import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from flashtile.arrays import device_of
+from flashtile.checks import ALIGNMENTS, check_flag, integer
 from flashtile.dtypes import DType, dtype_of
 from flashtile.errors import wrong
-from flashtile.signature import Alignment, Precision
+from flashtile.score.code import Code
+from flashtile.signature import Precision
 
-if TYPE_CHECKING:
-    from flashtile.score.code import Code
-
-ALIGNMENTS: tuple[str, ...] = get_args(Alignment)
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 # Positions, windows and offsets stay below this, so that their sums never overflow 64 bits in a kernel.
@@ -189,19 +187,6 @@ def four_dims(q: Shape, k: Shape, v: Shape) -> tuple[Shape, Shape, Shape]:
             raise wrong(argument, f"shape {shape}", f"rank {len(q)} as in q")
     ones = (1,) * (4 - len(q))
     return ones + q, ones + k, ones + v
-
-
-def integer(value: object) -> int | None:
-    """The value as an int if it is an integer other than a bool, else None."""
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        return int(value)
-    return None
-
-
-def check_flag(argument: str, value: object) -> None:
-    """Raise SpecError unless the value is a bool: "no" and 0 are more likely a mistake than a choice."""
-    if type(value).__name__ not in ("bool", "bool_"):  # bool_ is NumPy 1's
-        raise wrong(argument, repr(value), "True or False")
 
 
 def band_of(causal: object, window: object) -> Band | None:

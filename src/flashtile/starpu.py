@@ -23,19 +23,20 @@ import numpy as np
 
 from flashtile.arrays import plain
 from flashtile.calls import Options, as_key, split_align
+from flashtile.checks import integer
 from flashtile.dtypes import DTYPES, DType, dtype_of
-from flashtile.engines.starpu import runtime, states
-from flashtile.engines.starpu.codelets import LABELS, codelet
+from flashtile.engines.starpu import runtime, session, states
+from flashtile.engines.starpu.codelets import LABELS
 from flashtile.engines.starpu.flow import COMMUTE, ORDERED, Flow, submit_pair
 from flashtile.engines.starpu.jobs import Job
-from flashtile.engines.starpu.profile import Profile, TaskRecord
+from flashtile.engines.starpu.profile import Profile
+from flashtile.engines.starpu.records import TaskRecord
 from flashtile.engines.starpu.runtime import schedulers, shutdown
 from flashtile.engines.starpu.tiles import Tile, TiledTensor, can_tile
 from flashtile.engines.starpu.vanilla import VanillaFlow
 from flashtile.errors import UnavailableError, wrong
 from flashtile.score.options import ScoreOptions
 from flashtile.signature import Align, Precision, Window
-from flashtile.spec import integer
 
 __all__ = [
     "COMMUTE",
@@ -59,7 +60,6 @@ __all__ = [
     "wrap",
 ]
 
-KEPT_FLOWS = 64
 FLOWS = ("cpu", "vanilla")
 
 
@@ -118,7 +118,7 @@ def restrict(*where: str, dtype: str | None = None) -> None:
     Raises: UnavailableError if nothing remains: no implementation there, or no worker. Nothing is changed then.
     """
     names = list(DTYPES) if dtype is None else [dtype_of(dtype).name]
-    chosen = [codelet(operation, name) for operation in LABELS for name in names]
+    chosen = [session.codelet(operation, name) for operation in LABELS for name in names]
     errors = []
     for one in chosen:
         try:
@@ -280,7 +280,7 @@ def wait() -> None:
 
 
 def _job() -> Job:
-    return runtime.current().door_job()
+    return session.current().door_job()
 
 
 def _flow(
@@ -300,12 +300,7 @@ def _flow(
     if spec.offset is None:
         return kind(now, spec, *tiles, offsets=offsets)
     key = spec, tiles, accumulate, options.kernel
-    if key not in now.flows:
-        if len(now.flows) >= KEPT_FLOWS:
-            del now.flows[next(iter(now.flows))]
-        now.flows[key] = kind(now, spec, *tiles)
-    found: Flow | VanillaFlow = now.flows[key]
-    return found
+    return session.current().flow(key, lambda: kind(now, spec, *tiles))
 
 
 def check_tensors(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
+from flashtile.checks import integer
 from flashtile.errors import wrong
-from flashtile.spec import integer
 
 VARIABLE = "FLASHTILE_NUM_THREADS"
 MOST = 4096  # more than any machine has CPUs; systems refuse tens of thousands, in the middle of a call

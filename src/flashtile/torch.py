@@ -10,6 +10,7 @@ import torch
 from torch.autograd import forward_ad
 
 from flashtile.calls import Options, as_key, check_apart, lookup, prepare, split_align
+from flashtile.checks import check_flag
 from flashtile.errors import FlashtileError, UnavailableError, wrong
 from flashtile.progress import reporter
 from flashtile.score.capture import ArrayCapture
@@ -18,7 +19,6 @@ from flashtile.score.options import ScoreOptions
 from flashtile.score.program import Program
 from flashtile.sdpa import causal_bias, like_torch, number, spell, under_autocast
 from flashtile.signature import Align, Engine, Kernel, Precision, Progress, Window
-from flashtile.spec import check_flag
 
 __all__ = ["attention", "scaled_dot_product_attention"]
 

@@ -15,12 +15,12 @@ from assembly import functions, innermost_loops, stack_traffic
 from modules import every_module
 
 from flashtile.kernels.cpu.config import Config
-from flashtile.kernels.cpu.forward import forward_text
+from flashtile.kernels.cpu.passes.forward import forward_text
 from flashtile.llvm import jit
 from flashtile.llvm import machines as isas
 from flashtile.llvm.machines import ISA
 
-HOT = ("scores", "values", "softmax")
+HOT = ("scores", "accumulate", "softmax")
 MODULES = {name: at for name, at in every_module(for_tests_too=False).items() if "forward" in name}
 
 
@@ -56,7 +56,7 @@ def test_a_tile_larger_than_the_register_file_is_noticed(name: str) -> None:
     large = replace(isa, vectors=isa.vectors + 2)
     found = spills(large, hot_part(forward_text(Config(large, "float"))))
     assert any(function.startswith("scores") for function in found)
-    assert any(function.startswith("values") for function in found)
+    assert any(function.startswith("accumulate") for function in found)
 
 
 X86 = """

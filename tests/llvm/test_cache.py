@@ -121,7 +121,7 @@ def package_copy(tmp_path: Path) -> Path:
     return Path(shutil.copytree(Path(flashtile.__file__).parent, tmp_path / "copy/flashtile", ignore=ignored))
 
 
-@pytest.mark.parametrize("source", ["kernels/cpu/softmax.py", "llvm/machines/base.py", "score/emit.py"])
+@pytest.mark.parametrize("source", ["kernels/cpu/steps/softmax.py", "llvm/machines/base.py", "score/emit.py"])
 def test_an_edited_source_makes_new_objects(tmp_path: Path, source: str) -> None:
     """A copy of the package; a comment more in one generator; the same call finds nothing of what it had kept."""
     package, objects = package_copy(tmp_path), tmp_path / "objects"
@@ -152,7 +152,7 @@ def test_what_generates_no_code_makes_no_new_objects(tmp_path: Path) -> None:
     with open(package / "cli.py", "a") as file:
         file.write("\n# edited\n")
     assert digest() == before
-    (package / "kernels/cpu/softmax.py").rename(package / "kernels/cpu/softmax_renamed.py")
+    (package / "kernels/cpu/steps/softmax.py").rename(package / "kernels/cpu/steps/softmax_renamed.py")
     assert digest() != before
 
 

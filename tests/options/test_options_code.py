@@ -12,7 +12,7 @@ from inputs import Shape, uniform
 import flashtile
 from flashtile.kernels import cpu
 from flashtile.kernels.cpu.config import Config
-from flashtile.kernels.cpu.forward import forward_text
+from flashtile.kernels.cpu.passes.forward import forward_text
 from flashtile.kernels.cpu.score_values import COVERAGE_KEYS
 from flashtile.llvm import machines as isas
 from flashtile.plan.segments import segments_of
@@ -42,11 +42,11 @@ def test_full_tiles_run_no_mask_code(isa: Any) -> None:
     plain, masked = functions(isa), functions(isa, mask=document(ids))
     for n in range(1, isa.vectors + 1):
         assert masked[f"scores_{n}_full_0"] == plain[f"scores_{n}_full_0"]
-        assert {name for name in calls(masked[f"panel_{n}"]) if "rescore" in name} == {f"rescore_{n}_edge"}
+        assert {name for name in calls(masked[f"panel_{n}"]) if "program" in name} == {f"program_{n}_edge"}
     capped, both = functions(isa, softcap=5.0), functions(isa, softcap=5.0, mask=document(ids))
     for n in range(1, isa.vectors + 1):
-        full = f"rescore_{n}_full"
-        assert both[full] == capped[full] and both[f"rescore_{n}_edge"] != capped[f"rescore_{n}_edge"]
+        full = f"program_{n}_full"
+        assert both[full] == capped[full] and both[f"program_{n}_edge"] != capped[f"program_{n}_edge"]
 
 
 MASKS: dict[str, Any] = {

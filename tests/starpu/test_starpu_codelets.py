@@ -16,7 +16,7 @@ from test_starpu_tasks import spec_of
 
 import flashtile
 from flashtile.dtypes import DTYPES
-from flashtile.engines.starpu import build, codelets, programs, runtime
+from flashtile.engines.starpu import build, codelets, programs, runtime, session
 from flashtile.engines.starpu.flow import Flow
 from flashtile.engines.starpu.jobs import TASK, Job
 from flashtile.engines.starpu.vanilla import VanillaFlow
@@ -105,7 +105,7 @@ def test_10_000_empty_tasks_run() -> None:
     job, n = Job(), 10_000
     handles = np.tile(rt.register([0] * 5, [64] * 5), (n, 1))
     modes = np.full((n, 5), rt.constant("W"))
-    job.submit(codelets.codelet("forward", "float32"), handles, modes, np.zeros(n, TASK))
+    job.submit(session.codelet("forward", "float32"), handles, modes, np.zeros(n, TASK))
     job.wait()
     assert job.pending == 0
     rt.unregister(handles[0], 1)

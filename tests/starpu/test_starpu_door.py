@@ -16,7 +16,7 @@ from processes import run
 
 import flashtile
 from flashtile.dtypes import DTYPES
-from flashtile.engines.starpu import build, runtime
+from flashtile.engines.starpu import build, runtime, session
 from flashtile.engines.starpu.flow import Flow
 from flashtile.errors import KernelError, SpecError, UnavailableError
 from flashtile.testing import assert_accurate
@@ -318,7 +318,7 @@ def test_a_program_s_own_handles_and_tasks(starpu: Any, program: ctypes.CDLL) ->
     starpu.submit_forward(*tensors)
     for handle in handles[3]:
         assert program.own_twice(handle) == 0  # o
-    assert runtime.current().door_job().pending == 2  # all is submitted, nothing has run
+    assert session.current().door_job().pending == 2  # all is submitted, nothing has run
     program.own_allow()
     for tensor in tensors:
         tensor.unregister()  # only forgets them
@@ -335,7 +335,7 @@ def test_errors_in_tasks_come_out_of_wait(starpu: Any) -> None:
     given = Registered(starpu, Shape(1, 2, 2, 200, 250, 16, 16))
     starpu.submit_forward(*given.tensors, scale=0.5)
     starpu.wait()
-    (flow,) = [f for f in runtime.current().flows.values() if isinstance(f, Flow) and f.spec.scale == 0.5]
+    (flow,) = [f for f in session.current().flows.values() if isinstance(f, Flow) and f.spec.scale == 0.5]
     native, broken = flow.program.data.cpu, kernel(lambda *_: 33)
     flow.program.data.cpu = ctypes.cast(broken, ctypes.c_void_p).value
     try:

@@ -18,7 +18,7 @@ from inputs import Shape, placed, preset, same_bits, uniform
 import flashtile
 from flashtile.calls import clear_cache
 from flashtile.dtypes import DTYPES
-from flashtile.engines.starpu import engine, flow, jobs, runtime
+from flashtile.engines.starpu import engine, flow, jobs, runtime, session
 from flashtile.errors import KernelError, UnavailableError
 from flashtile.testing import assert_accurate, expect
 
@@ -309,7 +309,7 @@ def test_a_codelet_that_no_worker_can_run(starpu: Any) -> None:
     arrays = uniform(Shape(1, 1, 1, 50, 50, 16, 16), "float32")
     expected = attention(*arrays)
     now = runtime.current()
-    codelet = now.codelets["flashtile_forward_float32"]
+    codelet = session.current().codelets["flashtile_forward_float32"]
     now.lib.ft_codelet_where(codelet.pointer, now.constant("CUDA"))
     try:
         with pytest.raises(UnavailableError, match=r"task 0 of 1 of codelet flashtile_forward_float32 .* status -19"):

@@ -11,7 +11,7 @@ from inputs import same_bits
 from nntile_problem import TILES, VALID, K, Problem
 
 from flashtile import nntile
-from flashtile.engines.starpu import runtime
+from flashtile.engines.starpu import session
 from flashtile.errors import KernelError, SpecError
 
 
@@ -75,7 +75,7 @@ def test_a_failing_kernel_names_the_positions(starpu: Any) -> None:
 
     submit()
     starpu.wait()
-    (program,) = [p for key, p in runtime.current().flows.items() if key[0] == "accumulate" and key[1].scale == 0.3]
+    (program,) = [p for key, p in session.current().flows.items() if key[0] == "accumulate" and key[1].scale == 0.3]
     native, broken = program.data.cpu, kernel(lambda *_: -5)
     program.data.cpu = ctypes.cast(broken, ctypes.c_void_p).value
     submit()

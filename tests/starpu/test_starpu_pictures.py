@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flashtile.engines.starpu import pictures, runtime
+from flashtile.engines.starpu import pictures, runtime, session
 from flashtile.engines.starpu.flow import Flow
 from flashtile.engines.starpu.profile import EVENT, Profile
 from flashtile.errors import KernelError, SpecError, UnavailableError
@@ -58,7 +58,7 @@ def profile(starpu: Any, tensors: Any) -> Profile:
 
 def submitted_flow() -> Flow:
     """That of the pass, which the door remembers."""
-    flows = [flow for flow in runtime.current().flows.values() if isinstance(flow, Flow)]
+    flows = [flow for flow in session.current().flows.values() if isinstance(flow, Flow)]
     return next(flow for flow in flows if flow.spec.q_len == LENGTH and flow.spec.band is not None)
 
 
@@ -220,7 +220,7 @@ def test_a_refused_submission_leaves_no_task(starpu: Any, tensors: Any) -> None:
     now = runtime.current()
     starpu.submit_forward(*tensors)
     starpu.wait()
-    codelet = now.codelets[FORWARD]
+    codelet = session.current().codelets[FORWARD]
     now.lib.ft_codelet_where(codelet.pointer, now.constant("CUDA"))
     try:
         with starpu.profile() as p, pytest.raises(UnavailableError):
@@ -232,7 +232,7 @@ def test_a_refused_submission_leaves_no_task(starpu: Any, tensors: Any) -> None:
 
 def test_nothing_is_recorded_outside_of_a_block(starpu: Any, tensors: Any, profile: Profile) -> None:
     now, before = runtime.current(), len(profile.tasks)
-    assert now.profile is None and now.lib.ft_profiling(0) == 0
+    assert now.recorder is None and now.lib.ft_profiling(0) == 0
     starpu.submit_forward(*tensors)
     starpu.wait()
     assert len(profile.tasks) == before

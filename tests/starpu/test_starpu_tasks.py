@@ -144,7 +144,7 @@ def test_models_are_saved_and_used_by_the_next_process(script: Script, tmp_path:
     """A run of dmda measures; another process finds the model on disk and expects a time near what was measured."""
     body = """
     from flashtile.engines.starpu import runtime
-    from flashtile.engines.starpu.codelets import codelet
+    from flashtile.engines.starpu.session import codelet
     from flashtile.engines.starpu.flow import Flow
     from flashtile.spec import AttentionSpec
     starpu.init(workers=2, scheduler="dmda", models=os.environ["MODELS"])

@@ -1,45 +1,97 @@
-"""Engines run the work items of a plan. An engine is a module in this folder with two functions:
+"""The contract of an engine, which runs the kernels of a family, and the choice of one.
 
-    unavailable() -> str | None            why it cannot run on this machine, None if it can
-    prepare(plan, kernel) -> Run           called once for a call that may be repeated many times
-
-One that cuts the arrays into tiles of its own, instead of running a plan's work items, also has
-
-    prepare_tiles(spec, layout, family) -> (pack, Run)     pack as CompiledKernel.pack; family, the kernels to use
-
-and any may have remark() -> str, what `flashtile doctor` says of it where it is available.
+An engine is a module in this folder that offers an `Engine` by the name ENGINE. It plans and compiles as it needs: one
+runs the work items of a plan, another cuts the arrays into tiles of its own.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from types import ModuleType
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from flashtile import rooms
 from flashtile.errors import UnavailableError, wrong
+from flashtile.kernels import Family, Layout, Strides
 from flashtile.progress import Report
+from flashtile.spec import AttentionSpec
+
+if TYPE_CHECKING:
+    from flashtile.score.options import Scoring
 
 AUTO_FIRST = ("direct",)
 
 
 class Run(Protocol):
-    """Run every work item of one call to its end, or raise. The arrays behind `params` outlive the call."""
+    """Run one call to its end, or raise. The arrays behind `params` outlive the call."""
 
     def __call__(self, params: Any, report: Report | None = None) -> None: ...
 
 
-def engines() -> Iterator[tuple[str, ModuleType | str]]:
-    """Every engine by name, in the order of preference: its module, or why it cannot be imported."""
+class Pack(Protocol):
+    """Turn the addresses of one call into its opaque parameters; see CompiledKernel.pack."""
+
+    def __call__(
+        self, q: int, k: int, v: int, o: int, lse: int, offsets: int, scoring: Scoring | None = None
+    ) -> Any: ...
+
+
+class Bound(NamedTuple):
+    """A forward call made ready. Both may be called from any thread, many times at once."""
+
+    pack: Pack
+    run: Run
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardLayout(Layout):
+    """Byte strides of the arrays of a backward call: those of the forward one, do, and the gradients."""
+
+    do: Strides
+    dq: Strides
+    dk: Strides
+    dv: Strides
+
+
+class PackBackward(Protocol):
+    """Likewise for a backward call: o and lse are read, and so are do and dlse, like o and lse; the gradients are
+    added to dq, dk and dv, of which each may be 0: not wanted; a dlse of 0 is one of zeros."""
+
+    def __call__(
+        self, q: int, k: int, v: int, o: int, lse: int, do: int, dlse: int, dq: int, dk: int, dv: int, offsets: int,
+        scoring: Scoring | None = None,
+    ) -> Any: ...  # fmt: skip
+
+
+class BoundBackward(NamedTuple):
+    """A backward call made ready."""
+
+    pack: PackBackward
+    run: Run
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An engine, as its module offers it. Each direction is a field of its own, since its operands are."""
+
+    name: str  # the module's
+    unavailable: Callable[[], str | None]  # why it cannot run on this machine, None if it can
+    bind: Callable[[AttentionSpec, Layout, Family], Bound]  # called once for a call that may be repeated many times
+    bind_backward: Callable[[AttentionSpec, BackwardLayout, Family], BoundBackward] | None = None  # None: forward only
+    remark: Callable[[], str] = rooms.no_remark  # what `flashtile doctor` says of it where it is available
+
+
+def engines() -> Iterator[tuple[str, Engine | str]]:
+    """Every engine by name, in the order of preference, or why its module cannot be imported."""
     package = sys.modules[__name__]
     for name in rooms.names(package, AUTO_FIRST):
-        module = rooms.load(package, name, "unavailable", "prepare")
-        if module is not None:
-            yield name, module
+        engine = rooms.load(package, name, "ENGINE", Engine)
+        if engine is not None:
+            yield name, engine
 
 
-def pick(requested: str) -> ModuleType:
+def pick(requested: str) -> Engine:
     """The engine named `requested`; "auto" is the first that is available.
 
     Raises: SpecError for an unknown name, UnavailableError if the engine cannot run here.
@@ -51,7 +103,7 @@ def pick(requested: str) -> ModuleType:
         if requested not in ("auto", name):
             continue
         reason = engine if isinstance(engine, str) else engine.unavailable()
-        if reason is None and isinstance(engine, ModuleType):
+        if reason is None and not isinstance(engine, str):
             return engine
         reasons.append(f"{name}: {reason}")
     if not reasons:
@@ -60,10 +112,10 @@ def pick(requested: str) -> ModuleType:
 
 
 def survey() -> list[tuple[str, str, bool, str]]:
-    """(room, name, available, reason if not) of every engine."""
+    """(room, name, available, reason if not, or a remark) of every engine."""
     rows = []
     for name, engine in engines():
         reason = engine if isinstance(engine, str) else engine.unavailable()
-        remark = engine.remark() if reason is None and hasattr(engine, "remark") else ""
-        rows.append(("engine", name, reason is None, reason or remark))
+        remark = engine.remark() if reason is None and not isinstance(engine, str) else reason
+        rows.append(("engine", name, reason is None, remark or ""))
     return rows

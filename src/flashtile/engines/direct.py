@@ -15,17 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flashtile.engines import Bound, Engine, Run
 from flashtile.errors import KernelError
-from flashtile.kernels import Stage
+from flashtile.kernels import Family, Layout, Runnable, Stage
+from flashtile.plan import Plan, make_plan
 from flashtile.progress import Report
+from flashtile.spec import AttentionSpec
 from flashtile.threads import get_num_threads
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
-
-    from flashtile.engines import Run
-    from flashtile.kernels import CompiledKernel
-    from flashtile.plan import Plan
 
 # Waking a thread and waiting for it cost some 100 us, half of the time in which one core does this much.
 SMALL_FLOPS = 16_000_000
@@ -37,10 +36,21 @@ CACHE_LINE = 64
 
 
 def unavailable() -> str | None:
+    """Why this engine cannot run here: it always can."""
     return None
 
 
-def prepare(plan: Plan, kernel: CompiledKernel) -> Run:
+def bind(spec: AttentionSpec, layout: Layout, family: Family) -> Bound:
+    """Plan a call, compile its kernel, and bind the two."""
+    plan = make_plan(spec, family.capabilities(spec))
+    kernel = family.compile(spec, plan, layout)
+    return Bound(kernel.pack, prepare(plan, kernel))
+
+
+ENGINE = Engine("direct", unavailable, bind)
+
+
+def prepare(plan: Plan, kernel: Runnable) -> Run:
     """Bind a compiled kernel to its plan. The result may be called from any thread, many times at once."""
     items, scratch_bytes, run_items, merge = plan.items, kernel.scratch_bytes, kernel.run, kernel.merge_stage
     small = plan.at_once or plan.flops <= SMALL_FLOPS or items == 1

@@ -1,62 +1,36 @@
 """The contract between the plan, the engines and the kernels, and the choice of a kernel.
 
-A kernel family is a module in this folder with three functions:
-
-    unavailable() -> str | None                      why it cannot run on this machine, None if it can
-    capabilities(spec) -> Capabilities               what it does for this dtype and precision, as data
-    compile(spec, plan, layout) -> CompiledKernel    cached inside on what it really depends on
-
-It may also have
-
-    refuses(spec) -> str | None    why it does not compute a spec that its capabilities cover, asked last: it may try
-    remark() -> str                what `flashtile doctor` says of it where it is available
-    backward(spec, inputs, offset, scoring, wanted, order=None) -> Sums
-                                   the gradients, see kernels/backward.py; where Capabilities.directions has "backward"
+A kernel family is a module in this folder that offers a `Family` by the name FAMILY. What it offers to engines that
+hold the arrays as tiles is a second contract, in tiles.py.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from flashtile import rooms
 from flashtile.errors import UnavailableError, wrong
+from flashtile.kernels.gradients import Backward
+from flashtile.kernels.tiles import TileKernels
+from flashtile.plan import Capabilities, Plan
 from flashtile.spec import AttentionSpec
 
 if TYPE_CHECKING:
     from flashtile.score.options import Scoring
 
-# kernel="auto" takes the first family in this order that can do the call.
+__all__ = [
+    "Capabilities", "CompiledKernel", "Family", "Layout", "Runnable", "Stage", "Strides", "complete", "families",
+    "objection", "pick", "survey", "tile_kernels",
+]  # fmt: skip
+
+# kernel="auto" takes the first family in this order that can do the call; the last one can do any.
 FASTEST_FIRST = ("cpu", "vanilla", "reference")
 
 Strides = tuple[int, int, int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Capabilities:
-    """What a kernel family does for one dtype and precision. The planner and the choice read nothing else."""
-
-    name: str
-    dtypes: frozenset[str]
-    precisions: frozenset[str]  # honoured as asked; any other is honoured at higher precision
-    max_head_size: int | None  # of D and D_v; None: no limit
-    query_block: int  # rows it computes together
-    tile_q: tuple[int, ...]  # menu, ascending, multiples of query_block
-    tile_k: tuple[int, ...]  # menu, ascending
-    options: frozenset[str]  # "band", "lse", ...: see AttentionSpec.options
-    native: bool  # runs without the GIL
-    isa: str = ""  # the instruction set in use, for explain and doctor
-    variant: str = ""  # which of the family's kernels computes this spec, for explain
-    head_block: int = 1  # query heads of a work item; divides spec.heads
-    part_keys: int | None = None  # fewest keys worth a work item of their own; None: keys are never split
-    longest_part: int | None = None  # keys over which a work item sums accurately; None: any number
-    devices: frozenset[str] = frozenset(("cpu",))  # whose memory it reads: "cpu", "cuda"
-    enough_items: int | None = None  # work items that keep all of a device busy; None: as many as threads may need
-    directions: frozenset[str] = frozenset(("forward",))  # and "backward"
-    at_once: bool = False  # one call computes every work item, on a device's own threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +52,26 @@ class Stage(NamedTuple):
     workspace_bytes: int  # of the partial results; pack allocates them, the parameters own them
 
 
-class CompiledKernel(Protocol):
-    """A kernel for one spec, plan and layout. Safe to run from many threads at once, each with its own scratch."""
+class Runnable(Protocol):
+    """Work items that can be run from many threads at once, each with its own scratch."""
 
-    scratch_bytes: int  # needed by each thread; the engine gives a 64-byte aligned address
-    merge_stage: Stage | None  # to be run when every item of the plan is done, if plan.splits > 1
+    @property
+    def scratch_bytes(self) -> int:
+        """Needed by each thread; the engine gives a 64-byte aligned address."""
+        ...
+
+    @property
+    def merge_stage(self) -> Stage | None:
+        """To be run when every item of the plan is done, if plan.splits > 1."""
+        ...
+
+    def run(self, params: Any, begin: int, end: int, scratch: int) -> int:
+        """Compute work items [begin, end) of the plan. Returns 0, or an error code of the kernel."""
+        ...
+
+
+class CompiledKernel(Runnable, Protocol):
+    """A kernel for one spec, plan and layout."""
 
     def pack(self, q: int, k: int, v: int, o: int, lse: int, offsets: int, scoring: Scoring | None = None) -> Any:
         """Turn addresses into the opaque, immutable parameters of one call.
@@ -93,28 +82,42 @@ class CompiledKernel(Protocol):
         """
         ...
 
-    def run(self, params: Any, begin: int, end: int, scratch: int) -> int:
-        """Compute work items [begin, end) of the plan. Returns 0, or an error code of the kernel."""
-        ...
+
+def _never(spec: AttentionSpec) -> None:
+    """Refuse nothing."""
 
 
-def families() -> Iterator[tuple[str, ModuleType | str]]:
-    """Every kernel family by name, in the order of preference: its module, or why it cannot be imported."""
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A kernel family, as its module offers it."""
+
+    name: str  # the module's
+    unavailable: Callable[[], str | None]  # why it cannot run on this machine, None if it can
+    capabilities: Callable[[AttentionSpec], Capabilities]  # what it does for this dtype and precision, as data
+    compile: Callable[[AttentionSpec, Plan, Layout], CompiledKernel]  # cached inside on what it really depends on
+    refuses: Callable[[AttentionSpec], str | None] = _never  # a spec that it is capable of, and why; asked last
+    remark: Callable[[], str] = rooms.no_remark  # what `flashtile doctor` says of it where it is available
+    backward: Backward | None = None  # gradients, of NumPy arrays; where Capabilities.directions has "backward"
+    tiles: Callable[[], TileKernels] | None = None  # for engines that hold tiles; imported when they are needed
+
+
+def families() -> Iterator[tuple[str, Family | str]]:
+    """Every kernel family by name, in the order of preference, or why its module cannot be imported."""
     package = sys.modules[__name__]
     for name in rooms.names(package, FASTEST_FIRST):
-        module = rooms.load(package, name, "unavailable", "capabilities", "compile")
-        if module is not None:
-            yield name, module
+        family = rooms.load(package, name, "FAMILY", Family)
+        if family is not None:
+            yield name, family
 
 
-def objection(family: ModuleType | str, spec: AttentionSpec, direction: str = "forward") -> str | None:
+def objection(family: Family | str, spec: AttentionSpec, direction: str = "forward") -> str | None:
     """Why a family cannot do a call, None if it can."""
     if isinstance(family, str):
         return family
-    reason: str | None = family.unavailable()
+    reason = family.unavailable()
     if reason is not None:
         return reason
-    able: Capabilities = family.capabilities(spec)
+    able = family.capabilities(spec)
     if spec.device_kind not in able.devices:
         return f"runs on {', '.join(sorted(able.devices))}, not on {spec.device_kind}"
     if direction not in able.directions:
@@ -126,13 +129,12 @@ def objection(family: ModuleType | str, spec: AttentionSpec, direction: str = "f
         return f"head sizes up to {able.max_head_size}, not {largest}"
     if missing := spec.options - able.options:
         return "does not know " + ", ".join(sorted(missing))
-    refusal: str | None = family.refuses(spec) if hasattr(family, "refuses") else None
-    return refusal
+    return family.refuses(spec)
 
 
-def pick(spec: AttentionSpec, requested: str, direction: str = "forward") -> ModuleType:
+def pick(spec: AttentionSpec, requested: str, direction: str = "forward") -> Family:
     """The family named `requested`, or for "auto" the first that can do the call. In its place, where a call has no
-    heads or head sizes of 0, one that computes it in NumPy: such a call never reaches compiled code on the CPU.
+    heads or head sizes of 0, the complete one, in NumPy: such a call never reaches compiled code on the CPU.
 
     Raises: SpecError for an unknown name; UnavailableError with each family's reason if none can.
     """
@@ -143,16 +145,34 @@ def pick(spec: AttentionSpec, requested: str, direction: str = "forward") -> Mod
         if requested not in ("auto", name):
             continue
         reason = objection(family, spec.filled, direction)
-        if reason is None and isinstance(family, ModuleType):
-            if not spec.empty or spec.device != "cpu":
-                return family
-            from flashtile.kernels import reference
-
-            return reference
+        if reason is None and not isinstance(family, str):
+            return complete() if spec.empty and spec.device == "cpu" else family
         reasons.append(f"{name}: {reason}")
     if not reasons and requested != "auto":
         raise wrong("kernel", repr(requested), "one of " + ", ".join(map(repr, known)))
     raise UnavailableError(f"kernel: got {requested!r}, expected one that can do this call; " + "; ".join(reasons))
+
+
+@functools.cache
+def tile_kernels() -> TileKernels:
+    """The kernels for engines that hold tiles, of the first family that has them.
+
+    Raises: UnavailableError with each family's reason if none has.
+    """
+    reasons = []
+    for name, family in families():
+        reason = family if isinstance(family, str) else family.unavailable()
+        if reason is None and not isinstance(family, str) and family.tiles is not None:
+            return family.tiles()
+        reasons.append(f"{name}: {reason or 'has no kernels for tiles'}")
+    raise UnavailableError("kernel: got an engine that holds tiles, expected a family for it; " + "; ".join(reasons))
+
+
+def complete() -> Family:
+    """The family that computes whatever a spec says."""
+    family = dict(families())[FASTEST_FIRST[-1]]
+    assert not isinstance(family, str)
+    return family
 
 
 def survey() -> list[tuple[str, str, bool, str]]:
@@ -160,6 +180,6 @@ def survey() -> list[tuple[str, str, bool, str]]:
     rows = []
     for name, family in families():
         reason = family if isinstance(family, str) else family.unavailable()
-        remark = family.remark() if reason is None and hasattr(family, "remark") else ""
-        rows.append(("kernel", name, reason is None, reason or remark))
+        remark = family.remark() if reason is None and not isinstance(family, str) else reason
+        rows.append(("kernel", name, reason is None, remark or ""))
     return rows

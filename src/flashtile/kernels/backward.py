@@ -11,25 +11,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from flashtile.kernels.reference import Rule, hide, product, rule_of, visible
+from flashtile.kernels.gradients import Inputs, Sums
+from flashtile.kernels.rule import Rule, hide, product, rule_of, visible
 
 if TYPE_CHECKING:
     from flashtile.score.options import Scoring
     from flashtile.spec import AttentionSpec
 
 Round = Callable[[np.ndarray], np.ndarray]
-
-
-class Inputs(NamedTuple):
-    """The arrays of one call, four axes each, of any float dtype that has arithmetic; lse and dlse (B, H, S_q)."""
-
-    do: np.ndarray
-    q: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
-    o: np.ndarray
-    lse: np.ndarray
-    dlse: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -40,16 +29,6 @@ class Arithmetic:
     store: Round  # S, P, dP and dS
     operand: Round  # whatever enters a product
     block_scores: int | None  # None: all of a head
-
-
-class Sums(NamedTuple):
-    """Gradients in the arithmetic's dtype, None where not wanted; arrays by the number of their slot."""
-
-    q: np.ndarray | None
-    k: np.ndarray | None
-    v: np.ndarray | None
-    sinks: np.ndarray | None  # (B, H)
-    arrays: dict[int, np.ndarray]
 
 
 def differentiate(

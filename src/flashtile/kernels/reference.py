@@ -6,31 +6,25 @@ row, their softmax, the weighted sum of the values. Only blocks of query rows ex
 
 from __future__ import annotations
 
-import os
-import threading
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from flashtile.dtypes import DTYPES, dtype_of
-from flashtile.kernels import Capabilities, Layout
+from flashtile.kernels import Capabilities, Family, Layout
+from flashtile.kernels.backward import Arithmetic, differentiate
+from flashtile.kernels.gradients import Inputs, Sums
+from flashtile.kernels.rule import NO_RULE, Rule, hide, product, rule_of, visible
 from flashtile.kernels.views import RowsKernel
 
 if TYPE_CHECKING:
-    from flashtile.kernels.backward import Inputs, Sums
     from flashtile.plan import Plan
-    from flashtile.score.keep import Keep
     from flashtile.score.options import Scoring
-    from flashtile.score.program import Program
     from flashtile.spec import AttentionSpec, Band
 
 # Scores held at a time (16 bytes each in longdouble): bounds memory whatever S_q is.
 _BLOCK_SCORES = 1 << 18
-
-_blas = threading.Lock()
-if hasattr(os, "register_at_fork"):  # a child that inherited the lock while it was held would wait for ever
-    os.register_at_fork(before=_blas.acquire, after_in_parent=_blas.release, after_in_child=_blas.release)
 
 
 class Attended(NamedTuple):
@@ -38,38 +32,6 @@ class Attended(NamedTuple):
 
     o: np.ndarray
     lse: np.ndarray
-
-
-class Rule(NamedTuple):
-    """What a call's program and sinks mean for one head."""
-
-    program: Program | None
-    b: int
-    h: int
-    sink: float
-    keep: Keep | None = None
-    head: int = 0  # b * H + h, by which dropout counts
-
-    def change(self, s: np.ndarray, rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """The scores of these rows and keys after the program, -inf where it hides: (r, n) -> (r, n)."""
-        if self.program is None:
-            return s
-        return self.program.evaluate(s, self.b, self.h, rows[:, None], keys[None, :], s.dtype)
-
-    def drop(self, p: np.ndarray, rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """The weights of these rows and keys after dropout: (r, n) -> (r, n)."""
-        return p if self.keep is None else self.keep.drop(p, self.head, rows, keys)
-
-
-NO_RULE = Rule(None, 0, 0, -np.inf)
-
-
-def rule_of(scoring: Scoring | None, b: int, h: int, heads: int) -> Rule:
-    """The rule of batch b and query head h of `heads`."""
-    if scoring is None:
-        return NO_RULE
-    sink = -np.inf if scoring.sinks is None else float(scoring.sinks[b, h])
-    return Rule(scoring.program, b, h, sink, scoring.keep, b * heads + h)
 
 
 def attend(
@@ -92,7 +54,7 @@ def attend(
     Numerics: everything in `dtype`. A score of -inf has weight 0 and counts as hidden; a hidden key never reaches
              its row, whatever it holds; a visible NaN or a score of +inf makes the row NaN, lse included; a row
              with no visible key gives o = 0, lse = -inf.
-    Errors:  NumPy's own on shapes that do not fit; `flashtile.attention` validates.
+    Raises:  NumPy's own on shapes that do not fit; `flashtile.attention` validates.
     Source:  docs, "What flashtile computes".
 
     >>> q = np.zeros((1, 1, 1, 2)); v = np.array([[[[1.0], [3.0]]]])
@@ -139,24 +101,6 @@ def attend_rows(
     return Attended(o, lse)
 
 
-def visible(band: Band | None, offset: int, rows: np.ndarray, keys: np.ndarray) -> np.ndarray | None:
-    """Which keys a positional rule shows to which rows: (r,), (n,) indices -> bool (r, n), or None where all are."""
-    if band is None:
-        return None
-    distance = keys - (rows[:, None] + offset)
-    seen = np.ones(distance.shape, bool)
-    if band.left is not None:
-        seen &= distance >= -band.left
-    if band.right is not None:
-        seen &= distance <= band.right
-    return seen
-
-
-def hide(s: np.ndarray, seen: np.ndarray | None) -> np.ndarray:
-    """-inf in place of the scores that a mask hides, selected so that a hidden NaN goes too."""
-    return s if seen is None else np.where(seen, s, -np.inf).astype(s.dtype, copy=False)
-
-
 def weights(s: np.ndarray, sink: float = -np.inf) -> tuple[np.ndarray, np.ndarray]:
     """Softmax of each row and its lse: s (r, n) -> p (r, n), lse (r,); NaN and +inf spread over the visible keys.
 
@@ -180,20 +124,12 @@ def weighted_values(p: np.ndarray, v: np.ndarray, s: np.ndarray) -> np.ndarray:
     if not len(keys):
         return product(p, v)
     o = product(p, np.where(finite, v, 0))
-    odd, weight, seen = v[keys], p[:, keys], ~np.isneginf(s[:, keys])
-    plus = _meets(seen & (weight > 0), np.isposinf(odd))
-    minus = _meets(seen & (weight > 0), np.isneginf(odd))
-    nan = _meets(seen, np.isnan(odd)) | _meets(seen & (weight == 0), np.isinf(odd)) | (plus & minus)
+    nonfinite, weight, seen = v[keys], p[:, keys], ~np.isneginf(s[:, keys])
+    plus = _meets(seen & (weight > 0), np.isposinf(nonfinite))
+    minus = _meets(seen & (weight > 0), np.isneginf(nonfinite))
+    nan = _meets(seen, np.isnan(nonfinite)) | _meets(seen & (weight == 0), np.isinf(nonfinite)) | (plus & minus)
     o = np.where(plus, np.inf, np.where(minus, -np.inf, o))
     return np.where(nan | np.isnan(p).any(axis=1)[:, None], np.nan, o).astype(p.dtype, copy=False)
-
-
-def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a @ b, where BLAS does it by one thread of ours at a time: it has its own, and callers that meet there spin."""
-    if a.dtype.itemsize > 8:  # no BLAS has longdouble
-        return a @ b
-    with _blas:
-        return a @ b
 
 
 def _meets(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -225,7 +161,7 @@ def capabilities(spec: AttentionSpec) -> Capabilities:
 def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> RowsKernel:
     """The oracle bound to one specification; nothing is generated, so nothing is cached."""
     dtype = oracle_dtype(spec.dtype)
-    return RowsKernel(spec, plan, layout, partial(attend_rows, scale=spec.scale, band=spec.band, dtype=dtype), rule_of)
+    return RowsKernel(spec, plan, layout, partial(attend_rows, scale=spec.scale, band=spec.band, dtype=dtype))
 
 
 def oracle_dtype(dtype: str) -> np.dtype:
@@ -242,7 +178,8 @@ def backward(
     order: np.ndarray | None = None,
 ) -> Sums:
     """The gradients in the oracle's dtype, by blocks of rows."""
-    from flashtile.kernels.backward import Arithmetic, differentiate  # which builds on this module
-
     exact = Arithmetic(oracle_dtype(spec.dtype), np.asarray, np.asarray, _BLOCK_SCORES)
     return differentiate(spec, inputs, offset, scoring, wanted, exact, order)
+
+
+FAMILY = Family("reference", unavailable, capabilities, compile, backward=backward)

@@ -8,16 +8,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from flashtile.kernels import Capabilities, CompiledKernel, Layout, triton
+from flashtile.kernels import Capabilities, CompiledKernel, Family, Layout, triton
 from flashtile.kernels.triton import tiles
 from flashtile.kernels.triton.vanilla_host import Vanilla
 
 if TYPE_CHECKING:
     from flashtile.plan import Plan
     from flashtile.spec import AttentionSpec
-
-unavailable = triton.unavailable
-refuses = triton.refuses
 
 
 def capabilities(spec: AttentionSpec) -> Capabilities:
@@ -37,3 +34,6 @@ def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> CompiledKernel:
     """The three stages of one spec, plan and layout."""
     tile = tiles.vanilla_tile(spec, triton.arch_of(spec))
     return Vanilla(spec, plan, layout, tile, triton.device_of(spec))
+
+
+FAMILY = Family("triton_vanilla", triton.unavailable, capabilities, compile, triton.refuses)

@@ -13,22 +13,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flashtile.dtypes import DTYPES, round_to_bf16, widen_bits
-from flashtile.kernels import Capabilities, Layout
-from flashtile.kernels.reference import (
-    NO_RULE,
-    Attended,
-    Rule,
-    hide,
-    product,
-    rule_of,
-    visible,
-    weighted_values,
-    weights,
-)
+from flashtile.kernels import Capabilities, Family, Layout
+from flashtile.kernels.backward import Arithmetic, differentiate
+from flashtile.kernels.gradients import Inputs, Sums
+from flashtile.kernels.reference import Attended, weighted_values, weights
+from flashtile.kernels.rule import NO_RULE, Rule, hide, product, rule_of, visible
 from flashtile.kernels.views import RowsKernel
 
 if TYPE_CHECKING:
-    from flashtile.kernels.backward import Inputs, Sums
     from flashtile.plan import Plan
     from flashtile.score.options import Scoring
     from flashtile.spec import AttentionSpec, Band
@@ -83,7 +75,7 @@ def attend(
     Numerics: fp64 in fp64, the rest in fp32; `dtype` float16 or bfloat16 rounds scores and weights to that type,
              `precision` on float32 rounds the operands of both products. o is not yet rounded to `dtype`.
              float16 scores beyond 65504 overflow, as they do wherever they are stored.
-    Errors:  NumPy's own on shapes that do not fit; `flashtile.attention` validates.
+    Raises:  NumPy's own on shapes that do not fit; `flashtile.attention` validates.
     Source:  Vaswani et al. 2017, Attention Is All You Need, section 3.2.1.
     """
     (batch, heads, q_len, _), kv_heads = q.shape, k.shape[1]
@@ -174,7 +166,7 @@ def capabilities(spec: AttentionSpec) -> Capabilities:
 def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> RowsKernel:
     """The baseline bound to one specification; nothing is generated, so nothing is cached."""
     attend = partial(attend_rows, scale=spec.scale, dtype=spec.dtype, band=spec.band, precision=spec.precision)
-    return RowsKernel(spec, plan, layout, attend, rule_of)
+    return RowsKernel(spec, plan, layout, attend)
 
 
 def backward(
@@ -186,9 +178,10 @@ def backward(
     order: np.ndarray | None = None,
 ) -> Sums:
     """The gradients, unfused: a 16-bit type rounds S, P, dP and dS where they are stored, S_q x S_kv a head."""
-    from flashtile.kernels.backward import Arithmetic, differentiate  # which builds on this family's oracle
-
     store, operand = STORED.get(spec.dtype), OPERANDS[spec.precision]
     accumulator = np.dtype(DTYPES[spec.dtype].accumulator)
     how = Arithmetic(accumulator, partial(rounded, store=store), partial(rounded, store=operand), None)
     return differentiate(spec, inputs, offset, scoring, wanted, how, order)
+
+
+FAMILY = Family("vanilla", unavailable, capabilities, compile, backward=backward)

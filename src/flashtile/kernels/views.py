@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from flashtile.dtypes import dtype_of, round_to_bf16, widen_bits
+from flashtile.kernels.rule import Rule, rule_of
 
 if TYPE_CHECKING:
     from flashtile.kernels import Layout
-    from flashtile.kernels.reference import Rule
     from flashtile.plan import Plan
     from flashtile.score.options import Scoring
     from flashtile.spec import AttentionSpec
@@ -67,7 +67,6 @@ class RowsKernel:
     plan: Plan
     layout: Layout
     attend_rows: AttendRows
-    rule_of: Callable[[Scoring | None, int, int, int], Rule]  # of batch, head, and how many heads there are
     scratch_bytes: int = 0
     merge_stage: None = None
 
@@ -95,7 +94,7 @@ class RowsKernel:
             first, kv = tile * plan.tile_q, h // spec.group
             rows = slice(first, min(first + plan.tile_q, spec.q_len))
             q, k, v = widen(params.q[b, h, rows]), widen(params.k[b, kv]), widen(params.v[b, kv])
-            rule = self.rule_of(params.scoring, b, h, spec.heads)
+            rule = rule_of(params.scoring, b, h, spec.heads)
             o, lse = self.attend_rows(q, k, v, first, int(params.offsets[b]), rule)
             with np.errstate(over="ignore"):  # what the output's type cannot hold is an infinity there
                 params.o[b, h, rows] = round_to_bf16(o) if spec.dtype == "bfloat16" else o

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flashtile.plan.items import Plan
 from flashtile.spec import AttentionSpec, Band
-
-if TYPE_CHECKING:
-    from flashtile.plan.tiling import Plan
 
 
 @dataclass(frozen=True, slots=True)

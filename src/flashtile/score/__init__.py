@@ -6,10 +6,9 @@ from .alibi import alibi
 from .bias import bias
 from .causal import causal
 from .coverage import EMPTY, FULL, PARTIAL, Coverage, coverage
-from .dense import dense
 from .document import document
 from .keep import dropout_keep
-from .mask import Mask, Score
+from .mask import Mask, Score, dense
 from .padding import padding
 from .prefix import prefix
 from .program import Program

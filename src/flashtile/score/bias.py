@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import SpecError
+from .broadcast import broadcast_reader, check_broadcast
 from .capture import capture
-from .dense import broadcast_reader, check_broadcast
 from .mask import Score
 
 

@@ -7,18 +7,31 @@ again.  A user's function is another matter: anything that it closes over may ha
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from .capture import ArrayCapture, ScalarCapture, capture, is_array
 from .code import Code
-from .expr import check_int32, postorder
+from .expr import Expr, check_int32, postorder
 from .softcap import check_cap, is_off
 from .window import sides
 
-if TYPE_CHECKING:
-    from .program import Program
-
 Captured = ArrayCapture | ScalarCapture
+
+
+class Traced(Protocol):
+    """What tracing makes: a `Program`."""
+
+    @property
+    def code(self) -> Code: ...
+
+    @property
+    def captures(self) -> tuple[Captured, ...]: ...
+
+    @property
+    def roots(self) -> list[Expr]: ...
+
+
+T = TypeVar("T", bound=Traced)
 
 
 class Template(NamedTuple):
@@ -32,8 +45,13 @@ _ENTRIES = 256  # a program uses a few
 _templates: dict[Hashable, Template] = {}
 
 
-def builtin(shape: tuple[int, int, int, int], given: dict[str, Any], trace: Callable[[], Program]) -> Program:
-    """The program of options whose arrays are known to fit the shape; `trace` makes it the slow way.
+def builtin(
+    shape: tuple[int, int, int, int],
+    given: dict[str, Any],
+    make: Callable[[Code, tuple[Captured, ...]], T],
+    trace: Callable[[], T],
+) -> T:
+    """The program of options whose arrays are known to fit the shape, by `make`; `trace` makes it the slow way.
 
     Loads of built-in options stay inside arrays that fit, whatever the shape, so neither the shape nor a value is a
     part of the structure.
@@ -41,9 +59,7 @@ def builtin(shape: tuple[int, int, int, int], given: dict[str, Any], trace: Call
     key, values = _parts(given)
     template = _templates.get(key)
     if template is not None:
-        from .program import Program
-
-        return Program(shape, template.code, tuple(values[name] for name in template.names))
+        return make(template.code, tuple(values[name] for name in template.names))
     program = trace()
     loads = [x for x in postorder(program.roots) if x.operation.name == "load"]
     if 0 not in shape and not any(any(x.data.clamp) for x in loads) and len(_templates) < _ENTRIES:

@@ -7,16 +7,16 @@ its address, then for each axis its length and its stride in bytes.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from .capture import Access, ArrayCapture, ScalarCapture, Slot
 
 if TYPE_CHECKING:
-    from ..llvm.ir import Value
-    from .emit import Emission
+    from ..llvm.ir import Function, Value
+    from ..llvm.machines import ISA
 
 # Element -> (LLVM type in memory, how it becomes a bool, i32 or float).
 STORAGE = {
@@ -24,6 +24,22 @@ STORAGE = {
     "i32": ("i32", ""), "u32": ("i32", ""), "i64": ("i64", "trunc"), "u64": ("i64", "trunc"),
     "f16": ("i16", "half"), "bf16": ("i16", "bfloat"), "f32": ("float", ""), "f64": ("double", ""),
 }  # fmt: skip
+
+
+class Site(Protocol):
+    """A place in a function under construction, as loads use it: an `emit.Emission`."""
+
+    f: Function
+    isa: ISA
+    accumulator: str
+    lanes: int
+    captures: Value
+
+    def like(self, x: Value, element: str) -> str: ...
+
+    def widen(self, x: Value) -> Value: ...
+
+    def together(self, args: Iterable[Value]) -> list[Value]: ...
 
 
 class Block:
@@ -54,10 +70,10 @@ class Block:
 
     # -- emitted code --------------------------------------------------------------------------------
 
-    def field(self, at: Emission, slot: Slot, type_: str, word: int) -> Value:
+    def field(self, at: Site, slot: Slot, type_: str, word: int) -> Value:
         return at.f.load(type_, at.captures + (self.word(slot) + word) * 8, align=8)
 
-    def load(self, at: Emission, access: Access, index: list[Value]) -> Value:
+    def load(self, at: Site, access: Access, index: list[Value]) -> Value:
         """The element at the indices, clamped where the access says so; scalar if all indices are."""
         f, slot = at.f, access.source
         assert isinstance(slot, Slot)
@@ -78,7 +94,7 @@ class Block:
         raw = f.load(stored, pointer, align=1) if lanes is None else _gather(at, stored, pointer, lanes)
         return widened(at, raw, slot.element)
 
-    def inside(self, at: Emission, access: Access, index: list[Value]) -> Value:
+    def inside(self, at: Site, access: Access, index: list[Value]) -> Value:
         """Whether every index is in bounds."""
         result = at.f.const("i1", 1)
         for axis, i in enumerate(index):
@@ -93,7 +109,7 @@ def _bits(number: float) -> int:
     return struct.unpack("<q", struct.pack("<d", number))[0]
 
 
-def _gather(at: Emission, stored: str, pointer: Value, offsets: Value) -> Value:
+def _gather(at: Site, stored: str, pointer: Value, offsets: Value) -> Value:
     """One load a lane: any element, any instruction set."""
     f = at.f
     result = f.const(at.like(offsets, stored), 0)
@@ -102,7 +118,7 @@ def _gather(at: Emission, stored: str, pointer: Value, offsets: Value) -> Value:
     return result
 
 
-def widened(at: Emission, raw: Value, element: str) -> Value:
+def widened(at: Site, raw: Value, element: str) -> Value:
     """A stored element (or a vector of them) as a bool, an i32 or the accumulator's type."""
     f, (_, how) = at.f, STORAGE[element]
     if element == "bool":

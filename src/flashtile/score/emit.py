@@ -66,7 +66,7 @@ class Emission:
         for x in postorder([root]) if self._find(root) is None else ():
             if self._find(x) is None:
                 args = [self._find(a) for a in x.args]
-                self._known[x] = x.operation.emit(x, self, args)  # type: ignore[arg-type]
+                self._known[x] = x.operation.emit(x, self, args)
         return self._find(root)  # type: ignore[return-value]
 
     def vector(self, root: Expr) -> Value:

@@ -16,12 +16,9 @@ import struct
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Protocol
 
 from ..errors import SpecError
-
-if TYPE_CHECKING:
-    from .operations.base import Operation
 
 INT_MIN, INT_MAX = -(1 << 31), (1 << 31) - 1
 TYPES = ("bool", "int", "float")  # in order of promotion
@@ -29,6 +26,23 @@ VARIABLES = {"s": "float", "b": "int", "h": "int", "i": "int", "j": "int"}
 
 _nodes: weakref.WeakValueDictionary[Hashable, Expr] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
+
+
+class Kind(Protocol):
+    """What a node does, as whoever walks the graph asks it to; operations/base.py says what the forms are."""
+
+    name: ClassVar[str]
+    triton: ClassVar[str | None]
+
+    def evaluate(self, x: Expr, at: Any, args: list[Any]) -> Any: ...
+
+    def bound(self, x: Expr, at: Any, args: list[Any]) -> Any: ...
+
+    def tangent(self, x: Expr, d: tuple[Expr | None, ...]) -> Expr | None: ...
+
+    def emit(self, x: Expr, at: Any, args: list[Any]) -> Any: ...
+
+    def write(self, x: Expr, at: Any, args: list[str]) -> str: ...
 
 
 class Expr:
@@ -39,7 +53,7 @@ class Expr:
 
     __slots__ = ("__weakref__", "args", "data", "operation", "type", "variables")
 
-    operation: Operation
+    operation: Kind
     args: tuple[Expr, ...]
     data: Any
     type: str
@@ -52,7 +66,7 @@ class Expr:
         return f"<{self.type} expression {text([self])}>"
 
 
-def node(operation: Operation, args: tuple[Expr, ...], type_: str, data: Hashable = None) -> Expr:
+def node(operation: Kind, args: tuple[Expr, ...], type_: str, data: Hashable = None) -> Expr:
     """The one node with these parts."""
     key = (operation.name, args, type_, _data_key(data))
     with _lock:

@@ -14,7 +14,7 @@ import numpy as np
 
 from .expr import Expr, promote
 from .operations import apply, cast, const, is_const
-from .symbol import Symbol, lift, refuse
+from .symbol import FUNCTIONS, Symbol, lift, refuse
 
 
 def _plain(name: str) -> Callable[..., Symbol]:
@@ -208,7 +208,7 @@ _KINDS = {  # node kind -> names
     "lt": ("lt", "less"), "le": ("le", "less_equal"), "eq": ("eq", "equal"), "ne": ("ne", "not_equal"),
 }  # fmt: skip
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {
+FUNCTIONS.update({
     **{name: _plain(kind) for kind, names in _KINDS.items() for name in names},
     **dict.fromkeys(("add",), add), **dict.fromkeys(("sub", "subtract"), subtract),
     **dict.fromkeys(("mul", "multiply"), multiply), **dict.fromkeys(("div", "divide", "true_divide"), divide),
@@ -233,4 +233,4 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{name: _filled(1) for name in ("ones_like", "new_ones")},
     "full_like": full_like, "new_full": full, "new_tensor": new_tensor,
     **dict.fromkeys(("item", "clone", "detach", "contiguous", "copy", "cpu"), _itself),
-}  # fmt: skip
+})  # fmt: skip

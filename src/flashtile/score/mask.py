@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import SpecError
+from .broadcast import broadcast_reader, check_broadcast
+from .capture import capture, is_array
 from .expr import Expr
 from .operations import apply
 from .trace import trace_mask, trace_score
@@ -106,11 +108,24 @@ def _check_called(value: Any, argument: str) -> None:
         raise SpecError(f"{argument}: got {name} itself, expected what it returns: {name}({', '.join(needed)})")
 
 
+def dense(array: Any) -> Mask:
+    """Key j is visible to row i iff array[b, h, i, j], under NumPy broadcasting to (B, H, S_q, S_kv).
+
+    Raises: SpecError for a dtype other than bool and for more than four axes.
+    """
+    found = capture(array, "mask")
+    if found.type != "bool":
+        raise SpecError(f"mask: got {found.dtype}, expected bool (True: attend); numbers to add to scores are a bias")
+    read = broadcast_reader(found.array.shape, "mask")
+    return Mask(
+        lambda offset: lambda b, h, i, j: read(array, (b, h, i, j)),
+        name="mask",
+        fits=lambda shape: check_broadcast(array, shape, "mask"),
+    )
+
+
 def as_mask(value: Any) -> Mask:
     """A mask object of whatever mask= takes: a Mask, a function (b, h, i, j), a boolean array."""
-    from .capture import is_array
-    from .dense import dense
-
     if isinstance(value, Mask):
         return value
     if is_array(value):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,11 @@ from ..errors import SpecError
 from .alibi import alibi, check_slopes
 from .bias import bias as bias_score
 from .bounds import check_bounds, proven
+from .broadcast import check_broadcast
 from .builtin import builtin
 from .capture import Access, ArrayCapture, ScalarCapture, Slot, capture, is_array
 from .causal import causal as causal_mask
 from .code import Code
-from .dense import check_broadcast
 from .derivative import ArrayGradient, array_gradients, derivative
 from .evaluate import Evaluation
 from .expr import Expr, node, postorder, rewrite, substitute, text
@@ -57,7 +57,7 @@ class Program:
         given = {"softcap": softcap, "alibi_slopes": alibi_slopes, "bias": bias, "mask": mask, "causal": causal,
                  "window": window, "offset": offset}  # fmt: skip
         if score_mod is None and (mask is None or is_array(mask)):
-            return builtin(shape, given, lambda: cls.traced(shape, **given))
+            return builtin(shape, given, partial(cls, shape), lambda: cls.traced(shape, **given))
         return cls.traced(shape, score_mod=score_mod, **given)
 
     @classmethod

@@ -18,6 +18,8 @@ _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _NO_SUCH = 'the score language has no such operation; the documentation lists them under "The score language"'
 _LIBRARIES = tuple(f"{os.sep}site-packages{os.sep}{name}{os.sep}" for name in ("torch", "numpy"))
 
+FUNCTIONS: dict[str, Callable[..., Any]] = {}  # by the names of NumPy, torch and operator; functions.py fills it
+
 
 def refuse(operation: str, remedy: str) -> NoReturn:
     """Raise the one error of an operation outside the language: what, where in the user's source, and the remedy."""
@@ -120,8 +122,6 @@ class Symbol:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("__"):
             raise AttributeError(name)
-        from .functions import FUNCTIONS
-
         if name not in FUNCTIONS:
             refuse(f".{name}", _NO_SUCH)
         return lambda *args, **keywords: call(name, (self, *args), keywords, "method")
@@ -139,8 +139,6 @@ class Symbol:
 
 def call(name: str, args: Any, keywords: dict[str, Any], origin: str) -> Any:
     """Run the language's form of a torch or NumPy function of this name."""
-    from .functions import FUNCTIONS
-
     found = FUNCTIONS.get(name.strip("_")) or FUNCTIONS.get(name)
     if found is None:
         label = f".{name}" if origin == "method" else f"{origin}.{name}"
@@ -177,8 +175,6 @@ def _unary(name: str) -> Callable[[Symbol], Symbol]:
 
 def _binary(name: str, reflected: bool = False) -> Callable[[Symbol, Any], Any]:
     def operator(self: Symbol, other: Any) -> Any:
-        from .functions import FUNCTIONS
-
         if other is None and name in ("eq", "ne"):
             return NotImplemented
         return FUNCTIONS[name](other, self) if reflected else FUNCTIONS[name](self, other)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import SpecError
+from . import functions  # noqa: F401  # what symbols answer to
 from .capture import is_array
 from .expr import Expr
 from .operations import cast, variable

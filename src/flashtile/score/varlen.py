@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..checks import ALIGNMENTS, check_flag, integer
 from ..errors import SpecError, wrong
-from ..spec import ALIGNMENTS, check_flag, integer
 from .expr import INT_MAX
 from .mask import Mask
 from .options import FARTHEST

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..checks import integer
 from ..errors import SpecError
-from ..spec import integer
 from .causal import anchor
 from .mask import Mask
 

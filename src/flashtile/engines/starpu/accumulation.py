@@ -6,21 +6,19 @@ from dataclasses import replace
 
 import numpy as np
 
-from flashtile.engines.starpu import runtime
-from flashtile.engines.starpu.codelets import codelet
 from flashtile.engines.starpu.coverage import BandCoverage
 from flashtile.engines.starpu.flow import COMMUTE, ORDERED
 from flashtile.engines.starpu.footprint import footprints
 from flashtile.engines.starpu.jobs import TASK
 from flashtile.engines.starpu.programs import Program
+from flashtile.engines.starpu.session import Session, current
 from flashtile.errors import wrong
-from flashtile.kernels.cpu import tiles as kernels
+from flashtile.kernels import tile_kernels
 from flashtile.spec import AttentionSpec
 
 # NNTile's arguments, and what each sets in the parameter block. The mask comes last because it may be missing.
 ARGUMENTS = ("K", "Q", "logsumexp", "V", "A", "mask")
 WORDS = ("k", "q", "lse", "v", "o", "mask")
-KEPT = 64
 
 
 def submit(
@@ -34,14 +32,15 @@ def submit(
     """Submit the task on handles by the names of ARGUMENTS; offset anchors the band. Returns 1. Raises: SpecError."""
     if accumulate not in (ORDERED, COMMUTE):
         raise wrong("accumulate", repr(accumulate), f"{ORDERED!r} or {COMMUTE!r}")
-    now = runtime.current()
-    program = _program(now, spec, mask)
+    session = current()
+    now = session.runtime
+    program = _program(session, spec, mask)
     names = [name for name in ARGUMENTS if name in handles]
     r, rw, commute = (now.constant(name) for name in ("R", "RW", "COMMUTE"))
     state = rw | commute if accumulate == COMMUTE else rw
     modes = np.array([[state if name in ("A", "logsumexp") else r for name in names]])
     task = np.zeros(1, TASK)
-    task["end"] = kernels.items(program.kernel)
+    task["end"] = program.kernel.items
     task["values"][0, 0] = offset
     task["tile"][0, :2] = firsts
     zero = np.zeros(1, np.int64)
@@ -49,7 +48,7 @@ def submit(
     pairs, cases = BandCoverage(anchored, spec.q_len, spec.kv_len, np.array([offset])).amount(zero, zero, zero, zero)
     task["flops"] = 2.0 * (spec.head_size + spec.value_size) * spec.heads * pairs
     task["footprint"] = footprints(f"{program.kernel.identity} {spec.heads}", cases)
-    program.submit(now.door_job(), codelet("accumulate", spec.dtype), _row(names, handles), modes, task)
+    program.submit(session.door_job(), session.codelet("accumulate", spec.dtype), _row(names, handles), modes, task)
     return 1
 
 
@@ -57,13 +56,12 @@ def _row(names: list[str], handles: dict[str, int]) -> np.ndarray:
     return np.array([[handles[name] for name in names]], np.uint64)
 
 
-def _program(now: runtime.Runtime, spec: AttentionSpec, mask: str | None) -> Program:
+def _program(session: Session, spec: AttentionSpec, mask: str | None) -> Program:
     """Kept for the next call with tiles of the same sizes."""
-    key = "accumulate", spec, mask
-    if key not in now.flows:
-        if len(now.flows) >= KEPT:
-            del now.flows[next(iter(now.flows))]
+
+    def make() -> Program:
         count = len(WORDS) - (mask is None)
         bindings = tuple((n, word, None) for n, word in enumerate(WORDS[:count]))
-        now.flows[key] = Program(now, kernels.accumulating(spec, mask), bindings, ("offset",))
-    return now.flows[key]
+        return Program(session.runtime, tile_kernels().accumulating(spec, mask), bindings, ("offset",))
+
+    return session.flow(("accumulate", spec, mask), make)

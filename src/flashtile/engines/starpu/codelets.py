@@ -22,6 +22,11 @@ LABELS: dict[str, tuple[str, ...]] = {
 CPU_ONLY = ("accumulate",)
 
 
+def name_of(operation: str, dtype: str) -> str:
+    """What StarPU calls the codelet."""
+    return f"flashtile_{operation}_{dtype}"
+
+
 class Codelet:
     """One operation in one dtype, as StarPU knows it.
 
@@ -32,7 +37,7 @@ class Codelet:
 
     def __init__(self, operation: str, dtype: str) -> None:
         self.runtime = runtime.current()
-        self.name = f"flashtile_{operation}_{dtype}"
+        self.name = name_of(operation, dtype)
         self.labels = LABELS[operation]
         self.pointer: Any = self.runtime.lib.ft_codelet_new(self.name.encode())
         if self.pointer == self.runtime.ffi.NULL:
@@ -71,12 +76,3 @@ class Codelet:
     def _tell(self, function: str, architectures: tuple[str, ...]) -> None:
         bits = sum(self.runtime.constant(name.upper()) for name in architectures)
         getattr(self.runtime.lib, function)(self.pointer, bits)
-
-
-def codelet(operation: str, dtype: str) -> Codelet:
-    """The codelet of an operation, made at first use; it lives until StarPU's shutdown."""
-    codelets = runtime.current().codelets
-    name = f"flashtile_{operation}_{dtype}"
-    if name not in codelets:
-        codelets.setdefault(name, Codelet(operation, dtype))
-    return codelets[name]

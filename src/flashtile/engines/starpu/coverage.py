@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from flashtile.kernels.cpu.config import Config
+from flashtile.dtypes import DTYPES
 from flashtile.plan.coverage import key_ranges, visible_pairs
+from flashtile.score.coverage import coverage
+from flashtile.score.program import Program
 from flashtile.spec import AttentionSpec, Band
-
-if TYPE_CHECKING:
-    from flashtile.score.program import Program
 
 FAR = 1 << 61  # the open side of a band
 FINE_KEYS = 32  # keys of the cells in which a program's mask is looked at
@@ -74,13 +73,12 @@ class ProgramCoverage:
     visible elements, as long as a call has at most COUNTED in such cells; beyond (a stored mask, as a rule), all.
     """
 
-    def __init__(self, spec: AttentionSpec, program: Program, c: Config, tile_q: int, tile_k: int) -> None:
-        from flashtile.score.coverage import coverage
-
+    def __init__(self, spec: AttentionSpec, program: Program, panel: int, tile_q: int, tile_k: int) -> None:
+        """panel: the query rows that kernels compute at once."""
         self.spec, self.tile_q, self.tile_k = spec, tile_q, tile_k
-        fine_q = c.panel if tile_q % c.panel == 0 else tile_q
+        fine_q = panel if tile_q % panel == 0 else tile_q
         fine_k = FINE_KEYS if tile_k % FINE_KEYS == 0 else tile_k
-        real = np.float64 if c.acc == "double" else np.float32
+        real = DTYPES[DTYPES[spec.dtype].accumulator].numpy.type
         kinds = coverage(program, fine_q, fine_k, real).tiles()
         rows = np.diff(np.append(np.arange(0, spec.q_len, fine_q), spec.q_len))
         keys = np.diff(np.append(np.arange(0, spec.kv_len, fine_k), spec.kv_len))

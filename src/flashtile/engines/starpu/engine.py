@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from flashtile.dtypes import DTYPES
+from flashtile.engines import Bound
 from flashtile.engines.starpu import runtime
 from flashtile.engines.starpu.flow import Flow
 from flashtile.engines.starpu.jobs import Job
 from flashtile.engines.starpu.tiles import TiledTensor, can_tile
 from flashtile.engines.starpu.vanilla import VanillaFlow
 from flashtile.errors import UnavailableError
-from flashtile.kernels import Layout, Strides, cpu
+from flashtile.kernels import Family, Layout, Strides, tile_kernels
 from flashtile.kernels.views import view
 from flashtile.progress import Report
 from flashtile.spec import AttentionSpec
 
 if TYPE_CHECKING:
-    from flashtile.engines import Run
     from flashtile.score.options import Scoring
 
 # Rows and keys of a tile. A task of full tiles takes a millisecond or two, long beside its 10 us of StarPU, and its
@@ -45,21 +44,21 @@ class Addresses(NamedTuple):
     scoring: Scoring | None = None  # the values of the spec's score program and sinks
 
 
-def prepare_tiles(spec: AttentionSpec, layout: Layout, family: str) -> tuple[Callable[..., Any], Run]:
-    """Bind a spec and a layout: (pack, run) as CompiledKernel.pack and Run.
+def bind(spec: AttentionSpec, layout: Layout, family: Family) -> Bound:
+    """Bind a spec and a layout.
 
-    family "cpu" is the fused flow, "vanilla" the three unfused codelets (vanilla.py).
+    The family "cpu" is the fused flow, "vanilla" the three unfused codelets (vanilla.py).
     Raises: UnavailableError for kernels that only Python can run, and for options that no flow knows.
     """
-    if family not in FLOWS:
+    if family.name not in FLOWS:
         names = " or ".join(map(repr, FLOWS))
-        raise UnavailableError(f"kernel: got {family!r} with engine 'starpu', expected {names}: no Python in tasks")
+        got = f"{family.name!r} with engine 'starpu'"
+        raise UnavailableError(f"kernel: got {got}, expected {names}: no Python in tasks")
     if missing := spec.options - OPTIONS:
-        raise UnavailableError(
-            f"engine: got 'starpu', expected 'direct': it does not know {', '.join(sorted(missing))}"
-        )
-    call = _Call(spec, layout, FLOWS[family] if spec.kv_len else Flow)  # without keys there are no scores to store
-    return Addresses, call.run
+        unknown = ", ".join(sorted(missing))
+        raise UnavailableError(f"engine: got 'starpu', expected 'direct': it does not know {unknown}")
+    call = _Call(spec, layout, FLOWS[family.name] if spec.kv_len else Flow)  # without keys there are no scores to store
+    return Bound(Addresses, call.run)
 
 
 class _Call:
@@ -143,7 +142,7 @@ class _Call:
 def tile_sizes(spec: AttentionSpec) -> tuple[int, int]:
     """Rows of a query tile, in whole panels of the kernel, and keys of a key tile: a matter of shapes and instruction
     set only, and so are the bits."""
-    panel, heads = cpu.config_of(spec).panel, spec.batch * spec.heads
+    panel, heads = tile_kernels().rows_at_once(spec), spec.batch * spec.heads
     menu = [max(1, rows // panel) * panel for rows in TILE_Q]
     enough = [rows for rows in menu if heads * -(-spec.q_len // rows) >= ENOUGH]
     return min(max(enough, default=menu[0]), max(1, spec.q_len)), min(TILE_K, max(1, spec.kv_len))

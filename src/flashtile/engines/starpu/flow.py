@@ -14,16 +14,16 @@ import numpy as np
 
 from flashtile.dtypes import DTYPES
 from flashtile.engines.starpu import cuda
-from flashtile.engines.starpu.codelets import codelet
 from flashtile.engines.starpu.coverage import BandCoverage, ProgramCoverage, TileCoverage
 from flashtile.engines.starpu.footprint import footprint_of, footprints
 from flashtile.engines.starpu.jobs import TASK, Job
 from flashtile.engines.starpu.programs import Program
 from flashtile.engines.starpu.runtime import Runtime
+from flashtile.engines.starpu.session import codelet
 from flashtile.engines.starpu.states import submit_finish
 from flashtile.engines.starpu.tiles import DROP_LATER, Tile, TiledTensor
 from flashtile.errors import UnavailableError, wrong
-from flashtile.kernels.cpu import tiles as kernels
+from flashtile.kernels import tile_kernels
 from flashtile.spec import AttentionSpec
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ class Flow:
             raise UnavailableError("accumulate: got 'commute' with sinks, expected 'ordered', which has a last task")
         self.spec, self.tile_q, self.tile_k, self.accumulate = spec, tile_q, tile_k, accumulate
         at = 0 if offsets is None else offsets.ctypes.data
+        kernels = tile_kernels()
         kernel = kernels.forward(spec, tile_q, tile_k, offsets=at, scoring=scoring)
         self.sinks = int(kernel.block[kernel.words["sinks"]])
         gpu = cuda.forward(runtime, spec, tile_q)
@@ -98,9 +99,8 @@ class Flow:
         self.narrow = DTYPES[spec.dtype].accumulator != spec.dtype
         self.anchors = np.array([spec.offset or 0], np.int64) if offsets is None else offsets  # (B,), or (1,): shared
         self.coverage: TileCoverage
-        if kernel.config.masked:
-            assert scoring is not None and scoring.program is not None
-            self.coverage = ProgramCoverage(spec, scoring.program, kernel.config, tile_q, tile_k)
+        if scoring is not None and scoring.program is not None and scoring.program.mask is not None:
+            self.coverage = ProgramCoverage(spec, scoring.program, kernels.rows_at_once(spec), tile_q, tile_k)
         else:
             self.coverage = BandCoverage(spec, tile_q, tile_k, self.anchors)
         self.pairs = pairs_of(spec, self.coverage)

@@ -48,6 +48,7 @@ class Job:
         assert self.runtime.ffi.sizeof("ft_task") == TASK.itemsize
         self._job = self.runtime.ffi.gc(self._lib.ft_job_new(), self._lib.ft_job_free)
         self._keep: list[Any] = []  # what tasks point to
+        self._labels: dict[str, tuple[str, ...]] = {}  # of the codelets that it has submitted
         self.runtime.jobs.add(self)
 
     def submit(self, codelet: Codelet, handles: np.ndarray, modes: np.ndarray, tasks: np.ndarray, *keep: Any) -> None:
@@ -62,9 +63,10 @@ class Job:
         if self.runtime.held and not self.runtime.held.isdisjoint(handles.ravel().tolist()):
             raise wrong("submit", "a tile that is acquired", "tiles released before tasks use them")
         written = self._written(handles, modes)
-        profile = self.runtime.profile
-        batch = None if profile is None else profile.record(self, codelet, handles, modes, tasks)
+        recorder = self.runtime.recorder
+        batch = None if recorder is None else recorder.record(self, codelet, handles, modes, tasks)
         self._keep += [codelet, batch, *keep]
+        self._labels[codelet.name] = codelet.labels
         ffi = self.runtime.ffi
         done = ffi.new("int64_t *")
         handles, modes = np.ascontiguousarray(handles, np.uint64), np.ascontiguousarray(modes, np.int32)
@@ -160,9 +162,7 @@ class Job:
 
     def _describe(self, failure: Any) -> str:
         name = self.runtime.ffi.string(failure.codelet).decode()
-        codelet = self.runtime.codelets.get(name)
-        labels = codelet.labels if codelet else ("batch", "head", "query tile", "key tile")
-        tile = named(labels, failure.tile)
+        tile = named(self._labels[name], failure.tile)
         worker = self.runtime.worker_name(failure.worker)
         detail = self.runtime.ffi.string(failure.detail).decode(errors="replace")
         return f"codelet {name} failed on {tile} with status {failure.status}, on {worker}" + (detail and f": {detail}")

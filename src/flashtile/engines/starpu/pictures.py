@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from flashtile.engines.starpu.records import Records, TaskRecord
 from flashtile.errors import UnavailableError, wrong
-
-if TYPE_CHECKING:
-    from flashtile.engines.starpu.profile import Profile, TaskRecord
 
 # Told apart with any colour vision (Okabe and Ito 2008), light enough for black text.
 COLOURS = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#f0e442", "#999999")
@@ -17,7 +15,7 @@ FAILED = "#d55e00"
 NARROW = 4e-3  # of the whole time; no gap is drawn before a bar below it, else nothing would be left of it
 
 
-def dot(profile: Profile) -> str:
+def dot(profile: Records) -> str:
     """The task graph in Graphviz' language."""
     colours = colours_of(profile.tasks)
     lines = ["digraph tasks {", '  node [shape=box, style="filled,rounded", fontname="sans-serif", fontsize=10]']
@@ -29,7 +27,7 @@ def dot(profile: Profile) -> str:
     return "\n".join([*lines, "}", ""])
 
 
-def gantt(profile: Profile, path: Path) -> None:
+def gantt(profile: Records, path: Path) -> None:
     """See Profile.gantt."""
     if path.suffix.lower() != ".png":
         raise wrong("path", repr(str(path)), "a name that ends in .png")

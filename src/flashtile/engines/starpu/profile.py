@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flashtile.engines.starpu import runtime
+from flashtile.engines.starpu import pictures, runtime, trace
+from flashtile.engines.starpu.codelets import Codelet
 from flashtile.engines.starpu.graph import Graph, Modes
+from flashtile.engines.starpu.jobs import Job, named
+from flashtile.engines.starpu.records import TaskRecord
 from flashtile.errors import UnavailableError, wrong
-
-if TYPE_CHECKING:
-    from flashtile.engines.starpu.codelets import Codelet
-    from flashtile.engines.starpu.jobs import Job
 
 # ft_event of shim.h
 EVENT = np.dtype(
@@ -26,23 +23,6 @@ EVENT = np.dtype(
     align=True,
 )  # fmt: skip
 KEPT = ["tile", "flops", "footprint", "priority"]  # of a task as submitted
-
-
-@dataclass(frozen=True)
-class TaskRecord:
-    """One task. Times are seconds since the first submission of the profile, by StarPU's clock."""
-
-    number: int  # in the order of submission, from 0
-    codelet: str
-    tile: str  # "batch 0, head 1, query tile 3, key tile 2"
-    worker: int
-    submitted: float
-    start: float
-    end: float
-    outcome: str  # "done", "failed", or "skipped" because an earlier one had failed
-    flops: float  # as declared: exact for masked tiles
-    footprint: int  # equal where the performance model takes costs for equal
-    priority: int
 
 
 class Batch:
@@ -69,24 +49,24 @@ class Profile:
 
     def __enter__(self) -> Profile:
         now = runtime.current()
-        if now.profile is not None:
+        if now.recorder is not None:
             raise wrong("profile", "a block inside of another", "the other one to end first")
         if self._runtime is not None:
             raise wrong("profile", "a second `with` on the same object", "a new profile() for each block")
         self._runtime = now
         self.workers = tuple(now.worker_name(n) for n in range(now.workers()))
         self._before = now.lib.ft_profiling(1)
-        now.profile = self
+        now.recorder = self
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         now = self._runtime
         assert now is not None
-        now.profile = None
+        now.recorder = None
         if now.pid != os.getpid():
             return
         self._ended = True
-        if runtime._runtime is not now:  # shut down: its tasks are done
+        if now.over:  # shut down: its tasks are done
             return
         try:
             for job in self._jobs:
@@ -139,8 +119,6 @@ class Profile:
         Units:   microseconds, as the trace event format has them.
         Raises:  SpecError before the block has ended; OSError.
         """
-        from flashtile.engines.starpu import trace
-
         trace.write(self, Path(path))
 
     def gantt(self, path: str | os.PathLike[str]) -> None:
@@ -149,8 +127,6 @@ class Profile:
         Raises: SpecError before the block has ended, without a task, or for a path that does not end in .png;
                 UnavailableError without matplotlib; OSError.
         """
-        from flashtile.engines.starpu import pictures
-
         pictures.gantt(self, Path(path))
 
     def dot(self, path: str | os.PathLike[str]) -> None:
@@ -158,8 +134,6 @@ class Profile:
 
         Raises: SpecError before the block has ended; OSError.
         """
-        from flashtile.engines.starpu import pictures
-
         Path(path).write_text(pictures.dot(self))
 
     def _check(self) -> None:
@@ -169,8 +143,6 @@ class Profile:
             raise wrong("profile", "a block that has not ended", "the profile to be read after its `with` block")
 
     def _all(self) -> Iterator[TaskRecord]:
-        from flashtile.engines.starpu.jobs import named
-
         batches = [step for step in self._steps if isinstance(step, Batch) and step.submitted]
         origin = min((float(b.events["submit"][: b.submitted].min()) for b in batches), default=0.0)
         number = 0

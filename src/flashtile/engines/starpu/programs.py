@@ -11,7 +11,7 @@ from flashtile.engines.starpu.cuda import Launches
 from flashtile.engines.starpu.jobs import Job
 from flashtile.engines.starpu.runtime import Runtime
 from flashtile.errors import UnavailableError
-from flashtile.kernels.cpu.tiles import TileKernel
+from flashtile.kernels.tiles import TileKernel
 
 CACHE_LINE = 64
 NOT_FOR_GPUS = "it has kernels for CPUs only"

@@ -6,27 +6,54 @@ import atexit
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
+from flashtile.checks import integer
 from flashtile.engines.starpu import build
 from flashtile.errors import UnavailableError, wrong
-from flashtile.spec import integer
+from flashtile.threads import get_num_threads
 
 if TYPE_CHECKING:
-    from flashtile.engines.starpu.codelets import Codelet
-    from flashtile.engines.starpu.jobs import Job
     from flashtile.engines.starpu.manifest import Kernels
-    from flashtile.engines.starpu.profile import Profile
 
 ARCHITECTURES = ("cpu", "cuda")
 # Reaching a limit on memory, StarPU 1.3 without a disk to write to waits for ever.
 MEMORY_LIMITS = ("STARPU_LIMIT_CPU_MEM", "STARPU_LIMIT_CPU_NUMA_MEM")
 DISK = "STARPU_DISK_SWAP"
 KERNELS_VARIABLE = "FLASHTILE_STARPU_KERNELS"  # names the folder of kernels for CUDA workers
+
+T = TypeVar("T")
+
+
+class Drained(Protocol):
+    """Tasks that are under way: a jobs.Job."""
+
+    def drain(self) -> None:
+        """Skip what has not begun, and wait for what has."""
+        ...
+
+
+class Batch(Protocol):
+    """Tasks that are being recorded. shim.c fills in their events."""
+
+    events: np.ndarray
+    submitted: int
+
+
+class Recorder(Protocol):
+    """Who notes what is submitted: a profile.Profile."""
+
+    def record(self, job: Any, codelet: Any, handles: np.ndarray, modes: np.ndarray, tasks: np.ndarray) -> Batch:
+        """Note tasks that are about to be submitted."""
+        ...
+
+    def forget(self, handles: np.ndarray) -> None:
+        """Note that tiles are being unregistered."""
+        ...
 
 
 class Runtime:
@@ -37,19 +64,31 @@ class Runtime:
         self.lib.ft_driver_forget()  # contexts of an earlier start have ended
         self.owned, self.pauses = owned, owned and implicit
         self.pid = os.getpid()
-        self.codelets: dict[str, Codelet] = {}
-        self.jobs: weakref.WeakSet[Job] = weakref.WeakSet()
+        self.jobs: weakref.WeakSet[Drained] = weakref.WeakSet()
+        self.recorder: Recorder | None = None
+        self.stopped: list[Callable[[], None]] = []  # what is called after StarPU's shutdown
         self.unwritten: set[int] = set()  # handles without contents: StarPU ends the process of who reads one
         self.handles: dict[int, Any] = {}  # registered: what must live until they are not; see tiles.py
         self.held: set[int] = set()  # acquired by the program
         self.active = 0
-        self.door: Job | None = None  # of flashtile.starpu
-        self.profile: Profile | None = None  # that records
-        self.flows: dict[Any, Any] = {}  # made for the door (flashtile.starpu), by what they depend on
+        self._made: dict[Any, Any] = {}
         self._constants: dict[str, int] = {}
         self._scratch: dict[int, np.ndarray] = {}
         if self.pauses:
             self.lib.ft_pause()
+
+    @property
+    def over(self) -> bool:
+        """Whether this start of StarPU has ended."""
+        return _runtime is not self
+
+    def once(self, make: Callable[[Runtime], T]) -> T:
+        """What `make` makes of this start of StarPU, at first use; as long as it runs, the same."""
+        with _lock:
+            if make not in self._made:
+                self._made[make] = make(self)
+            made: T = self._made[make]
+            return made
 
     def constant(self, name: str) -> int:
         """A number of StarPU's header: an access mode, an architecture, a limit."""
@@ -83,8 +122,8 @@ class Runtime:
 
     def unregister(self, handles: np.ndarray, how: int) -> None:
         """See ft_unregister."""
-        if self.profile is not None:
-            self.profile.forget(handles)
+        if self.recorder is not None:
+            self.recorder.forget(handles)
         self.lib.ft_unregister(handles.size, self.ffi.from_buffer("uint64_t[]", np.ascontiguousarray(handles)), how)
 
     def workers(self, architecture: str | None = None) -> int:
@@ -94,21 +133,13 @@ class Runtime:
         name = self.ffi.new("char[64]")
         return self.ffi.string(name).decode() if self.lib.ft_worker_name(worker, name, 64) else f"worker {worker}"
 
-    def door_job(self) -> Job:
-        """The job of every task that programs submit themselves: what flashtile.starpu.wait waits for.
-
-        Where attention(engine="starpu") has started StarPU, its workers stay awake from now on.
-        """
+    def stay_awake(self) -> None:
+        """Pause no more: workers poll until shutdown, since tasks may come at any time."""
         with _lock:
             if self.pauses:
                 self.pauses = False
                 if not self.active:
                     self.lib.ft_resume()
-        if self.door is None:
-            from flashtile.engines.starpu.jobs import Job
-
-            self.door = Job()
-        return self.door
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -208,8 +239,8 @@ def shutdown() -> None:
             if runtime.pauses:
                 runtime.lib.ft_resume()  # a paused worker cannot be told to end
             runtime.lib.ft_shutdown()
-            for codelet in runtime.codelets.values():
-                codelet.free()
+            for end in runtime.stopped:
+                end()
         _runtime = None
 
 
@@ -232,8 +263,6 @@ def _kernels(folder: str | os.PathLike[str] | None) -> Kernels | None:
 
 
 def _threads(module: Any) -> int:
-    from flashtile.threads import get_num_threads
-
     return min(get_num_threads(), int(module.lib.ft_constant(b"MAXCPUS")))
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from flashtile.engines.starpu import cuda
-from flashtile.engines.starpu.codelets import codelet
 from flashtile.engines.starpu.cuda import Launches
 from flashtile.engines.starpu.footprint import footprints
 from flashtile.engines.starpu.jobs import TASK, Job
 from flashtile.engines.starpu.programs import Binding, Program
+from flashtile.engines.starpu.session import codelet
 from flashtile.engines.starpu.tiles import TiledTensor
 from flashtile.errors import wrong
-from flashtile.kernels.cpu import tiles as kernels
-from flashtile.kernels.cpu.tiles import TileKernel
+from flashtile.kernels import tile_kernels
+from flashtile.kernels.tiles import TileKernel
 
 # What a task's handles set in the parameter block (programs.py).
 FINISH = ((0, "parts_o", None), (1, "parts_lse", None), (2, "o", "o_s"))
@@ -31,7 +31,7 @@ def submit_finish(job: Job, state: TiledTensor, lse: TiledTensor, o: TiledTensor
     if o.shape != state.shape or o.rows != state.rows or o.dtype.accumulator != state.dtype.name:
         came = f"{o.dtype.name} {o.shape} in tiles of {o.rows} rows"
         raise wrong("o", came, f"{state.shape} in tiles of {state.rows} rows, of a dtype with {state.dtype.name} sums")
-    kernel = kernels.finish(o.dtype.name, o.shape[3])
+    kernel = tile_kernels().finish(o.dtype.name, o.shape[3])
     gpu = cuda.finish(job.runtime, o.dtype.name, o.shape[3], o.rows)
     return _submit(job, "finish", o.dtype.name, kernel, gpu, FINISH, (state, lse, o), ("R", "R", "W"))
 
@@ -46,7 +46,7 @@ def submit_merge(job: Job, o: TiledTensor, lse: TiledTensor, other_o: TiledTenso
     check_state("other_o", other_o, other_lse)
     if (other_o.shape, other_o.rows, other_o.dtype) != (o.shape, o.rows, o.dtype) or other_o is o:
         raise wrong("other_o", f"{other_o.dtype.name} {other_o.shape}", f"another {o.dtype.name} {o.shape}, cut alike")
-    kernel = kernels.merging(o.dtype.name, o.shape[3])
+    kernel = tile_kernels().merging(o.dtype.name, o.shape[3])
     tensors = o, lse, other_o, other_lse
     gpu = cuda.merge(job.runtime, o.dtype.name, o.shape[3])
     return _submit(job, "merge", o.dtype.name, kernel, gpu, MERGE, tensors, ("RW", "RW", "R", "R"))

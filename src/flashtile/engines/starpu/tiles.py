@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from flashtile.arrays import view_of
+from flashtile.checks import integer
 from flashtile.dtypes import DType
 from flashtile.engines.starpu import runtime
 from flashtile.errors import wrong
 from flashtile.kernels.views import view
-from flashtile.spec import integer
 
 FOREIGN = -1  # in place of an address: the handles are someone else's
 LARGEST = 2**32 - 1  # of a matrix handle's numbers
@@ -216,7 +216,7 @@ class TiledTensor:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.live and self.runtime is runtime._runtime:
+        if self.live and not self.runtime.over:
             self.unregister()
 
 

@@ -10,18 +10,17 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from flashtile.engines.starpu.profile import Profile, TaskRecord
+from flashtile.engines.starpu.records import Records, TaskRecord
 
 
-def write(profile: Profile, path: Path) -> None:
+def write(profile: Records, path: Path) -> None:
     """See Profile.chrome_trace."""
     path.write_text(json.dumps({"traceEvents": list(events(profile)), "displayTimeUnit": "ms"}))
 
 
-def events(profile: Profile) -> Iterator[dict[str, Any]]:
+def events(profile: Records) -> Iterator[dict[str, Any]]:
     """Every event of the trace; timestamps start at 0."""
     process = {"pid": os.getpid()}
     yield {"ph": "M", "name": "process_name", **process, "args": {"name": "StarPU"}}

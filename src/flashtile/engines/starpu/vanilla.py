@@ -12,14 +12,14 @@ import numpy as np
 
 from flashtile.dtypes import DTYPES
 from flashtile.engines.starpu import cuda
-from flashtile.engines.starpu.codelets import codelet
 from flashtile.engines.starpu.footprint import footprints
 from flashtile.engines.starpu.jobs import TASK, Job
 from flashtile.engines.starpu.programs import Program
 from flashtile.engines.starpu.runtime import Runtime
+from flashtile.engines.starpu.session import codelet
 from flashtile.engines.starpu.states import submit_finish
 from flashtile.engines.starpu.tiles import DROP_LATER, TiledTensor
-from flashtile.kernels.cpu import tiles as kernels
+from flashtile.kernels import tile_kernels
 from flashtile.spec import AttentionSpec
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class VanillaFlow:
     ) -> None:
         self.spec, self.tile_q, self.tile_k = spec, tile_q, tile_k
         at = 0 if offsets is None else offsets.ctypes.data
-        stages = kernels.unfused(spec, tile_q, tile_k, offsets=at, scoring=scoring)
+        stages = tile_kernels().unfused(spec, tile_q, tile_k, offsets=at, scoring=scoring)
         self.anchors = np.array([spec.offset or 0], np.int64) if offsets is None else offsets
         words, block = stages["scores"].words, stages["scores"].block
         self.columns, self.row_elements = int(block[words["columns"]]), int(block[words["stored_s"]]) // self._itemsize

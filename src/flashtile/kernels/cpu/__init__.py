@@ -16,11 +16,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from flashtile.errors import FlashtileError
-from flashtile.kernels import Capabilities, CompiledKernel, Layout
+from flashtile.kernels import Capabilities, CompiledKernel, Family, Layout
 from flashtile.kernels.cpu import scratch
 from flashtile.kernels.cpu.block import CALL, band_of, scores_in_nats, split_scale
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.score_values import NO_SCORES, ScoreValues, score_steps
+from flashtile.kernels.tiles import TileKernels
 from flashtile.llvm import machines as isas
 from flashtile.llvm.products import FMA, PAIRS
 
@@ -37,14 +38,14 @@ _AXES = "bhsd"
 _PART_KEYS = 1024  # a part of one row takes some 0.1 ms: long beside handing it out and merging it
 # Where scores rise from key block to key block, every one of them rescales the sums by a factor that was rounded.
 _LONGEST_PART = 16384
-# With few queries a head decode.py, whose time goes with the rows, beats forward.py, whose time goes with the registers
-# that they fill: one of so many lanes costs as much as so many rows. Before its first key a row takes as long as 40
-# keys, a register as 21.
+# With few queries a head, passes/decode, whose time goes with the rows, beats forward.py, whose time goes with the
+# registers that they fill: one of so many lanes costs as much as so many rows. Before its first key a row takes as long
+# as 40 keys, a register as 21.
 _REGISTER_ROWS = {16: 14, 8: 9}
 _ROW_STARTS, _REGISTER_STARTS = 40, 21
 _MOST_QUERIES = 20
 _WIDE = 64  # bytes of such a register
-_NARROW_QUERIES = 12  # the most for decode.py where registers are narrower
+_NARROW_QUERIES = 12  # the most for passes/decode where registers are narrower
 _MOST_ROWS = 128  # on a key/value head; beyond it their scores and outputs crowd the cache
 
 
@@ -65,12 +66,12 @@ def config_of(spec: AttentionSpec) -> Config:
 
 
 def decodes(spec: AttentionSpec) -> bool:
-    """Whether there are so few queries that decode.py computes them: measured; a matter of shapes and machine only."""
+    """Whether there are so few queries that passes/decode computes them: measured; of shapes and machine only."""
     return _few(spec) and spec.group * spec.q_len <= _MOST_ROWS and spec.options <= {"band"}
 
 
 def _few(spec: AttentionSpec) -> bool:
-    """Whether decode.py is the faster one for so many queries of a head."""
+    """Whether passes/decode is the faster one for so many queries of a head."""
     c = config_of(spec)
     if c.isa.vector_bytes < _WIDE:
         return spec.q_len <= _NARROW_QUERIES
@@ -127,6 +128,16 @@ def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> CompiledKernel:
 
         return Decode(replace(c, product=c.product if c.storage == "bfloat" else FMA), spec, plan, layout)
     return Forward(replace(c, partial=plan.splits > 1), spec, plan, layout)
+
+
+def tile_kernels() -> TileKernels:
+    """The kernels of tiles.py, which most calls do not need."""
+    from flashtile.kernels.cpu import tiles
+
+    return tiles
+
+
+FAMILY = Family("cpu", unavailable, capabilities, compile, tiles=tile_kernels)
 
 
 @functools.cache

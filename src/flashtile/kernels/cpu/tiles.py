@@ -7,22 +7,21 @@ per batch need nothing more. The state (o, lse) is carried from key tile to key 
 
 from __future__ import annotations
 
-import ctypes
 import functools
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flashtile.arrays import address_of
 from flashtile.errors import UnavailableError, wrong
-from flashtile.kernels import Layout, Stage, cpu
+from flashtile.kernels import Layout, cpu
 from flashtile.kernels.cpu import parts
 from flashtile.kernels.cpu.block import CALL, band_of, split_scale
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.passes import merge
 from flashtile.kernels.cpu.passes import unfused as stages
+from flashtile.kernels.tiles import TileKernel
 from flashtile.llvm import jit
 from flashtile.llvm import machines as isas
 from flashtile.llvm.products import FMA
@@ -33,30 +32,17 @@ if TYPE_CHECKING:
     from flashtile.spec import AttentionSpec
 
 
-@dataclass(frozen=True)
-class TileKernel:
-    """Machine code and a parameter block without the words that differ between tasks.
-
-    words names the words of the block; identity is what the cost of an item depends on besides its tiles' sizes.
-    inner: a word that is to hold the address of another word of the block, wherever the block is copied to.
-    """
-
-    address: int  # of i32 (ptr params, i64 begin, i64 end, ptr scratch)
-    block: np.ndarray  # int64
-    words: Mapping[str, int]
-    scratch_bytes: int
-    identity: str
-    keep: Any  # what must live as long as tasks may run
-    config: Config
-    inner: tuple[int, int] = (-1, -1)
-
-
 class InPlace(Config):
     """A configuration whose carried outputs are stored in the input's own dtype, so 16-bit ones round at every tile."""
 
     @property
     def output(self) -> Config:
         return replace(self, product=FMA)
+
+
+def rows_at_once(spec: AttentionSpec) -> int:
+    """See TileKernels.rows_at_once."""
+    return cpu.config_of(spec).panel
 
 
 def forward(
@@ -68,15 +54,7 @@ def forward(
     offsets: int = 0,
     scoring: Scoring | None = None,
 ) -> TileKernel:
-    """The kernel that attends query tiles of tile_q rows to key tiles of tile_k keys.
-
-    Item ((b * heads + h) * query_tiles + i) * key_tiles + j is query tile i on key tile j; a last tile may be short.
-    Words that tasks set: q, k, v, o, lse (addresses), q_s, k_s, v_s, o_s (bytes between rows), carry (1: continue the
-    state), kv_len (where key tile j ends, counted from key 0), sinks (0, or the address for a row's last task).
-    o is in the accumulator's dtype, or with in_place in the input's; offsets is the address of int64[B], or 0;
-    scoring has the values of the spec's program and sinks.
-    Raises: SpecError if a mask comes with query tiles that cut panels.
-    """
+    """See TileKernels.forward."""
     c = replace(cpu.config_of(spec), partial=True)
     if in_place:
         c = InPlace(**vars(c))
@@ -95,17 +73,11 @@ def forward(
     block[words["splits"]], block[words["split_keys"]] = key_tiles, tile_k
     library = cpu._library(c)
     identity = f"forward {c!r} {spec.head_size} {spec.value_size}"
-    return TileKernel(library.address("forward"), block, words, kernel.scratch_bytes, identity, (library, packed), c)
+    return TileKernel(library.address("forward"), block, words, kernel.scratch_bytes, identity, (library, packed))
 
 
 def accumulating(spec: AttentionSpec, mask: str | None = None) -> TileKernel:
-    """The kernel that adds one key tile to (o, lse) of a whole query tile, all heads; spec has one batch.
-
-    q, k, v, o are (heads, rows, head size) and lse (heads, rows), without gaps; o in the input's dtype, and lse, hold
-    the state of earlier keys. Items: every one, 0 ... `items(...)`. Words that tasks set: q, k, v, o, lse (addresses),
-    offset, and with a mask its address: (rows, keys) without gaps, of dtype `mask`, which is added to the scores, or
-    if bool shows the keys that are True.
-    """
+    """See TileKernels.accumulating."""
     scoring = None
     if mask is not None:
         spec, scoring = _masked_by_tile(spec, mask)
@@ -129,29 +101,11 @@ def accumulating(spec: AttentionSpec, mask: str | None = None) -> TileKernel:
         captures[1:5] = spec.q_len, spec.kv_len * itemsize, spec.kv_len, itemsize  # length and stride of each axis
         inner, words["mask"] = (words["captures"], len(block)), len(block)
         block = np.concatenate([block, captures])
-    return replace(kernel, block=block, words=words, inner=inner, identity=f"accumulate {kernel.identity}")
+    items = int(block[words["heads"]] * block[words["query_tiles"]])
+    return replace(kernel, block=block, words=words, inner=inner, items=items, identity=f"accumulate {kernel.identity}")
 
 
 ACCUMULATED_ROWS = 256  # of an item of `accumulating`: its queries and outputs stay in the second-level cache
-
-
-class Native:
-    """A tile kernel as an engine of work items runs it; parameters are the address of a filled block."""
-
-    merge_stage: Stage | None = None
-
-    def __init__(self, kernel: TileKernel) -> None:
-        integer, pointer = ctypes.c_int64, ctypes.c_void_p
-        self.scratch_bytes, self._keep = kernel.scratch_bytes, kernel
-        self.run = ctypes.CFUNCTYPE(ctypes.c_int32, pointer, integer, integer, pointer)(kernel.address)
-
-    def pack(self, *_: Any) -> Any:
-        raise AssertionError("the block was filled by hand")
-
-
-def items(kernel: TileKernel) -> int:
-    """How many work items a call of an `accumulating` kernel has."""
-    return int(kernel.block[kernel.words["heads"]] * kernel.block[kernel.words["query_tiles"]])
 
 
 def _masked_by_tile(spec: AttentionSpec, mask: str) -> tuple[AttentionSpec, Scoring]:
@@ -184,31 +138,19 @@ def numpy_of(name: str) -> np.dtype:
 
 
 def finish(dtype: str, value_size: int) -> TileKernel:
-    """The kernel that casts a carried output to the input's dtype: item n is row n of a tile.
-
-    Words that tasks set: parts_o, parts_lse, o (addresses), o_s (bytes between rows of o).
-    """
+    """See TileKernels.finish."""
     return _merging(Config(isas.current(), cpu._STORAGE[dtype]), value_size, parts_count=1)
 
 
 def merging(dtype: str, value_size: int) -> TileKernel:
-    """The kernel that merges a second partial result into a first: item n is row n of both tiles; dtype is theirs.
-
-    Words that tasks set: parts_o, parts_lse and o, lse (addresses of the first), o_split, lse_split (the second's
-    addresses less the first's). The rows lie without gaps.
-    """
+    """See TileKernels.merging."""
     return _merging(Config(isas.current(), cpu._STORAGE[dtype]), value_size, parts_count=2)
 
 
 def unfused(
     spec: AttentionSpec, tile_q: int, tile_k: int, *, offsets: int = 0, scoring: Scoring | None = None
 ) -> dict[str, TileKernel]:
-    """The kernels of the three unfused stages: "scores", "softmax", "output"; see passes/unfused.py.
-
-    Items of scores and output are numbered as in `forward`, those of softmax (b * heads + h) * query_tiles + i.
-    Words that tasks set: q, k, v, o, lse, stored (addresses; stored is the query tile's own), q_s, k_s, v_s, o_s (bytes
-    between rows), carry (1: add to o). o is in accumulators. The rows of stored are `columns` x key tiles elements.
-    """
+    """See TileKernels.unfused, and passes/unfused.py."""
     c = replace(cpu.config_of(spec), product=FMA)
     query_tiles, key_tiles = max(1, -(-spec.q_len // tile_q)), -(-spec.kv_len // tile_k)
     columns = stages.columns_of(c, tile_k)
@@ -242,7 +184,7 @@ def unfused(
     keep = library, captures, scoring
     sized = f"{c!r} {spec.head_size} {spec.value_size}"
     return {
-        name: TileKernel(library.address(name), block, stages.CALL.index, areas.bytes, f"{name} {sized}", keep, c)
+        name: TileKernel(library.address(name), block, stages.CALL.index, areas.bytes, f"{name} {sized}", keep)
         for name in stages.EXPORTS
     }
 
@@ -259,6 +201,5 @@ def _merging(c: Config, value_size: int, parts_count: int) -> TileKernel:
     block = np.frombuffer(merge.CALL.pack(dict.fromkeys(merge.CALL.types, 0) | values), np.int64).copy()
     library = parts._library("merge", c)
     identity = f"merge {parts_count} {c!r} {value_size}"
-    return TileKernel(
-        library.address("merge"), block, merge.CALL.index, merge.scratch_bytes(c, parts_count), identity, library, c
-    )
+    scratch_bytes = merge.scratch_bytes(c, parts_count)
+    return TileKernel(library.address("merge"), block, merge.CALL.index, scratch_bytes, identity, library)

@@ -22,9 +22,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashtile import devices
+from flashtile import current
 from flashtile.dtypes import DTYPES
-from flashtile.kernels import Capabilities, CompiledKernel, Layout
+from flashtile.kernels import Capabilities, CompiledKernel, Family, Layout
 from flashtile.kernels.triton import driver, tiles
 from flashtile.kernels.triton.host import Forward
 from flashtile.spec import PRECISIONS
@@ -141,7 +141,7 @@ def refuses(spec: AttentionSpec) -> str | None:
         return reason
     if tiles.rows_of(device.arch) is None:
         return f"has no tiles for {device.name}, which is {device.arch}"
-    compute = selftest.on_gpu if devices.in_call() else None
+    compute = functools.partial(selftest.on_gpu, capabilities, compile) if current.in_call() else None
     return selftest.failure(f"{device.name} ({device.arch})", str(installed_version()), spec, compute)
 
 
@@ -180,3 +180,6 @@ def device_of(spec: AttentionSpec) -> Device:
     from flashtile.kernels.triton.cuda import Gpu
 
     return Gpu()
+
+
+FAMILY = Family("triton", unavailable, capabilities, compile, refuses, remark)

@@ -1,4 +1,4 @@
-"""A GPU of CUDA or ROCm as a `device.Device`: launches and memory of the call in progress (flashtile/devices.py)."""
+"""A GPU of CUDA or ROCm as a `device.Device`: launches and memory of the call in progress (flashtile/current.py)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flashtile import devices
+from flashtile import current
 from flashtile.kernels.triton import driver
 from flashtile.kernels.triton.compiler import compiled
 from flashtile.kernels.triton.device import Bound, Placed, Pointer
@@ -23,13 +23,13 @@ class Gpu:
     """The device that the call in progress runs on: its stream, its library's memory. Nothing waits."""
 
     def empty(self, count: int, element: str) -> Pointer:
-        here = devices.here()
+        here = current.here()
         memory = here.empty((max(count, 1) * SIZES.get(element, 1),), "uint8", "workspace")
         return Pointer(here.owner.address(memory), element, memory)
 
     def place(self, array: np.ndarray, element: str) -> Placed:
         """A copy on the device, which has what repeats along an axis of stride 0 once."""
-        here = devices.here()
+        here = current.here()
         once = np.ascontiguousarray(array[tuple(slice(0, 1) if n == 0 else slice(None) for n in array.strides)])
         if not once.size:
             return Placed(self.empty(1, element), (0,) * array.ndim)
@@ -39,7 +39,7 @@ class Gpu:
         return Placed(Pointer(here.owner.address(memory), element, memory), strides)
 
     def processors(self) -> int:
-        return driver.device(devices.here().number).processors
+        return driver.device(current.here().number).processors
 
     def bind(self, specialisation: Specialisation, fixed: Mapping[str, Any]) -> Bound:
         return Ready(specialisation, fixed)
@@ -54,7 +54,7 @@ class Ready:
         self._loaded: dict[int, Loaded] = {}
 
     def __call__(self, grid: int, values: Mapping[str, Any]) -> None:
-        here = devices.here()
+        here = current.here()
         loaded = self._loaded.get(here.number)
         if loaded is None:
             loaded = self._loaded[here.number] = _loaded(here.number, self.specialisation)

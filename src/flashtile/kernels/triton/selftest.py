@@ -14,18 +14,18 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from flashtile import devices
+from flashtile import current
 from flashtile.arrays import contiguous
 from flashtile.dtypes import DTYPES, round_to_bf16, widen_bits
-from flashtile.engines import direct
-from flashtile.errors import FlashtileError
-from flashtile.kernels import Layout
+from flashtile.errors import FlashtileError, KernelError
+from flashtile.kernels import Capabilities, CompiledKernel, Layout
+from flashtile.kernels.accuracy import expect_values
 from flashtile.llvm import cache
-from flashtile.plan import make_plan
+from flashtile.plan import Plan, make_plan
 from flashtile.spec import PRECISIONS, AttentionSpec
 
 # Heads that share keys, lengths that fill no tile, rows that see no key, and a NaN that one row may see: a second of
@@ -84,8 +84,6 @@ def known_failures(where: str, version: str) -> list[str]:
 
 def judge(problem: Problem, compute: Compute) -> str | None:
     """What is wrong with the device's answer; None if nothing is."""
-    from flashtile.testing import expect_values
-
     o, lse = expect_values(problem.spec, problem.wide)
     try:
         got, got_lse = compute(problem)
@@ -116,31 +114,45 @@ def problem_of(spec: AttentionSpec) -> Problem:
     return Problem(asked, (q, k, v), wide)
 
 
-def on_gpu(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
-    """The answer of the device that the call in progress runs on. It waits for the device."""
-    from flashtile.kernels import triton as family
-
-    spec, here = problem.spec, devices.here()
-    plan = make_plan(spec, family.capabilities(spec))
+def on_gpu(
+    capabilities: Callable[[AttentionSpec], Capabilities],
+    compile: Callable[[AttentionSpec, Plan, Layout], CompiledKernel],
+    problem: Problem,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The answer of a family's kernels on the device that the call in progress runs on. It waits for the device."""
+    spec, here = problem.spec, current.here()
+    plan = make_plan(spec, capabilities(spec))
     q, k, v = (contiguous(x.shape, spec.dtype).strides4() for x in problem.stored)
-    kernel = family.compile(spec, plan, Layout(q, k, v, q))
+    kernel = compile(spec, plan, Layout(q, k, v, q))
     inputs = [here.upload(x, "a self-test") for x in problem.stored]
     row, accumulator = DTYPES[spec.dtype], DTYPES[DTYPES[spec.dtype].accumulator]
     o = here.empty((HEADS * Q_LEN * HEAD_SIZE * row.itemsize,), "uint8", "a self-test")
     lse = here.empty((HEADS * Q_LEN * accumulator.itemsize,), "uint8", "a self-test")
     at = [here.owner.address(x) for x in (*inputs, o, lse)]
-    direct.prepare(plan, kernel)(kernel.pack(at[0], at[1], at[2], at[3], at[4], 0))
+    _run(kernel, kernel.pack(at[0], at[1], at[2], at[3], at[4], 0), plan.items)
     return (
         here.owner.download(o).view(row.numpy).reshape(HEADS, Q_LEN, HEAD_SIZE),
         here.owner.download(lse).view(accumulator.numpy).reshape(HEADS, Q_LEN),
     )
 
 
+def _run(kernel: CompiledKernel, params: Any, items: int) -> None:
+    """Launch all work items at once, then the merge of their parts, if there is one."""
+    merge = kernel.merge_stage
+    for run, count in ((kernel.run, items), *([] if merge is None else [(merge.run, merge.items)])):
+        try:
+            status = run(params, 0, count, 0)
+        except Exception as cause:
+            raise KernelError(f"a kernel failed in its self-test: {cause}") from cause
+        if status:
+            raise KernelError(f"a kernel failed in its self-test: status {status}")
+
+
 def out_of_memory(error: BaseException | None) -> bool:
     """Whether an error, or what caused it, is the device's want of memory."""
     full: tuple[type[Exception], ...] = (MemoryError,)
-    if devices.in_call():
-        full += devices.here().owner.out_of_memory()
+    if current.in_call():
+        full += current.here().owner.out_of_memory()
     while error is not None:
         if isinstance(error, full):
             return True

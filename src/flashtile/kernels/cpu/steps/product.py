@@ -54,7 +54,7 @@ def emit_product(
         "line": "i64",
     }
     edges: dict[str, Any] = {"last": "i64", "band": Band.kind()} if edge else {}
-    f = Routine(module, f"{name}_{width}_{first}", **kinds, **edges)
+    f = Routine(module, f"scores_{width}_{name}_{first}", **kinds, **edges)
     work, panel, rows, depth, line, *edge_of = f.parameters
     live = range(first, width)
     sums = _contraction(f, c, panel, rows, depth, live)

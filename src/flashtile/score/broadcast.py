@@ -1,4 +1,4 @@
-"""A stored boolean mask, read in place."""
+"""Stored masks and biases, read in place under NumPy broadcasting."""
 
 from __future__ import annotations
 
@@ -7,23 +7,6 @@ from typing import Any
 
 from ..errors import SpecError
 from .capture import capture
-from .mask import Mask
-
-
-def dense(array: Any) -> Mask:
-    """Key j is visible to row i iff array[b, h, i, j], under NumPy broadcasting to (B, H, S_q, S_kv).
-
-    Raises: SpecError for a dtype other than bool and for more than four axes.
-    """
-    found = capture(array, "mask")
-    if found.type != "bool":
-        raise SpecError(f"mask: got {found.dtype}, expected bool (True: attend); numbers to add to scores are a bias")
-    read = broadcast_reader(found.array.shape, "mask")
-    return Mask(
-        lambda offset: lambda b, h, i, j: read(array, (b, h, i, j)),
-        name="mask",
-        fits=lambda shape: check_broadcast(array, shape, "mask"),
-    )
 
 
 def broadcast_reader(shape: tuple[int, ...], argument: str) -> Callable[[Any, tuple[Any, ...]], Any]:

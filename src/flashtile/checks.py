@@ -1,0 +1,24 @@
+"""What a call is given, checked: integers, flags, names."""
+
+from __future__ import annotations
+
+import numbers
+from typing import get_args
+
+from flashtile.errors import wrong
+from flashtile.signature import Alignment
+
+ALIGNMENTS: tuple[str, ...] = get_args(Alignment)
+
+
+def integer(value: object) -> int | None:
+    """The value as an int if it is an integer other than a bool, else None."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    return None
+
+
+def check_flag(argument: str, value: object) -> None:
+    """Raise SpecError unless the value is a bool: "no" and 0 are more likely a mistake than a choice."""
+    if type(value).__name__ not in ("bool", "bool_"):  # bool_ is NumPy 1's
+        raise wrong(argument, repr(value), "True or False")

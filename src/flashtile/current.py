@@ -1,0 +1,73 @@
+"""The call in progress on a GPU: where kernels find their stream and their memory."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import numpy as np
+
+from flashtile.dtypes import dtype_of
+from flashtile.errors import KernelError
+from flashtile.owners import Owner
+
+
+class Here:
+    """The call in progress: where kernels find their stream and their memory."""
+
+    def __init__(self, owner: Owner, like: Any) -> None:
+        self.owner, self.like = owner, like
+        self.number = owner.number(like)  # as CUDA counts
+        self.stream = owner.stream(like)
+
+    @property
+    def device(self) -> str:
+        return f"cuda:{self.number}"
+
+    def empty(self, shape: tuple[int, ...], dtype: str, what: str) -> Any:
+        """A new array of a dtype by its name, or of "uint8".
+
+        Raises: KernelError that says what there was no room for, the library's error as its cause.
+        """
+        try:
+            return self.owner.empty(shape, dtype, self.like)
+        except self.owner.out_of_memory() as cause:
+            size = 1 if dtype == "uint8" else dtype_of(dtype).itemsize
+            raise self._full(what, math.prod(shape) * size, cause) from cause
+
+    def upload(self, array: np.ndarray, what: str) -> Any:
+        """A copy of a host array. Raises: as empty."""
+        try:
+            return self.owner.upload(np.ascontiguousarray(array), self.like)
+        except self.owner.out_of_memory() as cause:
+            raise self._full(what, array.nbytes, cause) from cause
+
+    def _full(self, what: str, nbytes: int, cause: Exception) -> KernelError:
+        return KernelError(f"{self.device}: no memory for {what}, {nbytes} bytes: {cause}")
+
+
+_here: ContextVar[Here] = ContextVar("flashtile_device_call")
+
+
+@contextlib.contextmanager
+def calling(owner: Owner, like: Any) -> Iterator[Here]:
+    """Within it, calls run on the device and the current stream of an array."""
+    with owner.current(like):
+        token = _here.set(Here(owner, like))
+        try:
+            yield _here.get()
+        finally:
+            _here.reset(token)
+
+
+def here() -> Here:
+    """The call in progress on this thread. Raises: LookupError if there is none."""
+    return _here.get()
+
+
+def in_call() -> bool:
+    """Whether a call is in progress on this thread."""
+    return _here.get(None) is not None
