@@ -90,7 +90,7 @@ def test_pictures_of_next_to_nothing(tmp_path: Path, lengths: tuple[int, int]) -
         ({"head": -1}, "head: got -1, expected an integer from 0 to 2"),
         ({"tile": (0, 4)}, r"tile: got \(0, 4\), expected a pair"),
         ({"tile": 4}, "tile: got 4, expected a pair"),
-        ({"mask": 3}, "mask: got int"),
+        ({"mask": 3}, "mask: got 3, expected a boolean array"),
         ({"window": 4}, "window: got 4"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from flashtile.arrays import is_torch, plain, view_of
 from flashtile.calls import Options, as_key, as_name, split_align
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import wrong
+from flashtile.hints import check_keywords
 from flashtile.kernels.gradients import Inputs, Sums
 from flashtile.score.capture import ArrayCapture
 from flashtile.score.options import ScoreOptions, Scoring
@@ -81,6 +82,7 @@ def attention_backward(
     engine: str = "auto",
     out: Gradients | None = None,
     accumulate: bool = False,
+    **unknown: NoReturn,  # checkers refuse it, as calls do
 ) -> Gradients:
     """Gradients of sum(do * o) + sum(dlse * lse), from what `attention(..., return_lse=True)` took and returned.
 
@@ -97,6 +99,7 @@ def attention_backward(
     Raises:  SpecError, UnavailableError before any memory is touched.
     Source:  Dao 2023, FlashAttention-2, section 3.1.2.
     """
+    check_keywords(attention_backward, unknown)
     do, q, k, v, o, lse = (
         _array(x, name) for x, name in zip((do, q, k, v, o, lse), ("do", "q", "k", "v", "o", "lse"), strict=True)
     )
