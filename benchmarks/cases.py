@@ -132,18 +132,45 @@ OPTION_CASES = (
     Case("f32-documents", "f32", 1, 8, 8, 8192, 8192, 64, option="documents", ratio=4),
     Case("f32-padding", "f32", 1, 8, 8, 2048, 2048, 64, option="padding", ratio=1.1, rival="torch"),
     Case("f32-bias", "f32", 1, 8, 8, 2048, 2048, 64, option="bias", ratio=1.1, rival="torch"),
-    Case("f32-cap-sinks", "f32", 1, 8, 8, 4096, 4096, 64, causal=True, window=512, option="softcap, sinks", ratio=8,
-         rival="torch"),
+    Case(
+        "f32-cap-sinks",
+        "f32",
+        1,
+        8,
+        8,
+        4096,
+        4096,
+        64,
+        causal=True,
+        window=512,
+        option="softcap, sinks",
+        ratio=8,
+        rival="torch",
+    ),
     Case("f32-alibi", "f32", 1, 8, 8, 4096, 4096, 64, option="alibi", ratio=0.952, base="f32-4k64"),
     Case("f32-softcap", "f32", 1, 8, 8, 4096, 4096, 64, option="softcap", ratio=0.87, base="f32-4k64"),
     Case("f32-window-2k", "f32", 1, 8, 8, 4096, 4096, 64, causal=True, window=2048, ratio=0.952, base="f32-4k64"),
     Case("own-alibi", "f32", 1, 8, 8, 4096, 4096, 64, option="alibi by hand", ratio=0.952, base="f32-alibi"),
     Case("own-softcap", "f32", 1, 8, 8, 4096, 4096, 64, option="softcap by hand", ratio=0.952, base="f32-softcap"),
-    Case("own-window", "f32", 1, 8, 8, 4096, 4096, 64, causal=True, window=2048, option="window by hand",
-         ratio=0.952, base="f32-window-2k"),
-    Case("own-documents", "f32", 1, 8, 8, 8192, 8192, 64, option="documents by hand", ratio=0.952,
-         base="f32-documents"),
-)  # fmt: skip
+    Case(
+        "own-window",
+        "f32",
+        1,
+        8,
+        8,
+        4096,
+        4096,
+        64,
+        causal=True,
+        window=2048,
+        option="window by hand",
+        ratio=0.952,
+        base="f32-window-2k",
+    ),
+    Case(
+        "own-documents", "f32", 1, 8, 8, 8192, 8192, 64, option="documents by hand", ratio=0.952, base="f32-documents"
+    ),
+)
 
 ALL_CASES = (*CASES, *OPTION_CASES)
 

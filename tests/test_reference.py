@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from inputs import Shape, uniform
 
+from flashtile.arrays import view
 from flashtile.dtypes import round_to_bf16, widen_bits
 from flashtile.kernels import reference, vanilla, views
 from flashtile.spec import Band
@@ -112,12 +113,12 @@ def test_vanilla_rounds_what_it_stores() -> None:
 def test_views_share_memory_at_any_stride() -> None:
     a = np.arange(24.0).reshape(2, 3, 4)
     for x in (a, a[:, ::-1], a.transpose(2, 0, 1), a[..., ::2], np.broadcast_to(a[0], (5, 3, 4)), a[:, :0]):
-        seen = views.view(x.ctypes.data, x.shape, x.strides, x.dtype)
+        seen = view(x.ctypes.data, x.shape, x.strides, x.dtype)
         np.testing.assert_array_equal(seen, x)
         assert not x.size or np.shares_memory(seen, a)
         assert not seen.flags.writeable or not x.size
     misaligned = np.zeros(33, np.uint8)
-    views.view(misaligned.ctypes.data + 1, (4,), (8,), a.dtype, writable=True)[:] = 1.5
+    view(misaligned.ctypes.data + 1, (4,), (8,), a.dtype, writable=True)[:] = 1.5
     np.testing.assert_array_equal(np.frombuffer(misaligned[1:].tobytes()), [1.5] * 4)
 
 

@@ -16,11 +16,10 @@ from flashtile.explain import Explanation, explain
 from flashtile.gradients import Gradients, attention_backward
 from flashtile.merge import merge, merge_backward
 from flashtile.threads import get_num_threads, set_num_threads
+from flashtile.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from flashtile.plot import plot_coverage
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Explanation",

@@ -121,3 +121,25 @@ def plain(x: Any, argument: str) -> np.ndarray:
     if isinstance(x, np.ma.MaskedArray):
         raise wrong(argument, "a masked array", "a plain array (fill it; masked elements are not skipped)")
     return np.asarray(x)
+
+
+class _Memory:
+    """What NumPy's array interface asks for; the memory itself belongs to the caller."""
+
+    def __init__(self, interface: dict[str, Any]) -> None:
+        self.__array_interface__ = interface
+
+
+def view(
+    address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype, *, writable: bool = False
+) -> np.ndarray:
+    """An array over memory that already exists; nothing is copied.
+
+    Shapes:  any; strides in bytes, of any sign, 0 included; the address may be misaligned.
+    Numerics: none; the dtype names the storage (bfloat16 is its bits, uint16).
+    Raises:  none of its own: the caller vouches that the memory lives as long as the view.
+    """
+    if 0 in shape:  # an empty array may come with a null address, which the interface refuses
+        return np.empty(shape, dtype)
+    where = {"data": (address, not writable), "shape": shape, "strides": strides, "typestr": dtype.str, "version": 3}
+    return np.asarray(_Memory(where))

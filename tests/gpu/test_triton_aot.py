@@ -31,8 +31,11 @@ def test_every_file_is_what_the_manifest_says(built: tuple[Path, dict[str, Any]]
     folder, manifest = built
     assert (manifest["format"], manifest["arch"]) == (aot.FORMAT, "sm_90") and manifest["triton"]
     names = [entry["name"] for entry in manifest["kernels"]]
-    assert names == ["forward-bfloat16-d128-band-finished", "forward-bfloat16-d128-band-finished-contain",
-                     "merge-bfloat16-d128-finished"]  # fmt: skip
+    assert names == [
+        "forward-bfloat16-d128-band-finished",
+        "forward-bfloat16-d128-band-finished-contain",
+        "merge-bfloat16-d128-finished",
+    ]
     assert {file.name for file in folder.iterdir()} == {aot.MANIFEST, *(entry["file"] for entry in manifest["kernels"])}
     for entry in manifest["kernels"]:
         machine_code = (folder / entry["file"]).read_bytes()
@@ -41,8 +44,10 @@ def test_every_file_is_what_the_manifest_says(built: tuple[Path, dict[str, Any]]
         assert used.parameters == tuple(Parameter(row["offset"], row["size"]) for row in entry["parameters"])
         uses = entry["uses"]
         assert (uses["registers"], uses["stack"], uses["static_shared"]) == (
-            used.registers, used.stack, used.static_shared
-        )  # fmt: skip
+            used.registers,
+            used.stack,
+            used.static_shared,
+        )
         assert (uses["spill_stores"], uses["spill_loads"]) == (used.local_stores, used.local_loads)
         assert (entry["tensor_instructions"], entry["instructions"]) == (used.tensor, used.instructions)
 
@@ -84,8 +89,9 @@ def test_states_and_alignment_are_chosen(tmp_path: Path) -> None:
 
 
 def test_the_command_prints_what_kernels_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    manifest = made(tmp_path, "--arch", "sm_80", "--dtype", "float64", "--head-size", "64", "--band", "open",
-                    "--kernels", "merge")  # fmt: skip
+    manifest = made(
+        tmp_path, "--arch", "sm_80", "--dtype", "float64", "--head-size", "64", "--band", "open", "--kernels", "merge"
+    )
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "sm_80" and len(printed) == 1 + len(manifest["kernels"]) == 2
     assert "merge-float64-d64-finished" in printed[1] and "registers" in printed[1] and "0 spills" in printed[1]

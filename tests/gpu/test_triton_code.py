@@ -59,8 +59,13 @@ SPAN_SPILLS = {(3, 6): 112, (3, 9): 26}
 FEW_WARPS = r"HMMA\..*"  # Hopper and Blackwell compute tiles of less than 64 rows with Ampere's instructions
 
 # One variant of each kind of operand in CI, on every architecture; all others are slow.
-QUICK = {("bfloat16", 128, "band"), ("float16", 64, "open"), ("float32", 64, "band"), ("float32 tf32", 64, "open"),
-         ("float64", 64, "band")}  # fmt: skip
+QUICK = {
+    ("bfloat16", 128, "band"),
+    ("float16", 64, "open"),
+    ("float32", 64, "band"),
+    ("float32 tf32", 64, "open"),
+    ("float64", 64, "band"),
+}
 
 WIDE = ("float32", "float64")  # whose sums over many keys are formed in spans
 
@@ -70,8 +75,16 @@ def variants(quick_kinds: set[tuple[str, int, str]], quick_archs: tuple[str, ...
     found = []
     for (arch, kind), size, band in itertools.product(tiles.TABLE, tiles.HEADS, aot.BANDS):
         quick = arch in quick_archs and (kind, size, band) in quick_kinds
-        found.append(pytest.param(arch, kind, size, band, id=f"{arch}-{kind.replace(' ', '-')}-{size}-{band}",
-                                  marks=() if quick else pytest.mark.slow))  # fmt: skip
+        found.append(
+            pytest.param(
+                arch,
+                kind,
+                size,
+                band,
+                id=f"{arch}-{kind.replace(' ', '-')}-{size}-{band}",
+                marks=() if quick else pytest.mark.slow,
+            )
+        )
     return found
 
 
@@ -221,10 +234,17 @@ def others() -> list[Any]:
     found = []
     for arch, (kernel, state), dtype in itertools.product(
         (*NVIDIA, "gfx942"),
-        (("forward", "partial"), ("forward", "carried"), ("merge", "finished"), ("merge", "partial"),
-         ("scores", "finished"), ("softmax", "finished"), ("output", "finished")),
+        (
+            ("forward", "partial"),
+            ("forward", "carried"),
+            ("merge", "finished"),
+            ("merge", "partial"),
+            ("scores", "finished"),
+            ("softmax", "finished"),
+            ("output", "finished"),
+        ),
         ("bfloat16", "float64"),
-    ):  # fmt: skip
+    ):
         quick = dtype == "bfloat16" and arch == "sm_90" and state != "carried"
         marks = () if quick else pytest.mark.slow
         found.append(pytest.param(arch, kernel, state, dtype, id=f"{arch}-{kernel}-{state}-{dtype}", marks=marks))

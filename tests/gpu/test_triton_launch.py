@@ -128,12 +128,33 @@ def test_what_the_driver_is_told(gpu: Gpu) -> None:
         assert launched.stream == gpu.owner.stream(q)
         got = read(launched, what)
         expected = {
-            "q": q.data.ptr, "k": k.data.ptr, "v": v.data.ptr, "o": o.data.ptr, "lse": lse.data.ptr, "first": 0,
-            "q_b": 4 * 200 * 64, "q_h": 200 * 64, "q_s": 64, "k_b": 2 * 333 * 64, "v_h": 333 * 64, "o_s": 64,
-            "heads": 4, "group": 2, "q_len": 200, "kv_len": 333, "head_size": 64, "value_size": 64,
-            "query_tiles": query_tiles, "splits": 1, "split_keys": 333, "right": 0, "offset": 133,
-            "scale": struct.unpack("<q", struct.pack("<d", 0.3))[0], "global_scratch": 0, "profile_scratch": 0,
-        }  # fmt: skip
+            "q": q.data.ptr,
+            "k": k.data.ptr,
+            "v": v.data.ptr,
+            "o": o.data.ptr,
+            "lse": lse.data.ptr,
+            "first": 0,
+            "q_b": 4 * 200 * 64,
+            "q_h": 200 * 64,
+            "q_s": 64,
+            "k_b": 2 * 333 * 64,
+            "v_h": 333 * 64,
+            "o_s": 64,
+            "heads": 4,
+            "group": 2,
+            "q_len": 200,
+            "kv_len": 333,
+            "head_size": 64,
+            "value_size": 64,
+            "query_tiles": query_tiles,
+            "splits": 1,
+            "split_keys": 333,
+            "right": 0,
+            "offset": 133,
+            "scale": struct.unpack("<q", struct.pack("<d", 0.3))[0],
+            "global_scratch": 0,
+            "profile_scratch": 0,
+        }
         assert {name: got[name] for name in expected} == expected
     assert [dict(x.constants)["CONTAIN"] for x in gpu.specialisations] == [False, True]
     assert read(launches[0], gpu.specialisations[0])["odd"] == read(launches[1], gpu.specialisations[1])["odd"] != 0

@@ -59,9 +59,20 @@ class PackBackward(Protocol):
     added to dq, dk and dv, of which each may be 0: not wanted; a dlse of 0 is one of zeros."""
 
     def __call__(
-        self, q: int, k: int, v: int, o: int, lse: int, do: int, dlse: int, dq: int, dk: int, dv: int, offsets: int,
+        self,
+        q: int,
+        k: int,
+        v: int,
+        o: int,
+        lse: int,
+        do: int,
+        dlse: int,
+        dq: int,
+        dk: int,
+        dv: int,
+        offsets: int,
         scoring: Scoring | None = None,
-    ) -> Any: ...  # fmt: skip
+    ) -> Any: ...
 
 
 class BoundBackward(NamedTuple):

@@ -23,9 +23,20 @@ if TYPE_CHECKING:
     from flashtile.score.options import Scoring
 
 __all__ = [
-    "Capabilities", "CompiledKernel", "Family", "Layout", "Runnable", "Stage", "Strides", "complete", "families",
-    "objection", "pick", "survey", "tile_kernels",
-]  # fmt: skip
+    "Capabilities",
+    "CompiledKernel",
+    "Family",
+    "Layout",
+    "Runnable",
+    "Stage",
+    "Strides",
+    "complete",
+    "families",
+    "objection",
+    "pick",
+    "survey",
+    "tile_kernels",
+]
 
 # kernel="auto" takes the first family in this order that can do the call; the last one can do any.
 FASTEST_FIRST = ("cpu", "vanilla", "reference")

@@ -60,9 +60,17 @@ def differentiate(
             for begin in range(0, spec.q_len, block):
                 rows = slice(begin, min(begin + block, spec.q_len))
                 part = _Rows(
-                    do[b, h, rows], q[b, h, rows], k[b, kv][keys], v[b, kv][keys], o[b, h, rows], lse[b, h, rows],
-                    dlse[b, h, rows], np.arange(rows.start, rows.stop), keys, int(offsets[b]),
-                )  # fmt: skip
+                    do[b, h, rows],
+                    q[b, h, rows],
+                    k[b, kv][keys],
+                    v[b, kv][keys],
+                    o[b, h, rows],
+                    lse[b, h, rows],
+                    dlse[b, h, rows],
+                    np.arange(rows.start, rows.stop),
+                    keys,
+                    int(offsets[b]),
+                )
                 tile = _scores(part, spec, rule, how)
                 if dv is not None:
                     dv[b, kv, keys] += seen_product(how.operand(tile.p.T), how.operand(part.do), tile.seen.T)
@@ -80,11 +88,11 @@ def differentiate(
 def seen_product(w: np.ndarray, x: np.ndarray, seen: np.ndarray) -> np.ndarray:
     """w @ x over what is seen, whatever x holds elsewhere: (r, n), (n, c), bool (r, n) -> (r, c). w is 0 if unseen."""
     finite = np.isfinite(x)
-    odd = np.flatnonzero(~finite.all(axis=1))
-    if not len(odd):
+    nonfinite = np.flatnonzero(~finite.all(axis=1))
+    if not len(nonfinite):
         return product(w, x)
     result = product(w, np.where(finite, x, 0))
-    for n in odd:
+    for n in nonfinite:
         put_back = seen[:, n, None] & ~finite[n]
         result += np.where(put_back, w[:, n, None] * x[n], 0)
     return result

@@ -84,9 +84,18 @@ def attend(
     for b, h in np.ndindex(batch, heads):
         kv = h // (heads // kv_heads)
         o[b, h], lse[b, h] = attend_rows(
-            q[b, h], k[b, kv], v[b, kv], 0, int(offsets[b]), rule_of(scoring, b, h, heads),
-            scale=scale, dtype=dtype, band=band, precision=precision, order=order,
-        )  # fmt: skip
+            q[b, h],
+            k[b, kv],
+            v[b, kv],
+            0,
+            int(offsets[b]),
+            rule_of(scoring, b, h, heads),
+            scale=scale,
+            dtype=dtype,
+            band=band,
+            precision=precision,
+            order=order,
+        )
     return Attended(o, lse)
 
 

@@ -1,4 +1,4 @@
-"""NumPy views over raw addresses, and the kernel object that the NumPy families share.
+"""The kernel object that the NumPy families share.
 
 A door hands a kernel addresses and byte strides, whoever owns the memory. The NumPy kernels rebuild
 arrays from them without a copy, so every door works with every kernel and an engine runs them all alike.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from flashtile.arrays import view
 from flashtile.dtypes import dtype_of, round_to_bf16, widen_bits
 from flashtile.kernels.rule import Rule, rule_of
 
@@ -23,28 +24,6 @@ if TYPE_CHECKING:
 
 # The rows of one head: (q (r, D), k (S_kv, D), v (S_kv, D_v), first row, offset, rule) -> (o (r, D_v), lse (r,)).
 AttendRows = Callable[[np.ndarray, np.ndarray, np.ndarray, int, int, "Rule"], "tuple[np.ndarray, np.ndarray]"]
-
-
-class _Memory:
-    """What NumPy's array interface asks for; the memory itself belongs to the caller."""
-
-    def __init__(self, interface: dict[str, Any]) -> None:
-        self.__array_interface__ = interface
-
-
-def view(
-    address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype, *, writable: bool = False
-) -> np.ndarray:
-    """An array over memory that already exists; nothing is copied.
-
-    Shapes:  any; strides in bytes, of any sign, 0 included; the address may be misaligned.
-    Numerics: none; the dtype names the storage (bfloat16 is its bits, uint16).
-    Raises:  none of its own: the caller vouches that the memory lives as long as the view.
-    """
-    if 0 in shape:  # an empty array may come with a null address, which the interface refuses
-        return np.empty(shape, dtype)
-    where = {"data": (address, not writable), "shape": shape, "strides": strides, "typestr": dtype.str, "version": 3}
-    return np.asarray(_Memory(where))
 
 
 class Views(NamedTuple):

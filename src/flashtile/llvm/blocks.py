@@ -35,8 +35,12 @@ class Block:
     Pointers come first where they differ from call to call and all else stays: `head` packs them, `tail` the rest.
     """
 
-    def __init__(self, fields: Mapping[str, str]) -> None:
-        self.types = dict(fields)
+    def __init__(self, *groups: Mapping[str, str]) -> None:
+        self.types: dict[str, str] = {}
+        for group in groups:
+            if twice := group.keys() & self.types.keys():
+                raise ValueError(f"{', '.join(sorted(twice))}: named twice in one block")
+            self.types |= group
         self.index: Mapping[str, int] = {name: n for n, name in enumerate(self.types)}
         codes = ["d" if type_ == "double" else "q" for type_ in self.types.values()]
         self._first = next((n for n, type_ in enumerate(self.types.values()) if type_ != "ptr"), len(codes))

@@ -90,10 +90,10 @@ class Lines(Operand):
         return self.at + (line * self.shape.bytes + register * self.shape.step + at)
 
     def load(self, line: Value | int, register: int = 0, *, at: Value | int = 0) -> Value:
-        return self.at.function.load(self.shape.register, self.place(line, register, at=at), align=self.shape.step)
+        return self.function.load(self.shape.register, self.place(line, register, at=at), align=self.shape.step)
 
     def store(self, value: Value, line: Value | int, register: int = 0, *, at: Value | int = 0) -> None:
-        self.at.function.store(value, self.place(line, register, at=at), align=self.shape.step)
+        self.function.store(value, self.place(line, register, at=at), align=self.shape.step)
 
     def moved(self, nbytes: Value | int) -> Lines:
         """The same lines seen from so many bytes on: from another line, register or lane."""
@@ -109,7 +109,7 @@ class Lines(Operand):
 
     def fill(self, number: float, count: Value | int) -> None:
         """The same number in every lane of so many lines."""
-        f = self.at.function
+        f = self.function
         value = f.const(self.shape.register, number)
         with f.range(0, count * self.shape.bytes, self.shape.step) as at:
             self.store(value, 0, at=at)

@@ -121,13 +121,13 @@ def exp_of_difference(f: Function, isa: ISA, a: Value, b: Value, part: float = 1
 
 
 def _exp2(f: Function, isa: ISA, x: Value, degree: int) -> Value:
-    """2^x where 2^n, n the integer nearest to x, is normal or 0; rubbish elsewhere, but NaN at NaN."""
+    """2^x where 2^n, n the integer nearest to x, is normal or 0; unspecified elsewhere, but NaN at NaN."""
     whole, power = _nearest(f, x)
     return _polynomial(f, isa, exp2_coefficients(degree), x - whole) * power
 
 
 def _exp2_by_table(f: Function, isa: ISA, x: Value, degree: int) -> Value:
-    """2^x where it is well within the normal range; rubbish elsewhere, but NaN at NaN.
+    """2^x where it is well within the normal range; unspecified elsewhere, but NaN at NaN.
 
     x = n + j / size + r: a register holds 2^(j / size), and what is left to the polynomial is so small that half of
     its terms do.  These are what a kernel spends beside its two products.

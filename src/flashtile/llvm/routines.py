@@ -18,7 +18,7 @@ TypeError: double_it: got m, expected n
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, cast
 
 from flashtile.llvm.ir import Function, Module, Value
 
@@ -34,6 +34,12 @@ class Operand:
     def kind(cls, words: dict[str, str] | None = None, **known: Any) -> Kind:
         """What a parameter of this class is declared as."""
         return Kind(cls, tuple((words or cls.WORDS).items()), tuple(known.items()))
+
+    @property
+    def function(self) -> Function:
+        """The function under construction that its values belong to."""
+        value: Value = getattr(self, next(iter(self.WORDS)))
+        return cast(Function, value.function)
 
     @property
     def own_kind(self) -> Kind:

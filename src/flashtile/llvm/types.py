@@ -7,6 +7,17 @@ import struct
 SIZES = {"i1": 1, "i8": 1, "i16": 2, "half": 2, "bfloat": 2, "i32": 4, "float": 4, "i64": 8, "double": 8, "ptr": 8}
 _MANGLED = {"float": "f32", "double": "f64", "half": "f16", "bfloat": "bf16", "ptr": "p0"}
 FLOATS = frozenset(("float", "double", "half", "bfloat"))
+# Comparisons by name, of integers and of floats.
+COMPARE = {
+    "lt": ("slt", "olt"),
+    "le": ("sle", "ole"),
+    "gt": ("sgt", "ogt"),
+    "ge": ("sge", "oge"),
+    "eq": ("eq", "oeq"),
+    "ne": ("ne", "une"),
+    "ult": ("ult", "ult"),
+    "uno": ("", "uno"),
+}
 
 
 def vector(lanes: int, element: str) -> str:

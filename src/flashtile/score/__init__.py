@@ -18,6 +18,24 @@ from .varlen import varlen
 from .window import window
 
 __all__ = [
-    "EMPTY", "FULL", "PARTIAL", "Coverage", "Mask", "Program", "Score", "alibi", "bias", "causal", "coverage", "dense",
-    "document", "dropout_keep", "padding", "prefix", "relative", "softcap", "varlen", "window",
-]  # fmt: skip
+    "EMPTY",
+    "FULL",
+    "PARTIAL",
+    "Coverage",
+    "Mask",
+    "Program",
+    "Score",
+    "alibi",
+    "bias",
+    "causal",
+    "coverage",
+    "dense",
+    "document",
+    "dropout_keep",
+    "padding",
+    "prefix",
+    "relative",
+    "softcap",
+    "varlen",
+    "window",
+]

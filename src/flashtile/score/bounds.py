@@ -125,6 +125,8 @@ def _raise_outside(at: Evaluation, loads: dict[Expr, np.ndarray], points: np.nda
         if np.broadcast_to(outside, points.shape[1:])[where]:
             source: ArrayCapture = load.data.source
             index = tuple(int(np.broadcast_to(v, points.shape[1:])[where]) for v in at.run(load.args))
-            raise SpecError(f"{source.name}: got index {index} at b={b}, h={h}, i={i}, j={j}, "
-                            f"expected one within its shape {source.array.shape}")  # fmt: skip
+            raise SpecError(
+                f"{source.name}: got index {index} at b={b}, h={h}, i={i}, j={j}, "
+                f"expected one within its shape {source.array.shape}"
+            )
     raise AssertionError("an element depends on a load out of bounds, but no load is")

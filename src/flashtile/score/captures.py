@@ -20,10 +20,20 @@ if TYPE_CHECKING:
 
 # Element -> (LLVM type in memory, how it becomes a bool, i32 or float).
 STORAGE = {
-    "bool": ("i8", ""), "i8": ("i8", "sext"), "u8": ("i8", "zext"), "i16": ("i16", "sext"), "u16": ("i16", "zext"),
-    "i32": ("i32", ""), "u32": ("i32", ""), "i64": ("i64", "trunc"), "u64": ("i64", "trunc"),
-    "f16": ("i16", "half"), "bf16": ("i16", "bfloat"), "f32": ("float", ""), "f64": ("double", ""),
-}  # fmt: skip
+    "bool": ("i8", ""),
+    "i8": ("i8", "sext"),
+    "u8": ("i8", "zext"),
+    "i16": ("i16", "sext"),
+    "u16": ("i16", "zext"),
+    "i32": ("i32", ""),
+    "u32": ("i32", ""),
+    "i64": ("i64", "trunc"),
+    "u64": ("i64", "trunc"),
+    "f16": ("i16", "half"),
+    "bf16": ("i16", "bfloat"),
+    "f32": ("float", ""),
+    "f64": ("double", ""),
+}
 
 
 class Site(Protocol):

@@ -138,9 +138,11 @@ def _classify(program: Program, kinds: np.ndarray, tile_q: int, tile_k: int, flo
         b, h, q, k = np.unravel_index(chosen, kinds.shape)
         i, j = q.astype(np.int64) * tile_q, k.astype(np.int64) * tile_k
         box = {
-            "b": Interval(b, b), "h": Interval(h, h),
-            "i": Interval(i, np.minimum(i + tile_q, s_q) - 1), "j": Interval(j, np.minimum(j + tile_k, s_kv) - 1),
-        }  # fmt: skip
+            "b": Interval(b, b),
+            "h": Interval(h, h),
+            "i": Interval(i, np.minimum(i + tile_q, s_q) - 1),
+            "j": Interval(j, np.minimum(j + tile_k, s_kv) - 1),
+        }
         certain, possible, _ = Bounds(box, program.capture, float_type).run([program.mask])[0]  # type: ignore[list-item]
         kinds.ravel()[chosen] = np.where(certain == 1, FULL, np.where(possible == 0, EMPTY, PARTIAL))
 

@@ -33,9 +33,18 @@ class Emission:
     given        values for expressions that the caller computes itself (a tile of a dense load, say)
     """
 
-    def __init__(self, f: Function, isa: ISA, accumulator: str, lanes: int, block: Block, captures: Value,
-                 variables: Mapping[str, Value], given: Mapping[Expr, Value] | None = None,
-                 outer: Emission | None = None):  # fmt: skip
+    def __init__(
+        self,
+        f: Function,
+        isa: ISA,
+        accumulator: str,
+        lanes: int,
+        block: Block,
+        captures: Value,
+        variables: Mapping[str, Value],
+        given: Mapping[Expr, Value] | None = None,
+        outer: Emission | None = None,
+    ):
         self.f, self.isa, self.accumulator, self.lanes = f, isa, accumulator, lanes
         self.block, self.captures, self.outer = block, captures, outer
         self._variables = dict(variables)

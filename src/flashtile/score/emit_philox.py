@@ -12,7 +12,7 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..llvm.ir import lanes, vector
+from ..llvm.types import lanes, vector
 from .philox import MULTIPLIERS, ROUNDS, WEYL, WORD
 
 if TYPE_CHECKING:

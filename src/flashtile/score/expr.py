@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Protocol
 from ..errors import SpecError
 
 INT_MIN, INT_MAX = -(1 << 31), (1 << 31) - 1
+FARTHEST = 1 << 29  # positions and offsets up to here have sums and differences in int32
 TYPES = ("bool", "int", "float")  # in order of promotion
 VARIABLES = {"s": "float", "b": "int", "h": "int", "i": "int", "j": "int"}
 
@@ -74,8 +75,13 @@ def node(operation: Kind, args: tuple[Expr, ...], type_: str, data: Hashable = N
         if found is None:
             found = object.__new__(Expr)
             reach = frozenset((data,)) if operation.name == "var" else frozenset().union(*(a.variables for a in args))
-            for name, value in (("operation", operation), ("args", args), ("type", type_), ("data", data),
-                                ("variables", reach)):  # fmt: skip
+            for name, value in (
+                ("operation", operation),
+                ("args", args),
+                ("type", type_),
+                ("data", data),
+                ("variables", reach),
+            ):
                 object.__setattr__(found, name, value)
             _nodes[key] = found
         return found

@@ -11,16 +11,13 @@ from ..dtypes import DTYPES
 from ..errors import described, wrong
 from .capture import ArrayCapture, capture, is_array
 from .code import Code
+from .expr import FARTHEST
 from .keep import Keep
 from .mask import Mask, Score
 from .program import Program
 
 if TYPE_CHECKING:
     from ..spec import AttentionSpec
-
-
-# Positions and offsets up to here have sums and differences in int32.
-FARTHEST = 1 << 29
 
 
 @dataclass(frozen=True, eq=False)

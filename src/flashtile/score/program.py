@@ -42,9 +42,19 @@ class Program:
     captures: tuple[ArrayCapture | ScalarCapture, ...]
 
     @classmethod
-    def of(cls, shape: tuple[int, int, int, int], *, softcap: float | None = None, score_mod: Any = None,
-           alibi_slopes: Any = None, bias: Any = None, mask: Any = None, causal: bool = False,
-           window: tuple[int | None, int | None] | None = None, offset: Any = 0) -> Program:  # fmt: skip
+    def of(
+        cls,
+        shape: tuple[int, int, int, int],
+        *,
+        softcap: float | None = None,
+        score_mod: Any = None,
+        alibi_slopes: Any = None,
+        bias: Any = None,
+        mask: Any = None,
+        causal: bool = False,
+        window: tuple[int | None, int | None] | None = None,
+        offset: Any = 0,
+    ) -> Program:
         """The program of a call's options: softcap, score_mod, ALiBi, bias, then the masks, which intersect.
 
         `offset` anchors the positional rules: an int or an integer array (B,).  Functions and mask objects are
@@ -54,15 +64,33 @@ class Program:
                 that are certain to leave their array.
         """
         _check_arrays(shape, alibi_slopes, bias, mask, offset)
-        given = {"softcap": softcap, "alibi_slopes": alibi_slopes, "bias": bias, "mask": mask, "causal": causal,
-                 "window": window, "offset": offset}  # fmt: skip
+        given = {
+            "softcap": softcap,
+            "alibi_slopes": alibi_slopes,
+            "bias": bias,
+            "mask": mask,
+            "causal": causal,
+            "window": window,
+            "offset": offset,
+        }
         if score_mod is None and (mask is None or is_array(mask)):
             return builtin(shape, given, partial(cls, shape), lambda: cls.traced(shape, **given))
         return cls.traced(shape, score_mod=score_mod, **given)
 
     @classmethod
-    def traced(cls, shape: tuple[int, int, int, int], *, softcap: Any, alibi_slopes: Any, bias: Any, mask: Any,
-               causal: bool, window: Any, offset: Any, score_mod: Any = None) -> Program:  # fmt: skip
+    def traced(
+        cls,
+        shape: tuple[int, int, int, int],
+        *,
+        softcap: Any,
+        alibi_slopes: Any,
+        bias: Any,
+        mask: Any,
+        causal: bool,
+        window: Any,
+        offset: Any,
+        score_mod: Any = None,
+    ) -> Program:
         """`of`, by running every rule on symbols."""
         scores = [] if is_off(softcap) else [softcap_score(softcap).expression()]
         visible = [causal_mask().expression(offset)] if causal else []
@@ -156,8 +184,9 @@ class Program:
         """The captured value that a leaf of the expressions reads."""
         return self.captures[source.number]
 
-    def run(self, roots: Sequence[Expr], s: Any, b: Any, h: Any, i: Any, j: Any,
-            dtype: Any = np.float64) -> list[np.ndarray]:  # fmt: skip
+    def run(
+        self, roots: Sequence[Expr], s: Any, b: Any, h: Any, i: Any, j: Any, dtype: Any = np.float64
+    ) -> list[np.ndarray]:
         """Any expressions of this program in NumPy; the variables broadcast against each other."""
         return Evaluation({"s": s, "b": b, "h": h, "i": i, "j": j}, self.capture, dtype).run(roots)
 

@@ -180,8 +180,10 @@ class ArrayProxy:
     def whole(self, operation: str) -> Any:
         """The array, none of whose axes has an index yet: NumPy would compute with what the index leaves of it."""
         if any(at is not None for at in self._index):
-            refuse(f"{self._name}: {operation} of an array that is indexed in part",
-                   "index all axes at once, as in table[h, i, j], or compute with the whole array first")  # fmt: skip
+            refuse(
+                f"{self._name}: {operation} of an array that is indexed in part",
+                "index all axes at once, as in table[h, i, j], or compute with the whole array first",
+            )
         return self._array
 
     @classmethod

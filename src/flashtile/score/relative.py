@@ -50,8 +50,10 @@ def distance_buckets(count: int, max_distance: int) -> np.ndarray:
     """Bucket of each distance 0 ... max_distance, int32; computed in fp32 as T5 does."""
     exact = count // 2
     if exact < 1 or max_distance <= exact:
-        raise SpecError(f"relative: got {count} buckets a direction and max_distance {max_distance}, "
-                        "expected at least 2 buckets and max_distance beyond half of them")  # fmt: skip
+        raise SpecError(
+            f"relative: got {count} buckets a direction and max_distance {max_distance}, "
+            "expected at least 2 buckets and max_distance beyond half of them"
+        )
     distance = np.arange(max_distance + 1)
     beyond = np.maximum(distance, exact).astype(np.float32) / np.float32(exact)
     ratio = np.log(beyond) / np.float32(math.log(max_distance / exact))

@@ -70,8 +70,10 @@ class Symbol:
         refuse("hashing (a set, a dict key, lru_cache)", "it has no value yet; index a captured array instead")
 
     def __bool__(self) -> bool:
-        refuse("bool() (if, while, and, or, not, min, max, a chained comparison, in)",
-               "use torch.where / numpy.where, & | ~, minimum / maximum")  # fmt: skip
+        refuse(
+            "bool() (if, while, and, or, not, min, max, a chained comparison, in)",
+            "use torch.where / numpy.where, & | ~, minimum / maximum",
+        )
 
     def __float__(self) -> float:
         refuse("float() (math.* calls it)", "use torch.* or numpy.* functions, or .to(torch.float32)")
@@ -183,10 +185,19 @@ def _binary(name: str, reflected: bool = False) -> Callable[[Symbol, Any], Any]:
 
 
 for _dunder, _function in {
-    "add": "add", "sub": "sub", "mul": "mul", "truediv": "div", "floordiv": "floor_divide", "mod": "remainder",
-    "pow": "pow", "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "lshift": "left_shift",
+    "add": "add",
+    "sub": "sub",
+    "mul": "mul",
+    "truediv": "div",
+    "floordiv": "floor_divide",
+    "mod": "remainder",
+    "pow": "pow",
+    "and": "bitwise_and",
+    "or": "bitwise_or",
+    "xor": "bitwise_xor",
+    "lshift": "left_shift",
     "rshift": "right_shift",
-}.items():  # fmt: skip
+}.items():
     setattr(Symbol, f"__{_dunder}__", _binary(_function))
     setattr(Symbol, f"__r{_dunder}__", _binary(_function, reflected=True))
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):

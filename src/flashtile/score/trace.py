@@ -41,8 +41,10 @@ def trace_mask(function: Callable[..., Any], argument: str = "mask") -> Expr:
     result = lift(result)
     if result.type != "bool":
         kind = "a float" if result.type == "float" else "an integer"
-        raise SpecError(f"{argument}: got a function that returns {kind}, expected a bool (True: attend); "
-                        "a function that changes scores is a score_mod")  # fmt: skip
+        raise SpecError(
+            f"{argument}: got a function that returns {kind}, expected a bool (True: attend); "
+            "a function that changes scores is a score_mod"
+        )
     return result
 
 
@@ -107,8 +109,9 @@ def _check_arity(function: Callable[..., Any], names: str, argument: str) -> Non
         signature.bind(*names)
     except TypeError:
         kinds = ", ".join(f"{n}" for n in names)
-        raise SpecError(f"{argument}: got {_name_of(function)}{signature}, "
-                        f"expected a function of {len(names)} arguments ({kinds})") from None  # fmt: skip
+        raise SpecError(
+            f"{argument}: got {_name_of(function)}{signature}, expected a function of {len(names)} arguments ({kinds})"
+        ) from None
 
 
 def _name_of(function: Any) -> str:

@@ -8,9 +8,8 @@ import numpy as np
 
 from ..checks import ALIGNMENTS, check_flag, integer
 from ..errors import SpecError, described, wrong
-from .expr import INT_MAX
+from .expr import FARTHEST, INT_MAX
 from .mask import Mask
-from .options import FARTHEST
 from .window import sides
 
 

@@ -61,8 +61,18 @@ class Problem(NamedTuple):
         return (*(x.ctypes.data for x in self.arrays), 0 if self.offsets is None else self.offsets.ctypes.data)
 
 
-def problem(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, causal: bool = False, window: Any = None, align: Any = None,
-            scale: float | None = None, precision: str = "ieee", **scores: Any) -> Problem:  # fmt: skip
+def problem(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    *,
+    causal: bool = False,
+    window: Any = None,
+    align: Any = None,
+    scale: float | None = None,
+    precision: str = "ieee",
+    **scores: Any,
+) -> Problem:
     """What `flashtile.attention` of the same arguments would compute."""
     align, offsets = (None, None) if align is None else split_align(align, q.shape)
     options = Options(causal, window, align, scale, precision, "triton", "auto")
@@ -73,25 +83,40 @@ def problem(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, causal: bool = False
     return Problem(spec, scoring, layout, offsets if spec.offset is None else None, (q, k, v, o, lse))
 
 
-def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, tile: Tile = SMALL, parts: int = 1, packed: bool = False,
-           **options: Any) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+def attend(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    *,
+    tile: Tile = SMALL,
+    parts: int = 1,
+    packed: bool = False,
+    **options: Any,
+) -> tuple[np.ndarray, np.ndarray]:
     """o and lse by the flash kernel, with these tiles, in so many parts of the keys, query heads packed or not."""
     p = problem(q, k, v, **options)
     spec = p.spec
     keys = 0 if parts == 1 else -(-spec.kv_len // (parts * tile.tile_k)) * tile.tile_k
     plan = Plan(
-        batch=spec.batch, heads=spec.heads, query_tiles=1 if packed else -(-spec.q_len // tile.tile_q),
-        splits=-(-spec.kv_len // keys) if keys else 1, tile_q=tile.tile_q, tile_k=tile.tile_k, flops=0, split_keys=keys,
+        batch=spec.batch,
+        heads=spec.heads,
+        query_tiles=1 if packed else -(-spec.q_len // tile.tile_q),
+        splits=-(-spec.kv_len // keys) if keys else 1,
+        tile_q=tile.tile_q,
+        tile_k=tile.tile_k,
+        flops=0,
+        split_keys=keys,
         head_block=spec.group if packed else 1,
-    )  # fmt: skip
+    )
     kernel = Forward(spec, plan, p.layout, tile, Interpreter())
     call = kernel.pack(*p.addresses, p.scoring)
     kernel.run(call, 0, plan.items, 0)
     return p.arrays[3], p.arrays[4]
 
 
-def attend_unfused(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, tile: Tile = SMALL,
-                   **options: Any) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+def attend_unfused(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, *, tile: Tile = SMALL, **options: Any
+) -> tuple[np.ndarray, np.ndarray]:
     """o and lse by the three stages of the baseline."""
     p = problem(q, k, v, **options)
     plan = Plan(p.spec.batch, p.spec.heads, 1, 1, max(1, p.spec.q_len), max(1, p.spec.kv_len), 0)

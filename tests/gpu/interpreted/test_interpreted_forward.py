@@ -53,11 +53,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mask of scalars": {"mask": lambda b, h, i, j: (b * 0.5 == h) & (j <= i + 3) | (h > LIMIT)},
     "score function": {"score_mod": lambda s, b, h, i, j: s * (1 + 0.01 * (i // (j + 1))) - 0.1 * np.abs(h - b)},
     "score function of no score": {"score_mod": lambda s, b, h, i, j: j * 0.125},
-    "score function that hides": {"score_mod": lambda s, b, h, i, j: np.where(j % 5 == 2, -np.inf, s), "causal": True,
-                                  "align": 19},
-    "all together": {"softcap": 2.0, "score_mod": lambda s, b, h, i, j: s * 1.5, "alibi_slopes": SLOPES, "bias": BIAS,
-                     "mask": padding(LENGTHS), "window": (30, 5), "align": np.array([0, 20]), "sinks": SINKS},
-}  # fmt: skip
+    "score function that hides": {
+        "score_mod": lambda s, b, h, i, j: np.where(j % 5 == 2, -np.inf, s),
+        "causal": True,
+        "align": 19,
+    },
+    "all together": {
+        "softcap": 2.0,
+        "score_mod": lambda s, b, h, i, j: s * 1.5,
+        "alibi_slopes": SLOPES,
+        "bias": BIAS,
+        "mask": padding(LENGTHS),
+        "window": (30, 5),
+        "align": np.array([0, 20]),
+        "sinks": SINKS,
+    },
+}
 
 
 def family(*inputs: np.ndarray, **options: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -154,10 +165,18 @@ def test_continues_a_state(name: str) -> None:
                 device.launch(kernel, 1, values)
     sinks = p.scoring.sinks
     finish = {
-        "parts_o": carried["o"], "parts_lse": carried["lse"], **places(device, o, lse), **steps, "first": 0,
-        "heads": spec.heads, "q_len": spec.q_len, "value_size": spec.value_size, "query_tiles": 2, "splits": 1,
+        "parts_o": carried["o"],
+        "parts_lse": carried["lse"],
+        **places(device, o, lse),
+        **steps,
+        "first": 0,
+        "heads": spec.heads,
+        "q_len": spec.q_len,
+        "value_size": spec.value_size,
+        "query_tiles": 2,
+        "splits": 1,
         "sinks": None if sinks is None else device.place(sinks, "fp32").pointer,
-    }  # fmt: skip
+    }
     device.launch(special.merge(spec, SMALL, memory=memory), 2 * spec.batch * spec.heads, finish)
     check((o, lse), *inputs, **OPTIONS[name])
 
@@ -303,7 +322,7 @@ def test_empty_axes(shape: Shape, options: dict[str, Any]) -> None:
         {"order": (0, 1, 2, 3), "steps": (1, 1, 1, 1), "shift": 0, "constant": (2,)},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_any_layout(dtype: str, place: dict[str, Any]) -> None:
     q, k, v = (placed(x, **place) for x in uniform(SHAPE, dtype))
     out = placed(np.zeros((*q.shape[:3], v.shape[3]), q.dtype), **{**place, "constant": ()})

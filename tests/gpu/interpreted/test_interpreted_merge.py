@@ -37,12 +37,21 @@ def merged(
     out, out_lse = p.arrays[3:]
     steps = [stride // o.itemsize for stride in out.strides]
     values = {
-        "parts_o": device.place(o, element).pointer, "parts_lse": device.place(lse, element).pointer,
-        "o": device.place(out, element).pointer, "lse": device.place(out_lse, element).pointer,
-        **dict(zip(("o_b", "o_h", "o_s", "o_d"), steps, strict=True)), "o_split": o[0].size, "lse_split": lse[0].size,
-        "first": 0, "heads": 3, "q_len": 21, "value_size": 20, "query_tiles": 2, "splits": len(o),
+        "parts_o": device.place(o, element).pointer,
+        "parts_lse": device.place(lse, element).pointer,
+        "o": device.place(out, element).pointer,
+        "lse": device.place(out_lse, element).pointer,
+        **dict(zip(("o_b", "o_h", "o_s", "o_d"), steps, strict=True)),
+        "o_split": o[0].size,
+        "lse_split": lse[0].size,
+        "first": 0,
+        "heads": 3,
+        "q_len": 21,
+        "value_size": 20,
+        "query_tiles": 2,
+        "splits": len(o),
         "sinks": None if p.scoring.sinks is None else device.place(p.scoring.sinks, element).pointer,
-    }  # fmt: skip
+    }
     kernel = special.merge(p.spec, SMALL, finished=finished, memory=special.Memory(aligned=False))
     device.launch(kernel, 2 * 3 * 2, values)
     return out, out_lse

@@ -130,8 +130,14 @@ def _name() -> str:
     """Of the module: a digest of its sources, of StarPU's version and flags, and of this Python."""
     found = package()
     assert found is not None
-    parts = [*((HERE / name).read_text() for name in SOURCES), *found, *_flags("--cflags", found[0]),
-             *_flags("--libs", found[0]), str(sysconfig.get_config_var("SOABI")), _header_digest(found[0])]  # fmt: skip
+    parts = [
+        *((HERE / name).read_text() for name in SOURCES),
+        *found,
+        *_flags("--cflags", found[0]),
+        *_flags("--libs", found[0]),
+        str(sysconfig.get_config_var("SOABI")),
+        _header_digest(found[0]),
+    ]
     return "flashtile_starpu_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

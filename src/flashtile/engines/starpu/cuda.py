@@ -94,21 +94,34 @@ def forward(runtime: Runtime, spec: AttentionSpec, tile_q: int) -> Launches | st
     spec = _one_tile(spec)
     wide = DTYPES[DTYPES[spec.dtype].accumulator].itemsize
     values: dict[str, Value] = {
-        "q": Source("ADDRESS", 0), "k": Source("ADDRESS", 1), "v": Source("ADDRESS", 2), "o": Source("ADDRESS", 3),
-        "lse": Source("ADDRESS", 4), "odd": Source("SCRATCH"),
-        **_rows(spec, {"q": 0, "k": 1, "v": 2}), **_rows(spec, {"o": 3}, wide),
-        "o_split": 0, "lse_split": 0, "splits": 1, "split_keys": Source("SIZE", KEYS),
-        **_counts(spec), **_changes(spec), "items": Source("TILES", ROWS), "query_tiles": Source("TILES", ROWS),
-    }  # fmt: skip
+        "q": Source("ADDRESS", 0),
+        "k": Source("ADDRESS", 1),
+        "v": Source("ADDRESS", 2),
+        "o": Source("ADDRESS", 3),
+        "lse": Source("ADDRESS", 4),
+        "odd": Source("SCRATCH"),
+        **_rows(spec, {"q": 0, "k": 1, "v": 2}),
+        **_rows(spec, {"o": 3}, wide),
+        "o_split": 0,
+        "lse_split": 0,
+        "splits": 1,
+        "split_keys": Source("SIZE", KEYS),
+        **_counts(spec),
+        **_changes(spec),
+        "items": Source("TILES", ROWS),
+        "query_tiles": Source("TILES", ROWS),
+    }
     memory = _memories(spec)
     cases = [
         [
-            [Stage(special.forward(spec, ANY_TILE, state=state, contain=contain, memory=m), values, QUERY_TILES)
-             for m in memory]
+            [
+                Stage(special.forward(spec, ANY_TILE, state=state, contain=contain, memory=m), values, QUERY_TILES)
+                for m in memory
+            ]
             for contain in (False, True)
         ]
         for state in (special.PARTIAL, special.CARRIED)
-    ]  # fmt: skip
+    ]
     return _launches(runtime, cases, which=0, scratch=lambda entry: 4 * -(-tile_q // entry.queries))
 
 
@@ -116,11 +129,19 @@ def merge(runtime: Runtime, dtype: str, value_size: int) -> Launches | str:
     """Of the codelet `merge`, in a dtype of accumulators."""
     spec, size = _of_size(dtype, value_size), DTYPES[dtype].itemsize
     values: dict[str, Value] = {
-        "parts_o": Source("ADDRESS", 0), "parts_lse": Source("ADDRESS", 1), "o": Source("ADDRESS", 0),
-        "lse": Source("ADDRESS", 1), "o_b": 0, "o_h": 0, "o_s": value_size,
-        "o_split": Source("APART", 2, 0, size), "lse_split": Source("APART", 3, 1, size),
-        **_counts(spec), "query_tiles": Source("TILES", ROWS), "splits": 2,
-    }  # fmt: skip
+        "parts_o": Source("ADDRESS", 0),
+        "parts_lse": Source("ADDRESS", 1),
+        "o": Source("ADDRESS", 0),
+        "lse": Source("ADDRESS", 1),
+        "o_b": 0,
+        "o_h": 0,
+        "o_s": value_size,
+        "o_split": Source("APART", 2, 0, size),
+        "lse_split": Source("APART", 3, 1, size),
+        **_counts(spec),
+        "query_tiles": Source("TILES", ROWS),
+        "splits": 2,
+    }
     what = special.merge(spec, ANY_TILE, finished=False, memory=Memory(aligned=False))
     dense = {0: value_size * size, 2: value_size * size}
     return _launches(runtime, [[[Stage(what, values, QUERY_TILES)]]], dense=dense)
@@ -130,10 +151,17 @@ def finish(runtime: Runtime, dtype: str, value_size: int, tile_q: int) -> Launch
     """Of the codelet `finish`: the merge of one part. Its lse, the state's bits again, goes into scratch memory."""
     spec, size = _of_size(dtype, value_size), DTYPES[DTYPES[dtype].accumulator].itemsize
     values: dict[str, Value] = {
-        "parts_o": Source("ADDRESS", 0), "parts_lse": Source("ADDRESS", 1), "o": Source("ADDRESS", 2),
-        "lse": Source("SCRATCH"), **_rows(spec, {"o": 2}), "o_split": 0, "lse_split": 0,
-        **_counts(spec), "query_tiles": Source("TILES", ROWS), "splits": 1,
-    }  # fmt: skip
+        "parts_o": Source("ADDRESS", 0),
+        "parts_lse": Source("ADDRESS", 1),
+        "o": Source("ADDRESS", 2),
+        "lse": Source("SCRATCH"),
+        **_rows(spec, {"o": 2}),
+        "o_split": 0,
+        "lse_split": 0,
+        **_counts(spec),
+        "query_tiles": Source("TILES", ROWS),
+        "splits": 1,
+    }
     what = special.merge(spec, ANY_TILE, finished=True, memory=Memory(aligned=False))
     dense = {0: value_size * size}
     return _launches(runtime, [[[Stage(what, values, QUERY_TILES)]]], dense=dense, scratch=lambda entry: tile_q * size)
@@ -148,17 +176,30 @@ def unfused(runtime: Runtime, spec: AttentionSpec, row: int) -> dict[str, Launch
     wide = DTYPES[DTYPES[spec.dtype].accumulator].itemsize
     shared = {**_counts(spec), "query_tiles": Source("TILES", ROWS), "s_s": row, "p_s": row}
     scores: dict[str, Value] = {
-        "q": Source("ADDRESS", 0), "k": Source("ADDRESS", 1), "s": Source("ADDRESS", 2, COLUMN), **shared,
-        **_rows(spec, {"q": 0, "k": 1}), **_changes(spec),
-        "columns": Source("SIZE", COLUMNS), "key_tiles": Source("TILES", COLUMNS),
-    }  # fmt: skip
+        "q": Source("ADDRESS", 0),
+        "k": Source("ADDRESS", 1),
+        "s": Source("ADDRESS", 2, COLUMN),
+        **shared,
+        **_rows(spec, {"q": 0, "k": 1}),
+        **_changes(spec),
+        "columns": Source("SIZE", COLUMNS),
+        "key_tiles": Source("TILES", COLUMNS),
+    }
     softmax: dict[str, Value] = {
-        **shared, "s": Source("ADDRESS", 0), "p": Source("ADDRESS", 0), "lse": Source("ADDRESS", 1), "kv_len": row,
-    }  # fmt: skip
+        **shared,
+        "s": Source("ADDRESS", 0),
+        "p": Source("ADDRESS", 0),
+        "lse": Source("ADDRESS", 1),
+        "kv_len": row,
+    }
     output: dict[str, Value] = {
-        "p": Source("ADDRESS", 0, COLUMN), "v": Source("ADDRESS", 1), "o": Source("ADDRESS", 2), **shared,
-        **_rows(spec, {"v": 1}), **_rows(spec, {"o": 2}, wide),
-    }  # fmt: skip
+        "p": Source("ADDRESS", 0, COLUMN),
+        "v": Source("ADDRESS", 1),
+        "o": Source("ADDRESS", 2),
+        **shared,
+        **_rows(spec, {"v": 1}),
+        **_rows(spec, {"o": 2}, wide),
+    }
     memories, grid = _memories(spec), (*QUERY_TILES, (COLUMNS, "keys"))
     first = [Stage(special.scores(spec, ANY_TILE, memory=m), scores, grid) for m in memories]
     second = [Stage(special.softmax(spec, ANY_TILE), softmax, QUERY_TILES)]
@@ -199,9 +240,14 @@ def _rows(spec: AttentionSpec, handles: Mapping[str, int], itemsize: int = 0) ->
 
 def _counts(spec: AttentionSpec) -> dict[str, Value]:
     return {
-        "first": 0, "heads": 1, "group": 1, "q_len": Source("SIZE", ROWS), "kv_len": Source("SIZE", KEYS),
-        "head_size": spec.head_size, "value_size": spec.value_size,
-    }  # fmt: skip
+        "first": 0,
+        "heads": 1,
+        "group": 1,
+        "q_len": Source("SIZE", ROWS),
+        "kv_len": Source("SIZE", KEYS),
+        "head_size": spec.head_size,
+        "value_size": spec.value_size,
+    }
 
 
 def _changes(spec: AttentionSpec) -> dict[str, Value]:

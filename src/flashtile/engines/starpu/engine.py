@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from flashtile.arrays import view
 from flashtile.dtypes import DTYPES
 from flashtile.engines import Bound
 from flashtile.engines.starpu import runtime
@@ -15,7 +16,6 @@ from flashtile.engines.starpu.tiles import TiledTensor, can_tile
 from flashtile.engines.starpu.vanilla import VanillaFlow
 from flashtile.errors import UnavailableError
 from flashtile.kernels import Family, Layout, Strides, tile_kernels
-from flashtile.kernels.views import view
 from flashtile.progress import Report
 from flashtile.spec import AttentionSpec
 

@@ -18,10 +18,16 @@ from flashtile.errors import UnavailableError, wrong
 
 # ft_event of shim.h
 EVENT = np.dtype(
-    [("submit", np.float64), ("start", np.float64), ("end", np.float64), ("worker", np.int32), ("ran", np.int32),
-     ("status", np.int32)],
+    [
+        ("submit", np.float64),
+        ("start", np.float64),
+        ("end", np.float64),
+        ("worker", np.int32),
+        ("ran", np.int32),
+        ("status", np.int32),
+    ],
     align=True,
-)  # fmt: skip
+)
 KEPT = ["tile", "flops", "footprint", "priority"]  # of a task as submitted
 
 
@@ -153,7 +159,16 @@ class Profile:
                 outcome = "skipped" if not ran else "failed" if status else "done"
                 submit, start, end = ((t - origin) / 1e6 for t in (submit, start, end))
                 yield TaskRecord(
-                    number, batch.codelet, named(batch.labels, tile), worker, submit, start, end, outcome,
-                    flops, footprint, priority,
-                )  # fmt: skip
+                    number,
+                    batch.codelet,
+                    named(batch.labels, tile),
+                    worker,
+                    submit,
+                    start,
+                    end,
+                    outcome,
+                    flops,
+                    footprint,
+                    priority,
+                )
                 number += 1

@@ -17,8 +17,14 @@ from flashtile.kernels.tiles import TileKernel
 
 # What a task's handles set in the parameter block (programs.py).
 FINISH = ((0, "parts_o", None), (1, "parts_lse", None), (2, "o", "o_s"))
-MERGE = ((0, "parts_o", None), (1, "parts_lse", None), (2, "o_split", None, 0), (3, "lse_split", None, 1),
-         (0, "o", None), (1, "lse", None))  # fmt: skip
+MERGE = (
+    (0, "parts_o", None),
+    (1, "parts_lse", None),
+    (2, "o_split", None, 0),
+    (3, "lse_split", None, 1),
+    (0, "o", None),
+    (1, "lse", None),
+)
 
 
 def submit_finish(job: Job, state: TiledTensor, lse: TiledTensor, o: TiledTensor) -> int:

@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from flashtile.arrays import view_of
+from flashtile.arrays import view, view_of
 from flashtile.checks import integer
 from flashtile.dtypes import DType
 from flashtile.engines.starpu import runtime
 from flashtile.errors import wrong
-from flashtile.kernels.views import view
 
 FOREIGN = -1  # in place of an address: the handles are someone else's
 LARGEST = 2**32 - 1  # of a matrix handle's numbers

@@ -46,8 +46,15 @@ def _slice(task: TaskRecord) -> dict[str, Any]:
         about |= {"GFLOP": task.flops / 1e9, "GFLOP/s": round(task.flops / seconds / 1e9, 3)}
     about |= {"footprint": f"{task.footprint:08x}", "priority": task.priority}
     start, end = _microseconds(task.start), _microseconds(task.end)
-    return {"ph": "X", "name": task.codelet, "cat": "task", "tid": task.worker, "ts": start,
-            "dur": round(end - start, 3), "args": about}  # fmt: skip
+    return {
+        "ph": "X",
+        "name": task.codelet,
+        "cat": "task",
+        "tid": task.worker,
+        "ts": start,
+        "dur": round(end - start, 3),
+        "args": about,
+    }
 
 
 def _microseconds(seconds: float) -> float:

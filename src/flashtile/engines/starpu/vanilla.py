@@ -81,9 +81,15 @@ class VanillaFlow:
                 sums.unregister(DROP_LATER)
 
     def _submit_stages(
-        self, job: Job, q: TiledTensor, k: TiledTensor, v: TiledTensor, stored: TiledTensor, lse: TiledTensor,
+        self,
+        job: Job,
+        q: TiledTensor,
+        k: TiledTensor,
+        v: TiledTensor,
+        stored: TiledTensor,
+        lse: TiledTensor,
         o: TiledTensor,
-    ) -> int:  # fmt: skip
+    ) -> int:
         batch, head, i, j = (x.ravel() for x in np.indices(self.grid))
         kv = head // self.spec.group
         rows, keys = (batch, head, i), (batch, kv, j)

@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 CALL = Block(
     # captures: the program's capture block. rows, segments: which keys each panel of queries sees (plan/segments.py).
-    pointers("q k v o lse offsets captures rows segments sinks")
-    | strides_of("qkvo")
-    | integers("heads group q_len kv_len head_size value_size value_columns key_words tile_q query_tiles")
+    pointers("q k v o lse offsets captures rows segments sinks"),
+    strides_of("qkvo"),
+    integers("heads group q_len kv_len head_size value_size value_columns key_words tile_q query_tiles"),
     # Parts of the keys, split_keys each, that are work items of their own, and the bytes between their results.
-    | integers("splits split_keys o_split lse_split")
+    integers("splits split_keys o_split lse_split"),
     # carry: o and lse hold the state of earlier keys, to be continued. pack_k, pack_v: K and V must be converted.
-    | integers("carry offset left right pack_k pack_v k_row v_row segment_b segment_h sink_b sink_h")
-    | integers("at_q at_o at_state at_earlier_o at_earlier_state at_lost_o at_lost_state at_k at_v at_extra at_cursor")
-    | integers("at_dense")
-    | reals("sign scale c_high c_low lse_scale")
+    integers("carry offset left right pack_k pack_v k_row v_row segment_b segment_h sink_b sink_h"),
+    integers("at_q at_o at_state at_earlier_o at_earlier_state at_lost_o at_lost_state at_k at_v at_extra at_cursor"),
+    integers("at_dense"),
+    reals("sign scale c_high c_low lse_scale"),
 )
 
 # What the score program of a tile needs, in scratch memory.

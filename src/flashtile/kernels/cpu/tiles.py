@@ -85,8 +85,12 @@ def accumulating(spec: AttentionSpec, mask: str | None = None) -> TileKernel:
     tile_q = max(1, min(spec.q_len, ACCUMULATED_ROWS // c.panel * c.panel or c.panel))
     kernel = forward(spec, tile_q, max(1, spec.kv_len), in_place=True, scoring=scoring)
     block, words, step = kernel.block, dict(kernel.words), c.element
-    lengths = {"q": spec.q_len * spec.head_size, "k": spec.kv_len * spec.head_size, "v": spec.kv_len * spec.value_size,
-               "o": spec.q_len * spec.value_size}  # fmt: skip
+    lengths = {
+        "q": spec.q_len * spec.head_size,
+        "k": spec.kv_len * spec.head_size,
+        "v": spec.kv_len * spec.value_size,
+        "o": spec.q_len * spec.value_size,
+    }
     for name, length in lengths.items():
         block[words[f"{name}_h"]] = length * step
     block[words["carry"]], block[words["kv_len"]] = 1, spec.kv_len
@@ -168,17 +172,26 @@ def unfused(
         "captures": 0 if captures is None else address_of(captures),
         "sinks": 0 if sinks is None else address_of(sinks),
         **{f"{x}_s": spec.head_size * step for x in "qk"},
-        "v_s": spec.value_size * step, "o_s": spec.value_size * c.size,
+        "v_s": spec.value_size * step,
+        "o_s": spec.value_size * c.size,
         "stored_s": columns * key_tiles * step,
-        "heads": spec.heads, "q_len": spec.q_len, "kv_len": spec.kv_len,
-        "head_size": spec.head_size, "value_size": spec.value_size,
-        "tile_q": tile_q, "tile_k": tile_k, "query_tiles": query_tiles, "key_tiles": key_tiles, "columns": columns,
+        "heads": spec.heads,
+        "q_len": spec.q_len,
+        "kv_len": spec.kv_len,
+        "head_size": spec.head_size,
+        "value_size": spec.value_size,
+        "tile_q": tile_q,
+        "tile_k": tile_k,
+        "query_tiles": query_tiles,
+        "key_tiles": key_tiles,
+        "columns": columns,
         "at_keys": areas.at["at_keys"],
         **band_of(spec),
-        "sink_b": spec.heads * c.size, "sink_h": c.size,
+        "sink_b": spec.heads * c.size,
+        "sink_h": c.size,
         **{name: x for name, x in split_scale(1.0, c.acc).items() if name in stages.CALL.types},
         "scale": spec.scale,
-    }  # fmt: skip
+    }
     block = np.frombuffer(stages.CALL.pack(values), np.int64).copy()
     library = _unfused_library(c)
     keep = library, captures, scoring
@@ -196,8 +209,18 @@ def _unfused_library(c: Config) -> jit.Library:
 
 def _merging(c: Config, value_size: int, parts_count: int) -> TileKernel:
     step = c.element
-    values = {"o_b": 0, "o_h": 0, "o_s": value_size * step, "o_d": step, "heads": 1, "q_len": 1 << 40,
-              "value_size": value_size, "splits": parts_count, "o_split": 0, "lse_split": 0}  # fmt: skip
+    values = {
+        "o_b": 0,
+        "o_h": 0,
+        "o_s": value_size * step,
+        "o_d": step,
+        "heads": 1,
+        "q_len": 1 << 40,
+        "value_size": value_size,
+        "splits": parts_count,
+        "o_split": 0,
+        "lse_split": 0,
+    }
     block = np.frombuffer(merge.CALL.pack(dict.fromkeys(merge.CALL.types, 0) | values), np.int64).copy()
     library = parts._library("merge", c)
     identity = f"merge {parts_count} {c!r} {value_size}"

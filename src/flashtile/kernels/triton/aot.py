@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import flashtile
 from flashtile.arrays import contiguous
 from flashtile.dtypes import dtype_of
 from flashtile.errors import UnavailableError, wrong
@@ -27,6 +26,7 @@ from flashtile.kernels.triton.parameters import flat_names, layout_of, size_of
 from flashtile.kernels.triton.resources import Resources, resources_of
 from flashtile.kernels.triton.specialisation import Memory, Specialisation, Tile
 from flashtile.spec import AttentionSpec
+from flashtile.version import __version__
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the manifest
@@ -149,7 +149,7 @@ def manifest(arch: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
 
     return {
         "format": FORMAT,
-        "flashtile": flashtile.__version__,
+        "flashtile": __version__,
         "triton": triton.__version__,
         "arch": arch,
         "numbers": "scale, and every captured float, is an i64 with the bits of the double",

@@ -130,9 +130,15 @@ class Forward:
             inner = (spec.heads * spec.q_len * row, spec.q_len * row, row, 1)
             strides = dict(zip(("o_b", "o_h", "o_s", "o_d"), inner, strict=True))
         fixed = {
-            **layout.values("qkv"), **strides, **splits, **sizes_of(spec), **band_values(spec),
-            "query_tiles": plan.query_tiles, "split_keys": plan.split_keys or spec.kv_len, "scale": bits(spec.scale),
-        }  # fmt: skip
+            **layout.values("qkv"),
+            **strides,
+            **splits,
+            **sizes_of(spec),
+            **band_values(spec),
+            "query_tiles": plan.query_tiles,
+            "split_keys": plan.split_keys or spec.kv_len,
+            "scale": bits(spec.scale),
+        }
         how: dict[str, Any] = {
             "state": special.PARTIAL if self._split else special.FINISHED,
             "packed": self._packed,
@@ -229,9 +235,13 @@ def check_lengths(spec: AttentionSpec, items: int) -> None:
 
 def sizes_of(spec: AttentionSpec) -> dict[str, int]:
     return {
-        "heads": spec.heads, "group": spec.group, "q_len": spec.q_len, "kv_len": spec.kv_len,
-        "head_size": spec.head_size, "value_size": spec.value_size,
-    }  # fmt: skip
+        "heads": spec.heads,
+        "group": spec.group,
+        "q_len": spec.q_len,
+        "kv_len": spec.kv_len,
+        "head_size": spec.head_size,
+        "value_size": spec.value_size,
+    }
 
 
 def band_values(spec: AttentionSpec) -> dict[str, Any]:

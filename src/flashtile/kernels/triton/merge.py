@@ -20,10 +20,26 @@ from flashtile.kernels.triton.language import LOG2E, MINUS_INF, rounded
 
 @triton.jit
 def merge(
-    parts_o, parts_lse, o, lse, o_b, o_h, o_s, o_d, o_split, lse_split,
-    first, heads, q_len, value_size, query_tiles, splits, sinks,
-    TILE_Q: tl.constexpr, VALUE: tl.constexpr,
-):  # fmt: skip
+    parts_o,
+    parts_lse,
+    o,
+    lse,
+    o_b,
+    o_h,
+    o_s,
+    o_d,
+    o_split,
+    lse_split,
+    first,
+    heads,
+    q_len,
+    value_size,
+    query_tiles,
+    splits,
+    sinks,
+    TILE_Q: tl.constexpr,
+    VALUE: tl.constexpr,
+):
     """Tiles of rows first, first + 1, ... one a program; see `specialisation.merge` for the arguments.
 
     Shapes:  parts_o (splits, B, H, S_q, D_v) and parts_lse (splits, B, H, S_q), each part contiguous and o_split and

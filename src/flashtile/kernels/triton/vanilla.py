@@ -19,12 +19,43 @@ from flashtile.kernels.triton.rows import key_limits, locate
 
 @triton.jit
 def scores(
-    q, k, s, q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, s_s,
-    first, heads, group, q_len, kv_len, columns, head_size, query_tiles, key_tiles,
-    scale, left, right, offset, offsets, captures,
-    SCORE: tl.constexpr, MASK: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr,
-    WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BAND: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    s,
+    q_b,
+    q_h,
+    q_s,
+    q_d,
+    k_b,
+    k_h,
+    k_s,
+    k_d,
+    s_s,
+    first,
+    heads,
+    group,
+    q_len,
+    kv_len,
+    columns,
+    head_size,
+    query_tiles,
+    key_tiles,
+    scale,
+    left,
+    right,
+    offset,
+    offsets,
+    captures,
+    SCORE: tl.constexpr,
+    MASK: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
+    HEAD: tl.constexpr,
+    WHOLE: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BAND: tl.constexpr,
+):
     """Stage one, one tile per program: s = scale * q k^T, changed by the program, -inf where hidden.
 
     Shapes:  q (B, H, S_q, D), k (B, H_kv, S_kv, D) -> s (B, H, S_q, columns), rows s_s elements apart; columns beyond
@@ -97,11 +128,32 @@ def softmax(s, p, lse, first, q_len, kv_len, query_tiles, sinks, TILE_Q: tl.cons
 
 @triton.jit
 def output(
-    p, v, o, v_b, v_h, v_s, v_d, o_b, o_h, o_s, o_d, p_s,
-    first, heads, group, q_len, kv_len, value_size, query_tiles,
-    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, VALUE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    p,
+    v,
+    o,
+    v_b,
+    v_h,
+    v_s,
+    v_d,
+    o_b,
+    o_h,
+    o_s,
+    o_d,
+    p_s,
+    first,
+    heads,
+    group,
+    q_len,
+    kv_len,
+    value_size,
+    query_tiles,
+    TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
+    VALUE: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
     STATE: tl.constexpr,
-):  # fmt: skip
+):
     """Stage three, one tile of rows per program: o = p v; of a state that is carried, o + p v.
 
     Shapes:  p (B, H, S_q, S_kv), rows p_s elements apart, v (B, H_kv, S_kv, D_v) -> o (B, H, S_q, D_v). A weight of

@@ -57,12 +57,17 @@ class Vanilla:
         sinks = None if scoring is None or scoring.sinks is None else device.place(scoring.sinks, accumulator).pointer
         program = None if scoring is None else scoring.program
         values: dict[str, Any] = {
-            "q": Pointer(q, element), "k": Pointer(k, element), "v": Pointer(v, element), "o": Pointer(o, element),
-            "s": device.empty(rows * spec.kv_len, stored), "p": device.empty(rows * spec.kv_len, stored),
+            "q": Pointer(q, element),
+            "k": Pointer(k, element),
+            "v": Pointer(v, element),
+            "o": Pointer(o, element),
+            "s": device.empty(rows * spec.kv_len, stored),
+            "p": device.empty(rows * spec.kv_len, stored),
             "lse": Pointer(lse, accumulator) if lse else device.empty(rows, accumulator),
-            "offsets": Pointer(offsets, "i64"), "sinks": sinks,
+            "offsets": Pointer(offsets, "i64"),
+            "sinks": sinks,
             "captures": captured(program.captures, device) if program else None,
-        }  # fmt: skip
+        }
         kernels = self._kernels.get(memory)
         if kernels is None:
             kernels = self._kernels[memory] = self._bind(memory)
@@ -72,10 +77,16 @@ class Vanilla:
         """The three stages, with what is alike for all calls."""
         spec, tile = self._spec, self._tile
         fixed = {
-            **self._layout.values("qkvo"), **sizes_of(spec), **band_values(spec), "scale": bits(spec.scale),
-            "s_s": spec.kv_len, "p_s": spec.kv_len, "columns": spec.kv_len,
-            "query_tiles": self._query_tiles, "key_tiles": self._key_tiles,
-        }  # fmt: skip
+            **self._layout.values("qkvo"),
+            **sizes_of(spec),
+            **band_values(spec),
+            "scale": bits(spec.scale),
+            "s_s": spec.kv_len,
+            "p_s": spec.kv_len,
+            "columns": spec.kv_len,
+            "query_tiles": self._query_tiles,
+            "key_tiles": self._key_tiles,
+        }
         stages = special.scores(spec, tile, memory=memory), special.softmax(spec, tile)
         return tuple(self._device.bind(x, fixed) for x in (*stages, special.output(spec, tile, memory=memory)))
 

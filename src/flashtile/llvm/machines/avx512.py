@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from flashtile.llvm.ir import Function, Value
 from flashtile.llvm.machines.base import ISA
@@ -27,20 +28,6 @@ class _AVX512(ISA):
         return f.fma(f.fma(f.const(a.type, -0.0) - b, quotient, a), inverse, quotient)
 
 
-_PLAIN = _AVX512(
-    name="avx512",
-    rank=30,
-    cpu="x86-64-v4",
-    needs=frozenset(("x86_64", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "fma", "f16c", "bmi2")),
-    vector_bytes=64,
-    vectors=3,
-    rows=8,
-    fused=True,
-    half=True,
-    permutes=True,
-)
-
-
 @dataclass(frozen=True)
 class _BF16Dot(_AVX512):
     """AVX512_BF16: a dot of bf16 pairs, and the rounding of two fp32 registers into one of bf16."""
@@ -57,15 +44,16 @@ class _BF16Dot(_AVX512):
         return f.cast("bitcast", f.shuffle(packed, packed, order), vector(n, "i32"))
 
 
-_BF16 = _BF16Dot(
-    **{
-        **_PLAIN.__dict__,
-        "name": "avx512_bf16",
-        "rank": 40,
-        "features": "+avx512bf16",
-        "needs": _PLAIN.needs | {"avx512bf16"},
-        "bf16_dot": True,
-    }
-)
+_NEEDS = frozenset(("x86_64", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "fma", "f16c", "bmi2"))
 
+
+def _machine(kind: type[_AVX512], **fields: Any) -> _AVX512:
+    """What all of them have in common, and these fields."""
+    return kind(cpu="x86-64-v4", vector_bytes=64, vectors=3, rows=8, fused=True, half=True, permutes=True, **fields)
+
+
+_PLAIN = _machine(_AVX512, name="avx512", rank=30, needs=_NEEDS)
+_BF16 = _machine(
+    _BF16Dot, name="avx512_bf16", rank=40, features="+avx512bf16", needs=_NEEDS | {"avx512bf16"}, bf16_dot=True
+)
 MACHINES = (_PLAIN, _BF16, replace(_PLAIN, name="avx512_bf16_emulated", rank=0, bf16_dot=True))

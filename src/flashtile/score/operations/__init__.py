@@ -7,6 +7,18 @@ from .base import OPERATIONS, Operation, apply, cast, const, is_const
 from .leaves import inside, load, scalar, variable
 
 __all__ = [
-    "OPERATIONS", "Operation", "apply", "arithmetic", "calculus", "cast", "const", "inside", "is_const", "leaves",
-    "load", "logic", "scalar", "variable",
-]  # fmt: skip
+    "OPERATIONS",
+    "Operation",
+    "apply",
+    "arithmetic",
+    "calculus",
+    "cast",
+    "const",
+    "inside",
+    "is_const",
+    "leaves",
+    "load",
+    "logic",
+    "scalar",
+    "variable",
+]

@@ -174,12 +174,20 @@ class _Attend:
             call.frame.write(row=self.item.first + panel, block=start)
         state, sums = call.sums(panel)
         arguments = {
-            "work": call.work, "panel": call.queries(panel), "sums": sums, "state": state, "rows": rows,
+            "work": call.work,
+            "panel": call.queries(panel),
+            "sums": sums,
+            "state": state,
+            "rows": rows,
             "values": values,
-            "depth": p.key_words, "columns": p.value_columns, "seen": seen, "lanes": lanes,
+            "depth": p.key_words,
+            "columns": p.value_columns,
+            "seen": seen,
+            "lanes": lanes,
             "nonfinite": NonFinite(found, v, p.v_s, p.v_d, p.value_size, call.work.at + p.at_extra),
-            "dense": p.at_dense, "factors": call.factors,
-        }  # fmt: skip
+            "dense": p.at_dense,
+            "factors": call.factors,
+        }
         count = (lanes + (c.lanes - 1)) // c.lanes
 
         def dispatch(n: int) -> None:

@@ -126,5 +126,12 @@ class Call:
         """What the score program needs of this head, for every tile."""
         p = self.p
         dense = self.work.at + p.at_dense
-        self.frame.write(captures=p.captures, b=item.b, h=item.h, last_row=p.q_len - 1, last_key=p.kv_len - 1,
-                         scale=p.scale, dense=dense)  # fmt: skip
+        self.frame.write(
+            captures=p.captures,
+            b=item.b,
+            h=item.h,
+            last_row=p.q_len - 1,
+            last_key=p.kv_len - 1,
+            scale=p.scale,
+            dense=dense,
+        )

@@ -23,9 +23,9 @@ from flashtile.llvm.routines import entry
 EXPORTS = ("merge",)
 
 CALL = Block(
-    pointers("parts_o parts_lse o lse")
+    pointers("parts_o parts_lse o lse"),
     # Bytes between the results of two parts at the end.
-    | integers("o_b o_h o_s o_d heads q_len value_size splits o_split lse_split")
+    integers("o_b o_h o_s o_d heads q_len value_size splits o_split lse_split"),
 )
 
 

@@ -33,12 +33,12 @@ from flashtile.score.emit import Emission
 EXPORTS = ("scores", "softmax", "output")
 
 CALL = Block(
-    pointers("q k v o lse stored offsets captures sinks")
+    pointers("q k v o lse stored offsets captures sinks"),
     # stored_s: bytes of a row of stored scores.
-    | integers("q_s k_s v_s o_s stored_s heads q_len kv_len head_size value_size tile_q tile_k query_tiles key_tiles")
+    integers("q_s k_s v_s o_s stored_s heads q_len kv_len head_size value_size tile_q tile_k query_tiles key_tiles"),
     # columns: keys of a key tile with their padding. carry: o holds the sum over earlier key tiles.
-    | integers("columns carry offset left right sink_b sink_h at_keys")
-    | reals("scale c_high c_low")
+    integers("columns carry offset left right sink_b sink_h at_keys"),
+    reals("scale c_high c_low"),
 )
 
 REGISTERS = 4  # sums that a row has at work at once: enough to hide the latency of a multiply-add
@@ -88,8 +88,15 @@ def _place(f: Function, p: SimpleNamespace, item: Value, has_key_tile: bool) -> 
         tile, item = item % p.key_tiles, item // p.key_tiles
     head, first = item // p.query_tiles, item % p.query_tiles * p.tile_q
     key = tile * p.tile_k
-    return _Place(head // p.heads, head % p.heads, first, f.minimum(p.q_len - first, p.tile_q), key,
-                  f.minimum(p.kv_len - key, p.tile_k), tile * p.columns)  # fmt: skip
+    return _Place(
+        head // p.heads,
+        head % p.heads,
+        first,
+        f.minimum(p.q_len - first, p.tile_q),
+        key,
+        f.minimum(p.kv_len - key, p.tile_k),
+        tile * p.columns,
+    )
 
 
 # -- scores -------------------------------------------------------------------------------------------

@@ -28,14 +28,14 @@ class Band(Operand):
 
     def sees(self, c: Config, register: int, row: Value) -> Value:
         """Lanes of a register that see a row."""
-        f = self.above.function
+        f = self.function
         lane, near = f.iota(vector(c.lanes, "i32"), register * c.lanes), f.cast("trunc", row, "i32")
         low, high = (f.splat(x - near, c.lanes) for x in (self.below, self.above))
         return (lane + high >= 0) & (lane + low <= 0)
 
     def tile_sees(self, c: Config, row: int, register: int, last: Value) -> Value:
         """Lanes of a register that see a row of a tile whose rows end with ``last``."""
-        f = self.above.function
+        f = self.function
         lane = f.iota(vector(c.lanes, "i32"), register * c.lanes)
         above = f.select(last < row, f.const("i32", -FAR), self.above - row)
         return (lane + f.splat(above, c.lanes) >= 0) & (lane + f.splat(self.below - row, c.lanes) <= 0)
@@ -47,8 +47,13 @@ class Seen(Operand):
     all_to) by every lane; and its band."""
 
     WORDS: ClassVar = {
-        "some_from": "i64", "some_to": "i64", "all_from": "i64", "all_to": "i64", "above": "i32", "below": "i32",
-    }  # fmt: skip
+        "some_from": "i64",
+        "some_to": "i64",
+        "all_from": "i64",
+        "all_to": "i64",
+        "above": "i32",
+        "below": "i32",
+    }
     some_from: Value
     some_to: Value
     all_from: Value

@@ -21,14 +21,14 @@ class Frame(Operand):
     at: Value
 
     def read(self, name: str) -> Value:
-        return FRAME.read(self.at.function, self.at, name)
+        return FRAME.read(self.function, self.at, name)
 
     def write(self, **values: Value) -> None:
-        FRAME.write(self.at.function, self.at, **values)
+        FRAME.write(self.function, self.at, **values)
 
     def integer(self, name: str) -> Value:
         """A word as the language's integers are."""
-        return self.at.function.cast("trunc", self.read(name), "i32")
+        return self.function.cast("trunc", self.read(name), "i32")
 
     def program(self, f: Function, c: Config) -> Emission:
         """The place in the code where batch and head are known."""

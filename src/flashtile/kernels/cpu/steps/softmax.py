@@ -32,7 +32,7 @@ class Factors(Operand):
 
     def weights(self, c: Config) -> Callable[..., Value]:
         """(difference to the maximum, coarse=False) -> weight, for registers; math.weight_of."""
-        f = self.high.function
+        f = self.function
         high, low = (f.splat(x, c.lanes) for x in (self.high, self.low))
         return lambda difference, **how: vmath.weight_of(f, c.isa, difference, high, low, **how)
 

@@ -32,15 +32,15 @@ from flashtile.llvm.routines import Routine, entry
 EXPORTS = ("decode",)
 
 CALL = Block(
-    pointers("q k v o lse offsets")
-    | strides_of("qkvo")
-    | integers("heads kv_heads q_len kv_len head_size value_size")
+    pointers("q k v o lse offsets"),
+    strides_of("qkvo"),
+    integers("heads kv_heads q_len kv_len head_size value_size"),
     # Parts of the keys, split_keys each. pack_k, pack_v: rows of K and V must be copied before they are read as slots.
-    | integers("splits split_keys offset left right pack_k pack_v")
+    integers("splits split_keys offset left right pack_k pack_v"),
     # partial: o takes accumulators, to be merged; bytes between the results of two parts.
-    | integers("partial o_split lse_split")
-    | integers("at_mask at_q at_state at_s at_p at_o at_k at_v")
-    | reals("sign c_high c_low lse_scale")
+    integers("partial o_split lse_split"),
+    integers("at_mask at_q at_state at_s at_p at_o at_k at_v"),
+    reals("sign c_high c_low lse_scale"),
 )
 
 
@@ -142,7 +142,7 @@ class _Decode:
                 out = Words(self.at_q + (first * self.k_slots.count + r) * c.register, apart)
                 self.load_query(f, query=query, size=p.head_size, out=out, sign=p.sign)
 
-        each_row_tile(item.rows, queries)
+        each_row_tile(f, item.rows, queries)
         zero = f.const(c.acc, 0.0)
         with f.range(0, item.rows) as row:
             self.states.row(row).write(maximum=f.const(c.acc, -math.inf), sum=zero, lost=zero)
@@ -163,9 +163,15 @@ class _Decode:
         with f.range(0, item.rows) as row:
             i, line = row % p.q_len, row * self.scores.shape.bytes
             self.row_softmax(
-                f, state=self.states.row(row), scores=self.scores.moved(line), weights=self.weights.moved(line),
-                first=low + i, beyond=f.minimum(high + i, keys), count=keys, factors=self.factors,
-            )  # fmt: skip
+                f,
+                state=self.states.row(row),
+                scores=self.scores.moved(line),
+                weights=self.weights.moved(line),
+                first=low + i,
+                beyond=f.minimum(high + i, keys),
+                count=keys,
+                factors=self.factors,
+            )
         packed, values = p.pack_v.ne(0), item.v.row(begin)
         with f.when(packed):
             rows = Rows(values.at, p.v_s, p.v_d, keys, p.value_size)
@@ -173,9 +179,16 @@ class _Decode:
         at = f.select(packed, self.at_v, values.at)
         values = Words(at, f.select(packed, self.v_slots.padded * c.element, p.v_s))
         self.value_tiles(
-            f, outputs=self.outputs, states=self.states, values=values, weights=self.weights, scores=self.scores,
-            count=keys, size=p.value_size, rows=item.rows,
-        )  # fmt: skip
+            f,
+            outputs=self.outputs,
+            states=self.states,
+            values=values,
+            weights=self.weights,
+            scores=self.scores,
+            count=keys,
+            size=p.value_size,
+            rows=item.rows,
+        )
 
     def _scores(self, item: _Item, k: Words, there: Value, keys: Value) -> None:
         """Scores of a block.  Tiles read whole: keys whose tile would reach beyond the end of K are copied first."""
@@ -202,8 +215,9 @@ class _Decode:
             flat = (item.b * p.heads + item.first_head) * p.q_len + row
             lse = f.select(f.is_null(p.lse), p.lse, p.lse + split * p.lse_split + flat * c.size)
             sums, state = Sums(self.outputs.row(row).at, Line(c.vector, 1)), self.states.row(row)
-            self.store_row(f, sums=sums, state=state, size=p.value_size, out=out, partial=p.partial, lse=lse,
-                           nats=p.lse_scale)  # fmt: skip
+            self.store_row(
+                f, sums=sums, state=state, size=p.value_size, out=out, partial=p.partial, lse=lse, nats=p.lse_scale
+            )
 
 
 def emit_store_row(module: Module, c: Config) -> Routine:

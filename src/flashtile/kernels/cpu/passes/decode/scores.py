@@ -89,14 +89,13 @@ def emit_score_tiles(module: Module, c: Config) -> Routine:
             some = Panel(queries.at + row * row_bytes, Line(c.words, n))
             tiles[n](f, queries=some, keys=keys.row(key), scores=here, count=left)
 
-        each_row_tile(rows, tile)
+        each_row_tile(f, rows, tile)
     f.ret()
     return f
 
 
-def each_row_tile(rows: Value, tile: Callable[[int, Value], None]) -> None:
+def each_row_tile(f: Function, rows: Value, tile: Callable[[int, Value], None]) -> None:
     """tile(n, first row) over all rows: as many of the largest tiles as fit, then at most one of each other."""
-    f = rows.function
     largest, *smaller = ROW_TILES
     with f.range(0, rows // largest * largest, largest) as row:
         tile(largest, row)

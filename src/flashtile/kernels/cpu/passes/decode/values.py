@@ -32,7 +32,7 @@ class Outputs(Words):
 
     def add(self, c: Config, alpha: Value, block: Value) -> None:
         """A register of a block's sums joins the first of the first row."""
-        f = self.at.function
+        f = self.function
         places = self.at, self.at + self.stride // 2
         before, lost = (f.load(c.vector, place, align=c.register) for place in places)
         for number, place in zip(add_sum(f, c, before, lost, alpha, block), places, strict=True):
@@ -70,8 +70,15 @@ def emit_values(module: Module, c: Config, rows: int, vectors: int, contained: R
             for j in range(vectors):
                 here = row_outputs[r].moved(j * c.register)
                 columns = Words(values.at + j * (c.lanes * c.element), values.stride)
-                contained(f, outputs=here, states=row_states[r], values=columns, weights=weights.line(r),
-                          scores=scores.line(r), count=count)  # fmt: skip
+                contained(
+                    f,
+                    outputs=here,
+                    states=row_states[r],
+                    values=columns,
+                    weights=weights.line(r),
+                    scores=scores.line(r),
+                    count=count,
+                )
 
     f.either(broken, contain, add)
     f.ret()
@@ -182,8 +189,15 @@ def emit_value_tiles(module: Module, c: Config) -> Routine:
         def tile(vectors: int, slot: Value, column: Value) -> None:
             here, state = outputs.row(row).moved(slot * c.register), states.row(row)
             columns = Words(values.at + column * c.element, values.stride)
-            tiles[n, vectors](f, outputs=here, states=state, values=columns, weights=weights.moved(line),
-                              scores=scores.moved(line), count=count)  # fmt: skip
+            tiles[n, vectors](
+                f,
+                outputs=here,
+                states=state,
+                values=columns,
+                weights=weights.moved(line),
+                scores=scores.moved(line),
+                count=count,
+            )
 
         edge = slots.whole // wide[n] * wide[n]
         with f.range(0, edge, wide[n]) as slot:
@@ -191,6 +205,6 @@ def emit_value_tiles(module: Module, c: Config) -> Routine:
         with f.range(edge, slots.count) as slot:
             tile(1, slot, f.minimum(slot * c.lanes, slots.padded - c.lanes))
 
-    each_row_tile(rows, row_tile)
+    each_row_tile(f, rows, row_tile)
     f.ret()
     return f
