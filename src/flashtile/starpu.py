@@ -74,16 +74,16 @@ def init(
 ) -> None:
     """Start StarPU, or join the one that the program has started, which then keeps its own settings.
 
+    Idle workers poll, each on its CPU, from here to shutdown; those that attention(engine="starpu") starts by itself
+    pause between calls. Called after such a start, it starts StarPU anew with these settings. Unless
+    STARPU_WORKERS_GETBIND=0, workers stay on the CPUs that the process may use (taskset).
+
     Options:  workers, cuda  numbers of CPU and CUDA workers; else STARPU_NCPU and STARPU_NCUDA, else all there are.
               scheduler      one of schedulers(); else STARPU_SCHED, else StarPU's own choice (lws).
               calibrate      measure every task for the performance models.
               models         folder that keeps the models, for dmda and its kin; else StarPU's (~/.starpu).
               cuda_kernels   folder of an architecture that `flashtile aot` made, for CUDA workers; else
                              FLASHTILE_STARPU_KERNELS, else CUDA workers run nothing of flashtile's.
-    Idle workers poll, each on its CPU, from here to shutdown; those that attention(engine="starpu") starts by itself
-    pause between calls. Called after such a start, it starts StarPU anew with these settings. Unless
-    STARPU_WORKERS_GETBIND=0, workers stay on the CPUs that the process may use (taskset).
-
     Raises:   SpecError for a second call, an unknown scheduler, a number out of range, a limit on memory
               (STARPU_LIMIT_CPU_MEM) without a disk; UnavailableError if StarPU is not installed, has no worker, or
               runs in the process that this one was forked from.
