@@ -94,7 +94,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"progress": 7}, "progress: got 7, expected a function"),
     # what changes scores
     ({"mask": a(5, 5)}, r"mask: got float32, expected bool \(True: attend\); numbers .* are a bias"),
-    ({"mask": [[True]]}, "mask: got list, expected a boolean array, a mask or a function of"),
+    ({"mask": 3}, "mask: got 3, expected a boolean array, a mask or a function of"),
+    ({"score_mod": "relu"}, r"score_mod: got 'relu', expected a function of \(s, b, h, i, j\)"),
+    ({"sinks": 0.5}, "sinks: got 0.5, expected floats"),
+    ({"bias": -1.5}, "bias: got -1.5, expected a NumPy array or a torch tensor"),
+    ({"mask": [[True]]}, "mask: got a list, expected a boolean array, a mask or a function of"),
     ({"mask": a(5, 4, name=bool)}, r"mask: got shape \(5, 4\), expected one that broadcasts to .* = \(2, 4, 5, 5\)"),
     ({"mask": score.padding([1, 2, 3])}, r"padding: got shape \(3,\), expected \(B,\) = \(2,\)"),
     ({"mask": score.softcap(3.0)}, "mask: got the score function softcap, expected a boolean array"),

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -138,7 +139,7 @@ def test_peer_that_refuses_says_why_and_is_never_called(fake_peer):
 def test_idle_processes_are_stopped():
     with driver.participants([("numpy", 1)]) as [who]:
         assert "numpy" in who.ask("versions")["versions"]
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE
         while (state := Path(f"/proc/{who.process.pid}/stat").read_text().rsplit(")", 1)[1].split()[0]) != "T":
             assert time.monotonic() < deadline, state
         assert "numpy" in who.ask("versions")["versions"], "and woken again"

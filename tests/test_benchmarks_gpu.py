@@ -6,12 +6,12 @@ import csv
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,7 +26,7 @@ def test_the_dry_run_goes_all_the_way(tmp_path: Path) -> None:
     """Every check and every peer on the interpreter, in a process of its own; files with a row for each."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--output", str(tmp_path)]
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, env=environment)
+    done = run(command, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("everything of flashtile's is right\n") and "WRONG" not in done.stdout
     checks = _rows(tmp_path / "checks.csv")
@@ -98,7 +98,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
 def test_the_host_side_of_a_call_is_measured_without_a_gpu(option: str) -> None:
     """It launches; how long it takes is decided by no test."""
     command = [sys.executable, "-m", "benchmarks.snippets", "gpu_host", option, "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = run(command, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert set(found) == {"microseconds", "torch"} | ({"trace"} if option == "mask function" else set())

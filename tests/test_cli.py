@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import run
 
 import flashtile
 from flashtile import arrayfiles, bench, cli, doctor, score
@@ -419,7 +420,7 @@ def test_interrupt_has_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _command(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "flashtile", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return run(command)
 
 
 def test_module_is_the_command() -> None:

@@ -7,12 +7,12 @@ import importlib
 import pathlib
 import pkgutil
 import re
-import subprocess
 import sys
 import types
 
 import numpy as np
 import pytest
+from processes import run
 
 import flashtile
 
@@ -47,7 +47,7 @@ def run_in_a_process(page: pathlib.Path, folder: pathlib.Path) -> None:
     if reason := starpu.unavailable():
         pytest.skip(f"StarPU: {reason}")
     command = [sys.executable, __file__, str(page)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    done = run(command, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import run
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.py"))
 
@@ -16,9 +16,9 @@ EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.py"
 def test_example_runs(example: Path, tmp_path: Path) -> None:
     if "\nimport torch\n" in example.read_text():
         pytest.importorskip("torch")
-    run = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, timeout=300, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip()
+    done = run([sys.executable, str(example)], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
 
 
 def test_examples_are_found() -> None:
@@ -27,6 +27,6 @@ def test_examples_are_found() -> None:
 
 def test_denoising_example_removes_noise() -> None:
     example = next(path for path in EXAMPLES if path.stem == "denoise_your_picture")
-    run = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, timeout=300)
-    before, after = (float(number) for number in re.findall(r"([\d.]+) dB", run.stdout))
+    done = run([sys.executable, str(example)])
+    before, after = (float(number) for number in re.findall(r"([\d.]+) dB", done.stdout))
     assert after > before + 5

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
+from processes import run
 
 pytestmark = pytest.mark.core
 
@@ -33,9 +33,9 @@ _ACTIONS = {
 def _foreign_modules(action: str) -> list[str]:
     """The top-level modules that an action loads beyond the standard library and the core's two dependencies."""
     command = [sys.executable, "-c", _REPORT.format(action=action)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    return run.stdout.split()
+    done = run(command)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
 
 
 @pytest.mark.parametrize("action", _ACTIONS.values(), ids=_ACTIONS.keys())

@@ -28,7 +28,7 @@ class Place(NamedTuple):
 
 # Bottom to top: a place imports itself and places above its line only, of those the ones that it names.
 TABLE: dict[str, Place] = {
-    "errors": Place("errors progress rooms version signature checks"),
+    "errors": Place("errors progress rooms version signature checks hints"),
     "arrays": Place("arrays dtypes threads", "errors"),
     "llvm": Place("llvm", "errors"),
     "score": Place("score", "errors arrays llvm"),
@@ -52,7 +52,7 @@ TABLE: dict[str, Place] = {
     "starpu": Place("engines.starpu", "errors arrays llvm score spec options plan contract triton engines"),
     "calls": Place("calls", "errors arrays spec options contract engines"),
     "doors": Place(
-        "api torch autograd devices gradients merge sdpa explain plot starpu nntile",
+        "api torch autograd devices gradients merge sdpa explain plot picture starpu nntile",
         "errors arrays score spec options plan contract owners engines direct starpu calls",
     ),
     "package": Place("", "errors arrays score doors"),

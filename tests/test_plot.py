@@ -34,7 +34,7 @@ def area(pixels: np.ndarray, kind: int) -> int:
 
 def test_the_map_is_that_of_the_call(tmp_path: Path) -> None:
     def tiles(**options: Any) -> list[list[int]]:
-        return flashtile.plot_coverage(SHAPE, path=tmp_path / "map.png", tile=(2, 4), **options).tolist()
+        return flashtile.plot_coverage(SHAPE, path=tmp_path / "map.png", tile=(2, 4), **options).tiles.tolist()
 
     assert tiles() == [[2, 2]] * 4
     assert tiles(causal=True) == [[1, 0], [1, 0], [2, 1], [2, 1]]
@@ -61,7 +61,7 @@ def test_the_title_names_the_map_where_maps_differ(tmp_path: Path, monkeypatch: 
 
 def test_tiles_are_by_default_those_of_the_plan(tmp_path: Path) -> None:
     plan = flashtile.explain((1000, 64), causal=True).plan
-    kinds = flashtile.plot_coverage((1000, 64), causal=True, path=tmp_path / "map.png")
+    kinds = flashtile.plot_coverage((1000, 64), causal=True).tiles
     assert kinds.shape == (-(-1000 // plan.tile_q), -(-1000 // plan.tile_k))
 
 
@@ -69,7 +69,7 @@ def test_tiles_are_by_default_those_of_the_plan(tmp_path: Path) -> None:
 def test_the_picture_has_the_areas_of_the_map(tmp_path: Path, keys: int) -> None:
     kinds = flashtile.plot_coverage(
         (600, 8), (keys, 8), window=(150, 0), align=keys // 2, path=tmp_path / "a.PNG", tile=(100, keys // 6)
-    )
+    ).tiles
     pixels = drawn(tmp_path / "a.PNG")
     share = {kind: area(pixels, kind) / sum(area(pixels, k) for k in COLOURS) for kind in COLOURS}
     for kind in COLOURS:
@@ -86,11 +86,13 @@ def test_pictures_of_next_to_nothing(tmp_path: Path, lengths: tuple[int, int]) -
     ("options", "message"),
     [
         ({"path": "map.jpg"}, "path: got 'map.jpg', expected a name that ends in .png"),
+        ({"path": "nowhere/map.png"}, "path: got 'nowhere/map.png', expected a folder that exists: nowhere does not"),
+        ({"path": 3}, "path: got 3, expected a path, or None"),
         ({"batch": 2}, "batch: got 2, expected an integer from 0 to 1"),
         ({"head": -1}, "head: got -1, expected an integer from 0 to 2"),
         ({"tile": (0, 4)}, r"tile: got \(0, 4\), expected a pair"),
         ({"tile": 4}, "tile: got 4, expected a pair"),
-        ({"mask": 3}, "mask: got int"),
+        ({"mask": 3}, "mask: got 3, expected a boolean array"),
         ({"window": 4}, "window: got 4"),
     ],
 )
@@ -102,5 +104,24 @@ def test_what_is_refused(tmp_path: Path, options: dict[str, Any], message: str) 
 
 def test_matplotlib_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "flashtile.picture", raising=False)
     with pytest.raises(UnavailableError, match="pip install matplotlib"):
         flashtile.plot_coverage(SHAPE, path=tmp_path / "map.png")
+
+
+def test_a_notebook_shows_the_figure_that_is_returned(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = flashtile.plot_coverage(SHAPE, causal=True, tile=(2, 4))
+    assert isinstance(figure, Figure) and figure._repr_png_().startswith(b"\x89PNG")
+    flashtile.plot_coverage(SHAPE, causal=True, tile=(2, 4), path=tmp_path / "map.png")
+    figure.savefig(tmp_path / "own.png", dpi=120, bbox_inches="tight")
+    assert np.array_equal(drawn(tmp_path / "own.png"), drawn(tmp_path / "map.png"))
+
+
+def test_a_wrong_path_is_refused_before_the_mask_is_looked_at() -> None:
+    def mask(b: Any, h: Any, i: Any, j: Any) -> Any:
+        raise AssertionError("traced")
+
+    with pytest.raises(SpecError, match="^path: "):
+        flashtile.plot_coverage(SHAPE, mask=mask, path="map.jpg")

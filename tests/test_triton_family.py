@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import run
 
 import flashtile
 from flashtile import cli, kernels
@@ -73,7 +73,7 @@ import flashtile.kernels, flashtile.cli
 print([row[3] for row in flashtile.kernels.survey() if row[1] == "triton"])
 print(flashtile.cli.main(["aot", "--arch", "sm_90", "-o", "never-made"]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    done = run([sys.executable, "-c", code], check=True)
     assert done.stdout.split("\n")[:2] == ["['triton is not installed']", "2"]
     assert done.stderr == "flashtile aot: error: aot: triton is not installed\n"
     assert not Path("never-made").exists()
@@ -81,7 +81,7 @@ print(flashtile.cli.main(["aot", "--arch", "sm_90", "-o", "never-made"]))
 
 def test_the_survey_imports_no_triton() -> None:
     code = "import sys, flashtile.kernels as k; k.survey(); print([n for n in ('triton', 'torch') if n in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    done = run([sys.executable, "-c", code], check=True)
     assert done.stdout.strip() == "[]"
 
 

@@ -10,6 +10,7 @@ from flashtile.arrays import address_of, device_of, is_torch, plain
 from flashtile.calls import Options, as_key, check_apart, clear_cache, lookup, prepare, split_align
 from flashtile.checks import check_flag
 from flashtile.errors import wrong
+from flashtile.hints import check_keywords
 from flashtile.progress import reporter
 from flashtile.score.keep import keep_of
 from flashtile.score.options import ScoreOptions
@@ -72,6 +73,7 @@ def attention(
     engine: Engine = "auto",
     progress: Progress = None,
     out: Any = None,
+    **unknown: Any,
 ) -> Any:
     """Exact attention: softmax(scale * q k^T) v, without storing the scores.
 
@@ -112,7 +114,7 @@ def attention(
     >>> flashtile.attention(x, x, x, causal=True).shape
     (1, 8, 512, 64)
     """
-    if not (type(q) is type(k) is type(v) is ndarray):
+    if unknown or not (type(q) is type(k) is type(v) is ndarray):
         return _attend_others(**locals())
     if type(return_lse) is not bool:
         check_flag("return_lse", return_lse)
@@ -147,9 +149,10 @@ def attention(
     return out if lse is None else (out, lse)
 
 
-def _attend_others(q: Any, k: Any, v: Any, **keywords: Any) -> Any:
-    """Hand torch tensors to their door, arrays on a GPU to its own call, and subclasses of ndarray back to attention as
-    plain arrays."""
+def _attend_others(q: Any, k: Any, v: Any, *, unknown: dict[str, Any], **keywords: Any) -> Any:
+    """Refuse unknown keywords; hand torch tensors to their door, arrays on a GPU to its own call, and subclasses of
+    ndarray back to attention as plain arrays."""
+    check_keywords(attention, unknown)
     if any(map(is_torch, (q, k, v))):
         import flashtile.torch
 

@@ -12,7 +12,7 @@ import numpy as np
 from flashtile import engines, kernels
 from flashtile.arrays import View, contiguous, view_of
 from flashtile.dtypes import DTYPES, dtype_of
-from flashtile.errors import wrong
+from flashtile.errors import described, wrong
 from flashtile.kernels import Layout
 from flashtile.score.options import ScoreOptions, Scoring
 from flashtile.spec import LARGEST_POSITION, PER_BATCH, AttentionSpec
@@ -142,7 +142,7 @@ def as_offsets(align: Any, batch: int) -> np.ndarray:
     try:
         offsets = np.asarray(align)
     except Exception as cause:
-        raise wrong("align", f"a {type(align).__name__}", expected) from cause
+        raise wrong("align", described(align), expected) from cause
     if offsets.dtype.kind not in "iu":
         raise wrong("align", f"dtype {offsets.dtype}", expected)
     if offsets.shape != (batch,):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numbers
+import reprlib
+
 
 class FlashtileError(Exception):
     """Base of every error that flashtile raises on purpose."""
@@ -9,6 +12,10 @@ class FlashtileError(Exception):
 
 class SpecError(FlashtileError, ValueError):
     """The arguments of a call are wrong. Raised before any memory is touched."""
+
+
+class KeywordError(SpecError, TypeError):
+    """A call has a keyword that its function does not: a TypeError, as Python would raise, that says what was meant."""
 
 
 class UnavailableError(FlashtileError, NotImplementedError):
@@ -22,3 +29,10 @@ class KernelError(FlashtileError, RuntimeError):
 def wrong(argument: str, got: object, expected: str) -> SpecError:
     """The error for a wrong argument, in the one wording the package uses."""
     return SpecError(f"{argument}: got {got}, expected {expected}")
+
+
+def described(value: object) -> str:
+    """What came, for a message: numbers, strings and None themselves, of all else the kind."""
+    if value is None or isinstance(value, (bool, numbers.Number, str)):
+        return reprlib.repr(value)
+    return f"a {type(value).__name__}"

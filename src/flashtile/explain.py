@@ -14,6 +14,7 @@ from flashtile.arrays import View, contiguous, device_of, is_torch, plain, view_
 from flashtile.calls import Options, as_name, engine_of, split_align
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import wrong
+from flashtile.hints import check_keywords
 from flashtile.kernels import Layout
 from flashtile.owners import borrow, library_of, owner_of
 from flashtile.plan import Coverage, Plan, coverage_of, make_plan
@@ -122,8 +123,7 @@ def explain(
     >>> flashtile.explain((1, 8, 4096, 64), causal=True).flops
     17184063488
     """
-    if unknown := others.keys() - _WITHOUT_EFFECT:
-        raise TypeError(f"explain() got an unexpected keyword argument {min(unknown)!r}")
+    check_keywords(explain, (name for name in others if name not in _WITHOUT_EFFECT))
     k = q if k is None else k
     v = k if v is None else v
     views = [view_or_shape(x, argument, dtype, device) for argument, x in (("q", q), ("k", k), ("v", v))]

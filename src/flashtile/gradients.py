@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from flashtile.arrays import is_torch, plain, view_of
 from flashtile.calls import Options, as_key, as_name, split_align
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import wrong
+from flashtile.hints import check_keywords
 from flashtile.kernels.gradients import Inputs, Sums
 from flashtile.score.capture import ArrayCapture, capture
 from flashtile.score.keep import keep_of
@@ -86,6 +87,7 @@ def attention_backward(
     engine: str = "auto",
     out: Gradients | None = None,
     accumulate: bool = False,
+    **unknown: NoReturn,  # checkers refuse it, as calls do
 ) -> Gradients:
     """Gradients of sum(do * o) + sum(dlse * lse), from what `attention(..., return_lse=True)` took and returned.
 
@@ -102,6 +104,7 @@ def attention_backward(
     Raises:  SpecError, UnavailableError before any memory is touched.
     Source:  Dao 2023, FlashAttention-2, section 3.1.2.
     """
+    check_keywords(attention_backward, unknown)
     q, k, v = _array(q, "q"), _array(k, "k"), _array(v, "v")
     offsets = None
     if align is not None:

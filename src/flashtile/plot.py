@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flashtile import kernels
 from flashtile.calls import Options, as_name
 from flashtile.checks import integer
-from flashtile.errors import UnavailableError, wrong
+from flashtile.errors import UnavailableError, described, wrong
 from flashtile.explain import describe, tile_map, view_or_shape
 from flashtile.plan import make_plan
 from flashtile.score.coverage import EMPTY, FULL, PARTIAL
@@ -19,6 +19,9 @@ from flashtile.score.options import ScoreOptions
 from flashtile.score.program import Program
 from flashtile.signature import Align, Kernel, Window
 from flashtile.spec import AttentionSpec
+
+if TYPE_CHECKING:
+    from flashtile.picture import Picture
 
 # What a tile costs, from nothing to a product without mask code; told apart without colour, too.
 _COLOURS = {EMPTY: "#f4f4f4", PARTIAL: "#f0a830", FULL: "#1f5a92"}
@@ -31,7 +34,7 @@ def plot_coverage(
     q: Any,
     k: Any = None,
     *,
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None = None,
     dtype: Any = None,
     mask: Any = None,
     score_mod: Any = None,
@@ -42,23 +45,24 @@ def plot_coverage(
     batch: int = 0,
     head: int = 0,
     tile: tuple[int, int] | None = None,
-) -> np.ndarray:
-    """Draw which tiles of the scores a call skips, masks element by element, or computes whole, as a PNG at `path`.
+) -> Picture:
+    """Draw which tiles of the scores a call skips, masks element by element, or computes whole.
 
     Shapes:  q and k are arrays, or shapes as in `flashtile.explain`; the map is that of one batch and query head. The
              other arguments are those of `flashtile.attention` that decide which keys a row sees.
-    Options: tile    (queries, keys) of a tile; by default those of the call's plan.
-    Returns: the map, uint8 (query tiles, key tiles): 0 empty, 1 partial, 2 full. A partial tile may be whole or hidden
-             where the analysis is cautious; empty and full are certain.
-    Raises:  SpecError as attention, and for a batch, head or tile out of range or a path that does not end in .png;
-             UnavailableError without matplotlib; OSError.
+    Options: path    where to write it as a PNG, if anywhere.
+             batch, head  whose map is drawn; the title names them where maps may differ.
+             tile    (queries, keys) of a tile; by default those of the call's plan.
+    Returns: a matplotlib Figure, which notebooks show; its `tiles` is the map, uint8 (query tiles, key tiles): 0 empty,
+             1 partial, 2 full. A partial tile may be whole or hidden where the analysis is cautious; empty and full are
+             certain.
+    Raises:  SpecError as attention, and for a batch, head or tile out of range, or a path that does not end in .png or
+             whose folder does not exist; UnavailableError without matplotlib; OSError.
 
     >>> import flashtile
     >>> flashtile.plot_coverage((4096, 64), causal=True, path="causal.png")  # doctest: +SKIP
     """
-    target = Path(path)
-    if target.suffix.lower() != ".png":
-        raise wrong("path", repr(str(path)), "a name that ends in .png")
+    target = None if path is None else _target(path)
     views = [view_or_shape(x, name, dtype) for name, x in (("q", q), ("k", q if k is None else k))]
     spec, scoring, offsets = describe(
         (views[0], views[1], views[1]),
@@ -78,8 +82,22 @@ def plot_coverage(
     kinds: np.ndarray = tiles[min(batch, len(tiles) - 1), min(head, tiles.shape[1] - 1)]
     sizes = (("batch", batch, len(tiles), spec.batch), ("head", head, tiles.shape[1], spec.heads))
     which = "".join(f", {name} {number} of {size}" for name, number, maps, size in sizes if maps > 1)
-    _draw(kinds, target, (tile_q, tile_k), spec, which)
-    return kinds
+    figure = _draw(kinds, (tile_q, tile_k), spec, which)
+    if target is not None:
+        figure.savefig(target, dpi=120, bbox_inches="tight")
+    return figure
+
+
+def _target(path: Any) -> Path:
+    """Where the picture goes. Raises: SpecError for what is no name of a PNG in a folder that exists."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise wrong("path", described(path), "a path, or None")
+    target = Path(path)
+    if target.suffix.lower() != ".png":
+        raise wrong("path", repr(str(path)), "a name that ends in .png")
+    if not target.parent.is_dir():
+        raise wrong("path", repr(str(path)), f"a folder that exists: {target.parent} does not")
+    return target
 
 
 def _band_program(spec: AttentionSpec, offset: Any) -> Program:
@@ -100,19 +118,18 @@ def _checked(tile: Any) -> tuple[int, int]:
     return sides[0], sides[1]  # type: ignore[return-value]
 
 
-def _draw(kinds: np.ndarray, target: Path, tile: tuple[int, int], spec: AttentionSpec, which: str) -> None:
+def _draw(kinds: np.ndarray, tile: tuple[int, int], spec: AttentionSpec, which: str) -> Picture:
     """The picture; `which` names the batch and head where maps differ."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.colors import ListedColormap
-        from matplotlib.figure import Figure
         from matplotlib.patches import Patch
+
+        from flashtile.picture import Picture
     except ImportError as cause:
         raise UnavailableError(f"plot_coverage: got {cause}, expected matplotlib: pip install matplotlib") from cause
     square = max(spec.q_len, spec.kv_len) <= _SQUARE * min(spec.q_len, spec.kv_len)
     height = min(5.0, 6.3 * spec.q_len / max(spec.kv_len, 1)) if square else 4.4
-    figure = Figure(figsize=(7, height + 1.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Picture(kinds, height + 1.4)
     axes = figure.add_subplot()
     rows, columns = kinds.shape
     extent = (0, columns * tile[1], rows * tile[0], 0)
@@ -128,4 +145,4 @@ def _draw(kinds: np.ndarray, target: Path, tile: tuple[int, int], spec: Attentio
     labels = {kind: f"{_LABELS[kind]} ({int((kinds == kind).sum())})" for kind in (FULL, PARTIAL, EMPTY)}
     shown = [Patch(facecolor=_COLOURS[kind], edgecolor="#888888", label=label) for kind, label in labels.items()]
     figure.legend(handles=shown, loc="outside lower center", ncols=1, fontsize=9, frameon=False)
-    figure.savefig(target, dpi=120, bbox_inches="tight")
+    return figure

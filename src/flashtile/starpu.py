@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from flashtile.arrays import plain
+from flashtile.arrays import is_torch, plain, view_of
 from flashtile.calls import Options, as_key, split_align
 from flashtile.checks import integer
 from flashtile.dtypes import DTYPES, DType, dtype_of
@@ -73,6 +73,10 @@ def init(
     cuda_kernels: str | os.PathLike[str] | None = None,
 ) -> None:
     """Start StarPU, or join the one that the program has started, which then keeps its own settings.
+
+    Idle workers poll, each on its CPU, from here to shutdown; those that attention(engine="starpu") starts by itself
+    pause between calls. Called after such a start, it starts StarPU anew with these settings. Unless
+    STARPU_WORKERS_GETBIND=0, workers stay on the CPUs that the process may use (taskset).
 
     Options:  workers, cuda  numbers of CPU and CUDA workers; else STARPU_NCPU and STARPU_NCUDA, else all there are.
               scheduler      one of schedulers(); else STARPU_SCHED, else StarPU's own choice (lws).
@@ -132,19 +136,19 @@ def restrict(*where: str, dtype: str | None = None) -> None:
 
 
 def register(array: Any, rows: int) -> TiledTensor:
-    """The tiles of an array, which stays where it is.
+    """The tiles of a NumPy array, or of a torch tensor in CPU memory, which stays where it is.
 
-    The array lives at least until unregister() (or the end of a `with` block, or shutdown). While it is registered,
-    read and write it through acquire only.
+    It lives at least until unregister() (or the end of a `with` block, or shutdown). While it is registered, read and
+    write it through acquire only. To StarPU an array that is registered twice is two: tasks on the one do not wait for
+    tasks on the other, so do that only where no task writes either.
 
     Shapes:   q, k, v or o (B, H, S, D); lse (B, H, S). Tiles are (1, 1, rows, D), the last along S may be short.
               Rows of D adjacent elements, any distance apart; lse contiguous along S.
     Raises:   SpecError.
     """
-    array = plain(array, "array")
+    array, dtype = _memory(array)
     if array.ndim not in (3, 4):
         raise wrong("array", f"shape {array.shape}", "(B, H, S, D), or (B, H, S) for lse")
-    dtype = dtype_of(array.dtype, "array")
     if array.ndim == 4 and array.shape[3] < 1:
         raise wrong("array", f"shape {array.shape}", "a head size of at least 1")
     fits = array.strides[2] == dtype.itemsize
@@ -155,6 +159,22 @@ def register(array: Any, rows: int) -> TiledTensor:
     runtime.current()
     address = array.ctypes.data
     return TiledTensor(array.shape, dtype, rows_of(rows), address=address, strides=array.strides[:3], keep=array)
+
+
+def _memory(array: Any) -> tuple[np.ndarray, DType]:
+    """A NumPy array, or a torch tensor in CPU memory as one over the same memory (bfloat16 as its bits); its dtype."""
+    if not is_torch(array):
+        array = plain(array, "array")
+        return array, dtype_of(array.dtype, "array")
+    found, dtype = view_of(array), dtype_of(array.dtype, "array")
+    if found.device != "cpu" or array.requires_grad:
+        got = "a tensor that requires grad" if array.requires_grad else f"a tensor on {found.device}"
+        raise wrong("array", got, "a tensor in CPU memory that does not require grad")
+    if dtype.name != "bfloat16":
+        return array.numpy(), dtype
+    import torch
+
+    return array.view(torch.int16).numpy().view(np.uint16), dtype
 
 
 def empty(shape: Sequence[int], dtype: Any, rows: int) -> TiledTensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from flashtile.autograd import Scored
 from flashtile.calls import Options, as_key, check_apart, lookup, prepare, split_align
 from flashtile.checks import check_flag
 from flashtile.errors import FlashtileError, UnavailableError, wrong
+from flashtile.hints import check_keywords
 from flashtile.progress import reporter
 from flashtile.score.capture import ArrayCapture
 from flashtile.score.keep import Keep, keep_of, threshold_of
@@ -74,6 +75,7 @@ def attention(
     engine: Engine = "auto",
     progress: Progress = None,
     out: Tensor | None = None,
+    **unknown: Any,
 ) -> Any:
     """`flashtile.attention` on tensors, all on the CPU or all on one GPU: the same keywords, shapes, numerics and
     errors; no copy of q, k, v. Dropout without a seed draws one from torch's generator, as `torch.manual_seed` set it.
@@ -92,6 +94,8 @@ def attention(
     >>> flashtile.torch.attention(x, x, x, window=(16, 0)).shape
     torch.Size([1, 8, 128, 64])
     """
+    if unknown:
+        check_keywords(attention, unknown)
     attend = _attend
     q, k, v = under_autocast(q, k, v)
     if not _are_ready(q, k, v):
@@ -273,6 +277,7 @@ def scaled_dot_product_attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     return_lse: bool = False,
+    **unknown: NoReturn,  # checkers refuse it, as calls do
 ) -> Any:
     """`torch.nn.functional.scaled_dot_product_attention` by its own signature and defaults, and a few options more.
 
@@ -288,6 +293,8 @@ def scaled_dot_product_attention(
     Raises:   as attention.
     Source:   PyTorch 2.13, torch.nn.functional.scaled_dot_product_attention.
     """
+    if unknown:
+        check_keywords(scaled_dot_product_attention, unknown)
     if attn_mask is not None and is_causal:
         raise wrong("attn_mask", "a mask together with is_causal=True", "one of the two, as in torch")
     for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa), ("return_lse", return_lse)):

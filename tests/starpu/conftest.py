@@ -1,4 +1,4 @@
-"""StarPU's tests: each that could hang or abort runs in a process of its own, with a time limit."""
+"""StarPU's tests: each that could hang or abort runs in a process of its own."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import fake_gpu
+import processes
 import pytest
 
 from flashtile.engines import starpu as engine
@@ -72,18 +73,12 @@ Script = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture
 def script(tmp_path: Path) -> Script:
-    """Runs Python text after PRELUDE in a process of its own; fails the test unless it returns `status` in time."""
+    """Runs Python text after PRELUDE in a process of its own; fails the test unless it returns `status`."""
 
-    def run(body: str, status: int = 0, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(body: str, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
         path = tmp_path / "script.py"
         path.write_text(PRELUDE + textwrap.dedent(body))
-        done = subprocess.run(
-            [sys.executable, str(path)],
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+        done = processes.run([sys.executable, str(path)], env={**os.environ, **environment})
         assert done.returncode == status, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 

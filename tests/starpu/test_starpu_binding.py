@@ -241,10 +241,16 @@ def test_ctrl_c_while_waiting(script: Script) -> None:
         small = arrays()[:3]
         before = flashtile.attention(*small, engine="starpu")
         flashtile.attention(q[:, :1, :2048], k[:, :1, :2048], v[:, :1, :2048], engine="starpu")
-        threading.Timer(0.7, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-        seen = []
+        seen, began = [], threading.Event()
+        def report(*numbers):
+            seen.append(numbers)
+            began.set()
+        def interrupt():
+            began.wait()
+            os.kill(os.getpid(), signal.SIGINT)
+        threading.Thread(target=interrupt, daemon=True).start()
         try:
-            flashtile.attention(q, k, v, engine="starpu", progress=lambda *numbers: seen.append(numbers))
+            flashtile.attention(q, k, v, engine="starpu", progress=report)
             print("not interrupted")
         except KeyboardInterrupt:
             print("interrupted", *seen[-1])

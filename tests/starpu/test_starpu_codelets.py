@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from inputs import Shape, same_bits, uniform
+from processes import run
 from test_starpu_tasks import spec_of
 
 import flashtile
@@ -92,9 +93,9 @@ def test_the_cuda_trampoline_compiles(tmp_path: Path) -> None:
     flags = subprocess.run(["pkg-config", "--cflags", found[0]], capture_output=True, text=True, check=True)
     command = [compiler, "-fsyntax-only", "-Wall", "-Werror", "-DSTARPU_USE_CUDA", f"-I{tmp_path}",
                f"-I{build.HERE}", *flags.stdout.split(), str(build.HERE / "shim.c")]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = run(command)
     assert done.returncode == 0, done.stderr
-    listed = subprocess.run([*command, "-E"], capture_output=True, text=True, timeout=60).stdout
+    listed = run([*command, "-E"]).stdout
     assert "run_cuda" in listed
 
 

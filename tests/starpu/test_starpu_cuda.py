@@ -6,7 +6,6 @@ Every parameter of every launch is read back where the machine code has it, and 
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +34,7 @@ from fake_gpu import (
     state,
     tensors,
 )
+from processes import searched
 
 from flashtile.dtypes import DTYPES
 from flashtile.engines.starpu import runtime
@@ -253,10 +253,9 @@ def test_what_the_launches_compute(script: Script, driver: Path, folder: Path, t
         ran = {name.split("-")[0] for name in worker.ran}
         assert ran == {"forward", "merge", "scores", "softmax", "output"}, ran
         """,
-        timeout=300,
         KERNELS=str(folder),
         LOG=str(tmp_path / "log"),
         DRIVER=str(driver),
         TRITON_INTERPRET="1",
-        PYTHONPATH=os.pathsep.join((str(HERE), str(HERE.parent))),
+        PYTHONPATH=searched(HERE, HERE.parent),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +28,7 @@ from fake_gpu import (
     state,
     tensors,
 )
+from processes import searched
 
 from flashtile.engines.starpu import manifest, runtime
 from flashtile.engines.starpu.flow import Flow
@@ -194,7 +194,7 @@ def test_without_a_driver_or_a_stream(script: Script, folder: Path) -> None:
             print(message(lambda: cuda.open_driver(runtime.current())))
         """,
         KERNELS=str(folder),
-        PYTHONPATH=os.pathsep.join((str(HERE), str(HERE.parent))),
+        PYTHONPATH=searched(HERE, HERE.parent),
     )
     first, *rest = done.stdout.splitlines()
     assert "status -2" in first and first.endswith("this StarPU has no starpu_cuda_get_local_stream")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from inputs import Shape, numpy_dtype, same_bits, uniform
+from processes import run
 
 import flashtile
 from flashtile.dtypes import DTYPES
@@ -293,7 +294,7 @@ def program(tmp_path: Path) -> ctypes.CDLL:
     source.write_text(PROGRAM)
     flags = subprocess.run(["pkg-config", "--cflags", "--libs", found[0]], capture_output=True, text=True, check=True)
     command = [compiler, "-shared", "-fPIC", "-o", str(library), str(source), *flags.stdout.split()]
-    subprocess.run(command, check=True, timeout=60)
+    run(command, check=True)
     loaded = ctypes.CDLL(str(library))
     loaded.own_register.restype = ctypes.c_void_p
     loaded.own_register.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
@@ -380,7 +381,61 @@ def test_out_of_core(script: Script, tmp_path: Path) -> None:
         STARPU_DISK_SWAP=str(tmp_path),
         STARPU_DISK_SWAP_SIZE="200",
         SWAP=str(tmp_path),
-        timeout=120,
     )
     files, nbytes = map(int, done.stdout.split())
     assert files > 0 and nbytes > 10_000_000
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_a_torch_tensor_is_registered_where_it_lies(starpu: Any, name: str) -> None:
+    torch = pytest.importorskip("torch")
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 70, 16, generator=generator).to(getattr(torch, name)) for _ in range(3))
+
+    def array(x: Any) -> np.ndarray:
+        """A copy for NumPy."""
+        return (x.view(torch.int16).numpy() if name == "bfloat16" else x.numpy()).copy().view(numpy_dtype(name))
+
+    def attended(q: Any, k: Any, v: Any, o: Any, lse: Any) -> None:
+        tensors = [starpu.register(x, 32) for x in (q, k, v, o, lse)]
+        starpu.submit_forward(*tensors, causal=True)
+        starpu.wait()
+        for x in tensors:
+            x.unregister()
+
+    o, lse = torch.zeros_like(q), torch.zeros(1, 2, 70)
+    expected, expected_lse = array(o), lse.numpy().copy()
+    attended(q, k, v, o, lse)
+    attended(*map(array, (q, k, v)), expected, expected_lse)
+    assert same_bits(array(o), expected) and same_bits(lse.numpy(), expected_lse) and expected.any()
+    with pytest.raises(SpecError, match="^array: got a tensor that requires grad"):
+        starpu.register(torch.zeros(1, 1, 4, 8, requires_grad=True), 2)
+
+
+def test_a_tensor_tells_what_it_is(starpu: Any) -> None:
+    tensor = starpu.register(np.zeros((1, 2, 70, 16), "float32"), 32)
+    assert repr(tensor) == "<TiledTensor (1, 2, 70, 16) float32, 1 x 2 x 3 tiles of 32 rows>"
+    tensor.unregister()
+    assert repr(tensor).endswith("rows, unregistered>")
+
+
+def test_init_replaces_a_start_by_a_call(script: Any) -> None:
+    done = script("""
+        q, k, v, *_ = arrays()
+        before = flashtile.attention(q, k, v, engine="starpu")
+        starpu.init(workers=1)
+        print(starpu.workers())
+        assert np.array_equal(flashtile.attention(q, k, v, engine="starpu"), before)
+        print(message(starpu.init, SpecError))
+    """)
+    assert done.stdout == "1\ninit: got a second call, expected shutdown() before another init()\n"
+
+
+def test_workers_stay_on_the_cpus_of_the_process(script: Any) -> None:
+    done = script("""
+        allowed = {min(os.sched_getaffinity(0))}
+        os.sched_setaffinity(0, allowed)
+        starpu.init(workers=2)
+        print(all(os.sched_getaffinity(int(task)) == allowed for task in os.listdir("/proc/self/task")))
+    """)
+    assert done.stdout == "True\n"

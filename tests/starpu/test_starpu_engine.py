@@ -351,8 +351,7 @@ def test_a_thousand_calls_do_not_grow(script: Script) -> None:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         calls(500)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, len(runtime.current().handles))
-        """,
-        timeout=120,
+        """
     )
     grown, handles = map(int, done.stdout.split())
     assert grown < 4000 and handles == 0  # KiB

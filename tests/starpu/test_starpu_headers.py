@@ -8,6 +8,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from processes import run
 
 from flashtile.engines.starpu import build
 
@@ -18,7 +19,7 @@ UNREACHABLE = 75  # the script's status
 @pytest.fixture
 def flags(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The compiler's, for the headers of 1.4 from Debian's archive, downloaded once and kept in build/."""
-    done = subprocess.run([str(SCRIPT), "headers"], capture_output=True, text=True, timeout=300)
+    done = run([str(SCRIPT), "headers"])
     if done.returncode == UNREACHABLE:
         pytest.skip(f"the headers of StarPU 1.4 cannot be had here: {done.stderr.strip().splitlines()[-1]}")
     assert done.returncode == 0, done.stderr

@@ -38,7 +38,7 @@ def use(x: Array, mapped: np.memmap[Any, np.dtype[np.float64]], cupy: CuPy, jax:
     assert_type(mapped_lse, Lse)
     assert_type(flashtile.attention(cupy, cupy, cupy, return_lse=True), tuple[CuPy, CuPy])
     assert_type(flashtile.attention(jax, jax, jax), Jax)
-    assert_type(flashtile.plot_coverage((64, 64), path="a.png").ndim, int)
+    assert_type(flashtile.plot_coverage((64, 64), path="a.png").tiles.ndim, int)
     flashtile.explain(x, engine="direct", kernel="vanilla", align="top_left", window=(3, None))
 """
 TORCH = """

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..arrays import device_of
-from ..errors import SpecError
+from ..errors import SpecError, described
 from .expr import INT_MAX, INT_MIN
 
 # Element -> type in the language, by NumPy's code; bf16 stands apart.
@@ -134,11 +134,11 @@ def _storage(value: Any, name: str) -> tuple[np.ndarray, str]:
     if type(value).__module__.partition(".")[0] == "torch" or hasattr(value, "__torch_function__"):
         return _torch_storage(value, name)
     if not is_array(value):
-        raise SpecError(f"{name}: got a {type(value).__name__}, expected a NumPy array or a torch tensor")
+        raise SpecError(f"{name}: got {described(value)}, expected a NumPy array or a torch tensor")
     try:
         raw = np.asarray(value)
     except Exception as e:
-        raise SpecError(f"{name}: got {type(value).__name__}, expected an array in CPU memory") from e
+        raise SpecError(f"{name}: got {described(value)}, expected an array in CPU memory") from e
     if raw.dtype.kind == "V" and raw.dtype.name == "bfloat16":
         return raw.view(np.uint16), "bf16"
     return raw, _element(raw.dtype, name)

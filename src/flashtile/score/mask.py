@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import SpecError
+from ..errors import SpecError, described
 from .broadcast import broadcast_reader, check_broadcast
 from .capture import capture, is_array
 from .expr import Expr
@@ -133,7 +133,7 @@ def as_mask(value: Any) -> Mask:
     _check_called(value, "mask")
     if callable(value):
         return Mask(lambda offset: value, name="mask")
-    got = f"the score function {value.name}" if isinstance(value, Score) else type(value).__name__
+    got = f"the score function {value.name}" if isinstance(value, Score) else described(value)
     raise SpecError(f"mask: got {got}, expected a boolean array, a mask or a function of (b, h, i, j)")
 
 
@@ -144,5 +144,5 @@ def as_score(value: Any) -> Score:
     _check_called(value, "score_mod")
     if callable(value):
         return Score(lambda offset: value)
-    got = f"the mask {value.name}" if isinstance(value, Mask) else type(value).__name__
+    got = f"the mask {value.name}" if isinstance(value, Mask) else described(value)
     raise SpecError(f"score_mod: got {got}, expected a function of (s, b, h, i, j)")

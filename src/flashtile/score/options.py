@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..dtypes import DTYPES
-from ..errors import wrong
+from ..errors import described, wrong
 from .capture import ArrayCapture, capture, is_array
 from .code import Code
 from .expr import FARTHEST
@@ -112,7 +112,7 @@ def sinks_of(sinks: Any, spec: AttentionSpec) -> np.ndarray | ArrayCapture:
     """Sinks as a contiguous (B, H) array of the accumulator's dtype; as they are where they lie on a GPU."""
     expected = f"floats of shape (H,) = ({spec.heads},) or (B, H) = ({spec.batch}, {spec.heads})"
     if not is_array(sinks):
-        raise wrong("sinks", f"a {type(sinks).__name__}", expected)
+        raise wrong("sinks", described(sinks), expected)
     found = capture(sinks, "sinks")
     if found.type != "float":
         raise wrong("sinks", f"dtype {sinks.dtype}", expected)

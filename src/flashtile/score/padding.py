@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import SpecError
+from ..errors import SpecError, described
 from .capture import capture, is_array
 from .mask import Mask
 
@@ -28,7 +28,7 @@ def per_batch(value: Any, argument: str, scalar: bool = True) -> Any:
     value = np.asarray(value) if isinstance(value, (list, tuple)) else value
     expected = f"an integer array (B,){' or an integer' if scalar else ''}"
     if not is_array(value):
-        raise SpecError(f"{argument}: got {type(value).__name__}, expected {expected}")
+        raise SpecError(f"{argument}: got {described(value)}, expected {expected}")
     found = capture(value, argument)
     if found.rank != 1 or found.type != "int":
         raise SpecError(f"{argument}: got {found.dtype} of shape {found.array.shape}, expected {expected}")

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import SpecError
+from ..errors import SpecError, described
 from . import functions  # noqa: F401  # what symbols answer to
 from .capture import is_array
 from .expr import Expr
@@ -62,7 +62,7 @@ def trace_score(function: Callable[..., Any], argument: str = "score_mod") -> Ex
 def _trace(function: Callable[..., Any], names: str, argument: str) -> Any:
     """What the function returns for symbols: one value, of the language or a number."""
     if not callable(function):
-        raise SpecError(f"{argument}: got {type(function).__name__}, expected a function of ({', '.join(names)})")
+        raise SpecError(f"{argument}: got {described(function)}, expected a function of ({', '.join(names)})")
     _check_arity(function, names, argument)
     rebuilt = _Rebuild(argument).value(function, _name_of(function))
     result = rebuilt(*(Symbol(variable(name)) for name in names))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..checks import ALIGNMENTS, check_flag, integer
-from ..errors import SpecError, wrong
+from ..errors import SpecError, described, wrong
 from .expr import FARTHEST, INT_MAX
 from .mask import Mask
 from .window import sides
@@ -100,7 +100,7 @@ def _boundaries(value: Any, name: str) -> np.ndarray:
     try:
         found = np.asarray(value.cpu() if hasattr(value, "cpu") else value.get() if hasattr(value, "get") else value)
     except Exception as cause:
-        raise wrong(name, f"a {type(value).__name__}", expected) from cause
+        raise wrong(name, described(value), expected) from cause
     if found.dtype.kind not in "iu" or found.ndim != 1 or not found.size:
         raise wrong(name, f"{found.dtype} of shape {found.shape}", expected)
     if found[0] != 0:

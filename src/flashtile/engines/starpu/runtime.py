@@ -62,7 +62,7 @@ class Runtime:
     def __init__(self, module: Any, owned: bool, implicit: bool, kernels: Kernels | None) -> None:
         self.lib, self.ffi, self.kernels = module.lib, module.ffi, kernels
         self.lib.ft_driver_forget()  # contexts of an earlier start have ended
-        self.owned, self.pauses = owned, owned and implicit
+        self.owned, self.implicit, self.pauses = owned, implicit, owned and implicit
         self.pid = os.getpid()
         self.jobs: weakref.WeakSet[Drained] = weakref.WeakSet()
         self.recorder: Recorder | None = None
@@ -193,8 +193,13 @@ def init(
     global _runtime
     with _lock:
         if _runtime is not None:
-            current()  # in a child the error is another
-            raise wrong("init", "a second call", "shutdown() before another init()")
+            now = current()  # in a child the error is another
+            if not (now.implicit and now.owned):
+                raise wrong("init", "a second call", "shutdown() before another init()")
+            if now.active or now.handles:
+                got = 'a call while a StarPU that attention(engine="starpu") started has tasks or tiles'
+                raise wrong("init", got, "shutdown() before it")
+            shutdown()  # what is asked for here replaces the defaults of that start
         kernels = _kernels(cuda_kernels)
         module = build.load()
         if module.lib.ft_is_initialized():
@@ -286,6 +291,7 @@ def _start(module: Any, workers: Any, cuda: Any, scheduler: Any, calibrate: Any,
         os.makedirs(models, exist_ok=True)
         os.environ["STARPU_PERF_MODEL_DIR"] = os.fspath(models)
     numbers = [-1 if x is None else int(x) for x in (workers, cuda, calibrate)]
+    os.environ.setdefault("STARPU_WORKERS_GETBIND", "1")  # workers stay on the CPUs that this process may use
     status = lib.ft_init(*numbers[:2], (scheduler or "").encode(), numbers[2])
     if status:
         raise UnavailableError(

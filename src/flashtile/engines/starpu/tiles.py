@@ -139,6 +139,11 @@ class TiledTensor:
         """Whether the rows of a tile lie without gaps."""
         return self.owned or self.columns is None or self._strides[2] == self.columns * self.dtype.itemsize
 
+    def __repr__(self) -> str:
+        grid = " x ".join(map(str, self.grid))
+        state = "" if self.live and not self.runtime.over else ", unregistered"
+        return f"<TiledTensor {self.shape} {self.dtype.name}, {grid} tiles of {self.rows} rows{state}>"
+
     def __getitem__(self, index: Any) -> Tile:
         """The tile (batch, head, tile along S). Raises: SpecError outside the grid."""
         numbers = tuple(integer(n) for n in index) if isinstance(index, tuple) else (integer(index),)
