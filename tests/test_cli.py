@@ -339,7 +339,7 @@ def test_doctor_lists_every_room(capsys: Capture) -> None:
 
 def test_doctor_says_why_a_door_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name == "torch" else object())
-    assert ("door", "flashtile.torch", False, "torch not installed") in doctor.survey()
+    assert ("door", "flashtile.torch", False, "torch not installed: pip install torch") in doctor.survey()
 
 
 def test_doctor_says_why_the_door_of_an_engine_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:

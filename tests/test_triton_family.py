@@ -32,7 +32,7 @@ def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("version", "reason"),
     [
-        (None, "triton is not installed"),
+        (None, "triton is not installed: pip install 'triton>=3.6,<3.10'"),
         ("3.5.1", "triton is 3.5.1, not from 3.6 to below 3.10: pip install 'triton>=3.6,<3.10'"),
         ("3.10.0", "triton is 3.10.0, not from 3.6 to below 3.10: pip install 'triton>=3.6,<3.10'"),
         ("4.0.0", "triton is 4.0.0, not from 3.6 to below 3.10: pip install 'triton>=3.6,<3.10'"),
@@ -74,8 +74,9 @@ print([row[3] for row in flashtile.kernels.survey() if row[1] == "triton"])
 print(flashtile.cli.main(["aot", "--arch", "sm_90", "-o", "never-made"]))
 """
     done = run([sys.executable, "-c", code], check=True)
-    assert done.stdout.split("\n")[:2] == ["['triton is not installed']", "2"]
-    assert done.stderr == "flashtile aot: error: aot: triton is not installed\n"
+    absent = "triton is not installed: pip install 'triton>=3.6,<3.10'"
+    assert done.stdout.split("\n")[:2] == [f"{[absent]}", "2"]
+    assert done.stderr == f"flashtile aot: error: aot: {absent}\n"
     assert not Path("never-made").exists()
 
 

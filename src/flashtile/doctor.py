@@ -37,6 +37,8 @@ def text() -> str:
         ("cache", _cache()),
     ]
     lines = [f"{name:<10} {value}" for name, value in facts] + [""]
+    if absent := [name for name in _PACKAGES if _version(name) == "-"]:
+        lines.insert(-1, f"{'absent':<10} optional: pip install {' '.join(absent)}")
     for room, name, available, remark in survey():
         state = ("" if available else "not ") + "available" + (f": {remark}" if remark else "")
         lines.append(f"{room:<10} {name:<22} {state}")
@@ -80,7 +82,11 @@ def _doors() -> list[Row]:
         tree = ast.parse(file.read_bytes())
         if (ast.get_docstring(tree) or "").startswith("The door for"):
             missing = sorted(name for name in _imports(tree) if importlib.util.find_spec(name) is None)
-            reason = f"{', '.join(missing)} not installed" if missing else shut.get(file.stem, "")
+            reason = (
+                f"{', '.join(missing)} not installed: pip install {' '.join(missing)}"
+                if missing
+                else shut.get(file.stem, "")
+            )
             rows.append(("door", f"flashtile.{file.stem}", not reason, reason))
     return rows
 

@@ -50,15 +50,17 @@ def unavailable() -> str | None:
         return reason
     if not interpreting():
         return driver.missing()
-    return None if importlib.util.find_spec("torch") else "torch, whose memory the interpreter uses, is not installed"
+    if importlib.util.find_spec("torch") is None:
+        return "torch, whose memory the interpreter uses, is not installed: pip install torch"
+    return None
 
 
 def compiler_missing() -> str | None:
     """Why Triton cannot be used here at all, None if it can."""
     version = installed_version()
-    if version is None:
-        return "triton is not installed"
     low, high = (".".join(map(str, v)) for v in VERSIONS)
+    if version is None:
+        return f"triton is not installed: pip install 'triton>={low},<{high}'"
     if not VERSIONS[0] <= (release() or (0,)) < VERSIONS[1]:
         return f"triton is {version}, not from {low} to below {high}: pip install 'triton>={low},<{high}'"
     return None
