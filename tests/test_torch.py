@@ -337,8 +337,17 @@ def test_tensors_on_a_gpu_go_to_their_own_call_with_every_option(
     q, k, v = tensors(Shape(2, 2, 2, 9, 9, 8, 8))
     calls = 0
 
-    def attend_on_host(owner: Any, inputs: Any, options: Any, scores: Any, offsets: Any, return_lse: bool,
-                       progress: Any, out: Any) -> Any:  # fmt: skip
+    def attend_on_host(
+        owner: Any,
+        inputs: Any,
+        options: Any,
+        scores: Any,
+        offsets: Any,
+        return_lse: bool,
+        progress: Any,
+        out: Any,
+        check: Any,
+    ) -> Any:
         nonlocal calls
         calls += 1
         given = {**options._asdict(), **({} if scores is None else vars(scores)), "out": out, "progress": progress}
@@ -365,6 +374,16 @@ def test_tensors_on_a_gpu_go_to_their_own_call_with_every_option(
         for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (got, want)), strict=True):
             assert torch.equal(a, b)
     assert calls == len(options)
+
+
+def test_a_function_that_reads_a_recorded_tensor_is_refused_on_a_gpu() -> None:
+    """Its gradient would be lost without a word; the check comes before the device is touched."""
+    q, k, v = tensors(Shape(1, 2, 2, 4, 4, 8, 8))
+    weight = torch.ones(2, requires_grad=True)
+    scores = ScoreOptions(score_mod=lambda s, b, h, i, j: s * weight[h])
+    options = (False, None, None, None, "ieee", "auto", "auto")
+    with pytest.raises(UnavailableError, match="reads a tensor that requires grad"):
+        flashtile.torch._attend_on_device(q, k, v, options, scores)
 
 
 sdpa_here = flashtile.torch.scaled_dot_product_attention

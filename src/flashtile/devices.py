@@ -7,7 +7,7 @@ uses it has yet to run.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -86,11 +86,13 @@ def attend(
     progress: Any,
     out: Any,
     held: bool = False,
+    check: Callable[[Scoring], None] | None = None,
 ) -> tuple[Any, Any]:
     """`attention` of arrays of the owner's: the output, and lse or None. A repeated call finds itself by its key.
 
     held: the inputs live until the device has read them. JAX's memory, lent, and CuPy's, of another stream, might be
     given to an operation that no one orders behind the kernels; with torch that is the caller's record_stream.
+    check: sees what the options capture before the device is touched.
     """
     q, k, v = inputs
     key: tuple[Any, ...] = (owner.key(q), owner.key(k), owner.key(v), None if out is None else owner.key(out), options)
@@ -105,6 +107,8 @@ def attend(
             _specs[plain] = spec
         offset = offsets if spec.offset is None else spec.offset
         spec, scoring = scores.scoring(spec, options.causal, options.window, offset)
+        if check is not None:
+            check(scoring)
         key += spec.program, spec.sinks, spec.dropout
     call = lookup(key)
     if call is None and spec is None:  # checked before the device is touched

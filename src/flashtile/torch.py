@@ -251,8 +251,18 @@ def _attend_on_device(
     if scores is not None:
         _check_scores(scores)
     owner = devices.owner_of("torch")
-    o, lse = devices.attend(owner, (q, k, v), Options(*options), scores, offsets, return_lse, progress, out)
+    call = (q, k, v), Options(*options), scores, offsets, return_lse, progress, out
+    o, lse = devices.attend(owner, *call, check=_refuse_recorded)
     return (o, lse) if return_lse else o
+
+
+def _refuse_recorded(scoring: Scoring) -> None:
+    """Raise where a function reads a tensor whose gradient is recorded: on a GPU it would be lost without a word."""
+    if _is_recorded(scoring, None):
+        raise UnavailableError(
+            "score_mod, mask: got a function that reads a tensor that requires grad, expected one that does not, or "
+            "torch.no_grad(): gradients are not available on a GPU yet"
+        )
 
 
 def _keep_of(dropout_p: Any, seed: Any) -> Keep | None:
