@@ -11,6 +11,7 @@ from inputs import Shape, uniform
 
 import flashtile
 from flashtile.errors import SpecError, UnavailableError
+from flashtile.score.options import ScoreOptions
 
 torch = pytest.importorskip("torch")
 import flashtile.devices  # noqa: E402
