@@ -41,10 +41,19 @@ OPTIONS = {
     "one number": {"bias": np.array([[0.3]]), "sinks": SINKS},
     "dropout": {"dropout_p": 0.3, "seed": 7, "causal": True, "align": 1},
     "function": {"score_mod": table_score(TABLE)},
-    "together": {"softcap": 2.0, "score_mod": table_score(TABLE), "alibi_slopes": SLOPES, "bias": BIAS,
-                 "sinks": SINKS, "mask": SEEN, "causal": True, "align": "bottom_right",
-                 "dropout_p": 0.2, "seed": 2**64 - 1},
-}  # fmt: skip
+    "together": {
+        "softcap": 2.0,
+        "score_mod": table_score(TABLE),
+        "alibi_slopes": SLOPES,
+        "bias": BIAS,
+        "sinks": SINKS,
+        "mask": SEEN,
+        "causal": True,
+        "align": "bottom_right",
+        "dropout_p": 0.2,
+        "seed": 2**64 - 1,
+    },
+}
 
 
 def families():

@@ -185,13 +185,17 @@ def test_starpu_says_so() -> None:
             flashtile.attention(*inputs(), dropout_p=0.3, seed=1, kernel=kernel, engine="starpu")
 
 
-BAD: list[tuple[dict[str, Any], str]] = [
-    ({"dropout_p": p, "seed": 1}, "dropout_p: got .*, expected a real number in")
-    for p in (1, 1.0, -0.1, 1 - 2**-17, 1 - 2**-20, float("nan"), float("inf"), "0.1", None, True, np.zeros(2), 1j)
-] + [
-    ({"dropout_p": 0.1, "seed": seed}, "seed: got .*, expected an integer in")
-    for seed in (None, -1, 2**64, 1.0, "1", True, np.zeros(1, int), float("nan"))
-] + [({"seed": -1}, "seed: got -1, expected an integer in")]  # fmt: skip
+BAD: list[tuple[dict[str, Any], str]] = (
+    [
+        ({"dropout_p": p, "seed": 1}, "dropout_p: got .*, expected a real number in")
+        for p in (1, 1.0, -0.1, 1 - 2**-17, 1 - 2**-20, float("nan"), float("inf"), "0.1", None, True, np.zeros(2), 1j)
+    ]
+    + [
+        ({"dropout_p": 0.1, "seed": seed}, "seed: got .*, expected an integer in")
+        for seed in (None, -1, 2**64, 1.0, "1", True, np.zeros(1, int), float("nan"))
+    ]
+    + [({"seed": -1}, "seed: got -1, expected an integer in")]
+)
 
 
 @pytest.mark.parametrize(("options", "message"), BAD)

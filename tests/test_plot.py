@@ -52,8 +52,11 @@ def test_the_title_names_the_map_where_maps_differ(tmp_path: Path, monkeypatch: 
 
     titles: list[str] = []
     monkeypatch.setattr(Axes, "set_title", lambda self, text, **options: titles.append(text))
-    for options in ({"causal": True}, {"mask": lambda b, h, i, j: j < 4 * h, "head": 2},
-                    {"mask": score.padding(np.array([4, 3])), "batch": 1}):  # fmt: skip
+    for options in (
+        {"causal": True},
+        {"mask": lambda b, h, i, j: j < 4 * h, "head": 2},
+        {"mask": score.padding(np.array([4, 3])), "batch": 1},
+    ):
         flashtile.plot_coverage(SHAPE, path=tmp_path / "map.png", tile=(2, 4), **options)
     common = "2 x 4 tiles, 8 x 8 scores"
     assert titles == [common, f"{common}, head 2 of 3", f"{common}, batch 1 of 2"]

@@ -57,8 +57,12 @@ def attend(
     places = {id(x): n for n, x in enumerate(sources)}
     captures = () if scoring.program is None else scoring.program.captures
     # The tensors themselves are left out: what the backward reads is what torch has kept of them.
-    slots = tuple(_Saved(places[id(x.source)], x.name, x.array.shape) if isinstance(x, ArrayCapture)
-                  and id(x.source) in places else x for x in captures)  # fmt: skip
+    slots = tuple(
+        _Saved(places[id(x.source)], x.name, x.array.shape)
+        if isinstance(x, ArrayCapture) and id(x.source) in places
+        else x
+        for x in captures
+    )
     bare = replace(scoring, program=scoring.program and replace(scoring.program, captures=()), sinks=None)
     offset: Any = offsets if spec.offset is None else spec.offset
     given: list[Any] = [sinks] if isinstance(sinks, Tensor) else []
@@ -93,8 +97,10 @@ class _Call:
         """The call's scoring again, of the tensors that were saved."""
         program = self.bare.program
         if program is not None:
-            program = replace(program, captures=tuple(
-                _captured(sources[x.number], x) if isinstance(x, _Saved) else x for x in self.slots))  # fmt: skip
+            program = replace(
+                program,
+                captures=tuple(_captured(sources[x.number], x) if isinstance(x, _Saved) else x for x in self.slots),
+            )
         given = sources[self.arrays :]
         sinks = sinks_of(given[0], self.spec) if given else self.sinks
         return replace(self.bare, program=program, sinks=sinks)

@@ -58,8 +58,11 @@ class Explanation:
         s, p, c = self.spec, self.plan, self.coverage
         tiles = c.empty + c.full + c.partial
         rows = [
-            ("call", f"q ({s.batch}, {s.heads}, {s.q_len}, {s.head_size}), k ({s.batch}, {s.kv_heads}, {s.kv_len}, "
-                     f"{s.head_size}), v (..., {s.value_size}), {s.dtype}, scale {s.scale:.6g}"),
+            (
+                "call",
+                f"q ({s.batch}, {s.heads}, {s.q_len}, {s.head_size}), k ({s.batch}, {s.kv_heads}, {s.kv_len}, "
+                f"{s.head_size}), v (..., {s.value_size}), {s.dtype}, scale {s.scale:.6g}",
+            ),
             ("positions", _positions(s) if not self.mask else "as the mask says"),
             *([("score", self.score)] if self.score else ()),
             *([("mask", self.mask)] if self.mask else ()),
@@ -67,17 +70,33 @@ class Explanation:
             *([("dropout", "of the weights, by the seed and position of each")] if s.dropout else ()),
             ("kernel", ", ".join(filter(None, (self.kernel, self.variant, self.isa)))),
             ("engine", f"{self.engine}, {self._threads()}"),
-            ("tiles", f"{p.tile_q} queries" + (f" of {p.head_block} heads" if p.head_block > 1 else "") +
-                      f" x {p.tile_k} keys; {p.items} work items"),
-            *([("parts", f"keys in {p.splits} parts of {p.split_keys}, merged in order; "
-                         f"{_bytes(self.workspace_bytes)} between")] if p.splits > 1 else ()),
-            ("coverage", f"{c.full} full, {c.partial} partial, {c.empty} empty of {tiles} tiles; "
-                         f"{100 * c.visible / max(c.pairs, 1):.1f}% of the pairs visible"),
+            (
+                "tiles",
+                f"{p.tile_q} queries"
+                + (f" of {p.head_block} heads" if p.head_block > 1 else "")
+                + f" x {p.tile_k} keys; {p.items} work items",
+            ),
+            *(
+                [
+                    (
+                        "parts",
+                        f"keys in {p.splits} parts of {p.split_keys}, merged in order; "
+                        f"{_bytes(self.workspace_bytes)} between",
+                    )
+                ]
+                if p.splits > 1
+                else ()
+            ),
+            (
+                "coverage",
+                f"{c.full} full, {c.partial} partial, {c.empty} empty of {tiles} tiles; "
+                f"{100 * c.visible / max(c.pairs, 1):.1f}% of the pairs visible",
+            ),
             ("work", f"{self.flops / 1e9:.6g} GFLOP"),
             ("scratch", f"{_bytes(self.scratch_bytes)} per thread; unfused scores take {_bytes(self.unfused_bytes)}"),
             *((f"not {name}", reason) for name, reason in self.passed_over),
             *(("note", note) for note in self.notes),
-        ]  # fmt: skip
+        ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 

@@ -248,8 +248,7 @@ def _memory(problem: Problem, inputs: Sequence[Any]) -> list[np.ndarray]:
     program = problem.scoring.program
     captures = () if program is None else program.captures
     captured = [x.array for x in captures if isinstance(x, ArrayCapture)]
-    return [x for x in (*inputs, *(x for _, x in problem.sources), *captured)
-            if isinstance(x, np.ndarray)]  # fmt: skip
+    return [x for x in (*inputs, *(x for _, x in problem.sources), *captured) if isinstance(x, np.ndarray)]
 
 
 def _finish(problem: Problem, sums: Sums, out: Gradients | None, accumulate: bool) -> Gradients:

@@ -24,9 +24,18 @@ from flashtile.signature import Align, Precision, Window
 from flashtile.spec import PER_BATCH
 
 __all__ = [
-    "FACTOR", "Expected", "allow", "allowed_error", "assert_accurate", "assert_gradients_accurate", "expect",
-    "expect_gradients", "expect_values", "key_orders", "ulp",
-]  # fmt: skip
+    "FACTOR",
+    "Expected",
+    "allow",
+    "allowed_error",
+    "assert_accurate",
+    "assert_gradients_accurate",
+    "expect",
+    "expect_gradients",
+    "expect_values",
+    "key_orders",
+    "ulp",
+]
 
 
 def expect(

@@ -91,8 +91,17 @@ def test_the_cuda_trampoline_compiles(tmp_path: Path) -> None:
     for name in HEADERS:
         (tmp_path / name).write_text('#include "cuda.h"\n')
     flags = subprocess.run(["pkg-config", "--cflags", found[0]], capture_output=True, text=True, check=True)
-    command = [compiler, "-fsyntax-only", "-Wall", "-Werror", "-DSTARPU_USE_CUDA", f"-I{tmp_path}",
-               f"-I{build.HERE}", *flags.stdout.split(), str(build.HERE / "shim.c")]  # fmt: skip
+    command = [
+        compiler,
+        "-fsyntax-only",
+        "-Wall",
+        "-Werror",
+        "-DSTARPU_USE_CUDA",
+        f"-I{tmp_path}",
+        f"-I{build.HERE}",
+        *flags.stdout.split(),
+        str(build.HERE / "shim.c"),
+    ]
     done = run(command)
     assert done.returncode == 0, done.stderr
     listed = run([*command, "-E"]).stdout
@@ -130,8 +139,12 @@ def recorded(flow: VanillaFlow, monkeypatch: pytest.MonkeyPatch, door: Any) -> d
 
     monkeypatch.setattr(programs.Program, "submit", record)
     spec = flow.spec
-    shapes = [(spec.q_len, spec.head_size), (spec.kv_len, spec.head_size), (spec.kv_len, spec.value_size),
-              (spec.q_len, spec.value_size)]  # fmt: skip
+    shapes = [
+        (spec.q_len, spec.head_size),
+        (spec.kv_len, spec.head_size),
+        (spec.kv_len, spec.value_size),
+        (spec.q_len, spec.value_size),
+    ]
     rows = flow.tile_q, flow.tile_k, flow.tile_k, flow.tile_q
     tensors = [door.empty((1, spec.heads, *s), spec.dtype, n) for s, n in zip(shapes, rows, strict=True)]
     tensors.append(door.empty((1, spec.heads, spec.q_len), DTYPES[spec.dtype].accumulator, flow.tile_q))

@@ -54,10 +54,13 @@ HERE = Path(__file__).parent
 SLOW = [
     (dtype, precision)
     for dtype, precisions in {
-        "float64": ("ieee",), "float32": ("ieee", "tf32", "bf16", "fp16"), "float16": ("ieee",), "bfloat16": ("ieee",),
+        "float64": ("ieee",),
+        "float32": ("ieee", "tf32", "bf16", "fp16"),
+        "float16": ("ieee",),
+        "bfloat16": ("ieee",),
     }.items()
     for precision in precisions
-]  # fmt: skip
+]
 
 LINE = 0x7_0000_0040
 OPEN = 2**61
@@ -95,8 +98,14 @@ def forward_launches(gpu: Gpu, door: Any, dtype: str, precision: str = "ieee") -
     wide = DTYPES[dtype].accumulator
     given = tensors(door, dtype)
     tasks = recorded(lambda: flow.submit(Job(), *given))["forward"]
-    buffers = [matrix(0x1_0000_0000, 32, dtype), Buffer(0x2_0000_0000), matrix(0x3_0000_0000, 48, dtype),
-               matrix(0x4_0000_0000, 64, wide), Buffer(0x5_0000_0008), Buffer(SCRATCH)]  # fmt: skip
+    buffers = [
+        matrix(0x1_0000_0000, 32, dtype),
+        Buffer(0x2_0000_0000),
+        matrix(0x3_0000_0000, 48, dtype),
+        matrix(0x4_0000_0000, 64, wide),
+        Buffer(0x5_0000_0008),
+        Buffer(SCRATCH),
+    ]
     seen = set()
     for task in tasks.tasks:
         _, _, i, j = task["tile"].tolist()
@@ -104,13 +113,33 @@ def forward_launches(gpu: Gpu, door: Any, dtype: str, precision: str = "ieee") -
         kind = "carried" if task["values"][0] else "partial"
         query_tiles = tiles_of(rows, fake_gpu.TILE.tile_q)
         expected = {
-            "q": 0x1_0000_0000, "k": 0x2_0000_0000, "v": 0x3_0000_0000, "o": 0x4_0000_0000, "lse": 0x5_0000_0008,
-            "odd": LINE, **STRIDES, "q_s": 32, "k_s": HEAD, "v_s": 48, "o_s": 64, "o_split": 0, "lse_split": 0,
-            **COUNTS, "q_len": rows, "kv_len": keys, "head_size": HEAD, "value_size": HEAD, "query_tiles": query_tiles,
+            "q": 0x1_0000_0000,
+            "k": 0x2_0000_0000,
+            "v": 0x3_0000_0000,
+            "o": 0x4_0000_0000,
+            "lse": 0x5_0000_0008,
+            "odd": LINE,
+            **STRIDES,
+            "q_s": 32,
+            "k_s": HEAD,
+            "v_s": 48,
+            "o_s": 64,
+            "o_split": 0,
+            "lse_split": 0,
+            **COUNTS,
+            "q_len": rows,
+            "kv_len": keys,
+            "head_size": HEAD,
+            "value_size": HEAD,
+            "query_tiles": query_tiles,
             "items": query_tiles,
-            "splits": 1, "split_keys": keys, "scale": BITS, "left": OPEN, "right": 0,
+            "splits": 1,
+            "split_keys": keys,
+            "scale": BITS,
+            "left": OPEN,
+            "right": 0,
             "offset": OFFSET + i * TILE_Q - j * TILE_K,
-        }  # fmt: skip
+        }
         launches = gpu.run(tasks.codelet, tasks.program, task, buffers)
         names = [f"forward-{dtype}-{precision}-True-True-{kind}{end}" for end in ("", "-contain")]
         assert [gpu.manifest[x.image]["name"] for x in launches] == names
@@ -134,10 +163,21 @@ def merge_launches(gpu: Gpu, door: Any, dtype: str) -> None:
         query_tiles = tiles_of(rows, aot.MERGE_ROWS)
         [launched] = gpu.run(tasks.codelet, tasks.program, task, [*map(Buffer, addresses), Buffer(SCRATCH)])
         expected = {
-            "parts_o": addresses[0], "parts_lse": addresses[1], "o": addresses[0], "lse": addresses[1],
-            **of("o"), "o_s": HEAD, "o_split": -0x1_0000_0000 // size, "lse_split": 0x1_0000_0000 // size,
-            "first": 0, "heads": 1, "q_len": rows, "value_size": HEAD, "query_tiles": query_tiles, "splits": 2,
-        }  # fmt: skip
+            "parts_o": addresses[0],
+            "parts_lse": addresses[1],
+            "o": addresses[0],
+            "lse": addresses[1],
+            **of("o"),
+            "o_s": HEAD,
+            "o_split": -0x1_0000_0000 // size,
+            "lse_split": 0x1_0000_0000 // size,
+            "first": 0,
+            "heads": 1,
+            "q_len": rows,
+            "value_size": HEAD,
+            "query_tiles": query_tiles,
+            "splits": 2,
+        }
         check(gpu, launched, f"merge-{dtype}", query_tiles, expected)
     forget(given)
 
@@ -153,10 +193,21 @@ def finish_launches(gpu: Gpu, door: Any, dtype: str) -> None:
         buffers = [Buffer(0x4_0000_0000), Buffer(0x5_0000_0000), matrix(0x6_0000_0000, 40, dtype), Buffer(SCRATCH)]
         [launched] = gpu.run(tasks.codelet, tasks.program, task, buffers)
         expected = {
-            "parts_o": 0x4_0000_0000, "parts_lse": 0x5_0000_0000, "o": 0x6_0000_0000, "lse": LINE,
-            **of("o"), "o_s": 40, "o_split": 0, "lse_split": 0,
-            "first": 0, "heads": 1, "q_len": rows, "value_size": HEAD, "query_tiles": query_tiles, "splits": 1,
-        }  # fmt: skip
+            "parts_o": 0x4_0000_0000,
+            "parts_lse": 0x5_0000_0000,
+            "o": 0x6_0000_0000,
+            "lse": LINE,
+            **of("o"),
+            "o_s": 40,
+            "o_split": 0,
+            "lse_split": 0,
+            "first": 0,
+            "heads": 1,
+            "q_len": rows,
+            "value_size": HEAD,
+            "query_tiles": query_tiles,
+            "splits": 1,
+        }
         check(gpu, launched, f"merge-{dtype}", query_tiles, expected)
     assert tasks.program.scratch_bytes >= TILE_Q * 4
     forget(given)
@@ -183,21 +234,61 @@ def unfused_launches(gpu: Gpu, door: Any, dtype: str, precision: str = "ieee") -
             query_tiles, key_tiles = tiles_of(rows, fake_gpu.TILE.tile_q), tiles_of(columns, fake_gpu.TILE.tile_k)
             at = 0x7_0000_0000 + j * columns * DTYPES[dtype].itemsize
             expected, grid, name = {
-                "scores": ({
-                    "q": 0x1_0000_0000, "k": 0x2_0000_0000, "s": at, **of("qk"), "q_s": 32, "k_s": HEAD, "s_s": row,
-                    **common, "q_len": rows, "kv_len": keys, "columns": columns, "query_tiles": query_tiles,
-                    "key_tiles": key_tiles, "scale": BITS, "left": OPEN, "right": 0,
-                    "offset": OFFSET + i * TILE_Q - j * TILE_K,
-                }, query_tiles * key_tiles, f"scores-{dtype}-{precision}"),
-                "softmax": ({
-                    "s": 0x7_0000_0000, "p": 0x7_0000_0000, "lse": 0x5_0000_0000, "first": 0, "q_len": rows,
-                    "kv_len": row, "query_tiles": query_tiles,
-                }, query_tiles, f"softmax-{dtype}-{precision}"),
-                "output": ({
-                    "p": at, "v": 0x3_0000_0000, "o": 0x4_0000_0000, **of("vo"), "v_s": 48, "o_s": 64, "p_s": row,
-                    **COUNTS, "q_len": rows, "kv_len": keys, "value_size": HEAD, "query_tiles": query_tiles,
-                }, query_tiles, f"output-{dtype}-{precision}-True-True-{'carried' if j else 'partial'}"),
-            }[stage]  # fmt: skip
+                "scores": (
+                    {
+                        "q": 0x1_0000_0000,
+                        "k": 0x2_0000_0000,
+                        "s": at,
+                        **of("qk"),
+                        "q_s": 32,
+                        "k_s": HEAD,
+                        "s_s": row,
+                        **common,
+                        "q_len": rows,
+                        "kv_len": keys,
+                        "columns": columns,
+                        "query_tiles": query_tiles,
+                        "key_tiles": key_tiles,
+                        "scale": BITS,
+                        "left": OPEN,
+                        "right": 0,
+                        "offset": OFFSET + i * TILE_Q - j * TILE_K,
+                    },
+                    query_tiles * key_tiles,
+                    f"scores-{dtype}-{precision}",
+                ),
+                "softmax": (
+                    {
+                        "s": 0x7_0000_0000,
+                        "p": 0x7_0000_0000,
+                        "lse": 0x5_0000_0000,
+                        "first": 0,
+                        "q_len": rows,
+                        "kv_len": row,
+                        "query_tiles": query_tiles,
+                    },
+                    query_tiles,
+                    f"softmax-{dtype}-{precision}",
+                ),
+                "output": (
+                    {
+                        "p": at,
+                        "v": 0x3_0000_0000,
+                        "o": 0x4_0000_0000,
+                        **of("vo"),
+                        "v_s": 48,
+                        "o_s": 64,
+                        "p_s": row,
+                        **COUNTS,
+                        "q_len": rows,
+                        "kv_len": keys,
+                        "value_size": HEAD,
+                        "query_tiles": query_tiles,
+                    },
+                    query_tiles,
+                    f"output-{dtype}-{precision}-True-True-{'carried' if j else 'partial'}",
+                ),
+            }[stage]
             [launched] = gpu.run(batch.codelet, batch.program, task, [*mapped, Buffer(SCRATCH)])
             check(gpu, launched, name, grid, expected)
     forget(given)

@@ -119,9 +119,16 @@ def test_tiles_one_by_one(starpu: Any, dtype: str, options: dict[str, Any], accu
         begun = 0
         for j in (2, 0, 3, 1):
             begun += starpu.submit_forward(
-                q[b, h, i], k[b, h // 2, j], v[b, h // 2, j], o[b, h, i], lse[b, h, i],
-                carry=begun > 0, last=j == 1, accumulate=accumulate, **options,
-            )  # fmt: skip
+                q[b, h, i],
+                k[b, h // 2, j],
+                v[b, h // 2, j],
+                o[b, h, i],
+                lse[b, h, i],
+                carry=begun > 0,
+                last=j == 1,
+                accumulate=accumulate,
+                **options,
+            )
         if not begun:  # the mask hides every key: nobody wrote the state
             for tensor, nothing in ((o, 0), (lse, -np.inf)):
                 with tensor.acquire((b, h, i), "W") as empty:
@@ -214,36 +221,56 @@ def test_arrays_are_not_copied(starpu: Any) -> None:
 
 
 MISFITS: list[tuple[str, Callable[[Any, list[Any]], Any]]] = [
-    ("k: got tile (0, 0, 0), expected tile (0, 1, 0)",
-     lambda s, t: s.submit_forward(t[0][0, 1, 0], t[1][0, 0, 0], t[2][0, 1, 0], t[3][0, 1, 0], t[4][0, 1, 0])),
-    ("o: got tile (0, 0, 1)",
-     lambda s, t: s.submit_forward(t[0][0, 0, 0], t[1][0, 0, 0], t[2][0, 0, 0], t[3][0, 0, 1], t[4][0, 0, 0])),
+    (
+        "k: got tile (0, 0, 0), expected tile (0, 1, 0)",
+        lambda s, t: s.submit_forward(t[0][0, 1, 0], t[1][0, 0, 0], t[2][0, 1, 0], t[3][0, 1, 0], t[4][0, 1, 0]),
+    ),
+    (
+        "o: got tile (0, 0, 1)",
+        lambda s, t: s.submit_forward(t[0][0, 0, 0], t[1][0, 0, 0], t[2][0, 0, 0], t[3][0, 0, 1], t[4][0, 0, 0]),
+    ),
     ("k: got a TiledTensor, expected a tile as q", lambda s, t: s.submit_forward(t[0][0, 0, 0], *t[1:])),
     ("q: got a ndarray, expected a registered tensor", lambda s, t: s.submit_forward(np.zeros(3), *t[1:])),
     ("carry: got a value with whole tensors", lambda s, t: s.submit_forward(*t, carry=True)),
     ("kernel: got 'reference', expected 'cpu' or 'vanilla'", lambda s, t: s.submit_forward(*t, kernel="reference")),
-    ("accumulate: got 'commute', expected 'ordered' with kernel 'vanilla'",
-     lambda s, t: s.submit_forward(*t, kernel="vanilla", accumulate="commute")),
+    (
+        "accumulate: got 'commute', expected 'ordered' with kernel 'vanilla'",
+        lambda s, t: s.submit_forward(*t, kernel="vanilla", accumulate="commute"),
+    ),
     ("o: got an array within the memory that", lambda s, t: s.submit_forward(*t[:3], t[0], t[4])),
     ("lse: got shape", lambda s, t: s.submit_forward(*t[:4], t[3])),
-    ("v: got tiles of 96 rows, expected 80 as in k",
-     lambda s, t: s.submit_forward(*t[:2], s.empty((1, 2, 250, 16), "float32", 96), *t[3:])),
+    (
+        "v: got tiles of 96 rows, expected 80 as in k",
+        lambda s, t: s.submit_forward(*t[:2], s.empty((1, 2, 250, 16), "float32", 96), *t[3:]),
+    ),
     ("align: got None with 200 queries and 250 keys", lambda s, t: s.submit_forward(*t, causal=True)),
     ("rows: got 0", lambda s, t: s.empty((1, 1, 4, 4), "float32", 0)),
     ("shape: got", lambda s, t: s.empty((1, -1, 4, 4), "float32", 2)),
     ("array: got strides", lambda s, t: s.register(np.zeros((1, 1, 4, 8), "float32")[..., ::2], 2)),
-    ("handles: got shape (1, 1, 1), expected (1, 1, 2)",
-     lambda s, t: s.wrap(np.ones((1, 1, 1), int), (1, 1, 4, 4), "float32", 2)),
-    ("handle (0, 0, 0): got 0x1, expected a matrix, vector or variable of 32 bytes",
-     lambda s, t: s.wrap(np.array([[[1, 0]]]), (1, 1, 4, 4), "float32", 2)),
-    ("handle (0, 0, 0): got 0x10000, expected",
-     lambda s, t: s.wrap(np.array([[[1 << 16, 0]]]), (1, 1, 4, 4), "float32", 2)),
-    ("handle (0, 0, 0): got one of 6144 bytes, expected a matrix, vector or variable of 6080 bytes",
-     lambda s, t: s.wrap(t[0].handles[:1, :1, :1], (1, 1, 95, 16), "float32", 95)),
-    ("o: got float32 (1, 2, 200, 16) in tiles of 96 rows, expected (1, 2, 200, 16) in tiles of 96 rows, of a dtype",
-     lambda s, t: s.submit_finish(s.empty((1, 2, 200, 16), "float64", 96), s.empty((1, 2, 200), "float64", 96), t[3])),
+    (
+        "handles: got shape (1, 1, 1), expected (1, 1, 2)",
+        lambda s, t: s.wrap(np.ones((1, 1, 1), int), (1, 1, 4, 4), "float32", 2),
+    ),
+    (
+        "handle (0, 0, 0): got 0x1, expected a matrix, vector or variable of 32 bytes",
+        lambda s, t: s.wrap(np.array([[[1, 0]]]), (1, 1, 4, 4), "float32", 2),
+    ),
+    (
+        "handle (0, 0, 0): got 0x10000, expected",
+        lambda s, t: s.wrap(np.array([[[1 << 16, 0]]]), (1, 1, 4, 4), "float32", 2),
+    ),
+    (
+        "handle (0, 0, 0): got one of 6144 bytes, expected a matrix, vector or variable of 6080 bytes",
+        lambda s, t: s.wrap(t[0].handles[:1, :1, :1], (1, 1, 95, 16), "float32", 95),
+    ),
+    (
+        "o: got float32 (1, 2, 200, 16) in tiles of 96 rows, expected (1, 2, 200, 16) in tiles of 96 rows, of a dtype",
+        lambda s, t: s.submit_finish(
+            s.empty((1, 2, 200, 16), "float64", 96), s.empty((1, 2, 200), "float64", 96), t[3]
+        ),
+    ),
     ("other_o: got float32 (1, 2, 200, 16), expected another", lambda s, t: s.submit_merge(*t[3:], *t[3:])),
-]  # fmt: skip
+]
 
 
 def test_misfits_are_one_clear_error_each(starpu: Any) -> None:
@@ -340,8 +367,11 @@ def test_errors_in_tasks_come_out_of_wait(starpu: Any) -> None:
     flow.program.data.cpu = ctypes.cast(broken, ctypes.c_void_p).value
     try:
         starpu.submit_forward(*given.tensors, scale=0.5)
-        with pytest.raises(KernelError, match=r"codelet flashtile_forward_float32 failed on batch 0, head \d, query "
-                                              r"tile \d, key tile \d with status 33, on CPU \d"):  # fmt: skip
+        with pytest.raises(
+            KernelError,
+            match=r"codelet flashtile_forward_float32 failed on batch 0, head \d, query "
+            r"tile \d, key tile \d with status 33, on CPU \d",
+        ):
             starpu.wait()
     finally:
         flow.program.data.cpu = native

@@ -167,8 +167,15 @@ def test_random_shapes_and_tilings(family: str, data: st.DataObject) -> None:
     tile_q, tile_k = draw(st.integers(1, 200)), draw(st.integers(1, 200))
     kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
     lengths = st.integers(1, 260)
-    shape = Shape(draw(st.integers(1, 2)), kv_heads * group, kv_heads, draw(lengths), draw(lengths),
-                  draw(st.integers(1, 40)), draw(st.integers(1, 40)))  # fmt: skip
+    shape = Shape(
+        draw(st.integers(1, 2)),
+        kv_heads * group,
+        kv_heads,
+        draw(lengths),
+        draw(lengths),
+        draw(st.integers(1, 40)),
+        draw(st.integers(1, 40)),
+    )
     options: dict[str, Any] = {"causal": draw(st.booleans()), "align": draw(st.integers(-100, 100))}
     if draw(st.booleans()):
         options["window"] = draw(st.integers(0, 150)), draw(st.integers(0, 150))
@@ -200,9 +207,13 @@ def test_inputs_of_any_place() -> None:
     q, k, v = uniform(Shape(2, 3, 3, 150, 210, 8, 5), "float32")
     expected = attention(q, k, v)
     places = [
-        ((0, 1, 2, 3), (1, 1, 1, 1), 0), ((0, 2, 1, 3), (1, 1, 2, 1), 0), ((0, 1, 3, 2), (1, 1, 1, 1), 0),
-        ((0, 1, 2, 3), (1, -1, -1, 1), 0), ((0, 1, 2, 3), (1, 1, 1, -2), 4), ((0, 1, 2, 3), (1, 1, 1, 1), 1),
-    ]  # fmt: skip
+        ((0, 1, 2, 3), (1, 1, 1, 1), 0),
+        ((0, 2, 1, 3), (1, 1, 2, 1), 0),
+        ((0, 1, 3, 2), (1, 1, 1, 1), 0),
+        ((0, 1, 2, 3), (1, -1, -1, 1), 0),
+        ((0, 1, 2, 3), (1, 1, 1, -2), 4),
+        ((0, 1, 2, 3), (1, 1, 1, 1), 1),
+    ]
     for order, steps, shift in places:
         moved = [placed(x, order, steps, shift) for x in (q, k, v)]
         out = placed(np.zeros_like(expected), order, steps, shift)

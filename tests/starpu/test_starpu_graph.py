@@ -126,8 +126,9 @@ def test_every_door_is_recorded(starpu: Any) -> None:
     logsumexp = nntile.register(np.full((32, 1, 1, 2), -np.inf, "float32", order="F"))
     with starpu.profile() as p:
         for j in range(2):
-            starpu.submit_forward(*(x[0, 0, 0] if n not in (1, 2) else x[0, 0, j] for n, x in enumerate(tensors)),
-                                  carry=j > 0)  # fmt: skip
+            starpu.submit_forward(
+                *(x[0, 0, 0] if n not in (1, 2) else x[0, 0, j] for n, x in enumerate(tensors)), carry=j > 0
+            )
         starpu.submit_forward(*tensors, kernel="vanilla")
         for n in range(3):
             nntile.flash_sdpa_fwd_async(tiles[0], tiles[1], None, logsumexp, tiles[2], tiles[3], first_key=32 * n)

@@ -70,8 +70,17 @@ def test_a_failing_kernel_names_the_positions(starpu: Any) -> None:
     tiles |= {name: nntile.register(getattr(problem, name)) for name in ("q", "a", "lse")}
 
     def submit() -> None:
-        nntile.flash_sdpa_fwd_async(tiles["k"], tiles["q"], None, tiles["lse"], tiles["v"], tiles["a"],
-                                    first_query=128, first_key=256, scale=0.3)  # fmt: skip
+        nntile.flash_sdpa_fwd_async(
+            tiles["k"],
+            tiles["q"],
+            None,
+            tiles["lse"],
+            tiles["v"],
+            tiles["a"],
+            first_query=128,
+            first_key=256,
+            scale=0.3,
+        )
 
     submit()
     starpu.wait()
@@ -112,8 +121,15 @@ def test_footprints_tell_costs_apart(starpu: Any, monkeypatch: pytest.MonkeyPatc
     diagonal = footprint(**causal)
     assert diagonal[1] == 2 * 4 * 16 * 32 * 33 / 2
     assert footprint(first_query=640, first_key=640, **causal) == diagonal
-    different = {whole, diagonal, footprint(first_query=1, **causal), footprint(keys=32), footprint(mask=mask),
-                 footprint(half=True), footprint(dtype="fp32_fast_bf16")}  # fmt: skip
+    different = {
+        whole,
+        diagonal,
+        footprint(first_query=1, **causal),
+        footprint(keys=32),
+        footprint(mask=mask),
+        footprint(half=True),
+        footprint(dtype="fp32_fast_bf16"),
+    }
     bf16_unit = footprint(dtype="fp32_fast_bf16")[0] != whole[0]  # without one the code is the same
     assert len({f for f, _ in different}) == 7 - (not bf16_unit)
     for tile in (*tiles.values(), *tiles16.values(), *states[0], *states[1], mask):

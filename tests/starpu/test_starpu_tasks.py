@@ -41,8 +41,12 @@ def test_the_order_of_key_tiles() -> None:
     """i, i - 1, ..., 0, then from the last down to i + 1."""
     flow = flow_of(spec_of(500, 500), 100, 100)
     assert [met(flow, i) for i in range(5)] == [
-        [0, 4, 3, 2, 1], [1, 0, 4, 3, 2], [2, 1, 0, 4, 3], [3, 2, 1, 0, 4], [4, 3, 2, 1, 0],
-    ]  # fmt: skip
+        [0, 4, 3, 2, 1],
+        [1, 0, 4, 3, 2],
+        [2, 1, 0, 4, 3],
+        [3, 2, 1, 0, 4],
+        [4, 3, 2, 1, 0],
+    ]
     assert flow.tasks["priority"][:5].tolist() == [4, 3, 2, 1, 0]  # what is left of the chain
     assert flow.tasks["values"][:5, 0].tolist() == [0, 1, 1, 1, 1]  # the first begins the state
 
@@ -107,15 +111,24 @@ def test_flops_are_exact_for_masks(mask: Any) -> None:
 
 def test_equal_costs_have_equal_footprints_and_different_costs_different_ones() -> None:
     flow = flow_of(spec_of(500, 500, causal=True), 100, 100)
-    tiles = dict(zip(zip(flow.pairs.query_tile.tolist(), flow.pairs.key_tile.tolist(), strict=True),
-                     flow.tasks["footprint"].tolist(), strict=True))  # fmt: skip
+    tiles = dict(
+        zip(
+            zip(flow.pairs.query_tile.tolist(), flow.pairs.key_tile.tolist(), strict=True),
+            flow.tasks["footprint"].tolist(),
+            strict=True,
+        )
+    )
     diagonal, full = {tiles[i, i] for i in range(5)}, {tiles[i, j] for i in range(5) for j in range(i)}
     assert len(diagonal) == len(full) == 1 and diagonal != full
     base = {"q_len": 500, "kv_len": 500, "heads": 1, "head_size": 16, "dtype": "float32"}
     others: list[dict[str, Any]] = [
-        {"head_size": 32}, {"dtype": "float64"}, {"dtype": "float16"}, {"precision": "bf16"}, {"causal": True},
+        {"head_size": 32},
+        {"dtype": "float64"},
+        {"dtype": "float16"},
+        {"precision": "bf16"},
+        {"causal": True},
         {"window": (7, 7)},
-    ]  # fmt: skip
+    ]
     whole = flow_of(spec_of(**base), 100, 100).tasks["footprint"].tolist()
     assert len(set(whole)) == 2  # the first of a chain, and those that carry on
     for other in others:

@@ -18,10 +18,19 @@ from .expr import INT_MAX, INT_MIN
 
 # Element -> type in the language, by NumPy's code; bf16 stands apart.
 _ELEMENTS = {
-    "b1": ("bool", "bool"), "i1": ("i8", "int"), "i2": ("i16", "int"), "i4": ("i32", "int"), "i8": ("i64", "int"),
-    "u1": ("u8", "int"), "u2": ("u16", "int"), "u4": ("u32", "int"), "u8": ("u64", "int"),
-    "f2": ("f16", "float"), "f4": ("f32", "float"), "f8": ("f64", "float"),
-}  # fmt: skip
+    "b1": ("bool", "bool"),
+    "i1": ("i8", "int"),
+    "i2": ("i16", "int"),
+    "i4": ("i32", "int"),
+    "i8": ("i64", "int"),
+    "u1": ("u8", "int"),
+    "u2": ("u16", "int"),
+    "u4": ("u32", "int"),
+    "u8": ("u64", "int"),
+    "f2": ("f16", "float"),
+    "f4": ("f32", "float"),
+    "f8": ("f64", "float"),
+}
 TYPE_OF = {**dict(_ELEMENTS.values()), "bf16": "float"}
 _WIDE = ("u32", "i64", "u64")  # may hold what int32 cannot
 
@@ -111,9 +120,11 @@ class Access:
 def is_array(value: Any) -> bool:
     """NumPy, torch, JAX and other arrays, recognised without importing their packages."""
     return isinstance(value, np.ndarray) or (
-        hasattr(value, "shape") and hasattr(value, "dtype") and hasattr(value, "__getitem__")
+        hasattr(value, "shape")
+        and hasattr(value, "dtype")
+        and hasattr(value, "__getitem__")
         and not isinstance(value, (np.generic, type))
-    )  # fmt: skip
+    )
 
 
 def capture(value: Any, name: str = "captured array") -> ArrayCapture:
