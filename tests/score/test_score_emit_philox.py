@@ -9,8 +9,9 @@ import pytest
 
 from flashtile.llvm import jit
 from flashtile.llvm import machines as isas
-from flashtile.llvm.ir import Function, Module, vector
+from flashtile.llvm.ir import Function, Module
 from flashtile.llvm.machines import ISA
+from flashtile.llvm.types import vector
 from flashtile.score import emit_philox, philox
 from flashtile.score.keep import Keep
 
