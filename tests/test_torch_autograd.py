@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,11 +152,17 @@ def test_gradients_of_sdpa_by_the_accuracy_rule(attend: Any, storage: Any, optio
 
 @pytest.mark.parametrize("needed", range(1, 8))
 def test_only_what_is_needed_is_computed(needed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flashtile.kernels import vanilla
+    from flashtile import kernels
 
     wanted: list[Any] = []
-    backward = vanilla.backward
-    monkeypatch.setattr(vanilla, "backward", lambda *a: wanted.append(a[4]) or backward(*a))
+    pick = kernels.pick
+
+    def noting(spec: Any, name: str, direction: str = "forward") -> kernels.Family:
+        family = pick(spec, name, direction)
+        backward = family.backward
+        return replace(family, backward=lambda *a: wanted.append(a[4]) or backward(*a)) if backward else family
+
+    monkeypatch.setattr(kernels, "pick", noting)
     q, k, table = draw(1, 2, 4, 3), draw(1, 2, 4, 3, seed=1), draw(2, 4, seed=2)
     given = [x.requires_grad_(bool(needed >> n & 1)) for n, x in enumerate((q, k, table))]
     bias = draw(4, 4, seed=3)
