@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from flashtile.llvm.ir import Value
 from flashtile.llvm.routines import Kind, Operand
-from flashtile.llvm.types import SIZES, element, lanes, sizeof
+from flashtile.llvm.types import SIZES, element, sizeof
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,6 @@ class Line:
 
     register: str
     registers: int
-
-    @property
-    def lanes(self) -> int:
-        """Lanes of the whole line."""
-        return self.registers * lanes(self.register)
 
     @property
     def step(self) -> int:
@@ -133,10 +128,6 @@ class Sums(Lines):
 
 class State(Lines):
     """The state of an online softmax: a line of maxima, a line of sums of weights."""
-
-    @property
-    def maxima(self) -> Lines:
-        return Lines(self.at, self.shape)
 
     @property
     def totals(self) -> Lines:

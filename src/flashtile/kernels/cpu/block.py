@@ -28,7 +28,7 @@ CALL = Block(
 )
 
 # What the score program of a tile needs, in scratch memory.
-FRAME = Block(pointers("captures") | integers("b h row last_row block last_key") | reals("scale") | pointers("dense"))
+FRAME = Block(pointers("captures"), integers("b h row last_row block last_key"), reals("scale"), pointers("dense"))
 
 
 def band_of(spec: AttentionSpec) -> dict[str, int]:

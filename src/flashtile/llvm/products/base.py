@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from flashtile.llvm.ir import Function, Value
 from flashtile.llvm.machines.base import ISA
-from flashtile.llvm.types import vector
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,9 @@ class Product:
     lands         where sums are when a tile is done: "registers" or "memory"
     parts, terms  an operand is split into so many parts, each rounded to ``operand``; the products of which are summed
     permission    what the operating system must grant a process before its first use; None: nothing
+
+    left, right, lands, terms and permission describe the products of matrix registers, which are still to come; the
+    kernels that there are take "broadcast", "lines", "registers" and one term for granted.
     """
 
     name: str
@@ -68,7 +70,3 @@ class Product:
     def rounds(self) -> bool:
         """Whether operands are rounded to 16 bits, all parts taken together: weights then need no more accuracy."""
         return self.operand is not None and self.parts == 1
-
-    def words(self, isa: ISA, accumulator: str) -> str:
-        """The LLVM type of a register of words."""
-        return vector(isa.lanes(accumulator), self.word(accumulator))

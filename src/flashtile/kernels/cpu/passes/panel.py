@@ -30,11 +30,8 @@ def emit_panels(module: Module, c: Config) -> list[Routine]:
 
 
 def _emit_panel(module: Module, c: Config, width: int, collect: Routine, add: Routine, dense: list[Routine]) -> Routine:
-    scores, softmax, accumulate = (
-        _Scores(module, c, width),
-        emit_softmax(module, c, width),
-        emit_accumulate(module, c, width),
-    )
+    scores = _Scores(module, c, width)
+    softmax, accumulate = emit_softmax(module, c, width), emit_accumulate(module, c, width)
     f = Routine(
         module,
         f"panel_{width}",
@@ -103,13 +100,13 @@ class _Scores:
         stretches = [(some_from, whole, True), (whole, until, False), (until, some_to, True)]
 
         def tile(row: Value, edge: bool) -> None:
-            tile = {"work": work, "panel": panel, "rows": rows.row(row), "depth": depth, "line": row - some_from}
+            arguments = {"work": work, "panel": panel, "rows": rows.row(row), "depth": depth, "line": row - some_from}
             if c.scored or edge and c.code:
-                self.raw(f, **tile)
+                self.raw(f, **arguments)
             elif edge:
-                self._edge_tile(f, seen, row, tile)
+                self._edge_tile(f, seen, row, arguments)
             else:
-                self.full(f, **tile)
+                self.full(f, **arguments)
 
         for first, last, edge in stretches:
             with f.range(first, last, c.rows) as row:
@@ -121,17 +118,17 @@ class _Scores:
         if c.code:
             self._hide_rest(f, work, seen.count)
 
-    def _edge_tile(self, f: Function, seen: Seen, row: Value, tile: dict[str, object]) -> None:
+    def _edge_tile(self, f: Function, seen: Seen, row: Value, arguments: dict[str, object]) -> None:
         """The variant that leaves out every register none of whose lanes sees even the tile's first row."""
         band = seen.band.moved(f.cast("trunc", row, "i32"))
-        tile = {**tile, "last": seen.some_to - row - 1, "band": band}
+        arguments = {**arguments, "last": seen.some_to - row - 1, "band": band}
 
         def skip(first: int) -> None:
             if first == 0:
-                self.edges[0](f, **tile)
+                self.edges[0](f, **arguments)
             else:
                 hidden = band.above < -(first * self.c.lanes - 1)
-                f.either(hidden, lambda: self.edges[first](f, **tile), lambda: skip(first - 1))
+                f.either(hidden, lambda: self.edges[first](f, **arguments), lambda: skip(first - 1))
 
         skip(len(self.edges) - 1)
 

@@ -13,9 +13,8 @@ from flashtile.llvm.ir import Function, Module, Value
 from flashtile.llvm.lines import Lines, Scores, State
 from flashtile.llvm.routines import Kind, Operand, Routine
 
-SUM_LINES = (
-    16  # weights accumulated separately before they join the lane's sum: a short chain of roundings, then another
-)
+# Weights accumulated separately before they join the lane's sum: a short chain of roundings, then another.
+SUM_LINES = 16
 
 
 @dataclass(frozen=True)
