@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from processes import run
 
+from flashtile.engines.starpu_mpi import build
+
 EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.py"))
 
 
@@ -16,6 +18,8 @@ EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.py"
 def test_example_runs(example: Path, tmp_path: Path) -> None:
     if "\nimport torch\n" in example.read_text():
         pytest.importorskip("torch")
+    if "\nfrom mpi4py " in example.read_text() and (reason := build.missing()) is not None:
+        pytest.skip(reason)
     done = run([sys.executable, str(example)], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
