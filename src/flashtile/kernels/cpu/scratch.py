@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -61,6 +62,7 @@ def fixed(c: Config) -> Areas:
     )
 
 
+@functools.lru_cache(maxsize=256)
 def sized(c: Config, head_size: int, value_size: int, panels: int) -> Areas:
     """The areas whose size depends on the call; their offsets ride in the parameter block, as ``at_`` and their
     name."""
