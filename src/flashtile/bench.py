@@ -74,7 +74,7 @@ def _measure(case: Case, peers: list[str], backward: bool) -> dict[str, float]:
     busy moment of the machine meets all."""
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal(case.shape).astype(case.dtype) for _ in range(4 if backward else 3)]
-    known = _DIFFERENTIATING if backward else _CONTESTANTS
+    known: dict[str, Callable[..., Contestant]] = _DIFFERENTIATING if backward else _CONTESTANTS
     contestants = {name: known[name](*arrays, case.causal) for name in ["flashtile", *peers]}
     right = {name: _accurate(call(), *arrays, causal=case.causal) for name, call in contestants.items()}
     if not right["flashtile"]:
