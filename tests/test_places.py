@@ -52,7 +52,7 @@ TABLE: dict[str, Place] = {
     "starpu": Place("engines.starpu", "errors arrays llvm score spec options plan contract triton engines"),
     "calls": Place("calls", "errors arrays spec options contract engines"),
     "doors": Place(
-        "api torch autograd devices gradients merge sdpa explain plot picture starpu nntile",
+        "api torch transformers autograd devices gradients merge sdpa explain plot picture starpu nntile",
         "errors arrays score spec options plan contract owners engines direct starpu calls",
     ),
     "package": Place("", "errors arrays score doors"),
