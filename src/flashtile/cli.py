@@ -1,4 +1,4 @@
-"""The command `flashtile`: demo, run, bench, explain, doctor, starpu, aot. Each imports what it needs when it runs."""
+"""The command `flashtile`: demo, run, bench, explain, doctor, starpu, mpi, aot. Each imports what it needs then."""
 
 from __future__ import annotations
 
@@ -141,6 +141,16 @@ def starpu(options: argparse.Namespace) -> int:
     return OK
 
 
+def mpi(options: argparse.Namespace) -> int:
+    """Programs on several ranks (flashtile.starpu_mpi): start one, or try whether two ranks compute."""
+    from flashtile import launch
+
+    if options.action == "doctor":
+        print(launch.doctor())
+        return OK
+    return launch.run(options.ranks, [str(options.program), *options.arguments])
+
+
 def aot(options: argparse.Namespace) -> int:
     """Compile GPU kernels ahead of time: machine code with a manifest, for programs without Python. Needs no GPU."""
     from flashtile.kernels.triton import aot as ahead
@@ -231,6 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_explain_options(add(explain))
     add(doctor)
     add(starpu).add_argument("action", choices=("build",), help="compile, whether or not it was compiled before")
+    _add_mpi_actions(add(mpi))
     _add_aot_options(add(aot))
     return parser
 
@@ -269,6 +280,15 @@ def _add_explain_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:0 and so on")
     _add_attention_options(sub)
     _add_threads(sub)
+
+
+def _add_mpi_actions(sub: argparse.ArgumentParser) -> None:
+    actions = sub.add_subparsers(dest="action", metavar="ACTION", required=True)
+    start = actions.add_parser("run", help="start a Python program on ranks of this machine, through mpirun")
+    start.add_argument("-n", "--ranks", type=_natural, required=True, metavar="N", help="how many")
+    start.add_argument("program", type=Path, metavar="PROGRAM.py")
+    start.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="of the program")
+    actions.add_parser("doctor", help="what is missing, or what two ranks compute")
 
 
 def _add_aot_options(sub: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import flashtile
 from flashtile import engines, kernels
+from flashtile.engines.starpu_mpi import build as ranks
 from flashtile.errors import FlashtileError
 from flashtile.llvm import cache
 from flashtile.llvm import machines as isa
@@ -77,6 +78,7 @@ def _doors() -> list[Row]:
     """The modules beside api.py whose docstring begins "The door for". They are read, not imported: a door imports
     the package that it is for. One to an engine is open where that is available."""
     shut = {name: reason for _, name, available, reason in engines.survey() if not available}
+    shut["starpu_mpi"] = ranks.missing() or ""
     rows = []
     for file in sorted(Path(flashtile.__file__).parent.glob("*.py")):
         tree = ast.parse(file.read_bytes())

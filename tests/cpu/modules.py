@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from flashtile.kernels.cpu.config import Config
@@ -33,6 +34,8 @@ def modules(isa: ISA) -> dict[str, Callable[[], str]]:
         found[f"merge-{name}"] = partial(merge_text, c)
         if c.product is FMA or c.storage == "bfloat":
             found[f"decode-{name}"] = partial(decode_text, c)
+        if name in ("float", "bfloat-pairs"):
+            found[f"forward-{name}-dropout"] = partial(forward_text, replace(c, dropout=True))
     return found
 
 

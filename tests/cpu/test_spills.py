@@ -21,7 +21,9 @@ from flashtile.llvm import machines as isas
 from flashtile.llvm.machines import ISA
 
 HOT = ("scores", "accumulate", "softmax")
-MODULES = {name: at for name, at in every_module(for_tests_too=False).items() if "forward" in name}
+MODULES = {
+    name: at for name, at in every_module(for_tests_too=False).items() if "forward" in name and "dropout" not in name
+}
 
 
 def hot_part(text: str) -> str:

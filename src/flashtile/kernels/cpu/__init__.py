@@ -3,7 +3,7 @@
 config.py    what a kernel depends on        block.py, scratch.py    its parameter blocks, its scratch memory
 passes/      kernels: forward.py (item.py, walk.py, panel.py), decode, merge, unfused
 steps/       what passes are made of, in terms of lanes and rows: pack, product, band, program (frame, dense),
-             softmax, accumulate, spans, contain, finish
+             softmax, keep, accumulate, spans, contain, finish
 parts.py     keys split over work items, and merged          tiles.py    for engines that hold tiles
 score_values.py    the addresses of what a score program reads
 """
@@ -62,7 +62,8 @@ def config_of(spec: AttentionSpec) -> Config:
     """The configuration that computes this spec on the current instruction set."""
     isa = isas.current()
     sixteen = spec.dtype == "bfloat16" or spec.precision == "bf16"
-    return Config(isa, _STORAGE[spec.dtype], product=PAIRS if sixteen and isa.bf16_dot else FMA, code=spec.program)
+    product = PAIRS if sixteen and isa.bf16_dot else FMA
+    return Config(isa, _STORAGE[spec.dtype], product=product, code=spec.program, dropout=spec.dropout)
 
 
 def decodes(spec: AttentionSpec) -> bool:
@@ -112,7 +113,7 @@ def _capabilities(c: Config) -> Capabilities:
         query_block=c.panel,
         tile_q=tuple(n * c.panel for n in _PANELS),
         tile_k=(c.key_block,),
-        options=frozenset(("band", "program", "sinks")),
+        options=frozenset(("band", "program", "sinks", "dropout")),
         native=True,
         isa=c.isa.name,
         variant="forward",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 CALL = Block(
     # captures: the program's capture block. rows, segments: which keys each panel of queries sees (plan/segments.py).
-    pointers("q k v o lse offsets captures rows segments sinks"),
+    pointers("q k v o lse offsets captures rows segments sinks keep"),
     strides_of("qkvo"),
     integers("heads group q_len kv_len head_size value_size value_columns key_words tile_q query_tiles"),
     # Parts of the keys, split_keys each, that are work items of their own, and the bytes between their results.
@@ -26,6 +26,9 @@ CALL = Block(
     integers("at_dense"),
     reals("sign scale c_high c_low lse_scale"),
 )
+
+# What ``keep`` points to where weights are dropped (score/keep.py).
+KEEP = Block(integers("threshold seed"))
 
 # What the score program of a tile needs, in scratch memory.
 FRAME = Block(pointers("captures"), integers("b h row last_row block last_key"), reals("scale"), pointers("dense"))

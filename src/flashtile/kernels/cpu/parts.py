@@ -75,7 +75,7 @@ class Merge:
         self._lse_at = plan.splits * o_split
         sizes = {**_of(spec, "heads q_len value_size"), "splits": plan.splits, **self.steps}
         self._tail = merge.CALL.tail({**dict(zip(("o_b", "o_h", "o_s", "o_d"), o, strict=True)), **sizes})
-        run = entry("merge", replace(c, partial=False, product=FMA, code=None))
+        run = entry("merge", replace(c, partial=False, product=FMA, code=None, dropout=False))
         self.stage = Stage(
             items=rows,
             run=lambda call, begin, end, scratch: run(call.merge, begin, end, scratch),

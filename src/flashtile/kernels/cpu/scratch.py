@@ -11,6 +11,7 @@ from flashtile.llvm.blocks import Areas
 from flashtile.llvm.ir import Value
 from flashtile.llvm.lines import Lines, Scores
 from flashtile.llvm.routines import Kind, Operand
+from flashtile.score.keep import KEYS_A_CALL
 
 if TYPE_CHECKING:
     from flashtile.kernels.cpu.config import Config
@@ -54,7 +55,10 @@ def dense_bytes(c: Config) -> int:
 def fixed(c: Config) -> Areas:
     """The areas whose size is known when the kernel is generated."""
     line = c.line.bytes
-    return Areas({"frame": FRAME.bytes, "tops": line, "alpha": line, "scores": dense_bytes(c)})
+    margin = KEYS_A_CALL * line if c.dropout else 0  # on either side: weights are dropped in groups (steps/keep.py)
+    return Areas(
+        {"frame": FRAME.bytes, "tops": line, "alpha": line, "margin": margin, "scores": dense_bytes(c) + margin}
+    )
 
 
 def sized(c: Config, head_size: int, value_size: int, panels: int) -> Areas:

@@ -1,4 +1,4 @@
-"""One panel against one block: product -> band -> program -> maximum -> weights -> accumulate.
+"""One panel against one block: product -> band -> program -> maximum -> weights -> keep -> accumulate.
 
 Nothing here says query or key: lanes and rows. In the forward, lanes are queries, rows are keys.
 """
@@ -6,6 +6,7 @@ Nothing here says query or key: lanes and rows. In the forward, lanes are querie
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.scratch import Work, dense_bytes
@@ -14,6 +15,7 @@ from flashtile.kernels.cpu.steps.band import Seen
 from flashtile.kernels.cpu.steps.contain import NonFinite, emit_add, emit_collect
 from flashtile.kernels.cpu.steps.dense import emit_dense
 from flashtile.kernels.cpu.steps.frame import Frame
+from flashtile.kernels.cpu.steps.keep import Draw, emit_keep
 from flashtile.kernels.cpu.steps.product import emit_product
 from flashtile.kernels.cpu.steps.program import emit_program
 from flashtile.kernels.cpu.steps.softmax import Factors, emit_softmax
@@ -32,6 +34,8 @@ def emit_panels(module: Module, c: Config) -> list[Routine]:
 def _emit_panel(module: Module, c: Config, width: int, collect: Routine, add: Routine, dense: list[Routine]) -> Routine:
     scores = _Scores(module, c, width)
     softmax, accumulate = emit_softmax(module, c, width), emit_accumulate(module, c, width)
+    keep = emit_keep(module, c, width) if c.dropout else None
+    drawn: dict[str, Any] = {"draw": Draw.kind()} if c.dropout else {}
     f = Routine(
         module,
         f"panel_{width}",
@@ -48,8 +52,13 @@ def _emit_panel(module: Module, c: Config, width: int, collect: Routine, add: Ro
         lanes="i64",
         dense="i64",
         factors=Factors.of(c),
+        **drawn,
     )
-    work, panel, sums, state, rows, values, depth, columns, seen, nonfinite, lanes, dense_at, factors = f.parameters
+    work, panel, sums, state, rows, values, depth, columns, seen, nonfinite, lanes, dense_at, factors, *draws = (
+        f.parameters
+    )
+    for draw in draws:
+        drawn = {"draw": draw.further(seen.some_from)}  # from the first line on
     tops, alpha, lines = work.tops, work.alpha, work.scores
     count = seen.count
     for n, lay_out in enumerate(dense):
@@ -62,12 +71,14 @@ def _emit_panel(module: Module, c: Config, width: int, collect: Routine, add: Ro
     broken = nonfinite.found.ne(0)
     collected = Sums(nonfinite.sums, c.line)
     with f.when(broken):
-        collect(f, scores=lines, values=nonfinite.rows(seen.some_from, count), columns=columns, sums=collected)
+        collect(f, scores=lines, values=nonfinite.rows(seen.some_from, count), columns=columns, sums=collected, **drawn)
     softmax(f, state=state, tops=tops, alpha=alpha, scores=lines, count=whole, reach=reach, factors=factors)
+    weights = Weights(lines.at, c.word_line)
+    if keep is not None:
+        keep(f, weights=weights, count=whole, reach=reach, **drawn)
     first = values.row(seen.some_from // c.per_word)
     with f.range(0, columns, c.rows) as column:
         target, tile = sums.line(column), Words(first.at + column * c.size, first.stride)
-        weights = Weights(lines.at, c.word_line)
         accumulate(f, sums=target, alpha=alpha, rows=tile, weights=weights, count=count, reach=reach)
     with f.when(broken):
         add(f, sums=sums, collected=collected, columns=columns)
