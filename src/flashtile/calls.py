@@ -22,6 +22,8 @@ from flashtile.spec import LARGEST_POSITION, PER_BATCH, AttentionSpec
 CACHE_ENTRIES = 1024
 
 cache: dict[Hashable, Call] = {}
+# What is picked for a call does not depend on its lengths, so a decoder's next step need not pick again.
+_families: dict[Hashable, kernels.Family] = {}
 
 
 class Options(NamedTuple):
@@ -67,9 +69,14 @@ class Call:
     o_like_q: bool  # q itself has the shape and layout of a new output
     lse_shape: tuple[int, ...]
     lse_dtype: np.dtype[Any]
-    extents: tuple[tuple[int, int], ...]  # of o, q, k, v; see View.extent
+    views: tuple[View, ...]  # o, q, k, v
     pack: engines.Pack
     run: engines.Run
+
+    @functools.cached_property
+    def extents(self) -> tuple[tuple[int, int], ...]:
+        """Of o, q, k, v; see View.extent."""
+        return tuple(x.extent() for x in self.views)
 
 
 def lookup(key: Hashable) -> Call | None:
@@ -94,7 +101,7 @@ def prepare(
     o_shape = views[0].shape[:-1] + views[2].shape[-1:]
     o = contiguous(o_shape, q.dtype, spec.device) if out is None else check_out(view_of(out), o_shape, spec)
     engine = engine_of(spec, options.engine)
-    family = kernels.pick(spec, as_name("kernel", options.kernel))
+    family = family_of(spec, options.kernel)
     layout = Layout(*(x.strides4() for x in (*views, o)))
     pack, run = engine.bind(spec, layout, family)
     call = Call(
@@ -103,13 +110,11 @@ def prepare(
         o_like_q=o == views[0],
         lse_shape=o_shape[:-1],
         lse_dtype=DTYPES[DTYPES[spec.dtype].accumulator].numpy,
-        extents=tuple(x.extent() for x in (o, *views)),
+        views=(o, *views),
         pack=pack,
         run=run,
     )
-    if len(cache) >= CACHE_ENTRIES:
-        with contextlib.suppress(RuntimeError, StopIteration, KeyError):  # another thread was faster
-            del cache[next(iter(cache))]  # the oldest
+    _forget_oldest(cache)
     cache[key] = call
     return call
 
@@ -118,6 +123,7 @@ def clear_cache() -> None:
     """Forget every prepared call: the next one chooses its kernel anew."""
     cache.clear()
     _bound_backward.cache_clear()
+    _families.clear()
 
 
 @functools.lru_cache(maxsize=CACHE_ENTRIES)
@@ -150,6 +156,27 @@ def run_backward(
     at = {name: address(arrays[name]) if name in arrays else 0 for name in (*names, "lse", "dlse")}
     offsets = None if spec.offset is not None else np.ascontiguousarray(offset, np.int64)
     run(pack(**at, offsets=0 if offsets is None else address_of(offsets), scoring=scoring))
+
+
+def family_of(spec: AttentionSpec, kernel: object) -> kernels.Family:
+    """The kernel family of a call by its name; on a GPU, whose kernels may fail their self-test, picked each time."""
+    name = as_name("kernel", kernel)
+    if spec.device_kind != "cpu":
+        return kernels.pick(spec, name)
+    sizes = spec.heads, spec.kv_heads, spec.head_size, spec.value_size
+    key = name, spec.dtype, spec.precision, sizes, spec.band is None, spec.program, spec.sinks, spec.dropout
+    found = _families.get(key)
+    if found is None:
+        _forget_oldest(_families)
+        found = _families[key] = kernels.pick(spec, name)
+    return found
+
+
+def _forget_oldest(kept: dict[Hashable, Any]) -> None:
+    """Make room for one more."""
+    if len(kept) >= CACHE_ENTRIES:
+        with contextlib.suppress(RuntimeError, StopIteration, KeyError):  # another thread was faster
+            del kept[next(iter(kept))]
 
 
 def engine_of(spec: AttentionSpec, engine: object) -> engines.Engine:

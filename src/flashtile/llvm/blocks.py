@@ -46,10 +46,11 @@ class Block:
         self._first = next((n for n, type_ in enumerate(self.types.values()) if type_ != "ptr"), len(codes))
         self.head: Callable[..., bytes] = struct.Struct("".join(codes[: self._first])).pack
         self._tail = struct.Struct("".join(codes[self._first :])).pack
+        self._behind = list(self.types)[self._first :]
 
     def tail(self, values: Mapping[str, float]) -> bytes:
         """All words but the leading pointers."""
-        return self._tail(*(values[name] for name in list(self.types)[self._first :]))
+        return self._tail(*map(values.__getitem__, self._behind))
 
     def pack(self, values: Mapping[str, float]) -> bytes:
         """The whole block."""

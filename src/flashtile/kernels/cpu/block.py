@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -63,7 +66,8 @@ def _bounded(distance: int) -> int:
     return max(-OPEN, min(OPEN, distance))
 
 
-def split_scale(scale: float, accumulator: str) -> dict[str, float]:
+@functools.lru_cache(maxsize=256)
+def split_scale(scale: float, accumulator: str) -> Mapping[str, float]:
     """scale * log2(e) as sign * (c_high + c_low), and the factor from raw scores to nats.
 
     The kernel keeps raw scores, subtracts their maximum, and multiplies the difference by c_high + c_low, so
@@ -86,9 +90,10 @@ def split_scale(scale: float, accumulator: str) -> dict[str, float]:
         high = np.nextafter(high, real(0))
     low = real(c - np.longdouble(high))
     nats = float(c * np.log(np.longdouble(2)))
-    return {"sign": sign, "scale": scale, "c_high": float(high), "c_low": float(low), "lse_scale": nats}
+    words = {"sign": sign, "scale": scale, "c_high": float(high), "c_low": float(low), "lse_scale": nats}
+    return MappingProxyType(words)
 
 
-def scores_in_nats(scale: float, accumulator: str) -> dict[str, float]:
+def scores_in_nats(scale: float, accumulator: str) -> Mapping[str, float]:
     """The same where a score program needs the scores themselves: they are scaled first, and then are in nats."""
     return {**split_scale(1.0, accumulator), "scale": scale}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -93,6 +94,7 @@ def backward(c: Config, values: Mapping[str, int], slots: int, keys: int) -> Are
     return Areas({f"at_{name}": size for name, size in areas.items()}, start=2 * work_bytes(c))
 
 
+@functools.lru_cache(maxsize=256)
 def sized(c: Config, head_size: int, value_size: int, panels: int) -> Areas:
     """The areas whose size depends on the call; their offsets ride in the parameter block, as ``at_`` and their
     name."""
