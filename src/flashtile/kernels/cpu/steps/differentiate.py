@@ -23,7 +23,7 @@ from flashtile.llvm.routines import Routine
 from flashtile.llvm.types import lanes as lanes_of
 from flashtile.llvm.types import like
 
-TILE_ROWS = 12  # lines past the last that the exchange may read, and that are 0
+TILE_ROWS = 8  # lines past the last that the exchange may read, and that are 0
 
 
 class RowState(Lines):
