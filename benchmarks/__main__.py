@@ -10,21 +10,21 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from . import driver, machine, memory, overheads, peers, plot, report, short
+from . import backward, driver, machine, memory, overheads, peers, plot, report, short
 from .cases import ALL_CASES, QUICK, short_cases
 
-PARTS = ("table", "overheads", "memory", "short")
+PARTS = ("table", "backward", "overheads", "memory", "short")
 TARGET_CORE = "znver4"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    known = [case.name for case in ALL_CASES]
+    known = [case.name for case in (*ALL_CASES, *backward.CASES)]
     parser.add_argument("--case", nargs="+", metavar="NAME", choices=known, help=f"only these of {', '.join(known)}")
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: about 3 minutes")
     parser.add_argument("--threads", type=int, default=2, help="threads of the comparison with peers (default 2)")
     parser.add_argument("--peers", nargs="+", default=list(peers.DEFAULT), help=f"default: {' '.join(peers.DEFAULT)}")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, help="default: all; with --case only the table")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="default: all; with --case only those of the cases")
     parser.add_argument("--rounds", type=int, help="timed rounds a case (default 7, quick 3)")
     output = machine.ROOT / "docs" / "benchmarks"
     parser.add_argument("--output", type=Path, default=output, help="folder for CSV and PNG (default docs/benchmarks)")
@@ -33,9 +33,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if not 1 <= options.threads <= available:
         parser.error(f"--threads: got {options.threads}, expected 1 to {available} (the CPUs this process may use)")
     options.rounds = options.rounds or (3 if options.quick else 7)
-    options.parts = options.parts or (["table"] if options.case else list(PARTS))
-    names = options.case or (QUICK if options.quick else known)
+    names = options.case or ((*QUICK, *backward.QUICK) if options.quick else known)
     options.cases = [case for case in ALL_CASES if case.name in names]
+    options.backward = [case for case in backward.CASES if case.name in names]
+    timed = ["table"] * bool(options.cases) + ["backward"] * bool(options.backward)
+    options.parts = options.parts or (timed if options.case else list(PARTS))
     return options
 
 
@@ -106,6 +108,9 @@ def run(options: argparse.Namespace) -> int:
     verdicts: list[report.Verdict] = []
     if "table" in options.parts:
         verdicts += run_table(options, lines)
+    if "backward" in options.parts:
+        settings = driver.Settings(rounds=options.rounds)
+        verdicts += backward.run(options.backward, options.peers, options.threads, settings, options.output, lines)
     if "overheads" in options.parts:
         verdicts += overheads.tiny_call(options.threads)
         verdicts += overheads.gpu_host(options.threads)

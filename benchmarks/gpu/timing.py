@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import check, report
 from ..cases import Case
-from ..data import make_inputs
+from ..data import make_inputs, sampled
 from ..driver import CaseResult, Measurement
 from . import peers as known
 from .steps import out_of_time
@@ -62,12 +62,12 @@ def measure(case: Case, peers: Sequence[Any], device: str) -> CaseResult:
     """Check each peer on sampled rows, then time it."""
     arrays = make_inputs(case)
     rows = check.sample_rows(case)
-    reference = check.attend_rows(case, *arrays, rows, rounded=False)
-    allowed = check.allowed_error(case, reference, check.attend_rows(case, *arrays, rows, rounded=True))
+    reference, rounded = (check.expected_rows(case, arrays, rows, rounded=r) for r in (False, True))
+    [allowed] = check.allowed_error(case, reference, rounded)
     tensors = [to_device(x, device) for x in arrays]
     found = []
     for peer in peers:
-        m = Measurement(case, peer.__name__, 1, allowed=allowed)
+        m = Measurement(case, peer.__name__, 1, allowed=float(allowed))
         found.append(m)
         if out_of_time():
             m.status, m.why = "refused", "out of time"
@@ -75,9 +75,9 @@ def measure(case: Case, peers: Sequence[Any], device: str) -> CaseResult:
         try:
             run = peer(case, *tensors)
             began = time.perf_counter()
-            sample = run().double().cpu().numpy()[tuple(rows.T)]
+            sample = sampled([run().double().cpu().numpy()], rows)
             m.first_seconds = time.perf_counter() - began
-            m.error = check.largest_error(sample, reference)
+            m.error, _ = check.worst(sample, reference, np.array([allowed]))
             if complaint := check.complaint(m.error, allowed):
                 m.status, m.why = "failed", complaint
             else:
