@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from flashtile import kernels
+from flashtile.calls import run_backward
 from flashtile.dtypes import DTYPES, round_to_bf16, widen_bits
 from flashtile.gradients import array_sum, slots_of
 from flashtile.kernels.gradients import Inputs
@@ -31,6 +32,8 @@ def gradients(
 
     inputs are do, q, k, v, o, lse, dlse (or None).
     """
+    if family.compile_backward is not None:
+        return _compiled(family, spec, scoring, offset, inputs, needed)
     do, q, k, v, o = (_widened(x, 4) for x in inputs[:5])
     lse, dlse = (None if x is None else _widened(x, 3) for x in inputs[5:])
     assert lse is not None
@@ -47,6 +50,18 @@ def gradients(
     values += [array_sum(sums, x, scoring) for x in arrays]
     targets = (x for x, asked in zip((*inputs[1:4], *sources), needed, strict=True) if asked)
     return [_tensor(np.asarray(x), like) for x, like in zip(values, targets, strict=True)]
+
+
+def _compiled(
+    family: kernels.Family, spec: AttentionSpec, scoring: Scoring, offset: Any, inputs: Sequence[Any], needed: Any
+) -> list[Tensor]:
+    """The gradients of a family that compiles its backward, of tensors as they lie."""
+    names = ("do", "q", "k", "v", "o", "lse", "dlse")
+    arrays = {name: x.detach().resolve_neg() for name, x in zip(names, inputs, strict=True) if x is not None}
+    arrays |= {name: arrays[name].contiguous() for name in ("lse", "dlse") if name in arrays}
+    results = {f"d{x}": arrays[x].new_zeros(arrays[x].shape) for x, asked in zip("qkv", needed, strict=False) if asked}
+    run_backward(spec, family, "auto", arrays | results, Tensor.data_ptr, offset, scoring)
+    return list(results.values())
 
 
 def _widened(x: Tensor, rank: int) -> np.ndarray:

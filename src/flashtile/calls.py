@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from flashtile import engines, kernels
-from flashtile.arrays import View, contiguous, view_of
+from flashtile.arrays import View, address_of, contiguous, view_of
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import described, wrong
-from flashtile.kernels import Layout
+from flashtile.kernels import BackwardLayout, Layout
 from flashtile.score.options import ScoreOptions, Scoring
 from flashtile.spec import LARGEST_POSITION, PER_BATCH, AttentionSpec
 
@@ -122,7 +122,40 @@ def prepare(
 def clear_cache() -> None:
     """Forget every prepared call: the next one chooses its kernel anew."""
     cache.clear()
+    _bound_backward.cache_clear()
     _families.clear()
+
+
+@functools.lru_cache(maxsize=CACHE_ENTRIES)
+def _bound_backward(
+    spec: AttentionSpec, layout: BackwardLayout, family: kernels.Family, engine: str
+) -> engines.BoundBackward:
+    """A backward call made ready, by the direct engine where the one named has no backward."""
+    bind = engine_of(spec, engine).bind_backward or engines.pick("direct").bind_backward
+    assert bind is not None
+    return bind(spec, layout, family)
+
+
+def run_backward(
+    spec: AttentionSpec,
+    family: kernels.Family,
+    engine: str,
+    arrays: Mapping[str, Any],
+    address: Callable[[Any], int],
+    offset: Any,
+    scoring: Scoring | None = None,
+) -> None:
+    """Gradients of a family that compiles its backward, added to those of dq, dk and dv that are among `arrays`.
+
+    The others are q, k, v, o and do, of any strides, lse and possibly dlse, row-major; `address` gives an array's.
+    """
+    absent = (0, 0, 0, 0)
+    names = ("q", "k", "v", "o", "do", "dq", "dk", "dv")
+    layout = BackwardLayout(**{x: view_of(arrays[x]).strides4() if x in arrays else absent for x in names})
+    pack, run = _bound_backward(spec, layout, family, engine)
+    at = {name: address(arrays[name]) if name in arrays else 0 for name in (*names, "lse", "dlse")}
+    offsets = None if spec.offset is not None else np.ascontiguousarray(offset, np.int64)
+    run(pack(**at, offsets=0 if offsets is None else address_of(offsets), scoring=scoring))
 
 
 def family_of(spec: AttentionSpec, kernel: object) -> kernels.Family:

@@ -24,7 +24,7 @@ def reals(names: str) -> dict[str, str]:
     return dict.fromkeys(names.split(), "double")
 
 
-def strides_of(tensors: str) -> dict[str, str]:
+def strides_of(tensors: Iterable[str]) -> dict[str, str]:
     """The byte strides of tensors along (B, H, S, D): q_b, q_h, q_s, q_d, ..."""
     return integers(f"{tensor}_{axis}" for tensor in tensors for axis in "bhsd")
 

@@ -1,9 +1,10 @@
 """CPU kernels generated from Python as LLVM IR: exact, fused, no S x S array, no compiler on the machine.
 
 config.py    what a kernel depends on        block.py, scratch.py    its parameter blocks, its scratch memory
-passes/      kernels: forward.py (item.py, walk.py, panel.py), decode, merge, unfused
+backward.py  the backward kernel, bound to one spec and layout
+passes/      kernels: forward.py (item.py, walk.py, panel.py), backward.py (visit.py), decode, merge, add_parts, unfused
 steps/       what passes are made of, in terms of lanes and rows: pack, product, band, program (frame, dense),
-             softmax, keep, accumulate, spans, contain, finish
+             softmax, keep, accumulate, spans, contain, finish; differentiate, exchange, add
 parts.py     keys split over work items, and merged          tiles.py    for engines that hold tiles
 score_values.py    the addresses of what a score program reads
 """
@@ -16,7 +17,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from flashtile.errors import FlashtileError
-from flashtile.kernels import Capabilities, CompiledKernel, Family, Layout
+from flashtile.kernels import BackwardLayout, Capabilities, CompiledBackward, CompiledKernel, Family, Layout
 from flashtile.kernels.cpu import scratch
 from flashtile.kernels.cpu.block import CALL, band_of, scores_in_nats, split_scale
 from flashtile.kernels.cpu.config import Config
@@ -130,6 +131,8 @@ def _capabilities(c: Config, sinks: bool) -> Capabilities:
         part_keys=None
         if sinks
         else _PART_KEYS,  # they join a row's sum when it is done, which no part of its keys knows
+        directions=frozenset({"forward", "backward"}),
+        backward_options=frozenset({"band"}),
     )
 
 
@@ -153,6 +156,13 @@ def _partial_config(c: Config) -> Config:
     return replace(c, partial=True)
 
 
+def compile_backward(spec: AttentionSpec, layout: BackwardLayout) -> CompiledBackward:
+    """The backward kernel of this spec."""
+    from flashtile.kernels.cpu.backward import Backward
+
+    return Backward(spec, layout)
+
+
 def tile_kernels() -> TileKernels:
     """The kernels of tiles.py, which most calls do not need."""
     from flashtile.kernels.cpu import tiles
@@ -160,7 +170,7 @@ def tile_kernels() -> TileKernels:
     return tiles
 
 
-FAMILY = Family("cpu", unavailable, capabilities, compile, tiles=tile_kernels)
+FAMILY = Family("cpu", unavailable, capabilities, compile, compile_backward=compile_backward, tiles=tile_kernels)
 
 
 @functools.cache
