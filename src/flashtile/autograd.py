@@ -60,7 +60,8 @@ def _compiled(
     arrays = {name: x.detach().resolve_neg() for name, x in zip(names, inputs, strict=True) if x is not None}
     arrays |= {name: arrays[name].contiguous() for name in ("lse", "dlse") if name in arrays}
     results = {f"d{x}": arrays[x].new_zeros(arrays[x].shape) for x, asked in zip("qkv", needed, strict=False) if asked}
-    run_backward(spec, family, "auto", arrays | results, Tensor.data_ptr, offset, scoring)
+    owner: dict[str, Any] = {"address": Tensor.data_ptr, "strides": Tensor.stride}
+    run_backward(spec, family, "auto", arrays | results, offset, scoring, **owner)
     return list(results.values())
 
 

@@ -24,6 +24,7 @@ CACHE_ENTRIES = 1024
 cache: dict[Hashable, Call] = {}
 # What is picked for a call does not depend on its lengths, so a decoder's next step need not pick again.
 _families: dict[Hashable, kernels.Family] = {}
+_backwards: dict[Hashable, engines.BoundBackward] = {}
 
 
 class Options(NamedTuple):
@@ -122,18 +123,8 @@ def prepare(
 def clear_cache() -> None:
     """Forget every prepared call: the next one chooses its kernel anew."""
     cache.clear()
-    _bound_backward.cache_clear()
+    _backwards.clear()
     _families.clear()
-
-
-@functools.lru_cache(maxsize=CACHE_ENTRIES)
-def _bound_backward(
-    spec: AttentionSpec, layout: BackwardLayout, family: kernels.Family, engine: str
-) -> engines.BoundBackward:
-    """A backward call made ready, by the direct engine where the one named has no backward."""
-    bind = engine_of(spec, engine).bind_backward or engines.pick("direct").bind_backward
-    assert bind is not None
-    return bind(spec, layout, family)
 
 
 def run_backward(
@@ -141,21 +132,39 @@ def run_backward(
     family: kernels.Family,
     engine: str,
     arrays: Mapping[str, Any],
-    address: Callable[[Any], int],
     offset: Any,
     scoring: Scoring | None = None,
+    *,
+    address: Callable[[Any], int],
+    strides: Callable[[Any], tuple[int, ...]],
 ) -> None:
     """Gradients of a family that compiles its backward, added to those of dq, dk and dv that are among `arrays`.
 
-    The others are q, k, v, o and do, of any strides, lse and possibly dlse, row-major; `address` gives an array's.
+    The others are q, k, v, o and do, of any strides, lse and possibly dlse, row-major; `address` and `strides` ask the
+    library that owns them.
     """
-    absent = (0, 0, 0, 0)
-    names = ("q", "k", "v", "o", "do", "dq", "dk", "dv")
-    layout = BackwardLayout(**{x: view_of(arrays[x]).strides4() if x in arrays else absent for x in names})
-    pack, run = _bound_backward(spec, layout, family, engine)
-    at = {name: address(arrays[name]) if name in arrays else 0 for name in (*names, "lse", "dlse")}
+    key = spec, family.name, engine, *((name, strides(x)) for name, x in arrays.items())
+    found = _backwards.get(key)
+    if found is None:
+        _forget_oldest(_backwards)
+        found = _backwards[key] = _bind_backward(spec, family, engine, arrays)
+    at = dict.fromkeys(_OPERANDS, 0) | {name: address(x) for name, x in arrays.items()}
     offsets = None if spec.offset is not None else np.ascontiguousarray(offset, np.int64)
-    run(pack(**at, offsets=0 if offsets is None else address_of(offsets), scoring=scoring))
+    found.run(found.pack(**at, offsets=0 if offsets is None else address_of(offsets), scoring=scoring))
+
+
+_OPERANDS = ("q", "k", "v", "o", "do", "dq", "dk", "dv", "lse", "dlse")
+
+
+def _bind_backward(
+    spec: AttentionSpec, family: kernels.Family, engine: str, arrays: Mapping[str, Any]
+) -> engines.BoundBackward:
+    """A backward call made ready, by the direct engine where the one named has no backward."""
+    absent = (0, 0, 0, 0)
+    layout = BackwardLayout(*(view_of(arrays[x]).strides4() if x in arrays else absent for x in _OPERANDS[:8]))
+    bind = engine_of(spec, engine).bind_backward or engines.pick("direct").bind_backward
+    assert bind is not None
+    return bind(spec, layout, family)
 
 
 def family_of(spec: AttentionSpec, kernel: object) -> kernels.Family:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -283,7 +284,8 @@ def _run(
         if out is not None and not accumulate:
             done[name][...] = 0
     arrays |= {f"d{name}": x for name, x in done.items()}
-    run_backward(problem.spec, family, engine, arrays, address_of, problem.offset, problem.scoring)
+    owner: dict[str, Any] = {"address": address_of, "strides": operator.attrgetter("strides")}
+    run_backward(problem.spec, family, engine, arrays, problem.offset, problem.scoring, **owner)
     return Gradients(**done)
 
 
