@@ -275,6 +275,18 @@ def test_what_is_read_at_a_fixed_place_belongs_to_the_array():
     np.testing.assert_allclose(fixed, turning, rtol=1e-12, atol=1e-14)
 
 
+def test_a_tie_belongs_to_the_first_operand():
+    s = np.array([-1.0, 0.0, 2.0])
+    for function, slopes in (
+        (lambda s, b, h, i, j: np.maximum(s, 0.0 * i), [0, 1, 1]),
+        (lambda s, b, h, i, j: np.maximum(0.0 * i, s), [0, 0, 1]),
+        (lambda s, b, h, i, j: np.minimum(s, 0.0 * i), [1, 1, 0]),
+        (lambda s, b, h, i, j: np.minimum(0.0 * i, s), [1, 0, 0]),
+    ):
+        program = flashtile.score.Program.of((1, 1, 1, 3), score_mod=function)
+        np.testing.assert_array_equal(program.run([program.score_derivative], s, 0, 0, 0, np.arange(3))[0], slopes)
+
+
 def test_merge_backward_is_the_limit_of_differences():
     r = np.random.default_rng(5)
     pairs = [(r.standard_normal((3, 4)), r.standard_normal(3)) for _ in range(3)]
