@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flashtile.torch.attend import attention
+from flashtile.torch.install import Calls, calls, install, uninstall
 from flashtile.torch.sdpa import scaled_dot_product_attention
 
-__all__ = ["attention", "scaled_dot_product_attention"]
+__all__ = ["Calls", "attention", "calls", "install", "scaled_dot_product_attention", "uninstall"]

@@ -134,18 +134,19 @@ def arguments_of(
     """The operator's arguments of a call; its functions are traced. Raises: as `Options.scored` for what it looks at
     before there are values: shapes, dtypes, functions."""
     causal, window, align = options[:3]
-    spec = Options(*options).spec(q, k, v, scores.positional)
-    where = offsets if spec.offset is None else spec.offset
-    shape = spec.batch, spec.heads, spec.q_len, spec.kv_len
     mask, mask_mod, score_mod = scores.mask, None, None
-    if mask is not None and not is_array(mask):
-        rule = as_mask(mask)
-        rule.fits(shape)
-        mask, mask_mod = None, freeze(rule, where)
-    if scores.score_mod is not None:
-        change = as_score(scores.score_mod)
-        change.fits(shape)
-        score_mod = freeze(change, where)
+    if scores.score_mod is not None or not (mask is None or is_array(mask)):
+        spec = Options(*options).spec(q, k, v, scores.positional)
+        where = offsets if spec.offset is None else spec.offset
+        shape = spec.batch, spec.heads, spec.q_len, spec.kv_len
+        if mask is not None and not is_array(mask):
+            rule = as_mask(mask)
+            rule.fits(shape)
+            mask, mask_mod = None, freeze(rule, where)
+        if scores.score_mod is not None:
+            change = as_score(scores.score_mod)
+            change.fits(shape)
+            score_mod = freeze(change, where)
     frozen = [x for x in (score_mod, mask_mod) if x is not None]
     keep = scores.keep
     return plain_arguments((causal, window, None if align is PER_BATCH else align, *options[3:]))._replace(
