@@ -112,9 +112,17 @@ class Arguments(NamedTuple):
         return scored(scores, q, k, v, self.options, self.offsets_array)
 
 
+def plain_arguments(q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...]) -> Arguments:
+    """The operator's arguments of a call without an option that changes scores, or offsets. Raises: SpecError."""
+    try:
+        return _plain(options)
+    except (TypeError, ValueError):
+        Options(*options).spec(q, k, v)  # says which
+        raise
+
+
 @functools.lru_cache(maxsize=256)
-def plain_arguments(options: tuple[Any, ...]) -> Arguments:
-    """The operator's arguments of a call without an option that changes scores, or offsets."""
+def _plain(options: tuple[Any, ...]) -> Arguments:
     causal, window, align, scale, precision, kernel, engine = options
     return Arguments(
         causal=causal,
@@ -149,7 +157,8 @@ def arguments_of(
             score_mod = freeze(change, where)
     frozen = [x for x in (score_mod, mask_mod) if x is not None]
     keep = scores.keep
-    return plain_arguments((causal, window, None if align is PER_BATCH else align, *options[3:]))._replace(
+    plain = causal, window, None if align is PER_BATCH else align, *options[3:]
+    return plain_arguments(q, k, v, plain)._replace(
         mask=as_tensor(mask, "mask"),
         bias=as_tensor(scores.bias, "bias"),
         alibi_slopes=as_tensor(scores.alibi_slopes, "alibi_slopes"),
