@@ -43,6 +43,7 @@ class Explanation:
     kernel: str
     variant: str  # which of the family's kernels, "" if it has but one
     isa: str  # "" if the kernel does not depend on one
+    product: str  # how the kernel multiplies, and why so; "" if there is no choice
     engine: str
     threads: int
     plan: Plan
@@ -73,6 +74,7 @@ class Explanation:
             *([("sinks", "one more logit in each row's denominator")] if s.sinks else ()),
             *([("dropout", "of the weights, by the seed and position of each")] if s.dropout else ()),
             ("kernel", ", ".join(filter(None, (self.kernel, self.variant, self.isa)))),
+            *([("product", self.product)] if self.product else ()),
             ("engine", f"{self.engine}, {self._threads()}"),
             (
                 "tiles",
@@ -169,6 +171,7 @@ def explain(
         kernel=family.name,
         variant=direction if backward and able.variant else able.variant,
         isa=able.isa,
+        product=able.product,
         engine=chosen.name,
         threads=prepared.threads,
         plan=plan,

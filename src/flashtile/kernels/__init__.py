@@ -144,7 +144,8 @@ class Family:
     """A kernel family, as its module offers it."""
 
     name: str  # the module's
-    unavailable: Callable[[], str | None]  # why it cannot run on this machine, None if it can
+    # Why it cannot run on this machine, None if it can. Raises: UnavailableError for a wrong setting of the user's.
+    unavailable: Callable[[], str | None]
     capabilities: Callable[[AttentionSpec], Capabilities]  # what it does for this dtype and precision, as data
     compile: Callable[[AttentionSpec, Plan, Layout], CompiledKernel]  # cached inside on what it really depends on
     refuses: Callable[[AttentionSpec], str | None] = _never  # a spec that it is capable of, and why; asked last
@@ -234,7 +235,10 @@ def survey() -> list[tuple[str, str, bool, str]]:
     """(room, name, available, reason if not, or a remark) of every kernel family."""
     rows = []
     for name, family in families():
-        reason = family if isinstance(family, str) else family.unavailable()
+        try:
+            reason = family if isinstance(family, str) else family.unavailable()
+        except UnavailableError as wrong_setting:  # which calls raise; a survey tells of the others, too
+            reason = str(wrong_setting)
         remark = family.remark() if reason is None and not isinstance(family, str) else reason
         rows.append(("kernel", name, reason is None, remark or ""))
     return rows

@@ -124,7 +124,7 @@ class Program:
         given = None if score is variable("s") else score
         check_bounds(given, mask, shape)
         roots = proven([r for r in (given, mask) if r is not None], shape)
-        bound, captures, slots = _number_captures(roots)
+        bound, captures, slots = number_captures(roots)
         parts = iter(bound)
         final = (next(parts) if given is not None else None, next(parts) if mask is not None else None)
         return cls(shape, Code(_structure(*final), *final, slots), captures)
@@ -232,7 +232,7 @@ def _check_arrays(shape: tuple[int, int, int, int], slopes: Any, bias: Any, mask
         raise SpecError(f"align: got {shown}, expected integers of shape (B,) = ({batch},)")
 
 
-def _number_captures(roots: list[Expr]) -> tuple[list[Expr], tuple[Any, ...], tuple[Slot, ...]]:
+def number_captures(roots: list[Expr]) -> tuple[list[Expr], tuple[Any, ...], tuple[Slot, ...]]:
     """Captured values replaced by slots, numbered in order of first use."""
     captures: dict[Any, Slot] = {}
 
