@@ -170,6 +170,14 @@ def test_a_function_is_compiled_once() -> None:
     assert text != found[0]
 
 
+@pytest.mark.parametrize(("batch", "rows", "keys"), [(0, 3, 3), (2, 0, 3), (2, 3, 0)])
+def test_nothing_to_attend(batch: int, rows: int, keys: int) -> None:
+    q, k = draw(batch, rows, 2, 8), draw(batch, keys, 2, 8)
+    o, lse = jax.jit(lambda q, k: ours(q, k, k, return_residual=True))(q, k)
+    assert o.shape == q.shape and not o.any() and (lse == -jnp.inf).all() and lse.shape == (batch, rows, 2)
+    assert jax.grad(lambda q: ours(q, k, k, softcap=1.0).sum())(q).shape == q.shape
+
+
 def test_checkpoint_and_scan() -> None:
     q, k, v = inputs()
 
@@ -241,7 +249,7 @@ def test_an_error_of_a_run_is_xlas_with_our_text(error: Exception, monkeypatch: 
     def fail(*args: Any, **options: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(flashtile.jax, "attention", fail)
+    monkeypatch.setattr(flashtile.jax, "lookup", fail)
     text = "INVALID_ARGUMENT: q: got this, expected that" if isinstance(error, SpecError) else type(error).__name__
     with pytest.raises(jax.errors.JaxRuntimeError, match=text):
         jax.block_until_ready(jax.jit(ours)(*inputs()))

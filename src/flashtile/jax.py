@@ -18,7 +18,7 @@ import numpy as np
 
 from flashtile import score, xla
 from flashtile.api import attention
-from flashtile.calls import Options
+from flashtile.calls import Call, Options, lookup, prepare
 from flashtile.checks import check_flag, integer
 from flashtile.errors import SpecError, UnavailableError, described, wrong
 from flashtile.gradients import Gradients, attention_backward
@@ -104,7 +104,7 @@ def dot_product_attention(
     call.check(q, k, v, shape)
     _register()
     o, lse = _attend(call, (q, k, v, *others.values()))
-    lse = jax.lax.stop_gradient(lse)
+    lse = jax.lax.stop_gradient(lse).swapaxes(1, 2)
     o, lse = (o[0], lse[0]) if single else (o, lse)
     return (o, lse) if return_residual else o
 
@@ -153,7 +153,7 @@ class _Call:
             _spell(e)
             raise
 
-    def keywords(self, arrays: list[np.ndarray], batch: int) -> dict[str, Any]:
+    def keywords(self, arrays: list[np.ndarray]) -> dict[str, Any]:
         """The call as flashtile.attention's keywords, from the arrays after query, key and value."""
         given = dict(zip(self.operands, arrays, strict=True))
         rules: list[Any] = [given["mask"]] if "mask" in given else []
@@ -177,12 +177,12 @@ class _Call:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(call: _Call, operands: tuple[Any, ...]) -> tuple[Any, Any]:
-    """o and lse (B, T, N)."""
+    """o and lse (B, N, T)."""
     q, v = operands[0], operands[2]
     accumulator = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     shapes = (
         jax.ShapeDtypeStruct((*q.shape[:-1], v.shape[-1]), q.dtype),
-        jax.ShapeDtypeStruct(q.shape[:-1], accumulator),
+        jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), accumulator),
     )
     o, lse = jax.ffi.ffi_call(FORWARD, shapes, vmap_method="expand_dims")(*operands, call=call.text)
     return o, lse
@@ -207,32 +207,48 @@ def _differentiate(call: _Call, kept: Any, given: Any) -> Any:
 _attend.defvjp(_attend_recorded, _differentiate)
 
 
-def _forward(text: str, arguments: list[np.ndarray], results: list[np.ndarray]) -> None:
+def _forward(text: str, arguments: list[xla.Argument], results: list[xla.Argument]) -> None:
     """The handler of FORWARD: axes that vmap added stand first, in every buffer, of length 1 where it added none."""
+    key = text, *((x.shape, x.element) for x in arguments)
+    prepared = lookup(key)
+    if prepared is None:
+        prepared = _prepare(key, _Call.of(text), arguments, results)
+    if prepared is not None:
+        q, k, v, o, lse = (x.address for x in (*arguments, *results))
+        prepared.run(prepared.pack(q, k, v, o, lse, 0, None), None)
+        return
     call = _Call.of(text)
-    for mapped in np.ndindex(results[0].shape[:-4]):
-        q, k, v, *others = (_at(x, mapped) for x in arguments)
-        o, lse = (x[mapped] for x in results)
-        keywords = call.keywords(others, q.shape[0])
-        _, values = attention(*(x.swapaxes(1, 2) for x in (q, k, v)), out=o.swapaxes(1, 2), return_lse=True, **keywords)
-        lse[...] = values.swapaxes(1, 2)
+    inputs, outputs = ([x.array() for x in given] for given in (arguments, results))
+    for mapped in np.ndindex(outputs[0].shape[:-4]):
+        q, k, v, *others = (_at(x, mapped) for x in inputs)
+        o, lse = (x[mapped] for x in outputs)
+        _, lse[...] = attention(
+            *(x.swapaxes(1, 2) for x in (q, k, v)), out=o.swapaxes(1, 2), return_lse=True, **call.keywords(others)
+        )
 
 
-def _backward(text: str, arguments: list[np.ndarray], results: list[np.ndarray]) -> None:
+def _prepare(key: Any, call: _Call, arguments: list[xla.Argument], results: list[xla.Argument]) -> Call | None:
+    """A call that depends on nothing but shapes and addresses, kept under the key; None for any other."""
+    if call.operands or call.softcap is not None or call.score_mod is not None or len(arguments[0].shape) != 4:
+        return None
+    options = Options(call.is_causal, call.window, "top_left", call.scale, "ieee", "auto", "auto")
+    q, k, v, o = (x.array().swapaxes(1, 2) for x in (*arguments, results[0]))
+    return prepare(key, q, k, v, o, options)
+
+
+def _backward(text: str, arguments: list[xla.Argument], results: list[xla.Argument]) -> None:
     """The handler of BACKWARD."""
     call = _Call.of(text)
     names = ["q", "k", "v", *(name for name in call.operands if name in DIFFERENTIABLE)]
-    for mapped in np.ndindex(results[0].shape[:-4]):
-        do, o, lse, q, k, v, *others = (_at(x, mapped) for x in arguments)
-        targets: dict[str, Any] = dict(zip(names, (x[mapped] for x in results), strict=True))
+    inputs, outputs = ([x.array() for x in given] for given in (arguments, results))
+    for mapped in np.ndindex(outputs[0].shape[:-4]):
+        do, o, lse, *operands = (_at(x, mapped) for x in inputs)
+        do, q, k, v, o = (x.swapaxes(1, 2) for x in (do, *operands[:3], o))
+        targets: dict[str, Any] = dict(zip(names, (x[mapped] for x in outputs), strict=True))
         for name in "qkv":
             targets[name] = targets[name].swapaxes(1, 2)
-        attention_backward(
-            *(x.swapaxes(1, 2) for x in (do, q, k, v, o, lse)),
-            wrt=names,
-            out=Gradients(**targets),
-            **call.keywords(others, q.shape[0]),
-        )
+        keywords = call.keywords(operands[3:])
+        attention_backward(do, q, k, v, o, lse, wrt=names, out=Gradients(**targets), **keywords)
 
 
 def _at(x: np.ndarray, mapped: tuple[int, ...]) -> np.ndarray:

@@ -8,12 +8,13 @@ the version that it was made for before it calls it, and refuses one that it can
 from __future__ import annotations
 
 import ctypes
+import math
+import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from flashtile.arrays import view
 from flashtile.errors import SpecError, UnavailableError
 
 Pointer, Size, Long, Enum = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64, ctypes.c_int
@@ -118,32 +119,88 @@ class CallFrame(ctypes.Structure):
     ]
 
 
-Work = Callable[[str, list[np.ndarray], list[np.ndarray]], None]
+class Argument(NamedTuple):
+    """A buffer of a call, row-major as XLA lays it out for a handler."""
+
+    element: int
+    address: int
+    shape: tuple[int, ...]
+
+    def array(self) -> np.ndarray:
+        """Its memory as an array, writable; bfloat16 as ml_dtypes has it, which comes with JAX."""
+        dtype = ELEMENTS[self.element]
+        memory: Any = (ctypes.c_char * (dtype.itemsize * math.prod(self.shape))).from_address(self.address)
+        found: np.ndarray = np.ndarray(self.shape, dtype, memory)
+        if self.element != BF16:
+            return found
+        import ml_dtypes
+
+        return found.view(ml_dtypes.bfloat16)
+
+
+Work = Callable[[str, list[Argument], list[Argument]], None]
 Handler = ctypes.CFUNCTYPE(Pointer, Pointer)
 _create_error = ctypes.CFUNCTYPE(Pointer, ctypes.POINTER(Error_Create_Args))
 
 
 def handler(work: Work) -> Any:
     """A C function that XLA can call, and that must live as long as XLA may: work(text, arguments, results) is given
-    the call's one attribute, a string, and views of its buffers. What it raises becomes XLA's error."""
+    the call's one attribute, a string, and its buffers. What it raises becomes XLA's error."""
 
     def handle(address: int) -> int | None:
-        frame = CallFrame.from_address(address)
-        if frame.extension_start:
-            extension = Extension_Base.from_address(frame.extension_start)
-            if extension.type == EXTENSION_METADATA:
-                _say_version(frame.extension_start)
-                return None
-        if frame.stage != STAGE_EXECUTE:
-            return None
-        try:
-            results = [_array(frame.rets.rets[n], writable=True) for n in range(frame.rets.size)]
-            work(_text(frame.attrs), [_array(frame.args.args[n]) for n in range(frame.args.size)], results)
-        except BaseException as e:  # nothing may travel through XLA's own frames
-            return _error(frame.api, e)
+        extension, api, stage, *places = _frame(address)
+        if extension and Extension_Base.from_address(extension).type == EXTENSION_METADATA:
+            _say_version(extension)
+        elif stage == STAGE_EXECUTE:
+            try:
+                arguments, results, attribute = places[:2], places[2:4], places[4:]
+                work(_text(*attribute), _buffers(*arguments), _buffers(*results))
+            except BaseException as e:  # nothing may travel through XLA's own frames
+                return _error(api, e)
         return None
 
     return Handler(handle)
+
+
+class _Reader:
+    """Fields of a struct at an address, all at once: ctypes takes a microsecond for each."""
+
+    def __init__(self, struct_type: Any, *fields: str) -> None:
+        parts, at = ["="], 0
+        for name in fields:
+            place, kind = 0, struct_type
+            for step in name.split("."):
+                field = getattr(kind, step)
+                place += field.offset
+                kind = dict(kind._fields_)[step]
+            size = ctypes.sizeof(kind)
+            parts.append(f"{place - at}x{'iq'[size == 8]}")
+            at = place + size
+        self.layout, self.size = struct.Struct("".join(parts)), ctypes.sizeof(struct_type)
+
+    def __call__(self, address: int) -> tuple[int, ...]:
+        return self.layout.unpack_from(ctypes.string_at(address, self.size))
+
+
+_frame = _Reader(
+    CallFrame,
+    *("extension_start", "api", "stage", "args.size", "args.args", "rets.size", "rets.rets", "attrs.size"),
+    *("attrs.types", "attrs.attrs"),
+)
+_buffer = _Reader(Buffer, "dtype", "data", "rank", "dims")
+
+
+def _numbers(address: int, count: int) -> tuple[int, ...]:
+    """Pointers or lengths that stand one after the other."""
+    return struct.unpack(f"={count}q", ctypes.string_at(address, 8 * count)) if count else ()
+
+
+def _buffers(count: int, addresses: int) -> list[Argument]:
+    found = []
+    for address in _numbers(addresses, count):
+        element, data, rank, dims = _buffer(address)
+        found.append(Argument(element, data, _numbers(dims, rank)))
+    return found
 
 
 def _say_version(extension: int) -> None:
@@ -151,27 +208,10 @@ def _say_version(extension: int) -> None:
     metadata.api_version.major_version, metadata.api_version.minor_version = API_VERSION
 
 
-def _array(address: int, writable: bool = False) -> np.ndarray:
-    """A buffer, row-major as XLA lays it out for a handler; bfloat16 as ml_dtypes has it, which comes with JAX."""
-    buffer = Buffer.from_address(address)
-    dtype = ELEMENTS[buffer.dtype]
-    shape = tuple(buffer.dims[: buffer.rank])
-    strides, step = [], dtype.itemsize
-    for n in reversed(shape):
-        strides.append(step)
-        step *= n
-    found = view(buffer.data or 0, shape, tuple(reversed(strides)), dtype, writable=writable)
-    if buffer.dtype != BF16:
-        return found
-    import ml_dtypes
-
-    return found.view(ml_dtypes.bfloat16)
-
-
-def _text(attrs: Attrs) -> str:
-    assert attrs.size == 1 and attrs.types[0] == ATTRIBUTE_STRING
-    span = ByteSpan.from_address(attrs.attrs[0])
-    return ctypes.string_at(span.ptr, span.len).decode()
+def _text(count: int, types: int, attributes: int) -> str:
+    assert count == 1 and Enum.from_address(types).value == ATTRIBUTE_STRING
+    address, length = _numbers(_numbers(attributes, 1)[0], 2)  # a ByteSpan
+    return ctypes.string_at(address, length).decode()
 
 
 def _error(api: int, error: BaseException) -> int | None:
