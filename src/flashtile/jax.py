@@ -214,8 +214,8 @@ def _forward(text: str, arguments: list[xla.Argument], results: list[xla.Argumen
     if prepared is None:
         prepared = _prepare(key, _Call.of(text), arguments, results)
     if prepared is not None:
-        q, k, v, o, lse = (x.address for x in (*arguments, *results))
-        prepared.run(prepared.pack(q, k, v, o, lse, 0, None), None)
+        q_at, k_at, v_at, o_at, lse_at = (x.address for x in (*arguments, *results))
+        prepared.run(prepared.pack(q_at, k_at, v_at, o_at, lse_at, 0, None), None)
         return
     call = _Call.of(text)
     inputs, outputs = ([x.array() for x in given] for given in (arguments, results))
