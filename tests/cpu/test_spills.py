@@ -21,6 +21,7 @@ from flashtile.llvm import machines as isas
 from flashtile.llvm.machines import ISA
 
 HOT = ("scores", "accumulate", "softmax")
+HOT_TILES = ("multiply", "accumulate", "softmax", "program")
 MODULES = {
     name: at for name, at in every_module(for_tests_too=False).items() if "forward" in name and "dropout" not in name
 }
@@ -29,8 +30,9 @@ MODULES = {
 def hot_part(text: str) -> str:
     """The module's declarations and its hot functions alone: all that needs to be compiled to see their loops."""
     declarations, *definitions = re.split(r"^(?=define )", text, flags=re.MULTILINE)
-    hot = [d for d in definitions if re.match(rf"define internal \w+ @(?:{'|'.join(HOT)})_", d)]
-    for prefix in HOT:
+    names = HOT_TILES if "@multiply_1(" in text else HOT
+    hot = [d for d in definitions if re.match(rf"define internal \w+ @(?:{'|'.join(names)})_", d)]
+    for prefix in names:
         assert any(f"@{prefix}" in d for d in hot), f"{prefix} has another name now"
     return declarations + "".join(hot)
 

@@ -29,7 +29,7 @@ def emit_program(module: Module, c: Config, width: int, *, edge: bool) -> Routin
     kinds: dict[str, Any] = {"work": Work.of(c), "first": "i64", "last": "i64", "origin": "i64", "band": Band.kind()}
     f = Routine(module, f"program_{width}_{'edge' if edge else 'full'}", **kinds)
     work, first, last, origin, band = f.parameters
-    program = _Program(f, c, Frame(work.frame), width, masked=edge and c.masked)
+    program: Any = _Program(f, c, Frame(work.frame), width, masked=edge and c.masked) if c.code else _Identity()
     hidden = f.const(c.vector, -math.inf)
     tops = [work.tops.load(0, j) for j in range(width)]
 
@@ -42,7 +42,8 @@ def emit_program(module: Module, c: Config, width: int, *, edge: bool) -> Routin
             value, visible = program.element(place, j, f.load(c.vector, here, align=c.register), line)
             if edge:
                 value = f.select(band.sees(c, j, row) if visible is None else visible, value, hidden)
-            f.store(value, here, align=c.register)
+            if edge or c.scored:
+                f.store(value, here, align=c.register)
             return f.maximum(value, tops[j])
 
         return f.abreast(width, one_register)
@@ -51,6 +52,16 @@ def emit_program(module: Module, c: Config, width: int, *, edge: bool) -> Routin
         work.tops.store(top, 0, j)
     f.ret()
     return f
+
+
+class _Identity:
+    """No program: scores that landed in memory are banded and their maximum kept, no more."""
+
+    def row(self, row: Value) -> None:
+        """Nothing depends on it."""
+
+    def element(self, row: None, j: int, raw: Value, line: Value) -> tuple[Value, Value | None]:
+        return raw, None
 
 
 class _Program:
