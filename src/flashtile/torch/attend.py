@@ -108,7 +108,7 @@ def drawn(dropout_p: Any, seed: Any) -> Keep | None:
     """`keep_of`, with a seed of torch's generator where one is needed and none came. Raises: as `keep_of`."""
     if seed is None and (threshold := threshold_of(dropout_p)):
         found = draw()
-        if torch._C._are_functorch_transforms_active():  # vmap says whether its samples share one
+        if is_watched():  # vmap says whether its samples share one; in a graph it has no value yet
             return Keep(threshold, found)  # type: ignore[arg-type]
         seed = int(found)
     return keep_of(dropout_p, seed)
