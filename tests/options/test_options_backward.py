@@ -142,6 +142,25 @@ def test_a_bias_is_summed_over_the_axes_that_it_broadcasts_along(axes: tuple[int
     assert same_bits(_differentiate(*inputs, dlse=dlse, wrt="bias", bias=swapped).bias, narrow)
 
 
+@pytest.mark.parametrize("element", ["float32", "float64"])
+@pytest.mark.parametrize(("rows", "keys"), [(6, 100_000), (100_000, 6)])
+def test_long_sums_keep_to_the_rule(element: str, rows: int, keys: int) -> None:
+    """Of one sign, so that errors of one direction grow. A sink's sum goes over rows: of six, the rounding of lse says
+    more than the sum."""
+    shape = Shape(1, 4, 2, rows, keys, 8, 4)
+    inputs = tuple(np.abs(x) for x in (arriving(shape, element)[0], *uniform(shape, element)))
+    slopes, ends, few = np.abs(numbers(4)) * 1e-5, numbers(4, min(rows, keys)), np.abs(numbers(3, 4))
+    short = "i" if rows < keys else "j"
+
+    def score(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+        return s * (1 + few[0, h]) + ends[h, i if short == "i" else j] + few[(i + j) % 3, h]
+
+    options: dict[str, Any] = {"score_mod": score, "alibi_slopes": slopes, "sinks": SINKS, "align": 0}
+    options["dlse"] = np.abs(arriving(shape, element)[1])
+    options["wrt"] = ("captured", "alibi_slopes", *(("sinks",) if rows > keys else ()))
+    assert_gradients_accurate(_differentiate(*inputs, **options), *inputs, **options)
+
+
 LARGE = Shape(2, 8, 2, 200, 310, 48, 40)
 FAR, NEAR = numbers(600), numbers(8, 310)
 MANY = {
