@@ -8,22 +8,22 @@ import signal
 import sys
 from pathlib import Path
 
-from . import cliffs, driver, machine, memory, overheads, peers, plot, records, report, short
+from . import backward, cliffs, driver, machine, memory, overheads, peers, plot, records, report, short
 from .cases import ALL_CASES, QUICK, short_cases
 
-USUAL = ("table", "overheads", "memory", "short")
+USUAL = ("table", "backward", "overheads", "memory", "short")
 PARTS = (*USUAL, "cliffs")
 TARGET_CORE = "znver4"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    known = [case.name for case in ALL_CASES]
+    known = [case.name for case in (*ALL_CASES, *backward.CASES)]
     parser.add_argument("--case", nargs="+", metavar="NAME", choices=known, help=f"only these of {', '.join(known)}")
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: about 3 minutes")
     parser.add_argument("--threads", type=int, default=2, help="threads of the comparison with peers (default 2)")
     parser.add_argument("--peers", nargs="+", default=list(peers.DEFAULT), help=f"default: {' '.join(peers.DEFAULT)}")
-    usual = f"default: {' '.join(USUAL)}; with --case only the table"
+    usual = f"default: {' '.join(USUAL)}; with --case only those of the cases"
     parser.add_argument("--parts", nargs="+", choices=PARTS, help=usual)
     parser.add_argument("--axes", nargs="+", choices=cliffs.AXES, help="of the cliffs; default: all")
     parser.add_argument("--rounds", type=int, help="timed rounds a case (default 7, quick 3)")
@@ -34,9 +34,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if not 1 <= options.threads <= available:
         parser.error(f"--threads: got {options.threads}, expected 1 to {available} (the CPUs this process may use)")
     options.rounds = options.rounds or (3 if options.quick else 7)
-    options.parts = options.parts or (["table"] if options.case else list(USUAL))
-    names = options.case or (QUICK if options.quick else known)
+    names = options.case or ((*QUICK, *backward.QUICK) if options.quick else known)
     options.cases = [case for case in ALL_CASES if case.name in names]
+    options.backward = [case for case in backward.CASES if case.name in names]
+    timed = ["table"] * bool(options.cases) + ["backward"] * bool(options.backward)
+    options.parts = options.parts or (timed if options.case else list(USUAL))
     return options
 
 
@@ -69,6 +71,12 @@ def run_table(options: argparse.Namespace, run: str) -> None:
         plot.draw(options.output / "peers.png", results, names, options.threads, records.read(path)[0])
     except ImportError as error:
         print(f"no picture: {error}")
+
+
+def run_backward(options: argparse.Namespace, run: str) -> None:
+    settings = driver.Settings(rounds=options.rounds)
+    verdicts = backward.run(options.backward, options.peers, options.threads, settings, options.output, run)
+    records.update_verdicts(options.output / records.TARGETS, verdicts, run, (case.name for case in options.backward))
 
 
 def run_short(options: argparse.Namespace, run: str) -> None:
@@ -111,14 +119,20 @@ def main(arguments: list[str] | None = None) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     run = heading(options)
     print(run, flush=True)
-    parts = {"table": run_table, "overheads": run_fixed_costs, "short": run_short, "cliffs": run_cliffs}
+    parts = {
+        "table": run_table,
+        "backward": run_backward,
+        "overheads": run_fixed_costs,
+        "short": run_short,
+        "cliffs": run_cliffs,
+    }
     asked = {"overheads" if part == "memory" else part for part in options.parts}
     for part, measure in parts.items():
         if part in asked:
             measure(options, run)
     lines = records.text(options.output, ALL_CASES, short_cases(), options.threads)
     (options.output / "table.txt").write_text("\n".join(lines) + "\n")
-    rows = [row for name in records.FILES for row in records.read(options.output / name)[1]]
+    rows = [row for name in (*records.FILES, backward.FILE) for row in records.read(options.output / name)[1]]
     fresh = [row for row in rows if row[records.RUN] == run.split(";")[0]]
     verdicts = records.verdicts_in(options.output / records.TARGETS, run)
     print("", *report.verdict_lines(verdicts), "", report.counts(verdicts), sep="\n")

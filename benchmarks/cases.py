@@ -12,6 +12,7 @@ import numpy as np
 
 from .options import OPTIONS, Option
 
+MULTIPLY_ADDS = {"forward": 2, "backward": 5, "both": 7}  # a pair and head element
 ITEM_BYTES = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2}
 
 
@@ -26,6 +27,8 @@ class Case:
     Targets are those of a two-core Zen 4: `ratio` is the time of the best peer, or of `rival`, over flashtile's; where
     there is a `base`, another case's name, flashtile's rate over its rate on the same inputs there. `percent` is
     flashtile's share of what `unit` names: the dot-product peak of one core in a dtype, or the "read" bandwidth.
+    `scaling` is what two threads are to gain over one. `intel` is the ratio on Intel's processors, for gradients
+    (backward.py): `direction` says whether the forward is timed, its gradients of q, k and v, or "both" together.
     """
 
     name: str
@@ -45,6 +48,14 @@ class Case:
     rival: str = ""
     base: str = ""
     layout: str = ""
+    direction: str = "forward"
+    scaling: float | None = None
+    intel: float | None = None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the arrays that the case takes."""
+        return ("q", "k", "v") if self.direction == "forward" else ("q", "k", "v", "do")
 
     @property
     def options(self) -> Option:
@@ -74,8 +85,9 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Two multiply-adds a head element and visible (query, key) pair; the softmax is not counted."""
-        return 4 * self.head_size * _visible_pairs(self)
+        """Two multiply-adds a head element and visible (query, key) pair, five for gradients; the softmax is not
+        counted."""
+        return 2 * MULTIPLY_ADDS[self.direction] * self.head_size * _visible_pairs(self)
 
     @property
     def bytes(self) -> int:
@@ -103,7 +115,7 @@ def _visible_pairs(case: Case) -> int:
     return copies * int(np.count_nonzero(mask))
 
 
-SCALING_TARGET = 1.85  # two threads against one, in every case bound by arithmetic
+SCALING_TARGET = 1.85  # two threads against one, in every forward case bound by arithmetic
 
 CASES = (
     Case("f32-1k64", "f32", 1, 8, 8, 1024, 1024, 64, ratio=1.05, percent=80),

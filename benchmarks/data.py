@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +19,33 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     return np.dtype({"f64": np.float64, "f32": np.float32, "f16": np.float16}[name])
 
 
-def make_inputs(case: Case, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Standard normal q, k, v: zeros or constants would let a peer skip work, and would hide a wrong result."""
+def make_inputs(case: Case, seed: int = 0) -> tuple[np.ndarray, ...]:
+    """Standard normal q, k, v, for gradients also do: zeros or constants would let a peer skip work, and would hide a
+    wrong result."""
     rng = np.random.default_rng(seed)
     q_shape = (case.batch, case.heads, case.queries, case.head_size)
     k_shape = (case.batch, case.kv_heads, case.keys, case.head_size)
     kind = np.float64 if case.dtype == "f64" else np.float32
     dtype = numpy_dtype(case.dtype)
-    q, k, v = (rng.standard_normal(shape, dtype=kind).astype(dtype) for shape in (q_shape, k_shape, k_shape))
-    return q, k, v
+    shapes = {"q": q_shape, "k": k_shape, "v": k_shape, "do": q_shape}
+    return tuple(rng.standard_normal(shapes[name], dtype=kind).astype(dtype) for name in case.inputs)
 
 
 def save_inputs(folder: Path, case: Case, arrays: tuple[np.ndarray, ...]) -> None:
-    for name, array in zip("qkv", arrays, strict=True):
+    for name, array in zip(case.inputs, arrays, strict=True):
         # .npy knows no bfloat16: its bits travel as uint16
         np.save(folder / f"{name}.npy", array.view(np.uint16) if case.dtype == "bf16" else array)
 
 
-def load_inputs(folder: Path, case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def load_inputs(folder: Path, case: Case) -> tuple[np.ndarray, ...]:
     dtype = numpy_dtype(case.dtype)
-    q, k, v = (np.load(folder / f"{name}.npy").view(dtype) for name in "qkv")
-    return q, k, v
+    return tuple(np.load(folder / f"{name}.npy").view(dtype) for name in case.inputs)
+
+
+def sampled(outputs: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
+    """Rows of each output, (outputs, rows, head_size), in the widest type; rows (outputs, rows, 3) are (b, h, row)."""
+    found = [x[tuple(at.T)] for x, at in zip(outputs, rows, strict=True)]
+    return np.stack([x.astype(np.longdouble if x.dtype == np.float64 else np.float64) for x in found])
 
 
 def visible_mask(case: Case) -> np.ndarray:

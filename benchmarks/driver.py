@@ -135,7 +135,7 @@ class CaseResult:
 
 
 def prepare(
-    case: Case, who: Participant, folder: Path, rows: np.ndarray, reference: np.ndarray, allowed: float
+    case: Case, who: Participant, folder: Path, rows: np.ndarray, reference: np.ndarray, allowed: np.ndarray
 ) -> Measurement:
     """Set the case up in one process and check the result; only a measurement left at "timed" may be timed."""
     found = Measurement(case, who.peer, who.threads)
@@ -147,10 +147,10 @@ def prepare(
     elif "error" in answer:
         found.status, found.why = "failed", answer["error"]
     else:
-        found.error, found.allowed = check.largest_error(np.load(sample), reference), allowed
+        found.error, found.allowed = check.worst(np.load(sample), reference, allowed)
         found.first_seconds = answer["first"]
         found.seconds = [answer["once"]]  # tells how often to repeat; dropped by the first round
-        if why := check.complaint(found.error, allowed):
+        if why := check.complaint(found.error, found.allowed):
             found.status, found.why, found.seconds = "failed", why, []
     return found
 
@@ -193,11 +193,11 @@ class _Expected:
 
     def __init__(self, arrays: tuple[np.ndarray, ...], rows: np.ndarray):
         self.arrays, self.rows = arrays, rows
-        self.known: dict[Case, tuple[np.ndarray, float]] = {}
+        self.known: dict[Case, tuple[np.ndarray, np.ndarray]] = {}
 
-    def of(self, case: Case) -> tuple[np.ndarray, float]:
+    def of(self, case: Case) -> tuple[np.ndarray, np.ndarray]:
         if case not in self.known:
-            reference, rounded = (check.attend_rows(case, *self.arrays, self.rows, rounded=r) for r in (False, True))
+            reference, rounded = (check.expected_rows(case, self.arrays, self.rows, rounded=r) for r in (False, True))
             self.known[case] = reference, check.allowed_error(case, reference, rounded)
         return self.known[case]
 

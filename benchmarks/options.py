@@ -114,6 +114,11 @@ def _same_document(case: Case) -> np.ndarray:
     return ids[:, None] == ids[None, :]
 
 
+def _softcap_alibi_by_hand(case: Case) -> dict[str, Any]:
+    cap, slope = 30.0, slopes(case)
+    return {"score_mod": lambda s, b, h, q, kv: cap * np.tanh(s / cap) - slope[h] * abs(q - kv)}
+
+
 OPTIONS = {
     "": Option(lambda case: {}),
     "documents": Option(_documents, mask=_same_document),
@@ -132,4 +137,5 @@ OPTIONS = {
     "window by hand": Option(_window_by_hand),
     "alibi by hand": Option(_alibi_by_hand, bias=distance_bias),
     "softcap by hand": Option(_softcap_by_hand, softcap=30.0),
+    "softcap, alibi by hand": Option(_softcap_alibi_by_hand, bias=distance_bias, softcap=30.0),
 }

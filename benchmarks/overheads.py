@@ -11,7 +11,7 @@ import tempfile
 from typing import Any
 
 from . import machine
-from .gpu_host import OPTIONS
+from .gpu.host import OPTIONS
 from .report import Verdict
 
 DOORS = (

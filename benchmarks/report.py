@@ -95,7 +95,8 @@ def judge(result: CaseResult, threads: int) -> list[Verdict]:
     measure = f"% of {case.unit} {'bandwidth' if case.reads else 'peak'}"
     verdicts.append(Verdict(case.name, measure, value, case.percent, note if subject else own_failure(result)))
     if not case.reads and threads > 1 and own and single:
-        target = SCALING_TARGET if threads == 2 else None
+        target = SCALING_TARGET if case.direction == "forward" else case.scaling
+        target = target if threads == 2 else None
         verdicts.append(Verdict(case.name, f"{threads} threads over 1", single.median / own.median, target))
     return verdicts
 

@@ -37,10 +37,10 @@ def tiny_call(door: str) -> dict[str, float]:
 
 
 def gpu_host(option: str, rounds: str = "60") -> dict[str, float]:
-    """Least microseconds of a GPU call's host side: see gpu_host.py."""
-    from . import gpu_host
+    """Least microseconds of a GPU call's host side: see gpu/host.py."""
+    from .gpu import host
 
-    return gpu_host.measure(option, int(rounds))
+    return host.measure(option, int(rounds))
 
 
 class ImportClock:

@@ -30,24 +30,27 @@ class Worker:
     def versions(self) -> dict[str, Any]:
         return {"versions": self.peer.versions()}
 
-    def prepare(self, case: dict[str, Any], folder: str, rows: list[list[int]]) -> dict[str, Any]:
+    def prepare(self, case: dict[str, Any], folder: str, rows: list[list[list[int]]]) -> dict[str, Any]:
         """Two calls: the first compiles and its output is sampled for the check, the second tells how many to time."""
         import numpy as np
 
         from .cases import Case
-        from .data import load_inputs
+        from .data import load_inputs, sampled
 
         self.run = None  # frees the arrays of the case before
         parsed = Case(**case)
         if why := self.peer.refuses(parsed):
             return {"refused": why}
-        run, to_numpy = self.peer.prepare(parsed, *load_inputs(Path(folder), parsed), self.threads)
+        forward = parsed.direction == "forward"
+        prepare = getattr(self.peer, "prepare" if forward else "prepare_backward", None)
+        if prepare is None:
+            return {"refused": "computes no gradients"}
+        run, to_numpy = prepare(parsed, *load_inputs(Path(folder), parsed), self.threads)
         start = time.perf_counter()
         out = run()
         first = time.perf_counter() - start
-        b, h, i = np.array(rows).T
-        sample = to_numpy(out)[b, h, i]
-        np.save(Path(folder) / "sample.npy", sample.astype(np.longdouble if parsed.dtype == "f64" else np.float64))
+        outputs = (to_numpy(out),) if forward else to_numpy(out)
+        np.save(Path(folder) / "sample.npy", sampled(outputs, np.array(rows)))
         start = time.perf_counter()
         run()
         once = time.perf_counter() - start

@@ -24,20 +24,21 @@ as_root() { # as_root COMMAND...: as root or by a sudo that asks nothing; false 
     if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@" 2>/dev/null; fi
 }
 
-require_starpu() { # StarPU and what its binding is compiled with, of the distribution; false, saying so, if not to be had
+require_starpu() { # StarPU, MPI and what their bindings are compiled with, of the distribution; false, saying so, if not to be had
     local packages=() python=$1
     if ! { pkg-config --exists starpu-1.4 || pkg-config --exists starpu-1.3; } 2>/dev/null; then
         packages+=(libstarpu-dev pkg-config)
     fi
+    if ! command -v mpicc >/dev/null || ! command -v mpirun >/dev/null; then packages+=(libopenmpi-dev openmpi-bin); fi
     if ! command -v cc >/dev/null; then packages+=(gcc libc6-dev); fi
     if ! "$python" -c 'import os, sys, sysconfig as s; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))'; then
         packages+=(python3-dev)
     fi
     if ((${#packages[@]} == 0)); then return; fi
-    echo "Installing ${packages[*]} for the tests of engine=\"starpu\" ..." >&2
+    echo "Installing ${packages[*]} for the tests of StarPU and MPI ..." >&2
     if command -v apt-get >/dev/null && as_root apt-get update -qq >&2 && as_root env DEBIAN_FRONTEND=noninteractive \
         apt-get install -y -qq --no-install-recommends "${packages[@]}" >&2; then return; fi
-    echo "Not installed (no apt-get, or neither root nor sudo): the tests of StarPU skip, and say so." >&2
+    echo "Not installed (no apt-get, or neither root nor sudo): the tests of StarPU and MPI skip, and say so." >&2
     return 1
 }
 

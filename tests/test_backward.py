@@ -7,7 +7,9 @@ import pytest
 
 import flashtile
 from flashtile import kernels
-from flashtile.calls import Options
+from flashtile.calls import Options, split_align
+from flashtile.score.keep import keep_of
+from flashtile.score.options import ScoreOptions
 from flashtile.testing import assert_gradients_accurate
 
 B, H, KV, S, T, D, E = 2, 4, 2, 5, 7, 3, 4
@@ -56,8 +58,12 @@ OPTIONS = {
 }
 
 
-def families():
-    spec = Options(False, None, None, None, "ieee", "auto", "auto").spec(*inputs("float64")[:3])
+def families(*, causal=False, window=None, align=None, scale=None, dropout_p=0.0, seed=None, **scores):
+    """Every kernel that has the backward of these options."""
+    align, offsets = (None, None) if align is None else split_align(align, (B, H, S, D))
+    options = Options(causal, window, align, scale, "ieee", "auto", "auto")
+    changes = ScoreOptions(**scores, keep=keep_of(dropout_p, seed))
+    spec, _ = options.scored(changes, *inputs("float64")[:3], offsets)
     for name, family in kernels.families():
         if kernels.objection(family, spec, "backward") is None:
             yield name
@@ -118,7 +124,7 @@ def test_the_reference_is_the_limit_of_differences(name):
 def test_every_kernel_errs_at_most_three_times_as_much_as_the_baseline(name, storage):
     options = OPTIONS[name]
     q, k, v, do, dlse = inputs(storage)
-    for kernel in families():
+    for kernel in families(**options):
         got = run(kernel, q, k, v, do, dlse, options)
         assert_gradients_accurate(got, do, q, k, v, dlse=dlse, wrt=asked(options), **options)
 
@@ -131,7 +137,7 @@ def test_the_baseline_is_the_reference_up_to_rounding(name):
         np.testing.assert_allclose(x, truth[which], rtol=0, atol=np.sqrt(np.finfo(float).eps), err_msg=which)
 
 
-@pytest.mark.parametrize("family", list(families()))
+@pytest.mark.parametrize("family", list(families(mask=SEEN)))
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 def test_what_is_hidden_reaches_no_gradient(family, poison):
     q, k, v, do, dlse = inputs("float32")
@@ -182,7 +188,7 @@ def test_out_accumulates_strides_are_free_and_only_what_is_asked_for_comes(famil
     np.testing.assert_allclose(out.k, 2 * one.k, rtol=1e-6)
 
 
-@pytest.mark.parametrize("family", list(families()))
+@pytest.mark.parametrize("family", list(families(**OPTIONS["dropout"])))
 @pytest.mark.parametrize("storage", ["float64", "float32", "float16"])
 def test_the_mask_read_out_of_the_backward_is_that_of_the_forward(family, storage):
     """q = 0, and do an identity: dv is the dropped weights, transposed. With v and do of ones dP shows them as well."""
@@ -246,6 +252,39 @@ def test_an_array_captured_twice_is_one_sum_and_a_clamped_load_gets_none():
     full = np.concatenate([short, [0.4, 0.4, 0.4]])
     guarded = gradient(lambda s, b, h, i, j: s + np.where(j < 4, short[j], 0.4))[short]
     np.testing.assert_allclose(guarded, gradient(lambda s, b, h, i, j: s + full[j])[full][:4])
+
+
+def test_what_is_read_at_a_fixed_place_belongs_to_the_array():
+    q, k, v, do, dlse = inputs("float64")
+    table = np.random.default_rng(2).standard_normal((3, H, T))
+    layer = 1
+
+    def gradient(score):
+        o, lse = flashtile.attention(q, k, v, score_mod=score, return_lse=True)
+        captured = flashtile.attention_backward(do, q, k, v, o, lse, wrt="captured", score_mod=score).captured
+        assert list(captured)[0] is table and len(captured) == 1
+        return captured[table]
+
+    fixed = gradient(lambda s, b, h, i, j: s * table[-1, 0, 2] + table[layer][h, j] + table[0][-2][j] * j)
+    turning = gradient(
+        lambda s, b, h, i, j: (
+            s * table[h * 0 + 2, h * 0, h * 0 + 2] + table[h * 0 + 1, h, j] + table[h * 0, h * 0 + H - 2, j] * j
+        )
+    )
+    assert fixed.any(axis=(1, 2)).all()
+    np.testing.assert_allclose(fixed, turning, rtol=1e-12, atol=1e-14)
+
+
+def test_a_tie_belongs_to_the_first_operand():
+    s = np.array([-1.0, 0.0, 2.0])
+    for function, slopes in (
+        (lambda s, b, h, i, j: np.maximum(s, 0.0 * i), [0, 1, 1]),
+        (lambda s, b, h, i, j: np.maximum(0.0 * i, s), [0, 0, 1]),
+        (lambda s, b, h, i, j: np.minimum(s, 0.0 * i), [1, 1, 0]),
+        (lambda s, b, h, i, j: np.minimum(0.0 * i, s), [1, 0, 0]),
+    ):
+        program = flashtile.score.Program.of((1, 1, 1, 3), score_mod=function)
+        np.testing.assert_array_equal(program.run([program.score_derivative], s, 0, 0, 0, np.arange(3))[0], slopes)
 
 
 def test_merge_backward_is_the_limit_of_differences():

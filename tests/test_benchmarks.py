@@ -21,7 +21,7 @@ from processes import PATIENCE
 ROOT = Path(__file__).resolve().parent.parent
 
 import benchmarks.__main__ as command  # noqa: E402
-from benchmarks import check, driver, machine, peak, peers, report  # noqa: E402
+from benchmarks import backward, check, driver, machine, peak, peers, report  # noqa: E402
 from benchmarks.cases import ALL_CASES, QUICK, Case, short_cases  # noqa: E402
 from benchmarks.data import load_inputs, make_inputs, save_inputs, visible_mask  # noqa: E402
 from benchmarks.options import OPTIONS  # noqa: E402
@@ -178,7 +178,7 @@ def test_options_against_brute_force(name):
     weights = np.where(seen, np.exp(scores), 0)
     extra = np.exp(option.sinks(case).astype(float))[:, None, None] if option.sinks else 0
     dense = weights @ v_all / (weights.sum(-1, keepdims=True) + extra)
-    rows = check.sample_rows(case)
+    rows = check.sample_rows(case)[0]
     found = check.attend_rows(case, q, k, v, rows, rounded=False)
     np.testing.assert_allclose(found.astype(np.float64), dense[tuple(rows.T)], rtol=0, atol=1e-13)
     for peer in ("flashtile", "numpy"):
@@ -248,7 +248,7 @@ def test_sampled_reference_is_attention(case):
     k_all, v_all = (np.repeat(x, group, axis=1) for x in (k, v))
     scores = np.where(visible_mask(case), q @ k_all.swapaxes(-1, -2) * case.scale, -np.inf)
     reachable = visible_mask(case).any(axis=1)
-    rows = np.array([row for row in check.sample_rows(case) if reachable[row[2]]])
+    rows = np.array([row for row in check.sample_rows(case)[0] if reachable[row[2]]])
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True, initial=-1e9))
     dense = (weights / np.maximum(weights.sum(axis=-1, keepdims=True), 1e-300)) @ v_all
     found = check.attend_rows(dataclasses.replace(case, dtype="f64"), q, k, v, rows, rounded=False)
@@ -257,7 +257,7 @@ def test_sampled_reference_is_attention(case):
 
 def test_check_rejects_nan_wrong_shape_and_wrong_value():
     reference = np.ones((3, 4))
-    allowed = check.allowed_error(TINY, reference, reference)
+    [allowed] = check.allowed_error(TINY, reference[None], reference[None])
     assert 0 < allowed < 1e-6
     assert check.complaint(check.largest_error(reference, reference), allowed) is None
     assert check.complaint(check.largest_error(reference[:2], reference), allowed)
@@ -308,9 +308,10 @@ def test_peers_load_and_refuse_without_their_packages():
 
 
 def test_case_names_are_unique_and_quick_is_a_part_of_all():
-    names = [case.name for case in (*ALL_CASES, *short_cases())]
+    names = [case.name for case in (*ALL_CASES, *backward.CASES, *short_cases())]
     assert len(set(names)) == len(names)
     assert set(QUICK) <= {case.name for case in ALL_CASES}
+    assert set(backward.QUICK) <= {case.name for case in backward.CASES}
 
 
 def test_workarounds_for_old_blas_do_not_reach_the_peers(monkeypatch):

@@ -16,7 +16,9 @@ from processes import run
 ROOT = Path(__file__).resolve().parent.parent
 
 torch = pytest.importorskip("torch")
-from benchmarks import gpu, gpu_checks, gpu_peers, report  # noqa: E402
+from benchmarks import report  # noqa: E402
+from benchmarks.gpu import __main__ as command_line  # noqa: E402
+from benchmarks.gpu import checks, habits, peers, steps, timing  # noqa: E402
 
 SIZES = (60, 100)  # with fewer rows the largest error of the baseline, and so what is allowed, is a matter of luck
 
@@ -24,32 +26,80 @@ SIZES = (60, 100)  # with fewer rows the largest error of the baseline, and so w
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_the_dry_run_goes_all_the_way(tmp_path: Path) -> None:
     """Every check and every peer on the interpreter, in a process of its own; files with a row for each."""
-    command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--output", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--budget", "1e6", "--output", str(tmp_path)]
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     done = run(command, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.endswith("everything of flashtile's is right\n") and "WRONG" not in done.stdout
-    checks = _rows(tmp_path / "checks.csv")
-    small = {c.name for c in gpu_checks.CHECKS if (c.kv_len or 0) < 1000 and c.size <= 128}
-    assert {row["check"] for row in checks} == small and not any(row["problem"] for row in checks)
+    assert done.stdout.endswith("everything of flashtile's is right\n") and "   WRONG" not in done.stdout
+    summary = (tmp_path / "summary.txt").read_text()
+    assert [name for name in command_line.STEPS if f"== {name}: ok" in summary] == list(command_line.STEPS)
+    assert "Job(size=64" in (tmp_path / "log.txt").read_text()  # something was compiled ahead
+    checked = _rows(tmp_path / "checks.csv")
+    small = {c.name for c in checks.CHECKS if (c.kv_len or 0) < 1000 and c.size <= 128}
+    assert {row["check"] for row in checked} == small and {row["verdict"] for row in checked} == {"ok"}
+    looked = {row["check"]: row["verdict"] for row in _rows(tmp_path / "habits.csv")}
+    assert {name for name, verdict in looked.items() if verdict == "ok"} == habits.ANYWHERE and len(looked) > 10
     timed = _rows(tmp_path / "gpu.csv")
-    assert len(timed) == len(gpu.cases(["bf16"], dry=True)) * len(gpu_peers.PEERS)
-    assert {row["status"] for row in timed if row["peer"] in ("flashtile", "triton_vanilla", "torch_sdpa")} == {"timed"}
+    assert len(timed) == len(timing.cases(["bf16"], dry=True)) * len(peers.PEERS)
+    assert {row["status"] for row in timed if row["peer"] in ("flashtile", "triton_vanilla")} == {"timed"}
     assert {row["why"] for row in timed if row["peer"] == "cudnn"} == {"no cuDNN here"}
 
 
+def test_a_step_that_fails_or_takes_too_long_stops_no_other(tmp_path: Path) -> None:
+    """By a clock of the test's own, but for the one step that is to be ended: it would sleep for an hour."""
+    moment = [0.0]
+    steps_run = steps.Run(tmp_path, 100, clock=lambda: moment[0])
+    steps_run.step(steps.Step("broken", 50, ("-c", "print('half'); raise SystemExit(3)")))
+    steps_run.step(steps.Step("endless", 1, ("-c", "import time; time.sleep(3600)")))
+    steps_run.step(steps.Step("beside", 50, ("-c", "import time; time.sleep(3600)"), beside=True))
+    steps_run.step(steps.Step("right", 50, ("-c", "print('whole')")))
+    moment[0] = 99.5
+    steps_run.step(steps.Step("late", 50, ("-c", "print('never')")))
+    steps_run.end()
+    assert steps_run.failed == ["broken", "endless", "late"]
+    summary = (tmp_path / "summary.txt").read_text()
+    assert "== broken: 3" in summary and "   half" in summary and "== endless: out of time" in summary
+    assert "== right: ok" in summary and "== late: no time left" in summary and "never" not in summary
+
+
+def test_a_habit_that_breaks_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> str | None:
+        raise RuntimeError("no such stream")
+
+    def absent() -> str | None:
+        raise ImportError("no module named cupy")
+
+    monkeypatch.setattr(habits, "HABITS", {"a": broken, "b": absent, "c": lambda: "wrong", "d": lambda: None})
+    monkeypatch.setattr(habits, "dry", False)
+    verdicts = {name: (verdict, why) for name, verdict, why in habits.every(False)}
+    assert verdicts["a"] == ("WRONG", "RuntimeError: no such stream")
+    assert verdicts["b"] == ("not run", "no module named cupy")
+    assert verdicts["c"] == ("WRONG", "wrong") and verdicts["d"][0] == "ok"
+    monkeypatch.setenv("UNTIL", "0")
+    assert {verdict for _, verdict, why in habits.every(False)} == {"not run"}
+
+
 def test_the_cases_are_those_that_were_asked_for() -> None:
-    found = gpu.cases(["bf16", "f16"], dry=False)
-    assert len(found) == 2 * 2 * 2 * 6
-    assert {case.batch * case.queries for case in found} == {gpu.TOKENS}
-    assert {case.heads * case.head_size for case in found} == {gpu.WIDTH}
-    assert {case.queries for case in found} == set(gpu.LENGTHS) and {case.head_size for case in found} == {64, 128}
+    found = timing.cases(["bf16", "f16"], dry=False)
+    grid = [case for case in found if case.queries == case.keys and not (case.option or case.window)]
+    assert len(grid) == 2 * 2 * 2 * 6
+    assert [case.name for case in found if case not in grid] == [
+        "bf16-window",
+        "bf16-documents",
+        "bf16-softcap",
+        "bf16-decode-8192",
+        "bf16-decode-65536",
+    ]
+    found = grid
+    assert {case.batch * case.queries for case in found} == {timing.TOKENS}
+    assert {case.heads * case.head_size for case in found} == {timing.WIDTH}
+    assert {case.queries for case in found} == set(timing.LENGTHS) and {case.head_size for case in found} == {64, 128}
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert gpu.main(["--output", str(tmp_path / "never")]) == 2
+    assert command_line.main(["--output", str(tmp_path / "never")]) == 2
     assert "torch finds no GPU" in capsys.readouterr().err and not (tmp_path / "never").exists()
 
 
@@ -58,8 +108,8 @@ def test_every_check_passes_on_the_cpu_and_finds_a_wrong_answer(monkeypatch: pyt
     import flashtile.torch
 
     honest = flashtile.torch.attention
-    one = [c for c in gpu_checks.CHECKS if (c.kv_len or 0) < 1000]
-    for name, dtype, problem in gpu_checks.every("cpu", lambda x: x, SIZES, ("float32",), tuple(one)):
+    one = [c for c in checks.CHECKS if (c.kv_len or 0) < 1000]
+    for name, dtype, problem in checks.every("cpu", lambda x: x, SIZES, ("float32",), tuple(one)):
         assert problem is None, (name, dtype, problem)
 
     def off(*arguments: Any, **options: Any) -> Any:
@@ -70,19 +120,19 @@ def test_every_check_passes_on_the_cpu_and_finds_a_wrong_answer(monkeypatch: pyt
         return result
 
     monkeypatch.setattr(flashtile.torch, "attention", off)
-    for name, _, problem in gpu_checks.every("cpu", lambda x: x, SIZES, ("float32",), tuple(one)):
+    for name, _, problem in checks.every("cpu", lambda x: x, SIZES, ("float32",), tuple(one)):
         assert (problem is None) == (name == "no query"), name
 
 
 def test_a_wrong_peer_is_not_timed() -> None:
-    def wrong(case: Any, q: Any, k: Any, v: Any) -> gpu_peers.Run:
+    def wrong(case: Any, q: Any, k: Any, v: Any) -> peers.Run:
         return lambda: q * 0
 
-    def absent(case: Any, q: Any, k: Any, v: Any) -> gpu_peers.Run:
-        raise gpu_peers.Refused("not here")
+    def absent(case: Any, q: Any, k: Any, v: Any) -> peers.Run:
+        raise peers.Refused("not here")
 
-    case = gpu.cases(["bf16"], dry=True)[0]
-    result = gpu.measure(case, (gpu_peers.torch_sdpa, wrong, absent), "cpu")
+    case = timing.cases(["bf16"], dry=True)[0]
+    result = timing.measure(case, (peers.torch_sdpa, wrong, absent), "cpu")
     assert [m.status for m in result.measurements] == ["timed", "failed", "refused"]
     assert "wrong result" in result.measurements[1].why and not result.measurements[1].seconds
     assert len(report.refusals([result])) == 2

@@ -146,6 +146,67 @@ def test_masks_in_files_intersect(tmp_path: Path) -> None:
     )
 
 
+GRADIENTS = ["q", "v", "bias", "sinks", "alibi_slopes"]
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize("target", ["o.npy", "o.npz"])
+def test_run_writes_gradients_beside(tmp_path: Path, target: str, stored: str, capsys: Capture) -> None:
+    """Of what --wrt names, from do in a file of its own or beside q, k and v, with every option of the call."""
+    arrays = _arrays(pytest.importorskip("ml_dtypes").bfloat16 if stored == "bfloat16" else stored)
+    do = np.random.default_rng(3).standard_normal((2, 4, 30, 8)).astype(arrays["q"].dtype)
+    options, output = _score_options(), tmp_path / target
+    flags = [*_option_files(tmp_path, **options), *FLAGS, "--backward", "--wrt", ",".join(GRADIENTS)]
+    if target == "o.npz":
+        np.savez(tmp_path / "qkv.npz", **arrays, do=do)
+        inputs = [str(tmp_path / "qkv.npz")]
+    else:
+        inputs = [*_npy(tmp_path, arrays), *_option_files(tmp_path, do=do)]
+    assert cli.main(["run", *inputs, "-o", str(output), *flags, "--return-lse"]) == 0
+    assert ", dq, dv, dbias" in capsys.readouterr().out
+    names = ["o", "lse", *(f"d{name}" for name in GRADIENTS)]
+    if target == "o.npz":
+        with np.load(output) as archive:
+            assert archive.files == names
+        written = dict(zip(names, arrayfiles.open_npz(output, tuple(names)), strict=True))
+    else:
+        written = {name: arrayfiles.open_npy(tmp_path / f"o.{name}.npy") for name in names[1:]}
+        assert not (tmp_path / "o.dk.npy").exists()
+    o, lse = flashtile.attention(**arrays, **options, **OPTIONS, return_lse=True)
+    want = flashtile.attention_backward(do, **arrays, o=o, lse=lse, wrt=GRADIENTS, **options, **OPTIONS)
+    for name in GRADIENTS:
+        assert written[f"d{name}"].dtype == getattr(want, name).dtype
+        np.testing.assert_array_equal(written[f"d{name}"], getattr(want, name))
+        assert np.abs(getattr(want, name).astype(float)).max() > 0
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--backward"], "--do: got nothing, expected an .npy file"),
+        (["--do", "do.npy"], "--do: got do.npy, expected it beside --backward only"),
+        (["--wrt", "q,k"], "--wrt: got q,k, expected it beside --backward only"),
+        (["--backward", "--do", "do.npy", "--wrt", "q,bias"], "--wrt: got bias, expected names among q, k, v"),
+        (["--backward", "--do", "k.npy"], "do: got float32 of shape (2, 2, 50, 16), expected float32 of shape (2, 4"),
+        (["--backward", "--do", "wide.npy"], "do: got float64 of shape (2, 4, 30, 8), expected float32"),
+        (["--backward", "--do", "none.npy"], "none.npy: got no such file or directory"),
+        (["--backward", "--do", "do.npy", "--kernel", "unknown"], "kernel: got 'unknown'"),
+        (["--backward", "--do", "o.dq.npy"], "expected another name: o.dq.npy is an input"),
+    ],
+)
+def test_run_refuses_bad_gradients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _npy(tmp_path, _arrays())
+    for name, dtype in (("do", np.float32), ("o.dq", np.float32), ("wide", np.float64)):
+        np.save(tmp_path / f"{name}.npy", np.ones((2, 4, 30, 8), dtype))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert message in _fails(["run", "q.npy", "k.npy", "v.npy", "-o", "o.npy", *flags], capsys)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_run_may_replace_its_input_where_told(tmp_path: Path) -> None:
     arrays = _arrays()
     inputs = _npy(tmp_path, arrays)
@@ -294,6 +355,11 @@ def test_explain_counts_masks_in_files(tmp_path: Path, capsys: Capture) -> None:
     assert capsys.readouterr().out == f"{call}\n" and call.coverage.visible == 4 * 64 * (64 + 10)
 
 
+def test_explain_prints_the_gradients(capsys: Capture) -> None:
+    assert cli.main(["explain", "--shape", "2,64,32", "--causal", "--backward"]) == 0
+    assert capsys.readouterr().out == f"{flashtile.explain((2, 64, 32), causal=True, backward=True)}\n"
+
+
 def test_explain_takes_fewer_axes(capsys: Capture) -> None:
     assert cli.main(["explain", "--shape", "64,32"]) == 0
     assert cli.main(["explain", "--shape", "3,64,32", "--s-kv", "0"]) == 0
@@ -359,28 +425,37 @@ def short_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "ROUNDS", 1)
 
 
-def test_bench_prints_a_row_a_case(short_rounds: None, capsys: Capture) -> None:
-    assert cli.main(["bench", "--shape", "1,2,32,16"]) == 0
+@pytest.mark.parametrize("flags", [[], ["--backward"]], ids=["forward", "backward"])
+def test_bench_prints_a_row_a_case(short_rounds: None, capsys: Capture, flags: list[str]) -> None:
+    assert cli.main(["bench", "--shape", "1,2,32,16", *flags]) == 0
     _, heading, *rows = capsys.readouterr().out.splitlines()
     assert heading.split()[:3] == ["GFLOP/s", "flashtile", "numpy"]
-    assert [row.split()[0] for row in rows] == ["float32", "float32", "float16", "float64"]
+    assert [row.split()[0] for row in rows] == ["float32", "float32", "bfloat16", "float16", "float64"]
     for row in rows:
         *speeds, ratio = row.split(")")[1].split()
         assert all(float(speed) > 0 for speed in speeds)
         assert float(ratio) == pytest.approx(float(speeds[0]) / max(map(float, speeds[1:])), rel=0.02)
 
 
+@pytest.mark.parametrize("flags", [[], ["--backward"]], ids=["forward", "backward"])
+@pytest.mark.parametrize("place", [0, -1])
 def test_bench_times_nothing_that_is_wrong(
-    short_rounds: None, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    short_rounds: None, monkeypatch: pytest.MonkeyPatch, capsys: Capture, flags: list[str], place: int
 ) -> None:
-    def wrong(q: np.ndarray, *_: object) -> bench.Contestant:
-        return lambda: np.ones_like(q)
+    """Of a contestant that is right but for one of its arrays."""
+    known = bench._DIFFERENTIATING if flags else bench._CONTESTANTS
+    honest = known["flashtile"]
 
-    monkeypatch.setitem(bench._CONTESTANTS, "numpy", wrong)
-    assert cli.main(["bench", "--shape", "1,2,32,16"]) == 0
+    def wrong(*arguments: object) -> bench.Contestant:
+        arrays = list(honest(*arguments)())
+        arrays[place] = np.ones_like(arrays[place])
+        return lambda: tuple(arrays)
+
+    monkeypatch.setitem(known, "numpy", wrong)
+    assert cli.main(["bench", "--shape", "1,2,32,16", *flags]) == 0
     assert all(row.split(")")[1].split()[1] == "wrong" for row in capsys.readouterr().out.splitlines()[2:])
-    monkeypatch.setitem(bench._CONTESTANTS, "flashtile", wrong)
-    assert cli.main(["bench", "--shape", "1,2,32,16"]) == 1
+    monkeypatch.setitem(known, "flashtile", wrong)
+    assert cli.main(["bench", "--shape", "1,2,32,16", *flags]) == 1
     assert "inaccurate result for float32 dense (1,2,32,16)" in capsys.readouterr().err
 
 

@@ -71,6 +71,25 @@ def test_the_mask_read_out(dropping: Kernel, shape: tuple[int, int, int, int], p
     np.testing.assert_allclose(weights[mask].astype(float), 4 / 3, rtol=8 * DTYPES[dtype].eps)
 
 
+@pytest.mark.parametrize("name", ["causal", "window", "mask"])
+def test_the_mask_read_out_of_what_is_seen(dropping: Kernel, name: str, dtype: str) -> None:
+    """Wherever the first key of a panel or a block stands: the mask of the definition, on what the options show."""
+    shape = 2, 4, 70, 200
+    seen = read_mask(dropping, shape, 200, dtype, **OPTIONS[name]) != 0
+    kept = read_mask(dropping, shape, 200, dtype, dropout_p=0.25, seed=SEED, **OPTIONS[name]) != 0
+    assert seen.any() and not seen.all()
+    np.testing.assert_array_equal(kept, seen & dropout_keep(shape, 0.25, SEED))
+
+
+def test_the_mask_read_out_of_parts_of_the_keys(dtype: str) -> None:
+    """Keys that are split over work items and merged, and more of them than a span has."""
+    shape = 1, 1, 40, 2500
+    plan = flashtile.explain((1, 1, 40, 8), (1, 1, 2500, 8), dtype=dtype, dropout_p=0.25, seed=SEED).plan
+    assert plan.splits > 1 or "cpu" not in {param.values[0].name for param in knowing()}
+    weights = read_mask(Kernel("auto", None), shape, 500, dtype, dropout_p=0.25, seed=SEED)
+    np.testing.assert_array_equal(weights != 0, dropout_keep(shape, 0.25, SEED))
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "dense": {},
     "causal": {"causal": True, "align": "bottom_right"},
@@ -89,11 +108,10 @@ def test_accurate(dropping: Kernel, name: str, dtype: str) -> None:
     testing.assert_accurate(lse, *x, kind="lse", **options)
 
 
-def test_lse_is_without_dropout(dropping: Kernel) -> None:
-    x = inputs()
-    plain, dropped = (
-        dropping(*x, return_lse=True, causal=True, align=0, **o) for o in ({}, {"dropout_p": 0.5, "seed": 1})
-    )
+@pytest.mark.parametrize("name", OPTIONS)
+def test_lse_is_without_dropout(dropping: Kernel, name: str) -> None:
+    x = inputs(shape=(2, 4, 2, 70, 200, 16, 24))
+    plain, dropped = (dropping(*x, return_lse=True, **OPTIONS[name], **o) for o in ({}, {"dropout_p": 0.5, "seed": 1}))
     np.testing.assert_array_equal(plain[1], dropped[1])
     assert (plain[0] != dropped[0]).any()
 
@@ -147,6 +165,18 @@ def test_what_a_mask_hides_stays_hidden(dropping: Kernel) -> None:
     assert (clean[:, :, 4] == 0).all() and np.isfinite(clean).all()
 
 
+def test_an_infinite_value(dropping: Kernel, dtype: str) -> None:
+    """Infinite where its weight is kept; 0 times it, which is NaN, where it is dropped; nothing where it is hidden."""
+    q, k, v = inputs(dtype)
+    v[:, :, 20, 3] = np.inf
+    options = {"causal": True, "align": 0, "dropout_p": 0.5, "seed": 4}
+    o = dropping(q, k, v, **options)
+    kept, seen = dropout_keep((2, 4, 37, 75), 0.5, 4)[..., 20], np.arange(37) >= 20
+    np.testing.assert_array_equal(np.isposinf(o[..., 3]), kept & seen)
+    np.testing.assert_array_equal(np.isnan(o[..., 3]), ~kept & seen)
+    assert np.isfinite(np.delete(o, 3, axis=-1)).all()
+
+
 def test_a_visible_nan_makes_its_row_nan(dropping: Kernel) -> None:
     q, k, v = inputs()
     q[0, 0, 3] = np.nan
@@ -158,6 +188,7 @@ def test_auto_takes_a_kernel_that_knows_dropout() -> None:
     x = inputs()
     chosen = flashtile.explain(*x, dropout_p=0.3, seed=1)
     assert chosen.spec.dropout and "dropout" in str(chosen)
+    assert chosen.kernel == knowing()[0].values[0].name  # the first in the order of preference
     o = flashtile.attention(*x, dropout_p=0.3, seed=1)
     np.testing.assert_array_equal(o, flashtile.attention(*x, dropout_p=0.3, seed=1, kernel=chosen.kernel))
 
@@ -241,7 +272,7 @@ def test_torch_draws_the_seed(door: str) -> None:
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
     assert not torch.equal(first[0], first[1]) and not torch.equal(first[0], other[0])
     torch.manual_seed(0)
-    seed = int(torch.empty((), dtype=torch.int64).random_())
+    seed = int(torch.randint((1 << 63) - 1, ()))  # which a compiled graph can draw, too
     by_numpy = flashtile.attention(*[a.numpy() for a in x], dropout_p=0.5, seed=seed)
     np.testing.assert_array_equal(first[0].numpy(), by_numpy)
     torch.manual_seed(0)

@@ -171,3 +171,31 @@ def test_every_kernel_explains_itself(kernel: Any, dtype: str) -> None:
 def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         flashtile.explain(**arguments)
+
+
+def test_gradients_are_explained(kernel: Any, dtype: str) -> None:
+    """Five products where the forward has two, by a kernel that has them; the reasons of the others are about that."""
+    shapes = (2, 4, 100, 8), (2, 2, 200, 8), (2, 2, 200, 24)
+    options = {"window": (9, 5), "align": "bottom_right", "dtype": dtype}
+    got = flashtile.explain(*shapes, **options, backward=True)
+    assert got.direction == "backward" and "gradients  " in str(got)
+    assert got.flops == got.coverage.visible * 2 * (3 * 8 + 2 * 24)
+    assert got.coverage.visible == flashtile.explain(*shapes, **options).coverage.visible
+    family = dict(kernels.families())[kernel.name]
+    if "backward" in family.capabilities(got.spec).directions:
+        chosen = flashtile.explain(*shapes, **options, backward=True, kernel=kernel.name)
+        assert chosen.kernel == kernel.name and chosen.plan.items > 0
+    else:
+        assert dict(got.passed_over)[kernel.name].startswith("has no backward")
+        with pytest.raises(UnavailableError, match=f"{kernel.name}: has no backward"):
+            flashtile.explain(*shapes, **options, backward=True, kernel=kernel.name)
+
+
+def test_gradients_in_numpy_are_noted() -> None:
+    got = flashtile.explain((4, 8), backward=True, kernel="vanilla")
+    assert got.threads == 1 and "NumPy" in got.notes[-1] and "gradients" not in str(flashtile.explain((4, 8)))
+
+
+def test_backward_is_a_flag() -> None:
+    with pytest.raises(SpecError, match="^backward: got 'yes', expected True or False"):
+        flashtile.explain((4, 8), backward="yes")

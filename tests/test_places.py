@@ -50,15 +50,17 @@ TABLE: dict[str, Place] = {
     "direct": Place("engines.direct", "errors arrays spec plan contract engines"),
     # Of llvm the cache's folder; of triton the kernels compiled ahead of time, and what they are compiled for.
     "starpu": Place("engines.starpu", "errors arrays llvm score spec options plan contract triton engines"),
+    "starpu_mpi": Place("engines.starpu_mpi", "errors arrays score spec options starpu"),
     "calls": Place("calls", "errors arrays spec options contract engines"),
     "doors": Place(
-        "api torch autograd devices gradients merge sdpa explain plot picture starpu nntile",
-        "errors arrays score spec options plan contract owners engines direct starpu calls",
+        "api torch transformers flash_attn jax xla autograd devices gradients merge explain plot picture starpu "
+        "starpu_mpi nntile",
+        "errors arrays score spec options plan contract owners engines direct starpu starpu_mpi calls",
     ),
     "package": Place("", "errors arrays score doors"),
     "tools": Place(
-        "cli __main__ bench demo doctor testing arrayfiles",
-        "errors arrays llvm score spec options contract numpy triton engines starpu calls doors package",
+        "cli __main__ bench demo doctor launch testing arrayfiles",
+        "errors arrays llvm score spec options contract numpy triton engines starpu starpu_mpi calls doors package",
     ),
 }
 

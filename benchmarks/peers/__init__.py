@@ -5,6 +5,9 @@ refuses(case) -> str | None
 prepare(case, q, k, v, threads) -> (run, to_numpy)
     `run()` is what is timed: one whole call on arrays the peer holds already. `to_numpy(run())` is the output as
     (batch, heads, queries, head_size). Anything that a user pays once (building a graph, compiling) happens here.
+prepare_backward(case, q, k, v, do, threads) -> (run, to_numpy)
+    The same for gradients, from peers that have them: `to_numpy(run())` is (dq, dk, dv). With the case's direction
+    "backward" the forward is done here, with "both" in each run.
 versions() -> dict
     The packages whose versions the report names.
 

@@ -48,3 +48,23 @@ def prepare(case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray, threads: in
         return out
 
     return run, to_numpy
+
+
+def prepare_backward(
+    case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray, do: np.ndarray, threads: int
+) -> tuple[Callable, Callable]:
+    import flashtile
+
+    flashtile.set_num_threads(threads)
+    keywords = options(case)
+
+    def forward() -> tuple[np.ndarray, np.ndarray]:
+        return flashtile.attention(q, k, v, return_lse=True, **keywords)
+
+    done = forward()
+
+    def run() -> Any:
+        o, lse = forward() if case.direction == "both" else done
+        return flashtile.attention_backward(do, q, k, v, o, lse, **keywords)
+
+    return run, lambda gradients: (gradients.q, gradients.k, gradients.v)

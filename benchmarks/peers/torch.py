@@ -32,17 +32,48 @@ def to_torch(x: np.ndarray) -> Any:
 
 def from_torch(x: Any) -> np.ndarray:
     """Widened: NumPy has no bfloat16 to give back."""
-    return x.double().numpy()
+    return x.detach().double().numpy()
 
 
 def prepare(case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray, threads: int) -> tuple[Callable, Callable]:
     import torch
-    from torch.nn.functional import scaled_dot_product_attention
 
     torch.set_num_threads(threads)
-    tensors = [to_torch(x) for x in (q, k, v)]
+    attend = attention(case, *(to_torch(x) for x in (q, k, v)))
+
+    def run() -> Any:
+        with torch.no_grad():
+            return attend()
+
+    return run, from_torch
+
+
+def prepare_backward(
+    case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray, do: np.ndarray, threads: int
+) -> tuple[Callable, Callable]:
+    """Autograd's; FlexAttention is not here, since it has no gradients on CPUs."""
+    import torch
+
+    torch.set_num_threads(threads)
+    tensors = [to_torch(x).requires_grad_() for x in (q, k, v)]
+    attend, arrived = attention(case, *tensors), to_torch(do)
+    done = attend()
+
+    def run() -> Any:
+        if case.direction == "both":
+            return torch.autograd.grad(attend(), tensors, arrived)
+        return torch.autograd.grad(done, tensors, arrived, retain_graph=True)
+
+    return run, lambda gradients: tuple(map(from_torch, gradients))
+
+
+def attention(case: Case, *tensors: Any) -> Callable[[], Any]:
+    """One call of the case on q, k and v."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
     if case.options.rescores:
-        return _by_mathematics(case, *tensors), from_torch
+        return _by_mathematics(case, *tensors)
     keywords: dict[str, Any] = {"enable_gqa": case.heads != case.kv_heads}
     if case.options.bias is not None:
         keywords["attn_mask"] = torch.from_numpy(additive(case))
@@ -51,11 +82,7 @@ def prepare(case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray, threads: in
     else:
         keywords["is_causal"] = case.causal
 
-    def run() -> Any:
-        with torch.no_grad():
-            return scaled_dot_product_attention(*tensors, **keywords)
-
-    return run, from_torch
+    return lambda: scaled_dot_product_attention(*tensors, **keywords)
 
 
 def _by_mathematics(case: Case, q: Any, k: Any, v: Any) -> Callable:
@@ -68,15 +95,14 @@ def _by_mathematics(case: Case, q: Any, k: Any, v: Any) -> Callable:
     sinks = None if option.sinks is None else torch.from_numpy(option.sinks(case))[None, :, None, None]
 
     def run() -> Any:
-        with torch.no_grad():
-            keys, values = (x.repeat_interleave(group, 1) if group > 1 else x for x in (k, v))
-            scores = torch.matmul(q, keys.transpose(-1, -2)) * case.scale
-            if option.softcap:
-                scores = torch.tanh(scores / option.softcap) * option.softcap
-            if added is not None:
-                scores = scores + added
-            if sinks is not None:
-                scores = torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], -1)
-            return torch.matmul(torch.softmax(scores, -1)[..., : case.keys], values)
+        keys, values = (x.repeat_interleave(group, 1) if group > 1 else x for x in (k, v))
+        scores = torch.matmul(q, keys.transpose(-1, -2)) * case.scale
+        if option.softcap:
+            scores = torch.tanh(scores / option.softcap) * option.softcap
+        if added is not None:
+            scores = scores + added
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], -1)
+        return torch.matmul(torch.softmax(scores, -1)[..., : case.keys], values)
 
     return run

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable
+import functools
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from flashtile import engines, kernels
-from flashtile.arrays import View, contiguous, view_of
+from flashtile.arrays import View, address_of, contiguous, view_of
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import described, wrong
-from flashtile.kernels import Layout
+from flashtile.kernels import ArrayShapes, BackwardLayout, Layout
+from flashtile.kernels.gradients import Sums
 from flashtile.score.options import ScoreOptions, Scoring
 from flashtile.spec import LARGEST_POSITION, PER_BATCH, AttentionSpec
 
@@ -21,6 +23,9 @@ from flashtile.spec import LARGEST_POSITION, PER_BATCH, AttentionSpec
 CACHE_ENTRIES = 1024
 
 cache: dict[Hashable, Call] = {}
+# What is picked for a call does not depend on its lengths, so a decoder's next step need not pick again.
+_families: dict[Hashable, kernels.Family] = {}
+_backwards: dict[Hashable, engines.BoundBackward] = {}
 
 
 class Options(NamedTuple):
@@ -66,9 +71,14 @@ class Call:
     o_like_q: bool  # q itself has the shape and layout of a new output
     lse_shape: tuple[int, ...]
     lse_dtype: np.dtype[Any]
-    extents: tuple[tuple[int, int], ...]  # of o, q, k, v; see View.extent
+    views: tuple[View, ...]  # o, q, k, v
     pack: engines.Pack
     run: engines.Run
+
+    @functools.cached_property
+    def extents(self) -> tuple[tuple[int, int], ...]:
+        """Of o, q, k, v; see View.extent."""
+        return tuple(x.extent() for x in self.views)
 
 
 def lookup(key: Hashable) -> Call | None:
@@ -93,7 +103,7 @@ def prepare(
     o_shape = views[0].shape[:-1] + views[2].shape[-1:]
     o = contiguous(o_shape, q.dtype, spec.device) if out is None else check_out(view_of(out), o_shape, spec)
     engine = engine_of(spec, options.engine)
-    family = kernels.pick(spec, as_name("kernel", options.kernel))
+    family = family_of(spec, options.kernel)
     layout = Layout(*(x.strides4() for x in (*views, o)))
     pack, run = engine.bind(spec, layout, family)
     call = Call(
@@ -102,13 +112,11 @@ def prepare(
         o_like_q=o == views[0],
         lse_shape=o_shape[:-1],
         lse_dtype=DTYPES[DTYPES[spec.dtype].accumulator].numpy,
-        extents=tuple(x.extent() for x in (o, *views)),
+        views=(o, *views),
         pack=pack,
         run=run,
     )
-    if len(cache) >= CACHE_ENTRIES:
-        with contextlib.suppress(RuntimeError, StopIteration, KeyError):  # another thread was faster
-            del cache[next(iter(cache))]  # the oldest
+    _forget_oldest(cache)
     cache[key] = call
     return call
 
@@ -116,6 +124,79 @@ def prepare(
 def clear_cache() -> None:
     """Forget every prepared call: the next one chooses its kernel anew."""
     cache.clear()
+    _backwards.clear()
+    _families.clear()
+
+
+def run_backward(
+    spec: AttentionSpec,
+    family: kernels.Family,
+    engine: str,
+    arrays: Mapping[str, Any],
+    offset: Any,
+    scoring: Scoring | None = None,
+    wanted: Collection[str | int] = (),
+    *,
+    address: Callable[[Any], int],
+    strides: Callable[[Any], tuple[int, ...]],
+) -> Sums:
+    """Gradients of a family that compiles its backward: of q, k and v added to those of dq, dk and dv that are among
+    `arrays`; returned, those of "sinks" and of captured arrays, by their slots, that are `wanted`.
+
+    The others are q, k, v, o and do, of any strides, lse and possibly dlse, row-major; `address` and `strides` ask the
+    library that owns them.
+    """
+    captured = {} if scoring is None else scoring.shapes(wanted)
+    real = DTYPES[DTYPES[spec.dtype].accumulator].numpy
+    empty = {n: np.zeros(shape, real) for n, shape in captured.items() if 0 in shape}
+    shapes = tuple(sorted((n, shape) for n, shape in captured.items() if n not in empty))
+    key = spec, family.name, engine, shapes, *((name, strides(x)) for name, x in arrays.items())
+    found = _backwards.get(key)
+    if found is None:
+        _forget_oldest(_backwards)
+        found = _backwards[key] = _bind_backward(spec, family, engine, arrays, shapes)
+    at = dict.fromkeys(_OPERANDS, 0) | {name: address(x) for name, x in arrays.items()}
+    offsets = None if spec.offset is not None else np.ascontiguousarray(offset, np.int64)
+    dsinks = np.zeros((spec.batch, spec.heads), real) if "sinks" in wanted else None
+    beside = {name: 0 if x is None else address_of(x) for name, x in (("offsets", offsets), ("dsinks", dsinks))}
+    params = found.pack(**at, **beside, scoring=scoring)
+    found.run(params)
+    return Sums(None, None, None, dsinks, {**empty, **found.totals(params)})
+
+
+_OPERANDS = ("q", "k", "v", "o", "do", "dq", "dk", "dv", "lse", "dlse")
+
+
+def _bind_backward(
+    spec: AttentionSpec, family: kernels.Family, engine: str, arrays: Mapping[str, Any], shapes: ArrayShapes
+) -> engines.BoundBackward:
+    """A backward call made ready, by the direct engine where the one named has no backward."""
+    absent = (0, 0, 0, 0)
+    layout = BackwardLayout(*(view_of(arrays[x]).strides4() if x in arrays else absent for x in _OPERANDS[:8]))
+    bind = engine_of(spec, engine).bind_backward or engines.pick("direct").bind_backward
+    assert bind is not None
+    return bind(spec, layout, family, shapes)
+
+
+def family_of(spec: AttentionSpec, kernel: object) -> kernels.Family:
+    """The kernel family of a call by its name; on a GPU, whose kernels may fail their self-test, picked each time."""
+    name = as_name("kernel", kernel)
+    if spec.device_kind != "cpu":
+        return kernels.pick(spec, name)
+    sizes = spec.heads, spec.kv_heads, spec.head_size, spec.value_size
+    key = name, spec.dtype, spec.precision, sizes, spec.band is None, spec.program, spec.sinks, spec.dropout
+    found = _families.get(key)
+    if found is None:
+        _forget_oldest(_families)
+        found = _families[key] = kernels.pick(spec, name)
+    return found
+
+
+def _forget_oldest(kept: dict[Hashable, Any]) -> None:
+    """Make room for one more."""
+    if len(kept) >= CACHE_ENTRIES:
+        with contextlib.suppress(RuntimeError, StopIteration, KeyError):  # another thread was faster
+            del kept[next(iter(kept))]
 
 
 def engine_of(spec: AttentionSpec, engine: object) -> engines.Engine:

@@ -1,8 +1,9 @@
-"""The command `flashtile`: demo, run, bench, explain, doctor, starpu, aot. Each imports what it needs when it runs."""
+"""The command `flashtile`: demo, run, bench, explain, doctor, starpu, mpi, aot. Each imports what it needs then."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import operator
 import sys
@@ -70,29 +71,36 @@ def demo(options: argparse.Namespace) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Attention over arrays in files: q, k and v in one .npz, or in three .npy, mapped into memory."""
+    """Attention over arrays in files, and its gradients: q, k, v in one .npz, or in three .npy, mapped into memory."""
     from flashtile import arrayfiles
 
-    output, lse_output = _outputs(options)
-    q, k, v = _inputs(options.inputs)
+    wrt = _wrt(options)
+    output, beside = _outputs(options, wrt)
+    q, k, v, *do = _inputs(options)
     keywords = _keywords(options)
-    call = flashtile.explain(q, k, v, **keywords)  # validates: nothing is written for a call that cannot run
-    keywords.update(return_lse=True, progress=sys.stderr.isatty() and not options.quiet)
+    calls = [flashtile.explain(q, k, v, **keywords)]  # validates: nothing is written for a call that cannot run
+    if options.backward:
+        calls.append(flashtile.explain(q, k, v, **keywords, backward=True))
+        _check_do(do[0], q, v)
+    progress = sys.stderr.isatty() and not options.quiet
     start = time.perf_counter()
-    with arrayfiles.replacing(output) as temporary:
-        if output.suffix == ".npz":
-            o, lse = flashtile.attention(q, k, v, **keywords)
-            np.savez(temporary, o=o, **({"lse": lse} if options.return_lse else {}))
-        else:
-            o = arrayfiles.create_npy(temporary, q.shape[:-1] + v.shape[-1:], q.dtype)
-            _, lse = flashtile.attention(q, k, v, out=o, **keywords)
-            if options.return_lse:
-                with arrayfiles.replacing(lse_output) as temporary_lse:
-                    np.save(temporary_lse, lse)
+    with arrayfiles.replacing(output) as temporary, contextlib.ExitStack() as others:
+        shape = q.shape[:-1] + v.shape[-1:]
+        out = arrayfiles.create_npy(temporary, shape, q.dtype) if output.suffix == ".npy" else None
+        o, lse = flashtile.attention(q, k, v, out=out, return_lse=True, progress=progress, **keywords)
+        found = {"lse": lse} if options.return_lse else {}
+        if options.backward:
+            gradients = flashtile.attention_backward(do[0], q, k, v, o, lse, wrt=wrt, **keywords)
+            found |= {f"d{name}": getattr(gradients, name) for name in wrt}
+        if out is None:
+            np.savez(temporary, o=o, **found)
+        for name, path in beside.items():
+            np.save(others.enter_context(arrayfiles.replacing(path)), found[name])
     if not options.quiet:
         seconds = time.perf_counter() - start
-        speed = f"{seconds:.3f} s with files, {call.flops / seconds / 1e9:.4g} GFLOP/s"
-        print(f"{output}: o {tuple(o.shape)} {o.dtype}, {speed}")
+        speed = f"{seconds:.3f} s with files, {sum(call.flops for call in calls) / seconds / 1e9:.4g} GFLOP/s"
+        names = "".join(f", d{name}" for name in wrt)
+        print(f"{output}: o {tuple(o.shape)} {o.dtype}{names}, {speed}")
     return OK
 
 
@@ -104,7 +112,8 @@ def bench(options: argparse.Namespace) -> int:
     if shape is not None and (len(shape) != 4 or 0 in shape):
         raise wrong("--shape", ",".join(map(str, shape)), "four positive numbers B,H,S,D")
     print(f"{flashtile.get_num_threads()} threads; each result checked, then medians of {benchmark.ROUNDS} rounds")
-    for line in benchmark.table(list(benchmark.CASES) if shape is None else benchmark.cases_of(shape)):
+    cases = list(benchmark.CASES) if shape is None else benchmark.cases_of(shape)
+    for line in benchmark.table(cases, backward=options.backward):
         print(line, flush=True)
     return OK
 
@@ -121,7 +130,7 @@ def explain(options: argparse.Namespace) -> int:
     kv = (*q[:-3], *heads, rows)
     columns = q[-1] if options.d_v is None else options.d_v
     sizes = {"dtype": options.dtype, "device": options.device}
-    print(flashtile.explain(q, (*kv, q[-1]), (*kv, columns), **sizes, **_keywords(options)))
+    print(flashtile.explain(q, (*kv, q[-1]), (*kv, columns), **sizes, backward=options.backward, **_keywords(options)))
     return OK
 
 
@@ -139,6 +148,16 @@ def starpu(options: argparse.Namespace) -> int:
 
     print(f"{build.build(force=True)}: {report.remark()}")
     return OK
+
+
+def mpi(options: argparse.Namespace) -> int:
+    """Programs on several ranks (flashtile.starpu_mpi): start one, or try whether two ranks compute."""
+    from flashtile import launch
+
+    if options.action == "doctor":
+        print(launch.doctor())
+        return OK
+    return launch.run(options.ranks, [str(options.program), *options.arguments])
 
 
 def aot(options: argparse.Namespace) -> int:
@@ -163,20 +182,47 @@ def aot(options: argparse.Namespace) -> int:
     return OK
 
 
-def _inputs(paths: list[Path]) -> list[np.ndarray]:
-    """q, k and v, mapped."""
+def _inputs(options: argparse.Namespace) -> list[np.ndarray]:
+    """q, k and v, mapped; and do, where gradients are asked for."""
     from flashtile.arrayfiles import open_npy, open_npz
 
+    paths = options.inputs
+    apart = options.backward and options.do is not None
     suffixes = [path.suffix for path in paths]
     if suffixes == [".npz"]:
-        return open_npz(paths[0], ("q", "k", "v"))
-    if suffixes == [".npy"] * 3:
-        return [open_npy(path) for path in paths]
-    raise wrong("INPUT", " ".join(map(str, paths)), "one .npz with q, k and v, or three .npy files")
+        found = open_npz(paths[0], ("q", "k", "v", *(["do"] if options.backward and not apart else [])))
+    elif suffixes == [".npy"] * 3:
+        if options.backward and not apart:
+            raise wrong("--do", "nothing", "an .npy file: the gradient that arrives at o")
+        found = [open_npy(path) for path in paths]
+    else:
+        raise wrong("INPUT", " ".join(map(str, paths)), "one .npz with q, k and v, or three .npy files")
+    return [*found, open_npy(options.do)] if apart else found
 
 
-def _outputs(options: argparse.Namespace) -> tuple[Path, Path]:
-    """Where o goes, and where lse goes if that is a file of its own: neither is an input, unless --overwrite is on."""
+def _wrt(options: argparse.Namespace) -> list[str]:
+    """The names of the arrays whose gradients are asked for; none without --backward."""
+    if not options.backward:
+        for flag, value in (("--do", options.do), ("--wrt", options.wrt)):
+            if value is not None:
+                raise wrong(flag, value if flag == "--do" else ",".join(value), "it beside --backward only")
+        return []
+    known = ["q", "k", "v", *(name for name in ("bias", "sinks", "alibi_slopes") if getattr(options, name) is not None)]
+    wrt = list(dict.fromkeys(options.wrt or ["q", "k", "v"]))
+    if unknown := [name for name in wrt if name not in known]:
+        raise wrong("--wrt", ",".join(unknown), f"names among {', '.join(known)}, the arrays of this call")
+    return wrt
+
+
+def _check_do(do: np.ndarray, q: np.ndarray, v: np.ndarray) -> None:
+    shape = q.shape[:-1] + v.shape[-1:]
+    if do.shape != shape or do.dtype != q.dtype:
+        raise wrong("do", f"{do.dtype} of shape {do.shape}", f"{q.dtype} of shape {shape}, as o")
+
+
+def _outputs(options: argparse.Namespace, wrt: list[str]) -> tuple[Path, dict[str, Path]]:
+    """Where o goes, and where lse and gradients go if those are files of their own, by name: none of them is an input,
+    unless --overwrite is on."""
     from flashtile import arrayfiles
 
     output = options.output
@@ -184,12 +230,13 @@ def _outputs(options: argparse.Namespace) -> tuple[Path, Path]:
         raise wrong("--output", output, "a name that ends in .npy or .npz")
     if not output.parent.is_dir():
         raise wrong("--output", output, f"a name in a folder that exists; {output.parent} does not")
-    lse_output = output.with_suffix(".lse.npy")
-    read = [*options.inputs, *(path for name in ARRAY_OPTIONS if (path := getattr(options, name)) is not None)]
-    for target in (output, *((lse_output,) if options.return_lse and output.suffix == ".npy" else ())):
+    names = (["lse"] if options.return_lse else []) + [f"d{name}" for name in wrt]
+    beside = {name: output.with_suffix(f".{name}.npy") for name in names if output.suffix == ".npy"}
+    read = [*options.inputs, *(path for name in ("do", *ARRAY_OPTIONS) if (path := getattr(options, name)) is not None)]
+    for target in (output, *beside.values()):
         if not options.overwrite and any(arrayfiles.same(target, path) for path in read):
             raise wrong("--output", output, f"another name: {target} is an input, replaced only with --overwrite")
-    return output, lse_output
+    return output, beside
 
 
 def _keywords(options: argparse.Namespace) -> dict[str, Any]:
@@ -227,10 +274,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_run_options(add(run))
     sub = add(bench)
     sub.add_argument("--shape", type=_numbers, metavar="B,H,S,D", help="measure every dtype at this shape instead")
+    sub.add_argument("--backward", action="store_true", help="measure the gradients of q, k and v instead")
     _add_threads(sub)
     _add_explain_options(add(explain))
     add(doctor)
     add(starpu).add_argument("action", choices=("build",), help="compile, whether or not it was compiled before")
+    _add_mpi_actions(add(mpi))
     _add_aot_options(add(aot))
     return parser
 
@@ -255,6 +304,15 @@ def _add_run_options(sub: argparse.ArgumentParser) -> None:
         "--overwrite", action="store_true", help="the output may have the name of an input, and replace it"
     )
     sub.add_argument("--return-lse", action="store_true", help="also write lse: into OUT.npz, or to OUT.lse.npy")
+    sub.add_argument(
+        "--backward", action="store_true", help="also write gradients: into OUT.npz as dq ..., or to OUT.dq.npy ..."
+    )
+    sub.add_argument(
+        "--do", type=Path, metavar="FILE.npy", help="the gradient that arrives at o (default: do in INPUT.npz)"
+    )
+    sub.add_argument(
+        "--wrt", type=_words, metavar="A,B", help="among q,k,v (default), bias, sinks, alibi_slopes: whose gradients"
+    )
     sub.add_argument("-q", "--quiet", action="store_true", help="no progress bar, no summary")
     _add_attention_options(sub)
     _add_threads(sub)
@@ -267,8 +325,18 @@ def _add_explain_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--d-v", type=_natural, metavar="N", help="head size of v (default: as of q)")
     sub.add_argument("--dtype", default="float32", help="float64, float32 (default), float16 or bfloat16")
     sub.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:0 and so on")
+    sub.add_argument("--backward", action="store_true", help="of its gradients instead")
     _add_attention_options(sub)
     _add_threads(sub)
+
+
+def _add_mpi_actions(sub: argparse.ArgumentParser) -> None:
+    actions = sub.add_subparsers(dest="action", metavar="ACTION", required=True)
+    start = actions.add_parser("run", help="start a Python program on ranks of this machine, through mpirun")
+    start.add_argument("-n", "--ranks", type=_natural, required=True, metavar="N", help="how many")
+    start.add_argument("program", type=Path, metavar="PROGRAM.py")
+    start.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="of the program")
+    actions.add_parser("doctor", help="what is missing, or what two ranks compute")
 
 
 def _add_aot_options(sub: argparse.ArgumentParser) -> None:

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import flashtile
 from flashtile import engines, kernels
+from flashtile.dtypes import DTYPES
+from flashtile.engines.starpu_mpi import build as ranks
 from flashtile.errors import FlashtileError
-from flashtile.llvm import cache
+from flashtile.llvm import cache, processors
 from flashtile.llvm import machines as isa
+from flashtile.spec import PRECISIONS
 from flashtile.threads import get_num_threads
 
 Row = tuple[str, str, bool, str]  # room, name, available, why not (or a remark)
@@ -23,7 +26,7 @@ _PACKAGES = ("numpy", "llvmlite", "ml_dtypes", "torch", "jax", "matplotlib", "tq
 
 def survey() -> list[Row]:
     """Every kernel, instruction set, engine and door: (room, name, available, why not, or a remark)."""
-    return [*kernels.survey(), *_isas(), *engines.survey(), *_doors()]
+    return [*kernels.survey(), *_isas(), *_products(), *engines.survey(), *_doors()]
 
 
 def text() -> str:
@@ -73,10 +76,26 @@ def _isas() -> list[Row]:
     return rows
 
 
+def _products() -> list[Row]:
+    """How the kernels multiply in each dtype, and in fp32 at each precision that is not its own."""
+    try:
+        machine = isa.current()
+    except FlashtileError:  # the survey of the kernels says why
+        return []
+    asked = [(name, "ieee") for name in DTYPES] + [("float32", name) for name in PRECISIONS if name != "ieee"]
+    rows = []
+    for dtype, precision in asked:
+        choice = processors.choose(machine, dtype, precision, forced=isa.forced())
+        name = dtype if precision == "ieee" else f"{dtype}/{precision}"
+        rows.append(("product", name, True, f"{choice.product.name}: {choice.why}"))
+    return rows
+
+
 def _doors() -> list[Row]:
     """The modules beside api.py whose docstring begins "The door for". They are read, not imported: a door imports
     the package that it is for. One to an engine is open where that is available."""
     shut = {name: reason for _, name, available, reason in engines.survey() if not available}
+    shut["starpu_mpi"] = ranks.missing() or ""
     rows = []
     for file in sorted(Path(flashtile.__file__).parent.glob("*.py")):
         tree = ast.parse(file.read_bytes())

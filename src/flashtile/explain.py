@@ -5,17 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from flashtile import kernels
 from flashtile.arrays import View, contiguous, device_of, is_torch, plain, view_of
 from flashtile.calls import Options, as_name, engine_of, split_align
+from flashtile.checks import check_flag
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import wrong
 from flashtile.hints import check_keywords
-from flashtile.kernels import Layout
+from flashtile.kernels import BackwardLayout, Capabilities, Family, Layout
 from flashtile.owners import borrow, library_of, owner_of
 from flashtile.plan import Coverage, Plan, coverage_of, make_plan
 from flashtile.plan.mapped import count_map
@@ -35,12 +36,14 @@ _WITHOUT_EFFECT = {"return_lse", "progress", "out"}  # on what explain says
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `flashtile.explain` found. Sizes in bytes, FLOPs of the two products over visible pairs."""
+    """What `flashtile.explain` found. Sizes in bytes, FLOPs of the products over visible pairs: two in a forward call,
+    five in a backward one."""
 
     spec: AttentionSpec
     kernel: str
     variant: str  # which of the family's kernels, "" if it has but one
     isa: str  # "" if the kernel does not depend on one
+    product: str  # how the kernel multiplies, and why so; "" if there is no choice
     engine: str
     threads: int
     plan: Plan
@@ -53,6 +56,7 @@ class Explanation:
     unfused_bytes: int  # of the scores that an unfused attention would store
     passed_over: tuple[tuple[str, str], ...]  # (kernel, why)
     notes: tuple[str, ...]
+    direction: str = "forward"
 
     def __str__(self) -> str:
         s, p, c = self.spec, self.plan, self.coverage
@@ -66,9 +70,11 @@ class Explanation:
             ("positions", _positions(s) if not self.mask else "as the mask says"),
             *([("score", self.score)] if self.score else ()),
             *([("mask", self.mask)] if self.mask else ()),
+            *([("gradients", "of q, k and v")] if self.direction == "backward" else ()),
             *([("sinks", "one more logit in each row's denominator")] if s.sinks else ()),
             *([("dropout", "of the weights, by the seed and position of each")] if s.dropout else ()),
             ("kernel", ", ".join(filter(None, (self.kernel, self.variant, self.isa)))),
+            *([("product", self.product)] if self.product else ()),
             ("engine", f"{self.engine}, {self._threads()}"),
             (
                 "tiles",
@@ -128,14 +134,15 @@ def explain(
     precision: Precision = "ieee",
     kernel: Kernel = "auto",
     engine: Engine = "auto",
+    backward: bool = False,
     **others: Any,
 ) -> Explanation:
     """Say which kernel, instruction set, tiles, coverage, FLOPs and scratch a call would use, without running it.
 
     Takes the arguments of `flashtile.attention`; q, k and v may also be shapes, of arrays in row-major order, with
-    dtype= (by default float32) and device= ("cpu" by default, "cuda"); k is by default like q, and v like k. print()
-    the result. Counting the visible pairs of a mask takes time in proportion to the tiles that it cuts; a stored mask
-    cuts all.
+    dtype= (by default float32) and device= ("cpu" by default, "cuda"); k is by default like q, and v like k. With
+    backward=True it is about `flashtile.attention_backward`, and the gradients of q, k and v. print() the result.
+    Counting the visible pairs of a mask takes time in proportion to the tiles that it cuts; a stored mask cuts all.
     Raises: what attention raises for these arguments, but for `out`, which is not looked at.
 
     >>> import flashtile
@@ -149,39 +156,74 @@ def explain(
     options = Options(causal, window, None, scale, precision, kernel, engine)
     scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed))
     spec, scoring, offsets = describe(views, options, align, scores)
+    check_flag("backward", backward)
+    direction = "backward" if backward else "forward"
     chosen = engine_of(spec, engine)
-    family = kernels.pick(spec, as_name("kernel", kernel))
+    family = kernels.pick(spec, as_name("kernel", kernel), direction)
     able = family.capabilities(spec)
-    plan = make_plan(spec, able)
-    o = contiguous(views[0].shape[:-1] + views[2].shape[-1:], spec.dtype, spec.device)
-    compiled = family.compile(spec, plan, Layout(*(x.strides4() for x in (*views, o))))
-    program = scoring.program
+    prepared = (_prepared_backward if backward else _prepared)(spec, views, family, able)
+    plan, program = prepared.plan, scoring.program
     coverage = coverage_of(spec, plan, offsets)
     if program is not None and program.mask is not None:
         coverage = count_map(program, tile_map(program, spec, plan.tile_q, plan.tile_k))
     return Explanation(
         spec=spec,
         kernel=family.name,
-        variant=able.variant,
+        variant=direction if backward and able.variant else able.variant,
         isa=able.isa,
+        product=able.product,
         engine=chosen.name,
-        threads=get_num_threads(),
+        threads=prepared.threads,
         plan=plan,
         coverage=coverage,
         score=score_text(program) if program else "",
         mask=mask_text(program) if program else "",
-        flops=2 * (spec.head_size + spec.value_size) * coverage.visible,
-        scratch_bytes=compiled.scratch_bytes,
-        workspace_bytes=_workspace(compiled),
+        flops=_flops(spec, coverage.visible, direction),
+        scratch_bytes=prepared.scratch_bytes,
+        workspace_bytes=prepared.workspace_bytes,
         unfused_bytes=coverage.pairs * DTYPES[DTYPES[spec.dtype].accumulator].itemsize,
-        passed_over=_passed_over(spec, family.name, kernel),
-        notes=_notes(spec, able, program),
+        passed_over=_passed_over(spec, family.name, kernel, direction),
+        notes=(*_notes(spec, able, program), *prepared.notes),
+        direction=direction,
     )
 
 
-def _workspace(kernel: Any) -> int:
-    """Bytes between a call's launches: of a merge that follows in a stage of its own, or as the kernel says."""
-    return kernel.merge_stage.workspace_bytes if kernel.merge_stage else getattr(kernel, "workspace_bytes", 0)
+class _Prepared(NamedTuple):
+    """How a kernel cuts a call, what memory it takes (as Explanation says), and on how many threads it runs."""
+
+    plan: Plan
+    scratch_bytes: int
+    workspace_bytes: int
+    threads: int
+    notes: tuple[str, ...] = ()
+
+
+def _flops(spec: AttentionSpec, visible: int, direction: str) -> int:
+    """Of the products over so many pairs: S and O; backward S, dQ, dK, as long as D, and dP, dV, as long as D_v."""
+    keys, values = (3, 2) if direction == "backward" else (1, 1)
+    return 2 * (keys * spec.head_size + values * spec.value_size) * visible
+
+
+def _prepared(spec: AttentionSpec, views: Sequence[View], family: Family, able: Capabilities) -> _Prepared:
+    plan = make_plan(spec, able)
+    o = contiguous(views[0].shape[:-1] + views[2].shape[-1:], spec.dtype, spec.device)
+    kernel = family.compile(spec, plan, Layout(*(x.strides4() for x in (*views, o))))
+    # Between a call's launches: of a merge that follows in a stage of its own, or as the kernel says.
+    between = kernel.merge_stage.workspace_bytes if kernel.merge_stage else getattr(kernel, "workspace_bytes", 0)
+    return _Prepared(plan, kernel.scratch_bytes, between, get_num_threads())
+
+
+def _prepared_backward(spec: AttentionSpec, views: Sequence[View], family: Family, able: Capabilities) -> _Prepared:
+    """Of a family that compiles its backward, or that differentiates NumPy arrays, on the calling thread."""
+    if family.compile_backward is not None:
+        q, k, v = (x.strides4() for x in views)
+        o = contiguous(views[0].shape[:-1] + views[2].shape[-1:], spec.dtype, spec.device).strides4()
+        fresh = (contiguous(x.shape, spec.dtype, spec.device).strides4() for x in views)
+        kernel = family.compile_backward(spec, BackwardLayout(q, k, v, o, o, *fresh), ())
+        between = kernel.merge_stage.workspace_bytes if kernel.merge_stage else 0
+        return _Prepared(kernel.plan, kernel.scratch_bytes, between, get_num_threads())
+    note = "these gradients are computed in NumPy, whose arrays of scores do not count as scratch"
+    return _Prepared(make_plan(spec, able), 0, 0, 1, (note,))
 
 
 def describe(
@@ -220,12 +262,12 @@ def view_or_shape(x: Any, argument: str, dtype: Any, device: str | None = None) 
     return view
 
 
-def _passed_over(spec: AttentionSpec, chosen: str, requested: str) -> tuple[tuple[str, str], ...]:
+def _passed_over(spec: AttentionSpec, chosen: str, requested: str, direction: str) -> tuple[tuple[str, str], ...]:
     rows = []
     for name, family in kernels.families():
         if name == chosen:
             continue
-        reason = kernels.objection(family, spec.filled)
+        reason = kernels.objection(family, spec.filled, direction)
         if reason is None:
             why = "comes later in the order" if requested == "auto" else f"{requested} was asked for"
             reason = f"can do it, but {why}"
@@ -233,7 +275,7 @@ def _passed_over(spec: AttentionSpec, chosen: str, requested: str) -> tuple[tupl
     return tuple(rows)
 
 
-def _notes(spec: AttentionSpec, able: kernels.Capabilities, program: Program | None) -> tuple[str, ...]:
+def _notes(spec: AttentionSpec, able: Capabilities, program: Program | None) -> tuple[str, ...]:
     notes = []
     if spec.precision not in able.precisions:
         notes.append(f"precision {spec.precision!r} is honoured at higher precision: this kernel has no such unit here")

@@ -16,6 +16,7 @@ COMPARE = {
     "eq": ("eq", "oeq"),
     "ne": ("ne", "une"),
     "ult": ("ult", "ult"),
+    "uge": ("uge", "uge"),
     "uno": ("", "uno"),
 }
 

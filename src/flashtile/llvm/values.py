@@ -119,6 +119,10 @@ class Value:
         """Unsigned less-than of integers."""
         return self._compare("ult", other)
 
+    def uge(self, other: Value | int) -> Value:
+        """Unsigned greater-or-equal of integers."""
+        return self._compare("uge", other)
+
     def isnan(self) -> Value:
         return self.function.emit(like(self.type, "i1"), f"fcmp uno {self.type} {self.ref}, {self.ref}")
 

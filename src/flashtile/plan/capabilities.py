@@ -19,6 +19,7 @@ class Capabilities:
     options: frozenset[str]  # "band", "lse", ...: see AttentionSpec.options
     native: bool  # runs without the GIL
     isa: str = ""  # the instruction set in use, for explain and doctor
+    product: str = ""  # how it multiplies, and why so, for explain and doctor
     variant: str = ""  # which of the family's kernels computes this spec, for explain
     head_block: int = 1  # query heads of a work item; divides spec.heads
     part_keys: int | None = None  # fewest keys worth a work item of their own; None: keys are never split
@@ -26,4 +27,5 @@ class Capabilities:
     devices: frozenset[str] = frozenset(("cpu",))  # whose memory it reads: "cpu", "cuda"
     enough_items: int | None = None  # work items that keep all of a device busy; None: as many as threads may need
     directions: frozenset[str] = frozenset(("forward",))  # and "backward"
+    backward_options: frozenset[str] | None = None  # options that its backward knows; None: the same
     at_once: bool = False  # one call computes every work item, on a device's own threads

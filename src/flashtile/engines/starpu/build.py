@@ -79,26 +79,36 @@ def build(force: bool = False) -> Path:
     target = _module_path()
     if target.exists() and not force:
         return target
-    from cffi import FFI
-
     found = package()
     assert found is not None
-    ffi = FFI()
-    ffi.cdef(_declarations())
-    links = _flags("--libs", found[0])
+    links = flags("--libs", found[0])
     paths = [f"-Wl,-rpath,{flag[2:]}" for flag in links if flag.startswith("-L")]
-    compile_flags = [*_flags("--cflags", found[0]), f"-I{HERE}", "-O2", "-Wall"]
-    source = (HERE / "shim.c").read_text()
+    compile_flags = [*flags("--cflags", found[0]), f"-I{HERE}", "-O2", "-Wall"]
     launcher = [str(HERE / "launch.c")]
-    ffi.set_source(
-        _name(), source, sources=launcher, extra_compile_args=compile_flags, extra_link_args=[*links, "-ldl", *paths]
-    )
+    headers = [HERE / name for name in HEADERS]
+    return compiled(target, headers, HERE / "shim.c", launcher, compile_flags, [*links, "-ldl", *paths])
+
+
+def compiled(
+    target: Path, headers: list[Path], source: Path, others: list[str], compile_flags: list[str], links: list[str]
+) -> Path:
+    """Compile a C source into the module `target`, whose name is the file's; headers: what Python sees of it, without
+    comments of several lines or includes.
+
+    Raises: UnavailableError with the compiler's last words.
+    """
+    from cffi import FFI
+
+    ffi = FFI()
+    ffi.cdef("\n".join(header.read_text() for header in headers))
+    options = {"sources": others, "extra_compile_args": compile_flags, "extra_link_args": links}
+    ffi.set_source(target.name.partition(".")[0], source.read_text(), **options)
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         try:
             made = ffi.compile(tmpdir=folder)
         except Exception as cause:  # cffi raises whatever setuptools raises
-            raise UnavailableError(f"starpu: compiling {HERE / 'shim.c'} failed: {_last_words(cause)}") from cause
+            raise UnavailableError(f"starpu: compiling {source} failed: {_last_words(cause)}") from cause
         os.replace(made, target)  # many processes may build at once
     return target
 
@@ -106,23 +116,21 @@ def build(force: bool = False) -> Path:
 @functools.cache
 def load() -> ModuleType:
     """The compiled module, built first if it must be. Raises: UnavailableError."""
-    path = build()
-    loader = importlib.machinery.ExtensionFileLoader(_name(), str(path))
-    spec = importlib.util.spec_from_file_location(_name(), path, loader=loader)
+    return imported(build(), "flashtile starpu build makes it anew")
+
+
+def imported(path: Path, remedy: str) -> ModuleType:
+    """A compiled module. Raises: UnavailableError with the remedy."""
+    name = path.name.partition(".")[0]
+    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     assert spec is not None
     try:
         module = importlib.util.module_from_spec(spec)
         loader.exec_module(module)
     except ImportError as cause:
-        raise UnavailableError(
-            f"starpu: {path} does not load ({cause}): flashtile starpu build makes it anew"
-        ) from cause
+        raise UnavailableError(f"starpu: {path} does not load ({cause}): {remedy}") from cause
     return module
-
-
-def _declarations() -> str:
-    """The headers as cffi reads them: C without comments of several lines or includes."""
-    return "\n".join((HERE / name).read_text() for name in HEADERS)
 
 
 @functools.cache
@@ -133,8 +141,8 @@ def _name() -> str:
     parts = [
         *((HERE / name).read_text() for name in SOURCES),
         *found,
-        *_flags("--cflags", found[0]),
-        *_flags("--libs", found[0]),
+        *flags("--cflags", found[0]),
+        *flags("--libs", found[0]),
         str(sysconfig.get_config_var("SOABI")),
         _header_digest(found[0]),
     ]
@@ -143,7 +151,7 @@ def _name() -> str:
 
 def _header_digest(name: str) -> str:
     """Of StarPU's configuration header: two builds of one version may differ in their limits."""
-    for flag in _flags("--cflags", name):
+    for flag in flags("--cflags", name):
         header = Path(flag[2:], "starpu_config.h")
         if flag.startswith("-I") and header.exists():
             return hashlib.sha256(header.read_bytes()).hexdigest()
@@ -151,11 +159,11 @@ def _header_digest(name: str) -> str:
 
 
 def _module_path() -> Path:
-    return _folder() / (_name() + str(sysconfig.get_config_var("EXT_SUFFIX")))
+    return directory() / (_name() + str(sysconfig.get_config_var("EXT_SUFFIX")))
 
 
 @functools.cache
-def _folder() -> Path:
+def directory() -> Path:
     """In the cache of compiled kernels; where that refuses (others, or nobody, may write it), a folder of our own."""
     from flashtile.llvm import cache
 
@@ -166,7 +174,7 @@ def _folder() -> Path:
     return Path(folder.name)
 
 
-def _flags(what: str, name: str) -> list[str]:
+def flags(what: str, name: str) -> list[str]:
     said = subprocess.run(["pkg-config", what, name], capture_output=True, text=True, check=True).stdout
     return shlex.split(said)  # 1.4 of Debian defines a macro with quotes in it
 

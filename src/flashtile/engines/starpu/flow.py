@@ -8,7 +8,7 @@ number of workers and any scheduler. Key tiles that no row of the query tile see
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -36,6 +36,15 @@ FORWARD = ((0, "q", "q_s"), (1, "k", "k_s"), (2, "v", "v_s"), (3, "o", "o_s"), (
 FORWARD_VALUES = ("carry", "kv_len", "sinks")
 
 
+class Handles(Protocol):
+    """A TiledTensor, or what stands for one of which some tiles are elsewhere."""
+
+    @property
+    def handles(self) -> np.ndarray:
+        """uint64 (B, H, tiles along S); 0 where there is none."""
+        ...
+
+
 @dataclass(frozen=True)
 class Pairs:
     """The tasks of a flow, chain by chain: int64 arrays (n,). A chain without a key is one task with key tile -1."""
@@ -48,13 +57,14 @@ class Pairs:
     left: np.ndarray  # tasks of its chain that follow: the critical path
 
 
-def pairs_of(spec: AttentionSpec, coverage: TileCoverage) -> Pairs:
-    """Every task of a call, in the order of submission."""
+def pairs_of(spec: AttentionSpec, coverage: TileCoverage, rows: np.ndarray | None = None) -> Pairs:
+    """Every task of a call, in the order of submission; of query tiles `rows` only, if that is not None."""
     tile_q, tile_k = coverage.tile_q, coverage.tile_k
     touched = coverage.touched()
     touched = np.broadcast_to(touched, (spec.batch, spec.heads, *touched.shape[2:]))
-    batch, head, i, j = np.nonzero(touched)
-    none = np.nonzero(~touched.any(axis=3))
+    mine = np.ones(touched.shape[2], bool) if rows is None else np.isin(np.arange(touched.shape[2]), rows)
+    batch, head, i, j = np.nonzero(touched & mine[:, None])
+    none = np.nonzero(~touched.any(axis=3) & mine)
     batch, head, i = (np.concatenate(x) for x in zip((batch, head, i), none, strict=True))
     j = np.append(j, np.full(len(none[0]), -1))
     own = np.minimum(i * tile_q // tile_k, max(touched.shape[3] - 1, 0))
@@ -71,7 +81,7 @@ class Flow:
     """The tasks of one spec on tiles of one size; made once, submitted on any tensors of that shape.
 
     offsets: int64 (B,), where spec.offset is None; scoring: the values of the spec's program and sinks. With either,
-    the flow is good for these values only.
+    the flow is good for these values only. rows: numbers of the query tiles that it computes, None: all.
     """
 
     def __init__(
@@ -84,6 +94,7 @@ class Flow:
         accumulate: str = ORDERED,
         offsets: np.ndarray | None = None,
         scoring: Scoring | None = None,
+        rows: np.ndarray | None = None,
     ) -> None:
         if accumulate not in (ORDERED, COMMUTE):
             raise wrong("accumulate", repr(accumulate), f"{ORDERED!r} or {COMMUTE!r}")
@@ -103,7 +114,7 @@ class Flow:
             self.coverage = ProgramCoverage(spec, scoring.program, kernels.rows_at_once(spec), tile_q, tile_k)
         else:
             self.coverage = BandCoverage(spec, tile_q, tile_k, self.anchors)
-        self.pairs = pairs_of(spec, self.coverage)
+        self.pairs = pairs_of(spec, self.coverage, rows)
         self.tasks = self._forward_tasks()
         self.number = np.full((spec.batch, spec.heads, -(-spec.q_len // tile_q), -(-spec.kv_len // tile_k)), -1)
         some = self.pairs.key_tile >= 0
@@ -116,15 +127,14 @@ class Flow:
         if self.narrow:
             state = TiledTensor(o.shape, DTYPES[DTYPES[self.spec.dtype].accumulator], self.tile_q)
         try:
-            self._submit_forward(job, q, k, v, state, lse)
+            self.submit_forward(job, q, k, v, state, lse)
             return len(self.tasks) + (submit_finish(job, state, lse, o) if self.narrow else 0)
         finally:
             if self.narrow:
                 state.unregister(DROP_LATER)
 
-    def _submit_forward(
-        self, job: Job, q: TiledTensor, k: TiledTensor, v: TiledTensor, o: TiledTensor, lse: TiledTensor
-    ) -> None:
+    def submit_forward(self, job: Job, q: Handles, k: Handles, v: Handles, o: Handles, lse: Handles) -> None:
+        """Submit the tasks that meet keys; o is the state, in the accumulator's dtype."""
         p = self.pairs
         rows = p.batch, p.head, p.query_tile
         queries = q.handles[rows]

@@ -66,7 +66,8 @@ class Runtime:
         self.pid = os.getpid()
         self.jobs: weakref.WeakSet[Drained] = weakref.WeakSet()
         self.recorder: Recorder | None = None
-        self.stopped: list[Callable[[], None]] = []  # what is called after StarPU's shutdown
+        self.stopping: list[Callable[[], None]] = []  # what is called before StarPU's shutdown
+        self.stopped: list[Callable[[], None]] = []  # and after it
         self.unwritten: set[int] = set()  # handles without contents: StarPU ends the process of who reads one
         self.handles: dict[int, Any] = {}  # registered: what must live until they are not; see tiles.py
         self.held: set[int] = set()  # acquired by the program
@@ -240,6 +241,8 @@ def shutdown() -> None:
                 keep.unregister()
             for scratch in runtime._scratch.values():
                 runtime.unregister(scratch, 1)
+            for end in runtime.stopping:
+                end()
         if runtime.owned:
             if runtime.pauses:
                 runtime.lib.ft_resume()  # a paused worker cannot be told to end

@@ -24,6 +24,8 @@ class Config:
     unroll      contraction steps emitted per loop iteration
     partial     attend a part of the keys: outputs and lse in the accumulator's type, to be merged or carried on
     code        the score program, if there is one
+    dropout     some weights are dropped: which, the seed and the threshold of the call say
+    arrays      of a backward: the slots of captured arrays whose gradients are wanted
     """
 
     isa: ISA
@@ -33,6 +35,8 @@ class Config:
     unroll: int = 2
     partial: bool = False
     code: Code | None = None
+    dropout: bool = False
+    arrays: tuple[int, ...] = ()
 
     @property
     def masked(self) -> bool:

@@ -1,4 +1,4 @@
-"""What a score program needs at run time, as addresses: captured values, segments of visible keys, sinks."""
+"""What options need at run time, as addresses: captured values, segments of visible keys, sinks, dropout's seed."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ class _Block(bytes):
 
 @dataclass(frozen=True, eq=False)
 class ScoreValues:
-    """Addresses of the capture block, the segments' rows and keys, and the sinks; 0 where there are none."""
+    """Addresses of the capture block, the segments' rows and keys, the sinks, and what decides dropout; 0 where there
+    are none."""
 
-    addresses: tuple[int, int, int, int]
+    addresses: tuple[int, int, int, int, int]
     arrays: tuple[object, ...]
 
     @classmethod
@@ -47,7 +48,8 @@ class ScoreValues:
             if c.masked:
                 segments = _segments(program, c)
                 rows, keys = segments.rows, segments.keys
-        arrays = captures, rows, keys, scoring.sinks
+        keep = None if scoring.keep is None else np.array([scoring.keep.threshold, scoring.keep.seed], np.uint64)
+        arrays = captures, rows, keys, scoring.sinks, keep
         addresses = tuple(0 if x is None else address_of(x) for x in arrays)
         return cls(addresses, (*arrays, scoring))  # type: ignore[arg-type]
 
@@ -86,7 +88,7 @@ def _mapped(program: Program, panel: int, key_block: int, accumulator: str) -> S
     return segments_of(coverage(program, panel, COVERAGE_KEYS, real), key_block)
 
 
-NO_SCORES = ScoreValues((0, 0, 0, 0), ())
+NO_SCORES = ScoreValues((0, 0, 0, 0, 0), ())
 
 
 def score_steps(c: Config, spec: AttentionSpec) -> dict[str, int]:

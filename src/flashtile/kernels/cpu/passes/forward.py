@@ -106,7 +106,7 @@ class _Forward:
         """Carried outputs and lse as those of an earlier span; the span at hand begins at their maximum."""
         f, p, c, call = self.f, self.call.p, self.c, self.call
         carried, lse = call.output(item, panel, rows), item.lse + panel * c.size
-        self.load_outputs(f, rows=carried, words=p.value_size, out=sums, sign=f.const(c.acc, 1.0))
+        self.load_outputs(f, rows=carried, words=p.value_size, out=sums, sign=call.share)
         self.load_state(f, state=state, lse=lse, count=rows, nats=p.lse_scale)
         now, _ = call.sums(panel)
         with f.range(0, c.line.bytes, c.register) as at:
@@ -123,7 +123,7 @@ class _Forward:
             )
             out = call.output(item, panel, f.minimum(item.rows - panel, c.panel))
             lse = call.advance(item.lse, panel)
-            self.finish(f, sums=sums, state=state, out=out, lse=lse, nats=p.lse_scale, sink=sink)
+            self.finish(f, sums=sums, state=state, out=out, lse=lse, nats=p.lse_scale, sink=sink, share=call.share)
 
     def end_span(self, item: Item) -> None:
         """The sums of the span at hand into those of earlier spans."""
@@ -140,6 +140,9 @@ class _Attend:
 
     def end_span(self) -> None:
         self.forward.end_span(self.item)
+
+    def end_block(self) -> None:
+        """Nothing: panels keep what they have summed."""
 
     def block(self, start: Value, stop: Value) -> Callable[[Value, Seen], None]:
         """K and V of the keys [start, stop): as they lie, or converted into scratch.
@@ -188,6 +191,8 @@ class _Attend:
             "dense": p.at_dense,
             "factors": call.factors,
         }
+        if c.dropout:
+            arguments["draw"] = call.draw(self.item, panel, start)
         count = (lanes + (c.lanes - 1)) // c.lanes
 
         def dispatch(n: int) -> None:

@@ -6,14 +6,17 @@ import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+from flashtile.kernels.cpu.block import KEEP
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.scratch import Work
 from flashtile.kernels.cpu.steps.band import OPEN
 from flashtile.kernels.cpu.steps.frame import Frame
+from flashtile.kernels.cpu.steps.keep import Draw
 from flashtile.kernels.cpu.steps.softmax import Factors
 from flashtile.kernels.cpu.steps.spans import BLOCKS, LEVELS
 from flashtile.llvm.ir import Function, Value
 from flashtile.llvm.lines import Panel, Rows, State, Sums
+from flashtile.score.keep import STEPS
 
 
 @dataclass
@@ -37,12 +40,17 @@ class Call:
     """What every part of the kernel works with: the function under construction, the words of the parameter block and
     scratch memory.
 
-    ``spans``: there may be sums of earlier spans (spans.py) beside those of the span at hand.
+    ``spans``: there may be sums of earlier spans (spans.py) beside those of the span at hand. ``share``: of the
+    weights, what dropout keeps.
     """
 
     def __init__(self, f: Function, c: Config, p: SimpleNamespace, scratch: Value) -> None:
         self.f, self.c, self.p, self.work = f, c, p, Work(scratch, c)
         self.spans = (p.kv_len > BLOCKS * c.key_block) | p.carry.ne(0)
+        self.share = f.const(c.acc, 1.0)
+        if c.dropout:
+            self.keep = KEEP.load(f, p.keep)
+            self.share = f.cast("sitofp", STEPS - self.keep.threshold, c.acc) / STEPS
 
     def item(self, number: Value) -> Item:
         """Work item ((b * heads + h) * query_tiles + tile) * splits + split."""
@@ -121,6 +129,13 @@ class Call:
         none = f.const(self.c.acc, -math.inf)
         at = p.sinks + item.b * p.sink_b + item.h * p.sink_h
         return f.value_when(f.is_null(p.sinks).eq(0), lambda: f.load(self.c.acc, at), none)
+
+    def draw(self, item: Item, panel: Value, start: Value) -> Draw:
+        """What decides which weights of a panel are kept, and of a block that starts with this key."""
+        f, p, seed = self.f, self.p, self.keep.seed
+        words = seed, seed >> 32, self.keep.threshold, item.b * p.heads + item.h, item.first + panel
+        low, high, threshold, head, lane = (f.cast("trunc", x, "i32") for x in words)
+        return Draw(low, high, threshold, head, lane, start)
 
     def open_frame(self, item: Item) -> None:
         """What the score program needs of this head, for every tile."""

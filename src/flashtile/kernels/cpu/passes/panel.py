@@ -1,4 +1,4 @@
-"""One panel against one block: product -> band -> program -> maximum -> weights -> accumulate.
+"""One panel against one block: product -> band -> program -> maximum -> weights -> keep -> accumulate.
 
 Nothing here says query or key: lanes and rows. In the forward, lanes are queries, rows are keys.
 """
@@ -6,6 +6,7 @@ Nothing here says query or key: lanes and rows. In the forward, lanes are querie
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.scratch import Work, dense_bytes
@@ -14,6 +15,7 @@ from flashtile.kernels.cpu.steps.band import Seen
 from flashtile.kernels.cpu.steps.contain import NonFinite, emit_add, emit_collect
 from flashtile.kernels.cpu.steps.dense import emit_dense
 from flashtile.kernels.cpu.steps.frame import Frame
+from flashtile.kernels.cpu.steps.keep import Draw, emit_keep
 from flashtile.kernels.cpu.steps.product import emit_product
 from flashtile.kernels.cpu.steps.program import emit_program
 from flashtile.kernels.cpu.steps.softmax import Factors, emit_softmax
@@ -30,8 +32,10 @@ def emit_panels(module: Module, c: Config) -> list[Routine]:
 
 
 def _emit_panel(module: Module, c: Config, width: int, collect: Routine, add: Routine, dense: list[Routine]) -> Routine:
-    scores = _Scores(module, c, width)
+    scores = BlockScores(module, c, width)
     softmax, accumulate = emit_softmax(module, c, width), emit_accumulate(module, c, width)
+    keep = emit_keep(module, c, width) if c.dropout else None
+    drawn: dict[str, Any] = {"draw": Draw.kind()} if c.dropout else {}
     f = Routine(
         module,
         f"panel_{width}",
@@ -48,13 +52,16 @@ def _emit_panel(module: Module, c: Config, width: int, collect: Routine, add: Ro
         lanes="i64",
         dense="i64",
         factors=Factors.of(c),
+        **drawn,
     )
-    work, panel, sums, state, rows, values, depth, columns, seen, nonfinite, lanes, dense_at, factors = f.parameters
+    work, panel, sums, state, rows, values, depth, columns, seen, nonfinite, lanes, dense_at, factors, *draws = (
+        f.parameters
+    )
+    for draw in draws:
+        drawn = {"draw": draw.further(seen.some_from)}  # from the first line on
     tops, alpha, lines = work.tops, work.alpha, work.scores
     count = seen.count
-    for n, lay_out in enumerate(dense):
-        out = Lines(work.at + (dense_at + n * dense_bytes(c)), c.line)
-        lay_out(f, frame=Frame(work.frame), first=seen.some_from, count=count, lanes=lanes, out=out)
+    lay_out_dense(f, c, dense, work, dense_at, seen, lanes)
     scores.call(f, work, panel, rows, depth, seen)
     whole = (count + (c.rows - 1)) // c.rows * c.rows
     # Rows that a band shows to the first register of lanes; a program's mask may show any.
@@ -62,12 +69,14 @@ def _emit_panel(module: Module, c: Config, width: int, collect: Routine, add: Ro
     broken = nonfinite.found.ne(0)
     collected = Sums(nonfinite.sums, c.line)
     with f.when(broken):
-        collect(f, scores=lines, values=nonfinite.rows(seen.some_from, count), columns=columns, sums=collected)
+        collect(f, scores=lines, values=nonfinite.rows(seen.some_from, count), columns=columns, sums=collected, **drawn)
     softmax(f, state=state, tops=tops, alpha=alpha, scores=lines, count=whole, reach=reach, factors=factors)
+    weights = Weights(lines.at, c.word_line)
+    if keep is not None:
+        keep(f, weights=weights, count=whole, reach=reach, **drawn)
     first = values.row(seen.some_from // c.per_word)
     with f.range(0, columns, c.rows) as column:
         target, tile = sums.line(column), Words(first.at + column * c.size, first.stride)
-        weights = Weights(lines.at, c.word_line)
         accumulate(f, sums=target, alpha=alpha, rows=tile, weights=weights, count=count, reach=reach)
     with f.when(broken):
         add(f, sums=sums, collected=collected, columns=columns)
@@ -75,7 +84,25 @@ def _emit_panel(module: Module, c: Config, width: int, collect: Routine, add: Ro
     return f
 
 
-class _Scores:
+def lay_out_dense(
+    f: Function, c: Config, dense: list[Routine], work: Work, at: Value, seen: Seen, lanes: Value
+) -> None:
+    """What the score program loads from dense arrays for the rows that are seen, in scratch memory from ``at`` on."""
+    for n, lay_out in enumerate(dense):
+        out = Lines(work.at + (at + n * dense_bytes(c)), c.line)
+        lay_out(f, frame=Frame(work.frame), first=seen.some_from, count=seen.count, lanes=lanes, out=out)
+
+
+def stretches_of(f: Function, c: Config, seen: Seen) -> list[tuple[Value, Value, bool]]:
+    """The rows that are seen, as (first, last, whether a mask or band cuts them): up to the first tile that every lane
+    sees whole, the tiles that every lane does, and to the end."""
+    some_from, some_to = seen.some_from, seen.some_to
+    whole = f.minimum(some_from + (seen.all_from - some_from + (c.rows - 1)) // c.rows * c.rows, some_to)
+    until = f.maximum(whole + f.maximum(seen.all_to - whole, 0) // c.rows * c.rows, whole)
+    return [(some_from, whole, True), (whole, until, False), (until, some_to, True)]
+
+
+class BlockScores:
     """The functions that fill the scores of a block: edge tiles, which are masked, and full ones, which are not.
 
     Without a score program a band is applied in the edge tiles themselves. A program comes after the products
@@ -94,10 +121,8 @@ class _Scores:
 
     def call(self, f: Function, work: Work, panel: Panel, rows: Words, depth: Value, seen: Seen) -> None:
         """Edge rows up to the first tile that every lane sees whole, full tiles, edge rows to the end."""
-        c, some_from, some_to = self.c, seen.some_from, seen.some_to
-        whole = f.minimum(some_from + (seen.all_from - some_from + (c.rows - 1)) // c.rows * c.rows, some_to)
-        until = f.maximum(whole + f.maximum(seen.all_to - whole, 0) // c.rows * c.rows, whole)
-        stretches = [(some_from, whole, True), (whole, until, False), (until, some_to, True)]
+        c, some_from = self.c, seen.some_from
+        stretches = stretches_of(f, c, seen)
 
         def tile(row: Value, edge: bool) -> None:
             arguments = {"work": work, "panel": panel, "rows": rows.row(row), "depth": depth, "line": row - some_from}

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.steps.keep import Draw
 from flashtile.kernels.cpu.steps.pack import any_nan, read
 from flashtile.llvm.ir import Module, Value
 from flashtile.llvm.lines import Rows, Scores, Sums, Words
@@ -59,15 +60,21 @@ def emit_scan(module: Module, c: Config) -> Routine:
 
 def emit_collect(module: Module, c: Config) -> Routine:
     """For each lane, the sums of the non-finite values of the rows that it sees, by scores before the softmax. A weight
-    is positive wherever the score is not -inf, so inf and NaN enter unweighted."""
-    f = Routine(module, "collect", scores=Scores.of(c.line), values=Rows.kind(), columns="i64", sums=Sums.of(c.line))
-    scores, values, columns, sums = f.parameters
+    is positive wherever the score is not -inf, so inf and NaN enter unweighted; 0 times them, which is NaN, where
+    dropout drops it."""
+    kinds: dict[str, Any] = {"draw": Draw.kind()} if c.dropout else {}
+    f = Routine(
+        module, "collect", scores=Scores.of(c.line), values=Rows.kind(), columns="i64", sums=Sums.of(c.line), **kinds
+    )
+    scores, values, columns, sums, *draw = f.parameters
     sums.fill(0.0, columns)
     with f.range(0, values.count) as row, f.range(0, values.size) as column:
         value = read(f, c, values.at + (row * values.stride + column * values.step))
         with f.when((value * 0.0).isnan()), f.range(0, c.line.bytes, c.register) as at:
-            score = scores.load(row, at=at)
-            seen = f.select(score.eq(-math.inf), f.const(c.vector, 0.0), f.splat(value, c.lanes))
+            score, found = scores.load(row, at=at), f.splat(value, c.lanes)
+            for drawn in draw:
+                found = f.select(drawn.keeps(c, row, at), found, f.const(c.vector, math.nan))
+            seen = f.select(score.eq(-math.inf), f.const(c.vector, 0.0), found)
             sums.store(sums.load(column, at=at) + seen, column, at=at)
     f.ret()
     return f

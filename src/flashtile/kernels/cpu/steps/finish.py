@@ -30,11 +30,11 @@ def emit_load_state(module: Module, c: Config) -> Routine:
 
 def emit_finish(module: Module, c: Config) -> Routine:
     """A panel's normalised outputs as rows, and its lse where it is not null. ``sink`` is a logit that joins the sum of
-    weights only; -inf: none."""
+    weights only; -inf: none. ``share`` of the weights is what dropout keeps, on average; 1: all."""
     kinds: dict[str, Any] = {"sums": Sums.of(c.line), "state": State.of(c.line), "out": Rows.kind()}
-    f = Routine(module, "finish", **kinds, lse="ptr", nats=c.acc, sink=c.acc)
-    sums, state, out, lse, nats, sink = f.parameters
-    _reciprocal_and_lse(f, c, sums, out.size, state, nats, sink)  # state now holds what divides, then lse
+    f = Routine(module, "finish", **kinds, lse="ptr", nats=c.acc, sink=c.acc, share=c.acc)
+    sums, state, out, lse, nats, sink, share = f.parameters
+    _reciprocal_and_lse(f, c, sums, out.size, state, nats, sink, share)  # state now holds what divides, then lse
     n = c.lanes
     # Squares of lanes x lanes go through registers; the columns that are left over go one by one.
     whole_columns = f.select(out.adjacent(c.element), out.size // n * n, f.const("i64", 0))
@@ -59,9 +59,9 @@ def emit_finish(module: Module, c: Config) -> Routine:
 
 
 def _reciprocal_and_lse(
-    f: Function, c: Config, sums: Sums, columns: Value, state: State, nats: Value, sink: Value
+    f: Function, c: Config, sums: Sums, columns: Value, state: State, nats: Value, sink: Value, share: Value
 ) -> None:
-    """(maximum, sum) in place to (1 / sum, lse); a row that saw no key: (0, -inf), or (0, sink).
+    """(maximum, sum) in place to (1 / (sum share), lse); a row that saw no key: (0, -inf), or (0, sink).
 
     The sum compares unequal to 0 when it is NaN, so a poisoned row stays NaN. Without a sink the larger maximum is the
     row's own, its weight exp(0) is exactly 1, and nothing changes.
@@ -69,7 +69,7 @@ def _reciprocal_and_lse(
     A sink above the maximum scales the row by that weight, which may be small beyond the format while the scaled
     outputs are not: one half of its exponent goes to the outputs, the other into the reciprocal.
     """
-    nothing, sinks = f.const(c.vector, -math.inf), f.splat(sink, c.lanes)
+    nothing, sinks, shares = f.const(c.vector, -math.inf), f.splat(sink, c.lanes), f.splat(share, c.lanes)
     with f.range(0, c.line.bytes, c.register) as at:
         top, total = state.load(0, at=at) * f.splat(nats, c.lanes), state.load(1, at=at)
         highest = f.maximum(sinks, top)
@@ -77,7 +77,7 @@ def _reciprocal_and_lse(
         half = vmath.exp_of_difference(f, c.isa, top, reference, 0.5)
         total = c.isa.multiply_add(f, total * half, half, vmath.exp_of_difference(f, c.isa, sinks, reference))
         seen = total.ne(0.0)
-        inverse = f.select(seen, half / total, f.const(c.vector, 0.0))
+        inverse = f.select(seen, half / (total * shares), f.const(c.vector, 0.0))
         with f.when(sink.ne(-math.inf)), f.range(0, columns) as column:
             sums.store(sums.load(column, at=at) * half, column, at=at)
         log = vmath.log2(f, c.isa, f.select(seen, total, f.const(c.vector, 1.0))) * math.log(2)

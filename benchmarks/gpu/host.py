@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from . import machine
+from .. import machine
 
 ARCH = "90"
 OPTIONS = ("plain", "causal", "softcap", "parts", "mask function")

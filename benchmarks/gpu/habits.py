@@ -1,0 +1,280 @@
+"""What only a device shows: that nothing waits, streams, graphs, threads, far addresses, other libraries' arrays.
+
+Each habit is a function without arguments that returns what is wrong, or None. A dry run takes those that mean
+something on Triton's interpreter, at small sizes.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .steps import out_of_time
+
+Habit = Callable[[], "str | None"]
+HABITS: dict[str, Habit] = {}
+ANYWHERE: set[str] = set()  # names of those that a dry run takes
+dry = False
+
+
+def habit(name: str, anywhere: bool = False) -> Callable[[Habit], Habit]:
+    """Enter a habit under its name; anywhere: it needs no device."""
+
+    def enter(function: Habit) -> Habit:
+        HABITS[name] = function
+        if anywhere:
+            ANYWHERE.add(name)
+        return function
+
+    return enter
+
+
+def _random(*shape: int, dtype: str = "bfloat16") -> Any:
+    import torch
+
+    made = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
+    return made if dry else made.cuda()
+
+
+def _attend(*arrays: Any, **options: Any) -> Any:
+    import flashtile.torch
+
+    return flashtile.torch.attention(*arrays, kernel="triton", **options)
+
+
+def _held(o: Any, lse: Any, *arrays: Any, **options: Any) -> str | None:
+    """What the accuracy rule says of an answer."""
+    from flashtile.testing import expect
+
+    right = expect(*(x.cpu() for x in arrays), **options)
+    try:
+        for expected, got, name in zip(right, (o, lse), ("output", "lse"), strict=True):
+            expected.check(got.cpu(), name)
+    except AssertionError as error:
+        return str(error)[:300]
+    return None
+
+
+def _same(got: Any, want: Any, otherwise: str) -> str | None:
+    import torch
+
+    return None if torch.equal(got, want) else otherwise
+
+
+@habit("nothing waits, and the caller's stream is used")
+def nothing_waits() -> str | None:
+    import torch
+
+    q, slopes = _random(2, 8, 512, 64), torch.rand(8, device="cuda")
+    want = _attend(q, q, q, causal=True, alibi_slopes=slopes)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        with torch.cuda.stream(side):
+            got = _attend(q, q, q, causal=True, alibi_slopes=slopes)
+    except RuntimeError as error:
+        return f"the call waited: {error}"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    side.synchronize()
+    return _same(got, want, "other bits than on the default stream")
+
+
+@habit("a stream that is busy orders the launch")
+def ordered() -> str | None:
+    import torch
+
+    stream, q = torch.cuda.Stream(), _random(1, 4, 700, 64)
+    late = torch.zeros_like(q)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        late.copy_(q)
+        o, lse = _attend(late, q, q, causal=True, return_lse=True)
+    stream.synchronize()
+    return _held(o, lse, q, q, q, causal=True)
+
+
+@habit("a CUDA graph, replayed with other contents")
+def graph() -> str | None:
+    import torch
+
+    q = _random(2, 4, 513, 64)
+    want, x = _attend(q, q, q, causal=True), torch.zeros_like(q)
+    _attend(x, x, x, causal=True)
+    torch.cuda.synchronize()
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        o = _attend(x, x, x, causal=True)
+    x.copy_(q)
+    captured.replay()
+    torch.cuda.synchronize()
+    return _same(o, want, "a replayed graph gave other bits")
+
+
+@habit("a CUDA graph, keys in parts")
+def graph_of_parts() -> str | None:
+    import torch
+
+    q, k = _random(1, 32, 1, 64), _random(1, 8, 8192, 64)
+    want = _attend(q, k, k)
+    torch.cuda.synchronize()
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        o = _attend(q, k, k)
+    captured.replay()
+    torch.cuda.synchronize()
+    return _same(o, want, "a replayed graph gave other bits")
+
+
+@habit("strides of 2^31 elements")
+def far() -> str | None:
+    import torch
+
+    memory = torch.empty(2**31 + 2**20, device="cuda", dtype=torch.float16)
+    q = torch.as_strided(memory, (2, 1, 256, 64), (2**31, 64 * 256, 64, 1))
+    q.copy_(_random(2, 1, 256, 64, dtype="float16"))
+    return _held(*_attend(q, q, q, causal=True, return_lse=True), q, q, q, causal=True)
+
+
+@habit("eight threads on eight streams")
+def threads() -> str | None:
+    import torch
+
+    q = _random(1, 8, 400, 64)
+    want = _attend(q, q, q, causal=True)
+    torch.cuda.synchronize()
+    different: list[int] = []
+
+    def work() -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for n in range(50):
+                if not torch.equal(_attend(q, q, q, causal=True), want):
+                    different.append(n)
+
+    workers = [threading.Thread(target=work) for _ in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return f"{len(different)} of 400 calls differ" if different else None
+
+
+@habit("the same bits in every repetition", anywhere=True)
+def repeated() -> str | None:
+    import torch
+
+    q, times = (_random(1, 2, 70, 64), 2) if dry else (_random(4, 16, 2000, 128), 200)
+    first = _attend(q, q, q, causal=True)
+    different = sum(not torch.equal(_attend(q, q, q, causal=True), first) for _ in range(times))
+    return f"{different} of {times} repetitions differ (a race)" if different else None
+
+
+@habit("many keys", anywhere=True)
+def many_keys() -> str | None:
+    keys = 300 if dry else 100_000
+    q, k = _random(1, 1, 30, 64, dtype="float32"), _random(1, 1, keys, 64, dtype="float32")
+    return _held(*_attend(q, k, k, return_lse=True), q, k, k)
+
+
+@habit("hidden NaN and inf change no bit", anywhere=True)
+def hidden() -> str | None:
+    n = 50 if dry else 250
+    q, k, v = (_random(1, 4, n + 20, 64) for _ in range(3))
+    clean = _attend(*(x[:, :, :n].contiguous() for x in (q, k, v)), causal=True)
+    k[:, :, n:], v[:, :, n + 1] = float("nan"), float("inf")
+    return _same(_attend(q, k, v, causal=True)[:, :, :n], clean, "rows that see no NaN changed")
+
+
+@habit("tensors on two devices are refused")
+def two_devices() -> str | None:
+    import flashtile
+
+    q = _random(1, 1, 8, 64)
+    try:
+        _attend(q, q.cpu(), q.cpu())
+    except flashtile.SpecError:
+        return None
+    return "no error"
+
+
+@habit("CuPy arrays on a stream of their own")
+def cupy_arrays() -> str | None:
+    import cupy
+
+    import flashtile
+    from flashtile.testing import expect
+
+    for dtype in ("float16", "float32", "float64"):
+        with cupy.cuda.Stream(non_blocking=True):
+            q = cupy.random.standard_normal((2, 4, 300, 64)).astype(dtype)
+            o, lse = flashtile.attention(q, q, q, causal=True, kernel="triton", return_lse=True)
+            x, *got = (cupy.asnumpy(a) for a in (q, o, lse))
+        for expected, have, name in zip(expect(x, x, x, causal=True), got, ("output", "lse"), strict=True):
+            expected.check(have, name)
+    return None
+
+
+@habit("JAX arrays")
+def jax_arrays() -> str | None:
+    import jax
+
+    import flashtile
+    from flashtile.testing import expect
+
+    for dtype in ("float32", "bfloat16"):
+        q = jax.random.normal(jax.random.key(0), (2, 4, 300, 64)).astype(dtype)
+        o, lse = flashtile.attention(q, q, q, causal=True, kernel="triton", return_lse=True)
+        x = np.asarray(q)
+        for expected, have, name in zip(expect(x, x, x, causal=True), (o, lse), ("output", "lse"), strict=True):
+            expected.check(np.asarray(have), name)
+    return None
+
+
+@habit("JAX arrays that are dropped at once")
+def lent() -> str | None:
+    """JAX gives their memory to its next operation; the kernel may still have to read them."""
+    import jax
+    import jax.numpy as jnp
+
+    import flashtile
+
+    base = jax.random.normal(jax.random.key(1), (4, 16, 4096, 64)).astype(jnp.bfloat16)
+    want = np.asarray(flashtile.attention(base + 0, base + 0, base + 0, causal=True, kernel="triton"))
+    wrong = 0
+    for n in range(30):
+        x = base + 0
+        o = flashtile.attention(x, x, x, causal=True, kernel="triton")
+        del x
+        junk = [jnp.full_like(base, n) for _ in range(4)]
+        wrong += not np.array_equal(np.asarray(o), want)
+        del junk
+    return f"{wrong} of 30 results were overwritten" if wrong else None
+
+
+def every(without_device: bool) -> list[tuple[str, str, str]]:
+    """(habit, verdict, why) of each: ok, WRONG, or not run with its reason."""
+    global dry
+    dry = without_device
+    rows = []
+    for name, look in HABITS.items():
+        if dry and name not in ANYWHERE:
+            rows.append((name, "not run", "needs a device"))
+            continue
+        if out_of_time():
+            rows.append((name, "not run", "out of time"))
+            continue
+        began = time.monotonic()
+        try:
+            why = look()
+            rows.append((name, "ok" if why is None else "WRONG", why or f"{time.monotonic() - began:.1f} s"))
+        except ImportError as missing:
+            rows.append((name, "not run", str(missing)))
+        except Exception as error:  # one that breaks must not hide the others
+            rows.append((name, "WRONG", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))
+    return rows

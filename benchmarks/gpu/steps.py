@@ -1,0 +1,94 @@
+"""Steps that fail softly: each a process within its own time and the whole budget, with a log and a line of summary."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TAIL = 12  # lines of a step's output that the summary keeps
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part of the run. `seconds` is the most that it may take; `command` follows the interpreter."""
+
+    name: str
+    seconds: float
+    command: Sequence[str]
+    environment: dict[str, str] = field(default_factory=dict)
+    beside: bool = False  # started, and not waited for until the end
+
+
+class Run:
+    """Runs steps in order; keeps log.txt and summary.txt in the folder of results."""
+
+    def __init__(self, folder: Path, budget: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.folder, self._clock = folder, clock
+        self._ends = clock() + budget
+        self._beside: list[tuple[Step, subprocess.Popen[str]]] = []
+        self.failed: list[str] = []
+        for name in ("log.txt", "summary.txt"):
+            (folder / name).write_text("")
+
+    def say(self, line: str) -> None:
+        """Print a line, and keep it in the summary."""
+        print(line, flush=True)
+        with (self.folder / "summary.txt").open("a") as file:
+            file.write(line + "\n")
+
+    def step(self, step: Step) -> None:
+        """Run one step to its end, or to the end of its time. What goes wrong is said, and remembered."""
+        most = min(step.seconds, self._ends - self._clock())
+        if most < 1:
+            self.say(f"== {step.name}: no time left")
+            self.failed.append(step.name)
+            return
+        environment = {**os.environ, **step.environment, "UNTIL": str(time.time() + 0.9 * most)}
+        command = [sys.executable, *step.command]
+        if step.beside:
+            process = subprocess.Popen(
+                command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+            self._beside.append((step, process))
+            return
+        began = self._clock()
+        try:
+            done = subprocess.run(
+                command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=most
+            )
+            code, output = str(done.returncode), done.stdout
+        except subprocess.TimeoutExpired as late:
+            code, output = "out of time", _text(late.stdout)
+        self._keep(step, code, output, self._clock() - began, most)
+
+    def end(self) -> None:
+        """Stop what still runs beside, and keep what it said."""
+        for step, process in self._beside:
+            process.terminate() if process.poll() is None else None
+            output, _ = process.communicate()
+            with (self.folder / "log.txt").open("a") as file:
+                file.write(f"==== {step.name}\n{output}\n")
+        self._beside.clear()
+
+    def _keep(self, step: Step, code: str, output: str, seconds: float, most: float) -> None:
+        with (self.folder / "log.txt").open("a") as file:
+            file.write(f"==== {step.name}: {code}\n{output}\n")
+        self.say(f"== {step.name}: {'ok' if code == '0' else code}, {seconds:.0f} s of {most:.0f}")
+        for line in output.splitlines()[-TAIL:]:
+            self.say("   " + line[:220])
+        if code != "0":
+            self.failed.append(step.name)
+
+
+def out_of_time() -> bool:
+    """Inside a step: whether what has not begun should be left."""
+    return time.time() > float(os.environ.get("UNTIL", "inf"))
+
+
+def _text(said: str | bytes | None) -> str:
+    return said.decode(errors="replace") if isinstance(said, bytes) else said or ""

@@ -1,0 +1,176 @@
+"""How fast: flashtile beside torch's backends, flash-attn and FlexAttention, each checked on sampled rows before."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import check, report
+from ..cases import Case
+from ..data import make_inputs, sampled
+from ..driver import CaseResult, Measurement
+from . import peers as known
+from .steps import out_of_time
+
+TOKENS = 16384  # in a batch, whatever its length
+WIDTH = 2048  # heads times head size
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+HEAD_SIZES = (64, 128)
+DECODE = (8192, 65536)  # keys
+MILLISECONDS = 200  # of repetitions, for each peer and case
+
+
+def cases(dtypes: Iterable[str], dry: bool) -> list[Case]:
+    """Head sizes, causal and not, lengths at a constant number of tokens; one tiny case of each kind in a dry run.
+
+    The first dtype also decodes, and takes what FlexAttention is for: a window, documents, softcap.
+    """
+    dtypes = tuple(dtypes)
+    found = []
+    for dtype in dtypes:
+        for size in reversed(HEAD_SIZES):
+            for causal in (False, True):
+                for length in (24,) if dry else LENGTHS:
+                    batch, heads = (1, 2) if dry else (TOKENS // length, WIDTH // size)
+                    name = f"{dtype}-d{size}{'-causal' * causal}-{length}"
+                    found.append(Case(name, dtype, batch, heads, heads, length, length, size, causal=causal))
+    first, size = dtypes[0], HEAD_SIZES[0]
+    batch, heads, length, window = (1, 2, 40, 8) if dry else (2, WIDTH // size, 8192, 512)
+    common = (first, batch, heads, heads, length, length, size)
+    found.append(Case(f"{first}-window", *common, causal=True, window=window))
+    found += [Case(f"{first}-{option}", *common, option=option) for option in ("documents", "softcap")]
+    for keys in (40,) if dry else DECODE:
+        batch, heads, shared = (1, 2, 1) if dry else (8, 32, 8)
+        found.append(Case(f"{first}-decode-{keys}", first, batch, heads, shared, 1, keys, HEAD_SIZES[-1]))
+    return found
+
+
+def to_device(x: np.ndarray, device: str) -> Any:
+    """As a tensor; bf16 by its bits."""
+    import torch
+
+    if x.dtype.kind == "f":
+        return torch.from_numpy(x).to(device)
+    return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).to(device)
+
+
+def measure(case: Case, peers: Sequence[Any], device: str) -> CaseResult:
+    """Check each peer on sampled rows, then time it."""
+    arrays = make_inputs(case)
+    rows = check.sample_rows(case)
+    reference, rounded = (check.expected_rows(case, arrays, rows, rounded=r) for r in (False, True))
+    [allowed] = check.allowed_error(case, reference, rounded)
+    tensors = [to_device(x, device) for x in arrays]
+    found = []
+    for peer in peers:
+        m = Measurement(case, peer.__name__, 1, allowed=float(allowed))
+        found.append(m)
+        if out_of_time():
+            m.status, m.why = "refused", "out of time"
+            continue
+        try:
+            run = peer(case, *tensors)
+            began = time.perf_counter()
+            sample = sampled([run().double().cpu().numpy()], rows)
+            m.first_seconds = time.perf_counter() - began
+            m.error, _ = check.worst(sample, reference, np.array([allowed]))
+            if complaint := check.complaint(m.error, allowed):
+                m.status, m.why = "failed", complaint
+            else:
+                m.seconds = timed(run, device)
+                found += graphed(case, peer.__name__, run, device)
+        except known.Refused as refusal:
+            m.status, m.why = "refused", str(refusal)
+        except Exception as error:  # a peer may fail in any way; the others go on
+            m.status, m.why = "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return CaseResult(case, found, [])
+
+
+def timed(run: known.Run, device: str) -> list[float]:
+    """Seconds of repeated calls, by the device's own clock, with a cold second-level cache."""
+    if device == "cpu":
+        began = time.perf_counter()
+        run()
+        return [time.perf_counter() - began]
+    from triton.testing import do_bench
+
+    return [ms / 1e3 for ms in do_bench(run, warmup=MILLISECONDS // 4, rep=MILLISECONDS, return_mode="all")]
+
+
+def graphed(case: Case, peer: str, run: known.Run, device: str, calls: int = 4) -> list[Measurement]:
+    """The same calls without their cost on the host: captured in a CUDA graph, where the peer can be."""
+    if device == "cpu":
+        return []
+    import torch
+
+    m = Measurement(case, f"{peer}, graph", 1)
+    try:
+        run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                run()
+        m.seconds = [seconds / calls for seconds in timed(graph.replay, device)]
+    except Exception as error:  # not everything can be captured
+        torch.cuda.synchronize()
+        m.status, m.why = "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return [m]
+
+
+def draw(path: Path, results: Sequence[CaseResult], lines: Sequence[str]) -> None:
+    """TFLOP/s over length: a panel for each dtype, head size and mask."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels: dict[tuple[str, int, bool], list[CaseResult]] = {}
+    for result in results:
+        panels.setdefault((result.case.dtype, result.case.head_size, result.case.causal), []).append(result)
+    figure, axes = pyplot.subplots(
+        -(-len(panels) // 2), 2, figsize=(11, 3.2 * -(-len(panels) // 2)), squeeze=False, layout="constrained"
+    )
+    peers = list(dict.fromkeys(m.peer for result in results for m in result.measurements))
+    for axis, ((dtype, size, causal), group) in zip(axes.flat, panels.items(), strict=False):
+        for color, peer in enumerate(peers):
+            points = [(r.case.queries, m.rate / 1e3) for r in group if (m := r.of(peer, 1))]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=peer, color=f"C{color}")
+        axis.set_title(f"{dtype}, head size {size}{', causal' * causal}", fontsize=9)
+        axis.set_xscale("log", base=2)
+        axis.set_ylabel("TFLOP/s", fontsize=8)
+        axis.grid(linewidth=0.3)
+    axes.flat[0].legend(fontsize=7)
+    figure.suptitle("\n".join(lines), fontsize=7)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def run(dtypes: Sequence[str], names: Sequence[str], dry: bool, output: Path, lines: Sequence[str]) -> int:
+    """Print, write and draw every case; how many of flashtile's own answers were wrong."""
+    chosen = [peer for peer in known.PEERS if peer.__name__ in names]
+    results: list[CaseResult] = []
+    for case in cases(dtypes, dry):
+        if out_of_time():
+            print(f"{case.name}: out of time", flush=True)
+            continue
+        result = measure(case, chosen, "cpu" if dry else "cuda")
+        results.append(result)
+        unit = 1 if case.reads else 1e3
+        cells = (
+            f"{m.peer} {m.rate / unit:.1f}" if m.status == "timed" else f"{m.peer} {m.status}"
+            for m in result.measurements
+        )
+        print(f"{case.name:20} {'GB/s' if case.reads else 'TFLOP/s'}: {', '.join(cells)}", flush=True)
+        report.write_measurements(output / "gpu.csv", results, lines)  # what is there if the time ends
+    print(*report.refusals(results), sep="\n")
+    try:
+        draw(output / "gpu.png", [r for r in results if not (r.case.reads or r.case.option or r.case.window)], lines)
+    except ImportError as error:
+        print(f"no picture: {error}")
+    return sum(m.peer == report.OWN and m.status == "failed" for r in results for m in r.measurements)

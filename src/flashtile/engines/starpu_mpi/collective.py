@@ -1,0 +1,207 @@
+"""One call on all ranks: described, compared and planned before anything is submitted; an error of one reaches all.
+
+A rank computes its own query tiles, in the order in which one process would, so bits do not depend on the number of
+ranks. A key tile goes once to each rank of which some query sees some of it, and not at all to the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from flashtile.dtypes import DTYPES, DType
+from flashtile.engines.starpu import runtime
+from flashtile.engines.starpu.flow import Flow
+from flashtile.engines.starpu.jobs import Job
+from flashtile.engines.starpu.states import submit_finish
+from flashtile.engines.starpu.tiles import DROP, TiledTensor
+from flashtile.engines.starpu_mpi.link import Link
+from flashtile.engines.starpu_mpi.parts import rows_of, tiles_of
+from flashtile.errors import FlashtileError, KernelError, wrong
+from flashtile.score.capture import ArrayCapture
+from flashtile.score.options import Scoring
+from flashtile.spec import AttentionSpec
+
+T = TypeVar("T")
+
+
+class _Failure(NamedTuple):
+    """What a rank raised, as the others hear of it."""
+
+    kind: type[Exception]
+    text: str
+
+
+def agree(comm: Any, what: Callable[[], T]) -> list[T]:
+    """What `what` returns on each rank. Raises: on every rank, where one raised; the others name that one."""
+    raised: BaseException | None = None
+    try:
+        mine: Any = what()
+    except Exception as error:
+        raised = error
+        kind = type(error) if isinstance(error, FlashtileError) else KernelError
+        mine = _Failure(kind, " ".join(str(error).split()) or type(error).__name__)
+    found = comm.allgather(mine)
+    if raised is not None:
+        raise raised
+    for rank, other in enumerate(found):
+        if isinstance(other, _Failure):
+            raise other.kind(f"rank {rank}: {other.text}")
+    return found
+
+
+def same(every: list[dict[str, Any]]) -> None:
+    """Raise SpecError unless what all ranks said is the same: it names the first rank that differs, and in what."""
+    for rank, other in enumerate(every):
+        for name, value in every[0].items():
+            if other[name] != value:
+                raise wrong(f"rank {rank}: {name}", other[name], f"{value} as on rank 0")
+
+
+def identity(spec: AttentionSpec, scoring: Scoring | None, offsets: np.ndarray | None) -> str:
+    """A digest of everything that decides what is computed but q, k and v: equal where plans are."""
+    digest = hashlib.blake2b(repr(spec).encode(), digest_size=16)
+    arrays = [offsets]
+    if scoring is not None:
+        arrays.append(scoring.sinks)
+        for found in () if scoring.program is None else scoring.program.captures:
+            arrays.append(found.array if isinstance(found, ArrayCapture) else np.asarray(found.value))
+    for array in arrays:
+        if array is not None:
+            digest.update(repr((array.shape, str(array.dtype))).encode())
+            digest.update(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the sequences of a call lie over ranks."""
+
+    ranks: int
+    tile: int
+    distribution: str
+
+    def tiles(self, length: int, rank: int) -> np.ndarray:
+        """The numbers of a rank's tiles, ascending."""
+        return tiles_of(length, rank, self.ranks, self.tile, self.distribution)
+
+    def rows(self, length: int, rank: int) -> int:
+        """How many rows a rank has."""
+        return len(rows_of(self.tiles(length, rank), length, self.tile))
+
+
+class _Placed(NamedTuple):
+    """The handles of a tensor of which some tiles are elsewhere."""
+
+    handles: np.ndarray
+
+
+class Collective:
+    """A planned call on this rank. Made and run on all ranks together."""
+
+    def __init__(
+        self, comm: Any, spec: AttentionSpec, cut: Cut, offsets: np.ndarray | None, scoring: Scoring | None
+    ) -> None:
+        self.comm, self.spec, self.cut = comm, spec, cut
+        self.runtime = runtime.ensure()
+        self.link = self.runtime.once(Link)
+        rank = comm.Get_rank()
+        self.queries, self.keys = cut.tiles(spec.q_len, rank), cut.tiles(spec.kv_len, rank)
+        offsets = offsets if spec.offset is None else None
+        tile = cut.tile
+        with self.runtime.working():
+            self.flow = Flow(self.runtime, spec, tile, tile, offsets=offsets, scoring=scoring, rows=self.queries)
+        self.needs = [self._needed(r) for r in range(cut.ranks)]
+
+    def _needed(self, rank: int) -> np.ndarray:
+        """bool (B, H_kv, key tiles): what a rank reads of the keys of others."""
+        spec = self.spec
+        touched = self.flow.coverage.touched()[:, :, self.cut.tiles(spec.q_len, rank)].any(axis=2)
+        seen = np.broadcast_to(touched, (spec.batch, spec.heads, touched.shape[-1]))
+        needed = np.asarray(seen.reshape(spec.batch, spec.kv_heads, spec.group, -1).any(axis=2))
+        needed[:, :, self.cut.tiles(spec.kv_len, rank)] = False
+        return needed
+
+    @property
+    def received_bytes(self) -> int:
+        """Bytes of keys and values that come to this rank; no less would do for tiles of this size."""
+        spec, tile = self.spec, self.cut.tile
+        heights = np.minimum(tile, spec.kv_len - tile * np.arange(self.needs[0].shape[2]))
+        rows = int((self.needs[self.comm.Get_rank()] * heights).sum())
+        return rows * (spec.head_size + spec.value_size) * DTYPES[spec.dtype].itemsize
+
+    def run(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, o: np.ndarray, lse: np.ndarray) -> None:
+        """Compute o and lse of this rank's rows; all arrays are this rank's, rows of adjacent elements.
+
+        Raises: KernelError on every rank, naming the rank, the codelet and the tile that failed first.
+        """
+        dtype = DTYPES[self.spec.dtype]
+        accumulator = DTYPES[dtype.accumulator]
+        tensors: list[TiledTensor] = []
+        job = Job()
+
+        def tiled(x: np.ndarray, kind: DType) -> TiledTensor:
+            tensors.append(TiledTensor(x.shape, kind, self.cut.tile, address=x.ctypes.data, strides=x.strides, keep=x))
+            return tensors[-1]
+
+        def work() -> None:
+            try:
+                own = [tiled(x, dtype) for x in (q, k, v)]
+                out, logs = tiled(o, dtype), tiled(lse, accumulator)
+                state = out
+                if accumulator is not dtype:
+                    state = TiledTensor(o.shape, accumulator, self.cut.tile)
+                    tensors.append(state)
+                keys, values = self._exchange(own[1:], tensors)
+                rows = (self._placed(x, self.queries, self.spec.q_len, self.spec.heads) for x in (own[0], state, logs))
+                queries, sums, norms = rows
+                self.flow.submit_forward(job, queries, keys, values, sums, norms)
+                if state is not out:
+                    submit_finish(job, state, logs, out)
+                job.wait()
+            finally:
+                job.drain()
+                self.link.wait()
+                for x in tensors:
+                    x.unregister(DROP if x.owned else None)
+
+        with self.runtime.working():
+            agree(self.comm, work)
+
+    def _placed(self, tensor: TiledTensor, tiles: np.ndarray, length: int, heads: int) -> _Placed:
+        """A tensor's own tiles, where they stand in the whole."""
+        handles = np.zeros((self.spec.batch, heads, -(-length // self.cut.tile)), np.uint64)
+        handles[:, :, tiles] = tensor.handles
+        return _Placed(handles)
+
+    def _exchange(self, own: list[TiledTensor], tensors: list[TiledTensor]) -> list[_Placed]:
+        """Begin every transfer of this call; k and v with the tiles that will have come."""
+        spec, tile, rank = self.spec, self.cut.tile, self.comm.Get_rank()
+        need = self.needs[rank]
+        far = np.flatnonzero(need.any(axis=(0, 1)))
+        height = len(rows_of(far, spec.kv_len, tile))
+        grid = (2, *need.shape)
+        tags = (self.link.calls * np.prod(grid) + np.arange(np.prod(grid))).reshape(grid)
+        self.link.calls += 1
+        owner = np.empty(need.shape[2], np.int64)
+        for r in range(self.cut.ranks):
+            owner[self.cut.tiles(spec.kv_len, r)] = r
+        placed = []
+        for which, tensor in enumerate(own):
+            found = self._placed(tensor, self.keys, spec.kv_len, spec.kv_heads)
+            for r in range(self.cut.ranks):
+                at = np.nonzero(self.needs[r] & (owner == rank))
+                self.link.send(self.comm, found.handles[at], np.full(len(at[0]), r), tags[which][at])
+            if height:
+                come = TiledTensor((*need.shape[:2], height, tensor.shape[3]), tensor.dtype, tile)
+                tensors.append(come)
+                found.handles[:, :, far] = come.handles
+                at = np.nonzero(need)
+                self.runtime.unwritten.difference_update(found.handles[at].tolist())
+                self.link.receive(self.comm, found.handles[at], owner[at[2]], tags[which][at])
+            placed.append(found)
+        return placed

@@ -1,0 +1,189 @@
+"""The door for programs on several ranks (processes, machines): attention of a sequence of which each has some rows::
+
+    rows = flashtile.starpu_mpi.part(length, rank, ranks)              # this rank's rows of q, k, v and o
+    o = flashtile.starpu_mpi.attention(q[:, :, rows], k[:, :, rows], v[:, :, rows], causal=True)
+
+Exact, every option of the kernels, and the same bits on any number of ranks. MPI comes from mpi4py, transfers and
+tasks from StarPU-MPI and StarPU. Start it with `flashtile mpi run -n 4 script.py`, or any mpirun.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import numpy as np
+
+from flashtile.arrays import plain
+from flashtile.calls import Options, as_key, split_align
+from flashtile.checks import integer
+from flashtile.dtypes import DTYPES, dtype_of
+from flashtile.engines.starpu.engine import OPTIONS
+from flashtile.engines.starpu.tiles import can_tile
+from flashtile.engines.starpu_mpi import build
+from flashtile.engines.starpu_mpi.collective import Collective, Cut, agree, identity, same
+from flashtile.engines.starpu_mpi.parts import ZIGZAG, rows_of, tiles_of
+from flashtile.errors import UnavailableError, wrong
+from flashtile.hints import check_keywords
+from flashtile.score.keep import keep_of
+from flashtile.score.options import ScoreOptions
+from flashtile.signature import Align, Precision, Window
+from flashtile.spec import AttentionSpec
+
+__all__ = ["TILE", "attention", "part"]
+
+Whole = tuple[Any, Any, Any]  # q, k and v of all ranks together: what has their shapes and dtypes
+
+TILE = 960  # rows of a tile: whole panels on every instruction set
+
+
+def part(length: int, rank: int, ranks: int, *, tile: int = TILE, distribution: str = ZIGZAG) -> np.ndarray:
+    """The numbers of the rows of a sequence that a rank has: int64, ascending within each of its chunks.
+
+    distribution: "zigzag", two chunks a rank, the rank-th from either end, so that causal work is even; "contiguous",
+                  one. Chunks are whole tiles of `tile` rows, as even as they come; a rank may have none.
+    Raises:       SpecError.
+    """
+    for name, n, least in (("length", length, 0), ("ranks", ranks, 1), ("rank", rank, 0)):
+        number = integer(n)
+        if number is None or number < least:
+            raise wrong(name, repr(n), f"an integer of at least {least}")
+    if rank >= ranks:
+        raise wrong("rank", rank, f"one below the number of ranks, {ranks}")
+    return rows_of(tiles_of(length, rank, ranks, _tile(tile), distribution), length, tile)
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    mask: Any = None,
+    bias: Any = None,
+    score_mod: Any = None,
+    causal: bool = False,
+    window: Window = None,
+    align: Align = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    precision: Precision = "ieee",
+    return_lse: bool = False,
+    tile: int = TILE,
+    distribution: str = ZIGZAG,
+    comm: Any = None,
+    **unknown: NoReturn,  # checkers refuse it, as calls do
+) -> Any:
+    """Attention of the whole sequence, on this rank's rows. Every rank of `comm` makes the call, with equal options.
+
+    Shapes:  q (B, H, s_q, D), k (B, H_kv, s_kv, D), v (B, H_kv, s_kv, D_v), NumPy arrays: the rows of the sequence that
+             `part` gives this rank, in its order; of the queries by their length, of the keys by theirs.
+    Options: as `flashtile.attention`, about the whole: causal and window, i and j of functions count over the whole
+             sequence; arrays (bias, masks, slopes, sinks, what functions captured) are whole on every rank.
+             tile, distribution  as in `part`: results depend on the tile as they do on a kernel, and on nothing else
+             of how the sequence is cut.
+             comm  an mpi4py communicator; None: all ranks.
+    Returns: o (B, H, s_q, D_v), or (o, lse) with lse (B, H, s_q): of this rank's rows.
+    Memory:  a rank holds, beside its own, the keys and values of others that some of its rows sees.
+    Raises:  SpecError, UnavailableError on every rank, before anything is submitted: also where ranks differ, or one
+             has rows that `part` does not give it. KernelError on every rank where a task of one failed.
+    """
+    check_keywords(attention, unknown)
+    comm = _communicator(comm)
+    options = Options(causal, as_key(window), align, scale, precision, "cpu", "starpu")
+    mine = agree(comm, lambda: _described(q, k, v, tile, distribution))
+    cut = Cut(comm.Get_size(), tile, distribution)
+    whole = _whole(mine, cut)
+    plans: list[Collective] = []
+
+    def plan() -> dict[str, str]:
+        split, offsets = split_align(align, whole[0].shape)
+        scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed))
+        chosen = options._replace(align=split)
+        spec, scoring = _spec(chosen, scores, whole, offsets)
+        plans.append(Collective(comm, spec, cut, offsets, scoring))
+        return {"options": repr(chosen), "values of options": identity(spec, scoring, offsets)}
+
+    same(agree(comm, plan))
+    spec = plans[0].spec
+    accumulator = DTYPES[DTYPES[spec.dtype].accumulator].numpy
+    q, k, v = (_reachable(plain(x, name)) for x, name in ((q, "q"), (k, "k"), (v, "v")))
+    o = np.empty((*q.shape[:3], spec.value_size), q.dtype)
+    lse = np.empty(o.shape[:3], accumulator)
+    plans[0].run(q, k, v, o, lse)
+    return (o, lse) if return_lse else o
+
+
+def _spec(
+    options: Options, scores: ScoreOptions, whole: tuple[Any, Any, Any], offsets: Any
+) -> tuple[AttentionSpec, Any]:
+    """The spec of the whole, and the values of what changes its scores. Raises: SpecError, UnavailableError."""
+    if any(x is not None for x in vars(scores).values()):
+        spec, scoring = options.scored(scores, *whole, offsets)
+    else:
+        spec, scoring = options.spec(*whole), None
+    if missing := spec.options - OPTIONS:
+        raise UnavailableError(f"starpu_mpi: got {', '.join(sorted(missing))}, expected options that its tasks know")
+    if 0 in (spec.batch, spec.heads, spec.head_size, spec.value_size):
+        raise UnavailableError(
+            f"starpu_mpi: got q {whole[0].shape}, v {whole[2].shape}, expected sizes B, H, D above 0"
+        )
+    return spec, scoring
+
+
+def _communicator(comm: Any) -> Any:
+    if (reason := build.missing()) is not None:
+        raise UnavailableError(f"starpu_mpi: {reason}")
+    from mpi4py import MPI
+
+    if comm is None:
+        return MPI.COMM_WORLD
+    if not isinstance(comm, MPI.Intracomm):
+        raise wrong("comm", f"a {type(comm).__name__}", "an intracommunicator of mpi4py, or None")
+    return comm
+
+
+def _tile(tile: Any) -> int:
+    number = integer(tile)
+    if number is None or number < 1:
+        raise wrong("tile", repr(tile), "a positive integer")
+    return number
+
+
+def _described(q: Any, k: Any, v: Any, tile: Any, distribution: Any) -> dict[str, Any]:
+    """What the other ranks must know of this one's arrays. Raises: SpecError."""
+    said: dict[str, Any] = {"tile": _tile(tile), "distribution": distribution}
+    tiles_of(0, 0, 1, tile, distribution)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        x = plain(x, name)
+        if x.ndim != 4:
+            raise wrong(name, f"shape {x.shape}", "(B, H, S, D)")
+        said[name] = f"{dtype_of(x.dtype, name).name} (B, H, D) = {x.shape[:2] + x.shape[3:]}"
+        said[f"rows of {name}"] = x.shape[2]
+    return said
+
+
+def _whole(mine: list[dict[str, Any]], cut: Cut) -> Whole:
+    """The whole of what ranks said. Raises: SpecError, on every rank."""
+    first, rows = mine[0], [f"rows of {x}" for x in "qkv"]
+    same([{name: x for name, x in said.items() if name not in rows} for said in mine])
+    whole = []
+    for name, x in zip(rows, "qkv", strict=True):
+        length = sum(said[name] for said in mine)
+        for rank, said in enumerate(mine):
+            expected = cut.rows(length, rank)
+            if said[name] != expected:
+                raise wrong(f"rank {rank}: {x}", f"{said[name]} rows of {length}", f"{expected}, as part() gives it")
+        dtype, _, sizes = first[x].partition(" (B, H, D) = ")
+        batch, heads, size = (int(n) for n in sizes.strip("()").split(","))
+        whole.append(SimpleNamespace(shape=(batch, heads, length, size), dtype=dtype))
+    return tuple(whole)  # type: ignore[return-value]  # three of them
+
+
+def _reachable(x: np.ndarray) -> np.ndarray:
+    """The array; or a copy, where no matrix handle describes how its rows lie."""
+    fits = can_tile(x.strides[2:], max(1, x.shape[3]), x.itemsize)
+    return x if fits else np.ascontiguousarray(x)

@@ -1,0 +1,212 @@
+"""Attention over 1, 2 and 4 ranks: right by the accuracy rule, equal to the last bit; errors that reach everybody."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import processes
+import pytest
+from rank_cases import Ranks, cases
+
+import flashtile
+from flashtile import starpu_mpi
+from flashtile.engines.starpu_mpi import build
+from flashtile.testing import expect
+
+pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+
+COUNTS = 1, 2, 4
+
+
+@pytest.fixture(scope="module")
+def results(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, np.ndarray]]:
+    """By number of ranks, what rank_compute.py wrote."""
+    found = {}
+    for n in COUNTS:
+        path = tmp_path_factory.mktemp("ranks") / "out.npz"
+        done = ranks(n, "rank_compute.py", path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        with np.load(path) as read:
+            found[n] = dict(read)
+    return found
+
+
+@pytest.mark.parametrize("name", cases())
+def test_every_number_of_ranks_gives_the_same_bits(name: str, results: dict[int, dict[str, np.ndarray]]) -> None:
+    for what in ("o", "lse"):
+        first, *others = (results[n][f"{name}: {what}"] for n in COUNTS)
+        assert all(first.tobytes() == other.tobytes() for other in others), what
+
+
+@pytest.mark.parametrize("name", cases())
+def test_ranks_are_accurate(name: str, results: dict[int, dict[str, np.ndarray]]) -> None:
+    arrays, options, _ = cases()[name]
+    o, lse = expect(*arrays, **options)
+    got = results[4][f"{name}: o"]
+    o.check(got.view(arrays[0].dtype), "o")
+    lse.check(results[4][f"{name}: lse"], "lse")
+
+
+@pytest.mark.parametrize("distribution", ["zigzag", "contiguous"])
+@pytest.mark.parametrize(("length", "ranks", "tile"), [(1000, 4, 96), (10, 3, 4), (0, 2, 8), (97, 1, 96), (5, 8, 1)])
+def test_parts_cover_every_row_once(length: int, ranks: int, tile: int, distribution: str) -> None:
+    parts = [starpu_mpi.part(length, r, ranks, tile=tile, distribution=distribution) for r in range(ranks)]
+    assert sorted(np.concatenate(parts).tolist()) == list(range(length))
+
+
+def test_zigzag_shares_causal_work_evenly() -> None:
+    pairs = [int((starpu_mpi.part(8192, r, 4, tile=64) + 1).sum()) for r in range(4)]
+    assert max(pairs) - min(pairs) < max(pairs) // 1000
+
+
+ERRORS = """
+import json, sys
+import numpy as np
+from mpi4py import MPI
+import flashtile
+from flashtile import starpu_mpi
+from flashtile.errors import FlashtileError
+
+comm = MPI.COMM_WORLD
+second = comm.rank == 1
+
+def call(rows=None, dtype="float32", heads=2, **options):
+    rows = len(starpu_mpi.part(400, comm.rank, comm.size, tile=96)) if rows is None else rows
+    q = np.zeros((1, heads, rows, 8), dtype)
+    return starpu_mpi.attention(q, q, q, **{"tile": 96, **options})
+
+def text(what):
+    try:
+        what()
+    except FlashtileError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+said = {
+    "dtype": text(lambda: call(dtype="float64" if second else "float32")),
+    "heads": text(lambda: call(heads=4 if second else 2)),
+    "rows": text(lambda: call(rows=90 if second else None)),
+    "option": text(lambda: call(causal=second)),
+    "array": text(lambda: call(sinks=np.array([1.0, 2.0 + second]))),
+    "refused": text(lambda: call(softcap=-1.0 if second else 3.0)),
+    "tile": text(lambda: call(tile=0)),
+    "distribution": text(lambda: call(distribution="ring")),
+    "dropout": text(lambda: call(dropout_p=0.5, seed=1)),
+    "then": text(call),
+}
+every = comm.gather(said)
+if comm.rank == 0:
+    print(json.dumps(every))
+"""
+
+
+def test_an_error_of_one_rank_is_raised_on_all(ranks: Ranks) -> None:
+    done = ranks(2, ERRORS)
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads(done.stdout)
+    for name in ("dtype", "heads", "rows", "option", "array"):
+        assert first[name] == second[name], name  # both compare the same facts
+        assert first[name].startswith("SpecError: rank ") and " got " in first[name], first[name]
+    assert first["refused"] == "SpecError: rank 1: " + second["refused"].removeprefix("SpecError: ")
+    assert first["tile"] == "SpecError: tile: got 0, expected a positive integer"
+    assert "'zigzag' or 'contiguous'" in first["distribution"]
+    assert first["dropout"].startswith("UnavailableError")
+    assert first["then"] == second["then"] == "no error"
+
+
+def test_a_killed_rank_ends_all(ranks: Ranks) -> None:
+    done = ranks(
+        2,
+        """
+import os, signal
+import numpy as np
+from mpi4py import MPI
+from flashtile import starpu_mpi
+if MPI.COMM_WORLD.rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+x = np.zeros((1, 1, len(starpu_mpi.part(400, 0, 2, tile=96)), 8), "float32")
+starpu_mpi.attention(x, x, x, tile=96)
+""",
+    )
+    assert done.returncode != 0
+    assert "rank 1" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("calls", [0, 1])
+def test_an_exception_of_one_rank_ends_all(calls: int, ranks: Ranks) -> None:
+    done = ranks(
+        2,
+        """
+import sys
+import numpy as np
+from mpi4py import MPI
+from flashtile import starpu_mpi
+x = np.zeros((1, 1, len(starpu_mpi.part(400, MPI.COMM_WORLD.rank, 2, tile=96)), 8), "float32")
+for _ in range(int(sys.argv[1])):
+    starpu_mpi.attention(x, x, x, tile=96)
+if MPI.COMM_WORLD.rank == 1:
+    raise RuntimeError("lost its file")
+starpu_mpi.attention(x, x, x, tile=96)
+""",
+        calls,
+    )
+    assert done.returncode != 0
+    assert "lost its file" in done.stderr
+
+
+TRAFFIC = """
+import numpy as np
+from mpi4py import MPI
+from flashtile import starpu_mpi
+from flashtile.engines.starpu_mpi import collective
+
+made = []
+class Noted(collective.Collective):
+    def run(self, *arrays):
+        made.append(self)
+        super().run(*arrays)
+starpu_mpi.Collective = Noted
+comm = MPI.COMM_WORLD
+x = np.zeros((1, 1, len(starpu_mpi.part(768, comm.rank, 2, tile=96)), 8), "float32")
+starpu_mpi.attention(x, x, x, tile=96, window=(95, 0))
+starpu_mpi.attention(x, x, x, tile=96)
+print(comm.rank, *(m.received_bytes // (96 * 2 * 8 * 4) for m in made))
+"""
+
+
+def test_only_tiles_that_are_seen_travel(ranks: Ranks) -> None:
+    # Eight tiles: rank 0 has 0, 1, 6, 7, rank 1 has 2 ... 5. A row sees its own tile and the one before.
+    done = ranks(2, TRAFFIC)
+    assert sorted(done.stdout.split("\n")[:2]) == ["0 1 4", "1 1 4"], done.stderr
+
+
+def test_the_command_runs_a_program_on_ranks_and_returns_its_code(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("import sys; from mpi4py import MPI; print(MPI.COMM_WORLD.rank, *sys.argv[1:]); sys.exit(3)")
+    command = [sys.executable, "-m", "flashtile", "mpi", "run", "-n", "2", program, "a", "--b"]
+    done = processes.run(command)
+    assert done.returncode != 0
+    assert sorted(done.stdout.split("\n")[:2]) == ["0 a --b", "1 a --b"], done.stderr
+
+
+def test_the_example_runs_on_four_ranks() -> None:
+    example = Path(__file__).parents[2] / "examples" / "several_ranks.py"
+    done = processes.run([sys.executable, "-m", "flashtile", "mpi", "run", "-n", "4", example])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("4 ranks")
+
+
+def test_the_doctor_of_ranks_computes_something_on_two() -> None:
+    done = processes.run([sys.executable, "-m", "flashtile", "mpi", "doctor"])
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks" in done.stdout and "ok" in done.stdout
+
+
+def test_without_what_it_needs_the_door_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "missing", lambda: "mpicc is not installed: apt-get install ...")
+    x = np.zeros((1, 1, 4, 8), np.float32)
+    with pytest.raises(flashtile.UnavailableError, match="starpu_mpi: mpicc is not installed"):
+        starpu_mpi.attention(x, x, x)
