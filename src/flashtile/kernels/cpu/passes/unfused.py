@@ -211,10 +211,10 @@ def _softmax(f: Function, c: Config, p: SimpleNamespace, at: _Place, scratch: Va
         # not: one half of its exponent with each factor, as in steps/finish.py.
         highest = f.maximum(sink, top)
         reference = f.select(highest.eq(-math.inf), f.const(c.acc, 0.0), highest)
-        tops, sinks, references = (f.splat(x, c.lanes) for x in (top, sink, reference))
-        half = vmath.exp_of_difference(f, c.isa, tops, references, 0.5)
+        shift = [f.splat(x, c.lanes) for x in (top, sink, reference)]
+        half = vmath.exp_of_difference(f, c.isa, shift[0], shift[2], 0.5)
         total = f.extract(half, 0) * f.extract(half, 0) * _across(f, c, sums[0], lambda a, b: a + b)
-        total = total + f.extract(vmath.exp_of_difference(f, c.isa, sinks, references), 0)
+        total = total + f.extract(vmath.exp_of_difference(f, c.isa, shift[1], shift[2]), 0)
         seen = total.ne(0.0)
         total = f.select(seen, total, f.const(c.acc, 1.0))
         inverse = half * f.splat(1.0 / total, c.lanes)
