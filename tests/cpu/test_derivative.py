@@ -141,6 +141,29 @@ def test_an_array_has_one_accumulator_or_small_copies():
     assert plan_of(lambda s, b, h, i, j: s + skew[i, j + h], Items(1, 1, 2), (1, 2, 1200, 1200)).chains.shape == (1, 2)
 
 
+def test_heads_that_share_a_large_array_are_cut_into_parts_of_their_keys():
+    from flashtile.calls import Options
+    from flashtile.kernels import BackwardLayout
+    from flashtile.kernels.cpu.backward import Backward
+    from flashtile.score.options import ScoreOptions
+
+    q = np.empty((B, H, 1200, 4), np.float32)
+    layout = BackwardLayout(*[q.strides] * 8)
+    row, large = np.zeros((1200, 300), np.float32), np.broadcast_to(np.float32(0), (1200, 1200))
+
+    def kernel(bias, score_mod=None):
+        scores = ScoreOptions(bias=bias, score_mod=score_mod)
+        spec, scoring = Options(False, None, None, None, "ieee", "auto", "auto").scored(scores, q, q, q, None)
+        wanted = {g.slot.number for g in scoring.program.array_gradients}
+        return Backward(spec, layout, tuple(scoring.shapes(wanted).items())).plan
+
+    assert (kernel(large).items, kernel(large).splits) == (4, 4)  # all heads one after the other, in four parts
+    assert kernel(np.broadcast_to(large, (H, 1200, 1200))).items == H * 3
+    spread = np.broadcast_to(np.float32(0), (1200, 2400))  # not apart by keys
+    assert kernel(None, lambda s, b, h, i, j: s + spread[i, j + h]).items == 1
+    assert kernel(row[:, :1]).items == B * H * 2  # small: copies
+
+
 def test_chains_run_in_order_and_stop_at_the_first_failure():
     large = np.broadcast_to(np.float32(0), (1200, 1200))
     plan = plan_of(lambda s, b, h, i, j: s + large[i, j], Items(B, H, 1), (B, H, 1200, 1200))

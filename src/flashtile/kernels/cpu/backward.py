@@ -74,7 +74,7 @@ class Backward:
 
     def __init__(self, spec: AttentionSpec, layout: BackwardLayout, arrays: ArrayShapes = ()):
         c = replace(config_of(spec, lands=IN_REGISTERS), arrays=tuple(n for n, _ in arrays))
-        bounds = parts_of(spec, c.key_block)
+        bounds = parts_of(spec, c.key_block, _at_once(spec, c, arrays))
         self._config = c = replace(c, partial=len(bounds) > 2 and c.memory != c.acc)  # else dQ's parts are as dQ
         self._spec, self._layout = spec, layout
         self._parts = np.array(bounds, np.int64)
@@ -187,10 +187,19 @@ def plan_of(spec: AttentionSpec, splits: int, c: Config) -> Plan:
     return Plan(spec.batch, spec.heads, 1, splits, rows, c.key_block, flops, 0, spec.group)
 
 
-def parts_of(spec: AttentionSpec, key_block: int) -> list[int]:
-    """The first key of every part, and the end of the last: equal shares of what rows see, by the spec alone."""
+def _at_once(spec: AttentionSpec, c: Config, arrays: ArrayShapes) -> int:
+    """Heads of K and V that may run at the same time. Those that share a large array may not, but parts of their keys
+    may, where these have other elements of it."""
+    items = Items(spec.batch, spec.kv_heads, 2)
+    plan = ArrayPlan(readings(c.code, c.arrays), dict(arrays), c, items)
+    return spec.batch * spec.kv_heads if "j" in plan.shared else len(plan.chains) // items.parts
+
+
+def parts_of(spec: AttentionSpec, key_block: int, heads: int | None = None) -> list[int]:
+    """The first key of every part, and the end of the last: equal shares of what rows see, by shapes alone. ``heads``
+    of K and V run at the same time, if not all do."""
     blocks = -(-spec.kv_len // key_block)
-    heads = max(1, spec.batch * spec.kv_heads)
+    heads = max(1, spec.batch * spec.kv_heads if heads is None else heads)
     parts = min(_MOST_PARTS, -(-_ENOUGH_ITEMS // heads), blocks)
     if parts < 2:
         return [0, spec.kv_len]
