@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from flashtile.calls import run_backward
 from flashtile.dtypes import DTYPES, round_to_bf16, widen_bits
 from flashtile.gradients import array_sum, slots_of
 from flashtile.kernels import second
-from flashtile.kernels.gradients import Inputs
+from flashtile.kernels.gradients import Inputs, Sums
 from flashtile.score.capture import ArrayCapture
 from flashtile.score.options import Scoring
 from flashtile.spec import AttentionSpec
@@ -34,15 +34,18 @@ def gradients(
 
     inputs are do, q, k, v, o, lse, dlse (or None).
     """
+    wanted = _wanted(scoring, sources, needed)
+    qkv: list[Any]
     if family.compile_backward is not None:
-        return _compiled(family, spec, scoring, offset, inputs, needed)
-    do, q, k, v, o = (_widened(x, 4) for x in inputs[:5])
-    lse, dlse = (None if x is None else _widened(x, 3) for x in inputs[5:])
-    assert lse is not None
-    backward = family.backward
-    assert backward is not None  # it was picked for it
-    sums = backward(spec, Inputs(do, q, k, v, o, lse, dlse), offset, scoring, _wanted(scoring, sources, needed))
-    return _results(sums, inputs[1:4], sources, needed, scoring)
+        qkv, sums = _compiled(family, spec, scoring, offset, inputs, wanted)
+    else:
+        assert family.backward is not None  # it was picked for it
+        do, q, k, v, o = (_widened(x, 4) for x in inputs[:5])
+        lse, dlse = (None if x is None else _widened(x, 3) for x in inputs[5:])
+        assert lse is not None
+        sums = family.backward(spec, Inputs(do, q, k, v, o, lse, dlse), offset, scoring, wanted)
+        qkv = [x for x, asked in zip((sums.q, sums.k, sums.v), needed, strict=False) if asked]
+    return _results(qkv, sums, inputs[1:4], sources, needed, scoring)
 
 
 def second_gradients(
@@ -69,7 +72,8 @@ def second_gradients(
     along = second.Tangents(moving[0], moving[1], moving[2], sinks, arrays)
     wanted = _wanted(scoring, sources, needed)
     both = second.differentiate(spec, Inputs(do, q, k, v, o, lse, dlse), offset, scoring, along, wanted)
-    results = _results(both.sums, inputs[1:4], sources, needed, scoring)
+    qkv = [x for x, asked in zip(both.sums[:3], needed, strict=False) if asked]
+    results = _results(qkv, both.sums, inputs[1:4], sources, needed, scoring)
     return [_tensor(both.o, inputs[0]), _tensor(both.lse, inputs[5]), *results]
 
 
@@ -81,29 +85,42 @@ def _wanted(scoring: Scoring, sources: Sequence[Any], needed: Sequence[bool]) ->
 
 
 def _results(
-    sums: Any, inputs: Sequence[Tensor], sources: Sequence[Any], needed: Sequence[bool], scoring: Scoring
+    qkv: Sequence[Any],
+    sums: Sums,
+    inputs: Sequence[Tensor],
+    sources: Sequence[Any],
+    needed: Sequence[bool],
+    scoring: Scoring,
 ) -> list[Tensor]:
-    """The sums that are needed, as tensors like those whose gradients they are."""
-    values = [x for x, asked in zip((sums.q, sums.k, sums.v), needed, strict=False) if asked]
+    """What is needed, of q, k and v as it is and of the sources from sums, as tensors like those they belong to."""
+    values = [*qkv]
     if needed[3]:
         assert sums.sinks is not None
         values.append(sums.sinks.sum(axis=0) if sources[0].ndim == 1 else sums.sinks)
     arrays = (x for x, asked in zip(sources[1:], needed[4:], strict=True) if asked)
     values += [array_sum(sums, x, scoring) for x in arrays]
     targets = (x for x, asked in zip((*inputs, *sources), needed, strict=True) if asked)
-    return [_tensor(np.asarray(x), like) for x, like in zip(values, targets, strict=True)]
+    pairs = zip(values, targets, strict=True)
+    return [x if isinstance(x, Tensor) else _tensor(np.asarray(x), like) for x, like in pairs]
 
 
 def _compiled(
-    family: kernels.Family, spec: AttentionSpec, scoring: Scoring, offset: Any, inputs: Sequence[Any], needed: Any
-) -> list[Tensor]:
-    """The gradients of a family that compiles its backward, of tensors as they lie."""
+    family: kernels.Family,
+    spec: AttentionSpec,
+    scoring: Scoring,
+    offset: Any,
+    inputs: Sequence[Any],
+    wanted: Collection[str | int],
+) -> tuple[list[Tensor], Sums]:
+    """The gradients of a family that compiles its backward, of tensors as they lie: of q, k and v as new tensors, those
+    that are wanted alone, and the others."""
     names = ("do", "q", "k", "v", "o", "lse", "dlse")
     arrays = {name: x.detach().resolve_neg() for name, x in zip(names, inputs, strict=True) if x is not None}
     arrays |= {name: arrays[name].contiguous() for name in ("lse", "dlse") if name in arrays}
-    results = {f"d{x}": arrays[x].new_zeros(arrays[x].shape) for x, asked in zip("qkv", needed, strict=False) if asked}
-    run_backward(spec, family, "auto", arrays | results, Tensor.data_ptr, offset, scoring)
-    return list(results.values())
+    results = {f"d{x}": arrays[x].new_zeros(arrays[x].shape) for x in ("q", "k", "v") if x in wanted}
+    owner: dict[str, Any] = {"address": Tensor.data_ptr, "strides": Tensor.stride}
+    sums = run_backward(spec, family, "auto", arrays | results, offset, scoring, wanted, **owner)
+    return list(results.values()), sums
 
 
 def _widened(x: Tensor, rank: int) -> np.ndarray:
@@ -121,4 +138,4 @@ def _tensor(value: np.ndarray, like: Tensor) -> Tensor:
             bits = np.asarray(round_to_bf16(value)).astype(np.uint16)
             return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
         name = str(like.dtype).removeprefix("torch.")
-        return torch.from_numpy(np.array(value, DTYPES[name].numpy, order="C"))
+        return torch.from_numpy(np.require(value, DTYPES[name].numpy, ("C", "W")))

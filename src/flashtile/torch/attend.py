@@ -81,8 +81,8 @@ def attention(
 
     Returns:  a tensor of q's dtype; with return_lse=True also lse, float32 (float64 for float64).
               Both have derivatives on the CPU, first and second, by autograd and in forward mode, to q, k, v, bias,
-              sinks, alibi_slopes, and tensors that a score function captured. The backward is fused for a band alone,
-              else so far unfused: one thread, S_q x S_kv scores of a head at a time.
+              sinks, alibi_slopes, and tensors that a score function captured. The backward is fused; with dropout so
+              far unfused: one thread, S_q x S_kv scores of a head at a time.
     Raises:   as flashtile.attention; UnavailableError also on a GPU if a tensor requires grad while gradients are
               recorded or a tensor has a tangent, and for third derivatives.
 
