@@ -37,7 +37,7 @@ TABLE: dict[str, Place] = {
     "plan": Place("plan", "score spec"),
     "contract": Place("kernels", "errors arrays spec options plan"),
     "numpy": Place(
-        "kernels.reference kernels.vanilla kernels.backward kernels.rule kernels.views kernels.accuracy",
+        "kernels.reference kernels.vanilla kernels.backward kernels.second kernels.rule kernels.views kernels.accuracy",
         "arrays score spec options plan contract",
     ),
     "cpu": Place("kernels.cpu", "errors arrays llvm score spec options plan contract"),
@@ -55,7 +55,7 @@ TABLE: dict[str, Place] = {
     "doors": Place(
         "api torch transformers flash_attn jax xla autograd devices gradients merge explain plot picture starpu "
         "starpu_mpi nntile",
-        "errors arrays score spec options plan contract owners engines direct starpu starpu_mpi calls",
+        "errors arrays score spec options plan contract numpy owners engines direct starpu starpu_mpi calls",
     ),
     "package": Place("", "errors arrays score doors"),
     "tools": Place(

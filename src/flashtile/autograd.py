@@ -12,7 +12,9 @@ from flashtile import kernels
 from flashtile.calls import run_backward
 from flashtile.dtypes import DTYPES, round_to_bf16, widen_bits
 from flashtile.gradients import array_sum, slots_of
+from flashtile.kernels import second
 from flashtile.kernels.gradients import Inputs, Sums
+from flashtile.score.capture import ArrayCapture
 from flashtile.score.options import Scoring
 from flashtile.spec import AttentionSpec
 
@@ -32,25 +34,72 @@ def gradients(
 
     inputs are do, q, k, v, o, lse, dlse (or None).
     """
-    arrays = [x for x, asked in zip(sources[1:], needed[4:], strict=True) if asked]
-    wanted: set[str | int] = {name for name, asked in zip(("q", "k", "v", "sinks"), needed, strict=False) if asked}
-    wanted |= {n for x in arrays for n in slots_of(scoring, x)}
-    values: list[Any] = []
+    wanted = _wanted(scoring, sources, needed)
+    qkv: list[Any]
     if family.compile_backward is not None:
-        done, sums = _compiled(family, spec, scoring, offset, inputs, wanted)
-        values += done
+        qkv, sums = _compiled(family, spec, scoring, offset, inputs, wanted)
     else:
         assert family.backward is not None  # it was picked for it
         do, q, k, v, o = (_widened(x, 4) for x in inputs[:5])
         lse, dlse = (None if x is None else _widened(x, 3) for x in inputs[5:])
         assert lse is not None
-        sums = family.backward(spec, Inputs(do, q, k, v, o, lse, dlse), offset, scoring, frozenset(wanted))
-        values += [x for x, asked in zip((sums.q, sums.k, sums.v), needed, strict=False) if asked]
+        sums = family.backward(spec, Inputs(do, q, k, v, o, lse, dlse), offset, scoring, wanted)
+        qkv = [x for x, asked in zip((sums.q, sums.k, sums.v), needed, strict=False) if asked]
+    return _results(qkv, sums, inputs[1:4], sources, needed, scoring)
+
+
+def second_gradients(
+    spec: AttentionSpec,
+    scoring: Scoring,
+    offset: Any,
+    inputs: Sequence[Any],
+    sources: Sequence[Any],
+    tangents: Sequence[Any],
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    """The tangents of o and lse, and of the gradients those that are needed; tangents are those of q, k, v, sources."""
+    do, q, k, v, o = (_widened(x, 4) for x in inputs[:5])
+    lse, dlse = (None if x is None else _widened(x, 3) for x in inputs[5:])
+    assert lse is not None
+    moving = [None if x is None else _widened(x, 4) for x in tangents[:3]]
+    sinks = None if tangents[3] is None else np.broadcast_to(_widened(tangents[3], 0), (spec.batch, spec.heads))
+    arrays = {}
+    for source, tangent in zip(sources[1:], tangents[4:], strict=True):
+        for n in slots_of(scoring, source) if tangent is not None else ():
+            found = scoring.program.captures[n] if scoring.program is not None else None
+            assert isinstance(found, ArrayCapture)
+            arrays[n] = _widened(tangent, 0).reshape(found.array.shape)
+    along = second.Tangents(moving[0], moving[1], moving[2], sinks, arrays)
+    wanted = _wanted(scoring, sources, needed)
+    both = second.differentiate(spec, Inputs(do, q, k, v, o, lse, dlse), offset, scoring, along, wanted)
+    qkv = [x for x, asked in zip(both.sums[:3], needed, strict=False) if asked]
+    results = _results(qkv, both.sums, inputs[1:4], sources, needed, scoring)
+    return [_tensor(both.o, inputs[0]), _tensor(both.lse, inputs[5]), *results]
+
+
+def _wanted(scoring: Scoring, sources: Sequence[Any], needed: Sequence[bool]) -> frozenset[str | int]:
+    """What is needed, as a family's backward is asked."""
+    named = {name for name, asked in zip(("q", "k", "v", "sinks"), needed, strict=False) if asked}
+    arrays = (x for x, asked in zip(sources[1:], needed[4:], strict=True) if asked)
+    return frozenset(named).union(*(slots_of(scoring, x) for x in arrays))
+
+
+def _results(
+    qkv: Sequence[Any],
+    sums: Sums,
+    inputs: Sequence[Tensor],
+    sources: Sequence[Any],
+    needed: Sequence[bool],
+    scoring: Scoring,
+) -> list[Tensor]:
+    """What is needed, of q, k and v as it is and of the sources from sums, as tensors like those they belong to."""
+    values = [*qkv]
     if needed[3]:
         assert sums.sinks is not None
         values.append(sums.sinks.sum(axis=0) if sources[0].ndim == 1 else sums.sinks)
+    arrays = (x for x, asked in zip(sources[1:], needed[4:], strict=True) if asked)
     values += [array_sum(sums, x, scoring) for x in arrays]
-    targets = (x for x, asked in zip((*inputs[1:4], *sources), needed, strict=True) if asked)
+    targets = (x for x, asked in zip((*inputs, *sources), needed, strict=True) if asked)
     pairs = zip(values, targets, strict=True)
     return [x if isinstance(x, Tensor) else _tensor(np.asarray(x), like) for x, like in pairs]
 

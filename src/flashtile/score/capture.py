@@ -178,8 +178,9 @@ def _is_stand_in(value: Any) -> bool:
     """Whether a tensor has no memory to read: one of a transform of torch.func, or of whoever makes a graph."""
     if "torch" not in sys.modules or not hasattr(value, "data_ptr"):
         return False
-    wrapped = sys.modules["torch"]._C._functorch.is_functorch_wrapped_tensor
-    return type(value).__name__ in ("FakeTensor", "FunctionalTensor") or wrapped(value)
+    if type(value).__name__ in ("FakeTensor", "FunctionalTensor"):
+        return True
+    return bool(sys.modules["torch"]._C._are_functorch_transforms_active())  # whatever is computed there is one
 
 
 def _without_memory(value: Any, name: str) -> ArrayCapture:

@@ -19,7 +19,15 @@ from flashtile.torch import eager, operator
 from flashtile.torch.arguments import arguments_of
 from flashtile.torch.compiled import attention as attention_in_a_graph
 from flashtile.torch.operator import draw
-from flashtile.torch.tensors import RECORDED, check_tensors, compiling, is_watched, kind_of, under_autocast
+from flashtile.torch.tensors import (
+    RECORDED,
+    check_tensors,
+    compiling,
+    in_forward_mode,
+    is_watched,
+    kind_of,
+    under_autocast,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -72,11 +80,11 @@ def attention(
     cast as for torch's SDPA (not float64), and nothing else is.
 
     Returns:  a tensor of q's dtype; with return_lse=True also lse, float32 (float64 for float64).
-              Both have gradients by autograd (first order, CPU) to q, k, v, bias, sinks, alibi_slopes, and tensors
-              that a score function captured. Its backward is fused; with dropout so far unfused: one thread, S_q x
-              S_kv scores of a head at a time.
+              Both have derivatives on the CPU, first and second, by autograd and in forward mode, to q, k, v, bias,
+              sinks, alibi_slopes, and tensors that a score function captured. The backward is fused; with dropout so
+              far unfused: one thread, S_q x S_kv scores of a head at a time.
     Raises:   as flashtile.attention; UnavailableError also on a GPU if a tensor requires grad while gradients are
-              recorded, for tangents (forward mode), and in a backward with create_graph=True.
+              recorded or a tensor has a tangent, and for third derivatives.
 
     >>> import torch, flashtile.torch
     >>> x = torch.ones(1, 8, 128, 64, dtype=torch.bfloat16)
@@ -120,7 +128,7 @@ def way(**tensors: Tensor) -> Callable[..., Any]:
     if not all(x.is_cpu for x in tensors.values()):
         return eager.attend_on_device
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values())
-    return operate if recorded or is_watched() else eager.attend
+    return operate if recorded or is_watched() or in_forward_mode() else eager.attend
 
 
 def attend_scored(
@@ -154,7 +162,7 @@ def operate(
     """The call as one operator, whose gradients are recorded, and which transforms and modes of torch can see."""
     if out is not None:
         raise UnavailableError("out: got a tensor while gradients are recorded, expected None, or torch.no_grad()")
-    if scores is offsets is progress is None and not is_watched():
+    if scores is offsets is progress is None and not (is_watched() or in_forward_mode()):
         o, lse = operator.recorded_plainly(q, k, v, options)
         return (o, lse) if return_lse else o
     if scores is not None:

@@ -13,7 +13,7 @@ from flashtile.progress import reporter
 from flashtile.score.capture import ArrayCapture
 from flashtile.score.options import ScoreOptions, Scoring
 from flashtile.spec import AttentionSpec
-from flashtile.torch.tensors import address, addresses, check_tensors, check_untraced, in_forward_mode
+from flashtile.torch.tensors import address, addresses, check_tensors, check_untraced, has_tangent, in_forward_mode
 
 Tensor = torch.Tensor
 
@@ -80,18 +80,15 @@ def scored(
 
 
 def is_recorded(scoring: Scoring, sinks: Any) -> bool:
-    """Whether a gradient of sinks, or of a tensor that the program reads, is recorded.
-
-    Raises: as `check_tensors`, for one whose derivative would be lost without a word.
-    """
-    recording, forward = torch.is_grad_enabled(), in_forward_mode()
+    """Whether a derivative of sinks, or of what the program reads, is asked for. Raises: as `check_tensors`."""
+    recording = torch.is_grad_enabled()
     found = recording and getattr(sinks, "requires_grad", False)
-    if scoring.program is not None and (recording or forward):
+    if scoring.program is not None and (recording or in_forward_mode()):
         for x in scoring.program.captures:
             source = x.source if isinstance(x, ArrayCapture) else None
-            if isinstance(source, Tensor) and (forward or source.requires_grad):
+            if isinstance(source, Tensor) and (source.requires_grad or has_tangent(source)):
                 check_tensors(**{x.name: source})
-                found = found or recording and source.requires_grad
+                found = found or has_tangent(source) or recording and source.requires_grad
     return bool(found)
 
 

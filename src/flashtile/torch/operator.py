@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
 from flashtile import kernels
@@ -21,12 +22,13 @@ from flashtile.autograd import gradients
 from flashtile.calls import as_name
 from flashtile.errors import UnavailableError
 from flashtile.torch.arguments import SCHEMA, Arguments, plain_arguments
+from flashtile.torch.dispatch import LIBRARY, apply, below, is_recorded, register, unpacked
 from flashtile.torch.eager import attend
-from flashtile.torch.tensors import check_tangents, check_untraced, is_watched, under_autocast
+from flashtile.torch.second import HVP, JVP
+from flashtile.torch.tensors import check_untraced, in_forward_mode, is_watched, under_autocast
 
 Tensor = torch.Tensor
 
-LIBRARY = torch.library.Library("flashtile", "DEF")
 LIBRARY.define(f"attention(Tensor q, Tensor k, Tensor v, {SCHEMA}) -> (Tensor o, Tensor lse)")
 LIBRARY.define(
     "attention_backward(Tensor? do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, bool[] wanted, "
@@ -56,7 +58,9 @@ def draw() -> Tensor:
 
 def recorded(q: Tensor, k: Tensor, v: Tensor, given: Arguments) -> tuple[Tensor, Tensor]:
     """o and lse of an eager call that records gradients: the operator, past a dispatcher that has nothing to add."""
-    return ATTENTION(q, k, v, *given) if is_watched() else _record(_unwatched, q, k, v, given)
+    if is_watched() or in_forward_mode():
+        return ATTENTION(q, k, v, *given)
+    return _record(_unwatched, q, k, v, given)
 
 
 def recorded_plainly(q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
@@ -123,41 +127,26 @@ def _fake_backward(
 # -- autograd --------------------------------------------------------------------------------------------
 
 
-def _apply(function: type[Function], *args: Any) -> Any:
-    """Function.apply at the level of torch.func's transforms that the dispatcher has come to."""
-    if not torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
-    from torch._functorch.autograd_function import enable_single_level_autograd_function
-
-    with enable_single_level_autograd_function():
-        return super(Function, function).apply(*args)  # type: ignore[misc]
-
-
-def _below(op: Any) -> Callable[..., Any]:
-    """The operator beneath autograd; levels of torch.func below this one record as they would without it."""
-
-    def call(*args: Any) -> Any:
-        below = torch._C._AutoDispatchBelowAutograd()
-        with below, torch.enable_grad() if torch._C._are_functorch_transforms_active() else contextlib.nullcontext():
-            return op(*args)
-
-    return call
-
-
-_attention_below, _backward_below = _below(ATTENTION), _below(BACKWARD)
+_attention_below, _backward_below = below(ATTENTION), below(BACKWARD)
 
 
 def _autograd(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     a = Arguments(*rest)
-    sinks, bias, slopes, *captured = a.differentiable
-    check_tangents(q=q, k=k, v=v, sinks=sinks, bias=bias, alibi_slopes=slopes, **_named(captured))
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(q, k, v, *a):
+    primals, tangents = unpacked((q, k, v, *a.differentiable))
+    if any(t is not None for t in tangents):
+        with forward_ad._set_fwd_grad_enabled(False):  # what is saved keeps its tangents, for those of the gradients
+            o, lse = _any_way(q, k, v, a)
+        still = a.filled(a.others, primals[3:])
+        moving = JVP(*primals[:3], o, lse, tangents, *still)
+        return tuple(map(forward_ad.make_dual, (o, lse), moving))
+    return _any_way(q, k, v, a)
+
+
+def _any_way(q: Tensor, k: Tensor, v: Tensor, a: Arguments) -> tuple[Tensor, Tensor]:
+    """The operator beneath this level of autograd, recorded where that is asked for."""
+    if is_recorded(q, k, v, *a):
         return _record(lambda q, k, v, a: _attention_below(q, k, v, *a), q, k, v, a)
-    return _attention_below(q, k, v, *rest)
-
-
-def _named(captured: list[Tensor]) -> dict[str, Tensor]:
-    return {f"captured_{n}": x for n, x in enumerate(captured)}
+    return _attention_below(q, k, v, *a)
 
 
 def _record(run: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, a: Arguments) -> tuple[Tensor, Tensor]:
@@ -165,7 +154,7 @@ def _record(run: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, a: Argumen
     check_untraced()
     if a.family != "auto":
         kernels.pick(a.scored(q, k, v).spec, as_name("kernel", a.family), "backward")
-    return _apply(_Attention, run, a, q, k, v, *a.differentiable)
+    return apply(_Attention, run, a, q, k, v, *a.differentiable)
 
 
 class _Attention(Function):
@@ -194,17 +183,26 @@ class _Attention(Function):
         q, k, v, o, lse, *rest = ctx.saved_tensors
         a = ctx.arguments.filled(rest[:3], rest[3:]) if rest else ctx.arguments
         wanted = [*needed] if rest else [*needed, False, False, False]
-        run = BACKWARD if torch.is_grad_enabled() or is_watched() else _compute_backward
+        run = BACKWARD if torch.is_grad_enabled() or is_watched() or in_forward_mode() else _compute_backward
         found = iter(run(do, dlse, q, k, v, o, lse, wanted, *a))
         return None, None, *(next(found) if asked else None for asked in needed)
 
 
 def _autograd_backward(*args: Any) -> list[Tensor]:
-    tensors = [x for x in args[:7] if x is not None]
-    check_tangents(**_named(tensors))
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-        rest = Arguments(*args[8:])
-        return list(_apply(_AttentionBackward, args, *args[:7], *rest.differentiable))
+    wanted, a = args[7], Arguments(*args[8:])
+    (do, dlse, q, k, v, o, lse, *rest), tangents = unpacked((*args[:7], *a.differentiable))
+    if any(t is not None for t in tangents):
+        given = (q, k, v, o, lse), (wanted, *a.filled(a.others, rest))
+        # o and lse follow from the others, and move with them.
+        along = [*tangents[2:5], *tangents[7:]]
+        found = BACKWARD(do, dlse, *given[0], *given[1])
+        moving = HVP(do, dlse, q, k, v, lse, along, *given[1])[2:]
+        if tangents[0] is not None or tangents[1] is not None:
+            linear = BACKWARD(*tangents[:2], *given[0], *given[1])
+            moving = [x + y for x, y in zip(moving, linear, strict=True)]
+        return [forward_ad.make_dual(x, t) for x, t in zip(found, moving, strict=True)]
+    if is_recorded(*args):
+        return list(apply(_AttentionBackward, args, *args[:7], *a.differentiable))
     return _backward_below(*args)
 
 
@@ -213,17 +211,30 @@ class _AttentionBackward(Function):
 
     @staticmethod
     def forward(ctx: Any, args: tuple[Any, ...], *tensors: Any) -> tuple[Tensor, ...]:
+        a = Arguments(*args[8:])
+        ctx.wanted, ctx.arguments = args[7], a.filled()
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*a.others, *tensors)
         return tuple(_backward_below(*args))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        raise UnavailableError(
-            "create_graph: got a derivative of attention's gradients, expected first derivatives: second ones are not "
-            "available yet"
-        )
+        *others, do, dlse, q, k, v, _, lse = ctx.saved_tensors[:10]
+        rest = ctx.saved_tensors[10:]
+        a = ctx.arguments.filled(others, rest)
+        came = iter(grads)
+        along = [next(came) if asked else None for asked in ctx.wanted]
+        needed = ctx.needs_input_grad[1:]
+        wanted = [*needed[2:5], *needed[7:]]
+        do_moving, dlse_moving, *found = HVP(do, dlse, q, k, v, lse, along, wanted, *a)
+        by = iter(found)
+        inputs = [next(by) if asked else None for asked in wanted]
+        # o and lse follow from q, k, v and the rest: their share is in those.
+        moved = (do_moving if needed[0] else None, dlse_moving if needed[1] else None)
+        return None, *moved, *inputs[:3], None, None, *inputs[3:]
 
 
-# -- vmap and autocast -----------------------------------------------------------------------------------
+# -- autocast -----------------------------------------------------------------------------------
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -232,29 +243,6 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tens
         return ATTENTION(q, k, v, *rest)
 
 
-def _vmap(op: Any) -> Callable[..., Any]:
-    """One call a sample: exact whatever the options say of b, h and dropout."""
-
-    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        def sample(x: Any, dim: Any, n: int) -> Any:
-            if isinstance(x, (list, tuple)) and isinstance(dim, (list, tuple)):
-                return [sample(y, d, n) for y, d in zip(x, dim, strict=True)]
-            return x if dim is None else x.select(dim, n)
-
-        calls = [op(*(sample(x, d, n) for x, d in zip(args, in_dims, strict=True))) for n in range(info.batch_size)]
-        results = [torch.stack(x) for x in zip(*calls, strict=True)]
-        dims = [0] * len(results)
-        return (tuple(results), tuple(dims)) if op is ATTENTION else (results, dims)
-
-    return rule
-
-
-LIBRARY.impl("attention", _compute, "CPU")
-LIBRARY.impl("attention", _autograd, "AutogradCPU")
+register("attention", _compute, _autograd, _fake)
+register("attention_backward", _compute_backward, _autograd_backward, _fake_backward)
 LIBRARY.impl("attention", _autocast, "AutocastCPU")
-LIBRARY.impl("attention_backward", _compute_backward, "CPU")
-LIBRARY.impl("attention_backward", _autograd_backward, "AutogradCPU")
-torch.library.register_fake("flashtile::attention", _fake, lib=LIBRARY)
-torch.library.register_fake("flashtile::attention_backward", _fake_backward, lib=LIBRARY)
-torch.library.register_vmap("flashtile::attention", _vmap(ATTENTION), lib=LIBRARY)
-torch.library.register_vmap("flashtile::attention_backward", _vmap(BACKWARD), lib=LIBRARY)

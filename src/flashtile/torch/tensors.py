@@ -107,19 +107,16 @@ def check_tensors(**tensors: Tensor) -> None:
                 f"{name}: got a tensor on {x.device} that requires grad, expected one that does not, or "
                 "torch.no_grad(): gradients are not available there yet"
             )
-    check_tangents(**tensors)
-
-
-def check_tangents(**tensors: Any) -> None:
-    """Raise for a tensor with a tangent: forward mode would be silently zero."""
-    if not in_forward_mode():
-        return
-    for name, x in tensors.items():
-        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+        if not x.is_cpu and has_tangent(x):
             raise UnavailableError(
-                f"{name}: got a tensor with a tangent, expected one without: "
-                "forward-mode gradients are not available yet"
+                f"{name}: got a tensor on {x.device} with a tangent, expected one without: forward mode is not "
+                "available there yet"
             )
+
+
+def has_tangent(x: Any) -> bool:
+    """Whether forward mode follows a tensor."""
+    return in_forward_mode() and isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
 
 
 def under_autocast(*tensors: Any) -> tuple[Any, ...]:

@@ -1,0 +1,140 @@
+"""Operators for forward mode and second derivatives: J t and H t of `kernels.second`, on tensors.
+
+Tangents and what is wanted are listed as everywhere: q, k, v, then `Arguments.differentiable`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import Function
+
+from flashtile.autograd import second_gradients
+from flashtile.errors import UnavailableError
+from flashtile.torch.arguments import SCHEMA, Arguments
+from flashtile.torch.dispatch import LIBRARY, apply, below, is_recorded, register
+from flashtile.torch.tensors import has_tangent
+
+Tensor = torch.Tensor
+
+LIBRARY.define(
+    f"attention_jvp(Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor?[] tangents, {SCHEMA}) "
+    "-> (Tensor o, Tensor lse)"
+)
+LIBRARY.define(
+    "attention_hvp(Tensor? do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor?[] tangents, "
+    f"bool[] wanted, {SCHEMA}) -> Tensor[]"
+)
+JVP = torch.ops.flashtile.attention_jvp.default
+HVP = torch.ops.flashtile.attention_hvp.default
+
+
+def _jvp(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, tangents: list[Any], *rest: Any
+) -> tuple[Tensor, Tensor]:
+    found = _hvp(None, None, q, k, v, lse, tangents, [False] * len(tangents), *rest)
+    return found[0], found[1]
+
+
+def _hvp(
+    do: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    tangents: list[Tensor | None],
+    wanted: list[bool],
+    *rest: Any,
+) -> list[Tensor]:
+    """J t for o and lse, then H t where it is wanted."""
+    a = Arguments(*rest)
+    a = a.filled(a.others, [None if x is None else x.detach() for x in a.differentiable])
+    spec, scoring = a.scored(q, k, v)
+    offset = a.offsets_array if spec.offset is None else spec.offset
+    do = q.new_zeros((*q.shape[:-1], v.shape[-1])) if do is None else do
+    return second_gradients(spec, scoring, offset, (do, q, k, v, do, lse, dlse), a.differentiable, tangents, wanted)
+
+
+def _fake_jvp(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return o.new_empty(o.shape), lse.new_empty(lse.shape)
+
+
+def _fake_hvp(
+    do: Any, dlse: Any, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, tangents: Any, wanted: list[bool], *rest: Any
+) -> list[Tensor]:
+    sources = (q, k, v, *Arguments(*rest).differentiable)
+    moving = [q.new_empty((*q.shape[:-1], v.shape[-1])), lse.new_empty(lse.shape)]
+    return moving + [x.new_empty(x.shape) for x, asked in zip(sources, wanted, strict=True) if asked]
+
+
+_jvp_below, _hvp_below = below(JVP), below(HVP)
+
+
+def _autograd_jvp(*args: Any) -> tuple[Tensor, Tensor]:
+    a = Arguments(*args[6:])
+    _refuse_tangents(*args[:5], *args[5], *a.differentiable)
+    if is_recorded(*args):
+        return apply(_Jvp, args, *args[:5], *args[5], *a.differentiable)
+    return _jvp_below(*args)
+
+
+class _Jvp(Function):
+    """J t as a function of the inputs and of t, in which it is linear."""
+
+    @staticmethod
+    def forward(ctx: Any, args: tuple[Any, ...], *tensors: Any) -> tuple[Tensor, Tensor]:
+        a = Arguments(*args[6:])
+        ctx.arguments, ctx.many = a.filled(), len(args[5])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*a.others, *tensors)
+        return _jvp_below(*args)
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        *others, q, k, v, o, lse = ctx.saved_tensors[:8]
+        tangents, rest = ctx.saved_tensors[8 : 8 + ctx.many], ctx.saved_tensors[8 + ctx.many :]
+        needed = ctx.needs_input_grad[1:]
+        if do is None and dlse is None:
+            return (None,) * (1 + len(needed))
+        a = ctx.arguments.filled(others, rest)
+        by_tangents = [*needed[5 : 5 + ctx.many]]
+        linear = iter(torch.ops.flashtile.attention_backward.default(do, dlse, q, k, v, o, lse, by_tangents, *a))
+        wanted = [*needed[:3], *needed[5 + ctx.many :]]
+        found = iter(HVP(do, dlse, q, k, v, lse, [*tangents], wanted, *a)[2:])
+        inputs = [next(found) if asked else None for asked in wanted]
+        moved = [next(linear) if asked else None for asked in by_tangents]
+        return None, *inputs[:3], None, None, *moved, *inputs[3:]
+
+
+def _autograd_hvp(*args: Any) -> list[Tensor]:
+    a = Arguments(*args[8:])
+    _refuse_tangents(*args[:6], *args[6], *a.differentiable)
+    if is_recorded(*args):
+        return list(apply(_Hvp, args, *args[:6], *args[6], *a.differentiable))
+    return _hvp_below(*args)
+
+
+class _Hvp(Function):
+    """Second derivatives, of which there are no further ones: they raise, rather than be silently zero."""
+
+    @staticmethod
+    def forward(ctx: Any, args: tuple[Any, ...], *tensors: Any) -> tuple[Tensor, ...]:
+        return tuple(_hvp_below(*args))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise UnavailableError(_NO_THIRD)
+
+
+_NO_THIRD = "create_graph: got a derivative of attention's second derivatives, expected at most second ones"
+
+
+def _refuse_tangents(*tensors: Any) -> None:
+    if any(map(has_tangent, tensors)):
+        raise UnavailableError(_NO_THIRD)
+
+
+register("attention_jvp", _jvp, _autograd_jvp, _fake_jvp)
+register("attention_hvp", _hvp, _autograd_hvp, _fake_hvp)
