@@ -92,15 +92,20 @@ def _products() -> list[Row]:
 
 
 def _doors() -> list[Row]:
-    """The modules beside api.py whose docstring begins "The door for". They are read, not imported: a door imports
-    the package that it is for. One to an engine is open where that is available."""
+    """The modules and packages beside api.py whose docstring begins "The door for". They are read, not imported: a door
+    imports the package that it is for. One to an engine is open where that is available."""
     shut = {name: reason for _, name, available, reason in engines.survey() if not available}
     shut["starpu_mpi"] = ranks.missing() or ""
     rows = []
-    for file in sorted(Path(flashtile.__file__).parent.glob("*.py")):
-        tree = ast.parse(file.read_bytes())
-        if (ast.get_docstring(tree) or "").startswith("The door for"):
-            missing = sorted(name for name in _imports(tree) if importlib.util.find_spec(name) is None)
+    here = Path(flashtile.__file__).parent
+    for first in sorted([*here.glob("*.py"), *here.glob("*/__init__.py")]):
+        if (ast.get_docstring(ast.parse(first.read_bytes())) or "").startswith("The door for"):
+            package = first.name == "__init__.py"
+            file = first.parent if package else first
+            trees = [ast.parse(part.read_bytes()) for part in (file.glob("*.py") if package else [file])]
+            missing = sorted(
+                name for name in set().union(*map(_imports, trees)) if importlib.util.find_spec(name) is None
+            )
             reason = (
                 f"{', '.join(missing)} not installed: pip install {' '.join(missing)}"
                 if missing
