@@ -144,8 +144,18 @@ def attention(
         sinks=s_aux if sinks is None else sinks,
         scale=scaling,
         dropout_p=dropout,
+        out=_room_for(query, value),
     )
     return o.transpose(1, 2).contiguous(), None
+
+
+def _room_for(query: Tensor, value: Tensor) -> Tensor | None:
+    """Memory for the output in the layout that a model goes on with, (B, S, H, D), as (B, H, S, D): it saves a copy.
+    None where autograd or autocast has a say in what the output is."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(query.device.type):
+        return None
+    b, h, s, _ = query.shape
+    return query.new_empty(b, s, h, value.shape[-1]).transpose(1, 2)
 
 
 def _check_others(others: dict[str, Any]) -> None:
