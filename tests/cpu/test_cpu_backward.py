@@ -235,3 +235,14 @@ def test_long_sums_keep_to_the_rule(storage: str, rows: int, keys: int, monkeypa
     got = gradients(q, k, v, do, dlse, scale=0.25)
     assert_gradients_accurate(got, do, q, k, v, dlse=dlse, scale=0.25)
     clear_cache()
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16"])
+@pytest.mark.parametrize("axis", range(6))
+def test_sizes_of_0(storage: str, axis: int) -> None:
+    """Of batch, query length, key length, either head size, and heads: gradients of 0, or of no element."""
+    sizes = {0: {"batch": 0}, 1: {"q_len": 0}, 2: {"kv_len": 0}, 3: {"head_size": 0}, 4: {"value_size": 0}}
+    shape = Shape(1, 2, 1, 5, 6, 4, 3)._replace(**sizes.get(axis, {"heads": 0, "kv_heads": 0}))
+    q, k, v, do, dlse = inputs(shape, storage)
+    got = gradients(q, k, v, do, dlse)
+    assert_gradients_accurate(got, do, q, k, v, dlse=dlse)
