@@ -76,7 +76,9 @@ def init(
 
     Idle workers poll, each on its CPU, from here to shutdown; those that attention(engine="starpu") starts by itself
     pause between calls. Called after such a start, it starts StarPU anew with these settings. Unless
-    STARPU_WORKERS_GETBIND=0, workers stay on the CPUs that the process may use (taskset).
+    STARPU_WORKERS_GETBIND=0, workers stay on the CPUs that the process may use (taskset). StarPU's own messages (the
+    bus is measured at the first start on a machine, a model's samples differ, workers share a CPU) go to stderr;
+    STARPU_SILENT=1 in the environment keeps them back.
 
     Options:  workers, cuda  numbers of CPU and CUDA workers; else STARPU_NCPU and STARPU_NCUDA, else all there are.
               scheduler      one of schedulers(); else STARPU_SCHED, else StarPU's own choice (lws).

@@ -461,6 +461,18 @@ def test_init_replaces_a_start_by_a_call(script: Any) -> None:
     assert done.stdout == "1\ninit: got a second call, expected shutdown() before another init()\n"
 
 
+@pytest.mark.parametrize("silent", ["0", "1"])
+def test_messages_of_starpu_are_kept_back_on_request(script: Any, tmp_path: Any, silent: str) -> None:
+    """A first start on a machine measures the bus, and says so."""
+    done = script(f"""
+        os.environ.update(STARPU_SILENT="{silent}", STARPU_HOME="{tmp_path}")
+        starpu.init(workers=1)
+        starpu.shutdown()
+    """)
+    assert ("calibrating" in done.stderr) == (silent == "0"), done.stderr
+    assert silent == "0" or not done.stderr
+
+
 def test_workers_stay_on_the_cpus_of_the_process(script: Any) -> None:
     done = script("""
         allowed = {min(os.sched_getaffinity(0))}
