@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,17 +151,20 @@ def test_gradients_of_sdpa_by_the_accuracy_rule(attend: Any, storage: Any, optio
 
 @pytest.mark.parametrize("needed", range(1, 8))
 def test_only_what_is_needed_is_computed(needed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flashtile import kernels
+    from flashtile import autograd
 
     wanted: list[Any] = []
-    pick = kernels.pick
+    run = autograd.run_backward
 
-    def noting(spec: Any, name: str, direction: str = "forward") -> kernels.Family:
-        family = pick(spec, name, direction)
-        backward = family.backward
-        return replace(family, backward=lambda *a: wanted.append(a[4]) or backward(*a)) if backward else family
+    def noting(*call: Any, **owner: Any) -> Any:
+        arrays, names = call[3], call[6]
+        wanted.append(names)
+        assert {name for name in ("dq", "dk", "dv") if name in arrays} == {
+            f"d{n}" for n in names if n in ("q", "k", "v")
+        }
+        return run(*call, **owner)
 
-    monkeypatch.setattr(kernels, "pick", noting)
+    monkeypatch.setattr(autograd, "run_backward", noting)
     q, k, table = draw(1, 2, 4, 3), draw(1, 2, 4, 3, seed=1), draw(2, 4, seed=2)
     given = [x.requires_grad_(bool(needed >> n & 1)) for n, x in enumerate((q, k, table))]
     bias = draw(4, 4, seed=3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from flashtile import kernels
 from flashtile.calls import run_backward
 from flashtile.dtypes import DTYPES, round_to_bf16, widen_bits
 from flashtile.gradients import array_sum, slots_of
-from flashtile.kernels.gradients import Inputs
+from flashtile.kernels.gradients import Inputs, Sums
 from flashtile.score.options import Scoring
 from flashtile.spec import AttentionSpec
 
@@ -32,36 +32,46 @@ def gradients(
 
     inputs are do, q, k, v, o, lse, dlse (or None).
     """
-    if family.compile_backward is not None:
-        return _compiled(family, spec, scoring, offset, inputs, needed)
-    do, q, k, v, o = (_widened(x, 4) for x in inputs[:5])
-    lse, dlse = (None if x is None else _widened(x, 3) for x in inputs[5:])
-    assert lse is not None
     arrays = [x for x, asked in zip(sources[1:], needed[4:], strict=True) if asked]
     wanted: set[str | int] = {name for name, asked in zip(("q", "k", "v", "sinks"), needed, strict=False) if asked}
     wanted |= {n for x in arrays for n in slots_of(scoring, x)}
-    backward = family.backward
-    assert backward is not None  # it was picked for it
-    sums = backward(spec, Inputs(do, q, k, v, o, lse, dlse), offset, scoring, frozenset(wanted))
-    values = [x for x, asked in zip((sums.q, sums.k, sums.v), needed, strict=False) if asked]
+    values: list[Any] = []
+    if family.compile_backward is not None:
+        done, sums = _compiled(family, spec, scoring, offset, inputs, wanted)
+        values += done
+    else:
+        assert family.backward is not None  # it was picked for it
+        do, q, k, v, o = (_widened(x, 4) for x in inputs[:5])
+        lse, dlse = (None if x is None else _widened(x, 3) for x in inputs[5:])
+        assert lse is not None
+        sums = family.backward(spec, Inputs(do, q, k, v, o, lse, dlse), offset, scoring, frozenset(wanted))
+        values += [x for x, asked in zip((sums.q, sums.k, sums.v), needed, strict=False) if asked]
     if needed[3]:
         assert sums.sinks is not None
         values.append(sums.sinks.sum(axis=0) if sources[0].ndim == 1 else sums.sinks)
     values += [array_sum(sums, x, scoring) for x in arrays]
     targets = (x for x, asked in zip((*inputs[1:4], *sources), needed, strict=True) if asked)
-    return [_tensor(np.asarray(x), like) for x, like in zip(values, targets, strict=True)]
+    pairs = zip(values, targets, strict=True)
+    return [x if isinstance(x, Tensor) else _tensor(np.asarray(x), like) for x, like in pairs]
 
 
 def _compiled(
-    family: kernels.Family, spec: AttentionSpec, scoring: Scoring, offset: Any, inputs: Sequence[Any], needed: Any
-) -> list[Tensor]:
-    """The gradients of a family that compiles its backward, of tensors as they lie."""
+    family: kernels.Family,
+    spec: AttentionSpec,
+    scoring: Scoring,
+    offset: Any,
+    inputs: Sequence[Any],
+    wanted: Collection[str | int],
+) -> tuple[list[Tensor], Sums]:
+    """The gradients of a family that compiles its backward, of tensors as they lie: of q, k and v as new tensors, those
+    that are wanted alone, and the others."""
     names = ("do", "q", "k", "v", "o", "lse", "dlse")
     arrays = {name: x.detach().resolve_neg() for name, x in zip(names, inputs, strict=True) if x is not None}
     arrays |= {name: arrays[name].contiguous() for name in ("lse", "dlse") if name in arrays}
-    results = {f"d{x}": arrays[x].new_zeros(arrays[x].shape) for x, asked in zip("qkv", needed, strict=False) if asked}
-    run_backward(spec, family, "auto", arrays | results, Tensor.data_ptr, offset, scoring)
-    return list(results.values())
+    results = {f"d{x}": arrays[x].new_zeros(arrays[x].shape) for x in ("q", "k", "v") if x in wanted}
+    owner: dict[str, Any] = {"address": Tensor.data_ptr, "strides": Tensor.stride}
+    sums = run_backward(spec, family, "auto", arrays | results, offset, scoring, wanted, **owner)
+    return list(results.values()), sums
 
 
 def _widened(x: Tensor, rank: int) -> np.ndarray:

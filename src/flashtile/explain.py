@@ -219,7 +219,7 @@ def _prepared_backward(spec: AttentionSpec, views: Sequence[View], family: Famil
         q, k, v = (x.strides4() for x in views)
         o = contiguous(views[0].shape[:-1] + views[2].shape[-1:], spec.dtype, spec.device).strides4()
         fresh = (contiguous(x.shape, spec.dtype, spec.device).strides4() for x in views)
-        kernel = family.compile_backward(spec, BackwardLayout(q, k, v, o, o, *fresh))
+        kernel = family.compile_backward(spec, BackwardLayout(q, k, v, o, o, *fresh), ())
         between = kernel.merge_stage.workspace_bytes if kernel.merge_stage else 0
         return _Prepared(kernel.plan, kernel.scratch_bytes, between, get_num_threads())
     note = "these gradients are computed in NumPy, whose arrays of scores do not count as scratch"

@@ -10,7 +10,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from flashtile import rooms
 from flashtile.errors import UnavailableError, wrong
@@ -20,9 +20,12 @@ from flashtile.plan import Capabilities, Plan
 from flashtile.spec import AttentionSpec
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from flashtile.score.options import Scoring
 
 __all__ = [
+    "ArrayShapes",
     "BackwardLayout",
     "Capabilities",
     "CompiledBackward",
@@ -44,6 +47,8 @@ __all__ = [
 FASTEST_FIRST = ("cpu", "vanilla", "reference")
 
 Strides = tuple[int, int, int, int]
+# Captured arrays whose gradients are wanted: the numbers of their slots, ascending, and their shapes.
+ArrayShapes: TypeAlias = tuple[tuple[int, tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +131,19 @@ class CompiledBackward(Runnable, Protocol):
         dv: int,
         offsets: int,
         scoring: Scoring | None = None,
+        dsinks: int = 0,
     ) -> Any:
         """Turn addresses into the opaque, immutable parameters of one call.
 
         o and lse are read, and so are do and dlse, like o and lse; a dlse of 0 is one of zeros. The gradients are added
-        to what dq, dk and dv hold; each of them may be 0: not wanted, and then not computed.
+        to what dq, dk and dv hold; each of them may be 0: not wanted, and then not computed. dsinks is a contiguous
+        (B, H) array of zeros of the accumulator's dtype, or 0.
         """
+        ...
+
+    def totals(self, params: Any) -> dict[int, np.ndarray]:
+        """When the call is done: the gradients of the captured arrays that it was compiled for, by slot, in the
+        accumulator's dtype."""
         ...
 
 
@@ -152,7 +164,7 @@ class Family:
     remark: Callable[[], str] = rooms.no_remark  # what `flashtile doctor` says of it where it is available
     # Where Capabilities.directions has "backward", one of these: of NumPy arrays, or as work items for an engine.
     backward: Backward | None = None
-    compile_backward: Callable[[AttentionSpec, BackwardLayout], CompiledBackward] | None = None
+    compile_backward: Callable[[AttentionSpec, BackwardLayout, ArrayShapes], CompiledBackward] | None = None
     tiles: Callable[[], TileKernels] | None = None  # for engines that hold tiles; imported when they are needed
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from .builtin import builtin
 from .capture import Access, ArrayCapture, ScalarCapture, Slot, capture, is_array
 from .causal import causal as causal_mask
 from .code import Code
-from .derivative import ArrayGradient, array_gradients, derivative
+from .derivative import ArrayGradient
 from .evaluate import Evaluation
 from .expr import Expr, node, postorder, rewrite, substitute, text
 from .mask import as_mask, as_score
@@ -170,15 +170,15 @@ class Program:
         """The expressions that there are."""
         return [x for x in (self.score, self.mask) if x is not None]
 
-    @cached_property
+    @property
     def score_derivative(self) -> Expr | None:
         """d score / d s as an expression; None where the score is s itself."""
-        return None if self.score is None else derivative(self.score, variable("s"))
+        return self.code.score_derivative
 
-    @cached_property
+    @property
     def array_gradients(self) -> tuple[ArrayGradient, ...]:
         """d score / d captured float arrays, one a distinct load."""
-        return () if self.score is None else array_gradients(self.score)
+        return self.code.array_gradients
 
     def capture(self, source: Any) -> Any:
         """The captured value that a leaf of the expressions reads."""

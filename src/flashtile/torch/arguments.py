@@ -112,9 +112,17 @@ class Arguments(NamedTuple):
         return scored(scores, q, k, v, self.options, self.offsets_array)
 
 
+def plain_arguments(q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...]) -> Arguments:
+    """The operator's arguments of a call without an option that changes scores, or offsets. Raises: SpecError."""
+    try:
+        return _plain(options)
+    except (TypeError, ValueError):
+        Options(*options).spec(q, k, v)  # says which
+        raise
+
+
 @functools.lru_cache(maxsize=256)
-def plain_arguments(options: tuple[Any, ...]) -> Arguments:
-    """The operator's arguments of a call without an option that changes scores, or offsets."""
+def _plain(options: tuple[Any, ...]) -> Arguments:
     causal, window, align, scale, precision, kernel, engine = options
     return Arguments(
         causal=causal,
@@ -134,21 +142,23 @@ def arguments_of(
     """The operator's arguments of a call; its functions are traced. Raises: as `Options.scored` for what it looks at
     before there are values: shapes, dtypes, functions."""
     causal, window, align = options[:3]
-    spec = Options(*options).spec(q, k, v, scores.positional)
-    where = offsets if spec.offset is None else spec.offset
-    shape = spec.batch, spec.heads, spec.q_len, spec.kv_len
     mask, mask_mod, score_mod = scores.mask, None, None
-    if mask is not None and not is_array(mask):
-        rule = as_mask(mask)
-        rule.fits(shape)
-        mask, mask_mod = None, freeze(rule, where)
-    if scores.score_mod is not None:
-        change = as_score(scores.score_mod)
-        change.fits(shape)
-        score_mod = freeze(change, where)
+    if scores.score_mod is not None or not (mask is None or is_array(mask)):
+        spec = Options(*options).spec(q, k, v, scores.positional)
+        where = offsets if spec.offset is None else spec.offset
+        shape = spec.batch, spec.heads, spec.q_len, spec.kv_len
+        if mask is not None and not is_array(mask):
+            rule = as_mask(mask)
+            rule.fits(shape)
+            mask, mask_mod = None, freeze(rule, where)
+        if scores.score_mod is not None:
+            change = as_score(scores.score_mod)
+            change.fits(shape)
+            score_mod = freeze(change, where)
     frozen = [x for x in (score_mod, mask_mod) if x is not None]
     keep = scores.keep
-    return plain_arguments((causal, window, None if align is PER_BATCH else align, *options[3:]))._replace(
+    plain = causal, window, None if align is PER_BATCH else align, *options[3:]
+    return plain_arguments(q, k, v, plain)._replace(
         mask=as_tensor(mask, "mask"),
         bias=as_tensor(scores.bias, "bias"),
         alibi_slopes=as_tensor(scores.alibi_slopes, "alibi_slopes"),

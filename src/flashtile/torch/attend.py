@@ -73,8 +73,8 @@ def attention(
 
     Returns:  a tensor of q's dtype; with return_lse=True also lse, float32 (float64 for float64).
               Both have gradients by autograd (first order, CPU) to q, k, v, bias, sinks, alibi_slopes, and tensors
-              that a score function captured. Its backward is fused for a band alone, else so far unfused: one thread,
-              S_q x S_kv scores of a head at a time.
+              that a score function captured. Its backward is fused; with dropout so far unfused: one thread, S_q x
+              S_kv scores of a head at a time.
     Raises:   as flashtile.attention; UnavailableError also on a GPU if a tensor requires grad while gradients are
               recorded, for tangents (forward mode), and in a backward with create_graph=True.
 
@@ -108,7 +108,7 @@ def drawn(dropout_p: Any, seed: Any) -> Keep | None:
     """`keep_of`, with a seed of torch's generator where one is needed and none came. Raises: as `keep_of`."""
     if seed is None and (threshold := threshold_of(dropout_p)):
         found = draw()
-        if torch._C._are_functorch_transforms_active():  # vmap says whether its samples share one
+        if is_watched():  # vmap says whether its samples share one; in a graph it has no value yet
             return Keep(threshold, found)  # type: ignore[arg-type]
         seed = int(found)
     return keep_of(dropout_p, seed)

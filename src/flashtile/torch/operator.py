@@ -61,10 +61,7 @@ def recorded(q: Tensor, k: Tensor, v: Tensor, given: Arguments) -> tuple[Tensor,
 
 def recorded_plainly(q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """`recorded` of a call that nobody looks at, with these options alone: half of a small call is the way to it."""
-    try:
-        a = plain_arguments(options)
-    except TypeError:  # unhashable, and wrong: the forward names it
-        a = Arguments()
+    a = plain_arguments(q, k, v, options)
     if options[5] != "auto":
         return _record(_unwatched, q, k, v, a)
 

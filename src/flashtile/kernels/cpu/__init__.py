@@ -16,7 +16,15 @@ import functools
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from flashtile.kernels import BackwardLayout, Capabilities, CompiledBackward, CompiledKernel, Family, Layout
+from flashtile.kernels import (
+    ArrayShapes,
+    BackwardLayout,
+    Capabilities,
+    CompiledBackward,
+    CompiledKernel,
+    Family,
+    Layout,
+)
 from flashtile.kernels.cpu import scratch
 from flashtile.kernels.cpu.block import CALL, band_of, scores_in_nats, split_scale
 from flashtile.kernels.cpu.config import Config
@@ -150,7 +158,7 @@ def _capabilities(c: Config, sinks: bool, choice: Choice, forced: bool) -> Capab
         if sinks
         else _PART_KEYS,  # they join a row's sum when it is done, which no part of its keys knows
         directions=frozenset({"forward", "backward"}),
-        backward_options=frozenset({"band"}),
+        backward_options=frozenset({"band", "program", "sinks"}),
     )
 
 
@@ -174,11 +182,11 @@ def _partial_config(c: Config) -> Config:
     return replace(c, partial=True)
 
 
-def compile_backward(spec: AttentionSpec, layout: BackwardLayout) -> CompiledBackward:
+def compile_backward(spec: AttentionSpec, layout: BackwardLayout, arrays: ArrayShapes) -> CompiledBackward:
     """The backward kernel of this spec."""
     from flashtile.kernels.cpu.backward import Backward
 
-    return Backward(spec, layout)
+    return Backward(spec, layout, arrays)
 
 
 def tile_kernels() -> TileKernels:
