@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
-from kernel_cases import GRID_PROPERTY, Kernel, kernel_params, left_out
+from kernel_cases import GRID_PROPERTY, Kernel, kernel_and_dtype_params, kernel_params, left_out
 
 import flashtile
 from flashtile.calls import clear_cache
@@ -31,9 +31,12 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "kernel" in metafunc.fixturenames:
+    given = {"kernel", "dtype"} & set(metafunc.fixturenames)
+    if given == {"kernel", "dtype"}:
+        metafunc.parametrize(("kernel", "dtype"), kernel_and_dtype_params(), indirect=["kernel"])
+    elif given == {"kernel"}:
         metafunc.parametrize("kernel", kernel_params(), indirect=True)
-    if "dtype" in metafunc.fixturenames:
+    elif given:
         metafunc.parametrize("dtype", list(DTYPES))
 
 

@@ -10,6 +10,7 @@ import pytest
 
 import flashtile
 import flashtile.kernels
+from flashtile.dtypes import DTYPES
 from flashtile.llvm import machines
 
 GRID_PROPERTY = "grid element checks"
@@ -35,6 +36,22 @@ def kernel_params() -> list[Any]:
         if available
         for isa in _isas(name)
     ]
+
+
+@cache
+def kernel_and_dtype_params() -> list[Any]:
+    """Each of them with every dtype, but for those that a machine with matrix registers computes by the code of the
+    machine below it, which is tested as well (tests/llvm/test_amx.py compares the code)."""
+    return [
+        pytest.param(*kernel.values, dtype, id=f"{kernel.id}-{dtype}")
+        for kernel in kernel_params()
+        for dtype in DTYPES
+        if dtype == "bfloat16" or not _has_tiles(kernel.values[0].isa)
+    ]
+
+
+def _has_tiles(isa: str | None) -> bool:
+    return isa is not None and machines.known()[isa].tiles
 
 
 def left_out() -> list[str]:
