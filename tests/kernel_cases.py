@@ -10,8 +10,8 @@ import pytest
 
 import flashtile
 import flashtile.kernels
-from flashtile.dtypes import DTYPES
 from flashtile.llvm import machines
+from flashtile.llvm.products import TILES
 
 GRID_PROPERTY = "grid element checks"
 
@@ -38,20 +38,11 @@ def kernel_params() -> list[Any]:
     ]
 
 
-@cache
-def kernel_and_dtype_params() -> list[Any]:
-    """Each of them with every dtype, but for those that a machine with matrix registers computes by the code of the
-    machine below it, which is tested as well (tests/llvm/test_amx.py compares the code)."""
-    return [
-        pytest.param(*kernel.values, dtype, id=f"{kernel.id}-{dtype}")
-        for kernel in kernel_params()
-        for dtype in DTYPES
-        if dtype == "bfloat16" or not _has_tiles(kernel.values[0].isa)
-    ]
-
-
-def _has_tiles(isa: str | None) -> bool:
-    return isa is not None and machines.known()[isa].tiles
+def computes_apart(kernel: Kernel, dtype: str | None) -> bool:
+    """Whether a kernel's machine code for a dtype is its own, rather than another machine's: of matrix registers in
+    bf16 alone. None: a test that has no dtype, or one of its own."""
+    machine = machines.known().get(kernel.isa or "")
+    return machine is None or bool(TILES.unavailable(machine)) or dtype == "bfloat16"
 
 
 def left_out() -> list[str]:

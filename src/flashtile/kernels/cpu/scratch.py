@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from flashtile.kernels.cpu.block import FRAME
+from flashtile.kernels.cpu.readings import tiles
 from flashtile.kernels.cpu.steps.differentiate import TILE_ROWS, RowState, SinkSums
 from flashtile.kernels.cpu.steps.spans import LEVELS
 from flashtile.llvm.blocks import Areas
@@ -89,7 +90,7 @@ def backward(c: Config, values: Mapping[str, int], slots: int, keys: int) -> Are
         "k_columns": (block // c.per_word + 1) * values["columns"] * c.size,
         "words": (block // c.per_word + 1) * line if c.per_word > 1 else 0,
         "cursor": 8 * (panels + 1),
-        "dense": len(c.code.dense_loads) * dense_bytes(c) if c.code else 0,
+        "dense": (len(c.code.dense_loads) + tiles(c.code, c.arrays)) * dense_bytes(c) if c.code else 0,
         "dsink": SinkSums.LINES * line,
     }
     for name, words in (("q", "key_words"), ("do", "value_words")):
