@@ -30,7 +30,7 @@ def knowing() -> list[Any]:
     return [
         param
         for param in kernel_params()
-        if computes_apart(param.values[0], None)  # dropout on matrix registers: tests/cpu/test_tiles.py
+        if computes_apart(param.values[0], None)  # dropout on matrix registers: tests/cpu/test_cpu_tiles.py
         and "dropout" in FAMILIES[param.values[0].name].capabilities(spec).options  # type: ignore[union-attr]
     ]
 

@@ -171,7 +171,7 @@ def explain(
         kernel=family.name,
         variant=direction if backward and able.variant else able.variant,
         isa=able.isa,
-        product=able.product,
+        product=able.backward_product if backward else able.product,
         engine=chosen.name,
         threads=prepared.threads,
         plan=plan,

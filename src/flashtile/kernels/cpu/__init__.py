@@ -119,7 +119,8 @@ def capabilities(spec: AttentionSpec) -> Capabilities:
     lands = IN_REGISTERS if few else _ANYWHERE
     c = config_of(spec, lands=lands)
     choice = choice_of(c.isa, spec.dtype, spec.precision, lands=lands)
-    general = _capabilities(c, spec.sinks, choice, isas.forced())
+    backward = choice_of(c.isa, spec.dtype, spec.precision, lands=IN_REGISTERS)
+    general = _capabilities(c, spec.sinks, choice, backward, isas.forced())
     return _decoding(general, spec.q_len, spec.group) if few else general
 
 
@@ -139,7 +140,7 @@ def _decoding(general: Capabilities, q_len: int, group: int) -> Capabilities:
 
 
 @functools.lru_cache(maxsize=256)
-def _capabilities(c: Config, sinks: bool, choice: Choice, forced: bool) -> Capabilities:
+def _capabilities(c: Config, sinks: bool, choice: Choice, backward: Choice, forced: bool) -> Capabilities:
     rounds = _choice(c.isa, "float32", "bf16", forced).product.rounds
     return Capabilities(
         name="cpu",
@@ -153,6 +154,7 @@ def _capabilities(c: Config, sinks: bool, choice: Choice, forced: bool) -> Capab
         native=True,
         isa=c.isa.name,
         product=f"{choice.product.name}: {choice.why}",
+        backward_product=f"{backward.product.name}: {backward.why}",
         variant="forward",
         part_keys=None
         if sinks
