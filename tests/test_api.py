@@ -15,7 +15,7 @@ import pytest
 from inputs import Shape, numpy_dtype, same_bits, uniform
 
 import flashtile
-from flashtile import calls
+from flashtile import calls, kernels
 from flashtile.arrays import _ask_address, address_of
 
 pytestmark = pytest.mark.core
@@ -227,3 +227,24 @@ def _environment(value: str) -> dict[str, str]:
 
 def _affinity() -> str:
     return str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+
+
+def test_a_new_length_neither_picks_nor_lists_anything_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a decoder's next step adds is a plan and a block of parameters, not the choice of a kernel."""
+    q, cache = np.ones((1, 4, 1, 16), np.float32), np.ones((1, 2, 200, 16), np.float32)
+    calls.clear_cache()
+    picked = []
+    honest = kernels.pick
+    monkeypatch.setattr(kernels, "pick", lambda *given: picked.append(given) or honest(*given))
+    for n in range(1, 200):
+        o = flashtile.attention(q, cache[:, :, :n], cache[:, :, :n])
+        assert o.shape == q.shape
+    assert len(picked) == 1
+    assert len(calls.cache) == 199
+
+
+def test_ten_thousand_lengths_keep_a_bounded_number_of_calls() -> None:
+    q, cache = np.ones((1, 1, 1, 4), np.float32), np.ones((1, 1, 3000, 4), np.float32)
+    for n in range(1, 3000):
+        flashtile.attention(q, cache[:, :, :n], cache[:, :, :n])
+    assert len(calls.cache) <= calls.CACHE_ENTRIES

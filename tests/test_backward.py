@@ -7,7 +7,9 @@ import pytest
 
 import flashtile
 from flashtile import kernels
-from flashtile.calls import Options
+from flashtile.calls import Options, split_align
+from flashtile.score.keep import keep_of
+from flashtile.score.options import ScoreOptions
 from flashtile.testing import assert_gradients_accurate
 
 B, H, KV, S, T, D, E = 2, 4, 2, 5, 7, 3, 4
@@ -56,8 +58,12 @@ OPTIONS = {
 }
 
 
-def families():
-    spec = Options(False, None, None, None, "ieee", "auto", "auto").spec(*inputs("float64")[:3])
+def families(*, causal=False, window=None, align=None, scale=None, dropout_p=0.0, seed=None, **scores):
+    """Every kernel that has the backward of these options."""
+    align, offsets = (None, None) if align is None else split_align(align, (B, H, S, D))
+    options = Options(causal, window, align, scale, "ieee", "auto", "auto")
+    changes = ScoreOptions(**scores, keep=keep_of(dropout_p, seed))
+    spec, _ = options.scored(changes, *inputs("float64")[:3], offsets)
     for name, family in kernels.families():
         if kernels.objection(family, spec, "backward") is None:
             yield name
@@ -118,7 +124,7 @@ def test_the_reference_is_the_limit_of_differences(name):
 def test_every_kernel_errs_at_most_three_times_as_much_as_the_baseline(name, storage):
     options = OPTIONS[name]
     q, k, v, do, dlse = inputs(storage)
-    for kernel in families():
+    for kernel in families(**options):
         got = run(kernel, q, k, v, do, dlse, options)
         assert_gradients_accurate(got, do, q, k, v, dlse=dlse, wrt=asked(options), **options)
 
@@ -131,7 +137,7 @@ def test_the_baseline_is_the_reference_up_to_rounding(name):
         np.testing.assert_allclose(x, truth[which], rtol=0, atol=np.sqrt(np.finfo(float).eps), err_msg=which)
 
 
-@pytest.mark.parametrize("family", list(families()))
+@pytest.mark.parametrize("family", list(families(mask=SEEN)))
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 def test_what_is_hidden_reaches_no_gradient(family, poison):
     q, k, v, do, dlse = inputs("float32")
@@ -182,7 +188,7 @@ def test_out_accumulates_strides_are_free_and_only_what_is_asked_for_comes(famil
     np.testing.assert_allclose(out.k, 2 * one.k, rtol=1e-6)
 
 
-@pytest.mark.parametrize("family", list(families()))
+@pytest.mark.parametrize("family", list(families(**OPTIONS["dropout"])))
 @pytest.mark.parametrize("storage", ["float64", "float32", "float16"])
 def test_the_mask_read_out_of_the_backward_is_that_of_the_forward(family, storage):
     """q = 0, and do an identity: dv is the dropped weights, transposed. With v and do of ones dP shows them as well."""

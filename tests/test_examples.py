@@ -16,8 +16,9 @@ EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.py"
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs(example: Path, tmp_path: Path) -> None:
-    if "\nimport torch\n" in example.read_text():
-        pytest.importorskip("torch")
+    for package in ("torch", "transformers"):
+        if f"\nimport {package}\n" in example.read_text():
+            pytest.importorskip(package)
     if "\nfrom mpi4py " in example.read_text() and (reason := build.missing()) is not None:
         pytest.skip(reason)
     done = run([sys.executable, str(example)], cwd=tmp_path)

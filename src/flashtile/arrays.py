@@ -43,6 +43,8 @@ class View(NamedTuple):
 
     def strides4(self) -> tuple[int, int, int, int]:
         """Byte strides along (B, H, S, D); an absent axis has stride 0, an innermost axis of one element is unit."""
+        if len(self.strides) == 4 and self.shape[-1] != 1:  # as most calls have it
+            return self.strides
         *outer, inner = self.strides
         if self.shape[-1] == 1:
             inner = dtype_of(self.dtype).itemsize
@@ -87,6 +89,8 @@ def is_torch(x: object) -> bool:
 
 def view_of(x: Any) -> View:
     """Describe a NumPy array or a torch tensor."""
+    if type(x) is np.ndarray:
+        return View(x.shape, x.strides, x.dtype)
     if is_torch(x):
         size = x.element_size()
         return View(tuple(x.shape), tuple(size * step for step in x.stride()), x.dtype, str(x.device))

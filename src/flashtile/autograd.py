@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from flashtile import kernels
-from flashtile.calls import as_name
+from flashtile.calls import as_name, run_backward
 from flashtile.dtypes import DTYPES, round_to_bf16, widen_bits
 from flashtile.errors import UnavailableError
 from flashtile.gradients import array_sum, slots_of
@@ -142,6 +142,8 @@ def _gradients(
     call: _Call, inputs: tuple[Any, ...], sources: tuple[Tensor, ...], needed: tuple[bool, ...]
 ) -> list[Tensor | None]:
     """Gradients to q, k, v and the sources, None where not needed."""
+    if call.family.compile_backward is not None:
+        return _compiled(call, inputs, call.scoring(sources), needed)
     scoring = call.scoring(sources)
     do, q, k, v, o = (_widened(x, 4) for x in inputs[:5])
     lse, dlse = (None if x is None else _widened(x, 3) for x in inputs[5:])
@@ -166,6 +168,24 @@ def _gradients(
             values.append(sums.sinks.sum(axis=0) if source.ndim == 1 else sums.sinks)
     targets = (*inputs[1:4], *sources)
     return [_tensor(x, like) if asked else None for x, like, asked in zip(values, targets, needed, strict=True)]
+
+
+def _compiled(call: _Call, inputs: tuple[Any, ...], scoring: Scoring, needed: tuple[bool, ...]) -> list[Tensor | None]:
+    """The gradients of a family that compiles its backward, of tensors as they lie."""
+    names = ("do", "q", "k", "v", "o", "lse", "dlse")
+    arrays = {name: x.detach().resolve_neg() for name, x in zip(names, inputs, strict=True) if x is not None}
+    arrays |= {name: arrays[name].contiguous() for name in ("lse", "dlse") if name in arrays}
+    results = [torch.zeros_like(arrays[x]) if asked else None for x, asked in zip("qkv", needed, strict=False)]
+    arrays |= {f"d{x}": result for x, result in zip("qkv", results, strict=True) if result is not None}
+    run_backward(call.spec, call.family, "auto", arrays, _address, call.offset, scoring)
+    return results + [None] * (len(needed) - 3)
+
+
+def _address(x: Tensor) -> int:
+    try:
+        return x.data_ptr()
+    except RuntimeError as cause:  # is_grads_batched runs the backward under vmap
+        raise UnavailableError("a gradient: got a Tensor without memory, expected one in memory") from cause
 
 
 def _widened(x: Tensor, rank: int) -> np.ndarray:

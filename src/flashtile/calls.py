@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable
+import functools
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from flashtile import engines, kernels
-from flashtile.arrays import View, contiguous, view_of
+from flashtile.arrays import View, address_of, contiguous, view_of
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import described, wrong
-from flashtile.kernels import Layout
+from flashtile.kernels import BackwardLayout, Layout
 from flashtile.score.options import ScoreOptions, Scoring
 from flashtile.spec import LARGEST_POSITION, PER_BATCH, AttentionSpec
 
@@ -21,6 +22,8 @@ from flashtile.spec import LARGEST_POSITION, PER_BATCH, AttentionSpec
 CACHE_ENTRIES = 1024
 
 cache: dict[Hashable, Call] = {}
+# What is picked for a call does not depend on its lengths, so a decoder's next step need not pick again.
+_families: dict[Hashable, kernels.Family] = {}
 
 
 class Options(NamedTuple):
@@ -66,9 +69,14 @@ class Call:
     o_like_q: bool  # q itself has the shape and layout of a new output
     lse_shape: tuple[int, ...]
     lse_dtype: np.dtype[Any]
-    extents: tuple[tuple[int, int], ...]  # of o, q, k, v; see View.extent
+    views: tuple[View, ...]  # o, q, k, v
     pack: engines.Pack
     run: engines.Run
+
+    @functools.cached_property
+    def extents(self) -> tuple[tuple[int, int], ...]:
+        """Of o, q, k, v; see View.extent."""
+        return tuple(x.extent() for x in self.views)
 
 
 def lookup(key: Hashable) -> Call | None:
@@ -93,7 +101,7 @@ def prepare(
     o_shape = views[0].shape[:-1] + views[2].shape[-1:]
     o = contiguous(o_shape, q.dtype, spec.device) if out is None else check_out(view_of(out), o_shape, spec)
     engine = engine_of(spec, options.engine)
-    family = kernels.pick(spec, as_name("kernel", options.kernel))
+    family = family_of(spec, options.kernel)
     layout = Layout(*(x.strides4() for x in (*views, o)))
     pack, run = engine.bind(spec, layout, family)
     call = Call(
@@ -102,13 +110,11 @@ def prepare(
         o_like_q=o == views[0],
         lse_shape=o_shape[:-1],
         lse_dtype=DTYPES[DTYPES[spec.dtype].accumulator].numpy,
-        extents=tuple(x.extent() for x in (o, *views)),
+        views=(o, *views),
         pack=pack,
         run=run,
     )
-    if len(cache) >= CACHE_ENTRIES:
-        with contextlib.suppress(RuntimeError, StopIteration, KeyError):  # another thread was faster
-            del cache[next(iter(cache))]  # the oldest
+    _forget_oldest(cache)
     cache[key] = call
     return call
 
@@ -116,6 +122,61 @@ def prepare(
 def clear_cache() -> None:
     """Forget every prepared call: the next one chooses its kernel anew."""
     cache.clear()
+    _bound_backward.cache_clear()
+    _families.clear()
+
+
+@functools.lru_cache(maxsize=CACHE_ENTRIES)
+def _bound_backward(
+    spec: AttentionSpec, layout: BackwardLayout, family: kernels.Family, engine: str
+) -> engines.BoundBackward:
+    """A backward call made ready, by the direct engine where the one named has no backward."""
+    bind = engine_of(spec, engine).bind_backward or engines.pick("direct").bind_backward
+    assert bind is not None
+    return bind(spec, layout, family)
+
+
+def run_backward(
+    spec: AttentionSpec,
+    family: kernels.Family,
+    engine: str,
+    arrays: Mapping[str, Any],
+    address: Callable[[Any], int],
+    offset: Any,
+    scoring: Scoring | None = None,
+) -> None:
+    """Gradients of a family that compiles its backward, added to those of dq, dk and dv that are among `arrays`.
+
+    The others are q, k, v, o and do, of any strides, lse and possibly dlse, row-major; `address` gives an array's.
+    """
+    absent = (0, 0, 0, 0)
+    names = ("q", "k", "v", "o", "do", "dq", "dk", "dv")
+    layout = BackwardLayout(**{x: view_of(arrays[x]).strides4() if x in arrays else absent for x in names})
+    pack, run = _bound_backward(spec, layout, family, engine)
+    at = {name: address(arrays[name]) if name in arrays else 0 for name in (*names, "lse", "dlse")}
+    offsets = None if spec.offset is not None else np.ascontiguousarray(offset, np.int64)
+    run(pack(**at, offsets=0 if offsets is None else address_of(offsets), scoring=scoring))
+
+
+def family_of(spec: AttentionSpec, kernel: object) -> kernels.Family:
+    """The kernel family of a call by its name; on a GPU, whose kernels may fail their self-test, picked each time."""
+    name = as_name("kernel", kernel)
+    if spec.device_kind != "cpu":
+        return kernels.pick(spec, name)
+    sizes = spec.heads, spec.kv_heads, spec.head_size, spec.value_size
+    key = name, spec.dtype, spec.precision, sizes, spec.band is None, spec.program, spec.sinks, spec.dropout
+    found = _families.get(key)
+    if found is None:
+        _forget_oldest(_families)
+        found = _families[key] = kernels.pick(spec, name)
+    return found
+
+
+def _forget_oldest(kept: dict[Hashable, Any]) -> None:
+    """Make room for one more."""
+    if len(kept) >= CACHE_ENTRIES:
+        with contextlib.suppress(RuntimeError, StopIteration, KeyError):  # another thread was faster
+            del kept[next(iter(kept))]
 
 
 def engine_of(spec: AttentionSpec, engine: object) -> engines.Engine:

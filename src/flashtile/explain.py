@@ -16,7 +16,7 @@ from flashtile.checks import check_flag
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import wrong
 from flashtile.hints import check_keywords
-from flashtile.kernels import Capabilities, Family, Layout
+from flashtile.kernels import BackwardLayout, Capabilities, Family, Layout
 from flashtile.owners import borrow, library_of, owner_of
 from flashtile.plan import Coverage, Plan, coverage_of, make_plan
 from flashtile.plan.mapped import count_map
@@ -211,7 +211,14 @@ def _prepared(spec: AttentionSpec, views: Sequence[View], family: Family, able: 
 
 
 def _prepared_backward(spec: AttentionSpec, views: Sequence[View], family: Family, able: Capabilities) -> _Prepared:
-    """Of a family that differentiates NumPy arrays, on the calling thread."""
+    """Of a family that compiles its backward, or that differentiates NumPy arrays, on the calling thread."""
+    if family.compile_backward is not None:
+        q, k, v = (x.strides4() for x in views)
+        o = contiguous(views[0].shape[:-1] + views[2].shape[-1:], spec.dtype, spec.device).strides4()
+        fresh = (contiguous(x.shape, spec.dtype, spec.device).strides4() for x in views)
+        kernel = family.compile_backward(spec, BackwardLayout(q, k, v, o, o, *fresh))
+        between = kernel.merge_stage.workspace_bytes if kernel.merge_stage else 0
+        return _Prepared(kernel.plan, kernel.scratch_bytes, between, get_num_threads())
     note = "these gradients are computed in NumPy, whose arrays of scores do not count as scratch"
     return _Prepared(make_plan(spec, able), 0, 0, 1, (note,))
 

@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from flashtile import engines, kernels
-from flashtile.arrays import is_torch, plain, view_of
-from flashtile.calls import Options, as_key, as_name, split_align
+from flashtile.arrays import address_of, is_torch, plain, view_of
+from flashtile.calls import Options, as_key, as_name, run_backward, split_align
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import wrong
 from flashtile.hints import check_keywords
@@ -99,8 +99,9 @@ def attention_backward(
              an array given as bias or alibi_slopes has all of its gradient there.
     Numerics: sums in the accumulator's dtype, then cast. A row that sees no key gives 0; what is hidden
              reaches nothing.
-             The kernels that have it, vanilla and reference, are unfused, run on the calling thread whatever the
-             engine, and vanilla holds S_q x S_kv scores of a head.
+             With a band alone kernel "cpu" is fused, on all threads, and adds in its accumulators. Else vanilla and
+             reference are unfused, run on the calling thread whatever the engine, and vanilla holds S_q x S_kv scores
+             of a head.
     Raises:  SpecError, UnavailableError before any memory is touched.
     Source:  Dao 2023, FlashAttention-2, section 3.1.2.
     """
@@ -116,6 +117,8 @@ def attention_backward(
     _check_out(out, accumulate, problem, (*inputs, offsets, None if sinks is None else capture(sinks, "sinks").array))
     engines.pick(as_name("engine", engine))
     family = kernels.pick(problem.spec, as_name("kernel", kernel), "backward")
+    if family.compile_backward is not None:
+        return _run(problem, family, as_name("engine", engine), inputs, out, accumulate)
     sums = problem.differentiate(family, inputs)
     return _finish(problem, sums, out, accumulate)
 
@@ -264,6 +267,24 @@ def _finish(problem: Problem, sums: Sums, out: Gradients | None, accumulate: boo
         else:
             done[name] = target
     return Gradients(**done, captured=ByIdentity(captured) if "captured" in problem.names else None)
+
+
+def _run(
+    problem: Problem, family: Any, engine: str, inputs: Sequence[Any], out: Gradients | None, accumulate: bool
+) -> Gradients:
+    """The gradients of a family that compiles its backward, which adds to arrays."""
+    do, q, k, v, o, lse, dlse = inputs
+    arrays = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": np.ascontiguousarray(lse)}
+    if dlse is not None:
+        arrays["dlse"] = np.ascontiguousarray(dlse)
+    done: dict[str, Any] = {}
+    for name, source in problem.sources:
+        done[name] = np.zeros(source.shape, source.dtype) if out is None else _target(out, name, source)
+        if out is not None and not accumulate:
+            done[name][...] = 0
+    arrays |= {f"d{name}": x for name, x in done.items()}
+    run_backward(problem.spec, family, engine, arrays, address_of, problem.offset, problem.scoring)
+    return Gradients(**done)
 
 
 def _sum_of(sums: Sums, name: str, source: Any, scoring: Scoring) -> np.ndarray:

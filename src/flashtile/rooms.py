@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from types import ModuleType
@@ -10,6 +11,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
+@functools.cache
 def names(package: ModuleType, first: tuple[str, ...]) -> list[str]:
     """The public modules in a package, those in `first` ahead, in its order."""
     found = {info.name for info in pkgutil.iter_modules(package.__path__) if not info.name.startswith("_")}

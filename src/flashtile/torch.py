@@ -84,8 +84,8 @@ def attention(
 
     Returns:  a tensor of q's dtype; with return_lse=True also lse, float32 (float64 for float64).
               Both have gradients by autograd (first order, CPU) to q, k, v, bias, sinks, alibi_slopes, and tensors
-              that a score function captured. Its backward is unfused so far: one thread, S_q x S_kv scores of a head at
-              a time.
+              that a score function captured. Its backward is fused for a band alone, else so far unfused: one thread,
+              S_q x S_kv scores of a head at a time.
     Raises:   as flashtile.attention; UnavailableError also on a GPU if a tensor requires grad while gradients are
               recorded, for tangents (forward mode), and in a backward with create_graph=True.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from flashtile import rooms
 from flashtile.errors import UnavailableError, wrong
-from flashtile.kernels import Family, Layout, Strides
+from flashtile.kernels import BackwardLayout, Family, Layout
 from flashtile.progress import Report
 from flashtile.spec import AttentionSpec
 
@@ -44,19 +44,8 @@ class Bound(NamedTuple):
     run: Run
 
 
-@dataclass(frozen=True, slots=True)
-class BackwardLayout(Layout):
-    """Byte strides of the arrays of a backward call: those of the forward one, do, and the gradients."""
-
-    do: Strides
-    dq: Strides
-    dk: Strides
-    dv: Strides
-
-
 class PackBackward(Protocol):
-    """Likewise for a backward call: o and lse are read, and so are do and dlse, like o and lse; the gradients are
-    added to dq, dk and dv, of which each may be 0: not wanted; a dlse of 0 is one of zeros."""
+    """Likewise for a backward call; see CompiledBackward.pack."""
 
     def __call__(
         self,

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from flashtile.score.options import Scoring
 
 __all__ = [
+    "BackwardLayout",
     "Capabilities",
+    "CompiledBackward",
     "CompiledKernel",
     "Family",
     "Layout",
@@ -63,6 +65,16 @@ class Stage(NamedTuple):
     workspace_bytes: int  # of the partial results; pack allocates them, the parameters own them
 
 
+@dataclass(frozen=True, slots=True)
+class BackwardLayout(Layout):
+    """Byte strides of the arrays of a backward call: those of the forward one, do, and the gradients."""
+
+    do: Strides
+    dq: Strides
+    dk: Strides
+    dv: Strides
+
+
 class Runnable(Protocol):
     """Work items that can be run from many threads at once, each with its own scratch."""
 
@@ -94,6 +106,35 @@ class CompiledKernel(Runnable, Protocol):
         ...
 
 
+class CompiledBackward(Runnable, Protocol):
+    """A backward kernel for one spec and layout, and how it cuts a call into work items."""
+
+    @property
+    def plan(self) -> Plan: ...
+
+    def pack(
+        self,
+        q: int,
+        k: int,
+        v: int,
+        o: int,
+        lse: int,
+        do: int,
+        dlse: int,
+        dq: int,
+        dk: int,
+        dv: int,
+        offsets: int,
+        scoring: Scoring | None = None,
+    ) -> Any:
+        """Turn addresses into the opaque, immutable parameters of one call.
+
+        o and lse are read, and so are do and dlse, like o and lse; a dlse of 0 is one of zeros. The gradients are added
+        to what dq, dk and dv hold; each of them may be 0: not wanted, and then not computed.
+        """
+        ...
+
+
 def _never(spec: AttentionSpec) -> None:
     """Refuse nothing."""
 
@@ -108,7 +149,9 @@ class Family:
     compile: Callable[[AttentionSpec, Plan, Layout], CompiledKernel]  # cached inside on what it really depends on
     refuses: Callable[[AttentionSpec], str | None] = _never  # a spec that it is capable of, and why; asked last
     remark: Callable[[], str] = rooms.no_remark  # what `flashtile doctor` says of it where it is available
-    backward: Backward | None = None  # gradients, of NumPy arrays; where Capabilities.directions has "backward"
+    # Where Capabilities.directions has "backward", one of these: of NumPy arrays, or as work items for an engine.
+    backward: Backward | None = None
+    compile_backward: Callable[[AttentionSpec, BackwardLayout], CompiledBackward] | None = None
     tiles: Callable[[], TileKernels] | None = None  # for engines that hold tiles; imported when they are needed
 
 
@@ -138,7 +181,8 @@ def objection(family: Family | str, spec: AttentionSpec, direction: str = "forwa
     largest = max(spec.head_size, spec.value_size)
     if able.max_head_size is not None and largest > able.max_head_size:
         return f"head sizes up to {able.max_head_size}, not {largest}"
-    if missing := spec.options - able.options:
+    known = able.options if direction == "forward" or able.backward_options is None else able.backward_options
+    if missing := spec.options - known:
         return "does not know " + ", ".join(sorted(missing))
     return family.refuses(spec)
 

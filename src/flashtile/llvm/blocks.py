@@ -24,7 +24,7 @@ def reals(names: str) -> dict[str, str]:
     return dict.fromkeys(names.split(), "double")
 
 
-def strides_of(tensors: str) -> dict[str, str]:
+def strides_of(tensors: Iterable[str]) -> dict[str, str]:
     """The byte strides of tensors along (B, H, S, D): q_b, q_h, q_s, q_d, ..."""
     return integers(f"{tensor}_{axis}" for tensor in tensors for axis in "bhsd")
 
@@ -46,10 +46,11 @@ class Block:
         self._first = next((n for n, type_ in enumerate(self.types.values()) if type_ != "ptr"), len(codes))
         self.head: Callable[..., bytes] = struct.Struct("".join(codes[: self._first])).pack
         self._tail = struct.Struct("".join(codes[self._first :])).pack
+        self._behind = list(self.types)[self._first :]
 
     def tail(self, values: Mapping[str, float]) -> bytes:
         """All words but the leading pointers."""
-        return self._tail(*(values[name] for name in list(self.types)[self._first :]))
+        return self._tail(*map(values.__getitem__, self._behind))
 
     def pack(self, values: Mapping[str, float]) -> bytes:
         """The whole block."""

@@ -26,4 +26,5 @@ class Capabilities:
     devices: frozenset[str] = frozenset(("cpu",))  # whose memory it reads: "cpu", "cuda"
     enough_items: int | None = None  # work items that keep all of a device busy; None: as many as threads may need
     directions: frozenset[str] = frozenset(("forward",))  # and "backward"
+    backward_options: frozenset[str] | None = None  # options that its backward knows; None: the same
     at_once: bool = False  # one call computes every work item, on a device's own threads

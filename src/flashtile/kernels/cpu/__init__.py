@@ -1,9 +1,10 @@
 """CPU kernels generated from Python as LLVM IR: exact, fused, no S x S array, no compiler on the machine.
 
 config.py    what a kernel depends on        block.py, scratch.py    its parameter blocks, its scratch memory
-passes/      kernels: forward.py (item.py, walk.py, panel.py), decode, merge, unfused
+backward.py  the backward kernel, bound to one spec and layout
+passes/      kernels: forward.py (item.py, walk.py, panel.py), backward.py (visit.py), decode, merge, add_parts, unfused
 steps/       what passes are made of, in terms of lanes and rows: pack, product, band, program (frame, dense),
-             softmax, keep, accumulate, spans, contain, finish
+             softmax, keep, accumulate, spans, contain, finish; differentiate, exchange, add
 parts.py     keys split over work items, and merged          tiles.py    for engines that hold tiles
 score_values.py    the addresses of what a score program reads
 """
@@ -16,25 +17,27 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from flashtile.errors import FlashtileError
-from flashtile.kernels import Capabilities, CompiledKernel, Family, Layout
+from flashtile.kernels import BackwardLayout, Capabilities, CompiledBackward, CompiledKernel, Family, Layout
 from flashtile.kernels.cpu import scratch
 from flashtile.kernels.cpu.block import CALL, band_of, scores_in_nats, split_scale
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.score_values import NO_SCORES, ScoreValues, score_steps
 from flashtile.kernels.tiles import TileKernels
 from flashtile.llvm import machines as isas
+from flashtile.llvm.blocks import strides_of
 from flashtile.llvm.products import FMA, PAIRS
 
 if TYPE_CHECKING:
     from flashtile.kernels.cpu.parts import InParts
     from flashtile.llvm.jit import Library
     from flashtile.plan import Plan
+    from flashtile.score.code import Code
     from flashtile.score.options import Scoring
     from flashtile.spec import AttentionSpec
 
 _STORAGE = {"float64": "double", "float32": "float", "float16": "half", "bfloat16": "bfloat"}
 _PANELS = (1, 2, 4, 8)  # panels a work item may hold
-_AXES = "bhsd"
+_STRIDES = tuple(strides_of("qkvo"))
 _PART_KEYS = 1024  # a part of one row takes some 0.1 ms: long beside handing it out and merging it
 # Where scores rise from key block to key block, every one of them rescales the sums by a factor that was rounded.
 _LONGEST_PART = 16384
@@ -60,15 +63,21 @@ def unavailable() -> str | None:
 
 def config_of(spec: AttentionSpec) -> Config:
     """The configuration that computes this spec on the current instruction set."""
-    isa = isas.current()
-    sixteen = spec.dtype == "bfloat16" or spec.precision == "bf16"
+    return _config(isas.current(), spec.dtype, spec.precision, spec.program, spec.dropout)
+
+
+@functools.lru_cache(maxsize=256)
+def _config(isa: isas.ISA, dtype: str, precision: str, code: Code | None, dropout: bool) -> Config:
+    sixteen = dtype == "bfloat16" or precision == "bf16"
     product = PAIRS if sixteen and isa.bf16_dot else FMA
-    return Config(isa, _STORAGE[spec.dtype], product=product, code=spec.program, dropout=spec.dropout)
+    return Config(isa, _STORAGE[dtype], product=product, code=code, dropout=dropout)
 
 
 def decodes(spec: AttentionSpec) -> bool:
     """Whether there are so few queries that passes/decode computes them: measured; of shapes and machine only."""
-    return _few(spec) and spec.group * spec.q_len <= _MOST_ROWS and spec.options <= {"band"}
+    if spec.program is not None or spec.sinks or spec.dropout or spec.group * spec.q_len > _MOST_ROWS:
+        return False
+    return _few(spec)
 
 
 def _few(spec: AttentionSpec) -> bool:
@@ -86,25 +95,27 @@ def _few(spec: AttentionSpec) -> bool:
 
 def capabilities(spec: AttentionSpec) -> Capabilities:
     """Tile menus and features for this dtype and precision on the current instruction set."""
-    c = config_of(spec)
-    general = _capabilities(c)
-    if spec.sinks:  # they join a row's sum when the row is done, which no part of its keys knows
-        general = replace(general, part_keys=None)
-    if not decodes(spec):
-        return general
+    general = _capabilities(config_of(spec), spec.sinks)
+    return _decoding(general, spec.q_len, spec.group) if decodes(spec) else general
+
+
+@functools.lru_cache(maxsize=256)
+def _decoding(general: Capabilities, q_len: int, group: int) -> Capabilities:
+    """Those of passes/decode, for so many rows."""
     return replace(
         general,
         precisions=frozenset(("ieee",)),
         query_block=1,
-        tile_q=(max(1, spec.q_len),),
+        tile_q=(max(1, q_len),),
         variant="decode",
-        head_block=spec.group,
-        part_keys=_PART_KEYS if spec.group * spec.q_len == 1 else _PART_KEYS // 2,
+        head_block=group,
+        part_keys=_PART_KEYS if group * q_len == 1 else _PART_KEYS // 2,
         longest_part=_LONGEST_PART,
     )
 
 
-def _capabilities(c: Config) -> Capabilities:
+@functools.lru_cache(maxsize=256)
+def _capabilities(c: Config, sinks: bool) -> Capabilities:
     return Capabilities(
         name="cpu",
         dtypes=frozenset(_STORAGE),
@@ -117,7 +128,11 @@ def _capabilities(c: Config) -> Capabilities:
         native=True,
         isa=c.isa.name,
         variant="forward",
-        part_keys=_PART_KEYS,
+        part_keys=None
+        if sinks
+        else _PART_KEYS,  # they join a row's sum when it is done, which no part of its keys knows
+        directions=frozenset({"forward", "backward"}),
+        backward_options=frozenset({"band"}),
     )
 
 
@@ -127,8 +142,25 @@ def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> CompiledKernel:
     if decodes(spec):
         from flashtile.kernels.cpu.parts import Decode
 
-        return Decode(replace(c, product=c.product if c.storage == "bfloat" else FMA), spec, plan, layout)
-    return Forward(replace(c, partial=plan.splits > 1), spec, plan, layout)
+        return Decode(_decode_config(c), spec, plan, layout)
+    return Forward(_partial_config(c) if plan.splits > 1 else c, spec, plan, layout)
+
+
+@functools.lru_cache(maxsize=256)
+def _decode_config(c: Config) -> Config:
+    return replace(c, product=c.product if c.storage == "bfloat" else FMA)
+
+
+@functools.lru_cache(maxsize=256)
+def _partial_config(c: Config) -> Config:
+    return replace(c, partial=True)
+
+
+def compile_backward(spec: AttentionSpec, layout: BackwardLayout) -> CompiledBackward:
+    """The backward kernel of this spec."""
+    from flashtile.kernels.cpu.backward import Backward
+
+    return Backward(spec, layout)
 
 
 def tile_kernels() -> TileKernels:
@@ -138,7 +170,7 @@ def tile_kernels() -> TileKernels:
     return tiles
 
 
-FAMILY = Family("cpu", unavailable, capabilities, compile, tiles=tile_kernels)
+FAMILY = Family("cpu", unavailable, capabilities, compile, compile_backward=compile_backward, tiles=tile_kernels)
 
 
 @functools.cache
@@ -177,7 +209,7 @@ class Forward:
             self.scratch_bytes = max(self.scratch_bytes, merge.scratch_bytes)
         self._tail = CALL.tail(
             {
-                **{f"{t}_{a}": n for t in "qkvo" for a, n in zip(_AXES, getattr(layout, t), strict=True)},
+                **dict(zip(_STRIDES, (*layout.q, *layout.k, *layout.v, *layout.o), strict=True)),
                 **_sizes(c, spec, plan, layout),
                 **parts,
                 **areas.at,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +30,21 @@ CALL = Block(
     reals("sign scale c_high c_low lse_scale"),
 )
 
+BACKWARD = Block(
+    # dlse, dq, dk, dv: null where there is none. parts: the first key of every part, and the end of the last.
+    pointers("q k v o lse do dlse dq dk dv offsets captures rows segments sinks parts"),
+    strides_of(["q", "k", "v", "o", "do", "dq", "dk", "dv"]),
+    integers("heads kv_heads group q_len kv_len head_size value_size key_words value_words splits dq_split"),
+    # columns: of dQ; q_columns, do_columns: of packed rows, and dK and dV; in registers key_registers, value_registers.
+    integers("columns q_columns do_columns key_registers value_registers offset left right segment_b segment_h"),
+    # kept: Q and dO of all panels are made ready at once, and lie so many bytes a row apart; else at every visit.
+    integers("kept q_step do_step q_kept do_kept pack_k pack_v pack_k_columns pack_q pack_do"),
+    integers("k_row v_row q_row do_row dk_row dv_row"),
+    integers("at_q at_do at_q_rows at_do_rows at_state at_flags at_dq at_k at_v at_k_columns at_words"),
+    integers("at_dk at_dv at_dk_totals at_dv_totals at_cursor at_dense"),
+    reals("sign scale c_high c_low"),
+)
+
 # What ``keep`` points to where weights are dropped (score/keep.py).
 KEEP = Block(integers("threshold seed"))
 
@@ -48,7 +66,8 @@ def _bounded(distance: int) -> int:
     return max(-OPEN, min(OPEN, distance))
 
 
-def split_scale(scale: float, accumulator: str) -> dict[str, float]:
+@functools.lru_cache(maxsize=256)
+def split_scale(scale: float, accumulator: str) -> Mapping[str, float]:
     """scale * log2(e) as sign * (c_high + c_low), and the factor from raw scores to nats.
 
     The kernel keeps raw scores, subtracts their maximum, and multiplies the difference by c_high + c_low, so
@@ -71,9 +90,10 @@ def split_scale(scale: float, accumulator: str) -> dict[str, float]:
         high = np.nextafter(high, real(0))
     low = real(c - np.longdouble(high))
     nats = float(c * np.log(np.longdouble(2)))
-    return {"sign": sign, "scale": scale, "c_high": float(high), "c_low": float(low), "lse_scale": nats}
+    words = {"sign": sign, "scale": scale, "c_high": float(high), "c_low": float(low), "lse_scale": nats}
+    return MappingProxyType(words)
 
 
-def scores_in_nats(scale: float, accumulator: str) -> dict[str, float]:
+def scores_in_nats(scale: float, accumulator: str) -> Mapping[str, float]:
     """The same where a score program needs the scores themselves: they are scaled first, and then are in nats."""
     return {**split_scale(1.0, accumulator), "scale": scale}

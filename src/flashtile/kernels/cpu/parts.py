@@ -18,6 +18,7 @@ from flashtile.kernels.cpu.passes import merge
 from flashtile.kernels.cpu.passes.decode import kernel as decode
 from flashtile.kernels.cpu.passes.decode.rows import slot_width
 from flashtile.llvm import jit
+from flashtile.llvm.blocks import strides_of
 from flashtile.llvm.products import FMA
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ _MODULES: dict[str, tuple[Callable[[Config], str], tuple[str, ...]]] = {
     "decode": (decode.decode_text, decode.EXPORTS),
     "merge": (merge.merge_text, merge.EXPORTS),
 }
+_STRIDES = tuple(strides_of("qkvo"))
 MERGE_WORK = 4  # operations an output element and part, beside 2 * D of the products that made it
 
 
@@ -44,6 +46,12 @@ def entry(name: str, c: Config) -> Callable[..., int]:
     """The exported function (params, begin, end, scratch) -> status of a kernel; its code stays in memory."""
     integer, pointer = ctypes.c_int64, ctypes.c_void_p
     return library_of(name, c).function(name, ctypes.c_int32, ctypes.c_char_p, integer, integer, pointer)
+
+
+@functools.lru_cache(maxsize=256)
+def _merge_config(c: Config) -> Config:
+    """Of the merge of parts that were computed by another configuration."""
+    return replace(c, partial=False, product=FMA, code=None, dropout=False)
 
 
 class InParts(NamedTuple):
@@ -75,7 +83,7 @@ class Merge:
         self._lse_at = plan.splits * o_split
         sizes = {**_of(spec, "heads q_len value_size"), "splits": plan.splits, **self.steps}
         self._tail = merge.CALL.tail({**dict(zip(("o_b", "o_h", "o_s", "o_d"), o, strict=True)), **sizes})
-        run = entry("merge", replace(c, partial=False, product=FMA, code=None, dropout=False))
+        run = entry("merge", _merge_config(c))
         self.stage = Stage(
             items=rows,
             run=lambda call, begin, end, scratch: run(call.merge, begin, end, scratch),
@@ -119,8 +127,8 @@ class Decode:
 
 
 def _strides(layout: Layout, merging: Merge | None) -> dict[str, int]:
-    tensors = {"q": layout.q, "k": layout.k, "v": layout.v, "o": merging.strides if merging else layout.o}
-    return {f"{t}_{axis}": n for t, strides in tensors.items() for axis, n in zip("bhsd", strides, strict=True)}
+    o = merging.strides if merging else layout.o
+    return dict(zip(_STRIDES, (*layout.q, *layout.k, *layout.v, *o), strict=True))
 
 
 def _sizes(c: Config, spec: AttentionSpec, plan: Plan, layout: Layout, merging: Merge | None) -> dict[str, int]:
@@ -138,4 +146,5 @@ def _sizes(c: Config, spec: AttentionSpec, plan: Plan, layout: Layout, merging: 
 
 
 def _of(spec: AttentionSpec, names: str) -> dict[str, int]:
-    return {name: getattr(spec, name) for name in names.split()}
+    found = names.split()
+    return dict(zip(found, map(spec.__getattribute__, found), strict=True))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from flashtile.kernels.cpu.block import FRAME
+from flashtile.kernels.cpu.steps.differentiate import TILE_ROWS, RowState
 from flashtile.kernels.cpu.steps.spans import LEVELS
 from flashtile.llvm.blocks import Areas
 from flashtile.llvm.ir import Value
@@ -61,6 +64,37 @@ def fixed(c: Config) -> Areas:
     )
 
 
+def work_bytes(c: Config) -> int:
+    """Bytes of one `Work` of the backward, whose scores have lines of zeros after them."""
+    return fixed(c).bytes + TILE_ROWS * c.line.bytes
+
+
+def backward(c: Config, values: Mapping[str, int], slots: int, keys: int) -> Areas:
+    """The areas of a backward call, by the words of its parameter block. ``slots``: of panels whose Q and dO are made
+    ready at a time; ``keys``: that dK and dV have totals for."""
+    panels, line = -(-values["q_len"] // c.panel), c.line.bytes
+    block, pairs = c.key_block, -(-c.panel // c.per_word)
+    areas = {
+        "state": panels * RowState.LINES * line,
+        "flags": panels * 16,
+        "dq": panels * values["columns"] * line,
+        "k": block * values["k_row"],
+        "v": block * values["v_row"],
+        "k_columns": (block // c.per_word + 1) * values["columns"] * c.size,
+        "words": (block // c.per_word + 1) * line if c.per_word > 1 else 0,
+        "cursor": 8 * (panels + 1),
+        "dense": len(c.code.dense_loads) * dense_bytes(c) if c.code else 0,
+    }
+    for name, words in (("q", "key_words"), ("do", "value_words")):
+        areas[name] = slots * values[words] * line
+        areas[f"{name}_rows"] = (slots if values[f"pack_{name}"] else 1) * pairs * values[f"{name}_row"]
+    for name in ("dk", "dv"):
+        areas[name] = (block + TILE_ROWS) * values[f"{name}_row"]
+        areas[f"{name}_totals"] = keys * values[f"{name}_row"]
+    return Areas({f"at_{name}": size for name, size in areas.items()}, start=2 * work_bytes(c))
+
+
+@functools.lru_cache(maxsize=256)
 def sized(c: Config, head_size: int, value_size: int, panels: int) -> Areas:
     """The areas whose size depends on the call; their offsets ride in the parameter block, as ``at_`` and their
     name."""

@@ -141,6 +141,9 @@ class _Attend:
     def end_span(self) -> None:
         self.forward.end_span(self.item)
 
+    def end_block(self) -> None:
+        """Nothing: panels keep what they have summed."""
+
     def block(self, start: Value, stop: Value) -> Callable[[Value, Seen], None]:
         """K and V of the keys [start, stop): as they lie, or converted into scratch.
 

@@ -32,7 +32,7 @@ def emit_panels(module: Module, c: Config) -> list[Routine]:
 
 
 def _emit_panel(module: Module, c: Config, width: int, collect: Routine, add: Routine, dense: list[Routine]) -> Routine:
-    scores = _Scores(module, c, width)
+    scores = BlockScores(module, c, width)
     softmax, accumulate = emit_softmax(module, c, width), emit_accumulate(module, c, width)
     keep = emit_keep(module, c, width) if c.dropout else None
     drawn: dict[str, Any] = {"draw": Draw.kind()} if c.dropout else {}
@@ -86,7 +86,7 @@ def _emit_panel(module: Module, c: Config, width: int, collect: Routine, add: Ro
     return f
 
 
-class _Scores:
+class BlockScores:
     """The functions that fill the scores of a block: edge tiles, which are masked, and full ones, which are not.
 
     Without a score program a band is applied in the edge tiles themselves. A program comes after the products

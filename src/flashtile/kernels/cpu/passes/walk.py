@@ -25,6 +25,9 @@ class Visitor(Protocol):
     def block(self, start: Value, stop: Value) -> Callable[[Value, Seen], None]:
         """A block of keys; returns what attends one panel of the item to what it sees of it."""
 
+    def end_block(self) -> None:
+        """Every panel has had the block."""
+
 
 def by_band(call: Call, item: Item, visitor: Visitor) -> None:
     """Every key block between the first key that the first row sees and the last that the last row sees."""
@@ -41,6 +44,7 @@ def by_band(call: Call, item: Item, visitor: Visitor) -> None:
         with f.range(0, item.rows, c.panel) as panel:
             rows = f.minimum(item.rows - panel, c.panel)
             attend(panel, _seen_by_band(call, low + panel, high + panel, rows, first, last))
+        visitor.end_block()
 
 
 def _seen_by_band(call: Call, low: Value, high: Value, rows: Value, start: Value, stop: Value) -> Seen:
@@ -88,6 +92,7 @@ def by_segments(call: Call, item: Item, visitor: Visitor) -> None:
             with f.when(cursor < end):
                 attend(panel, _seen_by_segment(call, cursor, start, stop))
                 f.store(_skip(call, cursor, end, stop, next_key), cursors + at)
+        visitor.end_block()
         return [f.load("i64", next_key), span]
 
     first = f.load("i64", next_key)

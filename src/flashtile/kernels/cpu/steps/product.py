@@ -28,7 +28,7 @@ def outer(
     """One step of depth of a tile: sums[row][j] += left(row) * right(j), row by row, for the registers ``live``."""
     lines = [right(depth, j) for j in live]
     found = []
-    for row in range(c.rows):
+    for row in range(len(sums) // len(live)):
         word = f.splat(left(depth, row), c.lanes)
         of_row = sums[row * len(live) : (row + 1) * len(live)]
         found += [

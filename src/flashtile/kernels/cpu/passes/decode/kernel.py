@@ -10,6 +10,7 @@ Source: Dao et al. 2023, Flash-Decoding; Shazeer 2019 for shared keys and values
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ CALL = Block(
 )
 
 
+@functools.lru_cache(maxsize=256)
 def areas(c: Config, rows: int, head_size: int, value_size: int) -> Areas:
     """A thread's scratch memory."""
     slots = -(-head_size // slot_width(c))

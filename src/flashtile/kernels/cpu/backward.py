@@ -1,0 +1,246 @@
+"""The compiled backward kernel: one plan and layout, as the direct engine runs it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from flashtile.arrays import address_of
+from flashtile.kernels import Stage
+from flashtile.kernels.cpu import config_of, scratch
+from flashtile.kernels.cpu.block import BACKWARD, band_of, scores_in_nats, split_scale
+from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.passes import add_parts
+from flashtile.kernels.cpu.passes.backward import EXPORTS, backward_text
+from flashtile.llvm import jit
+from flashtile.plan import Plan
+from flashtile.plan.tiling import flops_of
+
+if TYPE_CHECKING:
+    from flashtile.kernels import BackwardLayout
+    from flashtile.llvm.jit import Library
+    from flashtile.score.options import Scoring
+    from flashtile.spec import AttentionSpec
+
+_AXES = "bhsd"
+# Heads are the work items. Where there are few, each is cut into parts of its keys, every one with a dQ of its own.
+_ENOUGH_ITEMS, _MOST_PARTS = 8, 4
+_KEPT_BYTES = 12 << 20  # Q and dO of a head are made ready once, up to this size; beyond it at every key block
+_TIMES_FORWARD = 5, 2  # five products where the forward has two
+
+
+@functools.cache
+def library_of(c: Config) -> Library:
+    return jit.load(lambda: backward_text(c), f"backward {c!r}", c.isa, EXPORTS)
+
+
+@functools.cache
+def _entry(c: Config) -> Callable[..., int]:
+    integer, pointer = ctypes.c_int64, ctypes.c_void_p
+    return library_of(c).function("backward", ctypes.c_int32, ctypes.c_char_p, integer, integer, pointer)
+
+
+@functools.cache
+def _adding(c: Config) -> Callable[..., int]:
+    """The function that adds the parts of dQ (passes/add_parts.py)."""
+    library = jit.load(lambda: add_parts.add_parts_text(c), f"add_parts {c!r}", c.isa, add_parts.EXPORTS)
+    _libraries.append(library)
+    integer, pointer = ctypes.c_int64, ctypes.c_void_p
+    return library.function("add_parts", ctypes.c_int32, ctypes.c_char_p, integer, integer, pointer)
+
+
+_libraries: list[Library] = []  # keeps their code in memory
+
+
+class InParts(NamedTuple):
+    """The parameters of a call whose dQ comes in parts."""
+
+    items: bytes
+    merge: bytes
+    workspace: np.ndarray
+
+
+class Backward:
+    """A compiled backward kernel with the parameter block of one spec and layout."""
+
+    def __init__(self, spec: AttentionSpec, layout: BackwardLayout):
+        c = config_of(spec)
+        bounds = parts_of(spec, c.key_block)
+        self._config = c = replace(c, partial=len(bounds) > 2 and c.memory != c.acc)  # else dQ's parts are as dQ
+        self._spec, self._layout = spec, layout
+        self._parts = np.array(bounds, np.int64)
+        self.plan = plan_of(spec, len(bounds) - 1, c)
+        self.run = _entry(c)
+        self.merge_stage: Stage | None = None
+        self._dq = layout.dq
+        if self.plan.splits > 1:
+            self._split()
+        values = _values(c, spec, layout, self.plan.splits)
+        values |= {f"dq_{a}": n for a, n in zip(_AXES, self._dq, strict=True)}
+        ready = -(-spec.q_len // c.panel) * c.panel * _ready_bytes(c, values)
+        kept = ready <= _KEPT_BYTES
+        values["kept"] = int(kept)
+        values |= {"q_step": kept * values["key_words"] * c.size, "do_step": kept * values["value_words"] * c.size}
+        values |= {f"{x}_kept": kept * values[f"pack_{x}"] * values[f"{x}_row"] for x in ("q", "do")}
+        longest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+        areas = scratch.backward(
+            c,
+            values,
+            slots=-(-spec.q_len // c.panel) if kept else 1,
+            keys=longest if spec.group > 1 else c.key_block,
+        )
+        self.scratch_bytes = areas.bytes
+        factors = (scores_in_nats if c.scored else split_scale)(spec.scale, c.acc)
+        self._tail = BACKWARD.tail({**values, **areas.at, **factors})
+
+    def _split(self) -> None:
+        """dQ of each part into a workspace of accumulators, row-major, from which a second stage adds them up."""
+        c, spec = self._config, self._spec
+        row = spec.head_size * c.size
+        rows = spec.batch * spec.heads * spec.q_len
+        self._dq = (spec.heads * spec.q_len * row, spec.q_len * row, row, c.size)
+        native, adding = self.run, _adding(replace(c, code=None, partial=False))
+        self.run = lambda call, begin, end, scratch: native(call.items, begin, end, scratch)
+        self.merge_stage = Stage(
+            items=rows,
+            run=lambda call, begin, end, scratch: adding(call.merge, begin, end, scratch),
+            work=rows * spec.head_size * self.plan.splits,
+            workspace_bytes=self.plan.splits * rows * row,
+        )
+
+    def pack(
+        self,
+        q: int,
+        k: int,
+        v: int,
+        o: int,
+        lse: int,
+        do: int,
+        dlse: int,
+        dq: int,
+        dk: int,
+        dv: int,
+        offsets: int,
+        scoring: Scoring | None = None,
+    ) -> bytes | InParts:
+        """The parameters of one call; see engines.PackBackward."""
+        parts = address_of(self._parts)
+
+        def block(dq: int) -> bytes:
+            return BACKWARD.head(q, k, v, o, lse, do, dlse, dq, dk, dv, offsets, 0, 0, 0, 0, parts) + self._tail
+
+        if self.merge_stage is None:
+            return block(dq)
+        stage, spec = self.merge_stage, self._spec
+        workspace = np.zeros(stage.workspace_bytes if dq else 0, np.uint8)
+        at = address_of(workspace) if dq else 0
+        sizes = {
+            "parts": at,
+            "dq": dq,
+            **{f"dq_{a}": n for a, n in zip(_AXES, self._layout.dq, strict=True)},
+            "heads": spec.heads,
+            "q_len": spec.q_len,
+            "head_size": spec.head_size,
+            "splits": self.plan.splits,
+            "split": stage.workspace_bytes // self.plan.splits,
+        }
+        return InParts(block(at), add_parts.CALL.pack(sizes), workspace)
+
+
+def plan_of(spec: AttentionSpec, splits: int, c: Config) -> Plan:
+    """The work items: one for each head of K and V and part of its keys."""
+    times, over = _TIMES_FORWARD
+    rows = max(1, -(-spec.q_len // c.panel)) * c.panel
+    flops = flops_of(spec) * times // over
+    return Plan(spec.batch, spec.heads, 1, splits, rows, c.key_block, flops, 0, spec.group)
+
+
+def parts_of(spec: AttentionSpec, key_block: int) -> list[int]:
+    """The first key of every part, and the end of the last: equal shares of what rows see, by the spec alone."""
+    blocks = -(-spec.kv_len // key_block)
+    heads = max(1, spec.batch * spec.kv_heads)
+    parts = min(_MOST_PARTS, -(-_ENOUGH_ITEMS // heads), blocks)
+    if parts < 2:
+        return [0, spec.kv_len]
+    starts = np.arange(blocks) * key_block
+    middle = np.minimum(starts + key_block // 2, spec.kv_len - 1)
+    seen = np.cumsum(_rows_that_see(spec, middle))
+    bounds = [0]
+    for n in range(1, parts):
+        block = int(np.searchsorted(seen, seen[-1] * n / parts)) + 1
+        bounds.append(min(max(block, bounds[-1] + 1), blocks - (parts - n)))
+    return [n * key_block for n in bounds] + [spec.kv_len]
+
+
+def _rows_that_see(spec: AttentionSpec, keys: np.ndarray) -> np.ndarray:
+    """How many rows see each of these keys by the band; all of them where offsets come with the call."""
+    if spec.band is None or spec.offset is None:
+        return np.full(len(keys), spec.q_len)
+    low, high = np.zeros(len(keys), np.int64), np.full(len(keys), spec.q_len)
+    if spec.band.right is not None:  # i + offset + right >= j
+        low = np.clip(keys - spec.offset - spec.band.right, 0, spec.q_len)
+    if spec.band.left is not None:  # i + offset - left <= j
+        high = np.clip(keys - spec.offset + spec.band.left + 1, 0, spec.q_len)
+    return np.maximum(high - low, 0)
+
+
+def _ready_bytes(c: Config, values: dict[str, int]) -> int:
+    """Bytes of a row of Q and dO that are made ready."""
+    found = (values["key_words"] + values["value_words"]) * c.size
+    return found + sum(values[f"{x}_row"] // c.per_word for x in ("q", "do") if values[f"pack_{x}"])
+
+
+def _values(c: Config, spec: AttentionSpec, layout: BackwardLayout, splits: int) -> dict[str, int]:
+    """The words of the parameter block, but for pointers and areas."""
+    depth, value_depth = c.key_words(spec.head_size), c.key_words(spec.value_size)
+    columns = c.padded(spec.head_size)
+    wide, value_wide = (-(-size // c.lanes) * c.lanes for size in (spec.head_size, spec.value_size))
+    tensors = {name: getattr(layout, name) for name in ("q", "k", "v", "o", "do", "dk", "dv")}
+    foreign = c.memory != c.acc  # elements that the multiply-add cannot read from memory
+    in_words = c.storage == c.product.operand
+
+    def loose(name: str) -> bool:
+        return tensors[name][3] != c.element
+
+    def unlike_words(name: str, size: int) -> bool:
+        return loose(name) or (not in_words or size % c.per_word != 0 if c.product.operand else foreign)
+
+    def unlike_columns(name: str, size: int, columns: int) -> bool:
+        return loose(name) or c.per_word > 1 or foreign or columns != size
+
+    return {
+        **{f"{t}_{a}": n for t, strides in tensors.items() for a, n in zip(_AXES, strides, strict=True)},
+        "heads": spec.heads,
+        "kv_heads": spec.kv_heads,
+        "group": spec.group,
+        "q_len": spec.q_len,
+        "kv_len": spec.kv_len,
+        "head_size": spec.head_size,
+        "value_size": spec.value_size,
+        "key_words": depth,
+        "value_words": value_depth,
+        "splits": splits,
+        "dq_split": spec.batch * spec.heads * spec.q_len * spec.head_size * c.size,
+        "columns": columns,
+        "q_columns": wide,
+        "do_columns": value_wide,
+        "key_registers": wide // c.lanes,
+        "value_registers": value_wide // c.lanes,
+        **band_of(spec),
+        "segment_b": 0,
+        "segment_h": 0,
+        "pack_k": int(unlike_words("k", spec.head_size)),
+        "pack_v": int(unlike_words("v", spec.value_size)),
+        "pack_k_columns": int(unlike_columns("k", spec.head_size, columns)),
+        "pack_q": int(unlike_columns("q", spec.head_size, wide)),
+        "pack_do": int(unlike_columns("do", spec.value_size, value_wide)),
+        "k_row": depth * c.size,
+        "v_row": value_depth * c.size,
+        **dict.fromkeys(("q_row", "dk_row"), wide * c.size),
+        **dict.fromkeys(("do_row", "dv_row"), value_wide * c.size),
+    }

@@ -1,0 +1,341 @@
+"""The backward kernel: dQ, dK and dV in one pass of five products over key blocks, from o and lse of the forward.
+
+A work item is one head of K and V, or a part of its keys, with all the query heads that share it. For each query head
+it walks the key blocks as the forward does (walk.py): K and V of a block are made ready once, every panel of queries
+visits it (visit.py), and its dK and dV are done, while dQ of the whole head is summed as it goes. So a row's arithmetic
+depends on where its panel and its key blocks stand in the whole problem only, never on the threads.
+
+Results are added to what dQ, dK and dV hold.
+
+Source: Dao 2023, FlashAttention-2, section 3.1.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+
+from flashtile.kernels.cpu.block import BACKWARD
+from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.passes.item import Call, Item
+from flashtile.kernels.cpu.passes.visit import Sizes, Wanted, emit_visits
+from flashtile.kernels.cpu.passes.walk import by_band, by_segments
+from flashtile.kernels.cpu.scratch import Work, work_bytes
+from flashtile.kernels.cpu.steps.add import emit_add_lanes, emit_add_rows, emit_join_rows
+from flashtile.kernels.cpu.steps.band import Seen
+from flashtile.kernels.cpu.steps.contain import emit_scan
+from flashtile.kernels.cpu.steps.differentiate import RowState, emit_row_state
+from flashtile.kernels.cpu.steps.pack import emit_pack_columns, emit_pack_rows, emit_transpose
+from flashtile.kernels.cpu.steps.softmax import Factors
+from flashtile.llvm.ir import Function, Module, Value
+from flashtile.llvm.lines import Panel, Rows, Sums, Weights, Words
+from flashtile.llvm.routines import entry
+
+EXPORTS = ("backward",)
+SPAN = 16  # panels whose sums are accumulated separately, before they join those of a key block
+
+
+def backward_text(c: Config) -> str:
+    """LLVM IR of the module that exports backward (routines.entry)."""
+    module = Module()
+    _Backward(module, c).emit()
+    return module.text()
+
+
+@dataclass
+class QueryHead(Item):
+    """One query head of a work item: also dO, its dlse (null: 0), and where gradients go (null: not wanted)."""
+
+    do: Value
+    dlse: Value
+    dq: Value
+    dk: Value
+    dv: Value
+    begins: Value  # it is the first of the query heads that share K and V
+    ends: Value  # it is the last one
+
+
+class _Call(Call):
+    """A backward call: the parameter block, and the areas of scratch memory of each panel or block."""
+
+    def __init__(self, f: Function, c: Config, p: SimpleNamespace, scratch: Value) -> None:
+        self.f, self.c, self.p = f, c, p
+        self.work, self.second = Work(scratch, c), Work(scratch + work_bytes(c), c)
+
+    def head(self, number: Value, n: Value) -> QueryHead:
+        """The n-th query head of work item (b * kv_heads + kv_head) * splits + split."""
+        f, p, c = self.f, self.p, self.c
+        split, number = number % p.splits, number // p.splits
+        b, kv_head = number // p.kv_heads, number % p.kv_heads
+        h = kv_head * p.group + n
+
+        def at(tensor: str, head: Value) -> Value:
+            base = getattr(p, tensor)
+            found = base + (b * getattr(p, f"{tensor}_b") + head * getattr(p, f"{tensor}_h"))
+            return f.select(f.is_null(base), base, found)
+
+        first_row = (b * p.heads + h) * (p.q_len * c.size)
+        bounds = [f.load("i64", p.parts + (split + n) * 8) for n in range(2)]
+        q, o, do, dq = (at(name, h) for name in ("q", "o", "do", "dq"))
+        k, v, dk, dv = (at(name, kv_head) for name in ("k", "v", "dk", "dv"))
+        dlse = f.select(f.is_null(p.dlse), p.dlse, p.dlse + first_row)
+        return QueryHead(
+            b=b,
+            h=h,
+            first=f.const("i64", 0),
+            rows=p.q_len,
+            q=q,
+            k=k,
+            v=v,
+            o=o,
+            lse=p.lse + first_row,
+            first_key=bounds[0],
+            last_key=bounds[1],
+            do=do,
+            dlse=dlse,
+            dq=f.select(f.is_null(dq), dq, dq + split * p.dq_split),
+            dk=dk,
+            dv=dv,
+            begins=n.eq(0),
+            ends=n.eq(p.group - 1),
+        )
+
+    def rows(self, head: QueryHead, tensor: str, first: Value, count: Value) -> Rows:
+        """Rows of a tensor from one on."""
+        size = self.p.value_size if tensor in ("v", "o", "do", "dv") else self.p.head_size
+        stride, step = (getattr(self.p, f"{tensor}_{axis}") for axis in "sd")
+        return Rows(getattr(head, tensor) + first * stride, stride, step, count, size)
+
+    def area(self, name: str, row: Value | int = 0, step: Value | int = 0) -> Value:
+        return self.work.at + (getattr(self.p, f"at_{name}") + row * step)
+
+    def panel(self, name: str, panel: Value) -> Panel:
+        """Transposed rows of Q or dO of the panel that begins at this row."""
+        return Panel(self.area(name, panel, getattr(self.p, f"{name}_step")), self.c.word_line)
+
+    def packed(self, name: str, panel: Value) -> Words:
+        """Rows of Q or dO of a panel as words along columns."""
+        at = self.area(f"{name}_rows", panel // self.c.per_word, getattr(self.p, f"{name}_kept"))
+        return Words(at, getattr(self.p, f"{name}_row"))
+
+    def state(self, panel: Value) -> RowState:
+        return RowState(self.area("state", panel, RowState.LINES * self.c.size), self.c.line)
+
+    def flag(self, name: str, panel: Value) -> Value:
+        """Where it is noted whether the rows of a panel hold anything that is not finite."""
+        return self.area("flags", panel // self.c.panel, 16) + 8 * (name == "do")
+
+    def dq(self, panel: Value) -> Sums:
+        return Sums(self.area("dq", panel, self.p.columns * self.c.size), self.c.line)
+
+    def gradient(self, name: str, row: Value | int = 0) -> Words:
+        """Sums at hand of dK or dV of a block ("dk"), or its totals ("dk_totals")."""
+        stride = getattr(self.p, f"{name[:2]}_row")
+        return Words(self.area(name, row, stride), stride)
+
+    @property
+    def factors(self) -> Factors:
+        return Factors(self.p.c_high, self.p.c_low)
+
+
+class _Backward:
+    """Emits the exported function; the emitted functions that it calls are its fields."""
+
+    def __init__(self, module: Module, c: Config) -> None:
+        self.c = c
+        self.transpose = emit_transpose(module, c, "load_lanes", Panel)
+        self.pack_rows, self.pack_columns = emit_pack_rows(module, c), emit_pack_columns(module, c)
+        self.scan, self.row_state = emit_scan(module, c), emit_row_state(module, c)
+        self.join_rows, self.add_rows = emit_join_rows(module, c), emit_add_rows(module, c)
+        self.add_lanes = emit_add_lanes(module, c.output)
+        self.visits = emit_visits(module, c)
+        self.f = entry(module, "backward")
+
+    def emit(self) -> None:
+        f, (block, begin, end, scratch) = self.f, self.f.parameters
+        p = BACKWARD.load(f, block)
+        self.scale = f.cast("fptrunc", p.scale, self.c.acc)
+        for name in ("sign", "c_high", "c_low"):
+            setattr(p, name, f.cast("fptrunc", getattr(p, name), self.c.acc))
+        self.call = call = _Call(f, self.c, p, scratch)
+        call.work.alpha.fill(1.0, 1)
+        with f.range(begin, end) as number, f.range(0, p.group) as n:
+            self._head(call.head(number, n))
+        f.ret(f.const("i32", 0))
+
+    def _head(self, head: QueryHead) -> None:
+        f, p, c, call = self.f, self.call.p, self.c, self.call
+        grouped = p.group > 1
+        with f.when(grouped & head.begins):
+            self._clear_totals(head.last_key - head.first_key)
+        with f.range(0, p.q_len, c.panel) as panel:
+            count = f.minimum(p.q_len - panel, c.panel)
+            call.dq(panel).fill(0.0, p.columns)
+            rows = {name: call.rows(head, name, panel, count) for name in ("do", "o")}
+            lse, dlse = head.lse + panel * c.size, f.select(f.is_null(head.dlse), head.dlse, head.dlse + panel * c.size)
+            self.row_state(f, **rows, out=call.state(panel), lse=lse, dlse=dlse)
+            with f.when(p.kept.ne(0)):
+                self.make_ready(head, panel)
+        if c.code:
+            call.open_frame(head)
+        walk = by_segments if c.masked else by_band
+        walk(call, head, _Blocks(self, head))
+        with f.when(f.is_null(head.dq).eq(0)), f.range(0, p.q_len, c.panel) as panel:
+            count = f.minimum(p.q_len - panel, c.panel)
+            self.add_lanes(f, sums=call.dq(panel), rows=call.rows(head, "dq", panel, count), factor=self.scale)
+        with f.when(grouped & head.ends):
+            self.add_block(head, head.first_key, head.last_key)
+
+    def make_ready(self, head: QueryHead, panel: Value) -> None:
+        """Q and dO of a panel as lanes, and as rows where they cannot be read as they lie."""
+        f, p, c, call = self.f, self.call.p, self.c, self.call
+        count = f.minimum(p.q_len - panel, c.panel)
+        for name, words, sign in (("q", p.key_words, p.sign), ("do", p.value_words, f.const(c.acc, 1.0))):
+            rows = call.rows(head, name, panel, count)
+            self.transpose(f, rows=rows, words=words, out=call.panel(name, panel), sign=sign)
+            pack = getattr(p, f"pack_{name}").ne(0)
+            scan = partial(self.scan, f, values=Words(rows.at, rows.stride), count=count, size=rows.size)
+            found = f.value_when(pack.eq(0), scan, f.const("i64", 0))
+            found = f.value_when(pack, partial(self._pack, name, rows, call.packed(name, panel)), found)
+            f.store(found, call.flag(name, panel))
+
+    def _pack(self, name: str, rows: Rows, out: Words) -> Value:
+        """Rows of Q or dO as words along columns, zeros in place of what is not finite; whether there was any."""
+        return self.pack_columns(self.f, rows=rows, columns=getattr(self.call.p, f"{name}_columns"), out=out)
+
+    def rows_of(self, head: QueryHead, name: str, panel: Value) -> tuple[Words, Rows]:
+        """The rows of Q or dO of a panel as the exchange reads them, and as they lie, if they are not all finite."""
+        f, p, c, call = self.f, self.call.p, self.c, self.call
+        rows = call.rows(head, name, panel, f.minimum(p.q_len - panel, c.panel))
+        pack, broken = getattr(p, f"pack_{name}").ne(0), f.load("i64", call.flag(name, panel)).ne(0)
+        packed = call.packed(name, f.select(pack, panel, f.const("i64", 0)))
+        with f.when(broken & pack.eq(0)):  # rare: a copy at every visit
+            self._pack(name, rows, packed)
+        copied = pack | broken
+        words = Words(f.select(copied, packed.at, rows.at), f.select(copied, packed.stride, rows.stride))
+        count = f.select(broken, rows.count, f.const("i64", 0))
+        return words, Rows(rows.at, rows.stride, rows.step, count, rows.size)
+
+    def totals(self, name: str, head: QueryHead, start: Value) -> Words:
+        """The totals of dK or dV from a key on: of all keys where several query heads add to them, else of a block."""
+        f, p = self.f, self.call.p
+        return self.call.gradient(f"{name}_totals", f.select(p.group > 1, start - head.first_key, f.const("i64", 0)))
+
+    def _clear_totals(self, count: Value) -> None:
+        for name in ("dk", "dv"):
+            self._clear(self.call.gradient(f"{name}_totals"), count)
+
+    def _clear(self, sums: Words, count: Value) -> None:
+        f, c = self.f, self.c
+        with f.range(0, count * sums.stride, c.register) as at:
+            f.store(f.const(c.vector, 0.0), sums.at + at, align=c.register)
+
+    def start_block(self, count: Value) -> None:
+        """No sums at hand, and none of the block but those of other query heads."""
+        with self.f.when(self.call.p.group.eq(1)):
+            self._clear_totals(count)
+        for name in ("dk", "dv"):
+            self._clear(self.call.gradient(name), count)
+
+    def join(self, head: QueryHead, start: Value, count: Value) -> None:
+        """The sums of a span of panels into those of their block."""
+        for name in ("dk", "dv"):
+            self.join_rows(self.f, sums=self.call.gradient(name), totals=self.totals(name, head, start), count=count)
+
+    def add_block(self, head: QueryHead, start: Value, stop: Value) -> None:
+        """The totals of keys into dK and dV."""
+        f, call = self.f, self.call
+        for name, factor in (("dk", self.scale), ("dv", f.const(self.c.acc, 1.0))):
+            with f.when(f.is_null(getattr(head, name)).eq(0)):
+                rows = call.rows(head, name, start, stop - start)
+                self.add_rows(f, sums=self.totals(name, head, start), rows=rows, factor=factor)
+
+
+class _Blocks:
+    """The visitor of the backward: K and V of a block, and one panel after another visits them."""
+
+    def __init__(self, backward: _Backward, head: QueryHead) -> None:
+        self.backward, self.head, self.call = backward, head, backward.call
+
+    def end_span(self) -> None:
+        """Nothing: dK and dV have spans of panels."""
+
+    def block(self, start: Value, stop: Value) -> Callable[[Value, Seen], None]:
+        """K and V of the keys [start, stop): as they lie, or converted into scratch; K also as words along columns."""
+        f, call, head, kernel = self.call.f, self.call, self.head, self.backward
+        p, c, count = call.p, call.c, stop - start
+        self.start, self.stop = start, stop
+        kernel.start_block(count)
+        beyond = start + (count + (c.rows - 1)) // c.rows * c.rows > p.kv_len  # score tiles read whole
+        operands = []
+        for name, words in (("k", p.key_words), ("v", p.value_words)):
+            rows, row = call.rows(head, name, start, count), getattr(p, f"{name}_row")
+            pack, packed = getattr(p, f"pack_{name}").ne(0) | beyond, Words(call.area(name), row)
+            with f.when(pack):
+                kernel.pack_rows(f, rows=rows, words=words, out=packed)
+            operands.append(Words(f.select(pack, packed.at, rows.at), f.select(pack, row, rows.stride)))
+        rows, packed = call.rows(head, "k", start, count), Words(call.area("k_columns"), p.columns * c.size)
+        pack = p.pack_k_columns.ne(0)
+        scan = partial(kernel.scan, f, values=Words(rows.at, rows.stride), count=count, size=rows.size)
+        copied = pack | f.value_when(pack.eq(0), scan, f.const("i64", 0)).ne(0)
+        with f.when(copied):
+            kernel.pack_columns(f, rows=rows, columns=p.columns, out=packed)
+        columns = Words(f.select(copied, packed.at, rows.at), f.select(copied, packed.stride, rows.stride))
+        keys, values = operands
+        return partial(self._visit, keys, values, columns)
+
+    def end_block(self) -> None:
+        f, kernel, head = self.call.f, self.backward, self.head
+        kernel.join(head, self.start, self.stop - self.start)
+        with f.when(self.call.p.group.eq(1)):
+            kernel.add_block(head, self.start, self.stop)
+
+    def _visit(self, keys: Words, values: Words, key_columns: Words, panel: Value, seen: Seen) -> None:
+        """One panel's visit, if it sees any of the block: by the function of as many registers as it has."""
+        f, call, c, p, kernel, head = self.call.f, self.call, self.call.c, self.call.p, self.backward, self.head
+        lanes = f.minimum(p.q_len - panel, c.panel)
+
+        def dispatch(n: int, **arguments: object) -> None:
+            visit = kernel.visits[n - 1]
+            if n == 1:
+                visit(f, **arguments)
+            else:
+                full = lanes > (n - 1) * c.lanes
+                f.either(full, lambda: visit(f, **arguments), lambda: dispatch(n - 1, **arguments))
+
+        with f.when(seen.some_from < seen.some_to):
+            with f.when(p.kept.eq(0)):
+                kernel.make_ready(head, panel)
+            if c.code:
+                call.frame.write(row=panel, block=self.start)
+            query_rows, _ = kernel.rows_of(head, "q", panel)
+            output_rows, broken = kernel.rows_of(head, "do", panel)
+            words = call.second.scores.at if c.per_word == 1 else call.area("words")
+            wanted = (f.select(f.is_null(x), f.const("i64", 0), f.const("i64", 1)) for x in (head.dq, head.dk, head.dv))
+            dispatch(
+                c.isa.vectors,
+                work=call.work,
+                second=call.second,
+                words=Weights(words, c.word_line),
+                queries=call.panel("q", panel),
+                outputs=call.panel("do", panel),
+                state=call.state(panel),
+                keys=keys,
+                values=values,
+                key_columns=key_columns,
+                query_rows=query_rows,
+                output_rows=output_rows,
+                dq=call.dq(panel),
+                dk=call.gradient("dk"),
+                dv=call.gradient("dv"),
+                broken=broken,
+                sizes=Sizes(p.key_words, p.value_words, p.columns, p.key_registers, p.value_registers),
+                wanted=Wanted(*wanted),
+                seen=seen,
+                lanes=lanes,
+                factors=call.factors,
+            )
+        with f.when((panel // c.panel % SPAN).eq(SPAN - 1)):
+            kernel.join(head, self.start, self.stop - self.start)

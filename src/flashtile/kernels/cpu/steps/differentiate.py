@@ -1,0 +1,176 @@
+"""Between the products of the backward, line by line: scores and dP become weights and dS.
+
+    P = exp(S - lse),   dS = P (dP - delta),   delta = rowsum(dO * O) - dlse
+
+Source: Dao 2023, FlashAttention-2, section 3.1.2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from decimal import Decimal, localcontext
+from functools import partial
+from typing import Any
+
+from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.steps.pack import read
+from flashtile.kernels.cpu.steps.softmax import Factors
+from flashtile.llvm import math as vmath
+from flashtile.llvm.ir import Function, Module, Value
+from flashtile.llvm.lines import Lines, Rows, Scores, Weights
+from flashtile.llvm.routines import Routine
+from flashtile.llvm.types import lanes as lanes_of
+from flashtile.llvm.types import like
+
+TILE_ROWS = 12  # lines past the last that the exchange may read, and that are 0
+
+
+class RowState(Lines):
+    """What the backward knows of a panel's rows: lines of lse log2(e) in two parts, high and low, and of delta."""
+
+    LINES = 3
+
+
+def emit_row_state(module: Module, c: Config) -> Routine:
+    """lse and delta of the rows of a panel. A row without a key, and a lane without a row, has an lse of +inf: all
+    weights are 0 there."""
+    kinds: dict[str, Any] = {"do": Rows.kind(), "o": Rows.kind(), "out": RowState.of(c.line)}
+    f = Routine(module, "row_state", **kinds, lse="ptr", dlse="ptr")
+    do, o, out, lse, dlse = f.parameters
+    given = f.is_null(dlse).eq(0)
+    for number, line in ((math.inf, 0), (0.0, 1), (0.0, 2)):
+        out.line(line).fill(number, 1)
+    n = c.lanes
+    both = do.adjacent(c.element) & o.adjacent(c.element)
+    chunks = f.select(both, do.size // n * n, f.const("i64", 0))
+    with f.range(0, do.count) as lane:
+        ours, theirs = (x.at + lane * x.stride for x in (do, o))
+
+        def add(count: int, ours: Value = ours, theirs: Value = theirs) -> Callable[..., list[Value]]:
+            def step(column: Value, total: list[Value]) -> list[Value]:
+                a, b = (read(f, c, at + column * x.step, count) for at, x in ((ours, do), (theirs, o)))
+                return [c.isa.multiply_add(f, a, b, total[0])]
+
+            return step
+
+        registers = f.fold(0, chunks, n, [f.const(c.vector, 0.0)], add(n))
+        rest = f.fold(chunks, do.size, 1, [f.const(c.acc, 0.0)], add(1))
+        delta = _across(f, registers[0]) + rest[0]
+        at = lane * c.size
+        known = f.value_when(given, partial(f.load, c.acc, dlse + at, 1), f.const(c.acc, 0.0))
+        nats = f.load(c.acc, lse + at, align=1)
+        high, low = _octaves(f, c, nats)
+        nothing = nats.eq(-math.inf)
+        f.store(f.select(nothing, f.const(c.acc, math.inf), high), out.lane(lane).at)
+        f.store(f.select(nothing, f.const(c.acc, 0.0), low), out.lane(lane).line(1).at)
+        f.store(delta - known, out.lane(lane).line(2).at)
+    f.ret()
+    return f
+
+
+def _across(f: Function, register: Value) -> Value:
+    """The sum of a register's lanes."""
+    n = lanes_of(register.type)
+    while n > 1:
+        n //= 2
+        register = f.shuffle(register, register, range(n)) + f.shuffle(register, register, range(n, 2 * n))
+    return f.extract(register, 0)
+
+
+def _octaves(f: Function, c: Config, nats: Value) -> tuple[Value, Value]:
+    """nats times log2(e), as high + low: an lse of hundreds would else cost every weight of its row as many ulp."""
+    if c.acc == "float":
+        exact = f.cast("fpext", nats, "double") * (1 / math.log(2))
+        high = f.cast("fptrunc", exact, "float")
+        return high, f.cast("fptrunc", exact - f.cast("fpext", high, "double"), "float")
+    with localcontext() as context:
+        context.prec = 60
+        log2e = 1 / Decimal(2).ln()
+        rest = float(log2e - Decimal(float(log2e)))
+    factor = f.const(c.acc, float(log2e))
+    high = nats * factor
+    if c.isa.fused:
+        return high, f.fma(nats, factor, 0.0 - high) + nats * rest
+    # The exact product of halves of 26 bits. Source: Dekker 1971, A floating-point technique for extending precision.
+    halves = []
+    for x in (nats, factor):
+        big = x * (2.0**27 + 1)
+        upper = big - (big - x)
+        halves.append((upper, x - upper))
+    (a, b), (p, q) = halves
+    return high, ((a * p - high) + a * q + b * p) + b * q + nats * rest
+
+
+def emit_differentiate(module: Module, c: Config, width: int) -> Routine:
+    """The first ``count`` lines of scores become weights, those of ``slopes``, which are dP, become dS; both 0 where
+    a score is -inf: it was hidden, or counts as that. As many lines as a tile of the exchange may reach further are 0.
+    Of the lines, the first register of lanes may see ``reach``, as in accumulate.py.
+
+    Where a product's words hold several lanes, weights and dS are stored as such words, each line where it began; and
+    dS also as ``words`` of several lines each, for the product that goes along lines.
+    """
+    line = c.line
+    kinds: dict[str, Any] = {
+        "scores": Scores.of(line),
+        "slopes": Scores.of(line),
+        "words": Weights.of(c.word_line),
+        "state": RowState.of(line),
+    }
+    f = Routine(module, f"differentiate_{width}", **kinds, count="i64", reach="i64", factors=Factors.of(c))
+    scores, slopes, words, state, count, reach, factors = f.parameters
+    k = c.per_word
+    whole = (count + (k - 1)) // k * k
+    if k > 1:
+        with f.when(whole > count), f.range(0, width * c.register, c.register) as at:
+            scores.store(f.const(c.vector, -math.inf), count, at=at)
+    zero = f.const(c.vector, 0.0)
+    with f.range(0, width * c.register, c.register) as at:
+        stop = f.clamp(reach + (at // c.size + TILE_ROWS + (k - 1)), 0, whole) // k * k
+        high, low, delta = (state.load(n, at=at) for n in range(RowState.LINES))
+        c_high, c_low = (f.splat(x, c.lanes) for x in (factors.high, factors.low))
+        lane = at // k  # where a line of narrow words has what this register holds
+
+        with f.range(0, stop, k) as first:
+            weights, differences = [], []
+            for u in range(k):
+                score = scores.load(first + u, at=at)
+                # The large terms cancel first, with one rounding; c_low is positive, so -inf stays.
+                near = c.isa.multiply_add(f, score, c_high, 0.0 - high)
+                exponent = near + c.isa.multiply_add(f, score, c_low, 0.0 - low)
+                weight = vmath.weight(f, c.isa, exponent, coarse=c.product.rounds)
+                seen = score.ne(-math.inf)
+                weight = f.select(seen, weight, zero)
+                difference = f.select(seen, weight * (slopes.load(first + u, at=at) - delta), zero)
+                weights.append(weight)
+                differences.append(difference)
+            _store(f, c, weights, scores, first, lane)
+            joined = _store(f, c, differences, slopes, first, lane)
+            if k > 1:
+                words.store(joined, first // k, at=at)
+        with f.range(whole, whole + TILE_ROWS, k) as first:
+            for lines in (scores, slopes):
+                _store(f, c, [zero] * k, lines, first, lane)
+    f.ret()
+    return f
+
+
+def _store(f: Function, c: Config, values: list[Value], lines: Lines, first: Value, lane: Value) -> Value:
+    """Registers of as many lines as a word holds, as what the exchange broadcasts; returns them as words."""
+    words = c.product.join(f, c.isa, values)
+    if c.per_word == 1:
+        lines.store(words, first, at=lane)
+        return words
+    narrow = like(words.type, f"i{8 * c.size // c.per_word}")
+    for u in range(c.per_word):
+        bits = f.cast("trunc", words >> (8 * c.size // c.per_word * u), narrow)
+        f.store(bits, lines.place(first + u, at=lane), align=c.register // c.per_word)
+    return words
+
+
+def weight_at(f: Function, c: Config, lines: Lines, row: Value, lane: Value) -> Value:
+    """One weight, or dS, as it was stored."""
+    at = lines.line(row).at + lane * (c.size // c.per_word)
+    if c.product.operand is None:
+        return f.load(c.acc, at)
+    return c.isa.widen(f, f.load("i16", at), c.product.operand)
