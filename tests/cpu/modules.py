@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.passes.backward import backward_text
 from flashtile.kernels.cpu.passes.decode.kernel import decode_text
 from flashtile.kernels.cpu.passes.forward import forward_text
 from flashtile.kernels.cpu.passes.merge import merge_text
@@ -36,6 +37,7 @@ def modules(isa: ISA) -> dict[str, Callable[[], str]]:
             found[f"decode-{name}"] = partial(decode_text, c)
         if name in ("float", "bfloat-pairs"):
             found[f"forward-{name}-dropout"] = partial(forward_text, replace(c, dropout=True))
+            found[f"backward-{name}-dropout"] = partial(backward_text, replace(c, dropout=True))
     return found
 
 

@@ -132,7 +132,7 @@ def _capabilities(c: Config, sinks: bool) -> Capabilities:
         if sinks
         else _PART_KEYS,  # they join a row's sum when it is done, which no part of its keys knows
         directions=frozenset({"forward", "backward"}),
-        backward_options=frozenset({"band"}),
+        backward_options=frozenset({"band", "dropout"}),
     )
 
 

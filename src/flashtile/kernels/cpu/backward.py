@@ -17,6 +17,7 @@ from flashtile.kernels.cpu.block import BACKWARD, band_of, scores_in_nats, split
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.passes import add_parts
 from flashtile.kernels.cpu.passes.backward import EXPORTS, backward_text
+from flashtile.kernels.cpu.score_values import NO_SCORES, ScoreValues
 from flashtile.llvm import jit
 from flashtile.plan import Plan
 from flashtile.plan.tiling import flops_of
@@ -104,7 +105,7 @@ class Backward:
         row = spec.head_size * c.size
         rows = spec.batch * spec.heads * spec.q_len
         self._dq = (spec.heads * spec.q_len * row, spec.q_len * row, row, c.size)
-        native, adding = self.run, _adding(replace(c, code=None, partial=False))
+        native, adding = self.run, _adding(replace(c, code=None, partial=False, dropout=False))
         self.run = lambda call, begin, end, scratch: native(call.items, begin, end, scratch)
         self.merge_stage = Stage(
             items=rows,
@@ -130,9 +131,11 @@ class Backward:
     ) -> bytes | InParts:
         """The parameters of one call; see engines.PackBackward."""
         parts = address_of(self._parts)
+        scores = ScoreValues.of(scoring, self._config) if scoring else NO_SCORES
 
         def block(dq: int) -> bytes:
-            return BACKWARD.head(q, k, v, o, lse, do, dlse, dq, dk, dv, offsets, 0, 0, 0, 0, parts) + self._tail
+            head = BACKWARD.head(q, k, v, o, lse, do, dlse, dq, dk, dv, offsets, *scores.addresses, parts)
+            return scores.hold(head + self._tail)
 
         if self.merge_stage is None:
             return block(dq)
