@@ -254,6 +254,39 @@ def test_an_array_captured_twice_is_one_sum_and_a_clamped_load_gets_none():
     np.testing.assert_allclose(guarded, gradient(lambda s, b, h, i, j: s + full[j])[full][:4])
 
 
+def test_what_is_read_at_a_fixed_place_belongs_to_the_array():
+    q, k, v, do, dlse = inputs("float64")
+    table = np.random.default_rng(2).standard_normal((3, H, T))
+    layer = 1
+
+    def gradient(score):
+        o, lse = flashtile.attention(q, k, v, score_mod=score, return_lse=True)
+        captured = flashtile.attention_backward(do, q, k, v, o, lse, wrt="captured", score_mod=score).captured
+        assert list(captured)[0] is table and len(captured) == 1
+        return captured[table]
+
+    fixed = gradient(lambda s, b, h, i, j: s * table[-1, 0, 2] + table[layer][h, j] + table[0][-2][j] * j)
+    turning = gradient(
+        lambda s, b, h, i, j: (
+            s * table[h * 0 + 2, h * 0, h * 0 + 2] + table[h * 0 + 1, h, j] + table[h * 0, h * 0 + H - 2, j] * j
+        )
+    )
+    assert fixed.any(axis=(1, 2)).all()
+    np.testing.assert_allclose(fixed, turning, rtol=1e-12, atol=1e-14)
+
+
+def test_a_tie_belongs_to_the_first_operand():
+    s = np.array([-1.0, 0.0, 2.0])
+    for function, slopes in (
+        (lambda s, b, h, i, j: np.maximum(s, 0.0 * i), [0, 1, 1]),
+        (lambda s, b, h, i, j: np.maximum(0.0 * i, s), [0, 0, 1]),
+        (lambda s, b, h, i, j: np.minimum(s, 0.0 * i), [1, 1, 0]),
+        (lambda s, b, h, i, j: np.minimum(0.0 * i, s), [1, 0, 0]),
+    ):
+        program = flashtile.score.Program.of((1, 1, 1, 3), score_mod=function)
+        np.testing.assert_array_equal(program.run([program.score_derivative], s, 0, 0, 0, np.arange(3))[0], slopes)
+
+
 def test_merge_backward_is_the_limit_of_differences():
     r = np.random.default_rng(5)
     pairs = [(r.standard_normal((3, 4)), r.standard_normal(3)) for _ in range(3)]

@@ -430,7 +430,7 @@ def test_bench_prints_a_row_a_case(short_rounds: None, capsys: Capture, flags: l
     assert cli.main(["bench", "--shape", "1,2,32,16", *flags]) == 0
     _, heading, *rows = capsys.readouterr().out.splitlines()
     assert heading.split()[:3] == ["GFLOP/s", "flashtile", "numpy"]
-    assert [row.split()[0] for row in rows] == ["float32", "float32", "float16", "float64"]
+    assert [row.split()[0] for row in rows] == ["float32", "float32", "bfloat16", "float16", "float64"]
     for row in rows:
         *speeds, ratio = row.split(")")[1].split()
         assert all(float(speed) > 0 for speed in speeds)

@@ -20,8 +20,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "docs" / "images"
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-STARPU = re.compile(r"import starpu\b|flashtile\.starpu\b|engine=\"starpu\"")
-OPTIONAL_IMPORT = re.compile(r"import (?:\w+, )*(?:flashtile\.)?(torch|ml_dtypes|transformers)\b")
+STARPU = re.compile(r"import starpu(_mpi)?\b|flashtile\.starpu(_mpi)?\b|engine=\"starpu\"")
+OPTIONAL_IMPORT = re.compile(r"import (?:\w+, )*(?:flashtile\.)?(torch|jax|ml_dtypes|transformers)\b")
 
 
 def python_blocks(text: str) -> str:
@@ -43,9 +43,12 @@ def run_page(text: str, name: str, path: str) -> doctest.TestResults:
 def run_in_a_process(page: pathlib.Path, folder: pathlib.Path) -> None:
     """Run a page that starts and stops StarPU, of which a process has one; files that it writes go to the folder."""
     from flashtile.engines import starpu
+    from flashtile.engines.starpu_mpi import build as ranks
 
     if reason := starpu.unavailable():
         pytest.skip(f"StarPU: {reason}")
+    if "starpu_mpi" in page.read_text() and (reason := ranks.missing()):
+        pytest.skip(f"StarPU-MPI: {reason}")
     command = [sys.executable, __file__, str(page)]
     done = run(command, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr

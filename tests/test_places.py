@@ -53,7 +53,8 @@ TABLE: dict[str, Place] = {
     "starpu_mpi": Place("engines.starpu_mpi", "errors arrays score spec options starpu"),
     "calls": Place("calls", "errors arrays spec options contract engines"),
     "doors": Place(
-        "api torch transformers autograd devices gradients merge sdpa explain plot picture starpu starpu_mpi nntile",
+        "api torch transformers flash_attn jax xla autograd devices gradients merge explain plot picture starpu "
+        "starpu_mpi nntile",
         "errors arrays score spec options plan contract owners engines direct starpu starpu_mpi calls",
     ),
     "package": Place("", "errors arrays score doors"),

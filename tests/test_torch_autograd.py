@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,17 +151,20 @@ def test_gradients_of_sdpa_by_the_accuracy_rule(attend: Any, storage: Any, optio
 
 @pytest.mark.parametrize("needed", range(1, 8))
 def test_only_what_is_needed_is_computed(needed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flashtile import kernels
+    from flashtile import autograd
 
     wanted: list[Any] = []
-    pick = kernels.pick
+    run = autograd.run_backward
 
-    def noting(spec: Any, name: str, direction: str = "forward") -> kernels.Family:
-        family = pick(spec, name, direction)
-        backward = family.backward
-        return replace(family, backward=lambda *a: wanted.append(a[4]) or backward(*a)) if backward else family
+    def noting(*call: Any, **owner: Any) -> Any:
+        arrays, names = call[3], call[6]
+        wanted.append(names)
+        assert {name for name in ("dq", "dk", "dv") if name in arrays} == {
+            f"d{n}" for n in names if n in ("q", "k", "v")
+        }
+        return run(*call, **owner)
 
-    monkeypatch.setattr(kernels, "pick", noting)
+    monkeypatch.setattr(autograd, "run_backward", noting)
     q, k, table = draw(1, 2, 4, 3), draw(1, 2, 4, 3, seed=1), draw(2, 4, seed=2)
     given = [x.requires_grad_(bool(needed >> n & 1)) for n, x in enumerate((q, k, table))]
     bias = draw(4, 4, seed=3)
@@ -256,7 +258,7 @@ def test_hooks_on_saved_tensors_and_checkpointing() -> None:
     rerun = [gradients(lambda *a, r=r: checkpoint(call, *a, use_reentrant=r)) for r in (False, True)]
     for got in (hooked, *rerun):
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    sizes = {(B, H, S, D), (B, KV, T, D), (B, KV, T, E), (B, H, S, E), (B, H, S), tuple(TABLE.shape)}
+    sizes = {(B, H, S, D), (B, KV, T, D), (B, KV, T, E), (B, H, S, E), (B, H, S), tuple(TABLE.shape), ()}  # () the seed
     assert {tuple(x) for x in packed} == sizes  # the last by square
 
 
@@ -315,13 +317,12 @@ def test_what_cannot_be_recorded_is_refused() -> None:
     with pytest.raises(UnavailableError, match="^kernel: got 'triton'"):
         attention(q, k, v, kernel="triton")
     o = attention(q, k, v)
-    with pytest.raises(UnavailableError, match="^create_graph: got True, expected False"):
-        torch.autograd.grad(o.sum(), q, create_graph=True)
-    with pytest.raises(UnavailableError, match="without memory"):
-        torch.autograd.grad(o, q, torch.ones(3, *o.shape, dtype=o.dtype), is_grads_batched=True, retain_graph=True)
-    for transform in (torch.func.grad, torch.func.jacrev):
-        with pytest.raises(flashtile.SpecError, match="^q: got a Tensor without memory"):
-            transform(lambda x: attention(x, k.detach(), v.detach()).sum())(q.detach())
+    (first,) = torch.autograd.grad(attention(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(UnavailableError, match="^is_grads_batched: got True"):
+        o = attention(q, k, v)
+        torch.autograd.grad(o, q, torch.ones(3, *o.shape, dtype=o.dtype), is_grads_batched=True)
+    with pytest.raises(UnavailableError, match="^create_graph: got a derivative of attention's gradients"):
+        torch.autograd.grad(first.sum(), k)
 
 
 def test_tangents_of_captured_tensors_are_refused() -> None:

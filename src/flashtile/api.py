@@ -150,8 +150,8 @@ def attention(
 
 
 def _attend_others(q: Any, k: Any, v: Any, *, unknown: dict[str, Any], **keywords: Any) -> Any:
-    """Refuse unknown keywords; hand torch tensors to their door, arrays on a GPU to its own call, and subclasses of
-    ndarray back to attention as plain arrays."""
+    """Refuse unknown keywords; hand torch tensors to their door, arrays on a GPU to its own call, JAX's to be lent, and
+    subclasses of ndarray back to attention as plain arrays."""
     check_keywords(attention, unknown)
     if any(map(is_torch, (q, k, v))):
         import flashtile.torch
@@ -161,4 +161,8 @@ def _attend_others(q: Any, k: Any, v: Any, *, unknown: dict[str, Any], **keyword
         from flashtile import devices
 
         return devices.attention(q, k, v, **keywords)
+    if type(q).__module__.partition(".")[0] in ("jax", "jaxlib"):
+        from flashtile import devices
+
+        return devices.attention_lent(q, k, v, **keywords)
     return attention(plain(q, "q"), plain(k, "k"), plain(v, "v"), **keywords)

@@ -10,6 +10,7 @@ import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +42,7 @@ CASES = (
     Case((1, 8, 1024, 64), "float32"),
     Case((1, 8, 1024, 64), "float32", causal=True),
     Case((1, 8, 1024, 128), "float32"),
+    Case((1, 8, 1024, 64), "bfloat16"),
     Case((1, 8, 1024, 64), "float16"),
     Case((1, 8, 1024, 64), "float64"),
 )
@@ -60,6 +62,9 @@ def table(cases: list[Case], *, backward: bool = False) -> Iterator[str]:
     Raises: KernelError if a result of flashtile is not accurate; nothing wrong is timed.
     """
     peers = ["numpy"] + ["torch"] * (importlib.util.find_spec("torch") is not None)
+    if importlib.util.find_spec("ml_dtypes") is None and any(case.dtype == "bfloat16" for case in cases):
+        yield "no bfloat16: NumPy's comes from ml_dtypes (pip install ml_dtypes)"
+        cases = [case for case in cases if case.dtype != "bfloat16"]
     yield f"{'GFLOP/s':<36}" + "".join(f"{name:>11}" for name in ["flashtile", *peers, "ratio"])
     for case in cases:
         speed = _measure(case, peers, backward)
@@ -73,7 +78,7 @@ def _measure(case: Case, peers: list[str], backward: bool) -> dict[str, float]:
     """Median GFLOP/s by contestant; a peer whose result is not accurate is absent. Rounds are interleaved, so that a
     busy moment of the machine meets all."""
     rng = np.random.default_rng(0)
-    arrays = [rng.standard_normal(case.shape).astype(case.dtype) for _ in range(4 if backward else 3)]
+    arrays = [rng.standard_normal(case.shape).astype(_dtype(case.dtype)) for _ in range(4 if backward else 3)]
     known: dict[str, Callable[..., Contestant]] = _DIFFERENTIATING if backward else _CONTESTANTS
     contestants = {name: known[name](*arrays, case.causal) for name in ["flashtile", *peers]}
     right = {name: _accurate(call(), *arrays, causal=case.causal) for name, call in contestants.items()}
@@ -85,6 +90,32 @@ def _measure(case: Case, peers: list[str], backward: bool) -> dict[str, float]:
             seconds.append(_time(contestants[name]))
     flops = case.flops(backward)
     return {name: flops / 1e9 / float(np.median(seconds)) for name, seconds in times.items()}
+
+
+def _dtype(name: str) -> np.dtype:
+    if name == "bfloat16":
+        import ml_dtypes  # adds it to NumPy
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def _wide(x: np.ndarray) -> type:
+    """What NumPy computes in, which has no fast 16-bit products."""
+    return np.float64 if x.dtype == np.float64 else np.float32
+
+
+def _tensor(x: np.ndarray) -> Any:
+    import torch
+
+    return torch.from_numpy(x) if x.dtype.kind == "f" else torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+
+
+def _array(x: Any, like: np.ndarray) -> np.ndarray:
+    import torch
+
+    found: np.ndarray = x.numpy() if like.dtype.kind == "f" else x.view(torch.int16).numpy().view(like.dtype)
+    return found
 
 
 def _accurate(result: tuple[np.ndarray, ...], *arrays: np.ndarray, causal: bool) -> bool:
@@ -128,7 +159,7 @@ def _flashtile_backward(q: np.ndarray, k: np.ndarray, v: np.ndarray, do: np.ndar
 
 def _numpy(q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool) -> Contestant:
     """The unfused three stages, in place where NumPy can; float16 in float32, for which there is a BLAS."""
-    wide = np.float32 if q.dtype == np.float16 else q.dtype
+    wide: Any = _wide(q)
     hidden = np.triu(np.ones((q.shape[2], k.shape[2]), bool), 1)
 
     def call() -> tuple[np.ndarray, ...]:
@@ -147,7 +178,7 @@ def _numpy(q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool) -> Contest
 
 def _numpy_backward(q: np.ndarray, k: np.ndarray, v: np.ndarray, do: np.ndarray, causal: bool) -> Contestant:
     """The unfused five products, given the weights and the output that the unfused forward left."""
-    wide = np.float32 if q.dtype == np.float16 else q.dtype
+    wide: Any = _wide(q)
     scale = q.shape[-1] ** -0.5
     s = np.matmul(q.astype(wide), k.astype(wide).swapaxes(-1, -2)) * scale
     if causal:
@@ -173,19 +204,19 @@ def _torch(q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool) -> Contest
     import torch
 
     torch.set_num_threads(flashtile.get_num_threads())
-    query, key, value = (torch.from_numpy(x) for x in (q, k, v))
+    query, key, value = (_tensor(x) for x in (q, k, v))
     attend = torch.nn.functional.scaled_dot_product_attention
-    return lambda: (attend(query, key, value, is_causal=causal).numpy(),)
+    return lambda: (_array(attend(query, key, value, is_causal=causal), q),)
 
 
 def _torch_backward(q: np.ndarray, k: np.ndarray, v: np.ndarray, do: np.ndarray, causal: bool) -> Contestant:
     import torch
 
     torch.set_num_threads(flashtile.get_num_threads())
-    query, key, value = tensors = [torch.from_numpy(x).requires_grad_() for x in (q, k, v)]
-    arrived = torch.from_numpy(do)
+    query, key, value = tensors = tuple(_tensor(x).requires_grad_() for x in (q, k, v))
+    arrived = _tensor(do)
     o = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=causal)
-    return lambda: tuple(x.numpy() for x in torch.autograd.grad(o, tensors, arrived, retain_graph=True))
+    return lambda: tuple(_array(x, q) for x in torch.autograd.grad(o, tensors, arrived, retain_graph=True))
 
 
 _CONTESTANTS = {"flashtile": _flashtile, "numpy": _numpy, "torch": _torch}

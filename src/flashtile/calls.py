@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +14,8 @@ from flashtile import engines, kernels
 from flashtile.arrays import View, address_of, contiguous, view_of
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import described, wrong
-from flashtile.kernels import BackwardLayout, Layout
+from flashtile.kernels import ArrayShapes, BackwardLayout, Layout
+from flashtile.kernels.gradients import Sums
 from flashtile.score.options import ScoreOptions, Scoring
 from flashtile.spec import LARGEST_POSITION, PER_BATCH, AttentionSpec
 
@@ -24,6 +25,7 @@ CACHE_ENTRIES = 1024
 cache: dict[Hashable, Call] = {}
 # What is picked for a call does not depend on its lengths, so a decoder's next step need not pick again.
 _families: dict[Hashable, kernels.Family] = {}
+_backwards: dict[Hashable, engines.BoundBackward] = {}
 
 
 class Options(NamedTuple):
@@ -122,18 +124,8 @@ def prepare(
 def clear_cache() -> None:
     """Forget every prepared call: the next one chooses its kernel anew."""
     cache.clear()
-    _bound_backward.cache_clear()
+    _backwards.clear()
     _families.clear()
-
-
-@functools.lru_cache(maxsize=CACHE_ENTRIES)
-def _bound_backward(
-    spec: AttentionSpec, layout: BackwardLayout, family: kernels.Family, engine: str
-) -> engines.BoundBackward:
-    """A backward call made ready, by the direct engine where the one named has no backward."""
-    bind = engine_of(spec, engine).bind_backward or engines.pick("direct").bind_backward
-    assert bind is not None
-    return bind(spec, layout, family)
 
 
 def run_backward(
@@ -141,21 +133,49 @@ def run_backward(
     family: kernels.Family,
     engine: str,
     arrays: Mapping[str, Any],
-    address: Callable[[Any], int],
     offset: Any,
     scoring: Scoring | None = None,
-) -> None:
-    """Gradients of a family that compiles its backward, added to those of dq, dk and dv that are among `arrays`.
+    wanted: Collection[str | int] = (),
+    *,
+    address: Callable[[Any], int],
+    strides: Callable[[Any], tuple[int, ...]],
+) -> Sums:
+    """Gradients of a family that compiles its backward: of q, k and v added to those of dq, dk and dv that are among
+    `arrays`; returned, those of "sinks" and of captured arrays, by their slots, that are `wanted`.
 
-    The others are q, k, v, o and do, of any strides, lse and possibly dlse, row-major; `address` gives an array's.
+    The others are q, k, v, o and do, of any strides, lse and possibly dlse, row-major; `address` and `strides` ask the
+    library that owns them.
     """
-    absent = (0, 0, 0, 0)
-    names = ("q", "k", "v", "o", "do", "dq", "dk", "dv")
-    layout = BackwardLayout(**{x: view_of(arrays[x]).strides4() if x in arrays else absent for x in names})
-    pack, run = _bound_backward(spec, layout, family, engine)
-    at = {name: address(arrays[name]) if name in arrays else 0 for name in (*names, "lse", "dlse")}
+    captured = {} if scoring is None else scoring.shapes(wanted)
+    real = DTYPES[DTYPES[spec.dtype].accumulator].numpy
+    empty = {n: np.zeros(shape, real) for n, shape in captured.items() if 0 in shape}
+    shapes = tuple(sorted((n, shape) for n, shape in captured.items() if n not in empty))
+    key = spec, family.name, engine, shapes, *((name, strides(x)) for name, x in arrays.items())
+    found = _backwards.get(key)
+    if found is None:
+        _forget_oldest(_backwards)
+        found = _backwards[key] = _bind_backward(spec, family, engine, arrays, shapes)
+    at = dict.fromkeys(_OPERANDS, 0) | {name: address(x) for name, x in arrays.items()}
     offsets = None if spec.offset is not None else np.ascontiguousarray(offset, np.int64)
-    run(pack(**at, offsets=0 if offsets is None else address_of(offsets), scoring=scoring))
+    dsinks = np.zeros((spec.batch, spec.heads), real) if "sinks" in wanted else None
+    beside = {name: 0 if x is None else address_of(x) for name, x in (("offsets", offsets), ("dsinks", dsinks))}
+    params = found.pack(**at, **beside, scoring=scoring)
+    found.run(params)
+    return Sums(None, None, None, dsinks, {**empty, **found.totals(params)})
+
+
+_OPERANDS = ("q", "k", "v", "o", "do", "dq", "dk", "dv", "lse", "dlse")
+
+
+def _bind_backward(
+    spec: AttentionSpec, family: kernels.Family, engine: str, arrays: Mapping[str, Any], shapes: ArrayShapes
+) -> engines.BoundBackward:
+    """A backward call made ready, by the direct engine where the one named has no backward."""
+    absent = (0, 0, 0, 0)
+    layout = BackwardLayout(*(view_of(arrays[x]).strides4() if x in arrays else absent for x in _OPERANDS[:8]))
+    bind = engine_of(spec, engine).bind_backward or engines.pick("direct").bind_backward
+    assert bind is not None
+    return bind(spec, layout, family, shapes)
 
 
 def family_of(spec: AttentionSpec, kernel: object) -> kernels.Family:

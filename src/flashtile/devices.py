@@ -76,6 +76,24 @@ def attention(
     return (o, give_back(library, lse)) if return_lse else o
 
 
+def attention_lent(q: Any, k: Any, v: Any, *, out: Any, **keywords: Any) -> Any:
+    """`flashtile.attention` of JAX's arrays on the CPU, which NumPy reads where they lie.
+
+    Returns:  new arrays of JAX.
+    Raises:   as flashtile.attention; SpecError for a traced array, which has no values yet.
+    """
+    import jax
+
+    from flashtile import api
+
+    one_library(q, k, v, out)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if isinstance(x, jax.core.Tracer):
+            expected = "one with values; inside of jit, grad and vmap call flashtile.jax.dot_product_attention"
+            raise wrong(name, f"a {type(x).__name__}", expected)
+    return jax.device_put(api.attention(*map(np.asarray, (q, k, v)), **keywords))
+
+
 def attend(
     owner: Owner,
     inputs: tuple[Any, Any, Any],

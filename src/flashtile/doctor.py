@@ -11,10 +11,12 @@ from pathlib import Path
 
 import flashtile
 from flashtile import engines, kernels
+from flashtile.dtypes import DTYPES
 from flashtile.engines.starpu_mpi import build as ranks
 from flashtile.errors import FlashtileError
-from flashtile.llvm import cache
+from flashtile.llvm import cache, processors
 from flashtile.llvm import machines as isa
+from flashtile.spec import PRECISIONS
 from flashtile.threads import get_num_threads
 
 Row = tuple[str, str, bool, str]  # room, name, available, why not (or a remark)
@@ -24,7 +26,7 @@ _PACKAGES = ("numpy", "llvmlite", "ml_dtypes", "torch", "jax", "matplotlib", "tq
 
 def survey() -> list[Row]:
     """Every kernel, instruction set, engine and door: (room, name, available, why not, or a remark)."""
-    return [*kernels.survey(), *_isas(), *engines.survey(), *_doors()]
+    return [*kernels.survey(), *_isas(), *_products(), *engines.survey(), *_doors()]
 
 
 def text() -> str:
@@ -71,6 +73,21 @@ def _isas() -> list[Row]:
     for name, machine in isa.known().items():
         reason = isa.unavailable(machine)
         rows.append(("isa", name, reason is None, reason or ("in use" if name == chosen else "")))
+    return rows
+
+
+def _products() -> list[Row]:
+    """How the kernels multiply in each dtype, and in fp32 at each precision that is not its own."""
+    try:
+        machine = isa.current()
+    except FlashtileError:  # the survey of the kernels says why
+        return []
+    asked = [(name, "ieee") for name in DTYPES] + [("float32", name) for name in PRECISIONS if name != "ieee"]
+    rows = []
+    for dtype, precision in asked:
+        choice = processors.choose(machine, dtype, precision, forced=isa.forced())
+        name = dtype if precision == "ieee" else f"{dtype}/{precision}"
+        rows.append(("product", name, True, f"{choice.product.name}: {choice.why}"))
     return rows
 
 

@@ -43,6 +43,7 @@ class Explanation:
     kernel: str
     variant: str  # which of the family's kernels, "" if it has but one
     isa: str  # "" if the kernel does not depend on one
+    product: str  # how the kernel multiplies, and why so; "" if there is no choice
     engine: str
     threads: int
     plan: Plan
@@ -73,6 +74,7 @@ class Explanation:
             *([("sinks", "one more logit in each row's denominator")] if s.sinks else ()),
             *([("dropout", "of the weights, by the seed and position of each")] if s.dropout else ()),
             ("kernel", ", ".join(filter(None, (self.kernel, self.variant, self.isa)))),
+            *([("product", self.product)] if self.product else ()),
             ("engine", f"{self.engine}, {self._threads()}"),
             (
                 "tiles",
@@ -169,6 +171,7 @@ def explain(
         kernel=family.name,
         variant=direction if backward and able.variant else able.variant,
         isa=able.isa,
+        product=able.product,
         engine=chosen.name,
         threads=prepared.threads,
         plan=plan,
@@ -216,7 +219,7 @@ def _prepared_backward(spec: AttentionSpec, views: Sequence[View], family: Famil
         q, k, v = (x.strides4() for x in views)
         o = contiguous(views[0].shape[:-1] + views[2].shape[-1:], spec.dtype, spec.device).strides4()
         fresh = (contiguous(x.shape, spec.dtype, spec.device).strides4() for x in views)
-        kernel = family.compile_backward(spec, BackwardLayout(q, k, v, o, o, *fresh))
+        kernel = family.compile_backward(spec, BackwardLayout(q, k, v, o, o, *fresh), ())
         between = kernel.merge_stage.workspace_bytes if kernel.merge_stage else 0
         return _Prepared(kernel.plan, kernel.scratch_bytes, between, get_num_threads())
     note = "these gradients are computed in NumPy, whose arrays of scores do not count as scratch"

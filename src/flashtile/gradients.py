@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -99,9 +100,9 @@ def attention_backward(
              an array given as bias or alibi_slopes has all of its gradient there.
     Numerics: sums in the accumulator's dtype, then cast. A row that sees no key gives 0; what is hidden
              reaches nothing.
-             With a band alone kernel "cpu" is fused, on all threads, and adds in its accumulators. Else vanilla and
-             reference are unfused, run on the calling thread whatever the engine, and vanilla holds S_q x S_kv scores
-             of a head.
+             Kernel "cpu", which has no dropout here, is fused, on all threads, and adds in its accumulators; vanilla
+             and reference are unfused, run on the calling thread whatever the engine, and vanilla holds S_q x S_kv
+             scores of a head.
     Raises:  SpecError, UnavailableError before any memory is touched.
     Source:  Dao 2023, FlashAttention-2, section 3.1.2.
     """
@@ -120,7 +121,7 @@ def attention_backward(
     if family.compile_backward is not None:
         return _run(problem, family, as_name("engine", engine), inputs, out, accumulate)
     sums = problem.differentiate(family, inputs)
-    return _finish(problem, sums, out, accumulate)
+    return _finish(problem, problem.values(sums), out, accumulate, {})
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,13 +146,17 @@ class Problem:
         offset = offsets if spec.offset is None else spec.offset
         return cls(spec, scoring, offset, names, _sources(names, given, scoring))
 
+    @property
+    def wanted(self) -> frozenset[str | int]:
+        """What a kernel is asked for: "q", "k", "v", "sinks", and slots."""
+        slots = (slots_of(self.scoring, source) for name, source in self.sources if name not in SINGLE)
+        return frozenset(self.names).intersection(SINGLE).union(*slots)
+
     def differentiate(self, family: Any, inputs: Sequence[Any], order: np.ndarray | None = None) -> Sums:
         """The sums of a kernel family for do, q, k, v, o, lse, dlse, of 2 to 4 axes and any float dtype."""
-        slots = (slots_of(self.scoring, source) for name, source in self.sources if name not in SINGLE)
-        wanted = frozenset(self.names).intersection(SINGLE).union(*slots)
         ranks = 4, 4, 4, 4, 4, 3, 3
         wide = Inputs(*(None if x is None else _wide(x, n) for x, n in zip(inputs, ranks, strict=True)))  # type: ignore[arg-type]
-        sums: Sums = family.backward(self.spec, wide, self.offset, self.scoring, wanted, order)
+        sums: Sums = family.backward(self.spec, wide, self.offset, self.scoring, self.wanted, order)
         return sums
 
     def values(self, sums: Sums) -> Iterator[tuple[str, Any, np.ndarray]]:
@@ -254,11 +259,16 @@ def _memory(problem: Problem, inputs: Sequence[Any]) -> list[np.ndarray]:
     return [x for x in (*inputs, *(x for _, x in problem.sources), *captured) if isinstance(x, np.ndarray)]
 
 
-def _finish(problem: Problem, sums: Sums, out: Gradients | None, accumulate: bool) -> Gradients:
-    """The sums in their arrays' dtypes, written to `out` if there is one."""
-    done: dict[str, Any] = {}
+def _finish(
+    problem: Problem,
+    values: Iterable[tuple[str, Any, np.ndarray]],
+    out: Gradients | None,
+    accumulate: bool,
+    done: dict[str, Any],
+) -> Gradients:
+    """Sums in their arrays' dtypes, written to `out` if there is one, beside what is done."""
     captured: list[tuple[Any, np.ndarray]] = []
-    for name, source, value in problem.values(sums):
+    for name, source, value in values:
         target = np.zeros(source.shape, source.dtype) if out is None else _target(out, name, source)
         with np.errstate(over="ignore", invalid="ignore"):  # what the dtype cannot hold is an infinity there
             target[...] = (target.astype(value.dtype) + value if accumulate else value).astype(target.dtype)
@@ -272,19 +282,24 @@ def _finish(problem: Problem, sums: Sums, out: Gradients | None, accumulate: boo
 def _run(
     problem: Problem, family: Any, engine: str, inputs: Sequence[Any], out: Gradients | None, accumulate: bool
 ) -> Gradients:
-    """The gradients of a family that compiles its backward, which adds to arrays."""
+    """The gradients of a family that compiles its backward, which adds those of q, k and v to arrays."""
     do, q, k, v, o, lse, dlse = inputs
     arrays = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": np.ascontiguousarray(lse)}
     if dlse is not None:
         arrays["dlse"] = np.ascontiguousarray(dlse)
     done: dict[str, Any] = {}
     for name, source in problem.sources:
-        done[name] = np.zeros(source.shape, source.dtype) if out is None else _target(out, name, source)
-        if out is not None and not accumulate:
-            done[name][...] = 0
+        if name in ("q", "k", "v"):
+            done[name] = np.zeros(source.shape, source.dtype) if out is None else _target(out, name, source)
+            if out is not None and not accumulate:
+                done[name][...] = 0
     arrays |= {f"d{name}": x for name, x in done.items()}
-    run_backward(problem.spec, family, engine, arrays, address_of, problem.offset, problem.scoring)
-    return Gradients(**done)
+    owner: dict[str, Any] = {"address": address_of, "strides": operator.attrgetter("strides")}
+    call = problem.spec, family, engine, arrays, problem.offset, problem.scoring, problem.wanted
+    sums = run_backward(*call, **owner)
+    rest = [(name, source) for name, source in problem.sources if name not in done]
+    values = [(name, source, _sum_of(sums, name, source, problem.scoring)) for name, source in rest]
+    return _finish(problem, values, out, accumulate, done)
 
 
 def _sum_of(sums: Sums, name: str, source: Any, scoring: Scoring) -> np.ndarray:

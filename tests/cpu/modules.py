@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.passes.add_parts import add_parts_text
 from flashtile.kernels.cpu.passes.backward import backward_text
 from flashtile.kernels.cpu.passes.decode.kernel import decode_text
 from flashtile.kernels.cpu.passes.forward import forward_text
@@ -32,7 +33,9 @@ def modules(isa: ISA) -> dict[str, Callable[[], str]]:
     found: dict[str, Callable[[], str]] = {}
     for name, c in configs(isa).items():
         found[f"forward-{name}"] = partial(forward_text, c)
+        found[f"backward-{name}"] = partial(backward_text, c)
         found[f"merge-{name}"] = partial(merge_text, c)
+        found[f"add_parts-{name}"] = partial(add_parts_text, c)
         if c.product is FMA or c.storage == "bfloat":
             found[f"decode-{name}"] = partial(decode_text, c)
         if name in ("float", "bfloat-pairs"):

@@ -222,3 +222,16 @@ def test_tensors_reach_it_as_they_lie() -> None:
             want, got = gradients(*(x.numpy() for x in arrays), do), [x.grad.numpy() for x in tensors]
         for n, x in zip("qkv", got, strict=True):
             assert x.tobytes() == getattr(want, n).tobytes()
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("rows", "keys"), [(8, 100_000), (100_000, 8)])
+def test_long_sums_keep_to_the_rule(storage: str, rows: int, keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No chain of roundings is as long as the keys, or the rows; of one sign, so that errors of one direction grow."""
+    clear_cache()
+    monkeypatch.setattr(backward, "_MOST_PARTS", 1)
+    q, k, v, do, dlse = inputs(Shape(1, 1, 1, rows, keys, 8, 4), storage)
+    q, k, v, do = (np.abs(x) for x in (q, k, v, do))
+    got = gradients(q, k, v, do, dlse, scale=0.25)
+    assert_gradients_accurate(got, do, q, k, v, dlse=dlse, scale=0.25)
+    clear_cache()

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from flashtile import rooms
 from flashtile.errors import UnavailableError, wrong
-from flashtile.kernels import BackwardLayout, Family, Layout
+from flashtile.kernels import ArrayShapes, BackwardLayout, Family, Layout
 from flashtile.progress import Report
 from flashtile.spec import AttentionSpec
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from flashtile.score.options import Scoring
 
 AUTO_FIRST = ("direct",)
@@ -61,14 +63,16 @@ class PackBackward(Protocol):
         dv: int,
         offsets: int,
         scoring: Scoring | None = None,
+        dsinks: int = 0,
     ) -> Any: ...
 
 
 class BoundBackward(NamedTuple):
-    """A backward call made ready."""
+    """A backward call made ready; `totals` as CompiledBackward.totals."""
 
     pack: PackBackward
     run: Run
+    totals: Callable[[Any], dict[int, np.ndarray]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +82,8 @@ class Engine:
     name: str  # the module's
     unavailable: Callable[[], str | None]  # why it cannot run on this machine, None if it can
     bind: Callable[[AttentionSpec, Layout, Family], Bound]  # called once for a call that may be repeated many times
-    bind_backward: Callable[[AttentionSpec, BackwardLayout, Family], BoundBackward] | None = None  # None: forward only
+    # None: forward only
+    bind_backward: Callable[[AttentionSpec, BackwardLayout, Family, ArrayShapes], BoundBackward] | None = None
     remark: Callable[[], str] = rooms.no_remark  # what `flashtile doctor` says of it where it is available
 
 

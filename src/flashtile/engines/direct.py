@@ -17,7 +17,7 @@ import numpy as np
 
 from flashtile.engines import Bound, BoundBackward, Engine, Run
 from flashtile.errors import KernelError
-from flashtile.kernels import BackwardLayout, Family, Layout, Runnable, Stage
+from flashtile.kernels import ArrayShapes, BackwardLayout, Family, Layout, Runnable, Stage
 from flashtile.plan import Plan, make_plan
 from flashtile.progress import Report
 from flashtile.spec import AttentionSpec
@@ -47,11 +47,11 @@ def bind(spec: AttentionSpec, layout: Layout, family: Family) -> Bound:
     return Bound(kernel.pack, prepare(plan, kernel))
 
 
-def bind_backward(spec: AttentionSpec, layout: BackwardLayout, family: Family) -> BoundBackward:
+def bind_backward(spec: AttentionSpec, layout: BackwardLayout, family: Family, arrays: ArrayShapes) -> BoundBackward:
     """The same for a backward call, which the kernel itself plans."""
     assert family.compile_backward is not None  # callers look before they bind
-    kernel = family.compile_backward(spec, layout)
-    return BoundBackward(kernel.pack, prepare(kernel.plan, kernel))
+    kernel = family.compile_backward(spec, layout, arrays)
+    return BoundBackward(kernel.pack, prepare(kernel.plan, kernel), kernel.totals)
 
 
 ENGINE = Engine("direct", unavailable, bind, bind_backward)

@@ -10,7 +10,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from flashtile import rooms
 from flashtile.errors import UnavailableError, wrong
@@ -20,9 +20,12 @@ from flashtile.plan import Capabilities, Plan
 from flashtile.spec import AttentionSpec
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from flashtile.score.options import Scoring
 
 __all__ = [
+    "ArrayShapes",
     "BackwardLayout",
     "Capabilities",
     "CompiledBackward",
@@ -44,6 +47,8 @@ __all__ = [
 FASTEST_FIRST = ("cpu", "vanilla", "reference")
 
 Strides = tuple[int, int, int, int]
+# Captured arrays whose gradients are wanted: the numbers of their slots, ascending, and their shapes.
+ArrayShapes: TypeAlias = tuple[tuple[int, tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +131,19 @@ class CompiledBackward(Runnable, Protocol):
         dv: int,
         offsets: int,
         scoring: Scoring | None = None,
+        dsinks: int = 0,
     ) -> Any:
         """Turn addresses into the opaque, immutable parameters of one call.
 
         o and lse are read, and so are do and dlse, like o and lse; a dlse of 0 is one of zeros. The gradients are added
-        to what dq, dk and dv hold; each of them may be 0: not wanted, and then not computed.
+        to what dq, dk and dv hold; each of them may be 0: not wanted, and then not computed. dsinks is a contiguous
+        (B, H) array of zeros of the accumulator's dtype, or 0.
         """
+        ...
+
+    def totals(self, params: Any) -> dict[int, np.ndarray]:
+        """When the call is done: the gradients of the captured arrays that it was compiled for, by slot, in the
+        accumulator's dtype."""
         ...
 
 
@@ -144,14 +156,15 @@ class Family:
     """A kernel family, as its module offers it."""
 
     name: str  # the module's
-    unavailable: Callable[[], str | None]  # why it cannot run on this machine, None if it can
+    # Why it cannot run on this machine, None if it can. Raises: UnavailableError for a wrong setting of the user's.
+    unavailable: Callable[[], str | None]
     capabilities: Callable[[AttentionSpec], Capabilities]  # what it does for this dtype and precision, as data
     compile: Callable[[AttentionSpec, Plan, Layout], CompiledKernel]  # cached inside on what it really depends on
     refuses: Callable[[AttentionSpec], str | None] = _never  # a spec that it is capable of, and why; asked last
     remark: Callable[[], str] = rooms.no_remark  # what `flashtile doctor` says of it where it is available
     # Where Capabilities.directions has "backward", one of these: of NumPy arrays, or as work items for an engine.
     backward: Backward | None = None
-    compile_backward: Callable[[AttentionSpec, BackwardLayout], CompiledBackward] | None = None
+    compile_backward: Callable[[AttentionSpec, BackwardLayout, ArrayShapes], CompiledBackward] | None = None
     tiles: Callable[[], TileKernels] | None = None  # for engines that hold tiles; imported when they are needed
 
 
@@ -234,7 +247,10 @@ def survey() -> list[tuple[str, str, bool, str]]:
     """(room, name, available, reason if not, or a remark) of every kernel family."""
     rows = []
     for name, family in families():
-        reason = family if isinstance(family, str) else family.unavailable()
+        try:
+            reason = family if isinstance(family, str) else family.unavailable()
+        except UnavailableError as wrong_setting:  # which calls raise; a survey tells of the others, too
+            reason = str(wrong_setting)
         remark = family.remark() if reason is None and not isinstance(family, str) else reason
         rows.append(("kernel", name, reason is None, remark or ""))
     return rows

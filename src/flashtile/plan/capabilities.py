@@ -19,6 +19,7 @@ class Capabilities:
     options: frozenset[str]  # "band", "lse", ...: see AttentionSpec.options
     native: bool  # runs without the GIL
     isa: str = ""  # the instruction set in use, for explain and doctor
+    product: str = ""  # how it multiplies, and why so, for explain and doctor
     variant: str = ""  # which of the family's kernels computes this spec, for explain
     head_block: int = 1  # query heads of a work item; divides spec.heads
     part_keys: int | None = None  # fewest keys worth a work item of their own; None: keys are never split

@@ -7,6 +7,7 @@ from .bias import bias
 from .causal import causal
 from .coverage import EMPTY, FULL, PARTIAL, Coverage, coverage
 from .document import document
+from .frozen import FrozenMask, FrozenScore, freeze, thaw
 from .keep import dropout_keep
 from .mask import Mask, Score, dense
 from .padding import padding
@@ -22,6 +23,8 @@ __all__ = [
     "FULL",
     "PARTIAL",
     "Coverage",
+    "FrozenMask",
+    "FrozenScore",
     "Mask",
     "Program",
     "Score",
@@ -32,10 +35,12 @@ __all__ = [
     "dense",
     "document",
     "dropout_keep",
+    "freeze",
     "padding",
     "prefix",
     "relative",
     "softcap",
+    "thaw",
     "varlen",
     "window",
 ]

@@ -85,7 +85,7 @@ def _parts(given: dict[str, Any]) -> tuple[Hashable, dict[str, Captured]]:
             key.append(None)
             continue
         found = capture(given[name], name)
-        values[name] = _single(found) if found.array.size == 1 and name != "alibi_slopes" else found
+        values[name] = found
         key.append((found.element, len(found.array.shape) if name == "alibi_slopes" else _pattern(found)))
     for name, side in (("low", low), ("high", high)):
         if side is not None:
@@ -96,12 +96,6 @@ def _parts(given: dict[str, Any]) -> tuple[Hashable, dict[str, Captured]]:
         values["offset"] = anchors or ScalarCapture(check_int32(int(offset), "align"), "int")
         key.append(anchors.element if anchors else "int")
     return tuple(key), values
-
-
-def _single(found: ArrayCapture) -> ArrayCapture:
-    """An array whose axes all broadcast, as its one element: indexing it, tracing finds no symbol."""
-    place = found.place and found.place._replace(strides=())
-    return ArrayCapture(found.array.reshape(()), found.element, found.source, found.name, place)
 
 
 def _pattern(found: ArrayCapture) -> tuple[bool, ...]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from .capture import Access, Slot
+from .derivative import ArrayGradient, array_gradients, derivative
 from .expr import Expr, postorder
 from .operations import variable
 
@@ -33,6 +34,16 @@ class Code:
         """
         roots = [root for root in (self.score, self.mask) if root is not None]
         return tuple(x for x in postorder(roots) if is_dense(x))
+
+    @cached_property
+    def score_derivative(self) -> Expr | None:
+        """d score / d s as an expression; None where the score is s itself."""
+        return None if self.score is None else derivative(self.score, variable("s"))
+
+    @cached_property
+    def array_gradients(self) -> tuple[ArrayGradient, ...]:
+        """d score / d captured float arrays, one a distinct load."""
+        return () if self.score is None else array_gradients(self.score)
 
     @cached_property
     def mask_slots(self) -> frozenset[int]:

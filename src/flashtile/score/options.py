@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,12 @@ class Scoring:
     @property
     def code(self) -> Code | None:
         return None if self.program is None else self.program.code
+
+    def shapes(self, slots: Collection[Any]) -> dict[int, tuple[int, ...]]:
+        """The shapes of the captured arrays in these slots, by their numbers; of anything else among them nothing."""
+        captures = () if self.program is None else self.program.captures
+        arrays = {n: x.array for n, x in enumerate(captures) if isinstance(x, ArrayCapture)}
+        return {n: tuple(x.shape) for n, x in arrays.items() if n in slots}
 
 
 @dataclass(frozen=True, eq=False)

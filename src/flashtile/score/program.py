@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from .builtin import builtin
 from .capture import Access, ArrayCapture, ScalarCapture, Slot, capture, is_array
 from .causal import causal as causal_mask
 from .code import Code
-from .derivative import ArrayGradient, array_gradients, derivative
+from .derivative import ArrayGradient
 from .evaluate import Evaluation
 from .expr import Expr, node, postorder, rewrite, substitute, text
 from .mask import as_mask, as_score
@@ -124,7 +124,7 @@ class Program:
         given = None if score is variable("s") else score
         check_bounds(given, mask, shape)
         roots = proven([r for r in (given, mask) if r is not None], shape)
-        bound, captures, slots = _number_captures(roots)
+        bound, captures, slots = number_captures(roots)
         parts = iter(bound)
         final = (next(parts) if given is not None else None, next(parts) if mask is not None else None)
         return cls(shape, Code(_structure(*final), *final, slots), captures)
@@ -170,15 +170,15 @@ class Program:
         """The expressions that there are."""
         return [x for x in (self.score, self.mask) if x is not None]
 
-    @cached_property
+    @property
     def score_derivative(self) -> Expr | None:
         """d score / d s as an expression; None where the score is s itself."""
-        return None if self.score is None else derivative(self.score, variable("s"))
+        return self.code.score_derivative
 
-    @cached_property
+    @property
     def array_gradients(self) -> tuple[ArrayGradient, ...]:
         """d score / d captured float arrays, one a distinct load."""
-        return () if self.score is None else array_gradients(self.score)
+        return self.code.array_gradients
 
     def capture(self, source: Any) -> Any:
         """The captured value that a leaf of the expressions reads."""
@@ -232,7 +232,7 @@ def _check_arrays(shape: tuple[int, int, int, int], slopes: Any, bias: Any, mask
         raise SpecError(f"align: got {shown}, expected integers of shape (B,) = ({batch},)")
 
 
-def _number_captures(roots: list[Expr]) -> tuple[list[Expr], tuple[Any, ...], tuple[Slot, ...]]:
+def number_captures(roots: list[Expr]) -> tuple[list[Expr], tuple[Any, ...], tuple[Slot, ...]]:
     """Captured values replaced by slots, numbered in order of first use."""
     captures: dict[Any, Slot] = {}
 

@@ -83,25 +83,28 @@ for _name in ("and", "or", "xor", "lshift", "rshift"):
 
 
 class ArrayProxy:
-    """A captured array: indexed with symbols, one by one or all at once, it gives loads; otherwise it is the array."""
+    """A captured array: indexed with symbols or integers, one by one or all at once, it gives loads, which belong to
+    this very array; otherwise it is the array, or what integers have left of it."""
 
-    def __init__(self, array: Any, name: str, index: tuple[Expr | None, ...] | None = None):
+    def __init__(self, array: Any, name: str):
         self._array, self._name = array, name
         self._capture = capture(array, name)
-        self._index = index or (None,) * self._capture.rank  # None: an axis not indexed yet
+        self._index: tuple[Expr | None, ...] = (None,) * self._capture.rank  # None: an axis not indexed yet
+        self._symbolic = False  # a symbol is among the indices
 
     def __getitem__(self, index: Any) -> Any:
         parts = index if isinstance(index, tuple) else (index,)
         free = [axis for axis, at in enumerate(self._index) if at is None]
-        symbolic = any(isinstance(p, Symbol) for p in parts) or len(free) < len(self._index)
+        symbolic = self._symbolic or any(isinstance(p, Symbol) for p in parts)
+        rest = self._array
         if not symbolic:
-            # NumPy would copy a single element out; the Ellipsis keeps it a view, so its value stays a parameter.
-            single = isinstance(self._array, np.ndarray) and Ellipsis not in parts
             try:
-                return replace_array(self._array[(*parts, Ellipsis) if single else index], self._name)
+                rest = self._array[index]
             except IndexError as e:
                 within = f"one within its shape {tuple(self._array.shape)}"
                 raise SpecError(f"{self._name}: got index {index!r}{located()}, expected {within}") from e
+            if not all(_is_position(p) for p in parts):  # a slice, a mask, numbers of elements: another array
+                return replace_array(rest, self._name)
         bound = list(self._index)
         for axis, part in zip(free, self._spread(parts, len(free)), strict=False):
             if not (isinstance(part, slice) and part == slice(None)):
@@ -109,7 +112,7 @@ class ArrayProxy:
         if None not in bound:
             return Symbol(load(self._capture, tuple(bound)))  # type: ignore[arg-type]
         partial = object.__new__(ArrayProxy)
-        partial.__dict__.update(self.__dict__, _index=tuple(bound))
+        partial.__dict__.update(self.__dict__, _array=rest, _index=tuple(bound), _symbolic=symbolic)
         return partial
 
     def _spread(self, parts: tuple[Any, ...], free: int) -> list[Any]:
@@ -178,8 +181,8 @@ class ArrayProxy:
         return replace_array(function(*(unwrap(a, name) for a in args), **plain), self._name)
 
     def whole(self, operation: str) -> Any:
-        """The array, none of whose axes has an index yet: NumPy would compute with what the index leaves of it."""
-        if any(at is not None for at in self._index):
+        """The array, none of whose axes has a symbol for an index: NumPy would compute with what that leaves of it."""
+        if self._symbolic:
             refuse(
                 f"{self._name}: {operation} of an array that is indexed in part",
                 "index all axes at once, as in table[h, i, j], or compute with the whole array first",
@@ -199,6 +202,13 @@ class ArrayProxy:
 
     def __array__(self, *args: Any, **keywords: Any) -> np.ndarray:
         return np.asarray(self.whole("conversion"), *args)
+
+
+def _is_position(part: Any) -> bool:
+    """Whether an index is an integer, or leaves its axes whole."""
+    if part is Ellipsis or (isinstance(part, slice) and part == slice(None)):
+        return True
+    return isinstance(part, (int, np.integer)) and not isinstance(part, bool)
 
 
 def _flat(args: Any) -> Any:

@@ -16,20 +16,30 @@ import functools
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from flashtile.errors import FlashtileError
-from flashtile.kernels import BackwardLayout, Capabilities, CompiledBackward, CompiledKernel, Family, Layout
+from flashtile.kernels import (
+    ArrayShapes,
+    BackwardLayout,
+    Capabilities,
+    CompiledBackward,
+    CompiledKernel,
+    Family,
+    Layout,
+)
 from flashtile.kernels.cpu import scratch
 from flashtile.kernels.cpu.block import CALL, band_of, scores_in_nats, split_scale
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.score_values import NO_SCORES, ScoreValues, score_steps
 from flashtile.kernels.tiles import TileKernels
 from flashtile.llvm import machines as isas
+from flashtile.llvm import processors
 from flashtile.llvm.blocks import strides_of
-from flashtile.llvm.products import FMA, PAIRS
+from flashtile.llvm.products import FMA
 
 if TYPE_CHECKING:
     from flashtile.kernels.cpu.parts import InParts
     from flashtile.llvm.jit import Library
+    from flashtile.llvm.processors import Choice
+    from flashtile.llvm.products import Product
     from flashtile.plan import Plan
     from flashtile.score.code import Code
     from flashtile.score.options import Scoring
@@ -53,23 +63,30 @@ _MOST_ROWS = 128  # on a key/value head; beyond it their scores and outputs crow
 
 
 def unavailable() -> str | None:
-    """Why no instruction set here can run the kernels; None if one can."""
-    try:
-        isas.current()
-    except FlashtileError as e:
-        return str(e)
+    """None: there is an instruction set for every machine. Raises: UnavailableError where FLASHTILE_ISA names none of
+    this machine's, rather than leave the call to another family in silence."""
+    isas.current()
     return None
 
 
 def config_of(spec: AttentionSpec) -> Config:
     """The configuration that computes this spec on the current instruction set."""
-    return _config(isas.current(), spec.dtype, spec.precision, spec.program, spec.dropout)
+    isa = isas.current()
+    return _config(isa, choice_of(isa, spec.dtype, spec.precision).product, spec.dtype, spec.program, spec.dropout)
+
+
+def choice_of(isa: isas.ISA, dtype: str, precision: str) -> Choice:
+    """The product for a dtype at a precision, and why."""
+    return _choice(isa, dtype, precision, isas.forced())
 
 
 @functools.lru_cache(maxsize=256)
-def _config(isa: isas.ISA, dtype: str, precision: str, code: Code | None, dropout: bool) -> Config:
-    sixteen = dtype == "bfloat16" or precision == "bf16"
-    product = PAIRS if sixteen and isa.bf16_dot else FMA
+def _choice(isa: isas.ISA, dtype: str, precision: str, forced: bool) -> Choice:
+    return processors.choose(isa, dtype, precision, forced=forced)
+
+
+@functools.lru_cache(maxsize=256)
+def _config(isa: isas.ISA, product: Product, dtype: str, code: Code | None, dropout: bool) -> Config:
     return Config(isa, _STORAGE[dtype], product=product, code=code, dropout=dropout)
 
 
@@ -95,7 +112,8 @@ def _few(spec: AttentionSpec) -> bool:
 
 def capabilities(spec: AttentionSpec) -> Capabilities:
     """Tile menus and features for this dtype and precision on the current instruction set."""
-    general = _capabilities(config_of(spec), spec.sinks)
+    c = config_of(spec)
+    general = _capabilities(c, spec.sinks, choice_of(c.isa, spec.dtype, spec.precision), isas.forced())
     return _decoding(general, spec.q_len, spec.group) if decodes(spec) else general
 
 
@@ -115,11 +133,12 @@ def _decoding(general: Capabilities, q_len: int, group: int) -> Capabilities:
 
 
 @functools.lru_cache(maxsize=256)
-def _capabilities(c: Config, sinks: bool) -> Capabilities:
+def _capabilities(c: Config, sinks: bool, choice: Choice, forced: bool) -> Capabilities:
+    rounds = _choice(c.isa, "float32", "bf16", forced).product.rounds
     return Capabilities(
         name="cpu",
         dtypes=frozenset(_STORAGE),
-        precisions=frozenset(("ieee", "bf16") if c.isa.bf16_dot else ("ieee",)),
+        precisions=frozenset(("ieee", "bf16") if rounds else ("ieee",)),
         max_head_size=None,
         query_block=c.panel,
         tile_q=tuple(n * c.panel for n in _PANELS),
@@ -127,12 +146,13 @@ def _capabilities(c: Config, sinks: bool) -> Capabilities:
         options=frozenset(("band", "program", "sinks", "dropout")),
         native=True,
         isa=c.isa.name,
+        product=f"{choice.product.name}: {choice.why}",
         variant="forward",
         part_keys=None
         if sinks
         else _PART_KEYS,  # they join a row's sum when it is done, which no part of its keys knows
         directions=frozenset({"forward", "backward"}),
-        backward_options=frozenset({"band", "dropout"}),
+        backward_options=frozenset({"band", "program", "sinks", "dropout"}),
     )
 
 
@@ -156,11 +176,11 @@ def _partial_config(c: Config) -> Config:
     return replace(c, partial=True)
 
 
-def compile_backward(spec: AttentionSpec, layout: BackwardLayout) -> CompiledBackward:
+def compile_backward(spec: AttentionSpec, layout: BackwardLayout, arrays: ArrayShapes) -> CompiledBackward:
     """The backward kernel of this spec."""
     from flashtile.kernels.cpu.backward import Backward
 
-    return Backward(spec, layout)
+    return Backward(spec, layout, arrays)
 
 
 def tile_kernels() -> TileKernels:

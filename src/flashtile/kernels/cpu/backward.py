@@ -6,24 +6,26 @@ import ctypes
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from flashtile.arrays import address_of
 from flashtile.kernels import Stage
 from flashtile.kernels.cpu import config_of, scratch
+from flashtile.kernels.cpu.array_sums import ArrayPlan, ArraySums, Items
 from flashtile.kernels.cpu.block import BACKWARD, band_of, scores_in_nats, split_scale
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.passes import add_parts
 from flashtile.kernels.cpu.passes.backward import EXPORTS, backward_text
-from flashtile.kernels.cpu.score_values import NO_SCORES, ScoreValues
+from flashtile.kernels.cpu.readings import readings
+from flashtile.kernels.cpu.score_values import NO_SCORES, ScoreValues, score_steps
 from flashtile.llvm import jit
 from flashtile.plan import Plan
 from flashtile.plan.tiling import flops_of
 
 if TYPE_CHECKING:
-    from flashtile.kernels import BackwardLayout
+    from flashtile.kernels import ArrayShapes, BackwardLayout
     from flashtile.llvm.jit import Library
     from flashtile.score.options import Scoring
     from flashtile.spec import AttentionSpec
@@ -58,19 +60,20 @@ def _adding(c: Config) -> Callable[..., int]:
 _libraries: list[Library] = []  # keeps their code in memory
 
 
-class InParts(NamedTuple):
-    """The parameters of a call whose dQ comes in parts."""
+class Params(NamedTuple):
+    """The parameters of a call whose dQ comes in parts, or that has gradients of arrays."""
 
     items: bytes
     merge: bytes
-    workspace: np.ndarray
+    workspace: np.ndarray | None
+    sums: ArraySums
 
 
 class Backward:
     """A compiled backward kernel with the parameter block of one spec and layout."""
 
-    def __init__(self, spec: AttentionSpec, layout: BackwardLayout):
-        c = config_of(spec)
+    def __init__(self, spec: AttentionSpec, layout: BackwardLayout, arrays: ArrayShapes = ()):
+        c = replace(config_of(spec), arrays=tuple(n for n, _ in arrays))
         bounds = parts_of(spec, c.key_block)
         self._config = c = replace(c, partial=len(bounds) > 2 and c.memory != c.acc)  # else dQ's parts are as dQ
         self._spec, self._layout = spec, layout
@@ -79,9 +82,16 @@ class Backward:
         self.run = _entry(c)
         self.merge_stage: Stage | None = None
         self._dq = layout.dq
-        if self.plan.splits > 1:
-            self._split()
-        values = _values(c, spec, layout, self.plan.splits)
+        splits = self.plan.splits
+        items = Items(spec.batch, spec.kv_heads, splits)
+        self._arrays = ArrayPlan(readings(c.code, c.arrays), dict(arrays), c, items)
+        if splits > 1 or arrays:
+            native = self.run
+            self.run = self._arrays.run(lambda call, *items: native(call.items, *items))
+        if splits > 1:
+            self._split(splits)
+        self.plan = _chained(self.plan, self._arrays.shared)
+        values = _values(c, spec, layout, splits)
         values |= {f"dq_{a}": n for a, n in zip(_AXES, self._dq, strict=True)}
         ready = -(-spec.q_len // c.panel) * c.panel * _ready_bytes(c, values)
         kept = ready <= _KEPT_BYTES
@@ -99,19 +109,18 @@ class Backward:
         factors = (scores_in_nats if c.scored else split_scale)(spec.scale, c.acc)
         self._tail = BACKWARD.tail({**values, **areas.at, **factors})
 
-    def _split(self) -> None:
+    def _split(self, splits: int) -> None:
         """dQ of each part into a workspace of accumulators, row-major, from which a second stage adds them up."""
         c, spec = self._config, self._spec
         row = spec.head_size * c.size
         rows = spec.batch * spec.heads * spec.q_len
         self._dq = (spec.heads * spec.q_len * row, spec.q_len * row, row, c.size)
-        native, adding = self.run, _adding(replace(c, code=None, partial=False, dropout=False))
-        self.run = lambda call, begin, end, scratch: native(call.items, begin, end, scratch)
+        adding = _adding(replace(c, code=None, partial=False, arrays=(), dropout=False))
         self.merge_stage = Stage(
             items=rows,
             run=lambda call, begin, end, scratch: adding(call.merge, begin, end, scratch),
-            work=rows * spec.head_size * self.plan.splits,
-            workspace_bytes=self.plan.splits * rows * row,
+            work=rows * spec.head_size * splits,
+            workspace_bytes=splits * rows * row,
         )
 
     def pack(
@@ -128,18 +137,19 @@ class Backward:
         dv: int,
         offsets: int,
         scoring: Scoring | None = None,
-    ) -> bytes | InParts:
+        dsinks: int = 0,
+    ) -> bytes | Params:
         """The parameters of one call; see engines.PackBackward."""
-        parts = address_of(self._parts)
         scores = ScoreValues.of(scoring, self._config) if scoring else NO_SCORES
+        sums = ArraySums(self._arrays)
+        own = *scores.addresses, address_of(self._parts), address_of(sums.words), dsinks
 
         def block(dq: int) -> bytes:
-            head = BACKWARD.head(q, k, v, o, lse, do, dlse, dq, dk, dv, offsets, *scores.addresses, parts)
-            return scores.hold(head + self._tail)
+            return scores.hold(BACKWARD.head(q, k, v, o, lse, do, dlse, dq, dk, dv, offsets, *own) + self._tail)
 
-        if self.merge_stage is None:
-            return block(dq)
         stage, spec = self.merge_stage, self._spec
+        if stage is None:
+            return Params(block(dq), b"", None, sums) if self._config.arrays else block(dq)
         workspace = np.zeros(stage.workspace_bytes if dq else 0, np.uint8)
         at = address_of(workspace) if dq else 0
         sizes = {
@@ -149,10 +159,24 @@ class Backward:
             "heads": spec.heads,
             "q_len": spec.q_len,
             "head_size": spec.head_size,
-            "splits": self.plan.splits,
-            "split": stage.workspace_bytes // self.plan.splits,
+            "splits": len(self._parts) - 1,
+            "split": stage.workspace_bytes // (len(self._parts) - 1),
         }
-        return InParts(block(at), add_parts.CALL.pack(sizes), workspace)
+        return Params(block(at), add_parts.CALL.pack(sizes), workspace, sums)
+
+    def totals(self, params: Any) -> dict[int, np.ndarray]:
+        """The gradients of captured arrays, by their slots, when a call is done."""
+        return params.sums.totals() if self._config.arrays else {}
+
+
+def _chained(plan: Plan, shared: frozenset[str]) -> Plan:
+    """The plan whose work items are chains of those of another one."""
+    return replace(
+        plan,
+        batch=1 if "b" in shared else plan.batch,
+        head_block=plan.heads if "h" in shared else plan.head_block,
+        splits=1 if "j" in shared else plan.splits,
+    )
 
 
 def plan_of(spec: AttentionSpec, splits: int, c: Config) -> Plan:
@@ -235,8 +259,7 @@ def _values(c: Config, spec: AttentionSpec, layout: BackwardLayout, splits: int)
         "key_registers": wide // c.lanes,
         "value_registers": value_wide // c.lanes,
         **band_of(spec),
-        "segment_b": 0,
-        "segment_h": 0,
+        **score_steps(c, spec),
         "pack_k": int(unlike_words("k", spec.head_size)),
         "pack_v": int(unlike_words("v", spec.value_size)),
         "pack_k_columns": int(unlike_columns("k", spec.head_size, columns)),

@@ -25,6 +25,7 @@ class Config:
     partial     attend a part of the keys: outputs and lse in the accumulator's type, to be merged or carried on
     code        the score program, if there is one
     dropout     some weights are dropped: which, the seed and the threshold of the call say
+    arrays      of a backward: the slots of captured arrays whose gradients are wanted
     """
 
     isa: ISA
@@ -35,6 +36,7 @@ class Config:
     partial: bool = False
     code: Code | None = None
     dropout: bool = False
+    arrays: tuple[int, ...] = ()
 
     @property
     def masked(self) -> bool:

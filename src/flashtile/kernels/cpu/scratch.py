@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from flashtile.kernels.cpu.block import FRAME
-from flashtile.kernels.cpu.steps.differentiate import TILE_ROWS, RowState
+from flashtile.kernels.cpu.steps.differentiate import TILE_ROWS, RowState, SinkSums
 from flashtile.kernels.cpu.steps.keep import Kept
 from flashtile.kernels.cpu.steps.spans import LEVELS
 from flashtile.llvm.blocks import Areas
@@ -85,6 +85,7 @@ def backward(c: Config, values: Mapping[str, int], slots: int, keys: int) -> Are
         "words": (block // c.per_word + 1) * line if c.per_word > 1 else 0,
         "cursor": 8 * (panels + 1),
         "dense": len(c.code.dense_loads) * dense_bytes(c) if c.code else 0,
+        "dsink": SinkSums.LINES * line,
         "kept": Kept.nbytes(c) if c.dropout else 0,
     }
     for name, words in (("q", "key_words"), ("do", "value_words")):

@@ -22,7 +22,7 @@ import pkgutil
 from flashtile.errors import UnavailableError
 from flashtile.llvm.machines.base import ISA
 
-__all__ = ["ISA", "current", "known", "unavailable", "usable"]
+__all__ = ["ISA", "current", "forced", "known", "unavailable", "usable"]
 
 
 @functools.cache
@@ -55,6 +55,11 @@ def usable() -> list[str]:
 def current() -> ISA:
     """The instruction set that kernels are generated for: FLASHTILE_ISA, else the best one here."""
     return _named(os.environ.get("FLASHTILE_ISA", ""))
+
+
+def forced() -> bool:
+    """Whether FLASHTILE_ISA names it."""
+    return bool(os.environ.get("FLASHTILE_ISA"))
 
 
 @functools.cache

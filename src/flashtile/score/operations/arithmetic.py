@@ -247,14 +247,13 @@ class _Extremum(Operation):
     larger: bool
 
     def tangent(self, x: Expr, d: tuple[Expr | None, ...]) -> Expr | None:
-        """Of the operand taken; half of each where they are equal."""
+        """Of the operand taken; the first where they are equal."""
         if d == (None, None):
             return None
         a, b = x.args
         da, db = (t if t is not None else const(0.0) for t in d)
-        both = scaled(total(da, db), const(0.5)) or const(0.0)
-        above, below = (da, db) if self.larger else (db, da)
-        return apply("where", apply("lt", b, a), above, apply("where", apply("lt", a, b), below, both))
+        second = apply("lt", a, b) if self.larger else apply("lt", b, a)
+        return apply("where", second, db, da)
 
 
 class Minimum(_Extremum):

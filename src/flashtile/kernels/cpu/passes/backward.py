@@ -12,6 +12,7 @@ Source: Dao 2023, FlashAttention-2, section 3.1.2.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +28,13 @@ from flashtile.kernels.cpu.scratch import Work, work_bytes
 from flashtile.kernels.cpu.steps.add import emit_add_lanes, emit_add_rows, emit_join_rows
 from flashtile.kernels.cpu.steps.band import Seen
 from flashtile.kernels.cpu.steps.contain import emit_scan
-from flashtile.kernels.cpu.steps.differentiate import RowState, emit_row_state
+from flashtile.kernels.cpu.steps.differentiate import (
+    RowState,
+    SinkSums,
+    emit_finish_sink,
+    emit_row_state,
+    emit_sink_sums,
+)
 from flashtile.kernels.cpu.steps.keep import Kept
 from flashtile.kernels.cpu.steps.pack import emit_pack_columns, emit_pack_rows, emit_transpose
 from flashtile.kernels.cpu.steps.softmax import Factors
@@ -57,6 +64,8 @@ class QueryHead(Item):
     dv: Value
     begins: Value  # it is the first of the query heads that share K and V
     ends: Value  # it is the last one
+    number: Value  # of the work item
+    dsink: Value  # null: not wanted
 
 
 class _Call(Call):
@@ -70,7 +79,7 @@ class _Call(Call):
     def head(self, number: Value, n: Value) -> QueryHead:
         """The n-th query head of work item (b * kv_heads + kv_head) * splits + split."""
         f, p, c = self.f, self.p, self.c
-        split, number = number % p.splits, number // p.splits
+        item, split, number = number, number % p.splits, number // p.splits
         b, kv_head = number // p.kv_heads, number % p.kv_heads
         h = kv_head * p.group + n
 
@@ -103,6 +112,8 @@ class _Call(Call):
             dv=dv,
             begins=n.eq(0),
             ends=n.eq(p.group - 1),
+            number=item,
+            dsink=f.select(f.is_null(p.dsinks), p.dsinks, p.dsinks + (b * p.heads + h) * c.size),
         )
 
     def rows(self, head: QueryHead, tensor: str, first: Value, count: Value) -> Rows:
@@ -130,6 +141,10 @@ class _Call(Call):
         """Where it is noted whether the rows of a panel hold anything that is not finite."""
         return self.area("flags", panel // self.c.panel, 16) + 8 * (name == "do")
 
+    @property
+    def dsink(self) -> SinkSums:
+        return SinkSums(self.area("dsink"), self.c.line)
+
     def dq(self, panel: Value) -> Sums:
         return Sums(self.area("dq", panel, self.p.columns * self.c.size), self.c.line)
 
@@ -151,6 +166,7 @@ class _Backward:
         self.transpose = emit_transpose(module, c, "load_lanes", Panel)
         self.pack_rows, self.pack_columns = emit_pack_rows(module, c), emit_pack_columns(module, c)
         self.scan, self.row_state = emit_scan(module, c), emit_row_state(module, c)
+        self.sink_sums, self.finish_sink = emit_sink_sums(module, c), emit_finish_sink(module, c)
         self.join_rows, self.add_rows = emit_join_rows(module, c), emit_add_rows(module, c)
         self.add_lanes = emit_add_lanes(module, c.output)
         self.visits = emit_visits(module, c)
@@ -170,7 +186,9 @@ class _Backward:
 
     def _head(self, head: QueryHead) -> None:
         f, p, c, call = self.f, self.call.p, self.c, self.call
-        grouped = p.group > 1
+        grouped, sink = p.group > 1, call.sink(head)
+        sunk = f.is_null(head.dsink).eq(0) & head.first_key.eq(0) & sink.ne(-math.inf)
+        call.dsink.fill(0.0, SinkSums.LINES)
         with f.when(grouped & head.begins):
             self._clear_totals(head.last_key - head.first_key)
         with f.range(0, p.q_len, c.panel) as panel:
@@ -178,11 +196,16 @@ class _Backward:
             call.dq(panel).fill(0.0, p.columns)
             rows = {name: call.rows(head, name, panel, count) for name in ("do", "o")}
             lse, dlse = head.lse + panel * c.size, f.select(f.is_null(head.dlse), head.dlse, head.dlse + panel * c.size)
-            self.row_state(f, **rows, out=call.state(panel), lse=lse, dlse=dlse)
+            self.row_state(f, **rows, out=call.state(panel), lse=lse, dlse=dlse, sink=sink)
+            with f.when(sunk):
+                self.sink_sums(f, state=call.state(panel), sums=call.dsink, sink=sink)
             with f.when(p.kept.ne(0)):
                 self.make_ready(head, panel)
+        with f.when(sunk):
+            self.finish_sink(f, sums=call.dsink, out=head.dsink)
         if c.code:
             call.open_frame(head)
+            call.frame.write(sums=p.sums, item=head.number)
         walk = by_segments if c.masked else by_band
         walk(call, head, _Blocks(self, head))
         with f.when(f.is_null(head.dq).eq(0)), f.range(0, p.q_len, c.panel) as panel:
@@ -342,6 +365,7 @@ class _Blocks:
                 wanted=Wanted(*wanted),
                 seen=seen,
                 lanes=lanes,
+                dense=p.at_dense,
                 factors=call.factors,
                 **dropout,
             )

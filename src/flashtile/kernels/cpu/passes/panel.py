@@ -61,9 +61,7 @@ def _emit_panel(module: Module, c: Config, width: int, collect: Routine, add: Ro
         drawn = {"draw": draw.further(seen.some_from)}  # from the first line on
     tops, alpha, lines = work.tops, work.alpha, work.scores
     count = seen.count
-    for n, lay_out in enumerate(dense):
-        out = Lines(work.at + (dense_at + n * dense_bytes(c)), c.line)
-        lay_out(f, frame=Frame(work.frame), first=seen.some_from, count=count, lanes=lanes, out=out)
+    lay_out_dense(f, c, dense, work, dense_at, seen, lanes)
     scores.call(f, work, panel, rows, depth, seen)
     whole = (count + (c.rows - 1)) // c.rows * c.rows
     # Rows that a band shows to the first register of lanes; a program's mask may show any.
@@ -86,6 +84,24 @@ def _emit_panel(module: Module, c: Config, width: int, collect: Routine, add: Ro
     return f
 
 
+def lay_out_dense(
+    f: Function, c: Config, dense: list[Routine], work: Work, at: Value, seen: Seen, lanes: Value
+) -> None:
+    """What the score program loads from dense arrays for the rows that are seen, in scratch memory from ``at`` on."""
+    for n, lay_out in enumerate(dense):
+        out = Lines(work.at + (at + n * dense_bytes(c)), c.line)
+        lay_out(f, frame=Frame(work.frame), first=seen.some_from, count=seen.count, lanes=lanes, out=out)
+
+
+def stretches_of(f: Function, c: Config, seen: Seen) -> list[tuple[Value, Value, bool]]:
+    """The rows that are seen, as (first, last, whether a mask or band cuts them): up to the first tile that every lane
+    sees whole, the tiles that every lane does, and to the end."""
+    some_from, some_to = seen.some_from, seen.some_to
+    whole = f.minimum(some_from + (seen.all_from - some_from + (c.rows - 1)) // c.rows * c.rows, some_to)
+    until = f.maximum(whole + f.maximum(seen.all_to - whole, 0) // c.rows * c.rows, whole)
+    return [(some_from, whole, True), (whole, until, False), (until, some_to, True)]
+
+
 class BlockScores:
     """The functions that fill the scores of a block: edge tiles, which are masked, and full ones, which are not.
 
@@ -105,10 +121,8 @@ class BlockScores:
 
     def call(self, f: Function, work: Work, panel: Panel, rows: Words, depth: Value, seen: Seen) -> None:
         """Edge rows up to the first tile that every lane sees whole, full tiles, edge rows to the end."""
-        c, some_from, some_to = self.c, seen.some_from, seen.some_to
-        whole = f.minimum(some_from + (seen.all_from - some_from + (c.rows - 1)) // c.rows * c.rows, some_to)
-        until = f.maximum(whole + f.maximum(seen.all_to - whole, 0) // c.rows * c.rows, whole)
-        stretches = [(some_from, whole, True), (whole, until, False), (until, some_to, True)]
+        c, some_from = self.c, seen.some_from
+        stretches = stretches_of(f, c, seen)
 
         def tile(row: Value, edge: bool) -> None:
             arguments = {"work": work, "panel": panel, "rows": rows.row(row), "depth": depth, "line": row - some_from}

@@ -5,7 +5,8 @@ Nothing here says query or key: lanes and rows. In the backward as in the forwar
     scores(work, panel, rows, depth, seen)                          # S = rows panel, banded, through the program
     slopes(...)                                                     # dP: rows of V, panel of dO
     draw(slopes, kept, draw, ...)                                   # dropout, if there is any: zeros in dP
-    differentiate(scores, slopes, words, state, count, ...)         # P and dS, from here on as words of products
+    differentiate(scores, slopes, words, state, count, ...)         # P and dS, from here on as words of products;
+                                                                    # a score program has derivative.py in its place
     drop(weights, kept, ...)                                        # dropout: zeros in P
     exchange(sums, lines, rows, ...)                                # dV += P dO, dK += dS Q: sums of rows
     accumulate(sums, alpha, rows, weights, ...)                     # dQ^T += K^T dS: sums of lanes
@@ -17,11 +18,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from flashtile.kernels.cpu.config import Config
-from flashtile.kernels.cpu.passes.panel import BlockScores
+from flashtile.kernels.cpu.passes.panel import BlockScores, lay_out_dense, stretches_of
+from flashtile.kernels.cpu.readings import readings
 from flashtile.kernels.cpu.scratch import Work
 from flashtile.kernels.cpu.steps.accumulate import emit_accumulate
 from flashtile.kernels.cpu.steps.band import Seen
-from flashtile.kernels.cpu.steps.differentiate import RowState, emit_differentiate
+from flashtile.kernels.cpu.steps.dense import emit_dense
+from flashtile.kernels.cpu.steps.derivative import emit_derivative
+from flashtile.kernels.cpu.steps.differentiate import RowState, clear_rest, emit_differentiate
 from flashtile.kernels.cpu.steps.exchange import emit_exchange, emit_put_back
 from flashtile.kernels.cpu.steps.keep import Draw, Kept, emit_draw, emit_drop
 from flashtile.kernels.cpu.steps.product import emit_product
@@ -62,12 +66,15 @@ class Sizes(Operand):
 def emit_visits(module: Module, c: Config) -> list[Routine]:
     """The functions for panels of up to 1, 2, ... registers of lanes."""
     shared = emit_exchange(module, c), emit_put_back(module, c)
-    return [_emit_visit(module, c, n + 1, *shared) for n in range(c.isa.vectors)]
+    dense = [emit_dense(module, c, n) for n in range(len(c.code.dense_loads) if c.code else 0)]
+    return [_emit_visit(module, c, n + 1, *shared, dense) for n in range(c.isa.vectors)]
 
 
-def _emit_visit(module: Module, c: Config, width: int, exchange: Routine, put_back: Routine) -> Routine:
-    scores, slopes = BlockScores(module, c, width), _Slopes(module, c, width)
-    differentiate, accumulate = emit_differentiate(module, c, width), emit_accumulate(module, c, width)
+def _emit_visit(
+    module: Module, c: Config, width: int, exchange: Routine, put_back: Routine, dense: list[Routine]
+) -> Routine:
+    weights_and_slopes = (_Derived if c.scored else _Plain)(module, c, width)
+    accumulate = emit_accumulate(module, c, width)
     if c.dropout:
         draw, drop = emit_draw(module, c, width), emit_drop(module, c, width)
     kinds: dict[str, Any] = {
@@ -91,21 +98,23 @@ def _emit_visit(module: Module, c: Config, width: int, exchange: Routine, put_ba
         "seen": Seen.kind(),
     }
     dropout: dict[str, Any] = {"draw": Draw.kind(), "kept": Kept.of(c), "inverse": c.acc} if c.dropout else {}
-    f = Routine(module, f"visit_{width}", **kinds, lanes="i64", factors=Factors.of(c), **dropout)
+    f = Routine(module, f"visit_{width}", **kinds, lanes="i64", dense="i64", factors=Factors.of(c), **dropout)
     work, second, words, queries, outputs, state, keys, values, *others = f.parameters
-    key_columns, query_rows, output_rows, dq, dk, dv, broken, sizes, wanted, seen, lanes, factors, *drawn = others
+    key_columns, query_rows, output_rows, dq, dk, dv, broken, sizes, wanted, seen, *others = others
+    lanes, dense_at, factors, *drawn = others
     count, first = seen.count, seen.some_from
     reach = count if c.masked else f.cast("sext", seen.above, "i64") + c.lanes - first
-    sloped = (wanted.q | wanted.k).ne(0)
-    scores.call(f, work, queries, keys, sizes.depth, seen)
+    sloped = (wanted.q | wanted.k).ne(0) if not c.arrays else f.const("i1", 1)
+    lay_out_dense(f, c, dense, work, dense_at, seen, lanes)
+    weights_and_slopes.products(f, work, queries, keys, sizes.depth, seen)
     with f.when(sloped):
-        slopes.call(f, second, outputs, values, sizes.value_depth, seen)
+        weights_and_slopes.slopes.call(f, second, outputs, values, sizes.value_depth, seen)
     weights, differences = work.scores, second.scores
     among = {"count": count, "reach": reach}
     if c.dropout:
         place, kept, inverse = drawn
         draw(f, slopes=differences, kept=kept, draw=place.further(first), inverse=inverse, **among)
-    differentiate(f, scores=weights, slopes=differences, words=words, state=state, factors=factors, **among)
+    weights_and_slopes.differentiate(f, work, second, words, state, seen, reach, factors)
     across = {"lanes": lanes, "seen": seen}
     with f.when(wanted.v.ne(0)):
         if c.dropout:
@@ -131,6 +140,62 @@ def _emit_visit(module: Module, c: Config, width: int, exchange: Routine, put_ba
             )
     f.ret()
     return f
+
+
+class _Plain:
+    """Scores that no program changes: banded or masked, they are P and dS at once."""
+
+    def __init__(self, module: Module, c: Config, width: int) -> None:
+        self.scores, self.slopes = BlockScores(module, c, width), _Slopes(module, c, width)
+        self.products, self.pass_ = self.scores.call, emit_differentiate(module, c, width)
+
+    def differentiate(
+        self,
+        f: Function,
+        work: Work,
+        second: Work,
+        words: Weights,
+        state: RowState,
+        seen: Seen,
+        reach: Value,
+        factors: Factors,
+    ) -> None:
+        lines = {"scores": work.scores, "slopes": second.scores, "words": words}
+        self.pass_(f, **lines, state=state, count=seen.count, reach=reach, factors=factors)
+
+
+class _Derived:
+    """Scores that a program changes: raw products, then the pass of derivative.py."""
+
+    def __init__(self, module: Module, c: Config, width: int) -> None:
+        self.c, self.width, self.slopes = c, width, _Slopes(module, c, width)
+        self.raw = emit_product(module, c, width, "raw", top=False)
+        reads = readings(c.code, c.arrays)
+        self.passes = {edge: emit_derivative(module, c, width, reads, edge=edge) for edge in (False, True)}
+
+    def products(self, f: Function, work: Work, panel: Panel, rows: Words, depth: Value, seen: Seen) -> None:
+        with f.range(seen.some_from, seen.some_to, self.c.rows) as row:
+            self.raw(f, work=work, panel=panel, rows=rows.row(row), depth=depth, line=row - seen.some_from)
+
+    def differentiate(
+        self,
+        f: Function,
+        work: Work,
+        second: Work,
+        words: Weights,
+        state: RowState,
+        seen: Seen,
+        reach: Value,
+        factors: Factors,
+    ) -> None:
+        c, k = self.c, self.c.per_word
+        known = {"work": work, "slopes": second.scores, "words": words, "state": state, "factors": factors}
+        for first, last, edge in stretches_of(f, c, seen):
+            with f.when(first < last):
+                self.passes[edge](f, **known, first=first, last=last, origin=seen.some_from, band=seen.band)
+        whole = (seen.count + (k - 1)) // k * k
+        for lines in (work.scores, second.scores):
+            clear_rest(f, c, self.width, lines, whole)
 
 
 class _Slopes:

@@ -16,6 +16,7 @@ from typing import Any
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.steps.pack import read
 from flashtile.kernels.cpu.steps.softmax import Factors
+from flashtile.kernels.cpu.steps.spans import add_sum
 from flashtile.llvm import math as vmath
 from flashtile.llvm.ir import Function, Module, Value
 from flashtile.llvm.lines import Lines, Rows, Scores, Weights
@@ -23,7 +24,7 @@ from flashtile.llvm.routines import Routine
 from flashtile.llvm.types import lanes as lanes_of
 from flashtile.llvm.types import like
 
-TILE_ROWS = 12  # lines past the last that the exchange may read, and that are 0
+TILE_ROWS = 8  # lines past the last that the exchange may read, and that are 0
 
 
 class RowState(Lines):
@@ -32,12 +33,19 @@ class RowState(Lines):
     LINES = 3
 
 
+class SinkSums(Lines):
+    """What rows give to the gradient of their head's sink, summed lane by lane, and what that has lost to rounding."""
+
+    LINES = 2
+
+
 def emit_row_state(module: Module, c: Config) -> Routine:
     """lse and delta of the rows of a panel. A row without a key, and a lane without a row, has an lse of +inf: all
-    weights are 0 there."""
+    weights are 0 there. With a sink (-inf: none) a row without a key has the sink for its lse, and an output of 0
+    that depends on nothing: what its dO holds does not matter."""
     kinds: dict[str, Any] = {"do": Rows.kind(), "o": Rows.kind(), "out": RowState.of(c.line)}
-    f = Routine(module, "row_state", **kinds, lse="ptr", dlse="ptr")
-    do, o, out, lse, dlse = f.parameters
+    f = Routine(module, "row_state", **kinds, lse="ptr", dlse="ptr", sink=c.acc)
+    do, o, out, lse, dlse, sink = f.parameters
     given = f.is_null(dlse).eq(0)
     for number, line in ((math.inf, 0), (0.0, 1), (0.0, 2)):
         out.line(line).fill(number, 1)
@@ -48,20 +56,23 @@ def emit_row_state(module: Module, c: Config) -> Routine:
         ours, theirs = (x.at + lane * x.stride for x in (do, o))
 
         def add(count: int, ours: Value = ours, theirs: Value = theirs) -> Callable[..., list[Value]]:
-            def step(column: Value, total: list[Value]) -> list[Value]:
+            def step(column: Value, carry: list[Value]) -> list[Value]:
                 a, b = (read(f, c, at + column * x.step, count) for at, x in ((ours, do), (theirs, o)))
-                return [c.isa.multiply_add(f, a, b, total[0])]
+                return [c.isa.multiply_add(f, a, b, carry[0]), carry[1] | b.ne(0.0)]
 
             return step
 
-        registers = f.fold(0, chunks, n, [f.const(c.vector, 0.0)], add(n))
-        rest = f.fold(chunks, do.size, 1, [f.const(c.acc, 0.0)], add(1))
+        none = [f.const(type_, 0) for type_ in (like(c.vector, "i1"), "i1")]
+        registers = f.fold(0, chunks, n, [f.const(c.vector, 0.0), none[0]], add(n))
+        rest = f.fold(chunks, do.size, 1, [f.const(c.acc, 0.0), none[1]], add(1))
         delta = _across(f, registers[0]) + rest[0]
+        any_output = f.cast("bitcast", registers[1], f"i{n}").ne(0) | rest[1]
         at = lane * c.size
         known = f.value_when(given, partial(f.load, c.acc, dlse + at, 1), f.const(c.acc, 0.0))
         nats = f.load(c.acc, lse + at, align=1)
         high, low = _octaves(f, c, nats)
         nothing = nats.eq(-math.inf)
+        delta = f.select(nats.ne(sink) | any_output, delta, f.const(c.acc, 0.0))
         f.store(f.select(nothing, f.const(c.acc, math.inf), high), out.lane(lane).at)
         f.store(f.select(nothing, f.const(c.acc, 0.0), low), out.lane(lane).line(1).at)
         f.store(delta - known, out.lane(lane).line(2).at)
@@ -102,6 +113,58 @@ def _octaves(f: Function, c: Config, nats: Value) -> tuple[Value, Value]:
     return high, ((a * p - high) + a * q + b * p) + b * q + nats * rest
 
 
+def emit_sink_sums(module: Module, c: Config) -> Routine:
+    """The rows of a panel join the gradient of their head's sink: -exp(sink - lse) delta."""
+    f = Routine(module, "sink_sums", state=RowState.of(c.line), sums=SinkSums.of(c.line), sink=c.acc)
+    state, sums, sink = f.parameters
+    sink_high, sink_low = (f.splat(x, c.lanes) for x in _octaves(f, c, sink))
+    with f.range(0, c.line.bytes, c.register) as at:
+        high, low, delta = (state.load(n, at=at) for n in range(RowState.LINES))
+        weight = vmath.weight(f, c.isa, (sink_high - high) + (sink_low - low))
+        before, lost = (sums.load(n, at=at) for n in range(SinkSums.LINES))
+        total, lost = add_sum(f, c, before, lost, f.const(c.vector, 1.0), weight * (0.0 - delta))
+        sums.store(total, 0, at=at)
+        sums.store(lost, 1, at=at)
+    f.ret()
+    return f
+
+
+def emit_finish_sink(module: Module, c: Config) -> Routine:
+    """The sum over lanes, to the head's element."""
+    f = Routine(module, "finish_sink", sums=SinkSums.of(c.line), out="ptr")
+    sums, out = f.parameters
+    zero = [f.const(c.acc, 0.0)] * SinkSums.LINES
+
+    def add(at: Value, found: list[Value]) -> list[Value]:
+        return [total + _across(f, sums.load(n, at=at)) for n, total in enumerate(found)]
+
+    total, lost = f.fold(0, c.line.bytes, c.register, zero, add)
+    f.store(total + lost, out)
+    f.ret()
+    return f
+
+
+class Weighing:
+    """P and dS of scores and dP, for the lanes of one register."""
+
+    def __init__(self, f: Function, c: Config, state: RowState, factors: Factors, at: Value | int) -> None:
+        self.f, self.c = f, c
+        self.high, self.low, self.delta = (state.load(n, at=at) for n in range(RowState.LINES))
+        self.c_high, self.c_low = (f.splat(x, c.lanes) for x in (factors.high, factors.low))
+
+    def __call__(self, score: Value, slope: Value) -> tuple[Value, Value, Value]:
+        """(P, dS, whether the score is seen): both 0 where it is not, whatever dP holds."""
+        f, c = self.f, self.c
+        zero = f.const(c.vector, 0.0)
+        # The large terms cancel first, with one rounding; c_low is positive, so -inf stays.
+        near = c.isa.multiply_add(f, score, self.c_high, 0.0 - self.high)
+        exponent = near + c.isa.multiply_add(f, score, self.c_low, 0.0 - self.low)
+        weight = vmath.weight(f, c.isa, exponent, coarse=c.product.rounds)
+        seen = score.ne(-math.inf)
+        weight = f.select(seen, weight, zero)
+        return weight, f.select(seen, weight * (slope - self.delta), zero), seen
+
+
 def emit_differentiate(module: Module, c: Config, width: int) -> Routine:
     """The first ``count`` lines of scores become weights, those of ``slopes``, which are dP, become dS; both 0 where
     a score is -inf: it was hidden, or counts as that. As many lines as a tile of the exchange may reach further are 0.
@@ -124,38 +187,36 @@ def emit_differentiate(module: Module, c: Config, width: int) -> Routine:
     if k > 1:
         with f.when(whole > count), f.range(0, width * c.register, c.register) as at:
             scores.store(f.const(c.vector, -math.inf), count, at=at)
-    zero = f.const(c.vector, 0.0)
     with f.range(0, width * c.register, c.register) as at:
         stop = f.clamp(reach + (at // c.size + TILE_ROWS + (k - 1)), 0, whole) // k * k
-        high, low, delta = (state.load(n, at=at) for n in range(RowState.LINES))
-        c_high, c_low = (f.splat(x, c.lanes) for x in (factors.high, factors.low))
+        weigh = Weighing(f, c, state, factors, at)
         lane = at // k  # where a line of narrow words has what this register holds
 
         with f.range(0, stop, k) as first:
             weights, differences = [], []
             for u in range(k):
-                score = scores.load(first + u, at=at)
-                # The large terms cancel first, with one rounding; c_low is positive, so -inf stays.
-                near = c.isa.multiply_add(f, score, c_high, 0.0 - high)
-                exponent = near + c.isa.multiply_add(f, score, c_low, 0.0 - low)
-                weight = vmath.weight(f, c.isa, exponent, coarse=c.product.rounds)
-                seen = score.ne(-math.inf)
-                weight = f.select(seen, weight, zero)
-                difference = f.select(seen, weight * (slopes.load(first + u, at=at) - delta), zero)
+                weight, difference, _ = weigh(*(x.load(first + u, at=at) for x in (scores, slopes)))
                 weights.append(weight)
                 differences.append(difference)
-            _store(f, c, weights, scores, first, lane)
-            joined = _store(f, c, differences, slopes, first, lane)
+            store_line(f, c, weights, scores, first, lane)
+            joined = store_line(f, c, differences, slopes, first, lane)
             if k > 1:
                 words.store(joined, first // k, at=at)
-        with f.range(whole, whole + TILE_ROWS, k) as first:
-            for lines in (scores, slopes):
-                _store(f, c, [zero] * k, lines, first, lane)
+    for lines in (scores, slopes):
+        clear_rest(f, c, width, lines, whole)
     f.ret()
     return f
 
 
-def _store(f: Function, c: Config, values: list[Value], lines: Lines, first: Value, lane: Value) -> Value:
+def clear_rest(f: Function, c: Config, width: int, lines: Lines, whole: Value) -> None:
+    """0 in the lines that a tile of the exchange may reach after ``whole`` words of them."""
+    k = c.per_word
+    zeros = [f.const(c.vector, 0.0)] * k
+    with f.range(0, width * c.register, c.register) as at, f.range(whole, whole + TILE_ROWS, k) as first:
+        store_line(f, c, zeros, lines, first, at // k)
+
+
+def store_line(f: Function, c: Config, values: list[Value], lines: Lines, first: Value, lane: Value) -> Value:
     """Registers of as many lines as a word holds, as what the exchange broadcasts; returns them as words."""
     words = c.product.join(f, c.isa, values)
     if c.per_word == 1:

@@ -8,6 +8,7 @@ depends on the lane stay in registers, and the scores it reads are in the first-
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from flashtile.kernels.cpu.config import Config
@@ -29,7 +30,7 @@ def emit_program(module: Module, c: Config, width: int, *, edge: bool) -> Routin
     kinds: dict[str, Any] = {"work": Work.of(c), "first": "i64", "last": "i64", "origin": "i64", "band": Band.kind()}
     f = Routine(module, f"program_{width}_{'edge' if edge else 'full'}", **kinds)
     work, first, last, origin, band = f.parameters
-    program = _Program(f, c, Frame(work.frame), width, masked=edge and c.masked)
+    program = Elements(f, c, Frame(work.frame), width, masked=edge and c.masked)
     hidden = f.const(c.vector, -math.inf)
     tops = [work.tops.load(0, j) for j in range(width)]
 
@@ -39,9 +40,10 @@ def emit_program(module: Module, c: Config, width: int, *, edge: bool) -> Routin
 
         def one_register(j: int) -> Value:
             here = work.scores.place(0, j, at=line)
-            value, visible = program.element(place, j, f.load(c.vector, here, align=c.register), line)
+            element = program.element(place, j, f.load(c.vector, here, align=c.register), line)
+            value = program.score_of(element)
             if edge:
-                value = f.select(band.sees(c, j, row) if visible is None else visible, value, hidden)
+                value = f.select(program.sees(element, band, j, row), value, hidden)
             f.store(value, here, align=c.register)
             return f.maximum(value, tops[j])
 
@@ -53,18 +55,21 @@ def emit_program(module: Module, c: Config, width: int, *, edge: bool) -> Routin
     return f
 
 
-class _Program:
+class Elements:
     """Emits the program's parts where they belong: what depends on the lane before the loop over rows, what depends
     on the row once in it, the rest for every register of scores.
 
     Lanes past the end repeat the last: what is loaded for them exists, and they are not stored.
     """
 
-    def __init__(self, f: Function, c: Config, frame: Frame, width: int, *, masked: bool) -> None:
+    def __init__(
+        self, f: Function, c: Config, frame: Frame, width: int, *, masked: bool, also: Iterable[Expr] = ()
+    ) -> None:
+        """``also``: other expressions of the program that will be asked for."""
         assert c.code is not None
         self.f, self.c, self.code = f, c, c.code
         self.score, self.mask = c.code.score, c.code.mask if masked else None
-        self.roots = [root for root in (self.score, self.mask) if root is not None]
+        self.roots = [root for root in (self.score, self.mask, *also) if root is not None]
         self.outer = frame.program(f, c)
         self.outer.prepare(*self.roots)
         self.block, self.dense = frame.read("block"), frame.read("dense")
@@ -82,14 +87,20 @@ class _Program:
         place.prepare(*self.roots)
         return place
 
-    def element(self, row: Emission, j: int, raw: Value, line: Value) -> tuple[Value, Value | None]:
-        """A row's scores for the lanes of register j, and which of them see it (None: all), from raw products;
-        ``line``: how many bytes into the scores."""
+    def element(self, row: Emission, j: int, raw: Value, line: Value) -> Emission:
+        """The place where a row's raw products with the lanes of register j are known; ``line``: how many bytes into
+        the scores."""
         lanes = self.lanes[j]
         variables = {"i": lanes.variable("i"), "s": raw * self.scale if self.score else raw}
-        place = row.inner(variables, given={**lanes.known, **self._dense(j, line)})
-        score = place.vector(self.score) if self.score else raw
-        return score, place.vector(self.mask) if self.mask else None
+        return row.inner(variables, given={**lanes.known, **self._dense(j, line)})
+
+    def score_of(self, element: Emission) -> Value:
+        """The scores of an element's lanes."""
+        return element.vector(self.score) if self.score else element.variable("s")
+
+    def sees(self, element: Emission, band: Band, j: int, row: Value) -> Value:
+        """Which of the lanes see the row: by the program's mask, or where it has none by the band."""
+        return element.vector(self.mask) if self.mask else band.sees(self.c, j, row)
 
     def _dense(self, j: int, line: Value) -> dict[Expr, Value]:
         """Loads that dense.py has laid out like the scores."""

@@ -1,0 +1,376 @@
+"""The door for JAX: `jax.nn.dot_product_attention` by its own signature, under jit, grad and vmap, on CPUs.
+
+XLA calls back with the buffers of a call, where they lie: nothing is copied on the way in or out.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import numbers
+import uuid
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flashtile import score, xla
+from flashtile.api import attention
+from flashtile.calls import Call, Options, lookup, prepare
+from flashtile.checks import check_flag, integer
+from flashtile.errors import SpecError, UnavailableError, described, wrong
+from flashtile.gradients import Gradients, attention_backward
+from flashtile.hints import check_keywords
+from flashtile.score.capture import ArrayCapture
+from flashtile.score.expr import Expr
+from flashtile.score.mask import Score, as_mask, as_score
+
+__all__ = ["dot_product_attention"]
+
+FORWARD, BACKWARD = "flashtile_attention", "flashtile_attention_backward"
+DIFFERENTIABLE = "bias", "sinks"  # of the operands after query, key and value
+
+
+def dot_product_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any = None,
+    mask: Any = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: Any = None,
+    key_value_seq_lengths: Any = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: Literal["xla", "cudnn"] | None = None,
+    return_residual: bool = False,
+    softcap: float | None = None,
+    sinks: Any = None,
+    score_mod: Any = None,
+    **unknown: Any,
+) -> Any:
+    """`jax.nn.dot_product_attention` by its own signature and defaults, and a few options more.
+
+    Shapes:   query (B, T, N, H), key (B, S, K, H), value (B, S, K, H_v), or all without B -> (B, T, N, H_v); query head
+              n reads head n // (N / K).
+    Options:  is_causal and local_window_size, (left, right) or one number for both, are anchored at the top left, as in
+              JAX: row t stands at key t. mask (boolean, True = attend) and bias (added) broadcast to (B, N, T, S).
+              query_seq_lengths, key_value_seq_lengths (B,): what is past a sequence's end is padding.
+              softcap, sinks, (N,) or (B, N), and score_mod as in `flashtile.attention`; arrays that score_mod captures
+              are constants. implementation must be None: flashtile is neither of JAX's two.
+    Returns:  an array of query's dtype; with return_residual=True also lse, (B, T, N), float32 (float64 for float64),
+              to which, as in JAX, no gradient flows.
+    Numerics: as `flashtile.attention`; a row that sees no key gives 0, where JAX gives the mean of all values.
+    Raises:   SpecError, while tracing; errors of a run come as JAX's, with flashtile's text. Forward mode and second
+              derivatives raise. Where arrays are sharded over devices the call is replicated.
+    Source:   JAX 0.10.2, jax.nn.dot_product_attention.
+
+    >>> import jax.numpy as jnp
+    >>> x = jnp.ones((1, 5, 4, 8))
+    >>> dot_product_attention(x, x, x, is_causal=True).shape
+    (1, 5, 4, 8)
+    """
+    if unknown:
+        check_keywords(dot_product_attention, unknown)
+    if implementation is not None:
+        raise UnavailableError(f"implementation: got {described(implementation)}, expected None: that is flashtile's")
+    check_flag("return_residual", return_residual)
+    inputs = {"query": query, "key": key, "value": value}
+    arrays = [_array(name, x, ranks=(3, 4)) for name, x in inputs.items()]
+    if len({x.ndim for x in arrays}) > 1:
+        raise wrong("query, key, value", ", ".join(f"shape {x.shape}" for x in arrays), "as many axes in each")
+    single = arrays[0].ndim == 3
+    q, k, v = (x[None] if single else x for x in arrays)
+    shape = q.shape[0], q.shape[2], q.shape[1], k.shape[1]
+    given = {
+        "bias": None if bias is None else _broadcast("bias", bias, shape),
+        "mask": None if mask is None else _broadcast("mask", mask, shape),
+        "query_seq_lengths": _lengths("query_seq_lengths", query_seq_lengths, shape),
+        "key_value_seq_lengths": _lengths("key_value_seq_lengths", key_value_seq_lengths, shape),
+        "sinks": _sinks(sinks, shape),
+    }
+    others = {name: x for name, x in given.items() if x is not None}
+    call = _Call(
+        scale=_number("scale", scale),
+        is_causal=is_causal,
+        window=_window(local_window_size),
+        softcap=_number("softcap", softcap),
+        score_mod=None if score_mod is None else _remember(score_mod, shape),
+        operands=tuple(others),
+    )
+    call.check(q, k, v, shape)
+    _register()
+    o, lse = _attend(call, (q, k, v, *others.values()))
+    lse = jax.lax.stop_gradient(lse).swapaxes(1, 2)
+    o, lse = (o[0], lse[0]) if single else (o, lse)
+    return (o, lse) if return_residual else o
+
+
+class _View(NamedTuple):
+    """An array without its elements, in flashtile's order of the axes."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a call does, beside its arrays: part of the compiled program, as text."""
+
+    scale: float | None
+    is_causal: bool
+    window: tuple[int, int] | None
+    softcap: float | None
+    score_mod: str | None  # by the name that it is remembered by
+    operands: tuple[str, ...]  # after query, key and value
+
+    @property
+    def text(self) -> str:
+        return json.dumps(vars(self), sort_keys=True)
+
+    @staticmethod
+    @functools.lru_cache(maxsize=1024)
+    def of(text: str) -> _Call:
+        found = json.loads(text)
+        window = found["window"]
+        return _Call(**{**found, "window": window and tuple(window), "operands": tuple(found["operands"])})
+
+    @property
+    def band(self) -> dict[str, Any]:
+        return {"causal": self.is_causal, "window": self.window, "align": "top_left", "scale": self.scale}
+
+    def check(self, q: Any, k: Any, v: Any, shape: tuple[int, int, int, int]) -> None:
+        """Raise SpecError now, while tracing, for what the run would refuse."""
+        shapes = [_View((x.shape[0], x.shape[2], x.shape[1], x.shape[3]), x.dtype) for x in (q, k, v)]
+        try:
+            options = Options(self.is_causal, self.window, "top_left", self.scale, "ieee", "auto", "auto")
+            options.spec(shapes[0], shapes[1], shapes[2])
+            score.Program.of(shape, softcap=self.softcap)
+        except SpecError as e:
+            _spell(e)
+            raise
+
+    def keywords(self, arrays: list[np.ndarray]) -> dict[str, Any]:
+        """The call as flashtile.attention's keywords, from the arrays after query, key and value."""
+        given = dict(zip(self.operands, arrays, strict=True))
+        rules: list[Any] = [given["mask"]] if "mask" in given else []
+        if "query_seq_lengths" in given:
+            rows = given["query_seq_lengths"]
+            rules.append(lambda b, h, i, j: i < rows[b])
+        if "key_value_seq_lengths" in given:
+            rules.append(score.padding(given["key_value_seq_lengths"]))
+        mask = rules[0] if rules else None
+        for rule in rules[1:]:
+            mask = as_mask(mask) & rule
+        return {
+            **self.band,
+            "mask": mask,
+            "bias": given.get("bias"),
+            "sinks": given.get("sinks"),
+            "softcap": self.softcap,
+            "score_mod": None if self.score_mod is None else _remembered[self.score_mod],
+        }
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(call: _Call, operands: tuple[Any, ...]) -> tuple[Any, Any]:
+    """o and lse (B, N, T)."""
+    q, v = operands[0], operands[2]
+    accumulator = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+    shapes = (
+        jax.ShapeDtypeStruct((*q.shape[:-1], v.shape[-1]), q.dtype),
+        jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), accumulator),
+    )
+    o, lse = jax.ffi.ffi_call(FORWARD, shapes, vmap_method="expand_dims")(*operands, call=call.text)
+    return o, lse
+
+
+def _attend_recorded(call: _Call, operands: tuple[Any, ...]) -> Any:
+    o, lse = _attend(call, operands)
+    return (o, lse), (operands, o, lse)
+
+
+def _differentiate(call: _Call, kept: Any, given: Any) -> Any:
+    operands, o, lse = kept
+    wanted = ["q", "k", "v", *(name for name in call.operands if name in DIFFERENTIABLE)]
+    places = [0, 1, 2, *(3 + n for n, name in enumerate(call.operands) if name in DIFFERENTIABLE)]
+    shapes = [jax.ShapeDtypeStruct(operands[n].shape, operands[n].dtype) for n in places]
+    found = jax.ffi.ffi_call(BACKWARD, shapes, vmap_method="expand_dims")(given[0], o, lse, *operands, call=call.text)
+    assert len(wanted) == len(found)
+    gradients = dict(zip(places, found, strict=True))
+    return (tuple(gradients.get(n) for n in range(len(operands))),)
+
+
+_attend.defvjp(_attend_recorded, _differentiate)
+
+
+def _forward(text: str, arguments: list[xla.Argument], results: list[xla.Argument]) -> None:
+    """The handler of FORWARD: axes that vmap added stand first, in every buffer, of length 1 where it added none."""
+    key = text, *((x.shape, x.element) for x in arguments)
+    prepared = lookup(key)
+    if prepared is None:
+        prepared = _prepare(key, _Call.of(text), arguments, results)
+    if prepared is not None:
+        q_at, k_at, v_at, o_at, lse_at = (x.address for x in (*arguments, *results))
+        prepared.run(prepared.pack(q_at, k_at, v_at, o_at, lse_at, 0, None), None)
+        return
+    call = _Call.of(text)
+    inputs, outputs = ([x.array() for x in given] for given in (arguments, results))
+    for mapped in np.ndindex(outputs[0].shape[:-4]):
+        q, k, v, *others = (_at(x, mapped) for x in inputs)
+        o, lse = (x[mapped] for x in outputs)
+        _, lse[...] = attention(
+            *(x.swapaxes(1, 2) for x in (q, k, v)), out=o.swapaxes(1, 2), return_lse=True, **call.keywords(others)
+        )
+
+
+def _prepare(key: Any, call: _Call, arguments: list[xla.Argument], results: list[xla.Argument]) -> Call | None:
+    """A call that depends on nothing but shapes and addresses, kept under the key; None for any other."""
+    if call.operands or call.softcap is not None or call.score_mod is not None or len(arguments[0].shape) != 4:
+        return None
+    options = Options(call.is_causal, call.window, "top_left", call.scale, "ieee", "auto", "auto")
+    q, k, v, o = (x.array().swapaxes(1, 2) for x in (*arguments, results[0]))
+    return prepare(key, q, k, v, o, options)
+
+
+def _backward(text: str, arguments: list[xla.Argument], results: list[xla.Argument]) -> None:
+    """The handler of BACKWARD."""
+    call = _Call.of(text)
+    names = ["q", "k", "v", *(name for name in call.operands if name in DIFFERENTIABLE)]
+    inputs, outputs = ([x.array() for x in given] for given in (arguments, results))
+    for mapped in np.ndindex(outputs[0].shape[:-4]):
+        do, o, lse, *operands = (_at(x, mapped) for x in inputs)
+        do, q, k, v, o = (x.swapaxes(1, 2) for x in (do, *operands[:3], o))
+        targets: dict[str, Any] = dict(zip(names, (x[mapped] for x in outputs), strict=True))
+        for name in "qkv":
+            targets[name] = targets[name].swapaxes(1, 2)
+        keywords = call.keywords(operands[3:])
+        attention_backward(do, q, k, v, o, lse, wrt=names, out=Gradients(**targets), **keywords)
+
+
+def _at(x: np.ndarray, mapped: tuple[int, ...]) -> np.ndarray:
+    return x[tuple(n if size > 1 else 0 for n, size in zip(mapped, x.shape, strict=False))]
+
+
+@functools.cache
+def _register() -> list[Any]:
+    """Tell XLA of the handlers, once, and keep them."""
+    kept = []
+    for name, work in ((FORWARD, _forward), (BACKWARD, _backward)):
+        function = xla.handler(work)
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform="cpu")
+        kept.append(function)
+    return kept
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Traced(Score):
+    """A score function that was traced: what it captured was read then, as arrays of NumPy."""
+
+    traced: Expr | None = None
+
+    def expression(self, offset: Any = 0) -> Expr:
+        assert self.traced is not None
+        return self.traced
+
+
+# Score functions by names that no other process uses, since compiled programs may be kept on disk.
+_PROCESS = uuid.uuid4().hex
+_remembered: dict[str, _Traced] = {}
+_names: dict[Any, str] = {}
+
+
+def _remember(score_mod: Any, shape: tuple[int, int, int, int]) -> str:
+    """The name of a score function. It is traced here: a handler that asked JAX for values might wait for itself.
+
+    The same function of the same captured values has the same name; it is kept for good, as compiled programs are.
+    Raises: SpecError for one outside of the language, and where it captured an array that has no values yet.
+    """
+    rule = as_score(score_mod)
+    rule.fits(shape)
+    traced = rule.expression(0)
+    program = score.Program.compose(shape, [traced], [])
+    values = tuple(id(x.source) if isinstance(x, ArrayCapture) else x.value for x in program.captures)
+    key = program.structure, values
+    if key not in _names:
+        name = f"{_PROCESS} {len(_names)}"
+        _remembered[name] = _Traced(rule.build, rule.positional, rule.name, rule.fits, traced)
+        _names[key] = name
+    return _names[key]
+
+
+def _array(name: str, x: Any, ranks: tuple[int, ...]) -> Any:
+    try:
+        found = jnp.asarray(x)
+    except (TypeError, ValueError) as cause:
+        raise wrong(name, described(x), "an array") from cause
+    if found.ndim not in ranks:
+        raise wrong(name, f"shape {found.shape}", f"{' or '.join(map(str, ranks))} axes")
+    return found
+
+
+def _broadcast(name: str, x: Any, shape: tuple[int, int, int, int]) -> Any:
+    """A mask or a bias with four axes, as JAX asks for. Raises: SpecError."""
+    found = _array(name, x, ranks=(0, 1, 2, 3, 4))
+    if (found.dtype == jnp.bool_) != (name == "mask"):
+        raise wrong(name, f"dtype {found.dtype}", "bool (True = attend)" if name == "mask" else "a float dtype")
+    found = found[(None,) * (4 - found.ndim)]
+    if any(n not in (1, m) for n, m in zip(found.shape, shape, strict=True)):
+        raise wrong(name, f"shape {found.shape}", f"one that broadcasts to (B, N, T, S) = {shape}")
+    return found
+
+
+def _lengths(name: str, x: Any, shape: tuple[int, int, int, int]) -> Any:
+    if x is None:
+        return None
+    found = _array(name, x, ranks=(1,))
+    if found.shape != shape[:1] or not jnp.issubdtype(found.dtype, jnp.integer):
+        raise wrong(name, f"{found.dtype} of shape {found.shape}", f"integers (B,) = ({shape[0]},)")
+    return found
+
+
+def _sinks(sinks: Any, shape: tuple[int, int, int, int]) -> Any:
+    if sinks is None:
+        return None
+    found = _array("sinks", sinks, ranks=(1, 2))
+    if found.shape not in (shape[1:2], shape[:2]) or not jnp.issubdtype(found.dtype, jnp.floating):
+        expected = f"floats (N,) = ({shape[1]},) or (B, N) = ({shape[0]}, {shape[1]})"
+        raise wrong("sinks", f"{found.dtype} of shape {found.shape}", expected)
+    return found
+
+
+def _number(name: str, value: Any) -> float | None:
+    """A number that is part of the compiled program."""
+    if value is None or isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return None if value is None else float(value)
+    try:
+        return float(value)
+    except (TypeError, ValueError, jax.errors.ConcretizationTypeError) as cause:
+        raise wrong(name, described(value), "a number, known while tracing") from cause
+
+
+def _window(size: Any) -> tuple[int, int] | None:
+    sides = (size, size) if integer(size) is not None else size
+    if sides is None:
+        return None
+    if (
+        not isinstance(sides, tuple)
+        or len(sides) != 2
+        or any((integer(n) or 0) < 0 or integer(n) is None for n in sides)
+    ):
+        raise wrong("local_window_size", described(size), "a distance, or (left, right)")
+    return int(sides[0]), int(sides[1])
+
+
+_SPELLINGS = {"q": "query", "k": "key", "v": "value", "causal": "is_causal", "window": "local_window_size"}
+
+
+def _spell(error: SpecError) -> None:
+    """Call the argument that a message begins with what this signature calls it."""
+    argument, colon, rest = str(error).partition(":")
+    for ours, theirs in (("as in q", "as in query"), ("as in k", "as in key"), ("q's", "query's")):
+        rest = rest.replace(ours, theirs)
+    error.args = (_SPELLINGS.get(argument, argument) + colon + rest,)

@@ -1,0 +1,110 @@
+"""What processors are good at: how fast each runs a product, in one table; machines (ISAs) say only what there is.
+
+An instruction that exists may be a slow one: the dot of bf16 pairs runs at twice the rate of the fp32 multiply-add on
+AMD's processors, and below it on Intel's, where matrix registers are what bf16 is for. A kernel takes the fastest
+product that computes its dtype, and of equals the more exact.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashtile.llvm.machines import ISA
+from flashtile.llvm.products import FMA, PAIRS, Product
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True)
+class Processor:
+    """A family of processors, and the multiply-adds a second of its products over those of fp32 by `fma`.
+
+    vendor, families, models    as /proc/cpuinfo numbers them; no models: every one
+    rates                       by the product's name; what is not named is not known, and not chosen
+    measured                    where the rates are from
+    """
+
+    name: str
+    vendor: str = ""
+    families: tuple[int, ...] = ()
+    models: tuple[int, ...] = ()
+    rates: Mapping[str, float] = ()  # type: ignore[assignment]
+    measured: str = ""
+
+    def rate(self, product: Product) -> float:
+        """Of a product, over fp32's; 0 where it is not known."""
+        return 1.0 if product is FMA else dict(self.rates).get(product.name, 0.0)
+
+
+TABLE = (
+    Processor(
+        "AMD Zen 4 and 5", "AuthenticAMD", (25, 26), rates={PAIRS.name: 2.0}, measured="228 over 114 GFLOP/s a core"
+    ),
+    Processor(
+        "Intel Sapphire, Emerald and Granite Rapids",
+        "GenuineIntel",
+        (6,),
+        (143, 207, 173, 174),
+        rates={PAIRS.name: 0.65},
+        measured="kernels of fp32 arithmetic are 1.5 times faster",
+    ),
+)
+# Of processors that nobody has measured, the dot is trusted where every one of the vendor's that has it is fast.
+UNKNOWN = (
+    Processor("unknown, AMD's", "AuthenticAMD", rates={PAIRS.name: 2.0}, measured="as AMD's before it"),
+    Processor("unknown", measured="only fp32's rate is taken for granted"),
+)
+
+
+def processor_of(cpuinfo: str) -> Processor:
+    """The family of the first processor in the text of /proc/cpuinfo."""
+    lines = (line.partition(":") for line in cpuinfo.partition("\n\n")[0].splitlines())
+    said = {name.strip(): value.strip() for name, _, value in lines}
+    vendor, family, model = (said.get(name, "") for name in ("vendor_id", "cpu family", "model"))
+    for known in (*TABLE, *UNKNOWN):
+        fits = not known.vendor or known.vendor == vendor
+        fits = fits and (not known.families or family in map(str, known.families))
+        if fits and (not known.models or model in map(str, known.models)):
+            return known
+    raise AssertionError("the last one fits all")
+
+
+@functools.cache
+def here() -> Processor:
+    """The processor of this machine."""
+    try:
+        return processor_of(CPUINFO.read_text())
+    except OSError:
+        return UNKNOWN[-1]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A product, and why it is the one."""
+
+    product: Product
+    why: str
+
+
+def choose(isa: ISA, dtype: str, precision: str, processor: Processor | None = None, *, forced: bool = False) -> Choice:
+    """The product for a dtype at a precision on a machine; processor: of this machine, if it is None.
+
+    forced: FLASHTILE_ISA names the machine. Then what it has is used, whatever its rate.
+    """
+    sixteen = dtype == "bfloat16" or precision == "bf16"
+    if not sixteen:
+        return Choice(FMA, f"multiply-adds in {'fp64' if dtype == 'float64' else 'fp32'}")
+    if reason := PAIRS.unavailable(isa):
+        return Choice(FMA, f"multiply-adds in fp32: {reason}")
+    if forced:
+        return Choice(PAIRS, f"the dot of bf16 pairs: FLASHTILE_ISA={isa.name}")
+    processor = here() if processor is None else processor
+    rate = processor.rate(PAIRS)
+    said = f"its rate is {rate:g} of fp32's" if rate else "its rate is not known"
+    why = f"{said} on {processor.name} ({processor.measured})"
+    if rate > 1:
+        return Choice(PAIRS, f"the dot of bf16 pairs: {why}")
+    return Choice(FMA, f"multiply-adds in fp32, not the dot of bf16 pairs: {why}")

@@ -1,0 +1,177 @@
+"""Rules written out: a mask or score function as a line of text, and the values that it captured beside it.
+
+The text is an expression of the score language over slots, the same in every process, and reads back into the very
+expression; so a rule can pass through what takes no Python functions, such as the graph of a compiler.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import SpecError, described
+from .capture import Access, ArrayCapture, ScalarCapture, Slot, capture
+from .expr import VARIABLES, Expr, node, rewrite, text
+from .mask import Mask, Score, as_mask, as_score
+from .operations import OPERATIONS, variable
+from .program import number_captures
+
+Captured = ArrayCapture | ScalarCapture
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FrozenMask(Mask):
+    """A mask whose function has been traced: `text` over slots, the `arrays` and `numbers` that fill them in order."""
+
+    text: str = ""
+    arrays: tuple[Any, ...] = ()
+    numbers: tuple[float, ...] = ()
+
+    def expression(self, offset: Any = 0) -> Expr:
+        return _bound(self)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FrozenScore(Score):
+    """A score function that has been traced; as FrozenMask."""
+
+    text: str = ""
+    arrays: tuple[Any, ...] = ()
+    numbers: tuple[float, ...] = ()
+
+    def expression(self, offset: Any = 0) -> Expr:
+        return _bound(self)
+
+
+def freeze(rule: Any, align: Any = 0) -> FrozenMask | FrozenScore:
+    """Trace a mask or score function once: what `torch.compile` takes for mask= and score_mod=, and every call.
+
+    Shapes:  rule a function (b, h, i, j) or (s, b, h, i, j), or a mask or score of `flashtile.score`.
+    Options: align  the offset, an integer or integers (B,), of a rule that a call's alignment anchors.
+    Returns: a mask or score with its `text`, and what the text's slots are filled with, in their order: `arrays`, as
+             they were captured (their values are read at every call), and `numbers`, as they are now.
+             `thaw(text, arrays, numbers)` is the rule again, in any process.
+    Raises:  SpecError for what is neither, and as the rule itself.
+
+    >>> freeze(lambda b, h, i, j: j <= i).text
+    'mask: %0:bool = le j i; return %0'
+    """
+    if isinstance(rule, (FrozenMask, FrozenScore)):
+        return rule
+    found = as_score(rule) if isinstance(rule, Score) or _takes(rule) == 5 else as_mask(rule)
+    kind = "score" if isinstance(found, Score) else "mask"
+    (root,), captures, _ = number_captures([found.expression(align)])
+    arrays = tuple(x.source for x in captures if isinstance(x, ArrayCapture))
+    numbers = tuple(float(x.value) for x in captures if isinstance(x, ScalarCapture))
+    return _frozen(kind, found.name, found.fits, f"{kind}: {text([root])}", arrays, numbers)
+
+
+def thaw(text: str, arrays: tuple[Any, ...] = (), numbers: tuple[float, ...] = ()) -> FrozenMask | FrozenScore:
+    """The rule of a text that `freeze` wrote, with these values. Raises: SpecError for another text, or number of
+    values."""
+    kind, expression, slots = parse(text)
+    scalars = sum(s.rank < 0 for s in slots)
+    if (len(arrays), len(numbers)) != (len(slots) - scalars, scalars):
+        got = f"{len(arrays)} arrays and {len(numbers)} numbers"
+        raise SpecError(f"arrays, numbers: got {got}, expected {len(slots) - scalars} and {scalars} as in the text")
+    return _frozen(kind, kind, lambda shape: None, text, tuple(arrays), tuple(numbers))
+
+
+def _frozen(kind: str, name: str, fits: Any, *given: Any) -> FrozenMask | FrozenScore:
+    if kind == "score":
+        return FrozenScore(_unused, False, name, fits, *given)
+    return FrozenMask(_unused, False, name, fits, *given)
+
+
+def _unused(offset: Any) -> Callable[..., Any]:
+    raise AssertionError("a frozen rule has its expression")
+
+
+def _takes(rule: Any) -> int:
+    """How many arguments a function has; 0 where that cannot be told."""
+    try:
+        return len(inspect.signature(rule).parameters) if callable(rule) else 0
+    except (TypeError, ValueError):
+        return 0
+
+
+def _bound(rule: Any) -> Expr:
+    """The expression over the captured values themselves."""
+    _, root, slots = parse(rule.text)
+    arrays, numbers = iter(rule.arrays), iter(rule.numbers)
+    kind = "score_mod" if isinstance(rule, Score) else "mask"
+    values = {slot: _value(slot, arrays, numbers, kind) for slot in slots}
+
+    def replace(x: Expr) -> Expr | None:
+        if isinstance(x.data, Slot):
+            return node(x.operation, (), x.type, values[x.data])
+        if isinstance(x.data, Access):
+            source = values[x.data.source]  # type: ignore[index]
+            assert isinstance(source, ArrayCapture)
+            return node(x.operation, x.args, x.type, Access(source, (True,) * len(x.args)))
+        return None
+
+    return rewrite([root], replace)[0]
+
+
+def _value(slot: Slot, arrays: Iterator[Any], numbers: Iterator[float], kind: str) -> Captured:
+    if slot.rank >= 0:
+        found = capture(next(arrays), f"{kind}: captured array {slot.number}")
+        if (found.element, found.rank) != (slot.element, slot.rank):
+            got = f"{found.dtype} of {found.rank} axes"
+            raise SpecError(f"{found.name}: got {got}, expected what the text says: {slot}")
+        return found
+    value = next(numbers)
+    return ScalarCapture(int(value) if slot.type == "int" else float(value), slot.type)
+
+
+_LINE = re.compile(r"(%\d+):(\w+) = (\w+)(?:\[([^]]*)\])?((?: \S+)*)")
+_CONST = re.compile(r"(bool|int|float)\((.*)\)")
+_SLOT = re.compile(r"#(\d+) (\w+)(?: rank (\d+))?(?: clamp ([ny]*))?")
+
+
+@functools.lru_cache(maxsize=256)
+def parse(text: str) -> tuple[str, Expr, tuple[Slot, ...]]:
+    """("score" or "mask", its expression, its slots in order) of a text that `freeze` wrote. Raises: SpecError."""
+    kind, colon, body = text.partition(": ")
+    *lines, result = body.split("; ")
+    if kind not in ("score", "mask") or not colon or not result.startswith("return "):
+        raise _unreadable(text, text)
+    names: dict[str, Expr] = {}
+    slots: dict[int, Slot] = {}
+
+    def operand(word: str) -> Expr:
+        if word in names:
+            return names[word]
+        if word in VARIABLES:
+            return variable(word)
+        if found := _CONST.fullmatch(word):
+            read: Any = {"bool": "True".__eq__, "int": int, "float": float}[found[1]]
+            return node(OPERATIONS["const"], (), found[1], read(found[2]))
+        raise _unreadable(word, text)
+
+    for line in lines:
+        found = _LINE.fullmatch(line)
+        if found is None or found[3] not in OPERATIONS:
+            raise _unreadable(line, text)
+        name, type_, operation, data, operands = found.groups()
+        args = tuple(operand(word) for word in operands.split())
+        names[name] = node(OPERATIONS[operation], args, type_, None if data is None else _data(data, slots, text))
+    return kind, operand(result.removeprefix("return ")), tuple(slots[n] for n in sorted(slots))
+
+
+def _data(data: str, slots: dict[int, Slot], text: str) -> Slot | Access:
+    found = _SLOT.fullmatch(data)
+    if found is None:
+        raise _unreadable(data, text)
+    slot = Slot(int(found[1]), found[2], -1 if found[3] is None else int(found[3]))
+    slots[slot.number] = slot
+    return slot if found[4] is None else Access(slot, tuple(c == "y" for c in found[4]))
+
+
+def _unreadable(part: str, text: str) -> SpecError:
+    return SpecError(f"text: got {described(part)}, expected a text that flashtile.score.freeze wrote")

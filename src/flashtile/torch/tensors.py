@@ -1,0 +1,140 @@
+"""What a tensor must be to be read where it lies: checks of the PyTorch door, and addresses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from flashtile.errors import UnavailableError, wrong
+
+Tensor = torch.Tensor
+# What to give instead of tensors whose elements alone do not say what they mean, by the name of the class.
+_PLAIN = {
+    "NestedTensor": "a dense tensor: the sequences one after the other with mask=score.varlen(...), or padded with "
+    "mask=score.padding(...)",
+    "CausalBias": "causal=True with align=, or attn_mask= of scaled_dot_product_attention",
+    "MaskedTensor": "a dense tensor, and which of its keys to see as mask=",
+}
+# Tensors that only stand for others while a graph is made: the operator's fake kernel takes them.
+_STAND_INS = ("FakeTensor", "FunctionalTensor")
+_DEVICES = ("cpu", "cuda")
+_STRIDED = torch.strided
+READY, RECORDED, OTHER = range(3)
+compiling = torch.compiler.is_dynamo_compiling  # whether torch.compile reads the call, which then does not run
+_transforms_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+
+
+def kind_of(*tensors: Tensor) -> int:
+    """READY for plain dense CPU tensors, RECORDED if autograd records a gradient of one, OTHER for whatever else, which
+    must be looked at closely. In so many words since small calls wait for it."""
+    recorded = False
+    for x in tensors:
+        if not (type(x) is Tensor and x.is_cpu and x.layout is _STRIDED) or x.is_neg() or x.is_nested:
+            return OTHER
+        if x.requires_grad:
+            recorded = True
+    if in_forward_mode() or is_watched():
+        return OTHER
+    return RECORDED if recorded and torch.is_grad_enabled() else READY
+
+
+def in_forward_mode() -> bool:
+    """Whether tensors may carry tangents: torch.autograd.forward_ad counts its levels from 0."""
+    return getattr(forward_ad, "_current_level", -1) >= 0
+
+
+def is_watched() -> bool:
+    """Whether a transform of torch.func or a mode of torch looks at every operator: the call must then be one."""
+    return _transforms_active() or _dispatch_modes() > 0
+
+
+def is_stand_in(x: Tensor) -> bool:
+    """Whether a tensor stands for others, without memory of its own, for whoever makes a graph."""
+    return type(x).__name__ in _STAND_INS
+
+
+def check_untraced() -> None:
+    """Raise under torch.jit.trace, in which sizes are tensors: no two calls are then alike, so each one comes here."""
+    if torch.jit.is_tracing():
+        raise UnavailableError("q: got a tensor that torch.jit.trace records, expected one of an ordinary call")
+
+
+def addresses(*tensors: Tensor) -> tuple[int, ...]:
+    """Where the elements of q, k, v and out lie. Raises: SpecError for a tensor that has some, but not in memory."""
+    try:
+        found = tuple([x.data_ptr() for x in tensors])
+    except RuntimeError:
+        found = (0,)
+    if 0 in found:  # an empty tensor, or one that only stands for others
+        found = tuple(map(address, ("q", "k", "v", "out"), tensors))
+    return found
+
+
+def address(name: str, x: Tensor) -> int:
+    """The address of one tensor's elements, 0 if there are none. Raises: as `addresses`."""
+    try:
+        found = x.data_ptr()
+    except RuntimeError:
+        found = 0
+    if found == 0 and x.numel():
+        expected = "one in memory (not fake, nor with its storage freed)"
+        raise wrong(name, f"a {type(x).__qualname__} without memory", expected)
+    return found
+
+
+def check_tensors(**tensors: Tensor) -> None:
+    """Raise unless each is a plain dense tensor, on the CPU, or on a GPU if no gradient is recorded for it."""
+    recording = torch.is_grad_enabled()
+    for name, x in tensors.items():
+        if type(x) is not Tensor and type(x) is not torch.nn.Parameter and not is_stand_in(x):
+            got = f"a {type(x).__module__}.{type(x).__qualname__}"
+            raise wrong(
+                name, got, _PLAIN.get(type(x).__name__, "a torch.Tensor itself: what a subclass means is unknown")
+            )
+        if not (x.is_cpu or x.is_cuda):
+            raise wrong(name, f"a tensor on {x.device}", "a tensor on the CPU or a GPU of CUDA or ROCm")
+        if x.layout is not torch.strided:
+            raise wrong(name, f"layout {x.layout}", "a dense tensor")
+        if x.is_nested:
+            raise wrong(name, "a nested tensor", _PLAIN["NestedTensor"])
+        if x.is_neg():
+            raise wrong(name, "a lazily negated view", "a tensor in memory (x.resolve_neg())")
+        if recording and x.requires_grad and not x.is_cpu:
+            raise UnavailableError(
+                f"{name}: got a tensor on {x.device} that requires grad, expected one that does not, or "
+                "torch.no_grad(): gradients are not available there yet"
+            )
+    check_tangents(**tensors)
+
+
+def check_tangents(**tensors: Any) -> None:
+    """Raise for a tensor with a tangent: forward mode would be silently zero."""
+    if not in_forward_mode():
+        return
+    for name, x in tensors.items():
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise UnavailableError(
+                f"{name}: got a tensor with a tangent, expected one without: "
+                "forward-mode gradients are not available yet"
+            )
+
+
+def under_autocast(*tensors: Any) -> tuple[Any, ...]:
+    """The tensors in the dtype of torch.autocast where it is on for their device, as torch's SDPA has them: float64
+    stays. What is no tensor is left to the checks that follow."""
+    lower = {d: torch.get_autocast_dtype(d) for d in _DEVICES if torch.is_autocast_enabled(d)}
+    if not lower:
+        return tensors
+    return tuple(x.to(lower[x.device.type]) if _is_cast(x, lower) else x for x in tensors)
+
+
+def _is_cast(x: Any, lower: dict[str, torch.dtype]) -> bool:
+    return (
+        isinstance(x, Tensor)
+        and x.device.type in lower
+        and x.is_floating_point()
+        and x.dtype not in (torch.float64, lower[x.device.type])
+    )

@@ -1,0 +1,128 @@
+"""Which product computes a dtype: by the processor's rates, by what the machine has, by FLASHTILE_ISA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import flashtile
+from flashtile import cli, kernels
+from flashtile.calls import clear_cache
+from flashtile.kernels import cpu
+from flashtile.llvm import machines, processors
+from flashtile.llvm.products import FMA, PAIRS, known
+
+pytestmark = pytest.mark.core
+
+INFO = """processor	: 0
+vendor_id	: {}
+cpu family	: {}
+model		: {}
+model name	: whatever it is sold as
+flags		: fpu avx512_bf16
+
+processor	: 1
+vendor_id	: somebody else's
+"""
+PROCESSORS = {
+    "Zen 4": (("AuthenticAMD", 25, 17), "AMD Zen 4 and 5", PAIRS),
+    "Zen 5": (("AuthenticAMD", 26, 2), "AMD Zen 4 and 5", PAIRS),
+    "a later one of AMD's": (("AuthenticAMD", 27, 1), "unknown, AMD's", PAIRS),
+    "Sapphire Rapids": (("GenuineIntel", 6, 143), "Intel Sapphire, Emerald and Granite Rapids", FMA),
+    "Granite Rapids": (("GenuineIntel", 6, 173), "Intel Sapphire, Emerald and Granite Rapids", FMA),
+    "Cooper Lake": (("GenuineIntel", 6, 85), "unknown", FMA),
+    "nobody's": (("HygonGenuine", 24, 1), "unknown", FMA),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_each_family_gets_the_product_that_it_is_good_at(name: str) -> None:
+    numbers, family, product = PROCESSORS[name]
+    processor = processors.processor_of(INFO.format(*numbers))
+    assert processor.name == family
+    dot, plain = machines.known()["avx512_bf16"], machines.known()["avx512"]
+    for dtype, precision in (("bfloat16", "ieee"), ("float32", "bf16")):
+        choice = processors.choose(dot, dtype, precision, processor)
+        assert choice.product is product and processor.name in choice.why
+        assert processors.choose(dot, dtype, precision, processor, forced=True).product is PAIRS
+        assert processors.choose(plain, dtype, precision, processor).product is FMA
+    for dtype in ("float64", "float32", "float16"):
+        assert processors.choose(dot, dtype, "ieee", processor).product is FMA
+
+
+def test_rates_are_of_products_that_exist_and_every_processor_has_fp32s() -> None:
+    for processor in (*processors.TABLE, *processors.UNKNOWN):
+        assert set(dict(processor.rates)) <= set(known())
+        assert processor.rate(FMA) == 1 and processor.measured
+
+
+def test_a_machine_without_cpuinfo_is_an_unknown_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(processors, "CPUINFO", tmp_path / "none")
+    assert processors.here.__wrapped__().name == "unknown"
+    assert processors.processor_of("").name == "unknown"
+
+
+def test_on_a_processor_with_a_slow_dot_bf16_is_computed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And says so; the answer is right as ever."""
+    if machines.unavailable(machines.known()["avx512_bf16"]):
+        pytest.skip("this machine has no dot of bf16 pairs")
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    slow = processors.processor_of(INFO.format("GenuineIntel", 6, 173))
+    monkeypatch.delenv("FLASHTILE_ISA", raising=False)
+    monkeypatch.setattr(processors, "here", lambda: slow)
+    cpu._choice.cache_clear()
+    clear_cache()
+    try:
+        said = flashtile.explain((1, 2, 40, 16), dtype="bfloat16")
+        assert said.isa == "avx512_bf16" and said.product.startswith("fma: ") and "Granite" in str(said)
+        asked = flashtile.explain((1, 2, 40, 16), precision="bf16")
+        assert any("honoured at higher precision" in note for note in asked.notes)
+        q = np.random.default_rng(0).standard_normal((1, 2, 40, 16)).astype(ml_dtypes.bfloat16)
+        from flashtile.testing import assert_accurate
+
+        assert_accurate(flashtile.attention(q, q, q, causal=True), q, q, q, causal=True)
+    finally:
+        cpu._choice.cache_clear()
+        clear_cache()
+
+
+WRONG = "FLASHTILE_ISA: got 'avx1024', expected one of "
+
+
+@pytest.fixture
+def misspelt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHTILE_ISA", "avx1024")
+    clear_cache()
+
+
+def test_a_misspelt_instruction_set_raises_from_arrays(misspelt: None) -> None:
+    x = np.ones((1, 1, 3, 4), np.float32)
+    for call in (flashtile.attention, flashtile.explain):
+        with pytest.raises(flashtile.UnavailableError, match=WRONG):
+            call(x, x, x)
+    assert flashtile.attention(x, x, x, kernel="reference").shape == x.shape  # which needs none
+
+
+def test_a_misspelt_instruction_set_raises_from_tensors(misspelt: None) -> None:
+    torch = pytest.importorskip("torch")
+    import flashtile.torch
+
+    x = torch.ones(1, 1, 3, 4)
+    for door in (flashtile.torch.attention, flashtile.torch.scaled_dot_product_attention):
+        with pytest.raises(flashtile.UnavailableError, match=WRONG):
+            door(x, x, x)
+
+
+@pytest.mark.parametrize("command", [["explain", "--shape", "1,1,3,4"], ["bench", "--shape", "1,1,3,4"]])
+def test_a_misspelt_instruction_set_ends_a_command(
+    command: list[str], misspelt: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(command) == cli.BAD_INPUT
+    assert WRONG in capsys.readouterr().err
+
+
+def test_a_survey_names_a_misspelt_instruction_set_and_goes_on(misspelt: None) -> None:
+    rows = {name: (available, why) for _, name, available, why in kernels.survey()}
+    assert not rows["cpu"][0] and rows["cpu"][1].startswith(WRONG) and rows["reference"][0]

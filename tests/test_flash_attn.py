@@ -1,0 +1,273 @@
+"""flashtile.flash_attn: flash-attn's functions by its signatures, each sequence held to the accuracy rule by itself."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import numpy as np
+import pytest
+
+import flashtile
+from flashtile.errors import SpecError, UnavailableError
+
+torch = pytest.importorskip("torch")
+from flashtile import flash_attn  # noqa: E402  (after torch is known to be there)
+from flashtile.testing import assert_accurate, assert_gradients_accurate  # noqa: E402
+
+OPTIONS = (
+    ("dropout_p", 0.0),
+    ("softmax_scale", None),
+    ("causal", False),
+    ("window_size", (-1, -1)),
+    ("softcap", 0.0),
+    ("alibi_slopes", None),
+    ("deterministic", False),
+    ("return_attn_probs", False),
+)
+CUMULATIVE = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+NEW = ("k", "v", "rotary_cos", "rotary_sin", "cache_seqlens", "cache_batch_idx", "cache_leftpad", "block_table")
+
+# Of flash-attn 2.8.3: every parameter, in its order; those with a default as (name, default).
+SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "flash_attn_func": ("q", "k", "v", *OPTIONS),
+    "flash_attn_qkvpacked_func": ("qkv", *OPTIONS),
+    "flash_attn_kvpacked_func": ("q", "kv", *OPTIONS),
+    "flash_attn_varlen_func": ("q", "k", "v", *CUMULATIVE, *OPTIONS, ("block_table", None)),
+    "flash_attn_varlen_qkvpacked_func": ("qkv", "cu_seqlens", "max_seqlen", *OPTIONS),
+    "flash_attn_varlen_kvpacked_func": ("q", "kv", *CUMULATIVE, *OPTIONS),
+    "flash_attn_with_kvcache": (
+        *("q", "k_cache", "v_cache"),
+        *((name, None) for name in NEW),
+        *OPTIONS[1:5],
+        ("rotary_interleaved", True),
+        ("alibi_slopes", None),
+        ("num_splits", 0),
+        ("return_softmax_lse", False),
+    ),
+}
+
+# Of queries and of keys: more of one, of the other, one new token, a sequence without queries, one without keys.
+ROWS, KEYS = [5, 70, 1, 0, 3, 12], [90, 33, 40, 7, 0, 12]
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"causal": True},
+    "window": {"window_size": (9, 4)},
+    "causal window": {"causal": True, "window_size": (20, -1)},
+    "softcap": {"softcap": 0.7, "softmax_scale": 0.9},
+    "slopes": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.05]), "causal": True},
+    "slopes a sequence": {"alibi_slopes": torch.linspace(0, 1, 4 * len(ROWS)).reshape(-1, 4), "window_size": (30, 30)},
+}
+
+
+def draw(*shape: int, dtype: str = "float32", seed: int = 0, grad: bool = False) -> Any:
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 - 1
+    return x.to(getattr(torch, dtype)).requires_grad_(grad)
+
+
+def here(options: dict[str, Any]) -> dict[str, Any]:
+    """The same options as flashtile.attention calls them."""
+    names = {"window_size": "window", "softmax_scale": "scale"}
+    return {**{names.get(name, name): value for name, value in options.items()}, "align": "bottom_right"}
+
+
+def numpy(x: Any) -> Any:
+    """A tensor as an array, bfloat16 as ml_dtypes has it."""
+    import ml_dtypes
+
+    x = x.detach().contiguous()
+    return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if x.dtype is torch.bfloat16 else x.numpy()
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures(name: str) -> None:
+    found = inspect.signature(getattr(flash_attn, name)).parameters.values()
+    assert tuple(p.name if p.default is p.empty else (p.name, p.default) for p in found) == SIGNATURES[name]
+    assert sorted(SIGNATURES) == flash_attn.__all__
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_option(case: str, dtype: str) -> None:
+    """Forward and backward, of grouped heads, in flash-attn's layout."""
+    options = dict(CASES[case])
+    if case == "slopes a sequence":
+        options["alibi_slopes"] = options["alibi_slopes"][:2]
+    q, k, v = (draw(2, n, h, 8, dtype=dtype, seed=n + h, grad=True) for n, h in ((7, 4), (11, 2), (11, 2)))
+    o, lse, weights = flash_attn.flash_attn_func(q, k, v, **options, return_attn_probs=True)
+    assert o.shape == q.shape and o.is_contiguous() and weights is None
+    do, dlse = draw(*o.shape, dtype=dtype, seed=5), draw(*lse.shape, dtype=str(lse.dtype)[6:], seed=6)
+    torch.autograd.backward((o, lse), (do, dlse))
+    arrays = [numpy(x.transpose(1, 2)) for x in (q, k, v)]
+    assert_accurate(numpy(o.transpose(1, 2)), *arrays, **here(options))
+    assert_accurate(numpy(lse), *arrays, kind="lse", **here(options))
+    found = flashtile.Gradients(*(numpy(x.grad.transpose(1, 2)) for x in (q, k, v)))
+    assert_gradients_accurate(found, numpy(do.transpose(1, 2)), *arrays, dlse=numpy(dlse), **here(options))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sequences_one_after_the_other(case: str) -> None:
+    """Each is what it is alone, forward and backward, whatever its lengths."""
+    options, (cu_q, cu_k) = CASES[case], (np.cumsum([0, *n]) for n in (ROWS, KEYS))
+    total_q, total_k = sum(ROWS), sum(KEYS)
+    q, k, v = (draw(n, h, 8, seed=n + h, grad=True) for n, h in ((total_q, 4), (total_k, 2), (total_k, 2)))
+    bounds = torch.from_numpy(cu_q).int(), torch.from_numpy(cu_k).int()
+    o, lse, _ = flash_attn.flash_attn_varlen_func(
+        q, k, v, *bounds, max(ROWS), max(KEYS), **options, return_attn_probs=True
+    )
+    assert o.shape == q.shape and lse.shape == (4, total_q) and o.is_contiguous()
+    do = draw(*o.shape, seed=5)
+    o.backward(do)
+    for n, (rows, keys) in enumerate(zip(*(map(slice, cu, cu[1:]) for cu in (cu_q, cu_k)), strict=True)):
+        arrays = [numpy(x[part].transpose(0, 1)) for x, part in ((q, rows), (k, keys), (v, keys))]
+        alone = here(options)
+        if case == "slopes a sequence":
+            alone["alibi_slopes"] = options["alibi_slopes"][n]
+        assert_accurate(numpy(o[rows].transpose(0, 1)), *arrays, **alone)
+        assert_accurate(numpy(lse[:, rows]), *arrays, kind="lse", **alone)
+        parts = (q.grad[rows], k.grad[keys], v.grad[keys])
+        found = flashtile.Gradients(*(numpy(x.transpose(0, 1)) for x in parts))
+        assert_gradients_accurate(found, numpy(do[rows].transpose(0, 1)), *arrays, **alone)
+
+
+def test_packed_tensors_are_read_in_place() -> None:
+    qkv = draw(2, 9, 3, 4, 8, grad=True)
+    q, k, v = (x.detach().contiguous().requires_grad_() for x in qkv.unbind(2))
+    do = draw(2, 9, 4, 8, seed=1)
+    want = flash_attn.flash_attn_func(q, k, v, causal=True)
+    want.backward(do)
+    got = flash_attn.flash_attn_qkvpacked_func(qkv, causal=True)
+    got.backward(do)
+    assert torch.equal(got, want) and torch.equal(qkv.grad, torch.stack([q.grad, k.grad, v.grad], 2))
+    kv = qkv.detach()[:, :, 1:]
+    assert torch.equal(flash_attn.flash_attn_kvpacked_func(q, kv, causal=True), want)
+    packed, cu = qkv.detach()[0], torch.tensor([0, 4, 9], dtype=torch.int32)
+    one, two = (
+        flash_attn.flash_attn_varlen_qkvpacked_func(packed, cu, 5, causal=True),
+        flash_attn.flash_attn_varlen_kvpacked_func(packed[:, 0], packed[:, 1:], cu, cu, 5, 5, causal=True),
+    )
+    assert torch.equal(one, two) and torch.equal(one[:4], flash_attn.flash_attn_func(q, k, v, causal=True)[0, :4])
+
+
+@pytest.mark.parametrize("case", ["causal", "slopes a sequence"])
+def test_dropout_counts_within_a_sequence(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which weights are dropped depends on the sequence's number and on positions within it, as in a batch."""
+    options = dict(CASES[case])
+    lengths = [5, 8, 3]
+    if "alibi_slopes" in options:
+        options["alibi_slopes"] = options["alibi_slopes"][:3]
+    cu = torch.tensor([0, 5, 13, 16])
+    qkv = draw(16, 3, 4, 8, grad=True)
+    torch.manual_seed(7)
+    seed = int(torch.empty((), dtype=torch.int64).random_())
+    torch.manual_seed(7)
+    o, lse, _ = flash_attn.flash_attn_varlen_qkvpacked_func(qkv, cu, 8, 0.3, **options, return_attn_probs=True)
+    without = flash_attn.flash_attn_varlen_qkvpacked_func(qkv, cu, 8, 0.0, **options, return_attn_probs=True)[1]
+    torch.testing.assert_close(lse, without)
+    kept = flashtile.score.dropout_keep((3, 4, 8, 8), 0.3, seed)
+    share = 1 - round(0.3 * 2**16) / 2**16
+    total = 0
+    for n, (part, length) in enumerate(zip(qkv.split(lengths), lengths, strict=True)):
+        q, k, v = (x.transpose(0, 1).double() for x in part.unbind(1))
+        distance = torch.arange(length)[:, None] - torch.arange(length)
+        scores = q @ k.mT / 8**0.5
+        if "alibi_slopes" in options:
+            scores = scores - options["alibi_slopes"][n].double()[:, None, None] * distance.abs()
+        hidden = distance < 0 if options.get("causal") else distance.abs() > 30
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        total = total + (weights * torch.from_numpy(kept[n, :, :length, :length]) / share @ v).sum()
+        want = (weights * torch.from_numpy(kept[n, :, :length, :length]) / share) @ v
+        torch.testing.assert_close(o[cu[n] : cu[n + 1]].transpose(0, 1).double(), want, rtol=1e-5, atol=1e-5)
+    (got,), (want,) = (torch.autograd.grad(x, qkv) for x in (o.sum(), total))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_of_one_batch() -> None:
+    q = draw(2, 6, 2, 8)
+    torch.manual_seed(3)
+    got = flash_attn.flash_attn_func(q, q, q, 0.5)
+    torch.manual_seed(3)
+    want = flashtile.torch.attention(*(q.transpose(1, 2),) * 3, dropout_p=0.5).transpose(1, 2)
+    assert torch.equal(got, want) and not torch.equal(got, flash_attn.flash_attn_func(q, q, q))
+
+
+def test_nothing_to_attend() -> None:
+    empty, none = torch.zeros(0, 2, 8), torch.zeros(1, dtype=torch.int32)
+    for dropout_p in (0.0, 0.5):
+        for cu in (none, torch.zeros(3, dtype=torch.int32)):
+            o, lse, _ = flash_attn.flash_attn_varlen_func(
+                empty, empty, empty, cu, cu, 0, 0, dropout_p, return_attn_probs=True
+            )
+            assert o.shape == (0, 2, 8) and lse.shape == (2, 0)
+
+
+Q = torch.ones(1, 4, 2, 8)
+T = torch.ones(6, 2, 8)
+CU = torch.tensor([0, 2, 6], dtype=torch.int32)
+
+
+def varlen(cu_q: Any = CU, cu_k: Any = CU, max_q: Any = 4, max_k: Any = 4, **options: Any) -> Any:
+    return flash_attn.flash_attn_varlen_func(T, T, T, cu_q, cu_k, max_q, max_k, **options)
+
+
+def integers(*values: int) -> Any:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+WRONG: dict[str, Any] = {
+    r"q: got shape \(4, 2, 8\), expected \(B, S, H, D\)": lambda: flash_attn.flash_attn_func(Q[0], Q, Q),
+    r"v: got a ndarray, expected a torch tensor \(B, S, H, D\)": lambda: flash_attn.flash_attn_func(Q, Q, Q.numpy()),
+    r"k: got batch 2, expected 1 as in q": lambda: flash_attn.flash_attn_func(Q, Q.repeat(2, 1, 1, 1), Q),
+    r"window_size: got 5, expected \(left, right\)": lambda: flash_attn.flash_attn_func(Q, Q, Q, window_size=5),
+    r"window_size: got \(-3, 0\), expected a pair": lambda: flash_attn.flash_attn_func(Q, Q, Q, window_size=(-3, 0)),
+    "window_size: got left -3, expected a distance": lambda: varlen(window_size=(-3, 0)),
+    r"softmax_scale: got 'x'": lambda: flash_attn.flash_attn_func(Q, Q, Q, softmax_scale="x"),
+    r"causal: got 1, expected True or False": lambda: flash_attn.flash_attn_func(Q, Q, Q, causal=1),
+    r"alibi_slopes: got shape \(3,\)": lambda: flash_attn.flash_attn_func(Q, Q, Q, alibi_slopes=torch.ones(3)),
+    r"dropout_p: got 1.0": lambda: flash_attn.flash_attn_func(Q, Q, Q, dropout_p=1.0),
+    r"qkv: got shape \(1, 4, 2, 2, 8\), expected \(B, S, 3, H, D\)": lambda: flash_attn.flash_attn_qkvpacked_func(
+        torch.ones(1, 4, 2, 2, 8)
+    ),
+    r"kv: got shape \(6, 3, 2, 8\), expected \(total, 2, H, D\)": lambda: flash_attn.flash_attn_varlen_kvpacked_func(
+        T, torch.ones(6, 3, 2, 8), CU, CU, 4, 4
+    ),
+    "cu_seqlens_q: got 2 after 4, expected integers that rise from 0": lambda: varlen(integers(0, 4, 2, 6)),
+    "cu_seqlens_k: got boundaries up to 9, expected up to the length, 6": lambda: varlen(cu_k=integers(0, 2, 9)),
+    "cu_seqlens_k: got boundaries up to 5, expected up to the length, 6": lambda: varlen(cu_k=integers(0, 2, 5)),
+    "cu_seqlens_q: got 1 first, expected integers that rise from 0": lambda: varlen(integers(1, 2, 6)),
+    "cu_seqlens_k: got 2 boundaries, expected 3 as in cu_seqlens_q": lambda: varlen(cu_k=integers(0, 6)),
+    "cu_seqlens_q: got float32 of shape": lambda: varlen(CU.float()),
+    "max_seqlen_k: got 3, expected an integer, at least 4, the longest of cu_seqlens_k": lambda: varlen(max_k=3),
+    "max_seqlen: got 2.5, expected an integer": lambda: flash_attn.flash_attn_varlen_qkvpacked_func(
+        torch.ones(6, 3, 2, 8), CU, 2.5
+    ),
+    "cu_seqlens: got boundaries up to 7": lambda: flash_attn.flash_attn_varlen_qkvpacked_func(
+        torch.ones(6, 3, 2, 8), integers(0, 7), 7
+    ),
+    r"alibi_slopes: got shape \(3, 2\), expected floats of shape \(H,\) = \(2,\) or \(B, H\) = \(2, 2\)": lambda: (
+        varlen(alibi_slopes=torch.ones(3, 2))
+    ),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_one_clear_error(message: str) -> None:
+    with pytest.raises(SpecError, match="^" + message):
+        WRONG[message]()
+
+
+def test_what_is_not_there_says_what_to_use() -> None:
+    with pytest.raises(UnavailableError, match="^k_cache: .*flash_attn_func on what is filled; or, .*score.padding"):
+        flash_attn.flash_attn_with_kvcache(Q, Q, Q, cache_seqlens=2)
+    with pytest.raises(UnavailableError, match="^block_table: got pages"):
+        varlen(block_table=torch.zeros(1, 1))
+    # What the first message says is true.
+    lengths, new = torch.tensor([4, 3]), draw(2, 2, 1, 8)
+    cache = draw(2, 1, 6, 8, seed=1)
+    got = flashtile.torch.attention(
+        new.transpose(1, 2), cache, cache, mask=flashtile.score.padding(lengths), causal=True, align=lengths - 2
+    )
+    for n, length in enumerate(lengths):
+        keys = cache[n : n + 1, :, :length].transpose(1, 2)
+        want = flash_attn.flash_attn_func(new[n : n + 1], keys, keys, causal=True)
+        torch.testing.assert_close(got[n : n + 1].transpose(1, 2), want)

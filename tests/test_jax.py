@@ -1,0 +1,391 @@
+"""flashtile.jax: jax.nn's dot_product_attention by its own signature, under JAX's transformations, on a CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import pathlib
+import re
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from processes import run
+
+import flashtile
+from flashtile.errors import SpecError, UnavailableError
+
+jax = pytest.importorskip("jax")
+import jax.numpy as jnp  # noqa: E402  (after JAX is known to be there)
+
+import flashtile.jax  # noqa: E402
+from flashtile import xla  # noqa: E402
+from flashtile.testing import assert_accurate, assert_gradients_accurate  # noqa: E402
+
+ours, theirs = flashtile.jax.dot_product_attention, jax.nn.dot_product_attention
+BATCH, ROWS, KEYS, HEADS, SHARED = 2, 9, 13, 4, 2
+
+
+def draw(*shape: int, dtype: str = "float32", seed: int = 0) -> Any:
+    return jnp.asarray(np.random.default_rng(seed).uniform(-1, 1, shape), dtype)
+
+
+def inputs(dtype: str = "float32") -> tuple[Any, ...]:
+    shapes = (BATCH, ROWS, HEADS, 8), (BATCH, KEYS, SHARED, 8), (BATCH, KEYS, SHARED, 8)
+    return tuple(draw(*shape, dtype=dtype, seed=n) for n, shape in enumerate(shapes))
+
+
+TABLE = np.linspace(-1, 1, ROWS + KEYS).astype(np.float32)
+MASK = np.arange(ROWS * KEYS).reshape(1, 1, ROWS, KEYS) % 3 > 0
+# As JAX calls it, and as flashtile.attention does.
+CASES: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[], dict[str, Any]]]] = {
+    "plain": (lambda: {}, lambda: {}),
+    "causal": (lambda: {"is_causal": True}, lambda: {"causal": True}),
+    "scale": (lambda: {"scale": 0.7}, lambda: {"scale": 0.7}),
+    "window": (lambda: {"local_window_size": (5, 2)}, lambda: {"window": (5, 2)}),
+    "one window": (lambda: {"local_window_size": 3}, lambda: {"window": (3, 3)}),
+    "mask": (lambda: {"mask": MASK}, lambda: {"mask": MASK}),
+    "bias": (lambda: {"bias": draw(1, 4, 9, 13)}, lambda: {"bias": np.asarray(draw(1, 4, 9, 13))}),
+    "lengths": (
+        lambda: {
+            "query_seq_lengths": jnp.array([9, 4], jnp.int32),
+            "key_value_seq_lengths": jnp.array([6, 13], jnp.int32),
+            "mask": MASK,
+        },
+        lambda: {
+            "mask": MASK
+            & (np.arange(9) < np.array([9, 4])[:, None])[:, None, :, None]
+            # the keys' lengths
+            & (np.arange(13) < np.array([6, 13])[:, None])[:, None, None]
+        },
+    ),
+    "softcap": (lambda: {"softcap": 0.8}, lambda: {"softcap": 0.8}),
+    "sinks": (lambda: {"sinks": draw(4)}, lambda: {"sinks": np.asarray(draw(4))}),
+    "score_mod": (
+        lambda: {"score_mod": lambda s, b, h, i, j: s + TABLE[i - j + 12]},
+        lambda: {"score_mod": lambda s, b, h, i, j: s + TABLE[i - j + 12]},
+    ),
+}
+OWN = ("softcap", "sinks", "score_mod")
+
+
+def swapped(x: Any) -> np.ndarray:
+    return np.asarray(x).swapaxes(1, 2)
+
+
+def test_signature() -> None:
+    """Every parameter of JAX's, with its default, in its place; then flashtile's own, by keyword alone."""
+    found, wanted = (list(inspect.signature(f).parameters.values()) for f in (ours, theirs))
+    assert [(p.name, p.default, p.kind) for p in found[: len(wanted)]] == [(p.name, p.default, p.kind) for p in wanted]
+    assert {p.kind for p in found[len(wanted) : -1]} == {inspect.Parameter.KEYWORD_ONLY}
+    assert tuple(p.name for p in found[len(wanted) : -1]) == OWN
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_option(case: str, dtype: str) -> None:
+    """Forward and backward, compiled, of grouped heads: by the accuracy rule."""
+    with jax.enable_x64(dtype == "float64"):
+        given, options = CASES[case][0](), {**CASES[case][1](), "align": "top_left"}
+        arrays, do = inputs(dtype), draw(BATCH, ROWS, HEADS, 8, dtype=dtype, seed=5)
+        (o, lse), back = jax.vjp(jax.jit(lambda q, k, v: ours(q, k, v, **given, return_residual=True)), *arrays)
+        found = flashtile.Gradients(*map(swapped, back((do, jnp.zeros_like(lse)))))
+    q, k, v = map(swapped, arrays)
+    assert_accurate(swapped(o), q, k, v, **options)
+    assert_accurate(swapped(lse), q, k, v, kind="lse", **options)
+    assert_gradients_accurate(found, swapped(do), q, k, v, **options)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in OWN])
+def test_the_same_as_jax(case: str) -> None:
+    given, arrays = CASES[case][0](), inputs()
+    seen = slice(None, 4) if case == "lengths" else slice(None)  # of rows that see nothing JAX has the mean
+    if case == "mask":
+        given["mask"] = given["mask"] | (np.arange(KEYS) == 0)
+    (got, lse), (want, residual) = (f(*arrays, **given, return_residual=True) for f in (ours, theirs))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(lse[:, seen], residual[:, seen], rtol=1e-5, atol=1e-5)
+    single = {n: x[0] if hasattr(x, "ndim") and x.shape[0] == BATCH else x for n, x in given.items()}
+    if case != "lengths":
+        np.testing.assert_allclose(ours(*(x[0] for x in arrays), **single), want[0], rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_bias_and_sinks() -> None:
+    q, k, v = inputs()
+    bias, sinks = draw(1, HEADS, 1, KEYS, seed=3), draw(HEADS, seed=4)
+    got = jax.grad(lambda bias, sinks: ours(q, k, v, bias, sinks=sinks).sum(), (0, 1))(bias, sinks)
+
+    def exact(bias: Any, sinks: Any) -> Any:
+        scores = jnp.einsum("btnh,bsnh->bnts", q, jnp.repeat(k, 2, 2)) / 8**0.5 + bias
+        top = jnp.broadcast_to(sinks[:, None, None], (BATCH, HEADS, ROWS, 1))
+        weights = jax.nn.softmax(jnp.concatenate([scores, top], -1), -1)[..., :-1]
+        return jnp.einsum("bnts,bsnh->btnh", weights, jnp.repeat(v, 2, 2)).sum()
+
+    for one, other in zip(got, jax.grad(exact, (0, 1))(bias, sinks), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+AXES: dict[str, tuple[Any, ...]] = {"all": (0, 0, 0, 0), "of q": (0, None, None, None), "odd": (1, None, 0, None)}
+
+
+@pytest.mark.parametrize("axes", AXES)
+def test_vmap(axes: str) -> None:
+    """Of a batch, with a bias, nested, forward and backward."""
+    shapes = (BATCH, ROWS, HEADS, 8), (BATCH, KEYS, SHARED, 8), (BATCH, KEYS, SHARED, 8), (1, HEADS, ROWS, KEYS)
+    given = []
+    for n, (shape, axis) in enumerate(zip(shapes, AXES[axes], strict=True)):
+        more = list(shape)
+        if axis is not None:
+            more.insert(axis, 3)
+        given.append(draw(*more, seed=n))
+
+    def loss(f: Any) -> Any:
+        return jax.value_and_grad(lambda q, k, v, b: (f(q, k, v, b) ** 2).sum(), (0, 1, 2, 3))
+
+    results = [jax.jit(jax.vmap(loss(f), in_axes=AXES[axes]))(*given) for f in (ours, theirs)]
+    for got, want in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    nested = [
+        jax.vmap(lambda q, f=f: jax.vmap(lambda k, f=f: f(q, k, k))(draw(2, BATCH, KEYS, SHARED, 8)))(
+            draw(3, BATCH, ROWS, HEADS, 8)
+        )
+        for f in (ours, theirs)
+    ]
+    np.testing.assert_allclose(*nested, rtol=1e-4, atol=1e-4)
+
+
+def test_a_function_is_compiled_once() -> None:
+    """Of another shape it is traced again; of the same captured values it is the same program."""
+    q, k, v = inputs()
+    table = draw(ROWS + KEYS)
+    found = [
+        jax.jit(lambda q: ours(q, k, v, score_mod=lambda s, b, h, i, j: s + table[i - j + 12])).lower(q).as_text()
+        for _ in range(2)
+    ]
+    assert found[0] == found[1]
+    other = table + 1
+    text = jax.jit(lambda q: ours(q, k, v, score_mod=lambda s, b, h, i, j: s + other[i - j + 12])).lower(q).as_text()
+    assert text != found[0]
+
+
+@pytest.mark.parametrize(("batch", "rows", "keys"), [(0, 3, 3), (2, 0, 3), (2, 3, 0)])
+def test_nothing_to_attend(batch: int, rows: int, keys: int) -> None:
+    q, k = draw(batch, rows, 2, 8), draw(batch, keys, 2, 8)
+    o, lse = jax.jit(lambda q, k: ours(q, k, k, return_residual=True))(q, k)
+    assert o.shape == q.shape and not o.any() and (lse == -jnp.inf).all() and lse.shape == (batch, rows, 2)
+    assert jax.grad(lambda q: ours(q, k, k, softcap=1.0).sum())(q).shape == q.shape
+
+
+def test_checkpoint_and_scan() -> None:
+    q, k, v = inputs()
+
+    def layers(f: Any, q: Any) -> Any:
+        return jax.lax.scan(lambda x, _: (jax.checkpoint(lambda x: f(x, k, v))(x), None), q, None, length=3)[0].sum()
+
+    got, want = (jax.grad(lambda q, f=f: layers(f, q))(q) for f in (ours, theirs))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_not_there_raises() -> None:
+    q, k, v = inputs()
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda q: ours(q, k, v), (q,), (q,))
+    with pytest.raises(ValueError, match="flashtile_attention_backward. cannot be differentiated"):
+        jax.grad(lambda q: jax.grad(lambda q: ours(q, k, v).sum())(q).sum())(q)
+    for implementation in ("xla", "cudnn"):
+        with pytest.raises(UnavailableError, match=f"implementation: got '{implementation}', expected None"):
+            ours(q, k, v, implementation=implementation)
+
+
+WRONG: dict[str, dict[str, Any]] = {
+    r"mask: got dtype float32, expected bool": {"mask": jnp.ones((1, 1, 9, 13))},
+    r"bias: got dtype bool, expected a float": {"bias": MASK},
+    r"mask: got shape \(1, 1, 9, 12\), expected one that broadcasts to \(B, N, T, S\) = \(2, 4, 9, 13\)": {
+        "mask": MASK[..., 1:]
+    },
+    r"key_value_seq_lengths: got int32 of shape \(3,\), expected integers \(B,\) = \(2,\)": {
+        "key_value_seq_lengths": jnp.ones(3, jnp.int32)
+    },
+    r"query_seq_lengths: got float32 of shape \(2,\)": {"query_seq_lengths": jnp.ones(2)},
+    r"local_window_size: got -1, expected a distance, or \(left, right\)": {"local_window_size": -1},
+    r"sinks: got float32 of shape \(3,\), expected floats \(N,\) = \(4,\)": {"sinks": jnp.ones(3)},
+    r"softcap: got -1.0": {"softcap": -1.0},
+    r"scale: got 'x', expected a number, known while tracing": {"scale": "x"},
+    r"is_causal: got 1, expected True or False": {"is_causal": 1},
+    r"return_residual: got 1, expected True or False": {"return_residual": 1},
+    r"causal: got a keyword that .* does not have, did you mean is_causal=\?": {"causal": True},
+    r"score_mod: got a function that returns a bool": {"score_mod": lambda s, b, h, i, j: i > j},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_one_clear_error_while_tracing(message: str) -> None:
+    with pytest.raises(SpecError, match="^" + message):
+        jax.jit(lambda *x: ours(*x, **WRONG[message]))(*inputs())
+
+
+def test_wrong_shapes() -> None:
+    q, k, v = inputs()
+    with pytest.raises(SpecError, match=r"^query, key, value: got shape \(9, 4, 8\), .* expected as many axes"):
+        ours(q[0], k, v)
+    with pytest.raises(SpecError, match=r"^key: got 3 heads, expected a divisor of query's 4 heads"):
+        ours(q, draw(BATCH, KEYS, 3, 8), draw(BATCH, KEYS, 3, 8))
+    with pytest.raises(SpecError, match=r"^value: got length 12, expected 13 as in key"):
+        ours(q, k, v[:, 1:])
+    with pytest.raises(SpecError, match=r"^query: got shape \(2, 9\), expected 3 or 4 axes"):
+        ours(q[..., 0, 0], k, v)
+    with pytest.raises(SpecError, match="dtype"):
+        ours(q.astype(jnp.bfloat16), k, v)
+    with pytest.raises(SpecError, match=r"score_mod: .*got a .*Tracer, expected an array in CPU memory"):
+        jax.jit(lambda t: ours(q, k, v, score_mod=lambda s, b, h, i, j: s + t[j]))(draw(KEYS))
+    with pytest.raises(SpecError, match="^scale: got a .*Tracer, expected a number, known while tracing"):
+        jax.jit(lambda t: ours(q, k, v, scale=t))(0.5)
+
+
+@pytest.mark.parametrize("error", [SpecError("q: got this, expected that"), RuntimeError("boom"), KeyError("bug")])
+def test_an_error_of_a_run_is_xlas_with_our_text(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(flashtile.jax, "lookup", fail)
+    text = "INVALID_ARGUMENT: q: got this, expected that" if isinstance(error, SpecError) else type(error).__name__
+    with pytest.raises(jax.errors.JaxRuntimeError, match=text):
+        jax.block_until_ready(jax.jit(ours)(*inputs()))
+    monkeypatch.undo()
+    assert jax.block_until_ready(jax.jit(ours)(*inputs())).shape == (BATCH, ROWS, HEADS, 8)
+
+
+def test_many_threads() -> None:
+    arrays = [[draw(1, 40, 4, 16, seed=3 * n + m) for m in range(3)] for n in range(16)]
+    compiled = jax.jit(lambda q, k, v: ours(q, k, v, is_causal=True))
+    want = [np.asarray(compiled(*x)) for x in arrays]
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(lambda x: np.asarray(compiled(*x)), arrays * 4))
+    assert all(np.array_equal(x, y) for x, y in zip(got, want * 4, strict=True))
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import flashtile.jax
+attend = flashtile.jax.dot_product_attention
+mesh = Mesh(jax.devices("cpu"), ("x",))
+assert mesh.size == 2
+rng = np.random.default_rng(0)
+q, k, v = (rng.uniform(-1, 1, (4, 16, 2, 8)).astype(np.float32) for _ in range(3))
+want = attend(q, k, v, is_causal=True)
+for spec in (PartitionSpec("x"), PartitionSpec(None, "x"), PartitionSpec(None, None, "x")):
+    parts = [jax.device_put(x, NamedSharding(mesh, spec)) for x in (q, k, v)]
+    got = jax.jit(lambda *x: attend(*x, is_causal=True))(*parts)
+    np.testing.assert_array_equal(got, want)
+    loss = lambda *x: (attend(*x, is_causal=True) ** 2).sum()
+    for one, other in zip(jax.jit(jax.grad(loss, (0, 1, 2)))(*parts), jax.grad(loss, (0, 1, 2))(q, k, v)):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+by_part = jax.shard_map(attend, mesh=mesh, in_specs=PartitionSpec("x"), out_specs=PartitionSpec("x"), check_vma=False)
+np.testing.assert_array_equal(jax.jit(by_part)(q, k, v), attend(q, k, v))
+print("same")
+"""
+
+
+def test_sharded_arrays_are_replicated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Along whatever axis they are sharded, the result is that of the whole."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    done = run([sys.executable, "-c", SHARDED])
+    assert done.returncode == 0 and done.stdout.strip() == "same", done.stderr
+
+
+LOADED = "import sys, flashtile.{}; print(*sorted({{'torch', 'jax', 'transformers'}} & set(sys.modules)))"
+
+
+@pytest.mark.parametrize(("door", "loads"), [("jax", "jax"), ("torch", "torch"), ("flash_attn", "torch")])
+def test_a_door_loads_its_own_library_alone(door: str, loads: str) -> None:
+    pytest.importorskip(loads)
+    done = run([sys.executable, "-c", LOADED.format(door)])
+    assert done.returncode == 0 and done.stdout.split() == [loads], done.stderr
+
+
+def test_arrays_of_jax_at_the_front_door(dtype: str) -> None:
+    """flashtile.attention itself, outside of JAX's transformations."""
+    with jax.enable_x64(dtype == "float64"):
+        q, k, v = (draw(2, 3, 9, 8, dtype=dtype, seed=n) for n in range(3))
+        o, lse = flashtile.attention(q, k, v, causal=True, return_lse=True)
+        assert isinstance(o, jax.Array) and isinstance(lse, jax.Array) and o.dtype == q.dtype
+    want = flashtile.attention(*map(np.asarray, (q, k, v)), causal=True, return_lse=True)
+    assert np.array_equal(np.asarray(o), want[0]) and np.array_equal(np.asarray(lse), want[1])
+    if dtype == "float32":
+        with pytest.raises(SpecError, match="^q: got a .*Tracer, expected one with values; inside of jit"):
+            jax.jit(flashtile.attention)(q, k, v)
+        with pytest.raises(SpecError, match="^out: got an array of jax, whose arrays are not written to"):
+            flashtile.attention(q, k, v, out=o)
+        with pytest.raises(SpecError, match="^k: got a numpy.ndarray"):
+            flashtile.attention(q, np.asarray(k), v)
+
+
+# Of a struct of the header: its name here. Fields of C types that are as large as these of ctypes.
+STRUCTS = {
+    name: getattr(xla, name)
+    for name in (
+        *("Extension_Base", "Api_Version", "Metadata", "Metadata_Extension", "Error_Create_Args", "Api", "Buffer"),
+        *("ByteSpan", "Args", "Rets", "Attrs", "CallFrame", "TypeId"),
+    )
+}
+SIZES = {"size_t": 8, "int64_t": 8, "int": 4, "uint32_t": 4}
+
+
+def header() -> str:
+    return (pathlib.Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h").read_text()
+
+
+def fields_of(name: str) -> list[tuple[str, int]]:
+    """The fields of a struct in the header, and their sizes."""
+    text = re.sub(r"//.*", "", header())
+    body = re.search(rf"struct XLA_FFI_{name} {{(.*?)}}", text, re.DOTALL)
+    assert body is not None, name
+    found = []
+    for line in filter(None, map(str.strip, body[1].split(";"))):
+        if macro := re.fullmatch(r"_XLA_FFI_API_STRUCT_FIELD\((\w+)\)", line):
+            found.append((macro[1], 8))
+            continue
+        kind, field = re.fullmatch(r"(.*?)\s*(\w+)", line, re.DOTALL).groups()  # type: ignore[union-attr]
+        kind = kind.removeprefix("const ").removeprefix("struct ").strip()
+        short = kind.removeprefix("XLA_FFI_")
+        if kind.endswith("*"):
+            size = 8
+        elif short in STRUCTS:
+            size = ctypes.sizeof(STRUCTS[short])
+        elif kind in SIZES:
+            size = SIZES[kind]
+        else:  # an enum, or another name of a number
+            other = re.search(rf"typedef (\w+) {kind};", text)
+            size = SIZES[other[1]] if other else 4
+        found.append((field, size))
+    return found
+
+
+@pytest.mark.parametrize("name", STRUCTS)
+def test_structs_are_those_of_the_header(name: str) -> None:
+    """Every field of ours stands in the header, in its order and of its size: so the offsets agree."""
+    own = [(field, getattr(STRUCTS[name], field).size) for field, _ in STRUCTS[name]._fields_]
+    assert own == fields_of(name)[: len(own)]
+    if name != "Api":
+        assert len(own) == len(fields_of(name))
+
+
+def test_numbers_are_those_of_the_header() -> None:
+    text = header()
+    found = {name: int(value) for name, value in re.findall(r"XLA_FFI_(\w+) = (\d+)", text)}
+    assert found["Extension_Metadata"] == xla.EXTENSION_METADATA
+    assert found["ExecutionStage_EXECUTE"] == xla.STAGE_EXECUTE
+    assert found["AttrType_STRING"] == xla.ATTRIBUTE_STRING
+    assert found["Error_Code_INVALID_ARGUMENT"] == xla.INVALID_ARGUMENT
+    assert found["Error_Code_UNIMPLEMENTED"] == xla.UNIMPLEMENTED and found["Error_Code_INTERNAL"] == xla.INTERNAL
+    assert found["DataType_BF16"] == xla.BF16
+    kinds = {"PRED": "bool", **{f"{s}{8 * n}": f"{t}{n}" for s, t in (("S", "i"), ("U", "u")) for n in (1, 2, 4, 8)}}
+    kinds |= {f"F{8 * n}": f"f{n}" for n in (2, 4, 8)}
+    assert {found[f"DataType_{name}"]: np.dtype(kind) for name, kind in kinds.items()} == {
+        number: dtype for number, dtype in xla.ELEMENTS.items() if number != xla.BF16
+    }
+    major, minor = (int(re.search(rf"define XLA_FFI_API_{x} (\d+)", text)[1]) for x in ("MAJOR", "MINOR"))  # type: ignore[index]
+    assert (major, minor) >= xla.API_VERSION and major == xla.API_VERSION[0]

@@ -1,0 +1,232 @@
+"""The dispatcher's operator: graphs of torch.compile, transforms of torch.func, modes, autocast, and opcheck."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flashtile import score
+from flashtile.errors import SpecError
+
+torch = pytest.importorskip("torch")
+import flashtile.torch  # noqa: E402  (after torch is known to be there)
+
+attention = flashtile.torch.attention
+OP = torch.ops.flashtile.attention.default
+BACKWARD = torch.ops.flashtile.attention_backward.default
+
+B, H, S, D = 2, 4, 8, 16
+
+
+def draw(*shape: int, seed: int = 0, dtype: Any = torch.float64) -> Any:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def leaf(*shape: int, seed: int = 0) -> Any:
+    return draw(*shape, seed=seed).requires_grad_()
+
+
+INPUTS = [leaf(B, H, S, D, seed=n) for n in range(3)]
+Q, K, V = (x.detach() for x in INPUTS)
+BIAS, SINKS, SLOPES, TABLE = leaf(H, S, S, seed=4), leaf(H, seed=5), leaf(H, seed=6), leaf(H, S, seed=7)
+LEAVES = [*INPUTS, BIAS, SINKS, SLOPES, TABLE]
+SEEN = draw(S, S, seed=8) > -0.3
+FACTOR = 1.5
+SCORE = score.freeze(lambda s, b, h, i, j: s * FACTOR + TABLE[h, j])
+PACKED = score.freeze(score.varlen([0, 3, S], [0, 3, S], causal=True))
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "window": {"window": (2, None), "scale": 0.3},
+    "mask": {"mask": SEEN},
+    "bias": {"bias": BIAS, "softcap": 2.0},
+    "alibi": {"alibi_slopes": SLOPES, "align": 1},
+    "dropout": {"dropout_p": 0.3, "seed": 2**64 - 5, "sinks": SINKS},
+    "offsets": {"causal": True, "align": torch.tensor([0, 1])},
+    "together": {"score_mod": SCORE, "mask": PACKED, "bias": BIAS, "sinks": SINKS, "causal": True, "align": 0},
+}
+
+
+def results(call: Callable[..., Any]) -> list[Any]:
+    o, lse = call(*INPUTS)
+    loss = o.square().sum() + lse.sum()
+    return [o, lse, *torch.autograd.grad(loss, LEAVES, allow_unused=True)]
+
+
+def same(got: list[Any], want: list[Any]) -> bool:
+    return all(a is b is None or torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_is_eager(name: str) -> None:
+    """In one graph, the same bits, forward and backward."""
+
+    def call(q: Any, k: Any, v: Any) -> Any:
+        return attention(q, k, v, return_lse=True, **CASES[name])
+
+    torch._dynamo.reset()
+    assert same(results(torch.compile(call, fullgraph=True, backend="aot_eager")), results(call))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_by_inductor_is_eager(name: str) -> None:
+    def call(q: Any, k: Any, v: Any) -> Any:
+        return attention(q, k, v, return_lse=True, **CASES[name])
+
+    torch._dynamo.reset()
+    assert same(results(torch.compile(call, fullgraph=True)), results(call))
+
+
+def test_compiled_sdpa_draws_dropout_and_takes_other_lengths() -> None:
+    def call(q: Any, k: Any, v: Any) -> Any:
+        return flashtile.torch.scaled_dot_product_attention(q, k, v, dropout_p=0.4, attn_mask=BIAS[:, : q.shape[2]])
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (S, 5, 3):
+        found = []
+        for run in (compiled, call):
+            torch.manual_seed(3)
+            found.append(run(Q[:, :, :rows], K, V))
+        assert torch.equal(*found)
+
+
+def test_a_function_breaks_the_graph_and_says_so() -> None:
+    def call(q: Any) -> Any:
+        return attention(q, q, q, score_mod=lambda s, b, h, i, j: s * 0.5)
+
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(call, backend="aot_eager")(Q), call(Q))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="flashtile.score.freeze"):
+        torch.compile(call, backend="aot_eager", fullgraph=True)(Q)
+
+
+def scored(q: Any, k: Any, v: Any, table: Any) -> Any:
+    return attention(q, k, v, score_mod=lambda s, b, h, i, j: s + table[h, j], causal=True)
+
+
+def test_gradients_by_torch_func() -> None:
+    given = (Q, K, V, TABLE.detach())
+    want = torch.autograd.grad(scored(*INPUTS, TABLE).square().sum(), [*INPUTS, TABLE])
+    got = torch.func.grad(lambda *a: scored(*a).square().sum(), (0, 1, 2, 3))(*given)
+    assert same(got, want)
+    o, pull = torch.func.vjp(scored, *given)
+    assert same(pull(2 * o), want)
+
+
+def test_vmap_of_every_argument() -> None:
+    qs, tables = torch.stack((Q, K), 1), torch.stack((TABLE.detach(), draw(H, S, seed=9)))
+    got = torch.vmap(scored, (1, None, None, 0))(qs, K, V, tables)
+    assert same(list(got), [scored(Q, K, V, tables[0]), scored(K, K, V, tables[1])])
+    each = torch.vmap(torch.func.grad(lambda q: scored(q, K, V, tables[0]).square().sum()), 1)(qs)
+    for n, q in enumerate((Q, K)):
+        x = q.clone().requires_grad_()
+        assert torch.equal(each[n], torch.autograd.grad(scored(x, K, V, tables[0]).square().sum(), x)[0])
+
+
+@pytest.mark.parametrize(("randomness", "equal"), [("same", True), ("different", False)])
+def test_vmap_of_dropout(randomness: str, equal: bool) -> None:
+    call = torch.vmap(lambda q: attention(q, K, V, dropout_p=0.4), randomness=randomness)
+    torch.manual_seed(0)
+    first, second = call(torch.stack((Q, Q)))
+    assert torch.equal(first, second) is equal
+    with pytest.raises(RuntimeError, match="randomness error mode"):
+        torch.vmap(lambda q: attention(q, K, V, dropout_p=0.4))(torch.stack((Q, Q)))
+
+
+def test_modes_see_one_operator_each_way() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), keywords: Any = None) -> Any:
+            names.append(str(function))
+            return function(*args, **(keywords or {}))
+
+    names: list[str] = []
+    with Note():
+        attention(*INPUTS).sum().backward()
+    assert names.count("flashtile.attention.default") == names.count("flashtile.attention_backward.default") == 1
+    assert "flashtile.attention.default" in make_fx(lambda q: attention(q, K, V))(Q).code
+
+
+def test_fake_tensors() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        q, v = torch.empty(2, 4, 5, 8, dtype=torch.bfloat16), torch.empty(2, 2, 7, 6, dtype=torch.bfloat16)
+        o, lse = attention(q, torch.empty(2, 2, 7, 8, dtype=torch.bfloat16), v, return_lse=True)
+    assert (o.shape, o.dtype, lse.shape, lse.dtype) == ((2, 4, 5, 6), torch.bfloat16, (2, 4, 5), torch.float32)
+
+
+def test_autocast_of_the_operator() -> None:
+    q = Q.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert OP(q, q, q)[0].dtype is torch.bfloat16
+        compiled = torch.compile(lambda q: attention(q, q, q), backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(q), attention(q, q, q)) and compiled(q).dtype is torch.bfloat16
+
+
+EVERYTHING = (
+    None,
+    BIAS,
+    SLOPES,
+    SINKS,
+    None,
+    torch.tensor(5),
+    [TABLE],
+    SCORE.text,
+    "",
+    [FACTOR],
+    True,
+    [2, -1],
+    "top_left",
+)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rest", [(), (*EVERYTHING, None, 0.3, 2.0, 0.25)], ids=["plain", "everything"])
+def test_opcheck(rest: Any) -> None:
+    torch.library.opcheck(OP, (*INPUTS, *rest))
+
+
+def test_texts_read_back() -> None:
+    """Into the very expression: the same program, by structure, in this process as in another."""
+    for rule in (SCORE, PACKED, score.freeze(lambda s, b, h, i, j: s + (-np.inf if TABLE is None else 0.0))):
+        again = score.thaw(rule.text, rule.arrays, rule.numbers)
+        assert score.freeze(again) is again and again.text == rule.text
+        assert score.Program.traced((B, H, S, S), **_traced(again)).structure == (
+            score.Program.traced((B, H, S, S), **_traced(rule)).structure
+        )
+
+
+def _traced(rule: Any) -> dict[str, Any]:
+    nothing = dict.fromkeys(("softcap", "alibi_slopes", "bias", "mask", "window", "score_mod"))
+    kind = "mask" if isinstance(rule, score.FrozenMask) else "score_mod"
+    return {**nothing, "causal": False, "offset": 0, kind: rule}
+
+
+@pytest.mark.parametrize(
+    ("text", "arrays", "numbers"),
+    [
+        ("s + 1", (), ()),
+        ("score: return x", (), ()),
+        ("mask: %0:bool = nothing j i; return %0", (), ()),
+        (SCORE.text, (), ()),
+        (SCORE.text, (TABLE,), (1.5, 2.0)),
+    ],
+)
+def test_other_texts_are_refused(text: str, arrays: Any, numbers: Any) -> None:
+    with pytest.raises(SpecError, match="^(text|arrays, numbers): got "):
+        score.thaw(text, arrays, numbers)
+
+
+def test_a_slot_is_filled_as_its_text_says() -> None:
+    rule = score.thaw(SCORE.text, (TABLE.detach().float(),), (FACTOR,))
+    with pytest.raises(SpecError, match="^score_mod: captured array 1: got float32 of 2 axes, expected what the text"):
+        attention(Q, K, V, score_mod=rule)
