@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
-from kernel_cases import GRID_PROPERTY, Kernel, kernel_params, left_out
+from kernel_cases import GRID_PROPERTY, Kernel, computes_apart, kernel_params, left_out
 
 import flashtile
 from flashtile.calls import clear_cache
@@ -31,9 +31,19 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "kernel" in metafunc.fixturenames:
-        metafunc.parametrize("kernel", kernel_params(), indirect=True)
-    if "dtype" in metafunc.fixturenames:
+    names = metafunc.fixturenames
+    if "kernel" in names and "dtype" in names:
+        pairs = [
+            pytest.param(x.values[0], dtype, id=f"{x.id}-{dtype}")
+            for x in kernel_params()
+            for dtype in DTYPES
+            if computes_apart(x.values[0], dtype)
+        ]
+        metafunc.parametrize(("kernel", "dtype"), pairs, indirect=["kernel"])
+    elif "kernel" in names:
+        kernels = [x for x in kernel_params() if computes_apart(x.values[0], None)]
+        metafunc.parametrize("kernel", kernels, indirect=True)
+    elif "dtype" in names:
         metafunc.parametrize("dtype", list(DTYPES))
 
 

@@ -89,4 +89,4 @@ def _tensor(value: np.ndarray, like: Tensor) -> Tensor:
             bits = np.asarray(round_to_bf16(value)).astype(np.uint16)
             return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
         name = str(like.dtype).removeprefix("torch.")
-        return torch.from_numpy(np.array(value, DTYPES[name].numpy, order="C"))
+        return torch.from_numpy(np.require(value, DTYPES[name].numpy, ("C", "W")))

@@ -269,9 +269,12 @@ def _finish(
     """Sums in their arrays' dtypes, written to `out` if there is one, beside what is done."""
     captured: list[tuple[Any, np.ndarray]] = []
     for name, source, value in values:
-        target = np.zeros(source.shape, source.dtype) if out is None else _target(out, name, source)
         with np.errstate(over="ignore", invalid="ignore"):  # what the dtype cannot hold is an infinity there
-            target[...] = (target.astype(value.dtype) + value if accumulate else value).astype(target.dtype)
+            if out is None:
+                target = np.require(value, source.dtype, ("C", "W"))
+            else:
+                target = _target(out, name, source)
+                target[...] = (target.astype(value.dtype) + value if accumulate else value).astype(target.dtype)
         if name == "captured":
             captured.append((source, target))
         else:
@@ -321,5 +324,7 @@ def slots_of(scoring: Scoring, source: Any) -> frozenset[int]:
 
 def array_sum(sums: Sums, source: Any, scoring: Scoring) -> np.ndarray:
     """The gradient of a captured array, of its shape, in the arithmetic's dtype; 0 if no score depends on it."""
-    total = sum((sums.arrays[n] for n in sorted(slots_of(scoring, source))), start=0.0)
-    return np.broadcast_to(np.asarray(total), tuple(source.shape))
+    parts = [sums.arrays[n] for n in sorted(slots_of(scoring, source))]
+    total = sum(parts[1:], start=parts[0]) if parts else np.zeros(())
+    shape = tuple(source.shape)
+    return total if total.shape == shape else np.broadcast_to(total, shape)

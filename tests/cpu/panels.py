@@ -77,7 +77,7 @@ class Panel:
         octaves = lse.astype(np.longdouble) / np.log(np.longdouble(2))
         state[0, :lanes] = octaves
         state[1, :lanes], state[2, :lanes] = octaves - state[0, :lanes], delta
-        dense = aligned(max(1, len(c.code.dense_loads)) * dense_bytes(c), np.uint8)
+        dense = aligned((1 + len(c.code.dense_loads) + len(self.reads)) * dense_bytes(c), np.uint8)
         captures = Captures(self.program.slots).pack(self.program.captures)
         _, _, q_len, kv_len = self.program.shape
         factors = (scores_in_nats if c.scored else split_scale)(scale, c.acc)

@@ -18,12 +18,14 @@ SCALE = 0.7
 rng = np.random.default_rng(0)
 BIAS, SLOPES = rng.standard_normal((1, H, S, T)), rng.random(H) + 0.1
 TABLE, BACK = rng.standard_normal((H, S + T)), rng.standard_normal((S + T, 3))
+TURNED = rng.standard_normal((H, T, S))
 ROWS, KEYS, FEW = rng.standard_normal(S), rng.standard_normal((H, 1, T)), rng.standard_normal(7)
 
 # How the indices of a load move: name -> (score, the ways that its readings go).
 SCORES = {
-    "dense": (lambda s, b, h, i, j: s * BIAS[0, h, i, j], {"lanes"}),
-    "turned": (lambda s, b, h, i, j: s + BIAS[0, h, i, j] * BIAS[0, h, j, i % T], {"lanes", "gather"}),
+    "dense": (lambda s, b, h, i, j: s * BIAS[0, h, i, j], {"tiles"}),
+    "dense, by keys": (lambda s, b, h, i, j: s * TURNED[h, j, i], {"lanes"}),
+    "turned": (lambda s, b, h, i, j: s + BIAS[0, h, i, j] * BIAS[0, h, j, i % T], {"tiles", "gather"}),
     "diagonal": (lambda s, b, h, i, j: s * (1 + TABLE[h, i - j + T - 1]), {"lanes"}),
     "other diagonal": (lambda s, b, h, i, j: s + BACK[j - i + S - 1, h % 3], {"lanes"}),
     "row": (lambda s, b, h, i, j: s + ROWS[i] * np.tanh(s), {"column"}),

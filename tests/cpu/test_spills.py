@@ -23,6 +23,7 @@ HOT = {
     "forward": ("scores", "accumulate", "softmax"),
     "backward": ("scores", "accumulate", "exchange", "differentiate"),
 }
+HOT_TILES = ("multiply", "accumulate", "softmax", "program")
 MODULES = {
     name: at
     for name, at in every_module(for_tests_too=False).items()
@@ -33,8 +34,9 @@ MODULES = {
 def hot_part(text: str, kernel: str = "forward") -> str:
     """The module's declarations and its hot functions alone: all that needs to be compiled to see their loops."""
     declarations, *definitions = re.split(r"^(?=define )", text, flags=re.MULTILINE)
-    hot = [d for d in definitions if re.match(rf"define internal \w+ @(?:{'|'.join(HOT[kernel])})_", d)]
-    for prefix in HOT[kernel]:
+    names = HOT_TILES if "@multiply_1(" in text else HOT[kernel]
+    hot = [d for d in definitions if re.match(rf"define internal \w+ @(?:{'|'.join(names)})_", d)]
+    for prefix in names:
         assert any(f"@{prefix}" in d for d in hot), f"{prefix} has another name now"
     return declarations + "".join(hot)
 

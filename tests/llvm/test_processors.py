@@ -12,7 +12,7 @@ from flashtile import cli, kernels
 from flashtile.calls import clear_cache
 from flashtile.kernels import cpu
 from flashtile.llvm import machines, processors
-from flashtile.llvm.products import FMA, PAIRS, known
+from flashtile.llvm.products import FMA, PAIRS, TILES, known
 
 pytestmark = pytest.mark.core
 
@@ -32,7 +32,7 @@ PROCESSORS = {
     "a later one of AMD's": (("AuthenticAMD", 27, 1), "unknown, AMD's", PAIRS),
     "Sapphire Rapids": (("GenuineIntel", 6, 143), "Intel Sapphire, Emerald and Granite Rapids", FMA),
     "Granite Rapids": (("GenuineIntel", 6, 173), "Intel Sapphire, Emerald and Granite Rapids", FMA),
-    "Cooper Lake": (("GenuineIntel", 6, 85), "unknown", FMA),
+    "Cooper Lake": (("GenuineIntel", 6, 85), "unknown, Intel's", FMA),
     "nobody's": (("HygonGenuine", 24, 1), "unknown", FMA),
 }
 
@@ -48,7 +48,12 @@ def test_each_family_gets_the_product_that_it_is_good_at(name: str) -> None:
         assert choice.product is product and processor.name in choice.why
         assert processors.choose(dot, dtype, precision, processor, forced=True).product is PAIRS
         assert processors.choose(plain, dtype, precision, processor).product is FMA
+    matrix = machines.known()["amx"]
+    tiles = processors.choose(matrix, "bfloat16", "ieee", processor)
+    assert tiles.product is (TILES if "Intel" in family else product) and processor.name in tiles.why
+    assert processors.choose(matrix, "bfloat16", "ieee", processor, lands=("registers",)).product is product
     for dtype in ("float64", "float32", "float16"):
+        assert processors.choose(matrix, dtype, "ieee", processor).product is FMA
         assert processors.choose(dot, dtype, "ieee", processor).product is FMA
 
 

@@ -10,7 +10,7 @@ import pytest
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.passes.forward import forward_text
 from flashtile.llvm import machines, products
-from flashtile.llvm.products import FMA, PAIRS, Product
+from flashtile.llvm.products import FMA, PAIRS, TILES, Product
 
 pytestmark = pytest.mark.core
 
@@ -18,7 +18,7 @@ MACHINES = list(machines.known().values())
 
 
 def test_every_product_of_the_folder_is_known() -> None:
-    assert products.known() == {"fma": FMA, "pairs": PAIRS}
+    assert products.known() == {"fma": FMA, "pairs": PAIRS, "tiles": TILES}
     assert all(name == product.name == repr(product) for name, product in products.known().items())
 
 
@@ -32,6 +32,12 @@ def test_a_tile_is_as_large_as_its_data_say(isa: machines.ISA, product: Product)
     c = Config(isa, "float", product)
     assert (rows, lanes, depth) == (c.rows, c.panel, c.per_word)
     text = forward_text(c)
+    if product.lands == "memory":
+        body = re.search(rf"^define internal void @multiply_{c.registers}\(.*?^\}}", text, re.M | re.S)
+        assert body is not None
+        products_of_a_step = len(re.findall(r"call void @(?:llvm\.x86\.tdpbf16ps|tile_dot)\(", body[0]))
+        assert products_of_a_step * 16 * 16 == rows * lanes and c.key_words(1) == product.words == 16
+        return
     body = re.search(rf"^define internal void @scores_{isa.vectors}_full_0\(.*?^\}}", text, re.M | re.S)
     assert body is not None
     *_, remainder = re.findall(r"^body\d+:\n(.*?)br label", body[0], re.M | re.S)  # the loop of single words

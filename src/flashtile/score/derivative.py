@@ -23,6 +23,7 @@ class ArrayGradient:
     slot: Slot
     index: tuple[Expr, ...]
     value: Expr
+    certain: bool  # that every index is in bounds
 
 
 def derivative(score: Expr, seed: Expr) -> Expr:
@@ -45,5 +46,6 @@ def array_gradients(score: Expr) -> tuple[ArrayGradient, ...]:
         if x.operation.name == "load" and x.type == "float":
             value = derivative(score, x)
             if not is_const(value, 0.0):
-                found.append(ArrayGradient(x.data.source, x.args, apply("where", inside(x), value, const(0.0))))
+                within = apply("where", inside(x), value, const(0.0))
+                found.append(ArrayGradient(x.data.source, x.args, within, not any(x.data.clamp)))
     return tuple(found)

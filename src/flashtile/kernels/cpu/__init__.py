@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 _STORAGE = {"float64": "double", "float32": "float", "float16": "half", "bfloat16": "bfloat"}
 _PANELS = (1, 2, 4, 8)  # panels a work item may hold
+_ANYWHERE, IN_REGISTERS = ("registers", "memory"), ("registers",)  # where sums of a product may be
 _STRIDES = tuple(strides_of("qkvo"))
 _PART_KEYS = 1024  # a part of one row takes some 0.1 ms: long beside handing it out and merging it
 # Where scores rise from key block to key block, every one of them rescales the sums by a factor that was rounded.
@@ -69,20 +70,22 @@ def unavailable() -> str | None:
     return None
 
 
-def config_of(spec: AttentionSpec) -> Config:
-    """The configuration that computes this spec on the current instruction set."""
+def config_of(spec: AttentionSpec, *, lands: tuple[str, ...] = _ANYWHERE) -> Config:
+    """The configuration that computes this spec on the current instruction set. ``lands``: where the sums of its
+    product may be: passes other than the forward take them from registers alone."""
     isa = isas.current()
-    return _config(isa, choice_of(isa, spec.dtype, spec.precision).product, spec.dtype, spec.program, spec.dropout)
+    product = choice_of(isa, spec.dtype, spec.precision, lands=lands).product
+    return _config(isa, product, spec.dtype, spec.program, spec.dropout)
 
 
-def choice_of(isa: isas.ISA, dtype: str, precision: str) -> Choice:
+def choice_of(isa: isas.ISA, dtype: str, precision: str, *, lands: tuple[str, ...] = _ANYWHERE) -> Choice:
     """The product for a dtype at a precision, and why."""
-    return _choice(isa, dtype, precision, isas.forced())
+    return _choice(isa, dtype, precision, isas.forced(), lands)
 
 
 @functools.lru_cache(maxsize=256)
-def _choice(isa: isas.ISA, dtype: str, precision: str, forced: bool) -> Choice:
-    return processors.choose(isa, dtype, precision, forced=forced)
+def _choice(isa: isas.ISA, dtype: str, precision: str, forced: bool, lands: tuple[str, ...] = _ANYWHERE) -> Choice:
+    return processors.choose(isa, dtype, precision, forced=forced, lands=lands)
 
 
 @functools.lru_cache(maxsize=256)
@@ -112,9 +115,12 @@ def _few(spec: AttentionSpec) -> bool:
 
 def capabilities(spec: AttentionSpec) -> Capabilities:
     """Tile menus and features for this dtype and precision on the current instruction set."""
-    c = config_of(spec)
-    general = _capabilities(c, spec.sinks, choice_of(c.isa, spec.dtype, spec.precision), isas.forced())
-    return _decoding(general, spec.q_len, spec.group) if decodes(spec) else general
+    few = decodes(spec)
+    lands = IN_REGISTERS if few else _ANYWHERE
+    c = config_of(spec, lands=lands)
+    choice = choice_of(c.isa, spec.dtype, spec.precision, lands=lands)
+    general = _capabilities(c, spec.sinks, choice, isas.forced())
+    return _decoding(general, spec.q_len, spec.group) if few else general
 
 
 @functools.lru_cache(maxsize=256)
@@ -158,11 +164,11 @@ def _capabilities(c: Config, sinks: bool, choice: Choice, forced: bool) -> Capab
 
 def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> CompiledKernel:
     """The kernel of this spec; machine code is shared by all specs with the same configuration."""
-    c = config_of(spec)
     if decodes(spec):
         from flashtile.kernels.cpu.parts import Decode
 
-        return Decode(_decode_config(c), spec, plan, layout)
+        return Decode(_decode_config(config_of(spec, lands=IN_REGISTERS)), spec, plan, layout)
+    c = config_of(spec)
     return Forward(_partial_config(c) if plan.splits > 1 else c, spec, plan, layout)
 
 
@@ -259,7 +265,7 @@ def _sizes(c: Config, spec: AttentionSpec, plan: Plan, layout: Layout) -> dict[s
     step = c.element
     foreign = c.memory != c.acc  # elements that the multiply-add cannot read from memory
     loose_k, loose_v = layout.k[3] != step, layout.v[3] != step
-    in_words = c.storage == c.product.operand and spec.head_size % c.per_word == 0  # a row of K is words already
+    in_words = c.storage == c.product.operand and words * c.per_word == spec.head_size  # a row of K is words already
     return {
         "heads": spec.heads,
         "group": spec.group,
@@ -277,5 +283,5 @@ def _sizes(c: Config, spec: AttentionSpec, plan: Plan, layout: Layout) -> dict[s
         "pack_k": int(loose_k or (not in_words if c.product.operand else foreign)),
         "pack_v": int(loose_v or c.per_word > 1 or foreign or columns != spec.value_size),
         "k_row": words * c.size,
-        "v_row": columns * c.size,
+        "v_row": c.value_row(spec.value_size),
     }

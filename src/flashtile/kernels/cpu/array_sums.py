@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flashtile.arrays import address_of
-from flashtile.kernels.cpu.readings import TOTAL, Reading
+from flashtile.kernels.cpu.readings import COLUMN, LANES, TOTAL, Reading
 from flashtile.score.operations import variable
 
 if TYPE_CHECKING:
@@ -62,14 +62,14 @@ class Layout:
 
     @classmethod
     def of(cls, reads: Sequence[Reading], shape: tuple[int, ...], lanes: int, items: Items) -> Layout:
-        innermost = next((x.lanes for x in reads if x.lanes is not None), None)
+        innermost = next((x.innermost for x in reads if x.innermost is not None), None)
         order = [n for n in range(len(shape)) if n != innermost]
         shared = frozenset(axis for axis, n in items.axes.items() if n > 1 and not _apart(reads, axis))
         return cls(
             reads[0].gradient.slot,
             shape,
             tuple(order if innermost is None else [*order, innermost]),
-            0 if innermost is None else lanes,
+            lanes if any(x.how in (LANES, COLUMN) for x in reads) else 0,
             any(x.how == TOTAL for x in reads),
             shared,
         )

@@ -56,7 +56,12 @@ class Config:
     @property
     def output(self) -> Config:
         """The configuration of memory that outputs are written to: a partial's is in the accumulator's type."""
-        return replace(self, storage=self.acc, product=FMA) if self.partial else self
+        return replace(self, storage=self.acc, product=self.elements) if self.partial else self
+
+    @property
+    def elements(self) -> Product:
+        """The product of accumulators in this one's geometry: its words are elements, its lines as long."""
+        return replace(FMA, rows=self.product.rows, lanes=self.product.lanes)
 
     @property
     def memory(self) -> str:
@@ -74,6 +79,11 @@ class Config:
         return self.product.word(self.acc)
 
     @property
+    def lands_in_memory(self) -> bool:
+        """Sums of a product are lines in memory, which a pass of their own bands."""
+        return self.product.lands == "memory"
+
+    @property
     def per_word(self) -> int:
         return self.product.depth
 
@@ -89,13 +99,18 @@ class Config:
 
     @property
     def panel(self) -> int:
-        """Queries that a micro-kernel works on at once: one per lane, ``isa.vectors`` registers."""
-        return self.lanes * self.isa.vectors
+        """Queries that a micro-kernel works on at once: one per lane, ``registers`` of them."""
+        return self.product.shape(self.isa, self.acc)[1]
+
+    @property
+    def registers(self) -> int:
+        """Registers of a full panel."""
+        return self.panel // self.lanes
 
     @property
     def rows(self) -> int:
         """Keys of a score tile, and value columns of an output tile."""
-        return self.isa.rows
+        return self.product.shape(self.isa, self.acc)[0]
 
     @property
     def vector(self) -> str:
@@ -115,17 +130,27 @@ class Config:
     @property
     def line(self) -> Line:
         """One accumulator for each query of the panel."""
-        return Line(self.vector, self.isa.vectors)
+        return Line(self.vector, self.registers)
 
     @property
     def word_line(self) -> Line:
         """One word for each query of the panel."""
-        return Line(self.words, self.isa.vectors)
+        return Line(self.words, self.registers)
 
     def padded(self, value_size: int) -> int:
         """Value columns rounded up to whole output tiles."""
         return -(-value_size // self.rows) * self.rows
 
+    def value_row(self, value_size: int) -> int:
+        """Bytes of a row of converted values: of columns, or, where they are a tile's left operand, a column's keys."""
+        if self.lands_in_memory:
+            return self.key_block // self.per_word * self.size
+        return self.padded(value_size) * self.size
+
+    def value_rows(self, value_size: int) -> int:
+        """How many such rows there are for a block."""
+        return self.padded(value_size) if self.lands_in_memory else self.key_block // self.per_word + 1
+
     def key_words(self, head_size: int) -> int:
-        """Words of a query or key row."""
-        return -(-head_size // self.per_word)
+        """Words of a query or key row, rounded up to whole steps."""
+        return -(-head_size // (self.per_word * self.product.words)) * self.product.words

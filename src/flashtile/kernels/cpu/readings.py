@@ -1,7 +1,8 @@
 """How the gradients of captured arrays are added up: each load of a wanted array, by what its indices are.
 
 An accumulator is an array of the captured one's shape, laid out for lanes: the axis along which neighbouring lanes
-read neighbouring elements lies innermost, with room for a register of lanes at both ends.
+read neighbouring elements lies innermost, with room for a register of lanes at both ends. Where every row and lane has
+an element of its own and rows lie innermost, they stay there: a tile is transposed through registers, as dense.py does.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flashtile.score.affine import Affine, affine
+from flashtile.score.operations import variable
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
     from flashtile.score.derivative import ArrayGradient
 
 # Where what a block gives to an array is added:
-LANES = "lanes"  # a line to neighbouring elements, other ones for each row: bias[i, j], table[i - j]
+TILES = "tiles"  # squares of rows and lanes, transposed: bias[i, j]
+LANES = "lanes"  # a line to neighbouring elements, other ones for each row: x[j, i], table[i - j]
 COLUMN = "column"  # the sum over rows, a line, to neighbouring elements: x[i]
 ROW = "row"  # the sum over lanes to one element a row: x[j]
 TOTAL = "total"  # the sum over both to one element: slopes[h]
@@ -29,14 +32,15 @@ GATHER = "gather"  # lane by lane, wherever it is
 class Reading:
     """A load of a wanted array.
 
-    axes     its indices in affine form, None for those that have none
-    lanes    the axis that neighbouring lanes move along, None if none or if they do not do so one by one
+    axes        its indices in affine form, None for those that have none
+    innermost   the axis that has to lie innermost in the accumulator: along which neighbouring lanes, or rows, move
+                one by one; None if none has to
     """
 
     gradient: ArrayGradient
     axes: tuple[Affine | None, ...]
     how: str
-    lanes: int | None = None
+    innermost: int | None = None
 
     @property
     def slot(self) -> int:
@@ -44,8 +48,8 @@ class Reading:
 
 
 def readings(code: Code | None, wanted: Collection[int]) -> tuple[Reading, ...]:
-    """The loads whose gradients go to the slots that are wanted. The first load of an array that lanes move along
-    decides how its accumulator lies; others that move along another axis gather."""
+    """The loads whose gradients go to the slots that are wanted. The first load of an array that says how its
+    accumulator has to lie decides; others that would have it lie otherwise gather."""
     innermost: dict[int, int] = {}
     found = []
     for gradient in code.array_gradients if code else ():
@@ -53,11 +57,19 @@ def readings(code: Code | None, wanted: Collection[int]) -> tuple[Reading, ...]:
         if number not in wanted:
             continue
         axes = tuple(affine(x) for x in gradient.index)
-        how, lanes = _how(axes)
-        if lanes is not None and innermost.setdefault(number, lanes) != lanes:
-            how, lanes = GATHER, None
-        found.append(Reading(gradient, axes, how, lanes))
+        how, axis = _tiles(gradient) or _how(axes)
+        if axis is not None and innermost.setdefault(number, axis) != axis:
+            how, axis = GATHER, None
+        found.append(Reading(gradient, axes, how, axis))
     return tuple(found)
+
+
+def _tiles(gradient: ArrayGradient) -> tuple[str, int] | None:
+    """An element for each row and lane, rows along the last axis."""
+    *others, last = gradient.index or (None,)
+    rest = [x for x in others if x is not variable("i")]
+    dense = last is variable("j") and others.count(variable("i")) == 1 and all(x.variables <= {"b", "h"} for x in rest)
+    return (TILES, len(others)) if dense and gradient.certain else None
 
 
 def _how(axes: tuple[Affine | None, ...]) -> tuple[str, int | None]:
@@ -70,3 +82,8 @@ def _how(axes: tuple[Affine | None, ...]) -> tuple[str, int | None]:
         return GATHER, None
     still = not any(x is not None and x.j for x in axes)
     return (COLUMN if still else LANES), moving[0]
+
+
+def tiles(code: Code | None, wanted: Collection[int]) -> int:
+    """How many tiles of scratch memory these loads take."""
+    return sum(x.how == TILES for x in readings(code, wanted))

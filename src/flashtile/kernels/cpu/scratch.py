@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from flashtile.kernels.cpu.block import FRAME
+from flashtile.kernels.cpu.readings import tiles
 from flashtile.kernels.cpu.steps.differentiate import TILE_ROWS, RowState, SinkSums
 from flashtile.kernels.cpu.steps.keep import Kept
 from flashtile.kernels.cpu.steps.spans import LEVELS
@@ -47,6 +48,11 @@ class Work(Operand):
         return Lines(self.at + fixed(self.c).at["alpha"], self.c.line)
 
     @property
+    def landed(self) -> Lines:
+        """Where a tile of weighted rows lands before it joins the sums."""
+        return Lines(self.at + fixed(self.c).at["landed"], self.c.line)
+
+    @property
     def scores(self) -> Scores:
         return Scores(self.at + fixed(self.c).at["scores"], self.c.line)
 
@@ -60,9 +66,10 @@ def fixed(c: Config) -> Areas:
     """The areas whose size is known when the kernel is generated."""
     line = c.line.bytes
     margin = KEYS_A_CALL * line if c.dropout else 0  # on either side: weights are dropped in groups (steps/keep.py)
-    return Areas(
-        {"frame": FRAME.bytes, "tops": line, "alpha": line, "margin": margin, "scores": dense_bytes(c) + margin}
-    )
+    areas = {"frame": FRAME.bytes, "tops": line, "alpha": line, "margin": margin, "scores": dense_bytes(c) + margin}
+    if c.lands_in_memory:
+        areas["landed"] = c.rows * line
+    return Areas(areas)
 
 
 def work_bytes(c: Config) -> int:
@@ -84,7 +91,7 @@ def backward(c: Config, values: Mapping[str, int], slots: int, keys: int) -> Are
         "k_columns": (block // c.per_word + 1) * values["columns"] * c.size,
         "words": (block // c.per_word + 1) * line if c.per_word > 1 else 0,
         "cursor": 8 * (panels + 1),
-        "dense": len(c.code.dense_loads) * dense_bytes(c) if c.code else 0,
+        "dense": (len(c.code.dense_loads) + tiles(c.code, c.arrays)) * dense_bytes(c) if c.code else 0,
         "dsink": SinkSums.LINES * line,
         "kept": Kept.nbytes(c) if c.dropout else 0,
     }
@@ -107,7 +114,7 @@ def sized(c: Config, head_size: int, value_size: int, panels: int) -> Areas:
         **{f"{level}o": panels * columns * line for level in LEVELS},
         **{f"{level}state": panels * 2 * line for level in LEVELS},
         "k": c.key_block * c.key_words(head_size) * c.size,
-        "v": (c.key_block // c.per_word + 1) * columns * c.size,
+        "v": c.value_rows(value_size) * c.value_row(value_size),
         "extra": columns * line,
         "cursor": 8 * (panels + 1),
         "dense": len(c.code.dense_loads) * dense_bytes(c) if c.code else 0,

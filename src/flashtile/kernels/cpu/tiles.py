@@ -37,7 +37,7 @@ class InPlace(Config):
 
     @property
     def output(self) -> Config:
-        return replace(self, product=FMA)
+        return replace(self, product=self.elements)
 
 
 def rows_at_once(spec: AttentionSpec) -> int:

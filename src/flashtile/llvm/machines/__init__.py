@@ -1,6 +1,7 @@
 """Instruction sets, one file each: what a machine has, as fields, and the few primitives that differ.
 
     name                      needs                          falls back to
+    amx                       avx512_bf16's, amx-{tile,bf16}  avx512_bf16
     avx512_bf16               avx512{f,bw,dq,vl}, bf16 dot    avx512
     avx512                    avx512{f,bw,dq,vl}              avx2
     avx2                      avx2, fma, f16c                 generic
@@ -9,7 +10,7 @@
 
 ``current()`` picks the best that this machine has; the environment variable FLASHTILE_ISA forces one.
 ``avx512_bf16_emulated`` runs the kernels of the bf16 dot on any AVX-512 machine, with that one instruction
-replaced by its definition: for tests, never picked by itself.
+replaced by its definition, and ``amx_emulated`` those of matrix registers: for tests, never picked by themselves.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def _host_features() -> frozenset[str]:
 def unavailable(isa: ISA) -> str | None:
     """Why this machine cannot run the instruction set; None if it can."""
     missing = sorted(isa.needs - _host_features())
-    return f"this machine has no {', '.join(missing)}" if missing else None
+    return f"this machine has no {', '.join(missing)}" if missing else isa.refusal()
 
 
 def usable() -> list[str]:

@@ -11,7 +11,7 @@ from flashtile.llvm.types import element, lanes, vector
 
 
 @dataclass(frozen=True)
-class _AVX512(ISA):
+class AVX512(ISA):
     """AVX-512's own primitives: an estimate of the reciprocal to 14 bits, and a permutation of a whole register."""
 
     def look_up(self, f: Function, table: Value, index: Value) -> Value:
@@ -29,7 +29,7 @@ class _AVX512(ISA):
 
 
 @dataclass(frozen=True)
-class _BF16Dot(_AVX512):
+class BF16Dot(AVX512):
     """AVX512_BF16: a dot of bf16 pairs, and the rounding of two fp32 registers into one of bf16."""
 
     def dot_pairs(self, f: Function, acc: Value, a: Value, b: Value) -> Value:
@@ -44,16 +44,16 @@ class _BF16Dot(_AVX512):
         return f.cast("bitcast", f.shuffle(packed, packed, order), vector(n, "i32"))
 
 
-_NEEDS = frozenset(("x86_64", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "fma", "f16c", "bmi2"))
+NEEDS = frozenset(("x86_64", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "fma", "f16c", "bmi2"))
 
 
-def _machine(kind: type[_AVX512], **fields: Any) -> _AVX512:
+def machine(kind: type[AVX512], **fields: Any) -> AVX512:
     """What all of them have in common, and these fields."""
     return kind(cpu="x86-64-v4", vector_bytes=64, vectors=3, rows=8, fused=True, half=True, permutes=True, **fields)
 
 
-_PLAIN = _machine(_AVX512, name="avx512", rank=30, needs=_NEEDS)
-_BF16 = _machine(
-    _BF16Dot, name="avx512_bf16", rank=40, features="+avx512bf16", needs=_NEEDS | {"avx512bf16"}, bf16_dot=True
+_PLAIN = machine(AVX512, name="avx512", rank=30, needs=NEEDS)
+_BF16 = machine(
+    BF16Dot, name="avx512_bf16", rank=40, features="+avx512bf16", needs=NEEDS | {"avx512bf16"}, bf16_dot=True
 )
 MACHINES = (_PLAIN, _BF16, replace(_PLAIN, name="avx512_bf16_emulated", rank=0, bf16_dot=True))

@@ -8,6 +8,33 @@ from flashtile.llvm.ir import Function, Value
 from flashtile.llvm.types import SIZES, like, vector
 
 
+class TileRegisters:
+    """Eight matrix registers by number, of a function under construction: 16 rows of 64 bytes each, which no called
+    function keeps."""
+
+    def __init__(self, f: Function) -> None:
+        self.f = f
+
+    def zero(self, tile: int) -> None:
+        """NumPy: tile[:] = 0."""
+        raise NotImplementedError
+
+    def load(self, tile: int, at: Value, stride: Value, *, streamed: bool = False) -> None:
+        """16 rows from memory, so many bytes apart. NumPy: tile[:] = rows. ``streamed``: past the nearest cache."""
+        raise NotImplementedError
+
+    def store(self, tile: int, at: Value, stride: Value) -> None:
+        """The reverse. NumPy: rows[:] = tile."""
+        raise NotImplementedError
+
+    def dot_pairs(self, total: int, left: int, right: int) -> None:
+        """Sums over words that each hold two bf16, left (row, depth), right (depth, lane), in fp32.
+
+        NumPy: total += widen(left) @ widen(right).reshape(16, 16, 2).transpose(0, 2, 1).reshape(32, 16)
+        """
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class ISA:
     """One machine: its registers as data, and how it spells the primitives that differ.
@@ -33,6 +60,7 @@ class ISA:
     fused: bool = False
     half: bool = False  # converts between fp16 and fp32
     bf16_dot: bool = False  # accumulates products of bf16 pairs in fp32
+    tiles: bool = False  # has matrix registers, of 16 rows by 16 words of bf16 pairs or sums
     permutes: bool = False  # picks lanes of a register by numbers in another, as cheaply as it adds: a small table
 
     def lanes(self, type_: str) -> int:
@@ -88,6 +116,22 @@ class ISA:
         """Lanes of two float vectors rounded to bf16 and packed as words (even low, odd high)."""
         low, high = (f.cast("zext", self.narrow(f, x, "bfloat"), like(x.type, "i32")) for x in (even, odd))
         return low | (high << 16)
+
+    # -- matrix registers --------------------------------------------------------------------------------
+
+    def refusal(self) -> str | None:
+        """Why the operating system does not let this process use what the machine has; None if it does. Asks it."""
+        return None
+
+    def enter(self, f: Function) -> None:
+        """What a native call does before its first use of matrix registers."""
+
+    def leave(self, f: Function) -> None:
+        """What it does after the last."""
+
+    def tile_registers(self, f: Function) -> TileRegisters:
+        """Those of a function under construction, at its beginning, where the machine has ``tiles``."""
+        raise NotImplementedError(self.name)
 
     def vector_of(self, element_: str) -> str:
         """The type of one full register."""

@@ -9,8 +9,9 @@ import pkgutil
 from flashtile.llvm.products.base import Product
 from flashtile.llvm.products.fma import PRODUCT as FMA
 from flashtile.llvm.products.pairs import PRODUCT as PAIRS
+from flashtile.llvm.products.tiles import PRODUCT as TILES
 
-__all__ = ["FMA", "PAIRS", "Product", "known"]
+__all__ = ["FMA", "PAIRS", "TILES", "Product", "known"]
 
 
 @functools.cache

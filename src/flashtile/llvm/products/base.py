@@ -19,6 +19,7 @@ class Product:
     name, depth   a word holds ``depth`` elements
     operand       the element that words hold; None: the accumulator's own type
     rows, lanes   of a tile; None: as many as the machine's registers hold (ISA.rows, ISA.vectors)
+    words         of depth that a step takes: operands are filled up with zeros to a multiple
     left          "broadcast": a word of a row is read from memory into all lanes; "tile": rows are loaded together
     right         "lines": a line of words for each step of depth; "tile": the same, loaded together
     lands         where sums are when a tile is done: "registers" or "memory"
@@ -34,6 +35,7 @@ class Product:
     operand: str | None = None
     rows: int | None = None
     lanes: int | None = None
+    words: int = 1
     left: str = "broadcast"
     right: str = "lines"
     lands: str = "registers"

@@ -22,7 +22,7 @@ from flashtile.kernels.cpu.passes.walk import by_band, by_segments
 from flashtile.kernels.cpu.steps.band import Seen
 from flashtile.kernels.cpu.steps.contain import NonFinite, emit_scan
 from flashtile.kernels.cpu.steps.finish import emit_finish, emit_load_state
-from flashtile.kernels.cpu.steps.pack import emit_pack_columns, emit_pack_rows, emit_transpose
+from flashtile.kernels.cpu.steps.pack import emit_pack_rows, emit_pack_values, emit_transpose
 from flashtile.kernels.cpu.steps.spans import emit_join_span
 from flashtile.llvm.ir import Module, Value
 from flashtile.llvm.lines import Panel, Rows, State, Sums, Words
@@ -47,7 +47,7 @@ class _Forward:
     def __init__(self, module: Module, c: Config) -> None:
         self.c = c
         self.load_queries = emit_transpose(module, c, "load_queries", Panel)
-        self.pack_keys, self.pack_values = emit_pack_rows(module, c), emit_pack_columns(module, c)
+        self.pack_keys, self.pack_values = emit_pack_rows(module, c), emit_pack_values(module, c)
         self.scan = emit_scan(module, c)
         self.join_span = emit_join_span(module, c)
         self.finish = emit_finish(module, c.output)
@@ -63,8 +63,12 @@ class _Forward:
         for name in ("sign", "c_high", "c_low", "lse_scale"):  # the score program's frame takes ``scale`` as it is
             setattr(p, name, f.cast("fptrunc", getattr(p, name), self.c.acc))
         self.call = Call(f, self.c, p, scratch)
+        if self.c.product.permission:
+            self.c.isa.enter(f)
         with f.range(begin, end) as number:
             self._item(self.call.item(number))
+        if self.c.product.permission:
+            self.c.isa.leave(f)
         f.ret(f.const("i32", 0))
 
     def _item(self, item: Item) -> None:
@@ -204,4 +208,4 @@ class _Attend:
                 f.either(count.eq(n), lambda: attend(f, **arguments), lambda: dispatch(n - 1))
 
         with f.when(seen.some_from < seen.some_to):
-            dispatch(c.isa.vectors)
+            dispatch(c.registers)

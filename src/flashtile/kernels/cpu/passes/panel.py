@@ -10,13 +10,13 @@ from typing import Any
 
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.scratch import Work, dense_bytes
-from flashtile.kernels.cpu.steps.accumulate import emit_accumulate
+from flashtile.kernels.cpu.steps.accumulate import emit_accumulate, emit_accumulate_tile
 from flashtile.kernels.cpu.steps.band import Seen
 from flashtile.kernels.cpu.steps.contain import NonFinite, emit_add, emit_collect
 from flashtile.kernels.cpu.steps.dense import emit_dense
 from flashtile.kernels.cpu.steps.frame import Frame
 from flashtile.kernels.cpu.steps.keep import Draw, emit_keep
-from flashtile.kernels.cpu.steps.product import emit_product
+from flashtile.kernels.cpu.steps.product import emit_multiply, emit_product
 from flashtile.kernels.cpu.steps.program import emit_program
 from flashtile.kernels.cpu.steps.softmax import Factors, emit_softmax
 from flashtile.llvm.ir import Function, Module, Value
@@ -28,12 +28,16 @@ def emit_panels(module: Module, c: Config) -> list[Routine]:
     """The functions that add one block to a panel of up to 1, 2, ... registers of lanes."""
     containment = emit_collect(module, c), emit_add(module, c)
     dense = [emit_dense(module, c, n) for n in range(len(c.code.dense_loads) if c.code else 0)]
-    return [_emit_panel(module, c, n + 1, *containment, dense) for n in range(c.isa.vectors)]
+    return [_emit_panel(module, c, n + 1, *containment, dense) for n in range(c.registers)]
 
 
 def _emit_panel(module: Module, c: Config, width: int, collect: Routine, add: Routine, dense: list[Routine]) -> Routine:
     scores = BlockScores(module, c, width)
-    softmax, accumulate = emit_softmax(module, c, width), emit_accumulate(module, c, width)
+    softmax = emit_softmax(module, c, width)
+    if scores.multiply is None:
+        accumulate = emit_accumulate(module, c, width)
+    else:
+        accumulate = emit_accumulate_tile(module, c, width, scores.multiply)
     keep = emit_keep(module, c, width) if c.dropout else None
     drawn: dict[str, Any] = {"draw": Draw.kind()} if c.dropout else {}
     f = Routine(
@@ -64,8 +68,10 @@ def _emit_panel(module: Module, c: Config, width: int, collect: Routine, add: Ro
     lay_out_dense(f, c, dense, work, dense_at, seen, lanes)
     scores.call(f, work, panel, rows, depth, seen)
     whole = (count + (c.rows - 1)) // c.rows * c.rows
-    # Rows that a band shows to the first register of lanes; a program's mask may show any.
-    reach = count if c.masked else f.cast("sext", seen.above, "i64") + c.lanes - seen.some_from
+    # Rows that a band shows to the first register of lanes; a program's mask may show any. Tiles are read whole.
+    reach = whole if c.lands_in_memory else count
+    if not (c.masked or c.lands_in_memory):
+        reach = f.cast("sext", seen.above, "i64") + c.lanes - seen.some_from
     broken = nonfinite.found.ne(0)
     collected = Sums(nonfinite.sums, c.line)
     with f.when(broken):
@@ -74,10 +80,17 @@ def _emit_panel(module: Module, c: Config, width: int, collect: Routine, add: Ro
     weights = Weights(lines.at, c.word_line)
     if keep is not None:
         keep(f, weights=weights, count=whole, reach=reach, **drawn)
-    first = values.row(seen.some_from // c.per_word)
+    word = seen.some_from // c.per_word
+    if c.lands_in_memory:  # a row of values for each column
+        first = Words(values.at + word * c.size, values.stride)
+        extent = {"count": whole, "landed": work.landed}
+    else:
+        first = values.row(word)
+        extent = {"count": count, "reach": reach}
     with f.range(0, columns, c.rows) as column:
-        target, tile = sums.line(column), Words(first.at + column * c.size, first.stride)
-        accumulate(f, sums=target, alpha=alpha, rows=tile, weights=weights, count=count, reach=reach)
+        target = sums.line(column)
+        tile = first.row(column) if c.lands_in_memory else Words(first.at + column * c.size, first.stride)
+        accumulate(f, sums=target, alpha=alpha, rows=tile, weights=weights, **extent)
     with f.when(broken):
         add(f, sums=sums, collected=collected, columns=columns)
     f.ret()
@@ -106,11 +119,17 @@ class BlockScores:
     """The functions that fill the scores of a block: edge tiles, which are masked, and full ones, which are not.
 
     Without a score program a band is applied in the edge tiles themselves. A program comes after the products
-    (program.py): its mask to edge tiles alone, its score, if it has one, to all.
+    (program.py): its mask to edge tiles alone, its score, if it has one, to all. Scores that land in memory are banded
+    in that pass, program or not.
     """
 
     def __init__(self, module: Module, c: Config, width: int) -> None:
         self.c = c
+        self.multiply = emit_multiply(module, c, width) if c.lands_in_memory else None
+        self.program: dict[bool, Routine] = {}
+        if self.multiply is not None:
+            self.program = {e: emit_program(module, c, width, edge=e) for e in (False, True)}
+            return
         if not c.scored:
             self.full = emit_product(module, c, width, "full")
         if c.code is None:
@@ -125,6 +144,10 @@ class BlockScores:
         stretches = stretches_of(f, c, seen)
 
         def tile(row: Value, edge: bool) -> None:
+            if self.multiply is not None:
+                words, out = Lines(panel.at, panel.shape), Lines(work.scores.at, c.line).line(row - some_from)
+                self.multiply(f, left=rows.row(row), right=words, out=out, depth=depth)
+                return
             arguments = {"work": work, "panel": panel, "rows": rows.row(row), "depth": depth, "line": row - some_from}
             if c.scored or edge and c.code:
                 self.raw(f, **arguments)
@@ -133,14 +156,14 @@ class BlockScores:
             else:
                 self.full(f, **arguments)
 
-        for first, last, edge in stretches:
+        for first, last, edge in stretches if self.multiply is None else [(some_from, seen.some_to, False)]:
             with f.range(first, last, c.rows) as row:
                 tile(row, edge)
-        for first, last, edge in stretches if c.code else ():
-            if edge or c.scored:
+        for first, last, edge in stretches:
+            if edge in self.program:
                 with f.when(first < last):
                     self.program[edge](f, work=work, first=first, last=last, origin=some_from, band=seen.band)
-        if c.code:
+        if self.program:
             self._hide_rest(f, work, seen.count)
 
     def _edge_tile(self, f: Function, seen: Seen, row: Value, arguments: dict[str, object]) -> None:

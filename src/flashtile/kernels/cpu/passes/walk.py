@@ -130,6 +130,8 @@ def _seen_by_segment(call: Call, cursor: Value, start: Value, stop: Value) -> Se
     f, size = call.f, stop - start
     some_from, some_to, all_from, all_to = (_segment(call, cursor, n) - start for n in range(SEGMENT))
     zero = f.const("i32", 0)
+    if call.c.lands_in_memory:  # tiles are whole from the block's first row on
+        some_from = some_from // call.c.rows * call.c.rows
     return Seen(
         f.maximum(some_from, 0), f.minimum(some_to, size), f.maximum(all_from, 0), f.minimum(all_to, size), zero, zero
     )

@@ -12,6 +12,29 @@ from flashtile.llvm.lines import Lines, Sums, Weights, Words
 from flashtile.llvm.routines import Routine
 
 
+def _kinds(c: Config) -> dict[str, Any]:
+    return {
+        "sums": Sums.of(c.line),
+        "alpha": Lines.of(c.line),
+        "rows": Words.kind(),
+        "weights": Weights.of(c.word_line),
+    }
+
+
+def emit_accumulate_tile(module: Module, c: Config, width: int, multiply: Routine) -> Routine:
+    """The same where products land in memory: ``rows`` are transposed, a row for each column. Every register of lanes
+    takes all ``count`` rows, whole tiles of them: what it does not see weighs 0."""
+    f = Routine(module, f"accumulate_{width}", **_kinds(c), landed=Lines.of(c.line), count="i64")
+    sums, alpha, rows, weights, landed, count = f.parameters
+    multiply(f, left=rows, right=Lines(weights.at, weights.shape), out=landed, depth=count // c.per_word)
+    factors = [alpha.load(0, j) for j in range(width)]
+    with f.range(0, c.rows) as row:
+        for j, factor in enumerate(factors):
+            sums.store(c.isa.multiply_add(f, sums.load(row, j), factor, landed.load(row, j)), row, j)
+    f.ret()
+    return f
+
+
 def emit_accumulate(module: Module, c: Config, width: int) -> Routine:
     """One tile of columns, from where ``sums`` and ``rows`` begin. The first register of lanes may see ``reach`` of the
     ``count`` rows; each further register those of ``lanes`` more. The sums of one block are accumulated separately and
@@ -20,13 +43,7 @@ def emit_accumulate(module: Module, c: Config, width: int) -> Routine:
     Along a diagonal the first registers are done while the others go on: each one's rows end where all its weights are
     0, which saves a tenth of the products of a causal call with 512 keys.
     """
-    kinds: dict[str, Any] = {
-        "sums": Sums.of(c.line),
-        "alpha": Lines.of(c.line),
-        "rows": Words.kind(),
-        "weights": Weights.of(c.word_line),
-    }
-    f = Routine(module, f"accumulate_{width}", **kinds, count="i64", reach="i64")
+    f = Routine(module, f"accumulate_{width}", **_kinds(c), count="i64", reach="i64")
     sums, alpha, rows, weights, count, reach = f.parameters
 
     def add(first: Value, stop: Value, totals: list[Value], live: range) -> list[Value]:

@@ -1,7 +1,7 @@
 """Gradients of captured arrays: what a block gives to each of them joins its accumulator, in a fixed order.
 
-readings.py says which of five ways a load takes. All but the last add whole lines, or sums of them; the last goes lane
-by lane, since lanes may meet in one element.
+readings.py says which of six ways a load takes. All but the last add whole registers, or sums of them; the last goes
+lane by lane, since lanes may meet in one element.
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flashtile.kernels.cpu.config import Config
-from flashtile.kernels.cpu.readings import COLUMN, GATHER, ROW, TOTAL, Reading
+from flashtile.kernels.cpu.readings import COLUMN, GATHER, ROW, TILES, TOTAL, Reading
+from flashtile.kernels.cpu.scratch import dense_bytes
+from flashtile.kernels.cpu.steps.frame import Frame
 from flashtile.llvm.ir import Function, Value
+from flashtile.llvm.lines import Lines
 from flashtile.llvm.types import like
 from flashtile.score.capture import Slot
 from flashtile.score.emit import Emission
+from flashtile.score.operations import variable
 
 WORD = 8
 # Words of an accumulator: its first element, bytes from a work item's to the next one's, bytes from a sum to what it
@@ -37,15 +41,11 @@ class Given:
 class ArraySums:
     """Emits the additions of one pass over the rows of a block."""
 
-    def __init__(
-        self, f: Function, c: Config, reads: Sequence[Reading], words: Value, item: Value, head: Emission, lane: Value
-    ) -> None:
-        """words   those of the accumulators of every slot that is read, in the slots' order
-        item    the number of the work item
-        head    the place in the code where batch and head are known
-        lane    i32: the query of the first lane
-        """
-        self.f, self.c, self.reads, self.head, self.lane = f, c, reads, head, lane
+    def __init__(self, f: Function, c: Config, reads: Sequence[Reading], frame: Frame, head: Emission) -> None:
+        """``head``: the place in the code where batch and head are known."""
+        self.f, self.c, self.reads, self.frame, self.head = f, c, reads, frame, head
+        self.lane = frame.integer("row")
+        words, item = frame.read("sums"), frame.read("item")
         self.words = {}
         for slot in sorted({x.gradient.slot for x in reads}, key=lambda slot: slot.number):
             self.words[slot] = words
@@ -55,6 +55,10 @@ class ArraySums:
             start = self._word(x, POINTER, "ptr") + item * self._word(x, STEP)
             still = [n for n, axis in enumerate(x.axes) if axis and not axis.i and not axis.j]
             self.bases.append(self._moved(x, start, head, still))
+        assert c.code is not None
+        after, tiled = len(c.code.dense_loads), [x for x in reads if x.how == TILES]
+        dense = frame.read("dense")
+        self.tiles = {x: Lines(dense + (after + n) * dense_bytes(c), c.line) for n, x in enumerate(tiled)}
 
     def start(self, width: int) -> list[Value]:
         """What `row` carries from row to row: sums of the registers of a panel, 0 before the first."""
@@ -71,8 +75,9 @@ class ArraySums:
             found.append(Given(numbers, self._offsets(x, place) if x.how == GATHER else None))
         return found
 
-    def row(self, place: Emission, given: Sequence[Sequence[Given]], carry: list[Value]) -> list[Value]:
-        """Add what the registers of a panel gave for one row; ``place``: where the row is known."""
+    def row(self, place: Emission, line: Value, given: Sequence[Sequence[Given]], carry: list[Value]) -> list[Value]:
+        """Add what the registers of a panel gave for one row; ``place``: where the row is known; ``line``: its number
+        among the lines of the block."""
         f, c, width = self.f, self.c, len(given)
         kept: list[Value] = []
         for n, x in enumerate(self.reads):
@@ -80,6 +85,10 @@ class ArraySums:
             if x.how in (COLUMN, TOTAL):
                 sums = carry[len(kept) : len(kept) + width]
                 kept += [a + b for a, b in zip(sums, numbers, strict=True)]
+                continue
+            if x.how == TILES:
+                for register, value in enumerate(numbers):
+                    self.tiles[x].store(value, line, register)
                 continue
             if x.how == GATHER:
                 for of_register in given:
@@ -93,10 +102,12 @@ class ArraySums:
                 self._add_lines(x, at, place, numbers)
         return kept
 
-    def finish(self, carry: list[Value], width: int) -> None:
-        """Add what was summed over rows."""
+    def finish(self, carry: list[Value], width: int, first: Value, last: Value, origin: Value) -> None:
+        """Add what was summed over the rows [first, last), and tiles of them; ``origin`` stands on the first line."""
         f, c = self.f, self.c
         for n, x in enumerate(self.reads):
+            if x.how == TILES:
+                self._add_tiles(n, width, first, last, origin)
             if x.how not in (COLUMN, TOTAL):
                 continue
             sums, carry = carry[:width], carry[width:]
@@ -148,8 +159,8 @@ class ArraySums:
     def _add_lines(self, x: Reading, at: Value, place: Emission, numbers: Sequence[Value]) -> None:
         """Registers of lanes to neighbouring elements along the axis that lies innermost."""
         f, c = self.f, self.c
-        assert x.lanes is not None
-        axis = x.axes[x.lanes]
+        assert x.innermost is not None
+        axis = x.axes[x.innermost]
         assert axis is not None
         rest = place.value(axis.rest)
         if axis.j:
@@ -162,9 +173,29 @@ class ArraySums:
             else:  # the last lane reads the first element
                 start = rest - (first + (c.lanes - 1))
                 line = f.shuffle(line, line, range(c.lanes - 1, -1, -1))
-            start = self._clamped(x, x.lanes, start, place, room=c.lanes)
+            start = self._clamped(x, x.innermost, start, place, room=c.lanes)
             here = at + f.cast("sext", start, "i64") * c.size
             f.store(f.load(c.vector, here, align=c.size) + line, here, align=c.size)
+
+    def _add_tiles(self, n: int, width: int, first: Value, last: Value, origin: Value) -> None:
+        """Lines as rows of the accumulator, one for each lane that stands for a query: squares of lanes x lanes go
+        through registers, as in dense.py; the lines that are left over go one by one."""
+        f, c, frame, x = self.f, self.c, self.frame, self.reads[n]
+        stride = self._word(x, STRIDES + x.gradient.index.index(variable("i")))
+        start = self.bases[n] + frame.read("row") * stride + (frame.read("block") + first) * c.size
+        lines, count, size = self.tiles[x].line(first - origin), last - first, c.lanes
+        lanes = f.minimum(frame.read("last_row") + 1 - frame.read("row"), width * size)
+        whole = count // size * size
+        with f.range(0, lanes, size) as lane, f.range(0, whole, size) as line:
+            corner = lines.moved(line * c.line.bytes + lane * c.size)
+            for r, values in enumerate(f.transpose([corner.load(t) for t in range(size)])):
+                with f.when(lane + r < lanes):
+                    at = start + ((lane + r) * stride + line * c.size)
+                    f.store(f.load(c.vector, at, align=c.size) + values, at, align=c.size)
+        with f.range(0, lanes) as lane, f.range(whole, count) as line:
+            at = start + (lane * stride + line * c.size)
+            value = f.load(c.acc, lines.at + (line * c.line.bytes + lane * c.size))
+            f.store(f.load(c.acc, at) + value, at)
 
     def _across(self, registers: Sequence[Value]) -> Value:
         """The sum over registers and lanes."""

@@ -63,13 +63,12 @@ class _Derivative:
         frame = Frame(self.work.frame)
         also = [self.slope, *(x for read in reads for x in (read.gradient.value, *read.gradient.index))]
         self.program = Elements(f, c, frame, width, masked=edge and c.masked, also=[x for x in also if x is not None])
-        words, item = frame.read("sums"), frame.read("item")
-        self.arrays = ArraySums(f, c, reads, words, item, self.program.outer, frame.integer("row"))
+        self.arrays = ArraySums(f, c, reads, frame, self.program.outer)
         self.weighings = [Weighing(f, c, state, factors, j * c.register) for j in range(width)]
 
     def emit(self) -> None:
         carry = self.f.fold(self.first, self.last, self.c.per_word, self.arrays.start(self.width), self._word)
-        self.arrays.finish(carry, self.width)
+        self.arrays.finish(carry, self.width, self.first, self.last, self.origin)
 
     def _word(self, row: Value, carry: list[Value]) -> list[Value]:
         """As many rows as a word holds."""
@@ -110,4 +109,4 @@ class _Derivative:
             return _Element(weight, ds, given)
 
         rows.append(f.abreast(self.width, one_register))
-        return self.arrays.row(place, [x.given for x in rows[-1]], carry)
+        return self.arrays.row(place, first + u - self.origin, [x.given for x in rows[-1]], carry)

@@ -49,10 +49,19 @@ def emit_transpose(module: Module, c: Config, name: str, to: type[Lines]) -> Rou
             out.store(line, word + t, at=lane * c.size)
     with f.range(0, lanes_used) as lane:
         start = rows.at + f.minimum(lane, rows.count - 1) * rows.stride
-        with f.range(whole_words, words) as word:
+        own = _own_words(c, rows, words)
+        with f.range(whole_words, own) as word:
             f.store(_one_word(f, c, start, word, rows, sign), out.place(word, at=lane * c.size))
+        if own is not words:
+            with f.range(own, words) as word:
+                f.store(f.const(c.word, 0), out.place(word, at=lane * c.size))
     f.ret()
     return f
+
+
+def _own_words(c: Config, rows: Rows, words: Value) -> Value:
+    """Of the words of a row, those that hold elements: where a product takes several a step, zeros follow."""
+    return words if c.product.words == 1 else (rows.size + (c.per_word - 1)) // c.per_word
 
 
 def _register_of_words(f: Function, c: Config, at: Value, sign: Value) -> Value:
@@ -87,10 +96,19 @@ def emit_pack_rows(module: Module, c: Config) -> Routine:
         with f.range(0, chunks, c.lanes) as word:
             at = source + word * (c.per_word * c.element)
             f.store(_register_of_words(f, c, at, one), target + word * c.size)
-        with f.range(chunks, words) as word:
+        own = _own_words(c, rows, words)
+        with f.range(chunks, own) as word:
             f.store(_one_word(f, c, source, word, rows, one), target + word * c.size)
+        if own is not words:
+            with f.range(own, words) as word:
+                f.store(f.const(c.word, 0), target + word * c.size)
     f.ret()
     return f
+
+
+def emit_pack_values(module: Module, c: Config) -> Routine:
+    """Values as the accumulation reads them, where it cannot read them as they lie."""
+    return _emit_pack_transposed(module, c) if c.lands_in_memory else emit_pack_columns(module, c)
 
 
 def emit_pack_columns(module: Module, c: Config) -> Routine:
@@ -102,17 +120,7 @@ def emit_pack_columns(module: Module, c: Config) -> Routine:
     chunks = f.select(rows.adjacent(c.element), rows.size // c.lanes * c.lanes, f.const("i64", 0))
 
     def convert(row: Value, column: Value, count: int, poison: Value) -> Value:
-        found = []
-        for u in range(c.per_word):
-            inside = row + u < rows.count
-            source = rows.at + f.select(inside, row + u, row) * rows.stride
-            value = read(f, c, source + column * rows.step, count)
-            if u:
-                inside = f.splat(inside, count) if count > 1 else inside
-                value = f.select(inside, value, f.const(value.type, 0.0))
-            zero = value * 0.0  # NaN where the value is not finite
-            poison = poison + zero
-            found.append(f.select(zero.eq(0.0), value, f.const(value.type, 0.0)))
+        found, poison = _rows_in_word(f, c, rows, row, column, count, poison)
         target = out.row(row // c.per_word).at + column * c.size
         f.store(join(f, c, found), target, align=c.size)
         return poison
@@ -126,6 +134,68 @@ def emit_pack_columns(module: Module, c: Config) -> Routine:
 
     clean = [f.const(c.vector, 0.0), f.const(c.acc, 0.0)]
     f.ret(any_nan(f, c, *f.fold(0, rows.count, c.per_word, clean, one_word)))
+    return f
+
+
+def _rows_in_word(
+    f: Function, c: Config, rows: Rows, row: Value, column: Value, count: int, poison: Value
+) -> tuple[list[Value], Value]:
+    """What a word of a column, or of so many columns, is made of: as many rows as it holds from one on, which is there;
+    0 for what is not finite or not there. ``poison`` becomes NaN where something is not finite."""
+    found = []
+    for u in range(c.per_word):
+        inside = row + u < rows.count
+        source = rows.at + f.select(inside, row + u, row) * rows.stride
+        value = read(f, c, source + column * rows.step, count)
+        if u:
+            inside = f.splat(inside, count) if count > 1 else inside
+            value = f.select(inside, value, f.const(value.type, 0.0))
+        zero = value * 0.0  # NaN where the value is not finite
+        poison = poison + zero
+        found.append(f.select(zero.eq(0.0), value, f.const(value.type, 0.0)))
+    return found, poison
+
+
+def _emit_pack_transposed(module: Module, c: Config) -> Routine:
+    """The same with columns as rows: row n of what comes out is column n, a word for as many rows as it holds; rows are
+    filled up with zeros to whole tiles."""
+    f = Routine(module, "pack_transposed", "i64", rows=Rows.kind(), columns="i64", out=Words.kind())
+    rows, columns, out = f.parameters
+    n, words = c.lanes, (rows.count + (c.per_word - 1)) // c.per_word
+    whole = (rows.count + (c.rows - 1)) // c.rows * c.rows // c.per_word
+    chunks = f.select(rows.adjacent(c.element), rows.size // n * n, f.const("i64", 0))
+    square = words // n * n  # squares of columns by words go through registers, the rest goes word by word
+    clean = [f.const(c.vector, 0.0), f.const(c.acc, 0.0)]
+
+    def one_square(word: Value, column: Value, poison: Value) -> Value:
+        registers = []
+        for t in range(n):
+            found, poison = _rows_in_word(f, c, rows, (word + t) * c.per_word, column, n, poison)
+            registers.append(join(f, c, found))
+        for t, line in enumerate(f.transpose(registers)):
+            f.store(line, out.row(column + t).at + word * c.size, align=c.size)
+        return poison
+
+    def one_by_one(first: Value | int, last: Value, column: Value, poison: Value) -> Value:
+        def one_word(word: Value, poison: list[Value]) -> list[Value]:
+            found, bad = _rows_in_word(f, c, rows, word * c.per_word, column, 1, poison[0])
+            f.store(join(f, c, found), out.row(column).at + word * c.size)
+            return [bad]
+
+        return f.fold(first, last, 1, [poison], one_word)[0]
+
+    def of_squares(column: Value, poison: list[Value]) -> list[Value]:
+        (register,) = f.fold(0, square, n, poison[:1], lambda word, p: [one_square(word, column, p[0])])
+        (scalar,) = f.fold(
+            column, column + n, 1, poison[1:], lambda single, p: [one_by_one(square, words, single, p[0])]
+        )
+        return [register, scalar]
+
+    poison = f.fold(0, chunks, n, clean, of_squares)
+    poison[1:] = f.fold(chunks, rows.size, 1, poison[1:], lambda column, p: [one_by_one(0, words, column, p[0])])
+    with f.range(0, columns) as column, f.range(f.select(column < rows.size, words, 0), whole) as word:
+        f.store(f.const(c.word, 0), out.row(column).at + word * c.size)
+    f.ret(any_nan(f, c, *poison))
     return f
 
 

@@ -14,7 +14,8 @@ from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.scratch import Work
 from flashtile.kernels.cpu.steps.band import Band
 from flashtile.llvm.ir import Function, Module, Value
-from flashtile.llvm.lines import Panel, Words
+from flashtile.llvm.lines import Lines, Panel, Words
+from flashtile.llvm.products.tiles import Tiles
 from flashtile.llvm.routines import Routine
 
 # Words of the left operand for row r of a tile, and of the right one for register j, at a step of depth.
@@ -73,6 +74,17 @@ def emit_product(
         for r in range(c.rows):
             largest = f.maximum(sums[r * len(live) + n], largest)
         tops.store(largest, 0, j)
+    f.ret()
+    return f
+
+
+def emit_multiply(module: Module, c: Config, width: int) -> Routine:
+    """A tile of a product whose sums land in memory, for a panel ``width`` registers wide: both products'."""
+    assert isinstance(c.product, Tiles)
+    kinds: dict[str, Any] = {"left": Words.kind(), "right": Lines.of(c.word_line), "out": Lines.of(c.line)}
+    f = Routine(module, f"multiply_{width}", **kinds, depth="i64")
+    left, right, out, depth = f.parameters
+    c.product.multiply(f, c.isa, left, right, out, depth, width)
     f.ret()
     return f
 

@@ -30,7 +30,7 @@ def emit_program(module: Module, c: Config, width: int, *, edge: bool) -> Routin
     kinds: dict[str, Any] = {"work": Work.of(c), "first": "i64", "last": "i64", "origin": "i64", "band": Band.kind()}
     f = Routine(module, f"program_{width}_{'edge' if edge else 'full'}", **kinds)
     work, first, last, origin, band = f.parameters
-    program = Elements(f, c, Frame(work.frame), width, masked=edge and c.masked)
+    program: Any = Elements(f, c, Frame(work.frame), width, masked=edge and c.masked) if c.code else _Identity(c)
     hidden = f.const(c.vector, -math.inf)
     tops = [work.tops.load(0, j) for j in range(width)]
 
@@ -44,7 +44,8 @@ def emit_program(module: Module, c: Config, width: int, *, edge: bool) -> Routin
             value = program.score_of(element)
             if edge:
                 value = f.select(program.sees(element, band, j, row), value, hidden)
-            f.store(value, here, align=c.register)
+            if edge or c.scored:
+                f.store(value, here, align=c.register)
             return f.maximum(value, tops[j])
 
         return f.abreast(width, one_register)
@@ -53,6 +54,25 @@ def emit_program(module: Module, c: Config, width: int, *, edge: bool) -> Routin
         work.tops.store(top, 0, j)
     f.ret()
     return f
+
+
+class _Identity:
+    """No program: scores that landed in memory are banded and their maximum kept, no more."""
+
+    def __init__(self, c: Config) -> None:
+        self.c = c
+
+    def row(self, row: Value) -> None:
+        """Nothing depends on it."""
+
+    def element(self, row: None, j: int, raw: Value, line: Value) -> Value:
+        return raw
+
+    def score_of(self, element: Value) -> Value:
+        return element
+
+    def sees(self, element: Value, band: Band, j: int, row: Value) -> Value:
+        return band.sees(self.c, j, row)
 
 
 class Elements:

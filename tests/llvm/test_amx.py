@@ -1,0 +1,199 @@
+"""Matrix registers: the emulation against the rule of the instruction, bit by bit; the real code as text; permission.
+
+Where this machine has AMX, the instructions themselves are held against their emulation.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import re
+from collections.abc import Iterator
+
+import ml_dtypes
+import numpy as np
+import pytest
+from assembly import functions
+
+from flashtile.kernels import cpu
+from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.passes.forward import forward_text
+from flashtile.llvm import jit
+from flashtile.llvm import machines as isas
+from flashtile.llvm.ir import Function, Module
+from flashtile.llvm.machines import amx
+from flashtile.llvm.products import TILES
+
+REAL, EMULATED = isas.known()["amx"], isas.known()["amx_emulated"]
+HERE = [
+    pytest.param(isa, id=isa.name, marks=[pytest.mark.skipif(bool(why), reason=f"{isa.name}: {why}")])
+    for isa in (REAL, EMULATED)
+    for why in [isas.unavailable(isa)]
+]
+SMALLEST = np.float32(2.0**-126)
+
+
+def dot_of(isa: isas.ISA) -> object:
+    """void run(totals, lefts, rights, n): n products of tiles of 1 KB each, one after the other in memory."""
+    module = Module()
+    f = Function(module, "run", "void", ["ptr", "ptr", "ptr", "i64"])
+    stride = f.const("i64", amx.ROW_BYTES)
+    isa.enter(f)
+    tiles = isa.tile_registers(f)
+    with f.range(0, f.args[3]) as n:
+        at = [pointer + n * 1024 for pointer in f.args[:3]]
+        for tile, address in zip((0, 4, 7), at, strict=True):
+            tiles.load(tile, address, stride)
+        tiles.dot_pairs(0, 4, 7)
+        tiles.store(0, at[0], stride)
+    isa.leave(f)
+    f.ret()
+    library = jit.Library(jit.object_code(module.text(), isa), ("run",))
+    return library.function("run", None, *[ctypes.c_void_p] * 3, ctypes.c_int64)
+
+
+def flushed(x: np.ndarray) -> np.ndarray:
+    return np.where(np.abs(x) < SMALLEST, np.copysign(np.float32(0), x), x)
+
+
+def expected(total: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The rule in NumPy: in longdouble, where a product of two bf16 is exact and, with these data, its sum with a float
+    as well, so that one rounding to fp32 is that of a fused multiply-add."""
+    rows, lanes = (x.astype(np.float32) for x in (left, right.reshape(-1, 16, 16, 2)))
+    chains = []
+    for half in range(2):
+        chain = np.zeros((len(total), 16, 16), np.float32)
+        for k in range(16):
+            x = flushed(rows[:, :, 2 * k + half])[:, :, None].astype(np.longdouble)
+            y = flushed(lanes[:, k, :, half])[:, None, :].astype(np.longdouble)
+            chain = flushed((x * y + chain).astype(np.float32))
+        chains.append(chain)
+    both = flushed((chains[0].astype(np.longdouble) + chains[1]).astype(np.float32))
+    return flushed((both.astype(np.longdouble) + flushed(total)).astype(np.float32))
+
+
+def bf16(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.float32).astype(ml_dtypes.bfloat16)
+
+
+def cases(n: int = 40) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
+    """Normal data, sums about the smallest normal number, denormal operands, overflow, infinities, NaN."""
+    rng = np.random.default_rng(0)
+
+    def wide(low: float, high: float) -> np.ndarray:
+        exponents = rng.integers(low, high, (n, 16, 32)).astype(np.float64)
+        return bf16(rng.standard_normal((n, 16, 32)) * 2.0**exponents)
+
+    def total(scale: float = 1.0) -> np.ndarray:
+        return (rng.standard_normal((n, 16, 16)).clip(-3, 3) * scale).astype(np.float32)
+
+    def some(x: np.ndarray, value: float) -> np.ndarray:
+        return np.where(rng.random(x.shape) < 0.003, ml_dtypes.bfloat16(value), x)
+
+    yield "normal", total(), wide(0, 1), wide(0, 1)
+    yield "about the smallest normal number", total(2.0**-126), wide(-66, -60), wide(-66, -60)
+    yield "denormal operands", total(2.0**-128), wide(-134, -126), wide(0, 8)
+    yield "overflow", total(2.0**126), wide(60, 64), wide(60, 64)
+    yield "infinities", total(), some(wide(0, 1), np.inf), some(wide(0, 1), -np.inf)
+    yield "NaN", total(), some(wide(0, 1), np.nan), wide(0, 1)
+
+
+@pytest.mark.parametrize("isa", HERE)
+def test_a_product_of_tiles_is_bit_equal_to_its_rule(isa: isas.ISA) -> None:
+    run = dot_of(isa)
+    for name, total, left, right in cases():
+        got = total.copy()
+        run(got.ctypes.data, left.ctypes.data, right.ctypes.data, len(total))  # type: ignore[operator]
+        with np.errstate(all="ignore"):
+            want = expected(total, left, right)
+        nan = np.isnan(want)
+        assert (np.isnan(got) == nan).all(), name
+        assert (got.view(np.uint32)[~nan] == want.view(np.uint32)[~nan]).all(), name
+        assert not ((np.abs(got) < SMALLEST) & (got != 0)).any(), name
+
+
+def test_the_mode_of_the_emulation_does_not_leak() -> None:
+    """Denormals live on in what is computed right before and after a product of tiles, and in the caller."""
+    module = Module()
+    f = Function(module, "run", "void", ["ptr", "ptr"])
+    tiles, small = EMULATED.tile_registers(f), f.load("<16 x float>", f.args[1])
+    before = small * 0.5
+    tiles.zero(0), tiles.zero(4), tiles.zero(6)
+    tiles.dot_pairs(0, 4, 6)
+    f.store(before, f.args[0])
+    f.store(small * 0.25, f.args[0] + 64)
+    f.ret()
+    library = jit.Library(jit.object_code(module.text(), EMULATED), ("run",))
+    data, out = np.full(16, SMALLEST), np.empty(32, np.float32)
+    library.function("run", None, ctypes.c_void_p, ctypes.c_void_p)(out.ctypes.data, data.ctypes.data)
+    assert (out[:16] == SMALLEST * np.float32(0.5)).all() and (out[16:] == SMALLEST * np.float32(0.25)).all()
+    assert (data * np.float32(0.5) != 0).all()
+
+
+@pytest.mark.parametrize("storage", ["bfloat", "float"])
+def test_the_real_code_configures_once_and_releases_in_every_entry(storage: str) -> None:
+    """All that can be seen of it without the machine: it compiles, with the instructions in their places."""
+    found = functions(jit.assembly(forward_text(Config(REAL, storage, TILES)), REAL))
+    entry = "\n".join(found["forward"])
+    assert len(re.findall(r"\bldtilecfg\b", entry)) == len(re.findall(r"\btilerelease\b", entry)) == 1
+    assert entry.index("ldtilecfg") < entry.index("callq") and entry.rindex("tilerelease") > entry.rindex("callq")
+    assert not any("tilecfg" in line for name, lines in found.items() if name != "forward" for line in lines)
+    for registers in (1, 2):
+        multiply = "\n".join(found[f"multiply_{registers}"])
+        assert len(re.findall(r"\btdpbf16ps\b", multiply)) == 2 * registers
+        assert len(re.findall(r"\btileloaddt1\b", multiply)) == 2
+        assert len(re.findall(r"\btilestored\b", multiply)) == 2 * registers
+
+
+def test_the_configuration_says_eight_tiles_of_16_rows_of_64_bytes() -> None:
+    """The layout of Intel's manual: palette, start row, reserved, 16 words of row bytes, 16 bytes of rows."""
+    raw = np.frombuffer(amx.CONFIGURATION, np.uint8)
+    assert len(raw) == 64 and raw[0] == 1 and not raw[1:16].any()
+    assert raw[16:48].view("<u2").tolist() == [64] * 8 + [0] * 8
+    assert raw[48:].tolist() == [16] * 8 + [0] * 8
+
+
+def test_without_tiles_the_kernels_are_those_of_the_machine_below() -> None:
+    """So the suites need not run them again on it."""
+    for name, below in (("amx", "avx512_bf16"), ("amx_emulated", "avx512_bf16_emulated")):
+        for storage in ("double", "float", "half"):
+            mine, theirs = (forward_text(Config(isas.known()[x], storage)) for x in (name, below))
+            assert mine == theirs
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
+    """A machine that has the instructions, where the system refuses; what it was asked."""
+    calls: list[tuple[int, ...]] = []
+
+    def refuse(*numbers: int) -> int:
+        calls.append(numbers)
+        return errno.EPERM
+
+    monkeypatch.delenv("FLASHTILE_ISA", raising=False)
+    monkeypatch.setattr(amx, "_system_call", refuse)
+    features = isas._host_features() | REAL.needs
+    monkeypatch.setattr(isas, "_host_features", lambda: features)
+    for cached in (amx.refusal, isas._named, cpu._choice):
+        cached.cache_clear()
+    yield calls
+    for cached in (amx.refusal, isas._named, cpu._choice):
+        cached.cache_clear()
+
+
+def test_where_permission_is_refused_vector_kernels_serve_and_doctor_says_so(
+    asked: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if isas.unavailable(isas.known()["avx512_bf16"]) is not None:
+        pytest.skip("another machine would serve")
+    from flashtile import doctor
+    from flashtile.errors import UnavailableError
+
+    assert isas.current().name == "avx512_bf16"
+    assert "amx" not in isas.usable()
+    (reason,) = [why for room, name, _, why in doctor.survey() if (room, name) == ("isa", "amx")]
+    assert "refuses matrix registers" in reason and "not permitted" in reason
+    assert asked == [(158, 0x1023, 18)]
+    monkeypatch.setenv("FLASHTILE_ISA", "amx")
+    with pytest.raises(UnavailableError, match="refuses matrix registers"):
+        isas.current()
