@@ -17,6 +17,7 @@ from flashtile.calls import clear_cache
 from flashtile.dtypes import DTYPES
 from flashtile.engines import starpu
 from flashtile.errors import SpecError, UnavailableError
+from flashtile.llvm import machines
 from flashtile.score import dropout_keep
 from flashtile.spec import AttentionSpec
 
@@ -103,6 +104,26 @@ def test_the_mask_read_out_of_parts_of_the_keys(dtype: str) -> None:
     assert plan.splits > 1 or "cpu" not in {param.values[0].name for param in knowing()}
     weights = read_mask(Kernel("auto", None), shape, 500, dtype, dropout_p=0.25, seed=SEED)
     np.testing.assert_array_equal(weights != 0, dropout_keep(shape, 0.25, SEED))
+
+
+@pytest.mark.parametrize("storage", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["dense", "causal", "window"])
+def test_on_matrix_registers(name: str, storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Emulated: the mask, the rule, and an lse that is without it."""
+    monkeypatch.setenv("FLASHTILE_ISA", "amx_emulated")
+    clear_cache()
+    kernel, shape, dropout = Kernel("cpu", "amx_emulated"), (2, 4, 70, 150), {"dropout_p": 0.25, "seed": SEED}
+    if "amx_emulated" not in machines.usable():
+        pytest.skip("the emulated matrix registers need AVX-512")
+    seen = read_mask(kernel, shape, 150, storage, **OPTIONS[name]) != 0
+    kept = read_mask(kernel, shape, 150, storage, **dropout, **OPTIONS[name]) != 0
+    np.testing.assert_array_equal(kept, seen & dropout_keep(shape, 0.25, SEED))
+    x = inputs(storage)
+    o, lse = kernel(*x, return_lse=True, **dropout, **OPTIONS[name])
+    testing.assert_accurate(o, *x, **dropout, **OPTIONS[name])
+    np.testing.assert_array_equal(lse, kernel(*x, return_lse=True, **OPTIONS[name])[1])
+    monkeypatch.undo()
+    clear_cache()
 
 
 def read_mask_backward(
