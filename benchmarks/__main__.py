@@ -1,19 +1,18 @@
-"""`python -m benchmarks`: check, time, compare with the targets, write the table into docs/benchmarks."""
+"""`python -m benchmarks`: check, time, compare with the targets, write what was measured into docs/benchmarks."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import signal
 import sys
 from pathlib import Path
-from typing import TextIO
 
-from . import backward, driver, machine, memory, overheads, peers, plot, report, short
+from . import backward, cliffs, driver, machine, memory, overheads, peers, plot, records, report, short
 from .cases import ALL_CASES, QUICK, short_cases
 
-PARTS = ("table", "backward", "overheads", "memory", "short")
+USUAL = ("table", "backward", "overheads", "memory", "short")
+PARTS = (*USUAL, "cliffs")
 TARGET_CORE = "znver4"
 
 
@@ -24,10 +23,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: about 3 minutes")
     parser.add_argument("--threads", type=int, default=2, help="threads of the comparison with peers (default 2)")
     parser.add_argument("--peers", nargs="+", default=list(peers.DEFAULT), help=f"default: {' '.join(peers.DEFAULT)}")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, help="default: all; with --case only those of the cases")
+    usual = f"default: {' '.join(USUAL)}; with --case only those of the cases"
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help=usual)
+    parser.add_argument("--axes", nargs="+", choices=cliffs.AXES, help="of the cliffs; default: all")
     parser.add_argument("--rounds", type=int, help="timed rounds a case (default 7, quick 3)")
     output = machine.ROOT / "docs" / "benchmarks"
-    parser.add_argument("--output", type=Path, default=output, help="folder for CSV and PNG (default docs/benchmarks)")
+    parser.add_argument("--output", type=Path, default=output, help="folder of the files (default docs/benchmarks)")
     options = parser.parse_args(arguments)
     available = driver.cpu_count()
     if not 1 <= options.threads <= available:
@@ -37,59 +38,78 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options.cases = [case for case in ALL_CASES if case.name in names]
     options.backward = [case for case in backward.CASES if case.name in names]
     timed = ["table"] * bool(options.cases) + ["backward"] * bool(options.backward)
-    options.parts = options.parts or (timed if options.case else list(PARTS))
+    options.parts = options.parts or (timed if options.case else list(USUAL))
     return options
 
 
-def heading(options: argparse.Namespace) -> list[str]:
-    """Machine, date and versions: the lines that every output of a run carries."""
+def heading(options: argparse.Namespace) -> str:
+    """When, machine and versions: the line that names a run in every file with a row of it."""
     core = machine.core_name()
     match = core == TARGET_CORE
     targets = "the targets' kind of machine" if match else f"targets are stated for {TARGET_CORE}, not {core}"
     versions = ", ".join(f"{name} {version}" for name, version in driver.versions(options.peers).items())
     date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    return [f"{machine.describe()}; {targets}", f"{date}; {options.threads} threads; medians", versions]
+    return f"{date}; {machine.describe()}; {targets}; {options.threads} threads, medians; {versions}"
 
 
-def run_table(options: argparse.Namespace, lines: list[str]) -> list[report.Verdict]:
+def run_table(options: argparse.Namespace, run: str) -> None:
     wanted = [(peer, options.threads) for peer in options.peers]
     if options.threads > 1 and report.OWN in options.peers:
         wanted.append((report.OWN, 1))
     print(report.table_header(options.peers, options.threads), flush=True)
-    results = []
+    path, fresh = options.output / records.PEERS, []
     for result in driver.run_cases(options.cases, wanted, driver.Settings(rounds=options.rounds), options.threads):
-        results.append(result)
+        fresh.append(result)
         print(report.table_row(result, options.peers, options.threads), flush=True)
-    print(*report.refusals(results), sep="\n")
-    report.write_measurements(options.output / "peers.csv", results, lines)
+    records.update_measurements(path, fresh, run)
+    results = records.results_in(path, ALL_CASES)
+    measured = [result for result in results if result.case in options.cases]
+    verdicts = [verdict for result in measured for verdict in report.judge(result, options.threads)]
+    records.update_verdicts(options.output / records.TARGETS, verdicts, run, (case.name for case in options.cases))
     try:
-        plot.draw(options.output / "peers.png", results, options.peers, options.threads, lines)
+        names = records.peers_of(results)
+        plot.draw(options.output / "peers.png", results, names, options.threads, records.read(path)[0])
     except ImportError as error:
         print(f"no picture: {error}")
-    return [verdict for result in results for verdict in report.judge(result, options.threads)]
 
 
-def run_short(options: argparse.Namespace, lines: list[str]) -> list[report.Verdict]:
-    cases = short_cases()[:: 4 if options.quick else 1]
+def run_backward(options: argparse.Namespace, run: str) -> None:
+    settings = driver.Settings(rounds=options.rounds)
+    verdicts = backward.run(options.backward, options.peers, options.threads, settings, options.output, run)
+    records.update_verdicts(options.output / records.TARGETS, verdicts, run, (case.name for case in options.backward))
+
+
+def run_short(options: argparse.Namespace, run: str) -> None:
+    every = short_cases()
+    cases = every[:: 4 if options.quick else 1]
     settings = driver.Settings(rounds=3 if options.quick else 5, sample_seconds=0.01)
-    results, verdicts = short.compare(cases, options.threads, settings)
-    report.write_measurements(options.output / "short.csv", results, lines)
-    return verdicts
+    path = options.output / records.SHORT
+    records.update_measurements(path, short.measure(cases, options.threads, settings), run)
+    results = records.results_in(path, every)
+    subjects = [short.WORST, *map(short.label, cases)]
+    verdicts = [verdict for verdict in short.judge(results, options.threads) if verdict.subject in subjects]
+    records.update_verdicts(options.output / records.TARGETS, verdicts, run, subjects)
+    print("", *short.worst_lines(short.ratios(results, options.threads)), sep="\n")
 
 
-class Both:
-    """Two text files as one: what is shown is kept."""
+def run_cliffs(options: argparse.Namespace, run: str) -> None:
+    along = [line for line in cliffs.lines() if line.axis in (options.axes or cliffs.AXES)]
+    path = options.output / records.CLIFFS
+    records.update_measurements(path, cliffs.measure(along, options.threads), run)
+    results = records.results_in(path, cliffs.cases_of(along))
+    print("", *cliffs.report_lines(along, results, options.threads), sep="\n", flush=True)
 
-    def __init__(self, *files: TextIO) -> None:
-        self.files = files
 
-    def write(self, text: str) -> None:
-        for file in self.files:
-            file.write(text)
-
-    def flush(self) -> None:
-        for file in self.files:
-            file.flush()
+def run_fixed_costs(options: argparse.Namespace, run: str) -> None:
+    """What takes no table: overheads and memory."""
+    verdicts: list[report.Verdict] = []
+    if "overheads" in options.parts:
+        verdicts += overheads.tiny_call(options.threads)
+        verdicts += overheads.gpu_host(options.threads)
+        verdicts += overheads.first_call(options.threads, repeats=1 if options.quick else 5)
+    if "memory" in options.parts:
+        verdicts += memory.long_head(options.threads, 16384 if options.quick else 65536)
+    records.update_verdicts(options.output / records.TARGETS, verdicts, run)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -97,33 +117,26 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the stopped processes of the peers would stay behind
     options.output.mkdir(parents=True, exist_ok=True)
-    with (options.output / "table.txt").open("w") as file, contextlib.redirect_stdout(Both(sys.stdout, file)):
-        return run(options)
-
-
-def run(options: argparse.Namespace) -> int:
-    """The chosen parts in turn; 1 if a result of flashtile's own was wrong."""
-    lines = heading(options)
-    print(*lines, sep="\n")
-    verdicts: list[report.Verdict] = []
-    if "table" in options.parts:
-        verdicts += run_table(options, lines)
-    if "backward" in options.parts:
-        settings = driver.Settings(rounds=options.rounds)
-        verdicts += backward.run(options.backward, options.peers, options.threads, settings, options.output, lines)
-    if "overheads" in options.parts:
-        verdicts += overheads.tiny_call(options.threads)
-        verdicts += overheads.gpu_host(options.threads)
-        verdicts += overheads.first_call(options.threads, repeats=1 if options.quick else 5)
-    if "memory" in options.parts:
-        verdicts += memory.long_head(options.threads, 16384 if options.quick else 65536)
-    if "short" in options.parts:
-        verdicts += run_short(options, lines)
-    report.write_verdicts(options.output / "targets.csv", verdicts, lines)
-    print("", *report.verdict_lines(verdicts), sep="\n")
-    counts = [sum(v.met is state for v in verdicts) for state in (True, False, None)]
-    print(f"\n{counts[0]} targets met, {counts[1]} not met, {counts[2]} without a target or not measured")
-    return int(any("wrong result" in v.note for v in verdicts))
+    run = heading(options)
+    print(run, flush=True)
+    parts = {
+        "table": run_table,
+        "backward": run_backward,
+        "overheads": run_fixed_costs,
+        "short": run_short,
+        "cliffs": run_cliffs,
+    }
+    asked = {"overheads" if part == "memory" else part for part in options.parts}
+    for part, measure in parts.items():
+        if part in asked:
+            measure(options, run)
+    lines = records.text(options.output, ALL_CASES, short_cases(), options.threads)
+    (options.output / "table.txt").write_text("\n".join(lines) + "\n")
+    rows = [row for name in (*records.FILES, backward.FILE) for row in records.read(options.output / name)[1]]
+    fresh = [row for row in rows if row[records.RUN] == run.split(";")[0]]
+    verdicts = records.verdicts_in(options.output / records.TARGETS, run)
+    print("", *report.verdict_lines(verdicts), "", report.counts(verdicts), sep="\n")
+    return int(any("wrong result" in row.get("why", "") and row["peer"] == report.OWN for row in fresh))
 
 
 if __name__ == "__main__":

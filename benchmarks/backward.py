@@ -12,11 +12,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import driver, machine, report
+from . import driver, machine, records, report
 from .cases import Case
 
 PEERS = ("flashtile", "torch", "jax")
 COLUMNS = ("subject", "measure", "value", "spread", "note", "machine")
+FILE = "backward.csv"
 NOT_MEASURED = "not measured"
 
 
@@ -96,9 +97,10 @@ def kind_here() -> Kind | None:
 
 
 def run(
-    cases: Sequence[Case], peers: Sequence[str], threads: int, settings: driver.Settings, output: Path, lines: list[str]
+    cases: Sequence[Case], peers: Sequence[str], threads: int, settings: driver.Settings, output: Path, begun: str
 ) -> list[report.Verdict]:
-    """Check, time and judge the cases; write all measurements, and the file of this kind of machine."""
+    """Check, time and judge the cases; write all measurements, and the file of this kind of machine.
+    `begun` is the line that names the run in what it writes (records.py)."""
     kind = kind_here()
     chosen = [peer for peer in peers if peer in PEERS]
     wanted = [(peer, threads) for peer in chosen]
@@ -112,7 +114,7 @@ def run(
         results.append(result)
         print(report.table_row(result, chosen, threads), flush=True)
     print(*report.refusals(results), sep="\n")
-    report.write_measurements(output / "backward.csv", results, lines)
+    records.update_measurements(output / FILE, results, begun)
     verdicts = [v for result in results for v in report.judge(result, threads)]
     if kind is not None:
         store(output / kind.file, results, threads)

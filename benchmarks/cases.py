@@ -21,7 +21,8 @@ class Case:
     """One attention problem; q is (batch, heads, queries, head_size), k and v (batch, kv_heads, keys, head_size).
 
     A row's position is i + keys - queries (bottom-right alignment). `window` is the number of visible keys that end
-    at this position, 0 for no limit; it implies causal. `option` names what else changes the scores (options.py).
+    at this position, 0 for no limit; it implies causal. `option` names what else changes the scores (options.py),
+    `layout` how q, k and v lie in memory (layouts.py; of flashtile's own arrays only).
 
     Targets are those of a two-core Zen 4: `ratio` is the time of the best peer, or of `rival`, over flashtile's; where
     there is a `base`, another case's name, flashtile's rate over its rate on the same inputs there. `percent` is
@@ -46,6 +47,7 @@ class Case:
     option: str = ""
     rival: str = ""
     base: str = ""
+    layout: str = ""
     direction: str = "forward"
     scaling: float | None = None
     intel: float | None = None

@@ -46,6 +46,7 @@ class Measurement:
     allowed: float | None = None
     first_seconds: float | None = None
     seconds: list[float] = dataclasses.field(default_factory=list)
+    run: str = ""  # of one that was read from a file: when it was measured
 
     @property
     def median(self) -> float:

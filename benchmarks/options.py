@@ -49,6 +49,18 @@ def padding_array(case: Case) -> np.ndarray:
     return (np.arange(case.keys) < lengths[:, None])[:, None, None, :]
 
 
+def any_mask(case: Case) -> np.ndarray:
+    """(1, 1, queries, keys): four fifths of the pairs are seen, the first key by every row."""
+    seen = np.random.default_rng(5).random((1, 1, case.queries, case.keys)) < 0.8
+    seen[..., 0] = True
+    return seen
+
+
+def turned(array: np.ndarray) -> np.ndarray:
+    """The same values, queries next to one another in memory instead of keys."""
+    return np.ascontiguousarray(array.swapaxes(-1, -2)).swapaxes(-1, -2)
+
+
 def dense_bias(case: Case) -> np.ndarray:
     return np.random.default_rng(4).standard_normal((1, case.heads, case.queries, case.keys), dtype=np.float32)
 
@@ -83,6 +95,10 @@ def _window_by_hand(case: Case) -> dict[str, Any]:
     return {"mask": lambda b, h, q, kv: (q >= kv) & (q - kv < width), "causal": False, "window": None}
 
 
+def _alibi(case: Case) -> dict[str, Any]:
+    return {"alibi_slopes": slopes(case), **({} if case.queries == case.keys else {"align": "top_left"})}
+
+
 def _alibi_by_hand(case: Case) -> dict[str, Any]:
     slope = slopes(case)
     return {"score_mod": lambda s, b, h, q, kv: s - slope[h] * abs(q - kv)}
@@ -108,8 +124,12 @@ OPTIONS = {
     "documents": Option(_documents, mask=_same_document),
     "padding": Option(lambda case: {"mask": padding_array(case)}, mask=padding_array),
     "bias": Option(lambda case: {"bias": dense_bias(case)}, bias=dense_bias),
-    "alibi": Option(lambda case: {"alibi_slopes": slopes(case)}, bias=distance_bias),
+    "mask": Option(lambda case: {"mask": any_mask(case)}, mask=any_mask),
+    "mask transposed": Option(lambda case: {"mask": turned(any_mask(case))}, mask=any_mask),
+    "bias transposed": Option(lambda case: {"bias": turned(dense_bias(case))}, bias=dense_bias),
+    "alibi": Option(_alibi, bias=distance_bias),
     "softcap": Option(lambda case: {"softcap": 30.0}, softcap=30.0),
+    "sinks": Option(lambda case: {"sinks": sink_logits(case)}, sinks=sink_logits),
     "softcap, sinks": Option(
         lambda case: {"softcap": 30.0, "sinks": sink_logits(case)}, softcap=30.0, sinks=sink_logits
     ),

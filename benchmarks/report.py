@@ -33,7 +33,7 @@ MEASUREMENT_COLUMNS = (
     "limit_unit",
     "percent_of_limit",
 )
-VERDICT_COLUMNS = ("subject", "measure", "value", "target", "met", "note")
+VERDICT_COLUMNS = ("subject", "measure", "value", "sense", "target", "met", "note")
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,10 @@ class Verdict:
         if self.value is None or self.target is None:
             return None
         return self.value <= self.target if self.at_most else self.value >= self.target
+
+    @property
+    def sense(self) -> str:
+        return "<=" if self.at_most else ">="
 
     @property
     def met_text(self) -> str:
@@ -81,6 +85,8 @@ def judge(result: CaseResult, threads: int) -> list[Verdict]:
     kind = f"rate in {case.base}" if case.base else case.rival or "best peer"
     note = f"best: {best.peer}" if best else "no peer was timed"
     note = f"against {case.base or case.rival}" if best and (case.base or case.rival) else note
+    if own and best and own.run != best.run:
+        note += f", which ran {best.run}"
     verdicts.append(Verdict(case.name, f"times the {kind}", value, case.ratio, note if own else own_failure(result)))
     # arithmetic is held to one core's peak by one thread, reading to what all threads together can read
     subject = own if case.reads else single
@@ -152,7 +158,7 @@ def measurement_row(result: CaseResult, m: Measurement) -> dict[str, object]:
     case, timed = m.case, m.status == "timed"
     percent = 100 * m.rate / result.limit if timed and result.limit and (case.reads or m.threads == 1) else None
     return {
-        "case": case.name,
+        "case": result.case.name,  # flashtile_base has this one's base before it, which its shape and dtype tell
         "dtype": case.dtype,
         "shape": case.shape,
         "causal": int(case.causal),
@@ -190,16 +196,21 @@ def write_measurements(path: Path, results: Iterable[CaseResult], heading: Seque
     write_rows(path, MEASUREMENT_COLUMNS, rows, heading)
 
 
-def write_verdicts(path: Path, verdicts: Iterable[Verdict], heading: Sequence[str]) -> None:
-    rows = ({**{c: getattr(v, c) for c in VERDICT_COLUMNS if c != "met"}, "met": v.met_text} for v in verdicts)
-    write_rows(path, VERDICT_COLUMNS, rows, heading)
+def verdict_row(verdict: Verdict) -> dict[str, object]:
+    other = {"met": verdict.met_text}
+    return {name: other.get(name, getattr(verdict, name)) for name in VERDICT_COLUMNS}
 
 
 def verdict_lines(verdicts: Iterable[Verdict]) -> list[str]:
     lines = []
     for v in verdicts:
         value = "-" if v.value is None else f"{v.value:.4g}"
-        sign = "<=" if v.at_most else ">="
-        target = "" if v.target is None else f"{sign} {v.target:g}"
+        target = "" if v.target is None else f"{v.sense} {v.target:g}"
         lines.append(f"{v.subject:34} {v.measure:34} {value:>9} {target:>9}  {v.met_text:8}{v.note}".rstrip())
     return lines
+
+
+def counts(verdicts: Iterable[Verdict]) -> str:
+    states = [v.met for v in verdicts]
+    met, missed, unknown = (states.count(state) for state in (True, False, None))
+    return f"{met} targets met, {missed} not met, {unknown} without a target or not measured"

@@ -87,11 +87,11 @@ def test_dry_run_writes_the_documented_columns(tmp_path, monkeypatch, capsys):
     status = command.main([*arguments, "--output", str(tmp_path)])
     rows = read_csv(tmp_path / "peers.csv")
     assert [(row["peer"], row["status"]) for row in rows] == [("flashtile", "timed"), ("numpy", "timed")], rows
-    assert tuple(rows[0]) == report.MEASUREMENT_COLUMNS
+    assert tuple(rows[0]) == (*report.MEASUREMENT_COLUMNS, "run")
     assert all(float(row["largest_error"]) <= float(row["allowed_error"]) for row in rows)
     assert all(math.isfinite(float(row["rate"])) and row["samples"] == "1" for row in rows)
     verdicts = read_csv(tmp_path / "targets.csv")
-    assert tuple(verdicts[0]) == report.VERDICT_COLUMNS
+    assert tuple(verdicts[0]) == (*report.VERDICT_COLUMNS, "run")
     assert [row["measure"] for row in verdicts] == ["times the best peer", "% of f32 peak"]
     assert {row["met"] for row in verdicts} <= {"met", "NOT MET"}
     assert status == 0

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..cases import Case
+from ..layouts import LAYOUTS
 
 
 def refuses(case: Case) -> str | None:
@@ -38,6 +39,7 @@ def prepare(case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray, threads: in
 
     flashtile.set_num_threads(threads)
     keywords = options(case)
+    q, k, v = map(LAYOUTS[case.layout], (q, k, v))
 
     def run() -> np.ndarray:
         return flashtile.attention(q, k, v, **keywords)

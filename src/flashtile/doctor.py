@@ -92,21 +92,20 @@ def _products() -> list[Row]:
 
 
 def _doors() -> list[Row]:
-    """The modules beside api.py whose docstring begins "The door for". They are read, not imported: a door imports
-    the package that it is for. One to an engine is open where that is available."""
+    """The modules and packages beside api.py whose docstring begins "The door for". They are read, not imported: a door
+    imports the package that it is for. One to an engine is open where that is available."""
     shut = {name: reason for _, name, available, reason in engines.survey() if not available}
     shut["starpu_mpi"] = ranks.missing() or ""
+    folder = Path(flashtile.__file__).parent
     rows = []
-    for file in sorted(Path(flashtile.__file__).parent.glob("*.py")):
-        tree = ast.parse(file.read_bytes())
-        if (ast.get_docstring(tree) or "").startswith("The door for"):
-            missing = sorted(name for name in _imports(tree) if importlib.util.find_spec(name) is None)
-            reason = (
-                f"{', '.join(missing)} not installed: pip install {' '.join(missing)}"
-                if missing
-                else shut.get(file.stem, "")
-            )
-            rows.append(("door", f"flashtile.{file.stem}", not reason, reason))
+    for file in sorted([*folder.glob("*.py"), *folder.glob("*/__init__.py")]):
+        package = file.name == "__init__.py" and file.parent != folder
+        name, files = (file.parent.name, sorted(file.parent.glob("*.py"))) if package else (file.stem, [file])
+        if (ast.get_docstring(ast.parse(file.read_bytes())) or "").startswith("The door for"):
+            needs = set().union(*(_imports(ast.parse(x.read_bytes())) for x in files))
+            missing = sorted(x for x in needs if importlib.util.find_spec(x) is None)
+            reason = f"{', '.join(missing)} not installed: pip install {' '.join(missing)}" if missing else ""
+            rows.append(("door", f"flashtile.{name}", not (reason or shut.get(name)), reason or shut.get(name, "")))
     return rows
 
 

@@ -18,14 +18,14 @@ Script = Callable[..., Any]
 def test_the_shim_compiles_without_warnings(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     """Compiled anew, against the installed header; every declaration that Python uses is checked by the compiler."""
     monkeypatch.setenv("CFLAGS", "-Werror")
-    monkeypatch.setattr(build, "_folder", lambda: tmp_path)
+    monkeypatch.setattr(build, "directory", lambda: tmp_path)
     path = build.build(force=True)
     assert path.parent == tmp_path and path.stat().st_size > 10_000
     assert [file.name for file in tmp_path.iterdir()] == [path.name]  # nothing is left behind
 
 
 def test_a_compiler_error_is_reported(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
-    monkeypatch.setattr(build, "_folder", lambda: tmp_path)
+    monkeypatch.setattr(build, "directory", lambda: tmp_path)
     monkeypatch.setenv("CFLAGS", "-include /no/such/header.h")
     with pytest.raises(UnavailableError, match=r"compiling .*shim\.c failed"):
         build.build(force=True)
@@ -57,7 +57,7 @@ def test_what_a_build_lacks_is_named(
     there = getattr(module, name)
     nothing = "/nowhere" if name == "get_path" else None
     monkeypatch.setattr(module, name, lambda what, *more: nothing if what in gone else there(what, *more))
-    monkeypatch.setattr(build, "_folder", lambda: tmp_path)  # where nothing was built yet
+    monkeypatch.setattr(build, "directory", lambda: tmp_path)  # where nothing was built yet
     assert expected in str(build.missing())
     with pytest.raises(UnavailableError, match=re.escape(expected)):
         build.build()

@@ -114,6 +114,21 @@ def test_options_against_the_reference(dtype: str, options: dict[str, Any], fami
     assert_accurate(lse, *arrays, kind="lse", **options)
 
 
+@pytest.mark.usefixtures("small_tiles")
+@families
+@pytest.mark.parametrize("element", ["float32", "float64"])
+@pytest.mark.parametrize("sink", [-200.0, 20.0, 33.0, 60.0, 75.0, 86.0, 95.0, 120.0, 700.0, 740.0])
+def test_a_sink_however_large_only_scales_the_row(element: str, sink: float, family: str) -> None:
+    """As of the direct engine's kernels, which tests/options judges: over several tiles of queries and of keys."""
+    q, k, v = uniform(Shape(1, 2, 2, 80, 230, 16, 8), element, size=1.0)
+    sinks = np.array([sink, sink + 0.37])
+    for values in (v, v * v.dtype.type(1e20)):
+        o, lse = attention(q, k, values, sinks=sinks, return_lse=True, kernel=family)
+        want_o, want_lse = expect(q, k, values, sinks=sinks)
+        want_o.check(o, "output")
+        want_lse.check(lse, "lse")
+
+
 rng = np.random.default_rng(5)
 MASK = rng.random((2, 1, 230, 330)) < 0.3
 MASK[:, :, 64:128] = False  # a query tile without keys

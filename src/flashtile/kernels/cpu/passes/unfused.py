@@ -198,7 +198,7 @@ def _softmax(f: Function, c: Config, p: SimpleNamespace, at: _Place, scratch: Va
             return read(f, c, row + column * step, c.lanes)
 
         tops = f.fold(0, columns, c.lanes, [f.const(c.vector, -math.inf)], lambda n, top: [f.maximum(score(n), top[0])])
-        top = f.maximum(_across(f, c, tops[0], f.maximum), sink)
+        top = _across(f, c, tops[0], f.maximum)
         anchor = f.select(top.eq(-math.inf), f.const(c.acc, 0.0), top)  # -inf - -inf would be NaN
 
         def weigh(column: Value, total: list[Value], anchor: Value = anchor) -> list[Value]:
@@ -207,16 +207,22 @@ def _softmax(f: Function, c: Config, p: SimpleNamespace, at: _Place, scratch: Va
             return [total[0] + weights]
 
         sums = f.fold(0, columns, c.lanes, [f.const(c.vector, 0.0)], weigh)
-        of_sink = f.extract(exp(f.splat(sink - anchor, c.lanes)), 0)
-        total = _across(f, c, sums[0], lambda a, b: a + b) + of_sink
+        # A sink above the maximum scales the row, by a weight that may be small beyond the format while the output is
+        # not: one half of its exponent with each factor, as in steps/finish.py.
+        highest = f.maximum(sink, top)
+        reference = f.select(highest.eq(-math.inf), f.const(c.acc, 0.0), highest)
+        shift = [f.splat(x, c.lanes) for x in (top, sink, reference)]
+        half = vmath.exp_of_difference(f, c.isa, shift[0], shift[2], 0.5)
+        total = f.extract(half, 0) * f.extract(half, 0) * _across(f, c, sums[0], lambda a, b: a + b)
+        total = total + f.extract(vmath.exp_of_difference(f, c.isa, shift[1], shift[2]), 0)
         seen = total.ne(0.0)
         total = f.select(seen, total, f.const(c.acc, 1.0))
-        inverse = f.splat(1.0 / total, c.lanes)
+        inverse = half * f.splat(1.0 / total, c.lanes)
         with f.range(0, columns, c.lanes) as column:
-            weights = f.load(c.vector, scratch + column * c.size, align=c.size) * inverse
+            weights = f.load(c.vector, scratch + column * c.size, align=c.size) * half * inverse
             hidden = score(column).eq(-math.inf)
             write(f, c, f.select(hidden, f.const(c.vector, -0.0), weights), row + column * step)
-        lse = anchor + f.extract(vmath.log2(f, c.isa, f.splat(total, c.lanes)), 0) * math.log(2)
+        lse = reference + f.extract(vmath.log2(f, c.isa, f.splat(total, c.lanes)), 0) * math.log(2)
         row_of_all = (at.b * p.heads + at.h) * p.q_len + at.first + r
         f.store(f.select(seen, lse, low), p.lse + row_of_all * c.size, align=1)
 
