@@ -17,6 +17,7 @@ from flashtile.calls import clear_cache
 from flashtile.dtypes import DTYPES
 from flashtile.engines import starpu
 from flashtile.errors import SpecError, UnavailableError
+from flashtile.llvm import machines
 from flashtile.score import dropout_keep
 from flashtile.spec import AttentionSpec
 
@@ -43,6 +44,20 @@ def dropping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     clear_cache()
     yield request.param
     clear_cache()
+
+
+def differentiating() -> list[Any]:
+    """Those of them that also declare it for gradients."""
+    spec = AttentionSpec.of(*[np.empty((4, 8), np.float32)] * 3)
+
+    def able(name: str) -> bool:
+        found = FAMILIES[name].capabilities(spec)  # type: ignore[union-attr]
+        return "backward" in found.directions and "dropout" in (found.backward_options or found.options)
+
+    return [param for param in knowing() if able(param.values[0].name)]
+
+
+both_ways = pytest.mark.parametrize("dropping", differentiating(), indirect=True)
 
 
 def inputs(dtype: str = "float32", shape: tuple[int, ...] = (2, 4, 2, 37, 75, 16, 24)) -> list[np.ndarray]:
@@ -89,6 +104,114 @@ def test_the_mask_read_out_of_parts_of_the_keys(dtype: str) -> None:
     assert plan.splits > 1 or "cpu" not in {param.values[0].name for param in knowing()}
     weights = read_mask(Kernel("auto", None), shape, 500, dtype, dropout_p=0.25, seed=SEED)
     np.testing.assert_array_equal(weights != 0, dropout_keep(shape, 0.25, SEED))
+
+
+@pytest.mark.parametrize("storage", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["dense", "causal", "window"])
+def test_on_matrix_registers(name: str, storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Emulated: the mask, the rule, and an lse that is without it."""
+    monkeypatch.setenv("FLASHTILE_ISA", "amx_emulated")
+    clear_cache()
+    kernel, shape, dropout = Kernel("cpu", "amx_emulated"), (2, 4, 70, 150), {"dropout_p": 0.25, "seed": SEED}
+    if "amx_emulated" not in machines.usable():
+        pytest.skip("the emulated matrix registers need AVX-512")
+    seen = read_mask(kernel, shape, 150, storage, **OPTIONS[name]) != 0
+    kept = read_mask(kernel, shape, 150, storage, **dropout, **OPTIONS[name]) != 0
+    np.testing.assert_array_equal(kept, seen & dropout_keep(shape, 0.25, SEED))
+    x = inputs(storage)
+    o, lse = kernel(*x, return_lse=True, **dropout, **OPTIONS[name])
+    testing.assert_accurate(o, *x, **dropout, **OPTIONS[name])
+    np.testing.assert_array_equal(lse, kernel(*x, return_lse=True, **OPTIONS[name])[1])
+    monkeypatch.undo()
+    clear_cache()
+
+
+def read_mask_backward(
+    kernel: Kernel, shape: tuple[int, int, int, int], dtype: str, **options: Any
+) -> dict[str, np.ndarray]:
+    """The weights that meet dO in dV and dP in dS, each (B, H, S_q, S_kv), by gradients of a call with q = 0.
+
+    dV of a dO that is an identity is P; with v = 1, dO = 1 and o = 0, so that dP = 1 and delta = 0, dQ of a k that is
+    an identity is scale times dS.
+    """
+    batch, heads, rows, keys = shape
+
+    def eye(n: int) -> np.ndarray:
+        return np.broadcast_to(np.eye(n).astype(dtype), (batch, heads, n, n))
+
+    def full(x: float, *sizes: int) -> np.ndarray:
+        return np.full((batch, heads, *sizes), x, dtype)
+
+    def backward(do: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, wrt: str) -> np.ndarray:
+        o, lse = kernel(q, k, v, return_lse=True, **options)
+        more = {"wrt": wrt, "kernel": kernel.name, **options}
+        return getattr(flashtile.attention_backward(do, q, k, v, np.zeros_like(o), lse, **more), wrt)
+
+    dv = backward(eye(rows), full(0, rows, 8), full(0, keys, 8), full(1, keys, rows), "v")
+    dq = backward(full(1, rows, 1), full(0, rows, keys), eye(keys), full(1, keys, 1), "q")
+    return {"dV": dv.swapaxes(-1, -2), "dS": dq}
+
+
+@both_ways
+@pytest.mark.parametrize("name", ["dense", "causal", "window", "mask"])
+def test_the_mask_read_out_of_gradients(dropping: Kernel, name: str, dtype: str) -> None:
+    """The same in both products that drop, bit for bit, as in the forward."""
+    shape = 2, 3, 70, 150
+    seen = read_mask(dropping, shape, 150, dtype, **OPTIONS[name]) != 0
+    dropout = {"dropout_p": 0.25, "seed": SEED}
+    for product, found in read_mask_backward(dropping, shape, dtype, **dropout, **OPTIONS[name]).items():
+        np.testing.assert_array_equal(found != 0, seen & dropout_keep(shape, 0.25, SEED), err_msg=product)
+
+
+@both_ways
+def test_the_mask_read_out_of_gradients_in_parts(dropping: Kernel, dtype: str) -> None:
+    """One head, whose keys are split over work items."""
+    shape = 1, 1, 40, 600
+    for product, found in read_mask_backward(dropping, shape, dtype, dropout_p=0.25, seed=SEED).items():
+        np.testing.assert_array_equal(found != 0, dropout_keep(shape, 0.25, SEED), err_msg=product)
+
+
+@both_ways
+@pytest.mark.parametrize("name", ["dense", "causal", "window", "mask", "score", "sinks"])
+def test_gradients_are_accurate(dropping: Kernel, name: str, dtype: str) -> None:
+    x, options = inputs(dtype), {**OPTIONS[name], "dropout_p": 0.3, "seed": SEED}
+    o, lse = dropping(*x, return_lse=True, **options)
+    rng = np.random.default_rng(1)
+    do, dlse = rng.standard_normal(o.shape).astype(dtype), rng.standard_normal(lse.shape).astype(lse.dtype)
+    wrt = ["q", "k", "v", *({"alibi_slopes", "sinks"} & set(options))]
+    got = flashtile.attention_backward(do, *x, o, lse, dlse=dlse, wrt=wrt, kernel=dropping.name, **options)
+    testing.assert_gradients_accurate(got, do, *x, dlse=dlse, wrt=wrt, **options)
+    assert flashtile.explain(*x, kernel=dropping.name, backward=True, **options).kernel == dropping.name
+
+
+@both_ways
+def test_gradients_meet_an_infinite_value(dropping: Kernel, dtype: str) -> None:
+    """What dO holds reaches dV of the keys that its row sees: infinite where kept, 0 times it, NaN, where dropped."""
+    (q, k, v), dropout = inputs(dtype), {"dropout_p": 0.5, "seed": 4}
+    options = {"causal": True, "align": 20, **dropout}
+    o, lse = dropping(q, k, v, return_lse=True, **options)
+    do = np.ones(o.shape, dtype)
+    do[1, 0, 9, 3] = np.inf
+    dv = flashtile.attention_backward(do, q, k, v, o, lse, wrt="v", kernel=dropping.name, **options).v
+    kept, seen = dropout_keep((2, 4, 37, 75), **dropout)[1, 0, 9], np.arange(75) <= 29
+    np.testing.assert_array_equal(np.isposinf(dv[1, 0, :, 3]), kept & seen)
+    np.testing.assert_array_equal(np.isnan(dv[1, 0, :, 3]), ~kept & seen)
+    assert np.isfinite(dv).sum() == dv.size - seen.sum()
+
+
+@both_ways
+def test_bits_of_gradients_do_not_depend_on_threads(dropping: Kernel) -> None:
+    x, before = inputs(shape=(1, 2, 1, 150, 500, 16, 24)), flashtile.get_num_threads()
+    o, lse = dropping(*x, return_lse=True, dropout_p=0.4, seed=5)
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            flashtile.set_num_threads(threads)
+            got = flashtile.attention_backward(o, *x, o, lse, kernel=dropping.name, dropout_p=0.4, seed=5)
+            results.append(got.q.tobytes() + got.k.tobytes() + got.v.tobytes())
+    finally:
+        flashtile.set_num_threads(before)
+    assert len(set(results)) == 1
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -100,9 +100,8 @@ def attention_backward(
              an array given as bias or alibi_slopes has all of its gradient there.
     Numerics: sums in the accumulator's dtype, then cast. A row that sees no key gives 0; what is hidden
              reaches nothing.
-             Kernel "cpu", which has no dropout here, is fused, on all threads, and adds in its accumulators; vanilla
-             and reference are unfused, run on the calling thread whatever the engine, and vanilla holds S_q x S_kv
-             scores of a head.
+             Kernel "cpu" is fused, on all threads, and adds in its accumulators; vanilla and reference are unfused,
+             run on the calling thread whatever the engine, and vanilla holds S_q x S_kv scores of a head.
     Raises:  SpecError, UnavailableError before any memory is touched.
     Source:  Dao 2023, FlashAttention-2, section 3.1.2.
     """

@@ -160,7 +160,7 @@ def _capabilities(c: Config, sinks: bool, choice: Choice, backward: Choice, forc
         if sinks
         else _PART_KEYS,  # they join a row's sum when it is done, which no part of its keys knows
         directions=frozenset({"forward", "backward"}),
-        backward_options=frozenset({"band", "program", "sinks"}),
+        backward_options=frozenset({"band", "program", "sinks", "dropout"}),
     )
 
 

@@ -115,7 +115,7 @@ class Backward:
         row = spec.head_size * c.size
         rows = spec.batch * spec.heads * spec.q_len
         self._dq = (spec.heads * spec.q_len * row, spec.q_len * row, row, c.size)
-        adding = _adding(replace(c, code=None, partial=False, arrays=()))
+        adding = _adding(replace(c, code=None, partial=False, arrays=(), dropout=False))
         self.merge_stage = Stage(
             items=rows,
             run=lambda call, begin, end, scratch: adding(call.merge, begin, end, scratch),
@@ -142,7 +142,7 @@ class Backward:
         """The parameters of one call; see engines.PackBackward."""
         scores = ScoreValues.of(scoring, self._config) if scoring else NO_SCORES
         sums = ArraySums(self._arrays)
-        own = *scores.addresses[:4], address_of(self._parts), address_of(sums.words), dsinks
+        own = *scores.addresses, address_of(self._parts), address_of(sums.words), dsinks
 
         def block(dq: int) -> bytes:
             return scores.hold(BACKWARD.head(q, k, v, o, lse, do, dlse, dq, dk, dv, offsets, *own) + self._tail)

@@ -33,7 +33,7 @@ CALL = Block(
 BACKWARD = Block(
     # dlse, dq, dk, dv: null where there is none. parts: the first key of every part, and the end of the last.
     # sums: the accumulators of captured arrays; dsinks: (B, H), null where not wanted.
-    pointers("q k v o lse do dlse dq dk dv offsets captures rows segments sinks parts sums dsinks"),
+    pointers("q k v o lse do dlse dq dk dv offsets captures rows segments sinks keep parts sums dsinks"),
     strides_of(["q", "k", "v", "o", "do", "dq", "dk", "dv"]),
     integers("heads kv_heads group q_len kv_len head_size value_size key_words value_words splits dq_split"),
     # columns: of dQ; q_columns, do_columns: of packed rows, and dK and dV; in registers key_registers, value_registers.
@@ -43,7 +43,7 @@ BACKWARD = Block(
     integers("kept q_step do_step q_kept do_kept pack_k pack_v pack_k_columns pack_q pack_do"),
     integers("k_row v_row q_row do_row dk_row dv_row"),
     integers("at_q at_do at_q_rows at_do_rows at_state at_flags at_dq at_k at_v at_k_columns at_words"),
-    integers("at_dk at_dv at_dk_totals at_dv_totals at_cursor at_dense at_dsink"),
+    integers("at_dk at_dv at_dk_totals at_dv_totals at_cursor at_dense at_dsink at_kept"),
     reals("sign scale c_high c_low"),
 )
 

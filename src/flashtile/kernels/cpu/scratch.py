@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from flashtile.kernels.cpu.block import FRAME
 from flashtile.kernels.cpu.readings import tiles
 from flashtile.kernels.cpu.steps.differentiate import TILE_ROWS, RowState, SinkSums
+from flashtile.kernels.cpu.steps.keep import Kept
 from flashtile.kernels.cpu.steps.spans import LEVELS
 from flashtile.llvm.blocks import Areas
 from flashtile.llvm.ir import Value
@@ -92,6 +93,7 @@ def backward(c: Config, values: Mapping[str, int], slots: int, keys: int) -> Are
         "cursor": 8 * (panels + 1),
         "dense": (len(c.code.dense_loads) + tiles(c.code, c.arrays)) * dense_bytes(c) if c.code else 0,
         "dsink": SinkSums.LINES * line,
+        "kept": Kept.nbytes(c) if c.dropout else 0,
     }
     for name, words in (("q", "key_words"), ("do", "value_words")):
         areas[name] = slots * values[words] * line

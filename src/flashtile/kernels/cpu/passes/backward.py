@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 from flashtile.kernels.cpu.block import BACKWARD
 from flashtile.kernels.cpu.config import Config
@@ -34,6 +35,7 @@ from flashtile.kernels.cpu.steps.differentiate import (
     emit_row_state,
     emit_sink_sums,
 )
+from flashtile.kernels.cpu.steps.keep import Kept
 from flashtile.kernels.cpu.steps.pack import emit_pack_columns, emit_pack_rows, emit_transpose
 from flashtile.kernels.cpu.steps.softmax import Factors
 from flashtile.llvm.ir import Function, Module, Value
@@ -72,6 +74,7 @@ class _Call(Call):
     def __init__(self, f: Function, c: Config, p: SimpleNamespace, scratch: Value) -> None:
         self.f, self.c, self.p = f, c, p
         self.work, self.second = Work(scratch, c), Work(scratch + work_bytes(c), c)
+        self.start_dropout()
 
     def head(self, number: Value, n: Value) -> QueryHead:
         """The n-th query head of work item (b * kv_heads + kv_head) * splits + split."""
@@ -270,7 +273,7 @@ class _Backward:
     def add_block(self, head: QueryHead, start: Value, stop: Value) -> None:
         """The totals of keys into dK and dV."""
         f, call = self.f, self.call
-        for name, factor in (("dk", self.scale), ("dv", f.const(self.c.acc, 1.0))):
+        for name, factor in (("dk", self.scale), ("dv", 1.0 / call.share)):
             with f.when(f.is_null(getattr(head, name)).eq(0)):
                 rows = call.rows(head, name, start, stop - start)
                 self.add_rows(f, sums=self.totals(name, head, start), rows=rows, factor=factor)
@@ -337,6 +340,10 @@ class _Blocks:
             output_rows, broken = kernel.rows_of(head, "do", panel)
             words = call.second.scores.at if c.per_word == 1 else call.area("words")
             wanted = (f.select(f.is_null(x), f.const("i64", 0), f.const("i64", 1)) for x in (head.dq, head.dk, head.dv))
+            dropout: dict[str, Any] = {}
+            if c.dropout:
+                dropout = {"draw": call.draw(head, panel, self.start), "kept": Kept(call.area("kept"), c)}
+                dropout["inverse"] = 1.0 / call.share
             dispatch(
                 c.isa.vectors,
                 work=call.work,
@@ -360,6 +367,7 @@ class _Blocks:
                 lanes=lanes,
                 dense=p.at_dense,
                 factors=call.factors,
+                **dropout,
             )
         with f.when((panel // c.panel % SPAN).eq(SPAN - 1)):
             kernel.join(head, self.start, self.stop - self.start)

@@ -47,9 +47,13 @@ class Call:
     def __init__(self, f: Function, c: Config, p: SimpleNamespace, scratch: Value) -> None:
         self.f, self.c, self.p, self.work = f, c, p, Work(scratch, c)
         self.spans = (p.kv_len > BLOCKS * c.key_block) | p.carry.ne(0)
+        self.start_dropout()
+
+    def start_dropout(self) -> None:
+        f, c = self.f, self.c
         self.share = f.const(c.acc, 1.0)
         if c.dropout:
-            self.keep = KEEP.load(f, p.keep)
+            self.keep = KEEP.load(f, self.p.keep)
             self.share = f.cast("sitofp", STEPS - self.keep.threshold, c.acc) / STEPS
 
     def item(self, number: Value) -> Item:

@@ -4,8 +4,10 @@ Nothing here says query or key: lanes and rows. In the backward as in the forwar
 
     scores(work, panel, rows, depth, seen)                          # S = rows panel, banded, through the program
     slopes(...)                                                     # dP: rows of V, panel of dO
+    draw(slopes, kept, draw, ...)                                   # dropout, if there is any: zeros in dP
     differentiate(scores, slopes, words, state, count, ...)         # P and dS, from here on as words of products;
                                                                     # a score program has derivative.py in its place
+    drop(weights, kept, ...)                                        # dropout: zeros in P
     exchange(sums, lines, rows, ...)                                # dV += P dO, dK += dS Q: sums of rows
     accumulate(sums, alpha, rows, weights, ...)                     # dQ^T += K^T dS: sums of lanes
 """
@@ -25,6 +27,7 @@ from flashtile.kernels.cpu.steps.dense import emit_dense
 from flashtile.kernels.cpu.steps.derivative import emit_derivative
 from flashtile.kernels.cpu.steps.differentiate import RowState, clear_rest, emit_differentiate
 from flashtile.kernels.cpu.steps.exchange import emit_exchange, emit_put_back
+from flashtile.kernels.cpu.steps.keep import Draw, Kept, emit_draw, emit_drop
 from flashtile.kernels.cpu.steps.product import emit_product
 from flashtile.kernels.cpu.steps.softmax import Factors
 from flashtile.llvm.ir import Function, Module, Value
@@ -72,6 +75,8 @@ def _emit_visit(
 ) -> Routine:
     weights_and_slopes = (_Derived if c.scored else _Plain)(module, c, width)
     accumulate = emit_accumulate(module, c, width)
+    if c.dropout:
+        draw, drop = emit_draw(module, c, width), emit_drop(module, c, width)
     kinds: dict[str, Any] = {
         "work": Work.of(c),
         "second": Work.of(c),
@@ -92,9 +97,11 @@ def _emit_visit(
         "wanted": Wanted.kind(),
         "seen": Seen.kind(),
     }
-    f = Routine(module, f"visit_{width}", **kinds, lanes="i64", dense="i64", factors=Factors.of(c))
+    dropout: dict[str, Any] = {"draw": Draw.kind(), "kept": Kept.of(c), "inverse": c.acc} if c.dropout else {}
+    f = Routine(module, f"visit_{width}", **kinds, lanes="i64", dense="i64", factors=Factors.of(c), **dropout)
     work, second, words, queries, outputs, state, keys, values, *others = f.parameters
-    key_columns, query_rows, output_rows, dq, dk, dv, broken, sizes, wanted, seen, lanes, dense_at, factors = others
+    key_columns, query_rows, output_rows, dq, dk, dv, broken, sizes, wanted, seen, *others = others
+    lanes, dense_at, factors, *drawn = others
     count, first = seen.count, seen.some_from
     reach = count if c.masked else f.cast("sext", seen.above, "i64") + c.lanes - first
     sloped = (wanted.q | wanted.k).ne(0) if not c.arrays else f.const("i1", 1)
@@ -103,9 +110,15 @@ def _emit_visit(
     with f.when(sloped):
         weights_and_slopes.slopes.call(f, second, outputs, values, sizes.value_depth, seen)
     weights, differences = work.scores, second.scores
+    among = {"count": count, "reach": reach}
+    if c.dropout:
+        place, kept, inverse = drawn
+        draw(f, slopes=differences, kept=kept, draw=place.further(first), inverse=inverse, **among)
     weights_and_slopes.differentiate(f, work, second, words, state, seen, reach, factors)
     across = {"lanes": lanes, "seen": seen}
     with f.when(wanted.v.ne(0)):
+        if c.dropout:
+            drop(f, weights=weights, kept=kept, **among)
         lines, sums = Lines(weights.at, c.line), dv.row(first)
         exchange(f, sums=sums, lines=lines, rows=output_rows, columns=sizes.value_registers, **across)
         with f.when(broken.count > 0):

@@ -106,8 +106,8 @@ def _emit_tile(module: Module, c: Config, width: int) -> Routine:
 
 
 def emit_put_back(module: Module, c: Config) -> Routine:
-    """What ``rows`` hold that is not finite, where a line's weight is not 0: the exchange met 0 in its place. Of the
-    ``count`` lines the first register of lanes may see ``reach``; further ones are not there."""
+    """What ``rows`` hold that is not finite, where a line's weight is not 0, or -0, which was dropped: the exchange met
+    0 in its place. Of the ``count`` lines the first register of lanes may see ``reach``; further ones are not there."""
     kinds: dict[str, Any] = {"sums": Words.kind(), "lines": Lines.of(c.line), "rows": Rows.kind()}
     f = Routine(module, "put_back", **kinds, count="i64", reach="i64")
     sums, lines, rows, count, reach = f.parameters
@@ -116,7 +116,7 @@ def emit_put_back(module: Module, c: Config) -> Routine:
         there = f.minimum(reach + lane // c.lanes * c.lanes, count)
         with f.when((value * 0.0).isnan()), f.range(0, there) as row:
             weight = weight_at(f, c, lines, row, lane)
-            with f.when(weight.ne(0.0)):
+            with f.when(f.bitcast(weight, f"i{8 * c.size}").ne(0)):
                 at = sums.row(row).at + column * c.size
                 f.store(f.load(c.acc, at) + weight * value, at)
     f.ret()

@@ -1,21 +1,25 @@
-"""Dropout: the weights of one panel in place, those that are not kept to 0; between the softmax and the accumulation.
+"""Dropout: lines of one panel in place, 0 where they are not kept.
 
-The sum of weights has been taken, so lse is without dropout; what is kept stays as it is, and the division by the share
-that is kept comes once, with the division by that sum (finish.py). One call of the generator serves eight rows for each
-lane. Its calls begin at rows that are multiples of eight in the whole problem, wherever the first line stands: what
-lies before the first line and behind the last is margin, and is changed with the rest of its eight.
+In the forward these are weights, between the softmax and the accumulation. Their sum has been taken, so lse is without
+dropout; what is kept stays as it is, and the division by the share that is kept comes once, with the division by that
+sum (finish.py). In the backward it is dP first, before it becomes dS, and then the weights that enter dV: what is kept
+is drawn once and noted.
+
+One call of the generator serves eight rows for each lane. Its calls begin at rows that are multiples of eight in the
+whole problem, wherever the first line stands: what lies before the first line and behind the last is margin, and is
+changed with the rest of its eight.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.steps.softmax import words_seen
 from flashtile.llvm.ir import Function, Module, Value
-from flashtile.llvm.lines import Weights
-from flashtile.llvm.routines import Operand, Routine
+from flashtile.llvm.lines import Scores, Weights
+from flashtile.llvm.routines import Kind, Operand, Routine
 from flashtile.llvm.types import lanes, like, vector
 from flashtile.score import emit_philox
 from flashtile.score.keep import KEYS_A_CALL
@@ -75,6 +79,75 @@ def emit_keep(module: Module, c: Config, width: int) -> Routine:
                 weight = f.cast("bitcast", weights.load(word, at=at), like(kept.type, _part(c)))
                 weight = f.select(kept, weight, f.const(weight.type, 0))
                 weights.store(f.cast("bitcast", weight, c.words), word, at=at)
+    f.ret()
+    return f
+
+
+@dataclass(frozen=True)
+class Kept(Operand):
+    """Which weights of a block are kept, a bit each; a register's lanes in two bytes. There is room for eight lines
+    before the first."""
+
+    BYTES: ClassVar = 2
+    WORDS: ClassVar = {"at": "ptr"}
+    at: Value
+    c: Config
+
+    @classmethod
+    def of(cls, c: Config) -> Kind:
+        return cls.kind(c=c)
+
+    @classmethod
+    def nbytes(cls, c: Config) -> int:
+        """Of a block, the rows before and after it included."""
+        return (c.key_block + 2 * KEYS_A_CALL) * c.isa.vectors * cls.BYTES
+
+    def place(self, line: Value, at: Value) -> Value:
+        c = self.c
+        return self.at + ((line + KEYS_A_CALL) * (c.isa.vectors * self.BYTES) + at // c.register * self.BYTES)
+
+    def store(self, bits: Value, line: Value, at: Value) -> None:
+        f, c = self.function, self.c
+        whole = f.cast("zext", f.cast("bitcast", bits, f"i{c.lanes}"), "i16")
+        f.store(whole, self.place(line, at))
+
+    def load(self, line: Value, at: Value) -> Value:
+        f, c = self.function, self.c
+        bits = f.cast("trunc", f.load("i16", self.place(line, at)), f"i{c.lanes}")
+        return f.cast("bitcast", bits, vector(c.lanes, "i1"))
+
+
+def emit_draw(module: Module, c: Config, width: int) -> Routine:
+    """``count`` lines of dP: 0 where a weight is not kept, times ``inverse`` where it is; and which are, for `drop`."""
+    kinds: dict[str, Any] = {"slopes": Scores.of(c.line), "kept": Kept.of(c), "draw": Draw.kind()}
+    f = Routine(module, f"draw_{width}", **kinds, inverse=c.acc, count="i64", reach="i64")
+    slopes, kept, draw, inverse, count, reach = f.parameters
+    first, factor = draw.row & (KEYS_A_CALL - 1), f.splat(inverse, c.lanes)
+    with f.range(0, width * c.register, c.register) as at:
+        last = words_seen(f, c, reach + at // c.size, count) * c.per_word
+        with f.range(0 - first, last, KEYS_A_CALL) as line:
+            for n, keep in enumerate(emit_philox.keeps(f, draw.words(c, line, at), draw.threshold)):
+                kept.store(keep, line + n, at)
+                slope = slopes.load(line + n, at=at) * factor
+                slopes.store(f.select(keep, slope, f.const(c.vector, 0.0)), line + n, at=at)
+    f.ret()
+    return f
+
+
+def emit_drop(module: Module, c: Config, width: int) -> Routine:
+    """``count`` lines of weights as differentiate.py stores them: -0 where `draw` did not keep them. The sign tells
+    what was dropped from what is hidden, which is 0 and stays so (put_back, in exchange.py)."""
+    f = Routine(module, f"drop_{width}", weights=Scores.of(c.line), kept=Kept.of(c), count="i64", reach="i64")
+    weights, kept, count, reach = f.parameters
+    type_, k = vector(c.lanes, _part(c)), c.per_word
+    nothing = f.const(type_, -0.0 if k == 1 else -(1 << 8 * c.size // k - 1))
+    with f.range(0, width * c.register, c.register) as at:
+        last = words_seen(f, c, reach + at // c.size, count) * k
+        with f.range(0, last) as line:
+            place = weights.place(line, at=at // k)
+            weight = f.load(type_, place, align=c.register // k)
+            stays = kept.load(line, at) | weight.eq(0)
+            f.store(f.select(stays, weight, nothing), place, align=c.register // k)
     f.ret()
     return f
 
