@@ -44,7 +44,8 @@ def modules(isa: ISA) -> dict[str, Callable[[], str]]:
             found[f"decode-{name}"] = partial(decode_text, c)
         if name in ("float", "bfloat-pairs", "bfloat-tiles"):
             found[f"forward-{name}-dropout"] = partial(forward_text, replace(c, dropout=True))
-            found[f"backward-{name}-dropout"] = partial(backward_text, replace(c, dropout=True))
+            if not c.lands_in_memory:
+                found[f"backward-{name}-dropout"] = partial(backward_text, replace(c, dropout=True))
     return found
 
 

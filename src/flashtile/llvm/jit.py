@@ -72,8 +72,12 @@ def object_code(text: str, isa: ISA) -> bytes:
 
 @functools.cache
 def _linker() -> llvm.LLJIT:
-    _initialise(llvm.get_process_triple().split("-")[0])
-    return llvm.create_lljit_compiler(llvm.Target.from_default_triple().create_target_machine(reloc="pic"))
+    """JITLink puts the sections of an object side by side. RuntimeDyld, its predecessor, maps each where it finds room:
+    in a process that holds many libraries two may lie more than 2 GB apart, and LLVM then ends the process."""
+    arch = llvm.get_process_triple().split("-")[0]
+    _initialise(arch)
+    target = llvm.Target.from_default_triple().create_target_machine(reloc="pic")
+    return llvm.create_lljit_compiler(target, use_jit_link=arch == "x86_64")  # elsewhere it was not tried
 
 
 class Library:
