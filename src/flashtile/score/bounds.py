@@ -83,6 +83,20 @@ def proven(roots: list[Expr], shape: Shape) -> list[Expr]:
     return [final[root] for root in roots]
 
 
+def within(roots: list[Expr], shape: Shape) -> bool:
+    """Whether every load reads at positions, or constants, that its array has: `proven` and `check_bounds` then have
+    nothing to find."""
+    lengths = dict(zip("bhij", shape, strict=True))
+
+    def inside(index: Expr, n: int) -> bool:
+        if index.operation.name == "const":
+            return 0 <= index.data < n
+        return index.operation.name == "var" and 0 < lengths[index.data] <= n
+
+    loads = (x for x in postorder(roots) if x.operation.name == "load")
+    return all(inside(*pair) for x in loads for pair in zip(x.args, x.data.source.array.shape, strict=True))
+
+
 def check_bounds(score: Expr | None, mask: Expr | None, shape: Shape) -> None:
     """Raise SpecError if a visible element is certain to read outside a captured array.
 

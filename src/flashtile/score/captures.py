@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from ..llvm.types import SIZES, vector
 from .capture import Access, ArrayCapture, ScalarCapture, Slot
 
 if TYPE_CHECKING:
@@ -85,6 +86,25 @@ class Block:
 
     def load(self, at: Site, access: Access, index: list[Value]) -> Value:
         """The element at the indices, clamped where the access says so; scalar if all indices are."""
+        f = at.f
+        slot, pointer, lanes = self._place(at, access, index)
+        stored, _ = STORAGE[slot.element]
+        raw = f.load(stored, pointer, align=1) if lanes is None else _gather(at, stored, pointer, lanes)
+        return widened(at, raw, slot.element)
+
+    def adjacent(self, at: Site, access: Access, axis: int) -> Value:
+        """Whether elements that follow each other along an axis lie side by side."""
+        assert isinstance(access.source, Slot)
+        return self.field(at, access.source, "i64", 2 + 2 * axis).eq(SIZES[STORAGE[access.source.element][0]])
+
+    def run(self, at: Site, access: Access, index: list[Value]) -> Value:
+        """As many adjacent elements as lanes, from that at the (scalar) indices on."""
+        slot, pointer, _ = self._place(at, access, index)
+        stored, _ = STORAGE[slot.element]
+        return widened(at, at.f.load(vector(at.lanes, stored), pointer, align=1), slot.element)
+
+    def _place(self, at: Site, access: Access, index: list[Value]) -> tuple[Slot, Value, Value | None]:
+        """The slot, an address in it, and how far from there each lane's element is, if they differ."""
         f, slot = at.f, access.source
         assert isinstance(slot, Slot)
         pointer = self.field(at, slot, "ptr", 0)
@@ -100,9 +120,7 @@ class Block:
                 continue
             step = f.cast("sext", i, at.like(i, "i64")) * at.widen(stride)
             lanes = step if lanes is None else lanes + step
-        stored, _ = STORAGE[slot.element]
-        raw = f.load(stored, pointer, align=1) if lanes is None else _gather(at, stored, pointer, lanes)
-        return widened(at, raw, slot.element)
+        return slot, pointer, lanes
 
     def inside(self, at: Site, access: Access, index: list[Value]) -> Value:
         """Whether every index is in bounds."""

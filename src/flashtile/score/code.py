@@ -28,12 +28,22 @@ class Code:
 
     @cached_property
     def dense_loads(self) -> tuple[Expr, ...]:
-        """Loads at the element itself: one index is i, one is j, the others depend on batch and head alone.
+        """Loads at the element itself, all indices in bounds: one is i, one is j, the others depend on batch and head
+        alone.
 
         Kernels read them by tiles.
         """
         roots = [root for root in (self.score, self.mask) if root is not None]
-        return tuple(x for x in postorder(roots) if is_dense(x))
+        return tuple(x for x in postorder(roots) if is_dense(x) and not any(x.data.clamp))
+
+    @cached_property
+    def key_loads(self) -> tuple[Expr, ...]:
+        """Loads along j: one index is j, in bounds, and the others do not depend on it.
+
+        Kernels whose lanes run over keys read them as they lie.
+        """
+        roots = [root for root in (self.score, self.mask) if root is not None]
+        return tuple(x for x in postorder(roots) if is_along_keys(x))
 
     @cached_property
     def score_derivative(self) -> Expr | None:
@@ -60,3 +70,13 @@ def is_dense(x: Expr) -> bool:
     i, j = variable("i"), variable("j")
     rest = [index for index in x.args if index is not i and index is not j]
     return x.args.count(i) == 1 and x.args.count(j) == 1 and all(index.variables <= {"b", "h"} for index in rest)
+
+
+def is_along_keys(x: Expr) -> bool:
+    """Whether this is a load of the element at j, and an index that j does not change on every other axis."""
+    if x.operation.name != "load":
+        return False
+    j = variable("j")
+    rest = [index for index in x.args if index is not j]
+    once = len(rest) == len(x.args) - 1
+    return once and not x.data.clamp[x.args.index(j)] and all(index.variables <= {"b", "h", "i"} for index in rest)

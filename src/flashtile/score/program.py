@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import SpecError
 from .alibi import alibi, check_slopes
 from .bias import bias as bias_score
-from .bounds import check_bounds, proven
+from .bounds import check_bounds, proven, within
 from .broadcast import check_broadcast
 from .builtin import builtin
 from .capture import Access, ArrayCapture, ScalarCapture, Slot, capture, is_array
@@ -122,12 +122,15 @@ class Program:
         if mask is not None and is_const(mask) and mask.data:
             mask = None
         given = None if score is variable("s") else score
-        check_bounds(given, mask, shape)
-        roots = proven([r for r in (given, mask) if r is not None], shape)
+        roots = [r for r in (given, mask) if r is not None]
+        inside = within(roots, shape)
+        if not inside:
+            check_bounds(given, mask, shape)
+            roots = proven(roots, shape)
         bound, captures, slots = number_captures(roots)
         parts = iter(bound)
         final = (next(parts) if given is not None else None, next(parts) if mask is not None else None)
-        return cls(shape, Code(_structure(*final), *final, slots), captures)
+        return cls(shape, _code(*final, slots, inside), captures)
 
     @property
     def score(self) -> Expr | None:
@@ -250,6 +253,20 @@ def number_captures(roots: list[Expr]) -> tuple[list[Expr], tuple[Any, ...], tup
         return None
 
     return rewrite(roots, replace), tuple(captures), tuple(captures.values())
+
+
+@lru_cache(maxsize=256)
+def _code(score: Expr | None, mask: Expr | None, slots: tuple[Slot, ...], inside: bool) -> Code:
+    """The code of numbered expressions; ``inside``: whose loads need no clamp."""
+
+    def unclamped(x: Expr) -> Expr | None:
+        if not isinstance(x.data, Access):
+            return None
+        return node(x.operation, x.args, x.type, Access(x.data.source, (False,) * len(x.args)))
+
+    final = iter(rewrite([r for r in (score, mask) if r is not None], unclamped if inside else lambda x: None))
+    score, mask = (next(final) if root is not None else None for root in (score, mask))
+    return Code(_structure(score, mask), score, mask, slots)
 
 
 def _structure(score: Expr | None, mask: Expr | None) -> str:
