@@ -207,8 +207,9 @@ def test_many_queries_in_parts(options: dict[str, Any], threads: Callable[[int],
 
 @on_every_isa
 @pytest.mark.parametrize("adjacent", [True, False])
-def test_merge_kernel(adjacent: bool, dtype: str) -> None:
-    """Against flashtile.merge, with parts and whole rows that saw nothing."""
+@pytest.mark.parametrize("sunk", [True, False])
+def test_merge_kernel(adjacent: bool, sunk: bool, dtype: str) -> None:
+    """Against flashtile.merge, with parts and whole rows that saw nothing, and with sinks, which join last."""
     shape = Shape(2, 3, 3, 2, 4, 8, 37)
     spec = AttentionSpec.of(*uniform(shape, dtype))
     c = cpu.config_of(spec)
@@ -229,14 +230,22 @@ def test_merge_kernel(adjacent: bool, dtype: str) -> None:
         "splits": splits,
         "o_split": parts_o.strides[0],
         "lse_split": parts_lse.strides[0],
+        "sink_b": 3 * parts_lse.itemsize,
+        "sink_h": parts_lse.itemsize,
     }
+    sinks = rng.uniform(-9, 9, (2, 3)).astype(accumulator)
     tail.update(zip(("o_b", "o_h", "o_s", "o_d"), o.strides, strict=True))
-    block = merge.CALL.head(*map(address_of, (parts_o, parts_lse, o, lse))) + merge.CALL.tail(tail)
+    arrays = map(address_of, (parts_o, parts_lse, o, lse))
+    block = merge.CALL.head(*arrays, address_of(sinks) if sunk else 0) + merge.CALL.tail(tail)
     scratch = np.empty(merge.scratch_bytes(c, splits), np.uint8)
     assert parts.entry("merge", c)(block, 0, lse.size, address_of(scratch)) == 0
     want_o, want_lse = flashtile.merge(list(zip(parts_o, parts_lse, strict=True)))
+    if sunk:
+        without, want_lse = want_lse, np.logaddexp(want_lse, sinks[..., None])
+        want_o = want_o * np.exp(without - want_lse)[..., None]
+        assert (lse[1, 2, 0] == sinks[1, 2]).all()
     eps = float(np.finfo(accumulator).eps)
-    np.testing.assert_allclose(lse, want_lse, rtol=4 * eps)
+    np.testing.assert_allclose(lse, want_lse, rtol=4 * eps, atol=4 * eps)
     coarse = {"float16": 2.0**-11, "bfloat16": 2.0**-8}.get(dtype, 0.0)
     np.testing.assert_allclose(o.astype(accumulator), want_o, rtol=coarse, atol=16 * eps)
     assert np.isnan(want_o[0, 0, 0, 5]) and not o[1, 2, 0].astype(accumulator).any()

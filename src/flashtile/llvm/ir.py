@@ -51,7 +51,7 @@ class Function(Emitter):
         return number if isinstance(number, Value) else self.const("i64", number)
 
     @contextlib.contextmanager
-    def range(self, start: Value | int, stop: Value | int, step: int = 1) -> Iterator[Value]:
+    def range(self, start: Value | int, stop: Value | int, step: Value | int = 1) -> Iterator[Value]:
         """``with f.range(0, n) as i:`` a loop that carries nothing but its index."""
         loop = _Loop(self, [self._index(start)])
         loop.enter(loop.phis[0] < self._index(stop))

@@ -60,7 +60,6 @@ _ROW_STARTS, _REGISTER_STARTS = 40, 21
 _MOST_QUERIES = 20
 _WIDE = 64  # bytes of such a register
 _NARROW_QUERIES = 12  # the most for passes/decode where registers are narrower
-_MOST_ROWS = 128  # on a key/value head; beyond it their scores and outputs crowd the cache
 
 
 def unavailable() -> str | None:
@@ -95,9 +94,7 @@ def _config(isa: isas.ISA, product: Product, dtype: str, code: Code | None, drop
 
 def decodes(spec: AttentionSpec) -> bool:
     """Whether there are so few queries that passes/decode computes them: measured; of shapes and machine only."""
-    if spec.program is not None or spec.sinks or spec.dropout or spec.group * spec.q_len > _MOST_ROWS:
-        return False
-    return _few(spec)
+    return not spec.dropout and _few(spec)
 
 
 def _few(spec: AttentionSpec) -> bool:
@@ -120,7 +117,7 @@ def capabilities(spec: AttentionSpec) -> Capabilities:
     c = config_of(spec, lands=lands)
     choice = choice_of(c.isa, spec.dtype, spec.precision, lands=lands)
     backward = choice_of(c.isa, spec.dtype, spec.precision, lands=IN_REGISTERS)
-    general = _capabilities(c, spec.sinks, choice, backward, isas.forced())
+    general = _capabilities(c, choice, backward, isas.forced())
     return _decoding(general, spec.q_len, spec.group) if few else general
 
 
@@ -140,7 +137,7 @@ def _decoding(general: Capabilities, q_len: int, group: int) -> Capabilities:
 
 
 @functools.lru_cache(maxsize=256)
-def _capabilities(c: Config, sinks: bool, choice: Choice, backward: Choice, forced: bool) -> Capabilities:
+def _capabilities(c: Config, choice: Choice, backward: Choice, forced: bool) -> Capabilities:
     rounds = _choice(c.isa, "float32", "bf16", forced).product.rounds
     return Capabilities(
         name="cpu",
@@ -156,9 +153,7 @@ def _capabilities(c: Config, sinks: bool, choice: Choice, backward: Choice, forc
         product=f"{choice.product.name}: {choice.why}",
         backward_product=f"{backward.product.name}: {backward.why}",
         variant="forward",
-        part_keys=None
-        if sinks
-        else _PART_KEYS,  # they join a row's sum when it is done, which no part of its keys knows
+        part_keys=_PART_KEYS,
         directions=frozenset({"forward", "backward"}),
         backward_options=frozenset({"band", "program", "sinks", "dropout"}),
     )
@@ -253,12 +248,12 @@ class Forward:
             return CALL.head(q, k, v, o, lse, offsets, *NO_SCORES.addresses) + self._tail
         extra = ScoreValues.of(scoring, self._config) if scoring else NO_SCORES
         if self._merge is not None:
-            return self._merge.pack(lambda o, lse: self._block(extra, q, k, v, o, lse, offsets), o, lse)
+            parts = replace(extra, sinks=0)  # which join when the parts are merged
+            return self._merge.pack(lambda o, lse: self._block(parts, q, k, v, o, lse, offsets), o, lse, extra.sinks)
         return self._block(extra, q, k, v, o, lse, offsets)
 
     def _block(self, scores: ScoreValues, *addresses: int) -> bytes:
-        block = CALL.head(*addresses, *scores.addresses) + self._tail
-        return scores.hold(block) if scores.arrays else block
+        return scores.hold(CALL.head(*addresses, *scores.addresses) + self._tail)
 
 
 def _sizes(c: Config, spec: AttentionSpec, plan: Plan, layout: Layout) -> dict[str, int]:

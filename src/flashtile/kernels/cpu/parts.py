@@ -12,11 +12,12 @@ import numpy as np
 
 from flashtile.arrays import address_of
 from flashtile.kernels import Layout, Stage, Strides
-from flashtile.kernels.cpu.block import band_of, split_scale
+from flashtile.kernels.cpu.block import band_of, scores_in_nats, split_scale
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.passes import merge
 from flashtile.kernels.cpu.passes.decode import kernel as decode
 from flashtile.kernels.cpu.passes.decode.rows import slot_width
+from flashtile.kernels.cpu.score_values import NO_SCORES, ScoreValues, sink_steps
 from flashtile.llvm import jit
 from flashtile.llvm.blocks import strides_of
 from flashtile.llvm.products import FMA
@@ -81,7 +82,7 @@ class Merge:
         self.strides = (spec.heads * spec.q_len * row_bytes, spec.q_len * row_bytes, row_bytes, c.size)
         self.steps = {"o_split": o_split, "lse_split": lse_split}  # bytes between the results of two parts
         self._lse_at = plan.splits * o_split
-        sizes = {**_of(spec, "heads q_len value_size"), "splits": plan.splits, **self.steps}
+        sizes = {**_of(spec, "heads q_len value_size"), "splits": plan.splits, **self.steps, **sink_steps(c, spec)}
         self._tail = merge.CALL.tail({**dict(zip(("o_b", "o_h", "o_s", "o_d"), o, strict=True)), **sizes})
         run = entry("merge", _merge_config(c))
         self.stage = Stage(
@@ -91,12 +92,12 @@ class Merge:
             workspace_bytes=plan.splits * (o_split + lse_split),
         )
 
-    def pack(self, parts: Callable[[int, int], bytes], o: int, lse: int) -> InParts:
+    def pack(self, parts: Callable[[int, int], bytes], o: int, lse: int, sinks: int) -> InParts:
         """The parameters of one call; ``parts`` gives the items' block, from where they write o and lse."""
         memory = np.empty(self.stage.workspace_bytes, np.uint8)
         parts_o = address_of(memory)
         parts_lse = parts_o + self._lse_at
-        block = merge.CALL.head(parts_o, parts_lse, o, lse) + self._tail
+        block = merge.CALL.head(parts_o, parts_lse, o, lse, sinks) + self._tail
         return InParts(parts(parts_o, parts_lse), block, memory)
 
 
@@ -104,26 +105,31 @@ class Decode:
     """A compiled decode kernel with the parameter blocks of one plan and layout."""
 
     def __init__(self, c: Config, spec: AttentionSpec, plan: Plan, layout: Layout):
+        self._config = c
         self.run, self.merge_stage = entry("decode", c), None
         self._merge = Merge(c, spec, plan, layout.o) if plan.splits > 1 else None
-        areas = decode.areas(c, spec.group * spec.q_len, spec.head_size, spec.value_size)
+        rows = decode.row_group(spec.group * spec.q_len)
+        areas = decode.areas(c, rows, spec.head_size, spec.value_size)
         self.scratch_bytes = areas.bytes
         if self._merge is not None:
             self.scratch_bytes = max(self.scratch_bytes, self._merge.scratch_bytes)
             self.run, self.merge_stage = first_stage(self.run), self._merge.stage
         sizes = {**_strides(layout, self._merge), **_sizes(c, spec, plan, layout, self._merge), **areas.at}
-        self._tail = decode.CALL.tail({**sizes, **split_scale(spec.scale, c.acc)})
+        factors = (scores_in_nats if c.scored else split_scale)(spec.scale, c.acc)
+        self._tail = decode.CALL.tail({**sizes, "row_group": rows, **factors})
 
     def pack(
         self, q: int, k: int, v: int, o: int, lse: int, offsets: int, scoring: Scoring | None = None
     ) -> bytes | InParts:
-        """The parameters of one call; in parts, with a workspace of its own. It never has a scoring."""
+        """The parameters of one call; in parts, with a workspace of its own."""
+        extra = ScoreValues.of(scoring, self._config, mapped=False) if scoring else NO_SCORES
         if self._merge is not None:
-            return self._merge.pack(lambda o, lse: self._block(q, k, v, o, lse, offsets), o, lse)
-        return self._block(q, k, v, o, lse, offsets)
+            parts = replace(extra, sinks=0)
+            return self._merge.pack(lambda o, lse: self._block(parts, q, k, v, o, lse, offsets), o, lse, extra.sinks)
+        return self._block(extra, q, k, v, o, lse, offsets)
 
-    def _block(self, *addresses: int) -> bytes:
-        return decode.CALL.head(*addresses) + self._tail
+    def _block(self, scores: ScoreValues, *addresses: int) -> bytes:
+        return scores.hold(decode.CALL.head(*addresses, scores.captures, scores.sinks) + self._tail)
 
 
 def _strides(layout: Layout, merging: Merge | None) -> dict[str, int]:
@@ -142,6 +148,7 @@ def _sizes(c: Config, spec: AttentionSpec, plan: Plan, layout: Layout, merging: 
         "pack_v": int(layout.v[3] != c.element or spec.value_size < c.lanes),
         "partial": int(merging is not None),
         **(merging.steps if merging else {"o_split": 0, "lse_split": 0}),
+        **sink_steps(c, spec),
     }
 
 

@@ -33,28 +33,39 @@ class ScoreValues:
     """Addresses of the capture block, the segments' rows and keys, the sinks, and what decides dropout; 0 where there
     are none."""
 
-    addresses: tuple[int, int, int, int, int]
-    arrays: tuple[object, ...]
+    arrays: tuple[object, ...] = ()
+    captures: int = 0
+    rows: int = 0
+    segments: int = 0
+    sinks: int = 0
+    keep: int = 0
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """In the order of the forward's block."""
+        return self.captures, self.rows, self.segments, self.sinks, self.keep
 
     @classmethod
-    def of(cls, scoring: Scoring, c: Config) -> ScoreValues:
-        """The values of one call, read as they are now: O(S) for a mask that depends on captured arrays."""
+    def of(cls, scoring: Scoring, c: Config, *, mapped: bool = True) -> ScoreValues:
+        """The values of one call, read as they are now: where the kernel walks a map of the mask (``mapped``), O(S) for
+        one that depends on captured arrays."""
         captures = rows = keys = None
         if scoring.program is not None:
             from flashtile.score.captures import Block
 
             program = scoring.program
             captures = Block(program.slots).pack(program.captures)
-            if c.masked:
+            if c.masked and mapped:
                 segments = _segments(program, c)
                 rows, keys = segments.rows, segments.keys
         keep = None if scoring.keep is None else np.array([scoring.keep.threshold, scoring.keep.seed], np.uint64)
         arrays = captures, rows, keys, scoring.sinks, keep
-        addresses = tuple(0 if x is None else address_of(x) for x in arrays)
-        return cls(addresses, (*arrays, scoring))  # type: ignore[arg-type]
+        return cls((*arrays, scoring), *(0 if x is None else address_of(x) for x in arrays))
 
     def hold(self, block: bytes) -> bytes:
         """The block, with the arrays for as long as it lives."""
+        if not self.arrays:
+            return block
         held = _Block(block)
         held.arrays = self.arrays
         return held
@@ -88,7 +99,7 @@ def _mapped(program: Program, panel: int, key_block: int, accumulator: str) -> S
     return segments_of(coverage(program, panel, COVERAGE_KEYS, real), key_block)
 
 
-NO_SCORES = ScoreValues((0, 0, 0, 0, 0), ())
+NO_SCORES = ScoreValues()
 
 
 def score_steps(c: Config, spec: AttentionSpec) -> dict[str, int]:
@@ -99,6 +110,10 @@ def score_steps(c: Config, spec: AttentionSpec) -> dict[str, int]:
     return {
         "segment_b": heads * panels if "b" in used else 0,
         "segment_h": panels if "h" in used else 0,
-        "sink_b": spec.heads * c.size,
-        "sink_h": c.size,
+        **sink_steps(c, spec),
     }
+
+
+def sink_steps(c: Config, spec: AttentionSpec) -> dict[str, int]:
+    """Bytes between the sinks of two batches and of two heads."""
+    return {"sink_b": spec.heads * c.size, "sink_h": c.size}

@@ -1,9 +1,9 @@
 """The merge kernel: partial results over parts of the keys, in order, become the result over all of them.
 
 A work item is one query row.  Partials are (o normalised, lse in nats), both in accumulators; a part that saw no
-key is o = 0, lse = -inf.
+key is o = 0, lse = -inf.  The head's sink, which belongs to no part, joins here.
 
-    lse = log sum_n exp(lse_n),   o = sum_n exp(lse_n - lse) o_n
+    lse = log (exp(sink) + sum_n exp(lse_n)),   o = sum_n exp(lse_n - lse) o_n
 
 Source: Dao et al. 2023, Flash-Decoding; ``flashtile.merge`` is the same in NumPy.
 """
@@ -14,6 +14,7 @@ import math
 from types import SimpleNamespace
 
 from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.steps.finish import Whole
 from flashtile.kernels.cpu.steps.pack import write
 from flashtile.llvm import math as vmath
 from flashtile.llvm.blocks import Block, integers, pointers
@@ -23,9 +24,9 @@ from flashtile.llvm.routines import entry
 EXPORTS = ("merge",)
 
 CALL = Block(
-    pointers("parts_o parts_lse o lse"),
-    # Bytes between the results of two parts at the end.
-    integers("o_b o_h o_s o_d heads q_len value_size splits o_split lse_split"),
+    pointers("parts_o parts_lse o lse sinks"),  # sinks: accumulators, or null
+    # Bytes between the results of two parts, and between sinks, at the end.
+    integers("o_b o_h o_s o_d heads q_len value_size splits o_split lse_split sink_b sink_h"),
 )
 
 
@@ -41,16 +42,24 @@ def merge_text(c: Config) -> str:
     block, begin, end, scratch = f.parameters
     p = CALL.load(f, block)
     with f.range(begin, end) as row:
-        _weights(f, c, p, row, scratch)
         head, i = row // p.q_len, row % p.q_len
-        o = p.o + head // p.heads * p.o_b + head % p.heads * p.o_h + i * p.o_s
-        _outputs(f, c, p, p.parts_o + row * p.value_size * c.size, o, scratch)
+        b, h = head // p.heads, head % p.heads
+        sink = _sink(f, c, p, p.sinks + b * p.sink_b + h * p.sink_h)
+        half = _weights(f, c, p, row, sink, scratch)
+        o = p.o + b * p.o_b + h * p.o_h + i * p.o_s
+        _outputs(f, c, p, p.parts_o + row * p.value_size * c.size, o, scratch, half)
     f.ret(f.const("i32", 0))
     return module.text()
 
 
-def _weights(f: Function, c: Config, p: SimpleNamespace, row: Value, weights: Value) -> None:
-    """exp(lse_n - lse) of every part into scratch, and lse where it is wanted."""
+def _sink(f: Function, c: Config, p: SimpleNamespace, at: Value) -> Value:
+    """The sink there; -inf if there are none."""
+    return f.value_when(f.is_null(p.sinks).eq(0), lambda: f.load(c.acc, at), f.const(c.acc, -math.inf))
+
+
+def _weights(f: Function, c: Config, p: SimpleNamespace, row: Value, sink: Value, weights: Value) -> Value:
+    """exp(lse_n - lse) / half of every part into scratch, and lse where it is wanted. Returns half (Whole), in every
+    lane."""
     parts = p.parts_lse + row * c.size
     zero = f.const(c.acc, 0.0)
 
@@ -67,18 +76,17 @@ def _weights(f: Function, c: Config, p: SimpleNamespace, row: Value, weights: Va
         return [total[0] + weight]
 
     (total,) = f.fold(0, p.splits, 1, [zero], weigh)
-    seen = total.ne(0.0)  # else the largest lse has weight 1
-    total = f.select(seen, total, f.const(c.acc, 1.0))
-    inverse = 1.0 / total
+    whole = Whole.of(f, c, *(f.splat(x, c.lanes) for x in (top, total, sink)))
+    inverse = f.extract(whole.inverse, 0)
     with f.range(0, p.splits) as n:
         f.store(f.load(c.acc, weights + n * c.size) * inverse, weights + n * c.size)
     with f.when(f.is_null(p.lse).eq(0)):
-        lse = anchor + f.extract(vmath.log2(f, c.isa, f.splat(total, c.lanes)), 0) * math.log(2)
-        f.store(f.select(seen, lse, f.const(c.acc, -math.inf)), p.lse + row * c.size, align=1)
+        f.store(f.extract(whole.lse(f, c), 0), p.lse + row * c.size, align=1)
+    return whole.half
 
 
-def _outputs(f: Function, c: Config, p: SimpleNamespace, parts: Value, o: Value, weights: Value) -> None:
-    """The weighted sum of the parts' rows, written in the storage type."""
+def _outputs(f: Function, c: Config, p: SimpleNamespace, parts: Value, o: Value, weights: Value, half: Value) -> None:
+    """The weighted sum of the parts' rows times half, written in the storage type."""
     size, splits, step = p.value_size, p.splits, c.element
     adjacent = p.o_d.eq(step)
     chunks = f.select(adjacent, size // c.lanes * c.lanes, f.const("i64", 0))
@@ -91,7 +99,8 @@ def _outputs(f: Function, c: Config, p: SimpleNamespace, parts: Value, o: Value,
             part = f.load(kind, parts + n * p.o_split + column * c.size)
             return [c.isa.multiply_add(f, f.splat(weight, count) if count > 1 else weight, part, total[0])]
 
-        return f.fold(0, splits, 1, [f.const(kind, 0.0)], add)[0]
+        (total,) = f.fold(0, splits, 1, [f.const(kind, 0.0)], add)
+        return total * (half if count > 1 else f.extract(half, 0))
 
     with f.range(0, chunks, c.lanes) as column:
         write(f, c, merged(column, c.lanes), o + column * step)

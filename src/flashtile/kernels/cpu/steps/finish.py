@@ -4,6 +4,7 @@ such a panel left off."""
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from flashtile.kernels.cpu.config import Config
@@ -58,28 +59,53 @@ def emit_finish(module: Module, c: Config) -> Routine:
     return f
 
 
+@dataclass(frozen=True)
+class Whole:
+    """What divides a row's sums when all its keys and its sink are counted, lane by lane: they are multiplied by
+    ``half``, then by ``inverse``. Its lse is reference + log(total).
+
+    A sink above the maximum scales the row by its weight's reciprocal, which may be small beyond the format while the
+    scaled outputs are not: one half of its exponent goes to the outputs, the other into the reciprocal. Without a sink
+    ``half`` is 1.
+    """
+
+    half: Value
+    inverse: Value
+    total: Value
+    reference: Value
+
+    @classmethod
+    def of(cls, f: Function, c: Config, top: Value, total: Value, sink: Value, share: Value | None = None) -> Whole:
+        """From a row's maximum in nats, its sum of weights beside that, a sink, -inf for none, and the share of the
+        weights that dropout keeps.
+
+        Without a sink the larger maximum is the row's own, its weight exp(0) is exactly 1, and nothing changes. The
+        sum compares unequal to 0 when it is NaN, so a poisoned row stays NaN.
+        """
+        highest = f.maximum(sink, top)
+        reference = f.select(highest.eq(-math.inf), f.const(c.vector, 0.0), highest)
+        half = vmath.exp_of_difference(f, c.isa, top, reference, 0.5)
+        total = c.isa.multiply_add(f, total * half, half, vmath.exp_of_difference(f, c.isa, sink, reference))
+        kept = total if share is None else total * share
+        inverse = f.select(total.ne(0.0), half / kept, f.const(c.vector, 0.0))
+        return cls(half, inverse, total, reference)
+
+    def lse(self, f: Function, c: Config) -> Value:
+        """-inf for a row that saw no key and has no sink."""
+        seen = self.total.ne(0.0)
+        log = vmath.log2(f, c.isa, f.select(seen, self.total, f.const(c.vector, 1.0))) * math.log(2)
+        return f.select(seen, self.reference + log, f.const(c.vector, -math.inf))
+
+
 def _reciprocal_and_lse(
     f: Function, c: Config, sums: Sums, columns: Value, state: State, nats: Value, sink: Value, share: Value
 ) -> None:
-    """(maximum, sum) in place to (1 / (sum share), lse); a row that saw no key: (0, -inf), or (0, sink).
-
-    The sum compares unequal to 0 when it is NaN, so a poisoned row stays NaN. Without a sink the larger maximum is the
-    row's own, its weight exp(0) is exactly 1, and nothing changes.
-
-    A sink above the maximum scales the row by that weight, which may be small beyond the format while the scaled
-    outputs are not: one half of its exponent goes to the outputs, the other into the reciprocal.
-    """
-    nothing, sinks, shares = f.const(c.vector, -math.inf), f.splat(sink, c.lanes), f.splat(share, c.lanes)
+    """(maximum, sum) in place to (1 / (sum share), lse); a row that saw no key: (0, -inf), or (0, sink)."""
+    sinks, shares = f.splat(sink, c.lanes), f.splat(share, c.lanes)
     with f.range(0, c.line.bytes, c.register) as at:
         top, total = state.load(0, at=at) * f.splat(nats, c.lanes), state.load(1, at=at)
-        highest = f.maximum(sinks, top)
-        reference = f.select(highest.eq(-math.inf), f.const(c.vector, 0.0), highest)
-        half = vmath.exp_of_difference(f, c.isa, top, reference, 0.5)
-        total = c.isa.multiply_add(f, total * half, half, vmath.exp_of_difference(f, c.isa, sinks, reference))
-        seen = total.ne(0.0)
-        inverse = f.select(seen, half / (total * shares), f.const(c.vector, 0.0))
+        whole = Whole.of(f, c, top, total, sinks, shares)
         with f.when(sink.ne(-math.inf)), f.range(0, columns) as column:
-            sums.store(sums.load(column, at=at) * half, column, at=at)
-        log = vmath.log2(f, c.isa, f.select(seen, total, f.const(c.vector, 1.0))) * math.log(2)
-        state.store(inverse, 0, at=at)
-        state.store(f.select(seen, reference + log, nothing), 1, at=at)
+            sums.store(sums.load(column, at=at) * whole.half, column, at=at)
+        state.store(whole.inverse, 0, at=at)
+        state.store(whole.lse(f, c), 1, at=at)

@@ -6,8 +6,10 @@ import math
 from typing import Any, ClassVar
 
 from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.passes.decode.program import SeenKeys, score_change
 from flashtile.kernels.cpu.passes.decode.rows import element
 from flashtile.kernels.cpu.passes.decode.scores import fold_lanes
+from flashtile.kernels.cpu.steps.frame import Frame
 from flashtile.kernels.cpu.steps.softmax import Factors
 from flashtile.kernels.cpu.steps.spans import add_sum
 from flashtile.llvm.blocks import integers
@@ -39,16 +41,18 @@ def state_line(c: Config) -> Line:
 
 
 def emit_row_softmax(module: Module, c: Config) -> Routine:
-    """The softmax of one row and one block of ``count`` keys, of which it sees [first, beyond). Hidden scores become
-    -inf. Whole registers are read and written: up to lanes - 1 scores beyond the keys, which are taken as hidden. The
-    sum is of weights before rounding."""
+    """The softmax of one row and one block of ``count`` keys, of which it sees [first, beyond), and of these, where a
+    program hides keys, what ``seen`` says. A score program comes first. Hidden scores become -inf. Whole registers are
+    read and written: up to lanes - 1 scores beyond the keys, which are taken as hidden. The sum is of weights before
+    rounding."""
     lines: dict[str, Any] = {
         "scores": Scores.of(Line(c.acc, c.key_block)),
         "weights": Weights.of(Line(c.word, c.key_block)),
     }
-    seen: dict[str, Any] = integers("first beyond count")
-    f = Routine(module, "row_softmax", state=RowState.of(state_line(c)), **lines, **seen, factors=Factors.of(c))
-    state, scores, weights, first, beyond, count, factors = f.parameters
+    keys: dict[str, Any] = {**integers("first beyond count"), "frame": Frame.kind(), "seen": SeenKeys.kind()}
+    f = Routine(module, "row_softmax", state=RowState.of(state_line(c)), **lines, **keys, factors=Factors.of(c))
+    state, scores, weights, first, beyond, count, frame, seen, factors = f.parameters
+    change = score_change(f, c, frame)
     weight = factors.weights(c)
     near = [f.splat(f.cast("trunc", f.clamp(x, 0, c.key_block), "i32"), c.lanes) for x in (first, beyond)]
     hidden = f.const(c.vector, -math.inf)
@@ -56,7 +60,10 @@ def emit_row_softmax(module: Module, c: Config) -> Routine:
     def highest(key: Value, top: list[Value]) -> list[Value]:
         at = scores.lane(key).at
         lane = f.iota(vector(c.lanes, "i32")) + f.splat(f.cast("trunc", key, "i32"), c.lanes)
-        score = f.select((lane >= near[0]) & (lane < near[1]), f.load(c.vector, at), hidden)
+        visible = (lane >= near[0]) & (lane < near[1])
+        if c.masked:
+            visible = visible & seen.key(c, key).read(c)
+        score = f.select(visible, change(key, f.load(c.vector, at)), hidden)
         f.store(score, at)
         return [f.maximum(score, top[0])]
 
