@@ -147,7 +147,11 @@ def slope(score_mod, at) -> np.ndarray:
         (lambda s, b, h, i, j: np.sqrt(np.where(s > 0, s, 0.0)), [-1.0, 0.0, 4.0], [0.0, 0.0, 0.25]),
         (lambda s, b, h, i, j: np.where(s > 0, 1 / s, 5.0) * np.where(s > 0, s, 0.0) * 3, [0.0, 2.0], [0.0, 0.0]),
         (lambda s, b, h, i, j: np.abs(s), [-2.0, 0.0, 3.0], [-1.0, 0.0, 1.0]),
-        (lambda s, b, h, i, j: np.minimum(s, 1.0) + np.maximum(s, -1.0), [-2.0, 0.0, 1.0, 2.0], [1.0, 2.0, 1.5, 1.0]),
+        (
+            lambda s, b, h, i, j: np.minimum(s, 1.0) + np.maximum(s, -1.0),
+            [-2.0, 0.0, 1.0, 2.0],
+            [1.0, 2.0, 2.0, 1.0],
+        ),  # a tie is the first operand's
         (lambda s, b, h, i, j: np.floor(s) + s // 2 + s % 2 + s.astype(np.int32), [0.3, -2.6], [1.0, 1.0]),
         (lambda s, b, h, i, j: np.where(i > 100, np.exp(1e6 * s), 2 * s), [5.0], [2.0]),
     ],
