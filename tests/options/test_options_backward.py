@@ -234,8 +234,9 @@ def test_a_selection_or_a_saturated_cap_gives_zero_and_not_nan(differentiate: Ru
     """Where the slope is 0 nothing arrives, however large the rest."""
     shape = Shape(1, 2, 1, 20, 40, 8, 8)
     q, k, v = uniform(shape, "float32")
-    q[0, 0] *= 1e30  # scores overflow
-    k[0, 0] *= 1e10
+    # Scores overflow, to +inf: of both signs their sum would be NaN where multiply and add round apart.
+    q[0, 0] = np.abs(q[0, 0]) * np.float32(1e30)
+    k[0, 0] = np.abs(k[0, 0]) * np.float32(1e10)
     do, _ = arriving(shape, "float32")
     got = differentiate(do, q, k, v, wrt=("q", "k", "v"), softcap=2.0)
     assert np.isfinite(got.q).all() and not got.q[0, 0].any()

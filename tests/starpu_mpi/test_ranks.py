@@ -185,11 +185,20 @@ def test_only_tiles_that_are_seen_travel(ranks: Ranks) -> None:
 
 def test_the_command_runs_a_program_on_ranks_and_returns_its_code(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
-    program.write_text("import sys; from mpi4py import MPI; print(MPI.COMM_WORLD.rank, *sys.argv[1:]); sys.exit(3)")
-    command = [sys.executable, "-m", "flashtile", "mpi", "run", "-n", "2", program, "a", "--b"]
+    text = """
+import pathlib, sys
+from mpi4py import MPI
+
+comm = MPI.COMM_WORLD
+pathlib.Path(sys.argv[1], f"rank{comm.rank}").write_text(" ".join(sys.argv[2:]))
+comm.Barrier()  # a code of one rank ends the others: all are to have written
+sys.exit(3)
+"""
+    program.write_text(text)
+    command = [sys.executable, "-m", "flashtile", "mpi", "run", "-n", "2", program, tmp_path, "a", "--b"]
     done = processes.run(command)
     assert done.returncode != 0
-    assert sorted(done.stdout.split("\n")[:2]) == ["0 a --b", "1 a --b"], done.stderr
+    assert [(tmp_path / f"rank{n}").read_text() for n in range(2)] == ["a --b"] * 2, done.stderr
 
 
 def test_the_example_runs_on_four_ranks() -> None:
