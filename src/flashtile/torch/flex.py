@@ -42,7 +42,8 @@ def flex_attention(
               block_mask  what create_block_mask made, or a BlockMask put together by hand: rows see the keys that
                           mask_mod shows in its partial blocks, and all keys of its full blocks.
               return_lse  returns (o, lse) too; return_aux=AuxRequest(lse=True) returns (o, AuxOutput).
-    Gradients: by autograd, on the CPU too: to query, key, value, and the float tensors that score_mod captured.
+    Numerics: as flashtile.torch.attention; on the CPU, too, autograd has the gradients of query, key, value, and of the
+              float tensors that score_mod captured.
     Raises:   as flashtile.torch.attention; SpecError for a block_mask of other lengths, and for kernel_options, which
               are those of torch's Triton kernels; UnavailableError for max_scores.
     Source:   PyTorch 2.13, torch.nn.attention.flex_attention.
