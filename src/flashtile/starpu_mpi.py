@@ -117,9 +117,7 @@ def attention(
     return (o, lse) if return_lse else o
 
 
-def _spec(
-    options: Options, scores: ScoreOptions, whole: tuple[Any, Any, Any], offsets: Any
-) -> tuple[AttentionSpec, Any]:
+def _spec(options: Options, scores: ScoreOptions, whole: Whole, offsets: Any) -> tuple[AttentionSpec, Any]:
     """The spec of the whole, and the values of what changes its scores. Raises: SpecError, UnavailableError."""
     if any(x is not None for x in vars(scores).values()):
         spec, scoring = options.scored(scores, *whole, offsets)
@@ -161,7 +159,8 @@ def _described(q: Any, k: Any, v: Any, tile: Any, distribution: Any) -> dict[str
         x = plain(x, name)
         if x.ndim != 4:
             raise wrong(name, f"shape {x.shape}", "(B, H, S, D)")
-        said[name] = f"{dtype_of(x.dtype, name).name} (B, H, D) = {x.shape[:2] + x.shape[3:]}"
+        said[f"dtype of {name}"] = dtype_of(x.dtype, name).name
+        said[f"(B, H, D) of {name}"] = x.shape[:2] + x.shape[3:]
         said[f"rows of {name}"] = x.shape[2]
     return said
 
@@ -177,9 +176,8 @@ def _whole(mine: list[dict[str, Any]], cut: Cut) -> Whole:
             expected = cut.rows(length, rank)
             if said[name] != expected:
                 raise wrong(f"rank {rank}: {x}", f"{said[name]} rows of {length}", f"{expected}, as part() gives it")
-        dtype, _, sizes = first[x].partition(" (B, H, D) = ")
-        batch, heads, size = (int(n) for n in sizes.strip("()").split(","))
-        whole.append(SimpleNamespace(shape=(batch, heads, length, size), dtype=dtype))
+        batch, heads, size = first[f"(B, H, D) of {x}"]
+        whole.append(SimpleNamespace(shape=(batch, heads, length, size), dtype=first[f"dtype of {x}"]))
     return tuple(whole)  # type: ignore[return-value]  # three of them
 
 

@@ -117,6 +117,38 @@ def test_an_error_of_one_rank_is_raised_on_all(ranks: Ranks) -> None:
     assert first["then"] == second["then"] == "no error"
 
 
+UNPLACED = """
+import numpy as np
+from mpi4py import MPI
+from flashtile import starpu_mpi
+from flashtile.engines.starpu_mpi import collective
+from flashtile.errors import KernelError
+
+rank, honest = MPI.COMM_WORLD.rank, collective.TiledTensor
+x = np.zeros((1, 1, len(starpu_mpi.part(400, rank, 2, tile=96)), 8), "float32")
+
+def refuse(*given, **more):
+    raise KernelError("no memory for tiles")
+
+if rank == 1:
+    collective.TiledTensor = refuse
+try:
+    starpu_mpi.attention(x, x, x, tile=96)
+except KernelError as error:
+    said = str(error)
+collective.TiledTensor = honest
+every = MPI.COMM_WORLD.gather((said, float(starpu_mpi.attention(x, x, x, tile=96).sum())))
+if rank == 0:
+    print(every)
+"""
+
+
+def test_a_rank_that_cannot_begin_leaves_nobody_waiting(ranks: Ranks) -> None:
+    done = ranks(2, UNPLACED)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[('rank 1: no memory for tiles', 0.0), ('no memory for tiles', 0.0)]\n"
+
+
 def test_a_killed_rank_ends_all(ranks: Ranks) -> None:
     done = ranks(
         2,

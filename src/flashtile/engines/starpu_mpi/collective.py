@@ -148,16 +148,21 @@ class Collective:
             tensors.append(TiledTensor(x.shape, kind, self.cut.tile, address=x.ctypes.data, strides=x.strides, keep=x))
             return tensors[-1]
 
-        def work() -> None:
+        placed: list[TiledTensor] = []
+
+        def place() -> None:
+            out, logs = tiled(o, dtype), tiled(lse, accumulator)
+            state = out
+            if accumulator is not dtype:
+                state = TiledTensor(o.shape, accumulator, self.cut.tile)
+                tensors.append(state)
+            placed.extend([*(tiled(x, dtype) for x in (q, k, v)), out, logs, state])
+
+        def compute() -> None:
+            own_q, own_k, own_v, out, logs, state = placed
             try:
-                own = [tiled(x, dtype) for x in (q, k, v)]
-                out, logs = tiled(o, dtype), tiled(lse, accumulator)
-                state = out
-                if accumulator is not dtype:
-                    state = TiledTensor(o.shape, accumulator, self.cut.tile)
-                    tensors.append(state)
-                keys, values = self._exchange(own[1:], tensors)
-                rows = (self._placed(x, self.queries, self.spec.q_len, self.spec.heads) for x in (own[0], state, logs))
+                keys, values = self._exchange([own_k, own_v], tensors)
+                rows = (self._placed(x, self.queries, self.spec.q_len, self.spec.heads) for x in (own_q, state, logs))
                 queries, sums, norms = rows
                 self.flow.submit_forward(job, queries, keys, values, sums, norms)
                 if state is not out:
@@ -166,11 +171,14 @@ class Collective:
             finally:
                 job.drain()
                 self.link.wait()
-                for x in tensors:
-                    x.unregister(DROP if x.owned else None)
 
         with self.runtime.working():
-            agree(self.comm, work)
+            try:
+                agree(self.comm, place)  # no rank waits for tiles of one that could not begin
+                agree(self.comm, compute)
+            finally:
+                for x in tensors:
+                    x.unregister(DROP if x.owned else None)
 
     def _placed(self, tensor: TiledTensor, tiles: np.ndarray, length: int, heads: int) -> _Placed:
         """A tensor's own tiles, where they stand in the whole."""
@@ -185,8 +193,7 @@ class Collective:
         far = np.flatnonzero(need.any(axis=(0, 1)))
         height = len(rows_of(far, spec.kv_len, tile))
         grid = (2, *need.shape)
-        tags = (self.link.calls * np.prod(grid) + np.arange(np.prod(grid))).reshape(grid)
-        self.link.calls += 1
+        tags = self.link.take_tags(int(np.prod(grid))).reshape(grid)
         owner = np.empty(need.shape[2], np.int64)
         for r in range(self.cut.ranks):
             owner[self.cut.tiles(spec.kv_len, r)] = r

@@ -34,7 +34,12 @@ class Link:
                 raise UnavailableError(f"starpu_mpi: starting it failed with status {status}")
         runtime.stopping.append(self.lib.ftm_stop)
         _end_all_with_an_exception()
-        self.calls = 0  # the same on every rank: tags of different calls differ
+        self._tags = 0  # that calls have taken so far: the same on every rank
+
+    def take_tags(self, count: int) -> np.ndarray:
+        """So many tags that no other call has or had. Ranks that make the same calls get the same ones."""
+        self._tags += count
+        return np.arange(self._tags - count, self._tags)
 
     def send(self, comm: Any, handles: np.ndarray, ranks: np.ndarray, tags: np.ndarray) -> None:
         """Begin to send tiles; returns at once. Shapes: all (n,)."""
