@@ -69,7 +69,8 @@ class Run:
     def end(self) -> None:
         """Stop what still runs beside, and keep what it said."""
         for step, process in self._beside:
-            process.terminate() if process.poll() is None else None
+            if process.poll() is None:
+                process.terminate()
             output, _ = process.communicate()
             with (self.folder / "log.txt").open("a") as file:
                 file.write(f"==== {step.name}\n{output}\n")

@@ -59,7 +59,7 @@ def test_each_family_gets_the_product_that_it_is_good_at(name: str) -> None:
 
 def test_rates_are_of_products_that_exist_and_every_processor_has_fp32s() -> None:
     for processor in (*processors.TABLE, *processors.UNKNOWN):
-        assert set(dict(processor.rates)) <= set(known())
+        assert set(processor.rates) <= set(known())
         assert processor.rate(FMA) == 1 and processor.measured
 
 

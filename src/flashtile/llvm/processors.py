@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from flashtile.llvm.machines import ISA
@@ -31,12 +31,12 @@ class Processor:
     vendor: str = ""
     families: tuple[int, ...] = ()
     models: tuple[int, ...] = ()
-    rates: Mapping[str, float] = ()  # type: ignore[assignment]
+    rates: Mapping[str, float] = field(default_factory=dict)
     measured: str = ""
 
     def rate(self, product: Product) -> float:
         """Of a product, over fp32's; 0 where it is not known."""
-        return 1.0 if product is FMA else dict(self.rates).get(product.name, 0.0)
+        return 1.0 if product is FMA else self.rates.get(product.name, 0.0)
 
 
 TABLE = (
