@@ -138,11 +138,11 @@ def _decoding(general: Capabilities, q_len: int, group: int) -> Capabilities:
 
 @functools.lru_cache(maxsize=256)
 def _capabilities(c: Config, choice: Choice, backward: Choice, forced: bool) -> Capabilities:
-    rounds = _choice(c.isa, "float32", "bf16", forced).product.rounds
+    found = {name: _choice(c.isa, "float32", name, forced).product for name in ("bf16", "tf32", "fp16")}
     return Capabilities(
         name="cpu",
         dtypes=frozenset(_STORAGE),
-        precisions=frozenset(("ieee", "bf16") if rounds else ("ieee",)),
+        precisions=frozenset(("ieee", *(name for name, product in found.items() if product.coarse))),
         max_head_size=None,
         query_block=c.panel,
         tile_q=tuple(n * c.panel for n in _PANELS),
@@ -279,6 +279,6 @@ def _sizes(c: Config, spec: AttentionSpec, plan: Plan, layout: Layout) -> dict[s
         **band_of(spec),
         "pack_k": int(loose_k or (not in_words if c.product.operand else foreign)),
         "pack_v": int(loose_v or c.per_word > 1 or foreign or columns != spec.value_size),
-        "k_row": words * c.size,
+        "k_row": words * c.size * c.product.parts,
         "v_row": c.value_row(spec.value_size),
     }

@@ -97,7 +97,7 @@ class Call:
     def queries(self, panel: Value) -> Panel:
         """Transposed queries of the panel that begins at this row of the item."""
         c, p = self.c, self.p
-        return Panel(self.work.at + (p.at_q + panel * p.key_words * c.size), c.word_line)
+        return Panel(self.work.at + (p.at_q + panel * p.key_words * (c.size * c.product.parts)), c.word_line)
 
     def sums(self, panel: Value, level: str = "") -> tuple[State, Sums]:
         """State and outputs of a panel: of the span at hand; of earlier spans and of what was carried ("earlier_"); or

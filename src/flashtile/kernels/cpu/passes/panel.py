@@ -16,11 +16,11 @@ from flashtile.kernels.cpu.steps.contain import NonFinite, emit_add, emit_collec
 from flashtile.kernels.cpu.steps.dense import emit_dense
 from flashtile.kernels.cpu.steps.frame import Frame
 from flashtile.kernels.cpu.steps.keep import Draw, emit_keep
-from flashtile.kernels.cpu.steps.product import emit_multiply, emit_product
+from flashtile.kernels.cpu.steps.product import apart, emit_multiply, emit_product
 from flashtile.kernels.cpu.steps.program import emit_program
 from flashtile.kernels.cpu.steps.softmax import Factors, emit_softmax
 from flashtile.llvm.ir import Function, Module, Value
-from flashtile.llvm.lines import Lines, Panel, State, Sums, Weights, Words
+from flashtile.llvm.lines import Lines, Panel, State, Sums, Words
 from flashtile.llvm.routines import Routine
 
 
@@ -77,7 +77,7 @@ def _emit_panel(module: Module, c: Config, width: int, collect: Routine, add: Ro
     with f.when(broken):
         collect(f, scores=lines, values=nonfinite.rows(seen.some_from, count), columns=columns, sums=collected, **drawn)
     softmax(f, state=state, tops=tops, alpha=alpha, scores=lines, count=whole, reach=reach, factors=factors)
-    weights = Weights(lines.at, c.word_line)
+    weights = work.weights
     if keep is not None:
         keep(f, weights=weights, count=whole, reach=reach, **drawn)
     word = seen.some_from // c.per_word
@@ -146,7 +146,8 @@ class BlockScores:
         def tile(row: Value, edge: bool) -> None:
             if self.multiply is not None:
                 words, out = Lines(panel.at, panel.shape), Lines(work.scores.at, c.line).line(row - some_from)
-                self.multiply(f, left=rows.row(row), right=words, out=out, depth=depth)
+                between = apart(c, depth * c.size, depth * c.line.bytes)
+                self.multiply(f, left=rows.row(row), right=words, out=out, depth=depth, **between)
                 return
             arguments = {"work": work, "panel": panel, "rows": rows.row(row), "depth": depth, "line": row - some_from}
             if c.scored or edge and c.code:

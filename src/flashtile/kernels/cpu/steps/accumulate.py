@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flashtile.kernels.cpu.config import Config
-from flashtile.kernels.cpu.steps.product import outer
+from flashtile.kernels.cpu.steps.product import apart, outer
 from flashtile.kernels.cpu.steps.softmax import words_seen
 from flashtile.llvm.ir import Module, Value
 from flashtile.llvm.lines import Lines, Sums, Weights, Words
@@ -26,7 +26,9 @@ def emit_accumulate_tile(module: Module, c: Config, width: int, multiply: Routin
     takes all ``count`` rows, whole tiles of them: what it does not see weighs 0."""
     f = Routine(module, f"accumulate_{width}", **_kinds(c), landed=Lines.of(c.line), count="i64")
     sums, alpha, rows, weights, landed, count = f.parameters
-    multiply(f, left=rows, right=Lines(weights.at, weights.shape), out=landed, depth=count // c.per_word)
+    between = apart(c, f.const("i64", c.value_part), f.const("i64", c.weights_part))
+    words = Lines(weights.at, weights.shape)
+    multiply(f, left=rows, right=words, out=landed, depth=count // c.per_word, **between)
     factors = [alpha.load(0, j) for j in range(width)]
     with f.range(0, c.rows) as row:
         for j, factor in enumerate(factors):
