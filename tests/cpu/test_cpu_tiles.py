@@ -94,21 +94,83 @@ def test_scores_that_lie_far_apart(isa: str, kind: str, factor: float) -> None:
     assert_accurate(attend(q, k, v, precision=precision), q, k, v, precision=precision)
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf, 3.39e38, 1e-39])
-@pytest.mark.parametrize("where", ["k", "v"])
-def test_what_a_row_does_not_see_changes_no_bit_of_it(isa: str, where: str, poison: float) -> None:
-    """A key that causal hides, another head's and another batch's; lengths that are no whole number of tiles."""
-    q, k, v = arrays(150, 150, 48, 24)
-    clean = attend(q, k, v, causal=True)
-    for batch, head, key, untouched in (
-        (0, 0, 100, np.s_[:, :, :100]),
-        (0, 0, 3, np.s_[:, 2:]),
+POISON = [np.nan, np.inf, -np.inf, 3.399e38, 1e20, 1e-33, 1e-39]
+
+
+@pytest.mark.parametrize("poison", POISON)
+@pytest.mark.parametrize("where", "qkv")
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "fp32 as tf32", "fp32"])
+def test_what_a_row_does_not_see_changes_no_bit_of_it(isa: str, kind: str, where: str, poison: float) -> None:
+    """A key that causal hides, another query, another head's and another batch's; lengths that are no whole number of
+    tiles."""
+    dtype, precision = KINDS[kind]
+    if dtype is np.float16 and np.isfinite(poison):
+        poison = 65504.0 if poison > 1 else 2.0**-24
+    arrays_ = dict(zip("qkv", arrays(150, 150, 48, 24, dtype), strict=True))
+    clean = attend(**arrays_, causal=True, precision=precision)
+    others = np.r_[:100, 101:150] if where == "q" else np.r_[:100]
+    for batch, head, row, untouched in (
+        (0, 0, 100, np.s_[:, :, others]),
+        (0, 0, 3, np.s_[:, 1 if where == "q" else 2 :]),
         (1, 1, 3, np.s_[:1]),
     ):
-        k2, v2 = k.copy(), v.copy()
-        {"k": k2, "v": v2}[where][batch, head, key, 5] = poison
-        dirty = attend(q, k2, v2, causal=True)
+        poisoned = {name: x.copy() for name, x in arrays_.items()}
+        poisoned[where][batch, head, row, 5] = poison
+        dirty = attend(**poisoned, causal=True, precision=precision)
         assert dirty[untouched].tobytes() == clean[untouched].tobytes()
+
+
+@pytest.mark.parametrize("poison", POISON)
+@pytest.mark.parametrize("where", "qkv")
+@pytest.mark.parametrize("number", [np.float16, np.float32], ids=["fp16", "fp32"])
+def test_what_a_row_sees_is_computed_whatever_it_holds(isa: str, number: Any, where: str, poison: float) -> None:
+    if number is np.float16 and np.isfinite(poison):
+        return  # its parts hold every finite number
+    if poison > 1e38 and np.isfinite(poison):
+        poison = 1e38  # of which a product with K does not overflow
+    arrays_ = dict(zip("qkv", arrays(70, 150, 48, 24, number), strict=True))
+    arrays_[where][0, 1, 37, 5] = poison
+    with np.errstate(all="ignore"):
+        for got, right in zip(
+            attend(**arrays_, causal=True, align=40, return_lse=True),
+            expect(*arrays_.values(), causal=True, align=40),
+            strict=True,
+        ):
+            right.check(got)
+
+
+TINY: dict[str, tuple[float, float, float, dict[str, Any]]] = {  # factors of q, k, v
+    "values 1e-25": (1, 1, 1e-25, {}),
+    "values 1e-33": (1, 1, 1e-33, {}),
+    "values 1e-37": (1, 1, 1e-37, {}),
+    "values 1e33": (1, 1, 1e33, {}),
+    "keys 1e20": (1e-20, 1e20, 1, {}),
+    "queries 1e37": (1e37, 1e-37, 1, {}),
+    "scores 1e-50": (1e-25, 1e-25, 1, {}),
+    "a huge scale": (1e-15, 1e-15, 1, {"scale": 1e29}),
+    "a huge scale of tiny numbers": (1e-18, 1e-18, 1, {"scale": 1e35}),
+    "a program that enlarges": (1e-17, 1e-17, 1, {"score_mod": lambda s, b, h, i, j: s * 1e34}),
+}
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("number", [BF16, np.float32], ids=["bf16", "fp32"])
+def test_numbers_far_from_1(isa: str, number: Any, name: str) -> None:
+    *factors, options = TINY[name]
+    q, k, v = stored(
+        (x * factor for x, factor in zip(arrays(50, 131, 48, 24, np.float64), factors, strict=True)), number
+    )
+    assert_accurate(attend(q, k, v, **options), q, k, v, **options)
+
+
+def test_dropped_values_that_parts_cannot_hold(isa: str) -> None:
+    """Their share is added by the weights that are kept."""
+    q, k, v = arrays(50, 75, 48, 24, np.float32)
+    v[:, :, ::7, 3] *= np.float32(1e-30)
+    options = {"dropout_p": 0.4, "seed": 3}
+    assert_accurate(attend(q, k, v, **options), q, k, v, **options)
+    v = (v * 1e-30).astype(np.float32)
+    assert_accurate(attend(q, k, v, **options), q, k, v, **options)
 
 
 @pytest.mark.skipif(len(MACHINES) < 2, reason="this machine has no matrix registers of its own")

@@ -60,7 +60,9 @@ def test_each_family_gets_the_product_that_it_is_good_at(name: str) -> None:
     assert tiles.product is (TILES if "Intel" in family else product) and processor.name in tiles.why
     assert processors.choose(matrix, "bfloat16", "ieee", processor, lands=("registers",)).product is product
     for dtype, precision, in_parts in IN_PARTS:
-        assert processors.choose(matrix, dtype, precision, processor).product is FMA
+        chosen = processors.choose(matrix, dtype, precision, processor)
+        assert chosen.product is (in_parts if "Granite" in family else FMA)
+        assert processor.name in chosen.why or in_parts is FMA
         assert processors.choose(dot, dtype, precision, processor).product is FMA
         assert processors.choose(dot, dtype, precision, processor, forced=True).product is FMA
         assert processors.choose(matrix, dtype, precision, processor, forced=True).product is in_parts

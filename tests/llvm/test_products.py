@@ -77,7 +77,7 @@ def test_what_is_left_out_of_a_product_of_parts_is_as_small_as_what_is_rounded_o
 @pytest.mark.parametrize("cut", [False, True], ids=["rounded", "cut"])
 @pytest.mark.parametrize("product", [TILES2, TILES3], ids=repr)
 def test_parts_add_up_to_the_number(product: Product, cut: bool) -> None:
-    """Three parts to the last bit, two to 16 bits; on either side the first is the bf16 that is nearest, or below."""
+    """Three parts to the last bit, two to 15 or 17 bits; the first is the bf16 that is nearest, or below."""
     isa = next((x for x in MACHINES if x.tiles and machines.unavailable(x) is None), None)
     if isa is None:
         pytest.skip("no machine here has matrix registers, or emulates them")
@@ -96,6 +96,6 @@ def test_parts_add_up_to_the_number(product: Product, cut: bool) -> None:
         run(x.ctypes.data, words.ctypes.data)
         parts = np.stack([words << 16, words & 0xFFFF0000]).view(np.float32).astype(np.float64)  # even, odd
         error = np.abs(parts.sum(1) - x)
-        assert (error <= (0 if product is TILES3 else 2.0**-16) * np.abs(x)).all()
+        assert (error <= (0 if product is TILES3 else 2.0**-15 if cut else 2.0**-17) * np.abs(x)).all()
         first = x.view(np.uint32) & 0xFFFF0000 if cut else round_to_bf16(x).astype(np.uint32) << 16
         assert (parts[:, 0] == first.view(np.float32)).all()

@@ -29,6 +29,7 @@ from flashtile.kernels.cpu import scratch
 from flashtile.kernels.cpu.block import CALL, band_of, scores_in_nats, split_scale
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.score_values import NO_SCORES, ScoreValues, score_steps
+from flashtile.kernels.cpu.steps.range import least_of_scores
 from flashtile.kernels.tiles import TileKernels
 from flashtile.llvm import machines as isas
 from flashtile.llvm import processors
@@ -280,5 +281,6 @@ def _sizes(c: Config, spec: AttentionSpec, plan: Plan, layout: Layout) -> dict[s
         "pack_k": int(loose_k or (not in_words if c.product.operand else foreign)),
         "pack_v": int(loose_v or c.per_word > 1 or foreign or columns != spec.value_size),
         "k_row": words * c.size * c.product.parts,
+        "least": least_of_scores(c, spec.scale),
         "v_row": c.value_row(spec.value_size),
     }

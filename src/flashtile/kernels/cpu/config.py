@@ -85,6 +85,11 @@ class Config:
         return self.product.lands == "memory"
 
     @property
+    def guarded(self) -> bool:
+        """Products are sums of products of parts, which cannot hold every number (steps/unheld.py)."""
+        return self.product.parts > 1
+
+    @property
     def per_word(self) -> int:
         return self.product.depth
 

@@ -123,5 +123,8 @@ def sized(c: Config, head_size: int, value_size: int, panels: int) -> Areas:
         "extra": columns * line,
         "cursor": 8 * (panels + 1),
         "dense": len(c.code.dense_loads) * dense_bytes(c) if c.code else 0,
+        "key_flags": c.key_block * 4 if c.guarded else 0,
+        "lane_flags": panels * line if c.guarded else 0,
+        "wide": head_size * line if c.guarded else 0,
     }
     return Areas({f"at_{name}": size for name, size in areas.items()}, start=fixed(c).bytes)

@@ -98,7 +98,7 @@ def emit_multiply(module: Module, c: Config, width: int, *, onto: bool = False) 
     the panel's lanes. ``onto``: sums begin with what is there."""
     assert isinstance(c.product, Tiles)
     kinds: dict[str, Any] = {"left": Words.kind(), "right": Lines.of(c.word_line), "out": Lines.of(c.line)}
-    parts = {"apart": Apart.kind()} if c.product.parts > 1 else {}
+    parts: dict[str, Any] = {"apart": Apart.kind()} if c.product.parts > 1 else {}
     f = Routine(module, f"{'add_product' if onto else 'multiply'}_{width}", **kinds, depth="i64", **parts)
     left, right, out, depth, *between = f.parameters
     line = f.const("i64", c.line.bytes)
