@@ -7,6 +7,7 @@
     tiles.py        tensors as handles                       states.py     partial results merged and cast
     coverage.py     which tiles meet, and how much of them   footprint.py  what a task costs
     flow.py         the tasks of a forward pass, in order    vanilla.py    those of the unfused stages
+    backward.py     the tasks of a backward pass, in order   gradients.py  a call of its gradients
     accumulation.py one key tile added to a state            engine.py     a call of attention
     records.py      what is known of a task that ran         graph.py      which tasks wait for which
     pictures.py     a profile drawn                          trace.py      a profile for Perfetto
@@ -19,8 +20,8 @@
 
 from __future__ import annotations
 
-from flashtile.engines import Bound, Engine
-from flashtile.kernels import Family, Layout
+from flashtile.engines import Bound, BoundBackward, Engine
+from flashtile.kernels import ArrayShapes, BackwardLayout, Family, Layout
 from flashtile.spec import AttentionSpec
 
 
@@ -45,4 +46,11 @@ def bind(spec: AttentionSpec, layout: Layout, family: Family) -> Bound:
     return engine.bind(spec, layout, family)
 
 
-ENGINE = Engine("starpu", unavailable, bind, remark=remark)
+def bind_backward(spec: AttentionSpec, layout: BackwardLayout, family: Family, arrays: ArrayShapes) -> BoundBackward:
+    """The gradients of a call as tasks."""
+    from flashtile.engines.starpu import gradients
+
+    return gradients.bind_backward(spec, layout, family, arrays)
+
+
+ENGINE = Engine("starpu", unavailable, bind, bind_backward, remark)

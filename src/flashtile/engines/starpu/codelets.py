@@ -16,10 +16,13 @@ LABELS: dict[str, tuple[str, ...]] = {
     "softmax": ("batch", "head", "query tile"),
     "output": ("batch", "head", "query tile", "key tile"),
     "accumulate": ("first query", "first key"),
+    "delta": ("batch", "head", "query tile"),
+    "backward": ("batch", "head", "query tile", "key tile"),
+    "add": ("batch", "head", "tile"),
 }
 
 # Operations that have kernels for CPUs only. Of the others each program says whether it has one for GPUs (cuda.py).
-CPU_ONLY = ("accumulate",)
+CPU_ONLY = ("accumulate", "delta", "backward", "add")
 
 
 def name_of(operation: str, dtype: str) -> str:
