@@ -23,41 +23,41 @@ from flashtile.testing import assert_accurate, assert_gradients_accurate
 pytestmark = pytest.mark.usefixtures("starpu")
 
 Script = Callable[..., Any]
-SHAPE = Shape(2, 4, 2, 130, 230, 24, 17)
+SHAPE = Shape(2, 2, 1, 110, 150, 16, 9)
 rng = np.random.default_rng(5)
-MASK = rng.random((2, 1, 130, 230)) < 0.3
+MASK = rng.random((2, 1, 110, 150)) < 0.3
 MASK[:, :, 48:96] = False  # a query tile without keys
-MASK[1, :, :, 100:200] = False  # a key tile that one batch does not see
-BIAS = rng.standard_normal((4, 130, 230)).astype("float32")
-TABLE, ROWS, KEYS = (rng.standard_normal(n).astype("float32") for n in (361, 130, (2, 230)))
-BUCKETS = rng.integers(0, 7, 361)
+MASK[1, :, :, 60:120] = False  # a key tile that one batch does not see
+BIAS = rng.standard_normal((2, 110, 150)).astype("float32")
+TABLE, ROWS, KEYS = (rng.standard_normal(n).astype("float32") for n in (261, 110, (2, 150)))
+BUCKETS = rng.integers(0, 7, 261)
 
 
 def reading(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
     """Arrays that tiles meet in, each along other axes: all, keys and heads, queries."""
-    return s + TABLE[i - j + 230] + ROWS[i] * KEYS[b, j] + TABLE[BUCKETS[i - j + 230]]
+    return s + TABLE[i - j + 150] + ROWS[i] * KEYS[b, j] + TABLE[BUCKETS[i - j + 150]]
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {"scale": -0.3},
     "causal": {"causal": True, "align": "bottom_right"},
-    "window, an offset a batch": {"window": (40, 30), "align": np.array([-60, 90])},
-    "mask and sinks": {"mask": MASK, "sinks": np.linspace(-1, 2, 4)},
+    "window, an offset a batch": {"window": (40, 30), "align": np.array([-60, 40])},
+    "mask and sinks": {"mask": MASK, "sinks": np.linspace(-1, 2, 2)},
     "bias": {"bias": BIAS},
     "a bias for all heads": {"bias": BIAS[0], "softcap": 3.0},
-    "slopes": {"alibi_slopes": np.linspace(0.01, 0.2, 4), "align": 0, "causal": True},
+    "slopes": {"alibi_slopes": np.linspace(0.01, 0.2, 2), "align": 0, "causal": True},
     "a function": {"score_mod": reading},
     "dropout": {"dropout_p": 0.3, "seed": 7, "causal": True, "align": 37},
     "dropout, mask and bias": {"dropout_p": 0.1, "seed": 2**64 - 1, "mask": MASK, "bias": BIAS},
 }
-PAIRS = [(name, list(DTYPES)[(n + m) % len(DTYPES)]) for n, name in enumerate(OPTIONS) for m in (0, 2)]
+PAIRS = [(name, list(DTYPES)[n % len(DTYPES)]) for n, name in enumerate(OPTIONS)]
 
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiles so small that a test of a few hundred rows has many."""
     monkeypatch.setattr(engine, "TILE_Q", (64,))
-    monkeypatch.setattr(engine, "TILE_K", 100)
+    monkeypatch.setattr(engine, "TILE_K", 60)
     clear_cache()
     yield
     clear_cache()
@@ -101,10 +101,10 @@ def test_options_by_the_accuracy_rule(name: str, element: str) -> None:
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("options", [OPTIONS["dropout"], OPTIONS["dropout, mask and bias"]], ids=str)
-def test_dropout_in_the_forward(dtype: str, options: dict[str, Any]) -> None:
-    """The very weights that the direct engine drops: with one tile for all, its bits."""
-    arrays = uniform(SHAPE, dtype)
+@pytest.mark.parametrize(("name", "element"), [("dropout", "float32"), ("dropout, mask and bias", "bfloat16")])
+def test_dropout_in_the_forward(name: str, element: str) -> None:
+    """The very weights that the reference drops, over several tiles."""
+    options, arrays = OPTIONS[name], uniform(SHAPE, element)
     o, lse = flashtile.attention(*arrays, return_lse=True, engine="starpu", **options)
     assert_accurate(o, *arrays, **options)
     assert_accurate(lse, *arrays, kind="lse", **options)
@@ -117,7 +117,7 @@ def test_unfused_tasks_refuse_dropout() -> None:
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("wrt", ["q", "k", "v", ("k", "q"), ("bias",), ("bias", "v")], ids=str)
+@pytest.mark.parametrize("wrt", [("q",), ("k",), ("v",), ("k", "q"), ("bias", "v")], ids=str)
 def test_only_what_is_asked_for(wrt: Any) -> None:
     arrays, options = uniform(SHAPE, "float32"), OPTIONS["bias"]
     do, dlse = arrived(SHAPE, "float32")
@@ -128,9 +128,10 @@ def test_only_what_is_asked_for(wrt: Any) -> None:
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_gradients_are_added_once(dtype: str) -> None:
+@pytest.mark.parametrize("element", ["float32", "bfloat16"])
+def test_gradients_are_added_once(element: str) -> None:
     """out= and accumulate: sums join what is there with one rounding. Arrays of any place."""
-    arrays = uniform(SHAPE, dtype)
+    dtype, arrays = element, uniform(SHAPE, element)
     do, dlse = arrived(SHAPE, dtype)
     fresh = backward(*arrays, do, dlse)
     laid = [placed(x, (0, 2, 1, 3), (1, 1, 2, 1), 0) for x in (*arrays, do)]
@@ -146,27 +147,28 @@ def test_gradients_are_added_once(dtype: str) -> None:
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_what_a_mask_hides_reaches_nothing(dtype: str) -> None:
+@pytest.mark.parametrize("element", ["float64", "bfloat16"])
+def test_what_a_mask_hides_reaches_nothing(element: str) -> None:
     """NaN and inf in hidden keys change no bit of any gradient, and hidden keys get 0."""
-    shape = Shape(1, 2, 2, 130, 230, 24, 17)
-    q, k, v = uniform(shape, dtype)
-    do, dlse = arrived(shape, dtype)
-    for options in ({"causal": True, "align": 0}, {"mask": np.tri(130, 230, dtype=bool)}):
+    shape = Shape(1, 2, 2, 110, 190, 24, 17)
+    q, k, v = uniform(shape, element)
+    do, dlse = arrived(shape, element)
+    for options in ({"causal": True, "align": 0}, {"mask": np.tri(110, 190, dtype=bool)}):
         clean = backward(q, k, v, do, dlse, **options)
         broken = k.copy(), v.copy()
         for x in broken:
-            x[:, :, 130::2], x[:, :, 131::2] = np.nan, np.inf
+            x[:, :, 110::2], x[:, :, 111::2] = np.nan, np.inf
         found = backward(q, *broken, do, dlse, **options)
         assert all(same_bits(x, y) for x, y in zip(parts(found), parts(clean), strict=True))
-        assert not found.k[:, :, 130:].any() and not found.v[:, :, 130:].any()
+        assert not found.k[:, :, 110:].any() and not found.v[:, :, 110:].any()
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_random_shapes_and_tilings(data: st.DataObject) -> None:
     """Tiles of any size on lengths that they do not divide."""
     draw = data.draw
-    kv_heads, lengths, sizes = draw(st.integers(1, 2)), st.integers(1, 200), st.integers(1, 40)
+    kv_heads, lengths, sizes = draw(st.integers(1, 2)), st.integers(1, 150), st.integers(1, 40)
     heads = kv_heads * draw(st.integers(1, 3))
     shape = Shape(draw(st.integers(1, 2)), heads, kv_heads, draw(lengths), draw(lengths), draw(sizes), draw(sizes))
     options: dict[str, Any] = {"causal": draw(st.booleans()), "align": draw(st.integers(-100, 100))}
@@ -246,11 +248,11 @@ def flow_of(arrays: Any, do: Any, dlse: Any) -> Any:
 
 def test_costs_and_what_a_task_holds(starpu: Any, small_tiles: None) -> None:
     """FLOPs are exact, equal work has one footprint, a task is given more buffers than Debian's StarPU has room for."""
-    shape = Shape(1, 1, 1, 192, 200, 16, 8)
+    shape = Shape(1, 1, 1, 192, 120, 16, 8)
     arrays, (do, dlse) = uniform(shape, "float32"), arrived(shape, "float32")
     flow = flow_of(arrays, do, dlse)
     assert flow.program.data.handles + 1 == 10
-    assert flow.tasks["flops"].sum() == 192 * 200 * 2 * (3 * 16 + 2 * 8)
+    assert flow.tasks["flops"].sum() == 192 * 120 * 2 * (3 * 16 + 2 * 8)
     assert len(flow.tasks) == 4 * 2 and len(set(flow.tasks["footprint"].tolist())) == 1
     assert sorted(flow.tasks["priority"].tolist()) == [0] * 4 + [1] * 4
 
