@@ -17,7 +17,7 @@ from flashtile.calls import clear_cache
 from flashtile.dtypes import DTYPES
 from flashtile.engines.starpu import engine, session
 from flashtile.engines.starpu import gradients as call
-from flashtile.errors import KernelError, UnavailableError
+from flashtile.errors import KernelError, SpecError, UnavailableError
 from flashtile.testing import assert_accurate, assert_gradients_accurate
 
 pytestmark = pytest.mark.usefixtures("starpu")
@@ -313,3 +313,65 @@ def test_calls_do_not_grow(script: Script) -> None:
     )
     grown, handles = map(int, done.stdout.split())
     assert grown < 4000 and handles == 0  # KiB
+
+
+# The door
+
+
+def registered(shape: Shape, element: str, rows: int, keys: int) -> tuple[list[np.ndarray], dict[str, Any]]:
+    """q, k, v; and every tensor of a backward pass, of which the gradients are 0."""
+    from flashtile import starpu as door
+
+    q, k, v = uniform(shape, element)
+    do, dlse = arrived(shape, element)
+    arrays = {"do": do, "q": q, "k": k, "v": v, "o": np.zeros_like(do), "lse": np.zeros_like(dlse), "dlse": dlse}
+    arrays |= {"dq": np.zeros_like(q), "dk": np.zeros_like(k), "dv": np.zeros_like(v)}
+    return [q, k, v], {n: door.register(x, keys if n[-1] in "kv" else rows) for n, x in arrays.items()}
+
+
+@pytest.mark.parametrize("element", ["float32", "float16"])
+def test_forward_and_backward_on_registered_tiles(starpu: Any, element: str) -> None:
+    """Submitted one after the other, without waiting; gradients of the other operands come with the wait."""
+    arrays, tensors = registered(SHAPE, element, 48, 70)
+    options = {"bias": BIAS, "sinks": np.linspace(-1, 2, 2), "causal": True, "align": 30, "dropout_p": 0.2, "seed": 3}
+    dlse = tensors.pop("dlse")
+    n = starpu.submit_forward(*(tensors[x] for x in ("q", "k", "v", "o", "lse")), **options)
+    pending = starpu.submit_backward(**tensors, dlse=dlse, wrt=("bias", "sinks"), **options)
+    others = pending.wait()
+    assert n > 0 and pending.tasks > n and others.q is None
+    do, logs = (tensors["do"]._keep, dlse._keep)
+    found = {name: tensors[f"d{name}"]._keep for name in "qkv"}
+    for tensor in (*tensors.values(), dlse):
+        tensor.unregister()
+    found = flashtile.Gradients(**found, bias=others.bias, sinks=others.sinks)
+    wrt = ("q", "k", "v", "bias", "sinks")
+    assert_gradients_accurate(found, do, *arrays, dlse=logs, wrt=wrt, **options)
+
+
+def test_errors_of_the_door(starpu: Any) -> None:
+    """One error for each, before any task; tiles that nothing has written are named."""
+    _, tensors = registered(Shape(1, 2, 1, 20, 30, 8, 4), "float16", 10, 16)
+    more = {
+        "short": starpu.empty((1, 2, 19, 8), "float16", 10),
+        "wide": starpu.empty((1, 1, 30, 8), "float64", 16),
+        "other rows": starpu.empty((1, 1, 30, 4), "float16", 15),
+        "unwritten": starpu.empty((1, 2, 20, 4), "float16", 10),
+    }
+    cases = [
+        ({"dq": more["short"]}, r"dq: got shape \(1, 2, 19, 8\), expected \(1, 2, 20, 8\) as q"),
+        ({"dk": more["wide"]}, "dk: got dtype float64, expected float16 or float32"),
+        ({"dv": more["other rows"]}, "dv: got tiles of 15 rows, expected 16 as in v"),
+        ({"dk": tensors["k"]}, "dk: got an array within the memory that k spans"),
+        ({"do": np.zeros(3)}, "do: got a ndarray, expected a registered tensor"),
+        ({"wrt": ("q",)}, "wrt: got 'q', expected names among bias, sinks, alibi_slopes, captured"),
+        ({"wrt": ("bias",)}, "wrt: got 'bias' in a call without bias"),
+        ({"dq": None, "dk": None, "dv": None}, "dq, dk, dv: got None with an empty wrt"),
+        ({"do": more["unwritten"]}, r"tile \(0, 0, 0\) of a tensor of shape \(1, 2, 20, 4\), which was never written"),
+        ({"causal": True}, "align: got None with 20 queries and 30 keys"),
+    ]
+    for changed, message in cases:
+        with pytest.raises(SpecError, match=message):
+            starpu.submit_backward(**{**tensors, **changed})
+    starpu.wait()
+    for tensor in (*tensors.values(), *more.values()):
+        tensor.unregister()

@@ -4,6 +4,7 @@
     runtime.py      StarPU in this process: start, stop, and what is checked before a C call
     codelets.py     operations as StarPU knows them          jobs.py       submit, wait, errors
     session.py      what one start keeps: codelets, flows    programs.py   kernels as tasks call them
+    matching.py     tensors that fit together
     tiles.py        tensors as handles                       states.py     partial results merged and cast
     coverage.py     which tiles meet, and how much of them   footprint.py  what a task costs
     flow.py         the tasks of a forward pass, in order    vanilla.py    those of the unfused stages
