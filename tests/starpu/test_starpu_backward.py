@@ -130,7 +130,7 @@ def test_only_what_is_asked_for(wrt: Any) -> None:
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("element", ["float32", "bfloat16"])
 def test_gradients_are_added_once(element: str) -> None:
-    """out= and accumulate: sums join what is there with one rounding. Arrays of any place."""
+    """out= and accumulate: sums join what is there, those of 16 bits with one rounding. Arrays of any place."""
     dtype, arrays = element, uniform(SHAPE, element)
     do, dlse = arrived(SHAPE, dtype)
     fresh = backward(*arrays, do, dlse)
@@ -142,8 +142,9 @@ def test_gradients_are_added_once(element: str) -> None:
     real = DTYPES[DTYPES[dtype].accumulator].numpy
     for name in ("q", "k", "v"):
         got, alone = (getattr(x, name).astype(real) for x in (found, fresh))
-        spacing = np.spacing(np.abs(alone).max() + 3) if dtype in ("float32", "float64") else 2.0**-7 * 4
-        assert np.abs(got - 3 - alone).max() <= 2 * spacing, name
+        # A key tile is given to by 3 query tiles of 2 heads, each of which rounds; 16-bit gradients round once.
+        spacing = 6 * np.spacing(np.float32(3)) if dtype == "float32" else 2.0**-7 * 2
+        assert np.abs(got - 3 - alone).max() <= spacing, name
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -202,7 +203,7 @@ def test_bits_depend_neither_on_workers_nor_on_the_scheduler(script: Script, tmp
     table = np.linspace(-1, 1, 1000, dtype="float32")
     own = dict(score_mod=lambda s, b, h, i, j: s + table[i - j + 500], sinks=np.ones(3), wrt=("q", "captured", "sinks"))
     for dtype in ("float32", "float16"):
-        q, k, v, do, _ = arrays(q_len=400, kv_len=500, heads=3, size=32, dtype=dtype)
+        q, k, v, do, _ = arrays(q_len=250, kv_len=300, heads=3, size=32, dtype=dtype)
         for options in (dict(dropout_p=0.2, seed=1), dict(causal=True, align="bottom_right"), own):
             wrt = options.pop("wrt", ("q", "k", "v"))
             o, lse = flashtile.attention(q, k, v, engine="starpu", return_lse=True, **options)
@@ -305,9 +306,9 @@ def test_calls_do_not_grow(script: Script) -> None:
             for _ in range(n):
                 for more in ({}, dict(sinks=np.ones(2), wrt=("q", "sinks"))):
                     flashtile.attention_backward(do, q, k, v, o, lse, engine="starpu", **more)
-        calls(100)
+        calls(30)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        calls(300)
+        calls(120)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, len(runtime.current().handles))
         """
     )

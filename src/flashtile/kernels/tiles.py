@@ -15,7 +15,6 @@ import numpy as np
 from flashtile.arrays import address_of
 
 if TYPE_CHECKING:
-    from flashtile.kernels import ArrayShapes
     from flashtile.score.options import Scoring
     from flashtile.spec import AttentionSpec
 
@@ -129,7 +128,7 @@ class TileKernels(Protocol):
         *,
         offsets: int = 0,
         scoring: Scoring | None = None,
-        arrays: ArrayShapes = (),
+        arrays: tuple[tuple[int, tuple[int, ...]], ...] = (),
     ) -> TileBackward:
         """The kernel that adds to dQ of a query tile, and to dK and dV of a key tile, what the one gives the other.
 
@@ -166,6 +165,15 @@ class TileKernels(Protocol):
         hold the state of earlier keys. Words that tasks set: q, k, v, o, lse (addresses), offset, and with a mask its
         address: (rows, keys) without gaps, of dtype `mask`, which is added to the scores, or if bool shows the keys
         that are True. The kernel says how many items it has.
+        """
+        ...
+
+    def differentiating(self, spec: AttentionSpec, mask: str | None = None) -> dict[str, TileKernel]:
+        """The kernels of the gradients of one key tile and a whole query tile, all heads; spec has one batch.
+
+        "delta" and "backward" are those of `deltas` and `backward`, with every head an item; "add_N" is `adding` for a
+        head size N. Arrays are as in `accumulating`, gradients (heads, rows, head size) in accumulators; words that
+        tasks set: addresses, offset, and with a mask its own.
         """
         ...
 

@@ -10,6 +10,7 @@
     flow.py         the tasks of a forward pass, in order    vanilla.py    those of the unfused stages
     backward.py     the tasks of a backward pass, in order   gradients.py  a call of its gradients
     accumulation.py one key tile added to a state            engine.py     a call of attention
+    accumulated_gradients.py   one key tile's, added
     records.py      what is known of a task that ran         graph.py      which tasks wait for which
     pictures.py     a profile drawn                          trace.py      a profile for Perfetto
     profile.py      what tasks did, while a block lasts      report.py     StarPU, for doctor

@@ -19,10 +19,13 @@ LABELS: dict[str, tuple[str, ...]] = {
     "delta": ("batch", "head", "query tile"),
     "backward": ("batch", "head", "query tile", "key tile"),
     "add": ("batch", "head", "tile"),
+    "accumulate_delta": ("first query", "first key"),
+    "accumulate_backward": ("first query", "first key"),
+    "accumulate_add": ("first query", "first key"),
 }
 
 # Operations that have kernels for CPUs only. Of the others each program says whether it has one for GPUs (cuda.py).
-CPU_ONLY = ("accumulate", "delta", "backward", "add")
+CPU_ONLY = ("accumulate", "accumulate_delta", "accumulate_backward", "accumulate_add", "delta", "backward", "add")
 
 
 def name_of(operation: str, dtype: str) -> str:

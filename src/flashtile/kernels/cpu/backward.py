@@ -290,5 +290,5 @@ def _values(c: Config, spec: AttentionSpec, layout: BackwardLayout, splits: int)
         "v_row": value_depth * c.size,
         **dict.fromkeys(("q_row", "dk_row"), wide * c.size),
         **dict.fromkeys(("do_row", "dv_row"), value_wide * c.size),
-        **dict.fromkeys(("first_row", "row_count", "first_key", "copy"), 0),  # of tiles (tiles.py)
+        **dict.fromkeys(("first_row", "row_count", "first_key", "copy", "lse_h"), 0),  # of tiles (tiles.py)
     }

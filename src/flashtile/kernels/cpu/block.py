@@ -46,14 +46,15 @@ BACKWARD = Block(
     integers("at_q at_do at_q_rows at_do_rows at_state at_flags at_dq at_k at_v at_k_columns at_words"),
     integers("at_dk at_dv at_dk_totals at_dv_totals at_cursor at_dense at_dsink at_kept"),
     # Of a tile: its rows, its first key (kv_len is where it ends), and which copy of the accumulators in sums is its.
-    integers("first_row row_count first_key copy"),
+    # lse_h: bytes from a head's lse and delta to the next one's, where a task has several heads.
+    integers("first_row row_count first_key copy lse_h"),
     reals("sign scale c_high c_low"),
 )
 
 DELTA = Block(
     # dlse, sinks, dsinks: null where there are none. All but sinks stand at the tile.
     pointers("do o lse dlse delta sinks dsinks"),
-    integers("do_s o_s row_count value_size heads sink_b sink_h at_state at_dsink"),
+    integers("do_h do_s o_h o_s lse_h row_count value_size heads sink_b sink_h at_state at_dsink"),
 )
 
 # What ``keep`` points to where weights are dropped (score/keep.py).

@@ -8,12 +8,14 @@ per batch need nothing more. The state (o, lse) is carried from key tile to key 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flashtile.arrays import address_of
+from flashtile.dtypes import DTYPES
 from flashtile.errors import UnavailableError, wrong
 from flashtile.kernels import BackwardLayout, Layout, cpu
 from flashtile.kernels.cpu import backward as gradients
@@ -158,6 +160,32 @@ def adding(spec: AttentionSpec, size: int) -> TileKernel:
     return TileKernel(library.address("add_parts"), block, add_parts.CALL.index, 0, f"add {c!r} {size}", library)
 
 
+def differentiating(spec: AttentionSpec, mask: str | None = None) -> dict[str, TileKernel]:
+    """See TileKernels.differentiating."""
+    scoring = None
+    if mask is not None:
+        spec, scoring = _masked_by_tile(spec, mask)
+    found = backward(spec, max(1, spec.q_len), max(1, spec.kv_len), scoring=scoring).kernel
+    block, words, inner = _with_mask(found.block, found.words, spec, scoring)
+    step, wide = DTYPES[spec.dtype].itemsize, DTYPES[DTYPES[spec.dtype].accumulator].itemsize
+    for name in gradients.TENSORS:
+        length = spec.kv_len if name[-1] in "kv" else spec.q_len
+        block[words[f"{name}_h"]] = length * block[words[f"{name}_s"]]
+    block[words["lse_h"]], block[words["kv_len"]] = spec.q_len * wide, spec.kv_len
+    identity = f"differentiate {found.identity}"
+    items = spec.heads
+    main = replace(found, block=block, words=words, inner=inner, items=items, identity=identity)
+    first = deltas(spec)
+    block = first.filled(
+        do_h=spec.q_len * spec.value_size * step,
+        o_h=spec.q_len * spec.value_size * step,
+        lse_h=spec.q_len * wide,
+        row_count=spec.q_len,
+    )
+    adds = {f"add_{size}": adding(spec, size) for size in (spec.head_size, spec.value_size)}
+    return {"delta": replace(first, block=block, items=items), "backward": main, **adds}
+
+
 @functools.cache
 def _delta_library(c: Config) -> jit.Library:
     return jit.load(lambda: delta.delta_text(c), f"delta {c!r}", c.isa, delta.EXPORTS)
@@ -181,19 +209,26 @@ def accumulating(spec: AttentionSpec, mask: str | None = None) -> TileKernel:
     for name, length in lengths.items():
         block[words[f"{name}_h"]] = length * step
     block[words["carry"]], block[words["kv_len"]] = 1, spec.kv_len
-    inner = (-1, -1)
-    if scoring is not None:
-        # The program reads the mask through its captures: their words join the block, where a task finds the address.
-        from flashtile.score.captures import Block
-
-        assert scoring.program is not None
-        captures = Block(scoring.program.slots).pack(scoring.program.captures)
-        itemsize = scoring.program.captures[0].array.itemsize  # type: ignore[union-attr]  # it is an array's
-        captures[1:5] = spec.q_len, spec.kv_len * itemsize, spec.kv_len, itemsize  # length and stride of each axis
-        inner, words["mask"] = (words["captures"], len(block)), len(block)
-        block = np.concatenate([block, captures])
+    block, words, inner = _with_mask(block, words, spec, scoring)
     items = int(block[words["heads"]] * block[words["query_tiles"]])
     return replace(kernel, block=block, words=words, inner=inner, items=items, identity=f"accumulate {kernel.identity}")
+
+
+def _with_mask(
+    block: np.ndarray, words: Mapping[str, int], spec: AttentionSpec, scoring: Scoring | None
+) -> tuple[np.ndarray, dict[str, int], tuple[int, int]]:
+    """The block with what its program reads the mask through: the words of its captures, where a task finds the
+    address. Also the names of all words, and TileKernel.inner."""
+    if scoring is None:
+        return block.copy(), dict(words), (-1, -1)
+    from flashtile.score.captures import Block
+
+    assert scoring.program is not None
+    captures = Block(scoring.program.slots).pack(scoring.program.captures)
+    itemsize = scoring.program.captures[0].array.itemsize  # type: ignore[union-attr]  # it is an array's
+    captures[1:5] = spec.q_len, spec.kv_len * itemsize, spec.kv_len, itemsize  # length and stride of each axis
+    inner = words["captures"], len(block)
+    return np.concatenate([block, captures]), {**words, "mask": len(block)}, inner
 
 
 ACCUMULATED_ROWS = 256  # of an item of `accumulating`: its queries and outputs stay in the second-level cache

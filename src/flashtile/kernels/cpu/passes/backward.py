@@ -94,9 +94,10 @@ class _Call(Call):
             return f.select(f.is_null(base), base, found)
 
         first_row = (b * p.heads + h) * (p.q_len * c.size)
-        first, rows, zero = f.const("i64", 0), p.q_len, f.const("i64", 0)
+        first, rows, delta = f.const("i64", 0), p.q_len, p.delta
         if c.tile:  # whose rows stand where the pointers say
-            item, first, rows, first_row = p.copy, p.first_row, p.row_count, zero
+            item, first, rows, first_row = p.copy, p.first_row, p.row_count, (b * p.heads + h) * p.lse_h
+            delta = delta + first_row
             bounds = [p.first_key, p.kv_len]
         else:
             bounds = [f.load("i64", p.parts + (split + n) * 8) for n in range(2)]
@@ -124,7 +125,7 @@ class _Call(Call):
             ends=n.eq(p.group - 1),
             number=item,
             dsink=f.select(f.is_null(p.dsinks), p.dsinks, p.dsinks + (b * p.heads + h) * c.size),
-            delta=p.delta,
+            delta=delta,
         )
 
     def rows(self, head: QueryHead, tensor: str, first: Value, count: Value) -> Rows:

@@ -2,8 +2,9 @@
 
     delta = rowsum(dO * O) - dlse,   dsink = -sum(exp(sink - lse) delta)
 
-A work item b * heads + h is one head; its sums are added to what dsinks holds. Engines that hold the arrays as tiles
-run it once a query tile, before the tiles that use delta (backward.py, where the configuration says tile).
+A work item b * heads + h is one head; its sums are added to what dsinks holds, where a call has one head. Engines that
+hold the arrays as tiles run it once a query tile, before the tiles that use delta (backward.py, where the configuration
+says tile).
 """
 
 from __future__ import annotations
@@ -51,9 +52,10 @@ def delta_text(c: Config) -> str:
         with f.range(0, p.row_count, c.panel) as panel:
             count, here = f.minimum(p.row_count - panel, c.panel), panel * c.size
             do, o = (
-                Rows(getattr(p, name) + panel * stride, stride, element, count, p.value_size)
-                for name, stride in (("do", p.do_s), ("o", p.o_s))
+                Rows(getattr(p, name) + (number * head + panel * stride), stride, element, count, p.value_size)
+                for name, head, stride in (("do", p.do_h, p.do_s), ("o", p.o_h, p.o_s))
             )
+            here = number * p.lse_h + here
             dlse = f.select(f.is_null(p.dlse), p.dlse, p.dlse + here)
             row_state(f, do=do, o=o, out=state, lse=p.lse + here, dlse=dlse, sink=sink)
             with f.when(sunk):
