@@ -180,11 +180,16 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
     monkeypatch.setattr(amx, "_system_call", refuse)
     features = isas._host_features() | REAL.needs
     monkeypatch.setattr(isas, "_host_features", lambda: features)
-    for cached in (amx.refusal, isas._named, cpu._choice):
-        cached.cache_clear()
+    forget()
     yield calls
-    for cached in (amx.refusal, isas._named, cpu._choice):
-        cached.cache_clear()
+    forget()
+
+
+def forget() -> None:
+    """What was chosen while the machine was another one."""
+    for kept in (amx.refusal, isas.named, *vars(cpu).values()):
+        if hasattr(kept, "cache_clear"):
+            kept.cache_clear()
 
 
 def test_where_permission_is_refused_vector_kernels_serve_and_doctor_says_so(
