@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 _STORAGE = {"float64": "double", "float32": "float", "float16": "half", "bfloat16": "bfloat"}
 _PANELS = (1, 2, 4, 8)  # panels a work item may hold
+_TILED_PANELS = (*_PANELS, 16)  # where products are so fast that making a block ready is felt
 _ANYWHERE, IN_REGISTERS = ("registers", "memory"), ("registers",)  # where sums of a product may be
 _STRIDES = tuple(strides_of("qkvo"))
 _PART_KEYS = 1024  # a part of one row takes some 0.1 ms: long beside handing it out and merging it
@@ -154,7 +155,7 @@ def _capabilities(
         precisions=frozenset(("ieee", *(name for name, product in found.items() if product.coarse))),
         max_head_size=None,
         query_block=c.panel,
-        tile_q=tuple(n * c.panel for n in _PANELS),
+        tile_q=tuple(n * c.panel for n in (_TILED_PANELS if c.lands_in_memory else _PANELS)),
         tile_k=(c.key_block,),
         options=frozenset(("band", "program", "sinks", "dropout")),
         native=True,

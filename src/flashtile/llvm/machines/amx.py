@@ -164,6 +164,7 @@ MACHINES: tuple[ISA, ...] = (
         needs=NEEDS | {"avx512bf16", "amx-tile", "amx-bf16"},
         bf16_dot=True,
         tiles=True,
+        scales=True,
     ),
-    machine(_EmulatedAMX, name="amx_emulated", rank=0, needs=NEEDS, bf16_dot=True, tiles=True),
+    machine(_EmulatedAMX, name="amx_emulated", rank=0, needs=NEEDS, bf16_dot=True, tiles=True, scales=True),
 )

@@ -24,8 +24,9 @@ from flashtile.kernels.cpu.steps.band import Seen
 from flashtile.kernels.cpu.steps.contain import NonFinite, emit_scan
 from flashtile.kernels.cpu.steps.finish import emit_finish, emit_load_state
 from flashtile.kernels.cpu.steps.pack import emit_pack_rows, emit_pack_values, emit_transpose
+from flashtile.kernels.cpu.steps.range import any_lane
 from flashtile.kernels.cpu.steps.spans import emit_join_span
-from flashtile.kernels.cpu.steps.unheld import Unheld, any_lane, emit_find
+from flashtile.kernels.cpu.steps.unheld import Unheld, emit_find
 from flashtile.llvm.ir import Module, Value
 from flashtile.llvm.lines import Panel, Rows, State, Sums, Words
 from flashtile.llvm.routines import entry

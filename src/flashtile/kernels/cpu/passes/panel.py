@@ -10,7 +10,7 @@ from typing import Any
 
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.scratch import Work, dense_bytes
-from flashtile.kernels.cpu.steps.accumulate import emit_accumulate, emit_accumulate_tile
+from flashtile.kernels.cpu.steps.accumulate import emit_accumulate, emit_accumulate_tile, emit_rescale
 from flashtile.kernels.cpu.steps.band import Seen
 from flashtile.kernels.cpu.steps.contain import NonFinite, emit_add, emit_collect
 from flashtile.kernels.cpu.steps.dense import emit_dense
@@ -39,7 +39,9 @@ def _emit_panel(module: Module, c: Config, width: int, contain: list[Routine], d
     if scores.multiply is None:
         accumulate = emit_accumulate(module, c, width)
     else:
-        accumulate = emit_accumulate_tile(module, c, width, scores.multiply)
+        multiply = emit_multiply(module, c, width, onto=True) if c.product.coarse else scores.multiply
+        accumulate = emit_accumulate_tile(module, c, width, multiply)
+    rescale = emit_rescale(module, c, width) if c.lands_in_memory and c.product.coarse else None
     keep = emit_keep(module, c, width) if c.dropout else None
     drawn: dict[str, Any] = {"draw": Draw.kind()} if c.dropout else {}
     parts: dict[str, Any] = {"unheld": Unheld.kind()} if c.guarded else {}
@@ -92,6 +94,8 @@ def _emit_panel(module: Module, c: Config, width: int, contain: list[Routine], d
     else:
         first = values.row(word)
         extent = {"count": count, "reach": reach}
+    if rescale is not None:
+        rescale(f, sums=sums, alpha=alpha, columns=columns)
     with f.range(0, columns, c.rows) as column:
         target = sums.line(column)
         tile = first.row(column) if c.lands_in_memory else Words(first.at + column * c.size, first.stride)

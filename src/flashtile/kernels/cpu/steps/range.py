@@ -56,3 +56,8 @@ def least_of_scores(c: Config, scale: float) -> int:
     """The least magnitude of Q and K that is held, as bits of fp32. What is lost of a tiny element counts only where
     scores are made much larger afterwards: by the scale, or for all one knows by a score program."""
     return bits_of(2.0**-50) if c.scored or abs(scale) > 2.0**20 else 0
+
+
+def any_lane(f: Function, condition: Value) -> Value:
+    """Whether a condition holds in any lane."""
+    return f.cast("bitcast", condition, f"i{lanes(condition.type)}").ne(0)

@@ -14,11 +14,11 @@ from typing import ClassVar
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.scratch import Work
 from flashtile.kernels.cpu.steps.pack import read
-from flashtile.kernels.cpu.steps.range import Range
-from flashtile.llvm.ir import Function, Module, Value
+from flashtile.kernels.cpu.steps.range import Range, any_lane
+from flashtile.llvm.ir import Module, Value
 from flashtile.llvm.lines import Lines, Rows, Sums, Weights
 from flashtile.llvm.routines import Operand, Routine
-from flashtile.llvm.types import lanes, vector
+from flashtile.llvm.types import vector
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,6 @@ def emit_find(module: Module, c: Config) -> Routine:
     (found,) = f.fold(0, rows.count, 1, [none], of_row)
     f.ret(f.cast("zext", found, "i64"))
     return f
-
-
-def any_lane(f: Function, condition: Value) -> Value:
-    return f.cast("bitcast", condition, f"i{lanes(condition.type)}").ne(0)
 
 
 def emit_rescore(module: Module, c: Config, width: int) -> Routine:
