@@ -103,18 +103,21 @@ def emit_add_unheld(module: Module, c: Config) -> Routine:
     f = Routine(module, "add_unheld", weights=Weights.of(c.word_line), values=Rows.kind(), sums=Sums.of(c.line))
     weights, values, sums = f.parameters
     held, type_ = Range.of_values(f, c), vector(c.lanes, "i32")
-    with f.range(0, values.count) as row, f.range(0, values.size) as column:
-        value = read(f, c, values.at + (row * values.stride + column * values.step))
-        unheld = f.select(held.holds(value), f.const("i1", 0), (value * 0.0).eq(0.0))
-        with f.when(unheld), f.range(0, c.line.bytes, c.register) as at:
-            # A word holds two rows: the second one's bits are in their place, the first one's 16 further down.
-            shift = f.splat(f.select((row & 1).ne(0), f.const("i32", 0), f.const("i32", 16)), c.lanes)
-            total = f.const(c.vector, 0.0)
-            for part in reversed(range(c.product.parts)):
-                word = weights.moved(part * c.weights_part).load(row // c.per_word, at=at)
-                total = f.bitcast((word << shift) & f.const(type_, -(1 << 16)), "float") + total
-            old = sums.load(column, at=at)
-            new = c.isa.multiply_add(f, f.splat(value, c.lanes), total, old)
-            sums.store(f.select(total.ne(0.0), new, old), column, at=at)
+    with f.range(0, values.count) as row:
+        # A word holds two rows: the second one's bits are in their place, the first one's 16 further down.
+        shift = f.splat(f.select((row & 1).ne(0), f.const("i32", 0), f.const("i32", 16)), c.lanes)
+        totals = [f.const(c.vector, 0.0)] * c.registers
+        for part in reversed(range(c.product.parts)):
+            for j in range(c.registers):
+                word = weights.moved(part * c.weights_part).load(row // c.per_word, j)
+                totals[j] = f.bitcast((word << shift) & f.const(type_, -(1 << 16)), "float") + totals[j]
+        with f.range(0, values.size) as column:
+            value = read(f, c, values.at + (row * values.stride + column * values.step))
+            unheld = f.select(held.holds(value), f.const("i1", 0), (value * 0.0).eq(0.0))
+            with f.when(unheld):
+                for j, total in enumerate(totals):  # where it is 0, 0 times a value would turn -0 into 0
+                    old = sums.load(column, j)
+                    new = c.isa.multiply_add(f, f.splat(value, c.lanes), total, old)
+                    sums.store(f.select(total.ne(0.0), new, old), column, j)
     f.ret()
     return f
