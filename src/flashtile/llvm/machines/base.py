@@ -81,7 +81,10 @@ class ISA:
         raise NotImplementedError(self.name)
 
     def fraction(self, f: Function, x: Value) -> Value:
-        """A register of floats less the next integer below, where the machine ``scales``. NumPy: x - floor(x)."""
+        """A register of floats less the next integer below, rounded down, where the machine ``scales``.
+
+        NumPy: x - floor(x)
+        """
         raise NotImplementedError(self.name)
 
     def scale(self, f: Function, x: Value, power: Value) -> Value:
