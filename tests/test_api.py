@@ -248,3 +248,9 @@ def test_many_lengths_keep_a_bounded_number_of_calls() -> None:
     for n in range(1, 3000):
         flashtile.attention(q, cache[:, :, :n], cache[:, :, :n])
     assert len(calls.cache) <= calls.CACHE_ENTRIES
+
+
+@pytest.mark.parametrize("off", [None, 0, 0.0, np.float32(0), np.int64(0)])
+def test_a_softcap_of_zero_is_none(off: Any) -> None:
+    q = np.linspace(-1, 1, 24, dtype=np.float32).reshape(3, 8)
+    assert (flashtile.attention(q, q, q, softcap=off) == flashtile.attention(q, q, q)).all()
