@@ -12,8 +12,7 @@ import numpy as np
 import onnx
 from onnx.reference.op_run import OpRun
 
-import flashtile
-from flashtile import score
+from flashtile import api, score
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import FlashtileError, described, wrong
 from flashtile.onnx.export import translations
@@ -219,7 +218,7 @@ def _attend(
     batch, heads, rows, size = *q.shape[:3], v.shape[3]
     y = np.empty((batch, rows, heads, size) if packed else (batch, heads, rows, size), dtype)
     out = y.transpose(0, 2, 1, 3) if packed else y
-    flashtile.attention(*(x.astype(dtype, copy=False) for x in (q, k, v)), out=out, **options)
+    api.attention(*(x.astype(dtype, copy=False) for x in (q, k, v)), out=out, **options)
     y = y.reshape(batch, rows, heads * size) if packed else y
     with np.errstate(over="ignore"):
         return y.astype(q.dtype, copy=False)

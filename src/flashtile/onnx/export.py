@@ -7,7 +7,6 @@ from typing import Any
 
 from flashtile.errors import UnavailableError
 
-_OPSET = 23  # the first with Attention
 # What ONNX's operator has no word for, by the operator's own argument and what a user calls it.
 _FOREIGN = {
     "alibi_slopes": "alibi_slopes",
@@ -30,12 +29,14 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     cannot say: functions, windows, sinks, ALiBi, dropout, an align that is not that of top left.
     """
     try:
-        from onnxscript import opset23
+        import onnxscript
     except ImportError:
         raise UnavailableError("onnx: exports from torch need onnxscript: pip install 'flashtile[onnx]'") from None
     import torch
 
     import flashtile.torch  # noqa: F401  (defines the operator)
+
+    opset: Any = onnxscript.opset23  # the first with Attention; its methods' types are not those of a graph's values
 
     def attention(
         q: Any,
@@ -62,11 +63,11 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     ) -> Any:
         given = {n: x for n, x in locals().items() if n in _FOREIGN}
         _check(given, causal, align, offset, q, k)
-        added = _added(opset23, q, mask, bias)
+        added = _added(opset, q, mask, bias)
         attributes = {"is_causal": int(causal), "scale": scale, "softcap": softcap or 0.0, "qk_matmul_output_mode": 2}
-        y, _, _, scores = opset23.Attention(q, k, v, added, **attributes)
-        wide = opset23.Cast(scores, to=11 if q.dtype == _double() else 1)
-        return y, opset23.ReduceLogSumExp(wide, [-1], keepdims=0)
+        y, _, _, scores = opset.Attention(q, k, v, added, **attributes)
+        wide = opset.Cast(scores, to=11 if q.dtype == _double() else 1)
+        return y, opset.ReduceLogSumExp(wide, [-1], keepdims=0)
 
     return {torch.ops.flashtile.attention.default: attention}
 
