@@ -53,7 +53,7 @@ TABLE: dict[str, Place] = {
     "starpu_mpi": Place("engines.starpu_mpi", "errors arrays score spec options starpu"),
     "calls": Place("calls", "errors arrays spec options contract engines"),
     "doors": Place(
-        "api torch transformers flash_attn jax xla autograd devices gradients merge explain plot picture starpu "
+        "api torch transformers flash_attn jax xla devices gradients merge explain plot picture starpu "
         "starpu_mpi nntile",
         "errors arrays score spec options plan contract numpy owners engines direct starpu starpu_mpi calls",
     ),

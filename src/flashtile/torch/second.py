@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch.autograd.function import Function
 
-from flashtile.autograd import second_gradients
+from flashtile import calls
 from flashtile.errors import UnavailableError
 from flashtile.torch.arguments import SCHEMA, Arguments
 from flashtile.torch.dispatch import LIBRARY, apply, below, is_recorded, register
+from flashtile.torch.eager import TENSORS
+from flashtile.torch.gradients import second_gradients
 from flashtile.torch.tensors import has_tangent
 
 Tensor = torch.Tensor
@@ -51,8 +53,9 @@ def _hvp(
     """J t for o and lse, then H t where it is wanted."""
     a = Arguments(*rest)
     a = a.filled(a.others, [None if x is None else x.detach() for x in a.differentiable])
-    spec, scoring = a.scored(q, k, v)
-    offset = a.offsets_array if spec.offset is None else spec.offset
+    request = a.request
+    spec, scoring = calls.scored(TENSORS, q, k, v, request)
+    offset = request.offset(spec)
     do = q.new_zeros((*q.shape[:-1], v.shape[-1])) if do is None else do
     return second_gradients(spec, scoring, offset, (do, q, k, v, do, lse, dlse), a.differentiable, tangents, wanted)
 
