@@ -9,10 +9,10 @@ from typing import Any, NoReturn
 import numpy as np
 
 from flashtile import engines, kernels
-from flashtile.arrays import is_torch, plain, view_of
+from flashtile.arrays import is_lazy, is_torch, plain, view_of
 from flashtile.calls import INPUTS, NUMPY, Request, as_name, describe, run_backward
 from flashtile.dtypes import DTYPES, dtype_of
-from flashtile.errors import wrong
+from flashtile.errors import UnavailableError, wrong
 from flashtile.hints import check_keywords
 from flashtile.kernels.gradients import Inputs, Sums
 from flashtile.score.capture import ArrayCapture, capture
@@ -176,6 +176,9 @@ def _inputs(spec: AttentionSpec, do: Any, q: Any, k: Any, v: Any, o: Any, lse: A
 def _array(x: Any, name: str) -> np.ndarray:
     if is_torch(x):
         raise wrong(name, "a torch tensor", "a NumPy array: tensors have their gradients by autograd")
+    if is_lazy(x):
+        got = f"a {type(x).__module__}.{type(x).__qualname__}"
+        raise UnavailableError(f"{name}: got {got}, expected a NumPy array: such arrays have no gradients yet")
     return plain(x, name)
 
 

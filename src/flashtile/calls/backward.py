@@ -9,7 +9,7 @@ import numpy as np
 
 from flashtile import engines, kernels
 from flashtile.arrays import address_of, view_of
-from flashtile.calls.prepared import backwards, engine_of, forget_oldest
+from flashtile.calls.prepared import backwards, engine_of, keep
 from flashtile.dtypes import DTYPES
 from flashtile.kernels import ArrayShapes, BackwardLayout
 from flashtile.kernels.gradients import Sums
@@ -51,10 +51,7 @@ def run_backward(
     empty = {n: np.zeros(shape, real) for n, shape in captured.items() if 0 in shape}
     shapes = tuple(sorted((n, shape) for n, shape in captured.items() if n not in empty))
     key = spec, family.name, engine, shapes, *given, *map(arrays.strides, given.values())
-    found = backwards.get(key)
-    if found is None:
-        forget_oldest(backwards)
-        found = backwards[key] = _bind(spec, family, engine, given, shapes)
+    found = backwards.get(key) or keep(backwards, key, _bind(spec, family, engine, given, shapes))
     at = dict.fromkeys(_OPERANDS, 0)
     for name, x in given.items():
         at[name] = arrays.address(x)

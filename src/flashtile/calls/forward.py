@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from flashtile.arrays import View, address_of, addresses_of, view_of
-from flashtile.calls.prepared import Call, cache, check_apart, forget_oldest, lookup, prepare, specs
+from flashtile.calls.prepared import Call, cache, check_apart, find, keep, prepare, specs
 from flashtile.calls.request import Request, Scored
 from flashtile.progress import reporter
 from flashtile.score.options import Scoring
@@ -67,10 +67,7 @@ def attend(
     if scores is not None:
         spec, scoring = scores if type(scores) is Scored else scored(arrays, q, k, v, request)
         key += spec.program, spec.sinks, spec.dropout
-    try:
-        call = cache.get(key)
-    except TypeError:  # an unhashable option is a wrong one; validation will name it
-        call = None
+    call = find(cache, key)
     if call is None:
         target = None if out is None else arrays.view(out)
         call = prepare(key, arrays.view(q), arrays.view(k), arrays.view(v), target, options, spec)
@@ -96,11 +93,9 @@ def scored(arrays: Arrays, q: Any, k: Any, v: Any, request: Request) -> Scored:
     assert not isinstance(scores, Scored)
     positional = scores is not None and scores.positional
     key = arrays.key(q, k, v, None), options, positional
-    spec = lookup(key, specs)
+    spec = find(specs, key)
     if spec is None:
-        spec = options.spec(arrays.view(q), arrays.view(k), arrays.view(v), positional)
-        forget_oldest(specs)
-        specs[key] = spec
+        spec = keep(specs, key, options.spec(arrays.view(q), arrays.view(k), arrays.view(v), positional))
     if scores is None:
         return Scored(spec, _PLAIN)
     return Scored(*scores.scoring(spec, options.causal, options.window, request.offset(spec)))

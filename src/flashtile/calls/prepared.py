@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,7 @@ specs: dict[Hashable, AttentionSpec] = {}
 backwards: dict[Hashable, engines.BoundBackward] = {}
 # What is picked for a call does not depend on its lengths, so a decoder's next step need not pick again.
 _families: dict[Hashable, kernels.Family] = {}
+_choices: dict[Hashable, _Choice] = {}
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,9 @@ class Call:
         return tuple(x.extent() for x in self.views)
 
 
-def lookup(key: Hashable, kept: dict[Hashable, Any] = cache) -> Any:
-    """What was prepared under a key, by default a call; None if nothing was."""
-    try:
-        return kept.get(key)
-    except TypeError:  # an unhashable option is a wrong one; validation will name it
-        return None
+def lookup(key: Hashable) -> Call | None:
+    """The call prepared under a key, if there is one."""
+    return find(cache, key)
 
 
 def prepare(
@@ -65,32 +63,52 @@ def prepare(
 
     Raises: SpecError and UnavailableError, before any memory is touched.
     """
-    spec = options.spec(q, k, v) if spec is None else spec
-    views = [view_of(x) for x in (q, k, v)]
-    o_shape = views[0].shape[:-1] + views[2].shape[-1:]
-    o = contiguous(o_shape, q.dtype, spec.device) if out is None else check_out(view_of(out), o_shape, spec)
-    engine = engine_of(spec, options.engine)
-    family = family_of(spec, options.kernel)
-    layout = Layout(*(x.strides4() for x in (*views, o)))
-    pack, run = engine.bind(spec, layout, family)
-    call = Call(
-        spec,
-        o_shape,
-        o_like_q=o == views[0],
-        lse_shape=o_shape[:-1],
-        lse_dtype=DTYPES[DTYPES[spec.dtype].accumulator].numpy,
-        views=(o, *views),
-        pack=pack,
-        run=run,
-    )
-    forget_oldest(cache)
-    cache[key] = call
+    views = view_of(q), view_of(k), view_of(v)
+    alike = _apart_from_keys(*views, options) if spec is out is None else None
+    choice = None if alike is None else find(_choices, alike)
+    if choice is None:
+        choice = _choose(*views, out, options, spec)
+        if alike is not None:
+            keep(_choices, alike, choice)
+    spec = choice.spec.with_keys(views[1].shape[-2], options.align) if spec is None else spec
+    o = choice.o
+    pack, run = choice.engine.bind(spec, Layout(*(x.strides4() for x in (*views, o))), choice.family)
+    call = Call(spec, o.shape, choice.o_like_q, o.shape[:-1], choice.lse_dtype, (o, *views), pack, run)
+    keep(cache, key, call)
     return call
+
+
+class _Choice(NamedTuple):
+    """What calls have in common that differ in their number of keys alone; `spec` is one of theirs."""
+
+    spec: AttentionSpec
+    o: View
+    o_like_q: bool
+    lse_dtype: np.dtype[Any]
+    engine: engines.Engine
+    family: kernels.Family
+
+
+def _apart_from_keys(q: View, k: View, v: View, options: Options) -> Hashable | None:
+    """All that is validated and chosen by, except for the number of keys: a decoder's next step finds it again. None
+    where k and v are not of one length, or where a choice may not last (family_of)."""
+    if q.device != "cpu" or len(k.shape) < 2 or k.shape[-2:-1] != v.shape[-2:-1]:
+        return None
+    return q, k.shape[:-2], k.shape[-1], k.dtype, k.device, v.shape[:-2], v.shape[-1], v.dtype, v.device, options
+
+
+def _choose(q: View, k: View, v: View, out: Any, options: Options, spec: AttentionSpec | None) -> _Choice:
+    """Validate (unless there is a spec), and choose what computes the call."""
+    spec = options.spec(q, k, v) if spec is None else spec
+    o_shape = q.shape[:-1] + v.shape[-1:]
+    o = contiguous(o_shape, q.dtype, spec.device) if out is None else check_out(view_of(out), o_shape, spec)
+    lse_dtype = DTYPES[DTYPES[spec.dtype].accumulator].numpy
+    return _Choice(spec, o, o == q, lse_dtype, engine_of(spec, options.engine), family_of(spec, options.kernel))
 
 
 def clear_cache() -> None:
     """Forget every prepared call: the next one chooses its kernel anew."""
-    for kept in (cache, specs, backwards, _families):
+    for kept in (cache, specs, backwards, _families, _choices):
         kept.clear()
 
 
@@ -101,18 +119,26 @@ def family_of(spec: AttentionSpec, kernel: object, direction: str = "forward") -
         return kernels.pick(spec, name, direction)
     sizes = spec.heads, spec.kv_heads, spec.head_size, spec.value_size
     key = name, direction, spec.dtype, spec.precision, sizes, spec.band is None, spec.program, spec.sinks, spec.dropout
-    found = _families.get(key)
-    if found is None:
-        forget_oldest(_families)
-        found = _families[key] = kernels.pick(spec, name, direction)
-    return found
+    return find(_families, key) or keep(_families, key, kernels.pick(spec, name, direction))
 
 
-def forget_oldest(kept: dict[Hashable, Any]) -> None:
-    """Make room for one more."""
+T = TypeVar("T")
+
+
+def find(kept: Mapping[Hashable, T], key: Hashable) -> T | None:
+    try:
+        return kept.get(key)
+    except TypeError:  # an unhashable option is a wrong one; validation will name it
+        return None
+
+
+def keep(kept: dict[Hashable, T], key: Hashable, value: T) -> T:
+    """Remember a value in place of the oldest, where there is no room."""
     if len(kept) >= CACHE_ENTRIES:
         with contextlib.suppress(RuntimeError, StopIteration, KeyError):  # another thread was faster
             del kept[next(iter(kept))]
+    kept[key] = value
+    return value
 
 
 def engine_of(spec: AttentionSpec, engine: object) -> engines.Engine:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import functools
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from flashtile.llvm.lines import Line
@@ -37,6 +38,14 @@ class Config:
     code: Code | None = None
     dropout: bool = False
     arrays: tuple[int, ...] = ()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        """Every call at a new length looks up half a dozen things by its configuration."""
+        return hash(tuple(getattr(self, x.name) for x in fields(self)))
 
     @property
     def masked(self) -> bool:
