@@ -57,7 +57,7 @@ TABLE: dict[str, Place] = {
     "calls": Place("calls", "errors arrays spec options contract engines"),
     "doors": Place(
         "api torch transformers flash_attn jax xla devices lazy gradients merge explain plot picture starpu "
-        "starpu_mpi nntile",
+        "starpu_gradients starpu_mpi nntile nntile_backward nntile_tiles",
         "errors arrays score spec options plan contract numpy owners engines direct starpu starpu_mpi dask calls",
     ),
     "package": Place("", "errors arrays score doors"),

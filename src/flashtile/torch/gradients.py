@@ -30,6 +30,7 @@ def gradients(
     inputs: Sequence[Any],
     sources: Sequence[Any],
     needed: Sequence[bool],
+    engine: str = "auto",
 ) -> list[Tensor]:
     """Gradients to q, k, v and `sources` (sinks, or None, then tensors that the program reads): those needed alone.
 
@@ -38,7 +39,7 @@ def gradients(
     wanted = _wanted(scoring, sources, needed)
     qkv: list[Any]
     if family.compile_backward is not None:
-        qkv, sums = _compiled(family, spec, scoring, offset, inputs, wanted)
+        qkv, sums = _compiled(family, spec, scoring, offset, inputs, wanted, engine)
     else:
         assert family.backward is not None  # it was picked for it
         do, q, k, v, o = (_widened(x, 4) for x in inputs[:5])
@@ -112,6 +113,7 @@ def _compiled(
     offset: Any,
     inputs: Sequence[Any],
     wanted: Collection[str | int],
+    engine: str,
 ) -> tuple[list[Tensor], Sums]:
     """The gradients of a family that compiles its backward, of tensors as they lie: of q, k and v as new tensors, those
     that are wanted alone, and the others."""
@@ -120,7 +122,7 @@ def _compiled(
     given |= {name: given[name].contiguous() for name in ("lse", "dlse") if name in given}
     asked = [x for x in ("q", "k", "v") if x in wanted]
     results = {f"d{x}": torch.zeros_like(given[x], memory_format=torch.contiguous_format) for x in asked}
-    sums = run_backward(TENSORS, spec, family, "auto", given | results, offset, scoring, wanted)
+    sums = run_backward(TENSORS, spec, family, engine, given | results, offset, scoring, wanted)
     return list(results.values()), sums
 
 

@@ -113,7 +113,8 @@ def _compute_backward(
     family = calls.family_of(spec, a.family, "backward")
     do = torch.zeros_like(o) if do is None else do
     inputs = do, q, k, v, o, lse, dlse
-    return gradients(family, spec, scoring, request.offset(spec), inputs, a.differentiable, tuple(wanted))
+    call = family, spec, scoring, request.offset(spec)
+    return gradients(*call, inputs, a.differentiable, tuple(wanted), a.engine)
 
 
 # -- as graphs are made ----------------------------------------------------------------------------------

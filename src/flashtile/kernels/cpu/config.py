@@ -27,6 +27,7 @@ class Config:
     code        the score program, if there is one
     dropout     some weights are dropped: which, the seed and the threshold of the call say
     arrays      of a backward: the slots of captured arrays whose gradients are wanted
+    tile        of a backward: some rows on some keys, with delta given; dQ, dK and dV are accumulators
     """
 
     isa: ISA
@@ -38,6 +39,7 @@ class Config:
     code: Code | None = None
     dropout: bool = False
     arrays: tuple[int, ...] = ()
+    tile: bool = False
 
     def __hash__(self) -> int:
         return self._hash
@@ -64,8 +66,8 @@ class Config:
 
     @property
     def output(self) -> Config:
-        """The configuration of memory that outputs are written to: a partial's is in the accumulator's type."""
-        return replace(self, storage=self.acc, product=self.elements) if self.partial else self
+        """The configuration of memory that outputs are written to: accumulators where others are to be added."""
+        return replace(self, storage=self.acc, product=self.elements) if self.partial or self.tile else self
 
     @property
     def elements(self) -> Product:
