@@ -19,7 +19,7 @@ from torch.autograd.function import Function
 
 from flashtile import calls
 from flashtile.torch.arguments import SCHEMA, Arguments
-from flashtile.torch.dispatch import LIBRARY, apply, below, is_recorded, register, unpacked
+from flashtile.torch.dispatch import LIBRARY, apply, below, is_recorded, register, unpacked, without_tangents
 from flashtile.torch.eager import TENSORS
 from flashtile.torch.tiles import INPUTS, OUTPUTS, Tile, Tiles
 
@@ -164,12 +164,16 @@ def _autograd(*args: Any) -> list[Tensor]:
     if any(t is not None for t in tangents):
         many = len(a.differentiable)
         still, along = a.filled(a.others, others[:many]), others[many:]
-        found = derivative(q, k, v, along, how, still)
+        found = without_tangents(_any_way, *args)
         ours = there((q, k, v, *still.differentiable), tangents[: 3 + many])
         moving = derivative(q, k, v, [*along, *ours, *tangents[3 + many :]], how + FORWARD, still)
         return [forward_ad.make_dual(x, t) for x, t in zip(found, moving, strict=True)]
+    return _any_way(*args)
+
+
+def _any_way(*args: Any) -> list[Tensor]:
     if is_recorded(*args):
-        return list(apply(_Higher, args, *args[:3], *a.differentiable, *along))
+        return list(apply(_Higher, args, *args[:3], *Arguments(*args[5:]).differentiable, *args[3]))
     return _below(*args)
 
 

@@ -21,7 +21,7 @@ from flashtile import calls
 from flashtile.calls import Request
 from flashtile.errors import UnavailableError
 from flashtile.torch.arguments import SCHEMA, Arguments, arguments_of, plain_arguments
-from flashtile.torch.dispatch import LIBRARY, apply, below, is_recorded, register, unpacked
+from flashtile.torch.dispatch import LIBRARY, apply, below, is_recorded, register, unpacked, without_tangents
 from flashtile.torch.eager import TENSORS, check_scores
 from flashtile.torch.gradients import gradients
 from flashtile.torch.second import HVP, JVP
@@ -142,8 +142,7 @@ def _autograd(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tens
     a = Arguments(*rest)
     primals, tangents = unpacked((q, k, v, *a.differentiable))
     if any(t is not None for t in tangents):
-        with forward_ad._set_fwd_grad_enabled(False):  # what is saved keeps its tangents, for those of the gradients
-            o, lse = _any_way(q, k, v, a)
+        o, lse = without_tangents(_any_way, q, k, v, a)
         still = a.filled(a.others, primals[3:])
         moving = JVP(*primals[:3], o, lse, tangents, *still)
         return tuple(map(forward_ad.make_dual, (o, lse), moving))
@@ -206,14 +205,18 @@ def _autograd_backward(*args: Any) -> list[Tensor]:
         given = (q, k, v, o, lse), (wanted, *a.filled(a.others, rest))
         # o and lse follow from the others, and move with them.
         along = [*tangents[2:5], *tangents[7:]]
-        found = BACKWARD(do, dlse, *given[0], *given[1])
+        found = without_tangents(_backward_any_way, *args)
         moving = HVP(do, dlse, q, k, v, lse, along, *given[1])[2:]
         if tangents[0] is not None or tangents[1] is not None:
             linear = BACKWARD(*tangents[:2], *given[0], *given[1])
             moving = [x + y for x, y in zip(moving, linear, strict=True)]
         return [forward_ad.make_dual(x, t) for x, t in zip(found, moving, strict=True)]
+    return _backward_any_way(*args)
+
+
+def _backward_any_way(*args: Any) -> list[Tensor]:
     if is_recorded(*args):
-        return list(apply(_AttentionBackward, args, *args[:7], *a.differentiable))
+        return list(apply(_AttentionBackward, args, *args[:7], *Arguments(*args[8:]).differentiable))
     return _backward_below(*args)
 
 

@@ -13,7 +13,7 @@ from torch.autograd.function import Function
 
 from flashtile import calls
 from flashtile.torch.arguments import SCHEMA, Arguments
-from flashtile.torch.dispatch import LIBRARY, apply, below, is_recorded, register, unpacked
+from flashtile.torch.dispatch import LIBRARY, apply, below, is_recorded, register, unpacked, without_tangents
 from flashtile.torch.eager import TENSORS
 from flashtile.torch.gradients import second_gradients
 from flashtile.torch.higher import derivative, has_derivative, there
@@ -81,13 +81,17 @@ def _autograd_jvp(*args: Any) -> tuple[Tensor, Tensor]:
     (q, k, v, o, lse, *others), moving = unpacked((*args[:5], *a.differentiable, *args[5]))
     if any(t is not None for t in moving):
         still, along = a.filled(a.others, others[:many]), others[many:]
-        found = JVP(q, k, v, o, lse, along, *still)
+        found = without_tangents(_jvp_any_way, *args)
         inputs = q, k, v, *still.differentiable
         listed = (along, [*moving[:3], *moving[5 : 5 + many]], moving[5 + many :])
         tangents = derivative(q, k, v, [t for ts in listed for t in there(inputs, ts)], "ff", still)
         return tuple(map(forward_ad.make_dual, found, tangents))
+    return _jvp_any_way(*args)
+
+
+def _jvp_any_way(*args: Any) -> tuple[Tensor, Tensor]:
     if is_recorded(*args):
-        return apply(_Jvp, args, *args[:5], *args[5], *a.differentiable)
+        return apply(_Jvp, args, *args[:5], *args[5], *Arguments(*args[6:]).differentiable)
     return _jvp_below(*args)
 
 
@@ -125,7 +129,7 @@ def _autograd_hvp(*args: Any) -> list[Tensor]:
     (do, dlse, q, k, v, lse, *others), moving = unpacked((*args[:6], *a.differentiable, *args[6]))
     if any(t is not None for t in moving):
         still, along = a.filled(a.others, others[:many]), others[many:]
-        found = HVP(do, dlse, q, k, v, lse, along, wanted, *still)
+        found = without_tangents(_hvp_any_way, *args)
         inputs = q, k, v, *still.differentiable
         t, ours, theirs = (there(inputs, x) for x in (along, [*moving[2:5], *moving[6 : 6 + many]], moving[6 + many :]))
         tangents = derivative(q, k, v, [*t, *ours, *theirs], "ff", still)
@@ -133,8 +137,12 @@ def _autograd_hvp(*args: Any) -> list[Tensor]:
         asked = there(inputs, wanted)
         tangents += [x for x, needed in zip(of_gradients, asked, strict=False) if needed]
         return [forward_ad.make_dual(x, t) for x, t in zip(found, tangents, strict=True)]
+    return _hvp_any_way(*args)
+
+
+def _hvp_any_way(*args: Any) -> list[Tensor]:
     if is_recorded(*args):
-        return list(apply(_Hvp, args, *args[:6], *a.differentiable, *args[6]))
+        return list(apply(_Hvp, args, *args[:6], *Arguments(*args[8:]).differentiable, *args[6]))
     return _hvp_below(*args)
 
 
