@@ -81,11 +81,11 @@ def attention(
     cast as for torch's SDPA (not float64), and nothing else is.
 
     Returns:  a tensor of q's dtype; with return_lse=True also lse, float32 (float64 for float64).
-              Both have derivatives on the CPU, first and second, by autograd and in forward mode, to q, k, v, bias,
-              sinks, alibi_slopes, and tensors that a score function captured. The backward is fused; with dropout so
-              far unfused: one thread, S_q x S_kv scores of a head at a time.
+              Both have derivatives on the CPU, of any order, by autograd and in forward mode, to q, k, v, bias, sinks,
+              alibi_slopes, and tensors that a score function captured. The first backward is fused, the others are
+              not; memory is O(S).
     Raises:   as flashtile.attention; UnavailableError also on a GPU if a tensor requires grad while gradients are
-              recorded or a tensor has a tangent, and for third derivatives.
+              recorded or a tensor has a tangent.
 
     >>> import torch, flashtile.torch
     >>> x = torch.ones(1, 8, 128, 64, dtype=torch.bfloat16)
