@@ -62,7 +62,7 @@ TABLE: dict[str, Place] = {
     ),
     "package": Place("", "errors arrays score doors"),
     "tools": Place(
-        "cli __main__ bench demo doctor launch testing arrayfiles",
+        "cli flags __main__ bench demo doctor launch testing arrayfiles",
         "errors arrays llvm score spec options contract numpy triton engines starpu starpu_mpi calls doors package",
     ),
 }
