@@ -48,6 +48,10 @@ def kind_of_others(**tensors: Tensor) -> int:
     mode must see the call. Raises: as `check_tensors`."""
     check_tensors(**tensors)
     if not all(x.is_cpu for x in tensors.values()):
+        (first, q), *others = tensors.items()
+        for name, x in others if q.is_cpu else ():  # nothing could be asked of q's GPU; other GPUs are told apart later
+            if not x.is_cpu:
+                raise wrong(name, f"an array on {x.device}", f"one on cpu as {first}")
         return ON_GPU
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values())
     return RECORDED if recorded or is_watched() or in_forward_mode() else READY
