@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import struct
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ from flashtile.kernels.cpu.steps.range import least_of_scores
 from flashtile.kernels.tiles import TileKernels
 from flashtile.llvm import machines as isas
 from flashtile.llvm import processors
-from flashtile.llvm.blocks import strides_of
+from flashtile.llvm.blocks import WORD, strides_of
 from flashtile.llvm.products import FMA
 
 if TYPE_CHECKING:
@@ -222,6 +223,9 @@ def _entry(c: Config):  # type: ignore[no-untyped-def]  # a ctypes function type
     return library_of(c).function("forward", ctypes.c_int32, ctypes.c_char_p, integer, integer, pointer)
 
 
+_six_words = struct.Struct("6q").pack
+
+
 class Forward:
     """A compiled forward kernel with the parameter block of one plan and layout."""
 
@@ -251,13 +255,14 @@ class Forward:
                 **(scores_in_nats if c.scored else split_scale)(spec.scale, c.acc),
             }
         )
+        self._plain = CALL.head(*[0] * 6, *NO_SCORES.addresses)[6 * WORD :] + self._tail
 
     def pack(
         self, q: int, k: int, v: int, o: int, lse: int, offsets: int, scoring: Scoring | None = None
     ) -> bytes | InParts:
         """The parameters of one call: a block, or in parts (parts.py) one for each stage."""
         if scoring is None and self._merge is None:  # as most calls are; a tiny one would feel the detours
-            return CALL.head(q, k, v, o, lse, offsets, *NO_SCORES.addresses) + self._tail
+            return _six_words(q, k, v, o, lse, offsets) + self._plain
         extra = ScoreValues.of(scoring, self._config) if scoring else NO_SCORES
         if self._merge is not None:
             parts = replace(extra, sinks=0)  # which join when the parts are merged
