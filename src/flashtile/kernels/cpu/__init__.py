@@ -30,6 +30,7 @@ from flashtile.kernels.cpu import scratch
 from flashtile.kernels.cpu.block import CALL, band_of, scores_in_nats, split_scale
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.score_values import NO_SCORES, ScoreValues, score_steps
+from flashtile.kernels.cpu.steps.range import least_of_scores
 from flashtile.kernels.tiles import TileKernels
 from flashtile.llvm import machines as isas
 from flashtile.llvm import processors
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 _STORAGE = {"float64": "double", "float32": "float", "float16": "half", "bfloat16": "bfloat"}
 _PANELS = (1, 2, 4, 8)  # panels a work item may hold
+_TILED_PANELS = (*_PANELS, 16)  # where products are so fast that making a block ready is felt
 _ANYWHERE, IN_REGISTERS = ("registers", "memory"), ("registers",)  # where sums of a product may be
 _STRIDES = tuple(strides_of("qkvo"))
 _PART_KEYS = 1024  # a part of one row takes some 0.1 ms: long beside handing it out and merging it
@@ -146,14 +148,14 @@ def _capabilities(
 ) -> Capabilities:
     c = _configured(setting, dtype, precision, code, dropout, lands)
     choice, backward = (_choice(setting, dtype, precision, at) for at in (lands, IN_REGISTERS))
-    rounds = _choice(setting, "float32", "bf16").product.rounds
+    found = {name: _choice(setting, "float32", name).product for name in ("bf16", "tf32", "fp16")}
     return Capabilities(
         name="cpu",
         dtypes=frozenset(_STORAGE),
-        precisions=frozenset(("ieee", "bf16") if rounds else ("ieee",)),
+        precisions=frozenset(("ieee", *(name for name, product in found.items() if product.coarse))),
         max_head_size=None,
         query_block=c.panel,
-        tile_q=tuple(n * c.panel for n in _PANELS),
+        tile_q=tuple(n * c.panel for n in (_TILED_PANELS if c.lands_in_memory else _PANELS)),
         tile_k=(c.key_block,),
         options=frozenset(("band", "program", "sinks", "dropout")),
         native=True,
@@ -289,6 +291,7 @@ def _sizes(c: Config, spec: AttentionSpec, plan: Plan, layout: Layout) -> dict[s
         **band_of(spec),
         "pack_k": int(loose_k or (not in_words if c.product.operand else foreign)),
         "pack_v": int(loose_v or c.per_word > 1 or foreign or columns != spec.value_size),
-        "k_row": words * c.size,
+        "k_row": words * c.size * c.product.parts,
+        "least": least_of_scores(c, spec.scale),
         "v_row": c.value_row(spec.value_size),
     }
