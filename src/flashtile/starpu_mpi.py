@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from flashtile.arrays import plain
-from flashtile.calls import Options, as_key, split_align
+from flashtile.calls import describe
 from flashtile.checks import integer
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.engines.starpu.engine import OPTIONS
@@ -26,7 +26,6 @@ from flashtile.engines.starpu_mpi.parts import ZIGZAG, rows_of, tiles_of
 from flashtile.errors import UnavailableError, wrong
 from flashtile.hints import check_keywords
 from flashtile.score.keep import keep_of
-from flashtile.score.options import ScoreOptions
 from flashtile.signature import Align, Precision, Window
 from flashtile.spec import AttentionSpec
 
@@ -93,19 +92,19 @@ def attention(
     """
     check_keywords(attention, unknown)
     comm = _communicator(comm)
-    options = Options(causal, as_key(window), align, scale, precision, "cpu", "starpu")
+    options = causal, window, align, scale, precision, "cpu", "starpu"
     mine = agree(comm, lambda: _described(q, k, v, tile, distribution))
     cut = Cut(comm.Get_size(), tile, distribution)
     whole = _whole(mine, cut)
     plans: list[Collective] = []
 
     def plan() -> dict[str, str]:
-        split, offsets = split_align(align, whole[0].shape)
-        scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed))
-        chosen = options._replace(align=split)
-        spec, scoring = _spec(chosen, scores, whole, offsets)
-        plans.append(Collective(comm, spec, cut, offsets, scoring))
-        return {"options": repr(chosen), "values of options": identity(spec, scoring, offsets)}
+        scores = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed)
+        request = describe(whole[0], scores, options)
+        spec, scoring = request.of(*whole)
+        _check(spec, whole)
+        plans.append(Collective(comm, spec, cut, request.offsets, scoring if request.scores else None))
+        return {"options": repr(request.options), "values of options": identity(spec, scoring, request.offsets)}
 
     same(agree(comm, plan))
     spec = plans[0].spec
@@ -117,19 +116,14 @@ def attention(
     return (o, lse) if return_lse else o
 
 
-def _spec(options: Options, scores: ScoreOptions, whole: Whole, offsets: Any) -> tuple[AttentionSpec, Any]:
-    """The spec of the whole, and the values of what changes its scores. Raises: SpecError, UnavailableError."""
-    if any(x is not None for x in vars(scores).values()):
-        spec, scoring = options.scored(scores, *whole, offsets)
-    else:
-        spec, scoring = options.spec(*whole), None
+def _check(spec: AttentionSpec, whole: Whole) -> None:
+    """Raise UnavailableError for what its tasks do not know."""
     if missing := spec.options - OPTIONS:
         raise UnavailableError(f"starpu_mpi: got {', '.join(sorted(missing))}, expected options that its tasks know")
     if 0 in (spec.batch, spec.heads, spec.head_size, spec.value_size):
         raise UnavailableError(
             f"starpu_mpi: got q {whole[0].shape}, v {whole[2].shape}, expected sizes B, H, D above 0"
         )
-    return spec, scoring
 
 
 def _communicator(comm: Any) -> Any:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import struct
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +31,11 @@ from flashtile.kernels.cpu import scratch
 from flashtile.kernels.cpu.block import CALL, band_of, scores_in_nats, split_scale
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.score_values import NO_SCORES, ScoreValues, score_steps
+from flashtile.kernels.cpu.steps.range import least_of_scores
 from flashtile.kernels.tiles import TileKernels
 from flashtile.llvm import machines as isas
 from flashtile.llvm import processors
-from flashtile.llvm.blocks import strides_of
+from flashtile.llvm.blocks import WORD, strides_of
 from flashtile.llvm.products import FMA
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 
 _STORAGE = {"float64": "double", "float32": "float", "float16": "half", "bfloat16": "bfloat"}
 _PANELS = (1, 2, 4, 8)  # panels a work item may hold
+_TILED_PANELS = (*_PANELS, 16)  # where products are so fast that making a block ready is felt
 _ANYWHERE, IN_REGISTERS = ("registers", "memory"), ("registers",)  # where sums of a product may be
 _STRIDES = tuple(strides_of("qkvo"))
 _PART_KEYS = 1024  # a part of one row takes some 0.1 ms: long beside handing it out and merging it
@@ -151,14 +154,14 @@ def _capabilities(
 ) -> Capabilities:
     c = _configured(setting, dtype, precision, code, dropout, lands)
     choice, backward = (_choice(setting, dtype, precision, at) for at in (lands, IN_REGISTERS))
-    rounds = _choice(setting, "float32", "bf16").product.rounds
+    found = {name: _choice(setting, "float32", name).product for name in ("bf16", "tf32", "fp16")}
     return Capabilities(
         name="cpu",
         dtypes=frozenset(_STORAGE),
-        precisions=frozenset(("ieee", "bf16") if rounds else ("ieee",)),
+        precisions=frozenset(("ieee", *(name for name, product in found.items() if product.coarse))),
         max_head_size=None,
         query_block=c.panel,
-        tile_q=tuple(n * c.panel for n in _PANELS),
+        tile_q=tuple(n * c.panel for n in (_TILED_PANELS if c.lands_in_memory else _PANELS)),
         tile_k=(c.key_block,),
         options=frozenset(("band", "program", "sinks", "dropout")),
         native=True,
@@ -225,6 +228,9 @@ def _entry(c: Config):  # type: ignore[no-untyped-def]  # a ctypes function type
     return library_of(c).function("forward", ctypes.c_int32, ctypes.c_char_p, integer, integer, pointer)
 
 
+_six_words = struct.Struct("6q").pack
+
+
 class Forward:
     """A compiled forward kernel with the parameter block of one plan and layout."""
 
@@ -254,13 +260,14 @@ class Forward:
                 **(scores_in_nats if c.scored else split_scale)(spec.scale, c.acc),
             }
         )
+        self._plain = CALL.head(*[0] * 6, *NO_SCORES.addresses)[6 * WORD :] + self._tail
 
     def pack(
         self, q: int, k: int, v: int, o: int, lse: int, offsets: int, scoring: Scoring | None = None
     ) -> bytes | InParts:
         """The parameters of one call: a block, or in parts (parts.py) one for each stage."""
         if scoring is None and self._merge is None:  # as most calls are; a tiny one would feel the detours
-            return CALL.head(q, k, v, o, lse, offsets, *NO_SCORES.addresses) + self._tail
+            return _six_words(q, k, v, o, lse, offsets) + self._plain
         extra = ScoreValues.of(scoring, self._config) if scoring else NO_SCORES
         if self._merge is not None:
             parts = replace(extra, sinks=0)  # which join when the parts are merged
@@ -294,6 +301,7 @@ def _sizes(c: Config, spec: AttentionSpec, plan: Plan, layout: Layout) -> dict[s
         **band_of(spec),
         "pack_k": int(loose_k or (not in_words if c.product.operand else foreign)),
         "pack_v": int(loose_v or c.per_word > 1 or foreign or columns != spec.value_size),
-        "k_row": words * c.size,
+        "k_row": words * c.size * c.product.parts,
+        "least": least_of_scores(c, spec.scale),
         "v_row": c.value_row(spec.value_size),
     }

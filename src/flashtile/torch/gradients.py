@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from flashtile import kernels
-from flashtile.calls import run_backward
+from flashtile.calls import INPUTS, run_backward
 from flashtile.dtypes import DTYPES, round_to_bf16, widen_bits
 from flashtile.gradients import array_sum, slots_of
 from flashtile.kernels import second
@@ -17,6 +17,7 @@ from flashtile.kernels.gradients import Inputs, Sums
 from flashtile.score.capture import ArrayCapture
 from flashtile.score.options import Scoring
 from flashtile.spec import AttentionSpec
+from flashtile.torch.eager import TENSORS
 
 Tensor = torch.Tensor
 
@@ -29,6 +30,7 @@ def gradients(
     inputs: Sequence[Any],
     sources: Sequence[Any],
     needed: Sequence[bool],
+    engine: str = "auto",
 ) -> list[Tensor]:
     """Gradients to q, k, v and `sources` (sinks, or None, then tensors that the program reads): those needed alone.
 
@@ -37,7 +39,7 @@ def gradients(
     wanted = _wanted(scoring, sources, needed)
     qkv: list[Any]
     if family.compile_backward is not None:
-        qkv, sums = _compiled(family, spec, scoring, offset, inputs, wanted)
+        qkv, sums = _compiled(family, spec, scoring, offset, inputs, wanted, engine)
     else:
         assert family.backward is not None  # it was picked for it
         do, q, k, v, o = (_widened(x, 4) for x in inputs[:5])
@@ -111,15 +113,16 @@ def _compiled(
     offset: Any,
     inputs: Sequence[Any],
     wanted: Collection[str | int],
+    engine: str,
 ) -> tuple[list[Tensor], Sums]:
     """The gradients of a family that compiles its backward, of tensors as they lie: of q, k and v as new tensors, those
     that are wanted alone, and the others."""
-    names = ("do", "q", "k", "v", "o", "lse", "dlse")
-    arrays = {name: x.detach().resolve_neg() for name, x in zip(names, inputs, strict=True) if x is not None}
-    arrays |= {name: arrays[name].contiguous() for name in ("lse", "dlse") if name in arrays}
-    results = {f"d{x}": arrays[x].new_zeros(arrays[x].shape) for x in ("q", "k", "v") if x in wanted}
-    owner: dict[str, Any] = {"address": Tensor.data_ptr, "strides": Tensor.stride}
-    sums = run_backward(spec, family, "auto", arrays | results, offset, scoring, wanted, **owner)
+    given = {name: x for name, x in zip(INPUTS, inputs, strict=True) if x is not None}
+    given |= {name: x.resolve_neg() for name, x in given.items() if x.is_neg()}
+    given |= {name: given[name].contiguous() for name in ("lse", "dlse") if name in given}
+    asked = [x for x in ("q", "k", "v") if x in wanted]
+    results = {f"d{x}": torch.zeros_like(given[x], memory_format=torch.contiguous_format) for x in asked}
+    sums = run_backward(TENSORS, spec, family, engine, given | results, offset, scoring, wanted)
     return list(results.values()), sums
 
 
