@@ -181,7 +181,8 @@ def attention_backward(
         given = _rows_of_gradients(spec, {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "dlse": dlse})
         shapes = sorted(scoring.shapes(problem.wanted).items())
         arrays = tuple((n, shape) for n, shape in shapes if 0 not in shape)
-        plans.append((CollectiveBackward(comm, spec, cut, request.offsets, scoring, problem.wanted, arrays), problem, given))
+        planned = CollectiveBackward(comm, spec, cut, request.offsets, scoring, problem.wanted, arrays)
+        plans.append((planned, problem, given))
         said = {"options": repr(request.options), "wrt": repr(names), "dlse": str(dlse is not None)}
         return said | {"values of options": identity(spec, scoring, request.offsets)}
 
