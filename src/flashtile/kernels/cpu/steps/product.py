@@ -78,13 +78,19 @@ def emit_product(
     return f
 
 
-def emit_multiply(module: Module, c: Config, width: int) -> Routine:
-    """A tile of a product whose sums land in memory, for a panel ``width`` registers wide: both products'."""
+def emit_multiply(module: Module, c: Config, width: int, *, onto: bool = False) -> Routine:
+    """A tile of a product whose sums land in memory, for a panel ``width`` registers wide: every product with the
+    panel's lanes. ``onto``: sums begin with what is there."""
     assert isinstance(c.product, Tiles)
     kinds: dict[str, Any] = {"left": Words.kind(), "right": Lines.of(c.word_line), "out": Lines.of(c.line)}
-    f = Routine(module, f"multiply_{width}", **kinds, depth="i64")
+    f = Routine(module, f"{'add_product' if onto else 'multiply'}_{width}", **kinds, depth="i64")
     left, right, out, depth = f.parameters
-    c.product.multiply(f, c.isa, left, right, out, depth, width)
+    line = f.const("i64", c.line.bytes)
+
+    def step(word: Value) -> tuple[Words, Words]:
+        return Words(left.at + word * c.size, left.stride), Words(right.place(word), line)
+
+    c.product.multiply(f, c.isa, step, Words(out.at, line), depth, width, onto=onto)
     f.ret()
     return f
 
