@@ -36,16 +36,14 @@ def modules(isa: ISA) -> dict[str, Callable[[], str]]:
     found: dict[str, Callable[[], str]] = {}
     for name, c in configs(isa).items():
         found[f"forward-{name}"] = partial(forward_text, c)
-        if not c.lands_in_memory:
-            found[f"backward-{name}"] = partial(backward_text, c)
+        found[f"backward-{name}"] = partial(backward_text, c)
         found[f"merge-{name}"] = partial(merge_text, c)
         found[f"add_parts-{name}"] = partial(add_parts_text, c)
         if c.product is FMA or c.storage == "bfloat" and not c.lands_in_memory:
             found[f"decode-{name}"] = partial(decode_text, c)
         if name in ("float", "bfloat-pairs", "bfloat-tiles"):
             found[f"forward-{name}-dropout"] = partial(forward_text, replace(c, dropout=True))
-            if not c.lands_in_memory:
-                found[f"backward-{name}-dropout"] = partial(backward_text, replace(c, dropout=True))
+            found[f"backward-{name}-dropout"] = partial(backward_text, replace(c, dropout=True))
     return found
 
 

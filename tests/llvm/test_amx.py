@@ -17,6 +17,7 @@ from assembly import functions
 
 from flashtile.kernels import cpu
 from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.passes.backward import backward_text
 from flashtile.kernels.cpu.passes.forward import forward_text
 from flashtile.llvm import jit
 from flashtile.llvm import machines as isas
@@ -130,19 +131,28 @@ def test_the_mode_of_the_emulation_does_not_leak() -> None:
     assert (data * np.float32(0.5) != 0).all()
 
 
+PRODUCTS = {"forward": {"multiply": 0}, "backward": {"multiply": 0, "add_product": 1, "exchange": 1}}
+
+
 @pytest.mark.parametrize("storage", ["bfloat", "float"])
-def test_the_real_code_configures_once_and_releases_in_every_entry(storage: str) -> None:
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_the_real_code_configures_once_and_releases_in_every_entry(name: str, storage: str) -> None:
     """All that can be seen of it without the machine: it compiles, with the instructions in their places."""
-    found = functions(jit.assembly(forward_text(Config(REAL, storage, TILES)), REAL))
-    entry = "\n".join(found["forward"])
+    text = {"forward": forward_text, "backward": backward_text}[name](Config(REAL, storage, TILES))
+    found = functions(jit.assembly(text, REAL))
+    entry = "\n".join(found[name])
     assert len(re.findall(r"\bldtilecfg\b", entry)) == len(re.findall(r"\btilerelease\b", entry)) == 1
     assert entry.index("ldtilecfg") < entry.index("callq") and entry.rindex("tilerelease") > entry.rindex("callq")
-    assert not any("tilecfg" in line for name, lines in found.items() if name != "forward" for line in lines)
-    for registers in (1, 2):
-        multiply = "\n".join(found[f"multiply_{registers}"])
-        assert len(re.findall(r"\btdpbf16ps\b", multiply)) == 2 * registers
-        assert len(re.findall(r"\btileloaddt1\b", multiply)) == 2
-        assert len(re.findall(r"\btilestored\b", multiply)) == 2 * registers
+    assert not any("tilecfg" in line for other, lines in found.items() if other != name for line in lines)
+    for product, onto in PRODUCTS[name].items():
+        for registers in (2,) if product == "add_product" else (1, 2):
+            code = "\n".join(found[f"{product}_{registers}"])
+            streamed = registers if product == "exchange" else 2
+            assert len(re.findall(r"\btdpbf16ps\b", code)) == 2 * registers
+            assert len(re.findall(r"\btileloaddt1\b", code)) == streamed
+            assert len(re.findall(r"\btileloadd\b", code)) == 2 + registers - streamed + onto * 2 * registers
+            assert len(re.findall(r"\btilezero\b", code)) == (not onto) * 2 * registers
+            assert len(re.findall(r"\btilestored\b", code)) == 2 * registers
 
 
 def test_the_configuration_says_eight_tiles_of_16_rows_of_64_bytes() -> None:

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 _STORAGE = {"float64": "double", "float32": "float", "float16": "half", "bfloat16": "bfloat"}
 _PANELS = (1, 2, 4, 8)  # panels a work item may hold
-_ANYWHERE, IN_REGISTERS = ("registers", "memory"), ("registers",)  # where sums of a product may be
+_ANYWHERE, _IN_REGISTERS = ("registers", "memory"), ("registers",)  # where sums of a product may be
 _STRIDES = tuple(strides_of("qkvo"))
 _PART_KEYS = 1024  # a part of one row takes some 0.1 ms: long beside handing it out and merging it
 # Where scores rise from key block to key block, every one of them rescales the sums by a factor that was rounded.
@@ -113,10 +113,10 @@ def _few(spec: AttentionSpec) -> bool:
 def capabilities(spec: AttentionSpec) -> Capabilities:
     """Tile menus and features for this dtype and precision on the current instruction set."""
     few = decodes(spec)
-    lands = IN_REGISTERS if few else _ANYWHERE
+    lands = _IN_REGISTERS if few else _ANYWHERE
     c = config_of(spec, lands=lands)
     choice = choice_of(c.isa, spec.dtype, spec.precision, lands=lands)
-    backward = choice_of(c.isa, spec.dtype, spec.precision, lands=IN_REGISTERS)
+    backward = choice_of(c.isa, spec.dtype, spec.precision)
     general = _capabilities(c, choice, backward, isas.forced())
     return _decoding(general, spec.q_len, spec.group) if few else general
 
@@ -164,7 +164,7 @@ def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> CompiledKernel:
     if decodes(spec):
         from flashtile.kernels.cpu.parts import Decode
 
-        return Decode(_decode_config(config_of(spec, lands=IN_REGISTERS)), spec, plan, layout)
+        return Decode(_decode_config(config_of(spec, lands=_IN_REGISTERS)), spec, plan, layout)
     c = config_of(spec)
     return Forward(_partial_config(c) if plan.splits > 1 else c, spec, plan, layout)
 

@@ -137,6 +137,11 @@ class Config:
         """One word for each query of the panel."""
         return Line(self.words, self.registers)
 
+    @property
+    def weight_line(self) -> Line:
+        """A line of weights as the exchange reads it: where the scores stood or, for tiles, one that weights fill."""
+        return Line(vector(self.lanes, "i16"), self.registers) if self.lands_in_memory else self.line
+
     def padded(self, value_size: int) -> int:
         """Value columns rounded up to whole output tiles."""
         return -(-value_size // self.rows) * self.rows

@@ -114,7 +114,7 @@ def emit_pack_values(module: Module, c: Config) -> Routine:
 def emit_pack_columns(module: Module, c: Config) -> Routine:
     """Rows to rows of words along columns: one word holds as many rows' elements of a column. Returns whether any
     element was non-finite. Such elements become 0 (contain.py says why); so do missing columns, up to ``columns``,
-    and rows."""
+    and rows: up to a panel's, where tiles read them whole."""
     f = Routine(module, "pack_columns", "i64", rows=Rows.kind(), columns="i64", out=Words.kind())
     rows, columns, out = f.parameters
     chunks = f.select(rows.adjacent(c.element), rows.size // c.lanes * c.lanes, f.const("i64", 0))
@@ -133,7 +133,12 @@ def emit_pack_columns(module: Module, c: Config) -> Routine:
         return [*registers, *scalars]
 
     clean = [f.const(c.vector, 0.0), f.const(c.acc, 0.0)]
-    f.ret(any_nan(f, c, *f.fold(0, rows.count, c.per_word, clean, one_word)))
+    found = any_nan(f, c, *f.fold(0, rows.count, c.per_word, clean, one_word))
+    if c.lands_in_memory:
+        words = (rows.count + (c.per_word - 1)) // c.per_word
+        with f.range(words, c.panel // c.per_word) as word, f.range(0, columns * c.size, c.size) as at:
+            f.store(f.const(c.word, 0), out.row(word).at + at)
+    f.ret(found)
     return f
 
 
