@@ -251,6 +251,12 @@ def test_many_lengths_keep_a_bounded_number_of_calls() -> None:
     assert len(calls.cache) <= calls.CACHE_ENTRIES
 
 
+@pytest.mark.parametrize("off", [None, 0, 0.0, np.float32(0), np.int64(0)])
+def test_a_softcap_of_zero_is_none(off: Any) -> None:
+    q = np.linspace(-1, 1, 24, dtype=np.float32).reshape(3, 8)
+    assert (flashtile.attention(q, q, q, softcap=off) == flashtile.attention(q, q, q)).all()
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"causal": True, "align": "bottom_right"}, {"window": (40, 3), "align": 17}, {"scale": -0.5, "out": True}],

@@ -113,8 +113,9 @@ def test_fp32_multiplied_as_bf16(isa: str, sizes: tuple[int, int]) -> None:
 
 def test_explain_and_doctor_name_the_product(isa: str) -> None:
     shape = (1, 2, 64, 64)
-    said = [flashtile.explain(shape, dtype=x, kernel="cpu", backward=True).product for x in ("bfloat16", "float32")]
-    assert [x.partition(":")[0] for x in said] == ["tiles", "fma"]
+    dtypes = ("bfloat16", "float32", "float16")
+    said = [flashtile.explain(shape, dtype=x, kernel="cpu", backward=True).product for x in dtypes]
+    assert [x.partition(":")[0] for x in said] == ["tiles", "fma", "fma"]
     assert "tiles" in flashtile.explain(shape, kernel="cpu", precision="bf16", backward=True).product
 
 
@@ -128,6 +129,20 @@ def test_what_is_hidden_changes_no_bit(isa: str, which: str, poison: float) -> N
     dirty = {**inputs, which: inputs[which].copy()}
     dirty[which][:, :, slice(0, 20) if which in ("q", "do") else slice(81, None)] = poison
     assert bits(gradients(**dirty, **options)) == clean
+
+
+def test_a_number_that_bf16_rounds_to_infinity_reaches_no_row_that_does_not_see_it(isa: str) -> None:
+    """fp32 at precision="bf16": 3.4e38 is finite and its part is not, which times a weight of 0 would be NaN."""
+    inputs = dict(zip(("do", "q", "k", "v"), arrays(70, 80, 32, 32, dtype=np.float32), strict=True))
+    options = {"causal": True, "align": -20, "precision": "bf16"}
+    clean = bits(gradients(**inputs, **options))
+    for which, rows in (("q", slice(0, 20)), ("do", slice(0, 20)), ("k", slice(60, None)), ("v", slice(60, None))):
+        dirty = {**inputs, which: inputs[which].copy()}
+        dirty[which][:, :, rows] = 3.4e38
+        assert bits(gradients(**dirty, **options)) == clean, which
+    inputs["do"][0, 0, 69, 3] = 3.4e38
+    dv = gradients(**inputs, **options).v
+    assert np.isfinite(dv).all() and (np.abs(dv[0, 0, :50, 3]) > 1e30).any()
 
 
 @pytest.mark.parametrize("which", ["q", "k", "v", "do"])

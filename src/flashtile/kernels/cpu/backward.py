@@ -12,7 +12,7 @@ import numpy as np
 
 from flashtile.arrays import address_of
 from flashtile.kernels import Stage
-from flashtile.kernels.cpu import config_of, scratch
+from flashtile.kernels.cpu import backward_config, scratch
 from flashtile.kernels.cpu.array_sums import ArrayPlan, ArraySums, Items
 from flashtile.kernels.cpu.block import BACKWARD, band_of, scores_in_nats, split_scale
 from flashtile.kernels.cpu.config import Config
@@ -80,7 +80,7 @@ class Backward:
     """A compiled backward kernel with the parameter block of one spec and layout."""
 
     def __init__(self, spec: AttentionSpec, layout: BackwardLayout, arrays: ArrayShapes = ()):
-        c = replace(config_of(spec), arrays=tuple(n for n, _ in arrays))
+        c = replace(backward_config(spec), arrays=tuple(n for n, _ in arrays))
         bounds = parts_of(spec, c.key_block, _at_once(spec, c, arrays))
         self._config = c = replace(c, partial=len(bounds) > 2 and c.memory != c.acc)  # else dQ's parts are as dQ
         self._spec, self._layout = spec, layout

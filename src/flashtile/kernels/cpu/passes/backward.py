@@ -42,7 +42,7 @@ from flashtile.kernels.cpu.steps.differentiate import (
 from flashtile.kernels.cpu.steps.exchange import emit_exchange_held
 from flashtile.kernels.cpu.steps.held import SLOPES, WEIGHTS, Held
 from flashtile.kernels.cpu.steps.keep import Kept
-from flashtile.kernels.cpu.steps.pack import emit_pack_columns, emit_pack_rows, emit_pack_values, emit_transpose
+from flashtile.kernels.cpu.steps.pack import emit_pack_columns, emit_pack_key_columns, emit_pack_rows, emit_transpose
 from flashtile.kernels.cpu.steps.softmax import Factors
 from flashtile.kernels.cpu.steps.spans import PANELS
 from flashtile.llvm.ir import Function, Module, Value
@@ -158,7 +158,7 @@ class _Call(Call):
         return self.area("flags", panel // self.c.panel, 16) + 8 * (name == "do")
 
     @property
-    def held(self) -> Held:
+    def panels_held(self) -> Held:
         """What panels leave for the exchange, if they hold it."""
         return Held(self.work.at + held_at(self.c), self.c)
 
@@ -193,7 +193,7 @@ class _Backward:
         self.c = c
         self.transpose = emit_transpose(module, c, "load_lanes", Panel)
         self.pack_rows, self.pack_columns = emit_pack_rows(module, c), emit_pack_columns(module, c)
-        self.pack_key_columns = emit_pack_values(module, c) if c.lands_in_memory else self.pack_columns
+        self.pack_key_columns = emit_pack_key_columns(module, c) if c.lands_in_memory else self.pack_columns
         self.scan = emit_scan(module, c)
         if c.tile:
             self.known_state = emit_known_state(module, c)
@@ -323,7 +323,7 @@ class _Backward:
         for name in ("dk", "dv"):
             self._clear(self.call.gradient(name), count)
         if self.exchange_held:
-            self.call.held.clear()
+            self.call.panels_held.clear()
 
     def join(self, head: QueryHead, start: Value, count: Value) -> None:
         """The sums of a span of panels into those of their block."""
@@ -343,13 +343,13 @@ class _Backward:
             with f.when(f.is_null(getattr(head, name)).eq(0)):
                 self.exchange_held(
                     f,
-                    held=call.held,
+                    held=call.panels_held,
                     which=f.const("i64", which),
                     sums=call.gradient(name),
                     stride=getattr(p, f"{rows}_row"),
                     columns=columns,
                 )
-        call.held.clear()
+        call.panels_held.clear()
 
     def add_block(self, head: QueryHead, start: Value, stop: Value) -> None:
         """The totals of keys into dK and dV."""
@@ -427,7 +427,7 @@ class _Blocks:
                 dropout["inverse"] = 1.0 / call.share
             held: dict[str, Any] = {}
             if c.lands_in_memory:
-                held = {"held": call.held, "number": panel // c.panel % PANELS}
+                held = {"held": call.panels_held, "number": panel // c.panel % PANELS}
             dispatch(
                 c.registers,
                 work=call.work,

@@ -15,6 +15,7 @@ from flashtile.kernels.cpu.steps.differentiate import TILE_ROWS, weight_at
 from flashtile.kernels.cpu.steps.held import ENTRY, OUTPUT_ROWS, WEIGHTS, Held
 from flashtile.kernels.cpu.steps.pack import read
 from flashtile.kernels.cpu.steps.product import outer
+from flashtile.kernels.cpu.steps.range import Range
 from flashtile.llvm.blocks import WORD
 from flashtile.llvm.ir import Module, Value
 from flashtile.llvm.lines import Lines, Rows, Words
@@ -162,7 +163,10 @@ def emit_put_back(module: Module, c: Config) -> Routine:
     with f.range(0, rows.count) as lane, f.range(0, rows.size) as column:
         value = read(f, c, rows.at + (lane * rows.stride + column * rows.step))
         there = f.minimum(reach + lane // c.lanes * c.lanes, count)
-        with f.when((value * 0.0).isnan()), f.range(0, there) as row:
+        unheld = (value * 0.0).isnan()
+        if c.lands_in_memory:
+            unheld = f.select(Range.finite(f).holds(value), f.const("i1", 0), f.const("i1", 1))
+        with f.when(unheld), f.range(0, there) as row:
             weight = weight_at(f, c, lines, row, lane)
             with f.when(f.bitcast(weight, f"i{8 * c.size}").ne(0)):
                 at = sums.row(row).at + column * c.size
