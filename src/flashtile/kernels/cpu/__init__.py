@@ -55,14 +55,17 @@ _STRIDES = tuple(strides_of("qkvo"))
 _PART_KEYS = 1024  # a part of one row takes some 0.1 ms: long beside handing it out and merging it
 # Where scores rise from key block to key block, every one of them rescales the sums by a factor that was rounded.
 _LONGEST_PART = 16384
-# With few queries a head, passes/decode, whose time goes with the rows, beats forward.py, whose time goes with the
-# registers that they fill: one of so many lanes costs as much as so many rows. Before its first key a row takes as long
-# as 40 keys, a register as 21.
-_REGISTER_ROWS = {16: 14, 8: 9}
-_ROW_STARTS, _REGISTER_STARTS = 40, 21
-_MOST_QUERIES = 20
-_WIDE = 64  # bytes of such a register
-_NARROW_QUERIES = 12  # the most for passes/decode where registers are narrower
+_MOST_QUERIES = 20  # for passes/decode
+_NARROW_QUERIES = 12  # the most where nobody has measured more
+# Where it is the faster one: its time goes with the rows, that of forward.py with the registers that they fill.
+# Measured at D = 128, in keys of one row: what 1, 2, ... registers cost for each key; what a row costs before its first
+# key, and what forward.py costs, which works on whole tiles of keys, too many by half of one.
+_PACES = {
+    (64, 16): ((14, 28), 40, 120),  # by bytes and lanes of a register
+    (64, 8): ((9, 18, 27), 31, 72),
+    (32, 8): ((11, 12, 16), 29, 100),
+    (32, 4): ((8, 8, 10, 18, 18), 22, 70),
+}
 
 
 def unavailable() -> str | None:
@@ -102,14 +105,16 @@ def _decodes_from(q_len: int, *choosing: Any) -> float:
     c = _configured(*choosing, _ANYWHERE)
     if c.dropout:
         return math.inf
-    if c.isa.vector_bytes < _WIDE:
+    pace = _PACES.get((c.isa.vector_bytes, c.lanes))
+    if pace is None:
         return 0 if q_len <= _NARROW_QUERIES else math.inf
-    registers = -(-q_len // c.lanes)
+    of_registers, row_starts, starts = pace
+    registers = -(-max(q_len, 1) // c.lanes)
     if q_len > _MOST_QUERIES or (c.per_word > 1 and registers > 1):  # forward.py takes two keys a step
         return math.inf
-    rows, ahead = registers * _REGISTER_ROWS[c.lanes], q_len * _ROW_STARTS
-    # The least n of which q_len (_ROW_STARTS + n) <= rows (_REGISTER_STARTS + n).
-    behind = ahead - rows * _REGISTER_STARTS
+    rows = of_registers[registers - 1]
+    # The least n of which q_len (row_starts + n) <= starts + rows (half a tile + n).
+    behind = q_len * row_starts - starts - rows * (c.rows // 2)
     if rows <= q_len:
         return 0 if rows == q_len and behind <= 0 else math.inf
     return max(0, -(-behind // (rows - q_len)))
