@@ -225,9 +225,9 @@ def entered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("case", ["plain", "causal", "scale", "window"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_small_calls_need_no_python(case: str, dtype: str, entered: list[int]) -> None:
-    q, k, v = inputs(dtype)
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16"])
+def test_small_calls_need_no_python(case: str, storage: str, entered: list[int]) -> None:
+    q, k, v = inputs(storage)
     options, same = (make() for make in CASES[case])
     call = jax.jit(lambda q, k, v: ours(q, k, v, **options, return_residual=True))
     call(q, k, v)
