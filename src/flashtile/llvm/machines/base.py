@@ -81,11 +81,11 @@ class ISA:
         raise NotImplementedError(self.name)
 
     def fraction(self, f: Function, x: Value) -> Value:
-        """A register of floats less the next integer below, where the machine ``scales``. NumPy: x - floor(x)."""
+        """A register of floats less the nearest integers, where the machine ``scales``.  NumPy: x - rint(x)."""
         raise NotImplementedError(self.name)
 
     def scale(self, f: Function, x: Value, power: Value) -> Value:
-        """x times 2 to the integer below, where the machine ``scales``. NumPy: ldexp(x, floor(power).astype(int))."""
+        """x times 2 to the power of integers, where the machine ``scales``.  NumPy: ldexp(x, power.astype(int))."""
         raise NotImplementedError(self.name)
 
     def dot_pairs(self, f: Function, acc: Value, a: Value, b: Value) -> Value:
