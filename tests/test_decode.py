@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -326,6 +327,22 @@ def test_parts_cover_the_keys(kv_len: int, heads: int, options: dict[str, Any]) 
         assert plan.split_keys % plan.tile_k == 0 and plan.split_keys >= 1024
         assert (plan.splits - 1) * plan.split_keys < kv_len <= plan.splits * plan.split_keys
     assert [plan.locate(n)[3] for n in range(plan.splits)] == list(range(plan.splits))
+
+
+def test_queries_that_are_few_beside_their_keys_decode(isa: str, dtype: str) -> None:
+    """From some number of keys on, or never; the more queries there are, the later."""
+    lengths = [1, 8, 40, 120, 1000, 100_000]
+    one = AttentionSpec.of(*uniform(Shape(1, 8, 8, 1, 1, 128, 128), dtype))
+    begins = []
+    for q_len in range(1, 24):
+        specs = [replace(one, q_len=q_len, kv_len=n) for n in lengths]
+        chosen = [cpu.capabilities(spec).variant == "decode" for spec in specs]
+        assert chosen == sorted(chosen)
+        begins.append(len(chosen) - sum(chosen))
+    assert begins[0] == 0 and begins[-1] == len(lengths)
+    lanes = isas.known()[isa].lanes("double" if dtype == "float64" else "float")
+    alike = [begins[n : n + lanes] for n in range(0, len(begins), lanes)]  # as many registers
+    assert all(some == sorted(some) for some in alike)
 
 
 def test_a_group_is_one_work_item() -> None:
