@@ -271,7 +271,7 @@ def test_check_rejects_nan_wrong_shape_and_wrong_value():
 
 
 def test_check_allows_what_an_unfused_product_of_matrices_loses():
-    """On inputs whose worst row is among the sampled ones: what is exact there is a matter of how products are summed."""
+    """On inputs whose worst row is among the sampled ones: what it loses is a matter of how products are summed."""
     case = Case("case", "f32", 1, 8, 8, 64, 256, 128)
     inputs = make_inputs(case)
     rows = check.sample_rows(case)
