@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import inspect
 import pathlib
 import re
@@ -209,6 +210,67 @@ def test_a_traced_array_goes_to_no_other_door() -> None:
         jax.jit(lambda t: flashtile.attention(x, x, x, bias=t))(jnp.ones((3, 3)))
 
 
+@pytest.fixture
+def entered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one whenever XLA enters Python, as it does once to ask a new function for its version."""
+    frames: list[int] = []
+    read = xla._frame
+
+    def noting(address: int) -> Any:
+        frames.append(address)
+        return read(address)
+
+    monkeypatch.setattr(xla, "_frame", noting)
+    return frames
+
+
+@pytest.mark.parametrize("case", ["plain", "causal", "scale", "window"])
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16"])
+def test_small_calls_need_no_python(case: str, storage: str, entered: list[int]) -> None:
+    q, k, v = inputs(storage)
+    options, same = (make() for make in CASES[case])
+    call = jax.jit(lambda q, k, v: ours(q, k, v, **options, return_residual=True))
+    call(q, k, v)
+    entered.clear()
+    o, lse = call(q, k, v)
+    assert not entered
+    align = {"align": "top_left"} if case in ("causal", "window") else {}
+    want = flashtile.attention(*map(swapped, (q, k, v)), **same, **align, return_lse=True)
+    np.testing.assert_array_equal(swapped(o), want[0])
+    np.testing.assert_array_equal(lse.swapaxes(1, 2), want[1])
+
+
+def test_what_machine_code_was_not_made_for_goes_to_python(entered: list[int]) -> None:
+    """Axes of vmap, options of the score, calls for several threads."""
+    q, k, v = inputs()
+    stacked = [jnp.stack((x, 2 * x)) for x in (q, k, v)]
+    big = draw(1, 512, 8, 64)
+    mapped, others = jax.jit(jax.vmap(ours)), (lambda: ours(q, k, v, softcap=1.0), lambda: ours(big, big, big))
+    for call in (lambda: mapped(*stacked), *others):
+        call()
+        entered.clear()
+        call()
+        assert len(entered) == 1
+    for n, one in enumerate(zip(*stacked, strict=True)):
+        np.testing.assert_array_equal(mapped(*stacked)[n], ours(*one))
+
+
+def test_a_failure_of_machine_code_is_told_by_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashtile import xla_native
+
+    q, k, v = (x[:, :5] for x in inputs())
+    make, told = xla_native.handler, []
+    failing = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * 4)(lambda *call: told.append(call) or 7)
+
+    def broken(call: Any, *rest: Any) -> Any:
+        return make(dataclasses.replace(call, alone=call.alone._replace(function=failing)), *rest)
+
+    monkeypatch.setattr(xla_native, "handler", broken)
+    got = ours(q, k, v)
+    assert told
+    np.testing.assert_array_equal(swapped(got), flashtile.attention(*map(swapped, (q, k, v))))
+
+
 @pytest.mark.parametrize(("batch", "rows", "keys"), [(0, 3, 3), (2, 0, 3), (2, 3, 0)])
 def test_nothing_to_attend(batch: int, rows: int, keys: int) -> None:
     q, k = draw(batch, rows, 2, 8), draw(batch, keys, 2, 8)
@@ -286,12 +348,15 @@ def test_an_error_of_a_run_is_xlas_with_our_text(error: Exception, monkeypatch: 
     def fail(*args: Any, **options: Any) -> Any:
         raise error
 
+    def call(q: Any, k: Any, v: Any) -> Any:  # not by machine code alone
+        return ours(q, k, v, softcap=2.0)
+
     monkeypatch.setattr(flashtile.jax, "lookup", fail)
     text = "INVALID_ARGUMENT: q: got this, expected that" if isinstance(error, SpecError) else type(error).__name__
     with pytest.raises(jax.errors.JaxRuntimeError, match=text):
-        jax.block_until_ready(jax.jit(ours)(*inputs()))
+        jax.block_until_ready(jax.jit(call)(*inputs()))
     monkeypatch.undo()
-    assert jax.block_until_ready(jax.jit(ours)(*inputs())).shape == (BATCH, ROWS, HEADS, 8)
+    assert jax.block_until_ready(jax.jit(call)(*inputs())).shape == (BATCH, ROWS, HEADS, 8)
 
 
 def test_many_threads() -> None:

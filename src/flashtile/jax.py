@@ -6,20 +6,23 @@ XLA calls back with the buffers of a call, where they lie: nothing is copied on 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import numbers
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flashtile import score, xla
+from flashtile import score, xla, xla_native
 from flashtile.api import attention
+from flashtile.arrays import View, contiguous
 from flashtile.calls import Call, Options, lookup, prepare
 from flashtile.checks import check_flag, integer
-from flashtile.errors import SpecError, UnavailableError, described, wrong
+from flashtile.errors import FlashtileError, SpecError, UnavailableError, described, wrong
 from flashtile.gradients import ByIdentity, Gradients, attention_backward
 from flashtile.hints import check_keywords
 from flashtile.score.capture import capture
@@ -102,6 +105,8 @@ def dot_product_attention(
     )
     call.check(q, k, v, shape)
     _register()
+    if call.plain:
+        call = replace(call, target=_target(call, tuple((tuple(x.shape), x.dtype) for x in (q, k, v))))
     o, lse = _attend(call, (q, k, v, *others.values()))
     lse = jax.lax.stop_gradient(lse).swapaxes(1, 2)
     o, lse = (o[0], lse[0]) if single else (o, lse)
@@ -135,6 +140,16 @@ class _Call:
     score_mod: str | None  # as flashtile.score.freeze writes it
     numbers: tuple[float, ...]  # that it captured
     operands: tuple[str, ...]  # after query, key and value
+    target: str = FORWARD  # the function that XLA calls
+
+    @property
+    def plain(self) -> bool:
+        """Whether it depends on nothing but shapes and addresses."""
+        return not self.operands and self.softcap is None and self.score_mod is None
+
+    @property
+    def options(self) -> Options:
+        return Options(self.is_causal, self.window, "top_left", self.scale)
 
     @property
     def text(self) -> str:
@@ -155,8 +170,7 @@ class _Call:
         """Raise SpecError now, while tracing, for what the run would refuse."""
         shapes = [_View((x.shape[0], x.shape[2], x.shape[1], x.shape[3]), x.dtype) for x in (q, k, v)]
         try:
-            options = Options(self.is_causal, self.window, "top_left", self.scale, "ieee", "auto", "auto")
-            options.spec(shapes[0], shapes[1], shapes[2])
+            self.options.spec(shapes[0], shapes[1], shapes[2])
             score.Program.of(shape, softcap=self.softcap)
         except SpecError as e:
             _spell(e)
@@ -205,7 +219,7 @@ def _attend(call: _Call, operands: tuple[Any, ...]) -> tuple[Any, Any]:
         jax.ShapeDtypeStruct((*q.shape[:-1], v.shape[-1]), q.dtype),
         jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), accumulator),
     )
-    o, lse = jax.ffi.ffi_call(FORWARD, shapes, vmap_method="expand_dims")(*operands, call=call.text)
+    o, lse = jax.ffi.ffi_call(call.target, shapes, vmap_method="expand_dims")(*operands, call=call.text)
     return o, lse
 
 
@@ -248,11 +262,10 @@ def _forward(text: str, arguments: list[xla.Argument], results: list[xla.Argumen
 
 def _prepare(key: Any, call: _Call, arguments: list[xla.Argument], results: list[xla.Argument]) -> Call | None:
     """A call that depends on nothing but shapes and addresses, kept under the key; None for any other."""
-    if call.operands or call.softcap is not None or call.score_mod is not None or len(arguments[0].shape) != 4:
+    if not call.plain or len(arguments[0].shape) != 4:
         return None
-    options = Options(call.is_causal, call.window, "top_left", call.scale, "ieee", "auto", "auto")
     q, k, v, o = (x.array().swapaxes(1, 2) for x in (*arguments, results[0]))
-    return prepare(key, q, k, v, o, options)
+    return prepare(key, q, k, v, o, call.options)
 
 
 def _backward(text: str, arguments: list[xla.Argument], results: list[xla.Argument]) -> None:
@@ -288,6 +301,39 @@ def _register() -> list[Any]:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform="cpu")
         kept.append(function)
     return kept
+
+
+@functools.lru_cache(maxsize=1024)
+def _target(call: _Call, arrays: tuple[tuple[tuple[int, ...], Any], ...]) -> str:
+    """The function for a plain call of these shapes and dtypes: one that needs no Python, if the call is small enough,
+    by a name that says what it computes, since compiled programs may be kept on disk."""
+    (q, dtype), _, (v, _) = arrays
+    shapes = [*(shape for shape, _ in arrays), (*q[:-1], v[-1])]
+    try:
+        q_view, k_view, v_view, o_view = (_swapped(x, dtype) for x in shapes)
+        ready = prepare(("jax", call, arrays), q_view, k_view, v_view, o_view, call.options)
+        found = xla_native.handler(ready, shapes, _register()[0])
+    except FlashtileError:  # of this machine: the run tells of it
+        found = None
+    if found is None:
+        return FORWARD
+    name = f"{FORWARD}_{hashlib.blake2b(f'{call.text} {arrays}'.encode(), digest_size=12).hexdigest()}"
+    with _lock:
+        if name not in _native:
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(found), platform="cpu")
+            _native[name] = found
+    return name
+
+
+_native: dict[str, Any] = {}  # functions that XLA may call, for good
+_lock = threading.Lock()
+
+
+def _swapped(shape: tuple[int, ...], dtype: Any) -> View:
+    """A row-major array of JAX's order of the axes, in flashtile's."""
+    view = contiguous(shape, dtype)
+    (b, t, n, h), strides = view.shape, view.strides
+    return view._replace(shape=(b, n, t, h), strides=(strides[0], strides[2], strides[1], strides[3]))
 
 
 class _Rule(NamedTuple):

@@ -42,6 +42,7 @@ class Call:
     views: tuple[View, ...]  # o, q, k, v
     pack: engines.Pack
     run: engines.Run
+    alone: engines.Alone | None
 
     @functools.cached_property
     def extents(self) -> tuple[tuple[int, int], ...]:
@@ -72,8 +73,8 @@ def prepare(
             keep(_choices, alike, choice)
     spec = choice.spec.with_keys(views[1].shape[-2], options.align) if spec is None else spec
     o = choice.o
-    pack, run = choice.engine.bind(spec, Layout(*(x.strides4() for x in (*views, o))), choice.family)
-    call = Call(spec, o.shape, choice.o_like_q, o.shape[:-1], choice.lse_dtype, (o, *views), pack, run)
+    bound = choice.engine.bind(spec, Layout(*(x.strides4() for x in (*views, o))), choice.family)
+    call = Call(spec, o.shape, choice.o_like_q, o.shape[:-1], choice.lse_dtype, (o, *views), *bound)
     keep(cache, key, call)
     return call
 

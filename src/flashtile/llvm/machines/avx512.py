@@ -51,9 +51,16 @@ class BF16Dot(AVX512):
 
     def narrow_pairs(self, f: Function, even: Value, odd: Value) -> Value:
         n = lanes(even.type)
-        packed = f.intrinsic(f"llvm.x86.avx512bf16.cvtne2ps2bf16.{32 * n}", vector(2 * n, "bfloat"), [odd, even])
+        packed = self._pack(f, even, odd)
         order = [lane for t in range(n) for lane in (t, n + t)]
         return f.cast("bitcast", f.shuffle(packed, packed, order), vector(n, "i32"))
+
+    def narrow_both(self, f: Function, low: Value, high: Value) -> Value:
+        return f.bitcast(self._pack(f, low, high), "i16")
+
+    def _pack(self, f: Function, low: Value, high: Value) -> Value:
+        n = lanes(low.type)
+        return f.intrinsic(f"llvm.x86.avx512bf16.cvtne2ps2bf16.{32 * n}", vector(2 * n, "bfloat"), [high, low])
 
 
 NEEDS = frozenset(("x86_64", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "fma", "f16c", "bmi2"))

@@ -126,6 +126,13 @@ class ISA:
         low, high = (f.cast("zext", self.narrow(f, x, "bfloat"), like(x.type, "i32")) for x in (even, odd))
         return low | (high << 16)
 
+    def narrow_both(self, f: Function, low: Value, high: Value) -> Value:
+        """Lanes of two float vectors rounded to bf16, those of one after those of the other.
+
+        NumPy: np.concatenate([low, high]).astype(bfloat16).view(int16)
+        """
+        return f.join(*(self.narrow(f, x, "bfloat") for x in (low, high)))
+
     # -- matrix registers --------------------------------------------------------------------------------
 
     def refusal(self) -> str | None:
