@@ -3,7 +3,7 @@
     specialisation.py  what a kernel is compiled for    tiles.py     tiles for each architecture, one table
     forward.py         the flash kernel                 vanilla.py   the unfused baseline
     merge.py           parts of the keys, and finish    tables.py    the coverage of a mask, as kernels walk it
-    rows.py, language.py, functions.py, containment.py  what they are written with
+    rows.py, language.py, functions.py, containment.py, dropout.py  what they are written with
     program.py         score programs in Triton's language
     host.py            a call: from addresses to launches, on any device.py
     cuda.py            a GPU, by driver.py              interpreter.py   Triton's interpreter, on the CPU
@@ -120,7 +120,7 @@ def capabilities(spec: AttentionSpec) -> Capabilities:
         query_block=1,
         tile_q=(tile.tile_q,),
         tile_k=(tile.tile_k,),
-        options=frozenset(("band", "program", "sinks")),
+        options=frozenset(("band", "program", "sinks", "dropout")),
         native=False,
         isa=arch,
         variant="few queries" if few_rows(spec) else "forward",
