@@ -24,8 +24,17 @@ from typing import TYPE_CHECKING
 
 from flashtile import current
 from flashtile.dtypes import DTYPES
-from flashtile.kernels import Capabilities, CompiledKernel, Family, Layout
+from flashtile.kernels import (
+    ArrayShapes,
+    BackwardLayout,
+    Capabilities,
+    CompiledBackward,
+    CompiledKernel,
+    Family,
+    Layout,
+)
 from flashtile.kernels.triton import driver, tiles
+from flashtile.kernels.triton.backward_tiles import backward_tiles
 from flashtile.kernels.triton.host import Forward
 from flashtile.spec import PRECISIONS
 
@@ -121,6 +130,7 @@ def capabilities(spec: AttentionSpec) -> Capabilities:
         tile_q=(tile.tile_q,),
         tile_k=(tile.tile_k,),
         options=frozenset(("band", "program", "sinks", "dropout")),
+        directions=frozenset(("forward",) if backward_tiles(spec, arch) is None else ("forward", "backward")),
         native=False,
         isa=arch,
         variant="few queries" if few_rows(spec) else "forward",
@@ -173,6 +183,15 @@ def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> CompiledKernel:
     return Forward(spec, plan, layout, tile, device_of(spec))
 
 
+def compile_backward(spec: AttentionSpec, layout: BackwardLayout, arrays: ArrayShapes) -> CompiledBackward:
+    """The kernels of the gradients of one spec and layout."""
+    from flashtile.kernels.triton.backward_host import Backward
+
+    found = backward_tiles(spec, arch_of(spec))
+    assert found is not None  # or there were no backward to compile
+    return Backward(spec, layout, arrays, *found, device_of(spec))
+
+
 def device_of(spec: AttentionSpec) -> Device:
     """Where kernels run: the GPU, or Triton's interpreter."""
     if interpreting():
@@ -184,4 +203,4 @@ def device_of(spec: AttentionSpec) -> Device:
     return Gpu()
 
 
-FAMILY = Family("triton", unavailable, capabilities, compile, refuses, remark)
+FAMILY = Family("triton", unavailable, capabilities, compile, refuses, remark, compile_backward=compile_backward)
