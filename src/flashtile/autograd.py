@@ -101,7 +101,7 @@ def _results(
     values += [array_sum(sums, x, scoring) for x in arrays]
     targets = (x for x, asked in zip((*inputs, *sources), needed, strict=True) if asked)
     pairs = zip(values, targets, strict=True)
-    return [x if isinstance(x, Tensor) else _tensor(np.asarray(x), like) for x, like in pairs]
+    return [_like(x, like) if isinstance(x, Tensor) else _tensor(np.asarray(x), like) for x, like in pairs]
 
 
 def _compiled(
@@ -118,8 +118,14 @@ def _compiled(
     arrays = {name: x.detach().resolve_neg() for name, x in zip(names, inputs, strict=True) if x is not None}
     arrays |= {name: arrays[name].contiguous() for name in ("lse", "dlse") if name in arrays}
     results = {f"d{x}": arrays[x].new_zeros(arrays[x].shape) for x in ("q", "k", "v") if x in wanted}
-    owner: dict[str, Any] = {"address": Tensor.data_ptr, "strides": Tensor.stride}
-    sums = run_backward(spec, family, "auto", arrays | results, offset, scoring, wanted, **owner)
+    if spec.device_kind != "cpu":
+        from flashtile import devices
+
+        owner = devices.owner_of("torch")
+        sums = devices.gradients(owner, family, spec, arrays | results, offset, scoring, wanted)
+        return list(results.values()), sums
+    asked: dict[str, Any] = {"address": Tensor.data_ptr, "strides": Tensor.stride}
+    sums = run_backward(spec, family, "auto", arrays | results, offset, scoring, wanted, **asked)
     return list(results.values()), sums
 
 
@@ -130,12 +136,17 @@ def _widened(x: Tensor, rank: int) -> np.ndarray:
     return values[(None,) * (rank - values.ndim)]
 
 
+def _like(value: Tensor, like: Tensor) -> Tensor:
+    """Sums of a GPU in the shape and dtype of the tensor that they belong to; gradients of q, k and v are so."""
+    return value.to(like.dtype).reshape(like.shape)
+
+
 def _tensor(value: np.ndarray, like: Tensor) -> Tensor:
     """Sums as a new tensor of this one's shape and dtype; what the dtype cannot hold is an infinity there."""
     value = np.asarray(value).reshape(tuple(like.shape))
     with np.errstate(over="ignore", invalid="ignore"):
         if like.dtype is torch.bfloat16:
             bits = np.asarray(round_to_bf16(value)).astype(np.uint16)
-            return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
+            return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).to(like.device)
         name = str(like.dtype).removeprefix("torch.")
-        return torch.from_numpy(np.require(value, DTYPES[name].numpy, ("C", "W")))
+        return torch.from_numpy(np.require(value, DTYPES[name].numpy, ("C", "W"))).to(like.device)

@@ -128,6 +128,17 @@ def clear_cache() -> None:
     _families.clear()
 
 
+class Memory(NamedTuple):
+    """Where a backward call has what it makes itself: zeros of a shape and NumPy dtype, and arrays of the host."""
+
+    zeros: Callable[[tuple[int, ...], np.dtype[Any]], Any]
+    place: Callable[[np.ndarray], Any]
+    address: Callable[[Any], int]
+
+
+HOST = Memory(np.zeros, lambda x: x, address_of)
+
+
 def run_backward(
     spec: AttentionSpec,
     family: kernels.Family,
@@ -138,13 +149,14 @@ def run_backward(
     wanted: Collection[str | int] = (),
     *,
     address: Callable[[Any], int],
-    strides: Callable[[Any], tuple[int, ...]],
+    strides: Callable[[Any], Hashable],
+    memory: Memory | None = None,
 ) -> Sums:
     """Gradients of a family that compiles its backward: of q, k and v added to those of dq, dk and dv that are among
     `arrays`; returned, those of "sinks" and of captured arrays, by their slots, that are `wanted`.
 
     The others are q, k, v, o and do, of any strides, lse and possibly dlse, row-major; `address` and `strides` ask the
-    library that owns them.
+    library that owns them. memory: of a GPU, where these lie; what is returned is then of that library.
     """
     captured = {} if scoring is None else scoring.shapes(wanted)
     real = DTYPES[DTYPES[spec.dtype].accumulator].numpy
@@ -156,9 +168,10 @@ def run_backward(
         _forget_oldest(_backwards)
         found = _backwards[key] = _bind_backward(spec, family, engine, arrays, shapes)
     at = dict.fromkeys(_OPERANDS, 0) | {name: address(x) for name, x in arrays.items()}
-    offsets = None if spec.offset is not None else np.ascontiguousarray(offset, np.int64)
-    dsinks = np.zeros((spec.batch, spec.heads), real) if "sinks" in wanted else None
-    beside = {name: 0 if x is None else address_of(x) for name, x in (("offsets", offsets), ("dsinks", dsinks))}
+    memory = memory or HOST
+    offsets = None if spec.offset is not None else memory.place(np.ascontiguousarray(offset, np.int64))
+    dsinks = memory.zeros((spec.batch, spec.heads), real) if "sinks" in wanted else None
+    beside = {name: 0 if x is None else memory.address(x) for name, x in (("offsets", offsets), ("dsinks", dsinks))}
     params = found.pack(**at, **beside, scoring=scoring)
     found.run(params)
     return Sums(None, None, None, dsinks, {**empty, **found.totals(params)})

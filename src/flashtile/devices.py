@@ -7,18 +7,31 @@ uses it has yet to run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from flashtile import kernels
 from flashtile.arrays import device_of
-from flashtile.calls import CACHE_ENTRIES, Call, Options, as_key, check_apart, lookup, prepare, split_align
+from flashtile.calls import (
+    CACHE_ENTRIES,
+    Call,
+    Memory,
+    Options,
+    as_key,
+    check_apart,
+    lookup,
+    prepare,
+    run_backward,
+    split_align,
+)
 from flashtile.checks import check_flag
 from flashtile.current import Here, calling
 from flashtile.dtypes import DTYPES
 from flashtile.errors import wrong
+from flashtile.kernels.gradients import Sums
 from flashtile.owners import LENDERS, Owner, borrow, give_back, hold, library_of, owner_of
 from flashtile.progress import reporter
 from flashtile.score.capture import ArrayCapture, capture, is_array
@@ -181,6 +194,28 @@ def run(
         offsets_at = owner.address(on_device)
     call.run(call.pack(q_at, k_at, v_at, owner.address(out), lse_at, offsets_at, scoring), report)
     return out, lse
+
+
+def gradients(
+    owner: Owner,
+    family: kernels.Family,
+    spec: AttentionSpec,
+    arrays: Mapping[str, Any],
+    offset: Any,
+    scoring: Scoring,
+    wanted: Collection[str | int],
+) -> Sums:
+    """`run_backward` of arrays of the owner's, on the current stream: the sums are arrays of the owner's, too."""
+    with calling(owner, arrays["q"]) as place:
+        if scoring.sinks is not None:
+            scoring = place_sinks(scoring, spec, owner)
+        memory = Memory(
+            zeros=lambda shape, dtype: place.zeros(shape, dtype.name, "a gradient"),
+            place=lambda array: place.upload(array, "align"),
+            address=owner.address,
+        )
+        asked: dict[str, Any] = {"address": owner.address, "strides": owner.key, "memory": memory}
+        return run_backward(spec, family, "auto", arrays, offset, scoring, wanted, **asked)
 
 
 def one_library(q: Any, k: Any, v: Any, out: Any) -> str:

@@ -80,11 +80,10 @@ def attention(
     cast as for torch's SDPA (not float64), and nothing else is.
 
     Returns:  a tensor of q's dtype; with return_lse=True also lse, float32 (float64 for float64).
-              Both have derivatives on the CPU, first and second, by autograd and in forward mode, to q, k, v, bias,
-              sinks, alibi_slopes, and tensors that a score function captured. The backward is fused; with dropout so
-              far unfused: one thread, S_q x S_kv scores of a head at a time.
-    Raises:   as flashtile.attention; UnavailableError also on a GPU if a tensor requires grad while gradients are
-              recorded or a tensor has a tangent, and for third derivatives.
+              Both have derivatives, by autograd, to q, k, v, bias, sinks, alibi_slopes, and tensors that a score
+              function captured; on the CPU also second ones, and in forward mode. The backward is fused.
+    Raises:   as flashtile.attention; UnavailableError also for third derivatives, and on a GPU for second ones and if a
+              tensor has a tangent.
 
     >>> import torch, flashtile.torch
     >>> x = torch.ones(1, 8, 128, 64, dtype=torch.bfloat16)
@@ -125,10 +124,18 @@ def drawn(dropout_p: Any, seed: Any) -> Keep | None:
 def way(**tensors: Tensor) -> Callable[..., Any]:
     """How these tensors are attended, by where they lie and who looks on. Raises: as `check_tensors`."""
     check_tensors(**tensors)
-    if not all(x.is_cpu for x in tensors.values()):
-        return eager.attend_on_device
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values())
-    return operate if recorded or is_watched() or in_forward_mode() else eager.attend
+    if recorded or is_watched() or in_forward_mode():
+        return operate
+    return eager.attend if all(x.is_cpu for x in tensors.values()) else attend_on_device
+
+
+def attend_on_device(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> Any:
+    """`eager.attend_on_device`, or the operator where an option's gradient is recorded."""
+    try:
+        return eager.attend_on_device(q, k, v, *call)
+    except eager.Recorded:  # found once functions have been traced
+        return operate(q, k, v, *call)
 
 
 def attend_scored(

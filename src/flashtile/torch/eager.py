@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from flashtile.calls import Options, check_apart, lookup, prepare
-from flashtile.errors import UnavailableError, wrong
+from flashtile.errors import wrong
 from flashtile.progress import reporter
 from flashtile.score.capture import ArrayCapture
 from flashtile.score.options import ScoreOptions, Scoring
@@ -113,17 +113,17 @@ def attend_on_device(
         check_scores(scores)
     owner = devices.owner_of("torch")
     call = (q, k, v), Options(*options), scores, offsets, return_lse, progress, out
-    o, lse = devices.attend(owner, *call, check=_refuse_recorded)
+
+    def check(scoring: Scoring) -> None:
+        if is_recorded(scoring, None if scores is None else scores.sinks):
+            raise Recorded
+
+    o, lse = devices.attend(owner, *call, check=check)
     return (o, lse) if return_lse else o
 
 
-def _refuse_recorded(scoring: Scoring) -> None:
-    """Raise where a function reads a tensor whose gradient is recorded: on a GPU it would be lost without a word."""
-    if is_recorded(scoring, None):
-        raise UnavailableError(
-            "score_mod, mask: got a function that reads a tensor that requires grad, expected one that does not, or "
-            "torch.no_grad(): gradients are not available on a GPU yet"
-        )
+class Recorded(Exception):
+    """An option of a call on a device, or a tensor that a function reads, has a gradient that is recorded."""
 
 
 def check_scores(scores: ScoreOptions) -> None:

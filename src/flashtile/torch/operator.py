@@ -23,7 +23,7 @@ from flashtile.calls import as_name
 from flashtile.errors import UnavailableError
 from flashtile.torch.arguments import SCHEMA, Arguments, plain_arguments
 from flashtile.torch.dispatch import LIBRARY, apply, below, is_recorded, register, unpacked
-from flashtile.torch.eager import attend
+from flashtile.torch.eager import attend, attend_on_device
 from flashtile.torch.second import HVP, JVP
 from flashtile.torch.tensors import check_untraced, in_forward_mode, is_watched, under_autocast
 
@@ -66,7 +66,7 @@ def recorded(q: Tensor, k: Tensor, v: Tensor, given: Arguments) -> tuple[Tensor,
 def recorded_plainly(q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """`recorded` of a call that nobody looks at, with these options alone: half of a small call is the way to it."""
     a = plain_arguments(q, k, v, options)
-    if options[5] != "auto":
+    if options[5] != "auto" or not q.is_cpu:
         return _record(_unwatched, q, k, v, a)
 
     def run(q: Tensor, k: Tensor, v: Tensor, a: Arguments) -> tuple[Tensor, Tensor]:
@@ -76,10 +76,11 @@ def recorded_plainly(q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...]) 
 
 
 def _unwatched(q: Tensor, k: Tensor, v: Tensor, a: Arguments) -> tuple[Tensor, Tensor]:
-    return attend(q, k, v, a.options, a.scores, a.offsets_array, True, _progress.get())
+    run = attend if q.is_cpu else attend_on_device
+    return run(q, k, v, a.options, a.scores, a.offsets_array, True, _progress.get())
 
 
-# -- on the CPU ------------------------------------------------------------------------------------------
+# -- on a device ------------------------------------------------------------------------------------------
 
 
 def _compute(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -152,7 +153,7 @@ def _any_way(q: Tensor, k: Tensor, v: Tensor, a: Arguments) -> tuple[Tensor, Ten
 def _record(run: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, a: Arguments) -> tuple[Tensor, Tensor]:
     """o and lse of `run`, with a backward. Raises: UnavailableError if no kernel named so has it."""
     check_untraced()
-    if a.family != "auto":
+    if a.family != "auto" or not q.is_cpu:  # a GPU's kernels may not have a backward
         kernels.pick(a.scored(q, k, v).spec, as_name("kernel", a.family), "backward")
     return apply(_Attention, run, a, q, k, v, *a.differentiable)
 
@@ -239,10 +240,12 @@ class _AttentionBackward(Function):
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     q, k, v = under_autocast(q, k, v)
-    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
+    key = torch._C.DispatchKey.AutocastCPU if q.is_cpu else torch._C.DispatchKey.AutocastCUDA
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
         return ATTENTION(q, k, v, *rest)
 
 
-register("attention", _compute, _autograd, _fake)
-register("attention_backward", _compute_backward, _autograd_backward, _fake_backward)
-LIBRARY.impl("attention", _autocast, "AutocastCPU")
+register("attention", _compute, _autograd, _fake, _compute)
+register("attention_backward", _compute_backward, _autograd_backward, _fake_backward, _compute_backward)
+for _key in ("AutocastCPU", "AutocastCUDA"):
+    LIBRARY.impl("attention", _autocast, _key)

@@ -86,8 +86,7 @@ def address(name: str, x: Tensor) -> int:
 
 
 def check_tensors(**tensors: Tensor) -> None:
-    """Raise unless each is a plain dense tensor, on the CPU, or on a GPU if no gradient is recorded for it."""
-    recording = torch.is_grad_enabled()
+    """Raise unless each is a plain dense tensor, on the CPU or on a GPU, there without a tangent."""
     for name, x in tensors.items():
         if type(x) is not Tensor and type(x) is not torch.nn.Parameter and not is_stand_in(x):
             got = f"a {type(x).__module__}.{type(x).__qualname__}"
@@ -102,11 +101,6 @@ def check_tensors(**tensors: Tensor) -> None:
             raise wrong(name, "a nested tensor", _PLAIN["NestedTensor"])
         if x.is_neg():
             raise wrong(name, "a lazily negated view", "a tensor in memory (x.resolve_neg())")
-        if recording and x.requires_grad and not x.is_cpu:
-            raise UnavailableError(
-                f"{name}: got a tensor on {x.device} that requires grad, expected one that does not, or "
-                "torch.no_grad(): gradients are not available there yet"
-            )
         if not x.is_cpu and has_tangent(x):
             raise UnavailableError(
                 f"{name}: got a tensor on {x.device} with a tangent, expected one without: forward mode is not "
