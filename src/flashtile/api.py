@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from flashtile.arrays import address_of, device_of, is_torch, plain
+from flashtile.arrays import address_of, device_of, is_lazy, is_torch, plain
 from flashtile.calls import Options, as_key, check_apart, clear_cache, lookup, prepare, split_align
 from flashtile.checks import check_flag
 from flashtile.errors import wrong
@@ -150,8 +150,8 @@ def attention(
 
 
 def _attend_others(q: Any, k: Any, v: Any, *, unknown: dict[str, Any], **keywords: Any) -> Any:
-    """Refuse unknown keywords; hand torch tensors to their door, arrays on a GPU to its own call, JAX's to be lent, and
-    subclasses of ndarray back to attention as plain arrays."""
+    """Refuse unknown keywords; hand torch tensors to their door, arrays on a GPU to its own call, Dask's and stored
+    ones to the graph's, JAX's to be lent, and subclasses of ndarray back to attention as plain arrays."""
     check_keywords(attention, unknown)
     if any(map(is_torch, (q, k, v))):
         import flashtile.torch
@@ -161,6 +161,10 @@ def _attend_others(q: Any, k: Any, v: Any, *, unknown: dict[str, Any], **keyword
         from flashtile import devices
 
         return devices.attention(q, k, v, **keywords)
+    if any(map(is_lazy, (q, k, v))):
+        from flashtile import lazy
+
+        return lazy.attention(q, k, v, **keywords)
     if type(q).__module__.partition(".")[0] in ("jax", "jaxlib"):
         from flashtile import devices
 

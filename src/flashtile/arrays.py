@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,6 +74,7 @@ class View(NamedTuple):
         return False
 
 
+@functools.lru_cache(maxsize=256)
 def contiguous(shape: tuple[int, ...], dtype: Any, device: str = "cpu") -> View:
     """A row-major array that does not exist yet."""
     strides, step = [], dtype_of(dtype).itemsize
@@ -85,6 +87,22 @@ def contiguous(shape: tuple[int, ...], dtype: Any, device: str = "cpu") -> View:
 def is_torch(x: object) -> bool:
     """True for a torch tensor or a subclass of it, without importing torch."""
     return any(base.__module__ == "torch" and base.__name__ == "Tensor" for base in type(x).__mro__)
+
+
+def is_dask(x: object) -> bool:
+    """True for an array of Dask, without importing Dask."""
+    return any(base.__module__.startswith("dask.array") and base.__name__ == "Array" for base in type(x).__mro__)
+
+
+def is_stored(x: object) -> bool:
+    """True for an array that is read by slices and lies in no memory: Zarr's, HDF5's and their kind."""
+    slices = all(hasattr(x, name) for name in ("shape", "dtype", "chunks", "__getitem__"))
+    return slices and not isinstance(x, np.ndarray) and not is_dask(x)
+
+
+def is_lazy(x: object) -> bool:
+    """True for either: an array whose values are not in memory yet."""
+    return is_dask(x) or is_stored(x)
 
 
 def view_of(x: Any) -> View:

@@ -10,10 +10,10 @@ from typing import Any, NoReturn
 import numpy as np
 
 from flashtile import engines, kernels
-from flashtile.arrays import address_of, is_torch, plain, view_of
+from flashtile.arrays import address_of, is_lazy, is_torch, plain, view_of
 from flashtile.calls import Options, as_key, as_name, run_backward, split_align
 from flashtile.dtypes import DTYPES, dtype_of
-from flashtile.errors import wrong
+from flashtile.errors import UnavailableError, wrong
 from flashtile.hints import check_keywords
 from flashtile.kernels.gradients import Inputs, Sums
 from flashtile.score.capture import ArrayCapture, capture
@@ -163,6 +163,10 @@ class Problem:
         for name, source in self.sources:
             yield name, source, _sum_of(sums, name, source, self.scoring)
 
+    def gradients(self, sums: Sums) -> Gradients:
+        """All that is asked for, from sums, each in its array's dtype."""
+        return _finish(self, self.values(sums), None, False, {})
+
 
 def _inputs(spec: AttentionSpec, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dlse: Any) -> tuple[Any, ...]:
     """The arrays of a call, in the order of `kernels.backward.Inputs`. Raises: SpecError."""
@@ -181,6 +185,9 @@ def _inputs(spec: AttentionSpec, do: Any, q: Any, k: Any, v: Any, o: Any, lse: A
 def _array(x: Any, name: str) -> np.ndarray:
     if is_torch(x):
         raise wrong(name, "a torch tensor", "a NumPy array: tensors have their gradients by autograd")
+    if is_lazy(x):
+        got = f"a {type(x).__module__}.{type(x).__qualname__}"
+        raise UnavailableError(f"{name}: got {got}, expected a NumPy array: such arrays have no gradients yet")
     return plain(x, name)
 
 

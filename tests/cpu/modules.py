@@ -14,19 +14,19 @@ from flashtile.kernels.cpu.passes.forward import forward_text
 from flashtile.kernels.cpu.passes.merge import merge_text
 from flashtile.llvm import machines as isas
 from flashtile.llvm.machines import ISA
-from flashtile.llvm.products import FMA, PAIRS, TILES
+from flashtile.llvm.products import FMA, PAIRS, TILES, TILES2, TILES3
 
 STORAGES = ("double", "float", "half", "bfloat")
 
 
 def configs(isa: ISA) -> dict[str, Config]:
     """The configurations that calls may lead to: with the bf16 dot bf16 takes it, and fp32 if it may; with matrix
-    registers as well."""
+    registers as well, fp16 in two parts, fp32 in two and three."""
     found = {}
     for storage in STORAGES:
         products = {"bfloat": (PAIRS,), "float": (FMA, PAIRS)}.get(storage, (FMA,)) if isa.bf16_dot else (FMA,)
-        if isa.tiles and PAIRS in products:
-            products = (*products, TILES)
+        if isa.tiles:
+            products += {"bfloat": (TILES,), "float": (TILES, TILES2, TILES3), "half": (TILES2,)}.get(storage, ())
         found |= {f"{storage}{'' if x is FMA else f'-{x.name}'}": Config(isa, storage, x) for x in products}
     return found
 

@@ -104,6 +104,23 @@ def test_dot_pairs(isa: ISA, emulated: bool) -> None:
 
 
 @pytest.mark.parametrize("isa", every_isa())
+def test_scale_and_fraction(isa: ISA) -> None:
+    if not isa.scales:
+        with pytest.raises(NotImplementedError):
+            run(isa, lambda f, x: isa.fraction(f, x), np.ones(16, np.float32))
+        return
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.uniform(-120, 120, 4000), np.arange(-60, 60), rng.uniform(-1, 1, 40) * 1e9]).astype(
+        np.float32
+    )
+    got = run(isa, lambda f, v: isa.fraction(f, v), x)
+    assert (got == (x - np.floor(x).astype(np.float64)).astype(np.float32)).all()
+    number, power = rng.standard_normal(4096).astype(np.float32), rng.uniform(-60, 60, 4096).astype(np.float32)
+    got = run(isa, lambda f, v, p: isa.scale(f, v, p), number, power)
+    assert (got == np.ldexp(number, np.floor(power).astype(int))).all()
+
+
+@pytest.mark.parametrize("isa", every_isa())
 @pytest.mark.parametrize("real", ["float32", "float64"])
 def test_multiply_add(isa: ISA, real: str) -> None:
     """One rounding where the machine has it, else one a step."""

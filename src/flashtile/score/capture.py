@@ -66,6 +66,10 @@ class ArrayCapture:
     name: str = "captured array"
     place: Place | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By its storage: what the caller gave stays in this process."""
+        return ArrayCapture, (self.array, self.element, self.array, self.name, self.place)
+
     @property
     def device(self) -> str:
         return "cpu" if self.place is None else self.place.device

@@ -14,9 +14,8 @@ from flashtile.kernels.cpu.steps.keep import Kept
 from flashtile.kernels.cpu.steps.spans import LEVELS
 from flashtile.llvm.blocks import Areas
 from flashtile.llvm.ir import Value
-from flashtile.llvm.lines import Lines, Scores
+from flashtile.llvm.lines import Lines, Scores, Weights
 from flashtile.llvm.routines import Kind, Operand
-from flashtile.score.keep import KEYS_A_CALL
 
 if TYPE_CHECKING:
     from flashtile.kernels.cpu.config import Config
@@ -56,17 +55,23 @@ class Work(Operand):
     def scores(self) -> Scores:
         return Scores(self.at + fixed(self.c).at["scores"], self.c.line)
 
+    @property
+    def weights(self) -> Weights:
+        """Words of the largest part, in the scores' place; each further part lies `Config.weights_part` bytes on."""
+        return Weights(self.scores.at, self.c.word_line)
+
 
 def dense_bytes(c: Config) -> int:
     """Bytes of one dense load's tile: a line for each key, as the scores."""
-    return (c.key_block + c.rows) * c.line.bytes
+    return c.score_lines * c.line.bytes
 
 
 def fixed(c: Config) -> Areas:
     """The areas whose size is known when the kernel is generated."""
     line = c.line.bytes
-    margin = KEYS_A_CALL * line if c.dropout else 0  # on either side: weights are dropped in groups (steps/keep.py)
-    areas = {"frame": FRAME.bytes, "tops": line, "alpha": line, "margin": margin, "scores": dense_bytes(c) + margin}
+    margin = c.margin * line  # on either side: weights are dropped in groups (steps/keep.py)
+    scores = c.product.parts * c.weights_part
+    areas = {"frame": FRAME.bytes, "tops": line, "alpha": line, "margin": margin, "scores": scores}
     if c.lands_in_memory:
         areas["landed"] = c.rows * line
     return Areas(areas)
@@ -110,13 +115,16 @@ def sized(c: Config, head_size: int, value_size: int, panels: int) -> Areas:
     name."""
     columns, line = c.padded(value_size), c.line.bytes
     areas = {
-        "q": panels * c.key_words(head_size) * line,
+        "q": panels * c.key_words(head_size) * line * c.product.parts,
         **{f"{level}o": panels * columns * line for level in LEVELS},
         **{f"{level}state": panels * 2 * line for level in LEVELS},
-        "k": c.key_block * c.key_words(head_size) * c.size,
+        "k": c.key_block * c.key_words(head_size) * c.size * c.product.parts,
         "v": c.value_rows(value_size) * c.value_row(value_size),
         "extra": columns * line,
         "cursor": 8 * (panels + 1),
         "dense": len(c.code.dense_loads) * dense_bytes(c) if c.code else 0,
+        "key_flags": c.key_block * 4 if c.guarded else 0,
+        "lane_flags": panels * line if c.guarded else 0,
+        "wide": head_size * line if c.guarded else 0,
     }
     return Areas({f"at_{name}": size for name, size in areas.items()}, start=fixed(c).bytes)

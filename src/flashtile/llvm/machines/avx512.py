@@ -18,6 +18,18 @@ class AVX512(ISA):
         kind = {"i32": "si", "i64": "di"}[element(table.type)]
         return f.intrinsic(f"llvm.x86.avx512.permvar.{kind}.{8 * self.vector_bytes}", table.type, [table, index])
 
+    def fraction(self, f: Function, x: Value) -> Value:
+        return self._whole_register(f, "reduce", x, f.const("i32", 9))  # against no bits after the point, downwards
+
+    def scale(self, f: Function, x: Value, power: Value) -> Value:
+        return self._whole_register(f, "scalef", x, power)
+
+    def _whole_register(self, f: Function, name: str, *operands: Value) -> Value:
+        """An instruction on all lanes of a register of floats, rounding as the float unit is set to."""
+        type_ = self.vector_of("float")
+        others = [f.const(type_, 0.0), f.const("i16", -1), f.const("i32", 4)]
+        return f.intrinsic(f"llvm.x86.avx512.mask.{name}.ps.512", type_, [*operands, *others])
+
     def divide(self, f: Function, a: Value, b: Value) -> Value:
         """A quotient to 14 bits, corrected by what it leaves of a: half the time of the division of 16 lanes."""
         if a.type != self.vector_of("float"):

@@ -75,10 +75,11 @@ def emit_keep(module: Module, c: Config, width: int) -> Routine:
         with f.range(0 - first, last, KEYS_A_CALL) as line:
             drawn = draw.words(c, line, at)
             for n, kept in enumerate(_kept(f, c, drawn, draw.threshold)):
-                word = line // c.per_word + n
-                weight = f.cast("bitcast", weights.load(word, at=at), like(kept.type, _part(c)))
-                weight = f.select(kept, weight, f.const(weight.type, 0))
-                weights.store(f.cast("bitcast", weight, c.words), word, at=at)
+                for part in range(c.product.parts):
+                    words, word = weights.moved(part * c.weights_part), line // c.per_word + n
+                    weight = f.cast("bitcast", words.load(word, at=at), like(kept.type, _part(c)))
+                    weight = f.select(kept, weight, f.const(weight.type, 0))
+                    words.store(f.cast("bitcast", weight, c.words), word, at=at)
     f.ret()
     return f
 
