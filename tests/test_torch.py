@@ -379,14 +379,16 @@ def test_tensors_on_a_gpu_go_to_their_own_call_with_every_option(
     assert calls == len(options)
 
 
-def test_a_function_that_reads_a_recorded_tensor_is_refused_on_a_gpu() -> None:
-    """Its gradient would be lost without a word; the check comes before the device is touched."""
+def test_a_function_that_reads_a_recorded_tensor_takes_the_operator_on_a_gpu() -> None:
+    """Its gradient would be lost without a word; that is seen before the device is touched."""
     q, k, v = tensors(Shape(1, 2, 2, 4, 4, 8, 8))
     weight = torch.ones(2, requires_grad=True)
     scores = ScoreOptions(score_mod=lambda s, b, h, i, j: s * weight[h])
     options = (False, None, None, None, "ieee", "auto", "auto")
-    with pytest.raises(UnavailableError, match="reads a tensor that requires grad"):
+    with pytest.raises(flashtile.torch.eager.Recorded):
         flashtile.torch.eager.attend_on_device(q, k, v, options, scores)
+    flashtile.torch.attend.attend_on_device(q, k, v, options, scores).sum().backward()
+    assert weight.grad is not None and weight.grad.any()
 
 
 sdpa_here = flashtile.torch.scaled_dot_product_attention

@@ -9,13 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from .capture import Access, Slot
 from .expr import Expr, postorder
-
-if TYPE_CHECKING:
-    from .derivative import ArrayGradient
 
 # Arguments of the function: the variables, a tuple of captured values (`Arguments`), and the type of its floats.
 SIGNATURE = "s, b, h, i, j, captures, ACC: tl.constexpr"
@@ -28,13 +24,13 @@ def function_source(name: str, root: Expr, slots: Sequence[Slot]) -> str:
     return "\n".join([f"def {name}({SIGNATURE}):", *("    " + line for line in writer.lines), f"    return {result}\n"])
 
 
-def place_source(name: str, gradient: ArrayGradient, slots: Sequence[Slot]) -> str:
-    """The source of a function that gives the number of the element that a load reads, int64, in a row-major array;
+def place_source(name: str, slot: Slot, indices: Sequence[Expr], slots: Sequence[Slot]) -> str:
+    """The source of a function that gives the number of an array's element at some indices, int64, rows first;
     the nearest, where an index is out of bounds."""
     writer = Writer(slots)
     place = "tl.full((), 0, tl.int64)"
-    for axis, index in enumerate(gradient.index):
-        length = writer.arguments.length(gradient.slot, axis)
+    for axis, index in enumerate(indices):
+        length = writer.arguments.length(slot, axis)
         place = writer.line(f"{place} * {length} + nearest({writer.write(index)}, {length})")
     return "\n".join([f"def {name}({SIGNATURE}):", *("    " + line for line in writer.lines), f"    return {place}\n"])
 

@@ -54,7 +54,7 @@ def array_sums(
     of_rows = (i[:, None], nats[:, None], row_delta[:, None], low[:, None], high[:, None], number(scale, ACC))
     table = (rows, runs) if MASK is None else (rows + 2 * (b * rows_b + h * rows_h + tile), runs)
     sums = tl.zeros([TILE_Q if BY_ROW else 1, TILE_K if BY_KEY else 1], ACC)
-    into = None
+    into = largest  # not read
     if totals is not None:
         into = (totals, flags, tl.exp2(power_of(largest, terms_bits)), tl.exp2(_room(terms_bits)), elements)
     most = over_keys(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 _AXES = "bhsd"
 _OPERANDS = ("q", "k", "v", "o", "do", "dq", "dk", "dv")
 _TIMES_FORWARD = 7, 2  # seven products where the forward has two: S and dP are formed for dQ, and again for dK and dV
+ARRAY_ROWS = 64  # most rows of a tile of those that gradients of arrays walk
 _WORD = 4  # bytes of what `clear` writes
 
 
@@ -62,7 +64,7 @@ class Call(NamedTuple):
 class Backward:
     """The backward kernels bound to one spec and layout: a `kernels.CompiledBackward`. One work item is all of a call.
 
-    tile_q of dQ and of gradients of arrays, tile_kv of dK and dV.
+    tile_q of dQ, and of gradients of arrays, with fewer rows; tile_kv of dK and dV.
     Raises: SpecError for strides that are not whole elements, and for lengths beyond int32.
     """
 
@@ -80,11 +82,12 @@ class Backward:
     ) -> None:
         self._spec, self._arrays, self._device = spec, arrays, device
         self._tile_q, self._tile_kv = tile_q, tile_kv
-        self._query_tiles = -(-spec.q_len // tile_q.tile_q)
+        self._tile_arrays = replace(tile_q, tile_q=min(tile_q.tile_q, ARRAY_ROWS))  # places take registers, too
         self._key_tiles = -(-spec.kv_len // tile_kv.tile_k)
         heads, kv_heads = spec.batch * spec.heads, spec.batch * spec.kv_heads
-        self._items_q, self._items_kv = heads * self._query_tiles, kv_heads * self._key_tiles
-        check_lengths(spec, max(self._items_q, self._items_kv))
+        self._items_q, self._items_kv = heads * -(-spec.q_len // tile_q.tile_q), kv_heads * self._key_tiles
+        self._items_arrays = heads * -(-spec.q_len // self._tile_arrays.tile_q)
+        check_lengths(spec, max(self._items_arrays, self._items_kv))
         self._strides = _strides_of(layout, spec)
         self._element, self._accumulator = ELEMENTS[spec.dtype], ELEMENTS[lse_type(spec)]
         times, over = _TIMES_FORWARD
@@ -130,13 +133,16 @@ class Backward:
         program = None if scoring is None else scoring.program
         if dq:
             marks = Pointer(work.address + self._odd_q_at, "i32", work.keep)
-            launches += self._twice(forms.backward_q, self._tile_q, self._items_q, values, marks, memory)
+            given = values | self._table(program, self._tile_q)
+            launches += self._twice(forms.backward_q, self._tile_q, self._items_q, given, marks, memory)
         if dk or dv:
             marks = Pointer(work.address + self._odd_kv_at, "i32", work.keep)
             wanted = {"dk": bool(dk), "dv": bool(dv)}
-            given = values | self._table(program, keys_first=True)
+            given = values | self._table(program, self._tile_kv, keys_first=True)
             launches += self._twice(forms.backward_kv, self._tile_kv, self._items_kv, given, marks, memory, **wanted)
         arrays: dict[int, Any] = {}
+        if self._arrays:
+            values |= self._table(program, self._tile_arrays)
         for number, shape in self._arrays:
             out = self._device.array(shape, self._accumulator)
             launches += self._array(number, shape, out, values, memory)
@@ -162,6 +168,8 @@ class Backward:
         bound = self._bound.get(key)
         if bound is None:
             spec = self._spec
+            tile = next((x for x in parts if isinstance(x, Tile)), None)
+            rows = forms.ROWS if tile is None else tile.tile_q
             fixed = {
                 **self._strides,
                 **sizes_of(spec),
@@ -169,7 +177,7 @@ class Backward:
                 "first": 0,
                 "scale": bits(spec.scale),
                 "key_tiles": self._key_tiles,
-                "query_tiles": -(-spec.q_len // forms.ROWS) if form is forms.row_deltas else self._query_tiles,
+                "query_tiles": -(-spec.q_len // rows),
             }
             given = parts if form is forms.clear else (spec, *parts)
             specialisation = form(*given, **how)
@@ -224,8 +232,8 @@ class Backward:
         launches = [Launch(self._kernel(forms.clear), -(-nbytes // (_WORD * forms.BLOCK)), given)]
         for totalled in (False, True):
             for n in loads:
-                kernel = self._kernel(forms.array_sums, self._tile_q, n, totals=totalled, memory=memory)
-                launches.append(Launch(kernel, self._items_q, given))
+                kernel = self._kernel(forms.array_sums, self._tile_arrays, n, totals=totalled, memory=memory)
+                launches.append(Launch(kernel, self._items_arrays, given))
         return [*launches, Launch(self._kernel(forms.array_finish), -(-elements // forms.BLOCK), given)]
 
     def _terms(self, gradient: ArrayGradient) -> int:
@@ -250,33 +258,31 @@ class Backward:
             values |= drawing(scoring.keep)
         if scoring.program is not None:
             values["captures"] = captured(scoring.program.captures, self._device)
-            values |= self._table(scoring.program, keys_first=False)
         return values
 
-    def _table(self, program: Program | None, *, keys_first: bool) -> dict[str, Any]:
+    def _table(self, program: Program | None, tile: Tile, keys_first: bool = False) -> dict[str, Any]:
         """The coverage of a mask as dQ's kernel walks it, or, keys first, as that of dK and dV does."""
         if program is None or program.mask is None:
             return {}
-        table = self._coverage(program, keys_first)
+        table = self._coverage(program, tile, keys_first)
         place = self._device.place(table.both, "i32").pointer
         runs = place._replace(address=place.address + 4 * table.rows.size)
         return {"rows": place, "runs": runs, "rows_b": table.rows_b, "rows_h": table.rows_h}
 
-    def _coverage(self, program: Program, keys_first: bool) -> Table:
+    def _coverage(self, program: Program, tile: Tile, keys_first: bool) -> Table:
         """Kept where it follows from captured numbers, without arrays, whose values may be other ones now."""
         from flashtile.score.coverage import coverage
 
         numbers = tuple(bits(x.value) for x in program.captures if isinstance(x, ScalarCapture))
         settled = len(numbers) == len(program.captures)
-        table = self._tables.get((keys_first, numbers)) if settled else None
+        table = self._tables.get((tile, keys_first, numbers)) if settled else None
         if table is None:
-            tile = self._tile_kv if keys_first else self._tile_q
             found = coverage(program, tile.tile_q, tile.tile_k, np.dtype(lse_type(self._spec)))
             table = turned(found, self._spec.q_len, self._spec.kv_len) if keys_first else table_of(found)
             if settled:
                 if len(self._tables) >= MOST_TABLES:
                     self._tables.clear()
-                self._tables[keys_first, numbers] = table
+                self._tables[tile, keys_first, numbers] = table
         return table
 
 

@@ -44,7 +44,7 @@ def gradient_functions(code: Code, number: int) -> tuple[Any, Any]:
     the number of the element in a row-major array."""
     gradient = code.array_gradients[number]
     gives = function_of("gives", gradient.value, code.slots)
-    return gives, _compiled("place", place_source("place", gradient, code.slots))
+    return gives, _compiled("place", place_source("place", gradient.slot, gradient.index, code.slots))
 
 
 def function_of(name: str, root: Expr, slots: Any) -> Any:
