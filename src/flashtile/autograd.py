@@ -124,7 +124,7 @@ def _compiled(
         from flashtile import devices
 
         owner = devices.owner_of("torch")
-        sums = devices.gradients(owner, family, spec, arrays | results, offset, scoring, wanted)
+        sums = devices.gradients(owner, family, spec, arrays | results, offset, scoring, wanted, engine)
         return list(results.values()), sums
     asked: dict[str, Any] = {"address": Tensor.data_ptr, "strides": Tensor.stride}
     sums = run_backward(spec, family, engine, arrays | results, offset, scoring, wanted, **asked)

@@ -204,6 +204,7 @@ def gradients(
     offset: Any,
     scoring: Scoring,
     wanted: Collection[str | int],
+    engine: str = "auto",
 ) -> Sums:
     """`run_backward` of arrays of the owner's, on the current stream: the sums are arrays of the owner's, too."""
     with calling(owner, arrays["q"]) as place:
@@ -215,7 +216,7 @@ def gradients(
             address=owner.address,
         )
         asked: dict[str, Any] = {"address": owner.address, "strides": owner.key, "memory": memory}
-        return run_backward(spec, family, "auto", arrays, offset, scoring, wanted, **asked)
+        return run_backward(spec, family, engine, arrays, offset, scoring, wanted, **asked)
 
 
 def one_library(q: Any, k: Any, v: Any, out: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from flashtile import engines, kernels
-from flashtile.arrays import address_of, is_lazy, is_torch, plain, view_of
+from flashtile.arrays import address_of, device_of, is_lazy, is_torch, plain, view_of
 from flashtile.calls import Options, as_key, as_name, run_backward, split_align
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import UnavailableError, wrong
@@ -92,7 +92,8 @@ def attention_backward(
 ) -> Gradients:
     """Gradients of sum(do * o) + sum(dlse * lse), from what `attention(..., return_lse=True)` took and returned.
 
-    Shapes:  do and o (B, H, S_q, D_v), lse and dlse (B, H, S_q), or with as few axes as q; NumPy arrays only.
+    Shapes:  do and o (B, H, S_q, D_v), lse and dlse (B, H, S_q), or with as few axes as q; NumPy arrays, or all
+             on one GPU CuPy's or JAX's, whose results are new arrays of theirs (`out` is not taken).
     Options: wrt    names among "q", "k", "v", "bias", "sinks", "alibi_slopes", "captured": only these are computed.
              out    a Gradients with a writable array for each of them, written to; accumulate=True adds to it.
              the rest as in `flashtile.attention`.
@@ -105,7 +106,12 @@ def attention_backward(
     Raises:  SpecError, UnavailableError before any memory is touched.
     Source:  Dao 2023, FlashAttention-2, section 3.1.2.
     """
-    check_keywords(attention_backward, unknown)
+    given = dict(locals())
+    check_keywords(attention_backward, given.pop("unknown"))
+    if any(device_of(x) != "cpu" and not is_torch(x) for x in (q, k, v)):
+        from flashtile import device_gradients
+
+        return device_gradients.attention_backward(**given)
     q, k, v = _array(q, "q"), _array(k, "k"), _array(v, "v")
     offsets = None
     if align is not None:
