@@ -194,7 +194,7 @@ def test_a_repeated_call_is_prepared_once() -> None:
 
 def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     flashtile.api.clear_cache()
-    monkeypatch.setattr(calls, "CACHE_ENTRIES", 4)
+    monkeypatch.setattr(calls.prepared, "CACHE_ENTRIES", 4)
     q = np.ones((3, 8), np.float32)
     for n in range(1, 12):
         close(flashtile.attention(q, q, q, scale=n, kernel="vanilla"), q.astype(np.float64))

@@ -52,17 +52,17 @@ TABLE: dict[str, Place] = {
     "direct": Place("engines.direct", "errors arrays spec plan contract engines"),
     # Of llvm the cache's folder; of triton the kernels compiled ahead of time, and what they are compiled for.
     "starpu": Place("engines.starpu", "errors arrays llvm score spec options plan contract triton engines"),
-    "starpu_mpi": Place("engines.starpu_mpi", "errors arrays score spec options starpu"),
+    "starpu_mpi": Place("engines.starpu_mpi", "errors arrays score spec options contract starpu"),
     "dask": Place("engines.dask", "errors arrays score spec options contract engines starpu"),
     "calls": Place("calls", "errors arrays spec options contract engines"),
     "doors": Place(
-        "api torch transformers flash_attn onnx jax xla autograd devices device_gradients lazy gradients merge explain plot picture "
+        "api torch transformers flash_attn onnx jax xla xla_native devices device_gradients lazy gradients merge explain plot picture "
         "starpu starpu_gradients starpu_mpi nntile nntile_backward nntile_tiles",
-        "errors arrays score spec options plan contract numpy owners engines direct starpu starpu_mpi dask calls",
+        "errors arrays llvm score spec options plan contract numpy owners engines direct starpu starpu_mpi dask calls",
     ),
     "package": Place("", "errors arrays score doors"),
     "tools": Place(
-        "cli __main__ bench demo doctor launch testing arrayfiles",
+        "cli flags __main__ bench demo doctor launch testing arrayfiles",
         "errors arrays llvm score spec options contract numpy triton engines starpu starpu_mpi calls doors package",
     ),
 }

@@ -8,7 +8,7 @@ import numpy as np
 
 from flashtile import kernels
 from flashtile.arrays import View, device_of
-from flashtile.calls import Options, as_key, as_name, split_align
+from flashtile.calls import as_name, describe
 from flashtile.current import Here, calling
 from flashtile.devices import gradients, one_library
 from flashtile.dtypes import DTYPES, dtype_of
@@ -18,7 +18,6 @@ from flashtile.kernels.gradients import Sums
 from flashtile.owners import Owner, borrow, give_back, hold, library_of, owner_of
 from flashtile.score.capture import is_array
 from flashtile.score.keep import keep_of
-from flashtile.score.options import ScoreOptions
 
 
 def attention_backward(
@@ -59,14 +58,11 @@ def attention_backward(
         raise wrong("out", "an array to write to", "None for arrays on a GPU: they are new")
     library = one_library(q, k, v, None)
     owner = owner_of(library)
-    offsets = None
-    if align is not None:
-        align, offsets = split_align(align, tuple(q.shape))
     given = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed)
-    scores = ScoreOptions(*(borrow(owner, x) if is_array(x) else x for x in given))
-    options = Options(causal, as_key(window), align, scale, precision, kernel, engine)
+    scores = tuple(borrow(owner, x) if is_array(x) else x for x in given)
+    request = describe(q, scores, (causal, window, align, scale, precision, kernel, engine))
     arrays = {name: borrow(owner, x) for name, x in (("q", q), ("k", k), ("v", v))}
-    problem = Problem.of(tuple(owner.view(x) for x in arrays.values()), options, scores, offsets, wrt)  # type: ignore[arg-type]
+    problem = Problem.of(tuple(owner.view(x) for x in arrays.values()), request, wrt)  # type: ignore[arg-type]
     for name, x in (("do", do), ("o", o), ("lse", lse), ("dlse", dlse)):
         if x is not None or name != "dlse":
             arrays[name] = _checked(owner, library, problem, name, x, q, v)
@@ -79,7 +75,7 @@ def attention_backward(
             return _finished(owner, place, library, problem, results, sums)
         finally:
             if library != "torch":
-                hold(owner, *arrays.values(), scores)
+                hold(owner, *arrays.values(), request.scores)
 
 
 def _checked(owner: Owner, library: str, problem: Problem, name: str, x: Any, q: Any, v: Any) -> Any:

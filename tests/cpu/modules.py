@@ -36,7 +36,7 @@ def modules(isa: ISA) -> dict[str, Callable[[], str]]:
     found: dict[str, Callable[[], str]] = {}
     for name, c in configs(isa).items():
         found[f"forward-{name}"] = partial(forward_text, c)
-        if not c.lands_in_memory:
+        if c.product.parts == 1:
             found[f"backward-{name}"] = partial(backward_text, c)
         found[f"merge-{name}"] = partial(merge_text, c)
         found[f"add_parts-{name}"] = partial(add_parts_text, c)
@@ -44,8 +44,7 @@ def modules(isa: ISA) -> dict[str, Callable[[], str]]:
             found[f"decode-{name}"] = partial(decode_text, c)
         if name in ("float", "bfloat-pairs", "bfloat-tiles"):
             found[f"forward-{name}-dropout"] = partial(forward_text, replace(c, dropout=True))
-            if not c.lands_in_memory:
-                found[f"backward-{name}-dropout"] = partial(backward_text, replace(c, dropout=True))
+            found[f"backward-{name}-dropout"] = partial(backward_text, replace(c, dropout=True))
     return found
 
 

@@ -17,6 +17,7 @@ from assembly import functions
 
 from flashtile.kernels import cpu
 from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.passes.backward import backward_text
 from flashtile.kernels.cpu.passes.forward import forward_text
 from flashtile.llvm import jit
 from flashtile.llvm import machines as isas
@@ -149,6 +150,25 @@ def test_the_real_code_configures_once_and_releases_in_every_entry(storage: str,
         assert len(re.findall(r"\btdpbf16ps\b", multiply)) == 2 * registers * len(product.terms)
         assert len(re.findall(r"\btileloaddt1\b", multiply)) == 2 * loads
         assert len(re.findall(r"\btilestored\b", multiply)) == 2 * registers
+
+
+@pytest.mark.parametrize("storage", ["bfloat", "float"])
+def test_the_real_code_of_the_backward_has_its_instructions_in_their_places(storage: str) -> None:
+    """Sums begin with what is there in two of its products; the exchange streams its right operand."""
+    found = functions(jit.assembly(backward_text(Config(REAL, storage, TILES)), REAL))
+    entry = "\n".join(found["backward"])
+    assert len(re.findall(r"\bldtilecfg\b", entry)) == len(re.findall(r"\btilerelease\b", entry)) == 1
+    assert entry.index("ldtilecfg") < entry.index("callq") and entry.rindex("tilerelease") > entry.rindex("callq")
+    assert not any("tilecfg" in line for name, lines in found.items() if name != "backward" for line in lines)
+    for name, registers in (("multiply", (1, 2)), ("add_product", (2,)), ("exchange", (1, 2))):
+        for n in registers:
+            code = "\n".join(found[f"{name}_{n}"])
+            onto, streamed = name != "multiply", n if name == "exchange" else 2
+            assert len(re.findall(r"\btdpbf16ps\b", code)) == 2 * n
+            assert len(re.findall(r"\btileloaddt1\b", code)) == streamed
+            assert len(re.findall(r"\btileloadd\b", code)) == 2 + n - streamed + onto * 2 * n
+            assert len(re.findall(r"\btilezero\b", code)) == (not onto) * 2 * n
+            assert len(re.findall(r"\btilestored\b", code)) == 2 * n
 
 
 def test_the_configuration_says_eight_tiles_of_16_rows_of_64_bytes() -> None:

@@ -38,15 +38,15 @@ _FORMATS = {
 
 
 @functools.cache
-def exp2_coefficients(degree: int, width: int = 1, middle: float = 0.0) -> tuple[float, ...]:
-    """Coefficients, constant first, of p(f) = 1 + f q(f) ~ 2^f on [-1/2, 1/2] / width, or about another ``middle``.
+def exp2_coefficients(degree: int, width: int = 1) -> tuple[float, ...]:
+    """Coefficients, constant first, of p(f) = 1 + f q(f) ~ 2^f on [-1/2, 1/2] / width.
 
     q interpolates (2^f - 1) / f at Chebyshev nodes, in 60-digit arithmetic; p(0) = 1 exactly.
     """
     with localcontext() as context:
         context.prec = 60
         ln2 = Decimal(2).ln()
-        nodes = [Decimal(middle + 0.5 / width * math.cos(math.pi * (i + 0.5) / degree)) for i in range(degree)]
+        nodes = [Decimal(0.5 / width * math.cos(math.pi * (i + 0.5) / degree)) for i in range(degree)]
         divided = [((x * ln2).exp() - 1) / x if abs(x) > Decimal("1e-12") else ln2 for x in nodes]
         for j in range(1, degree):
             for i in range(degree - 1, j - 1, -1):
@@ -83,7 +83,8 @@ def weight(f: Function, isa: ISA, x: Value, *, coarse: bool = False) -> Value:
     form = _FORMATS[element(x.type)]
     tiny = x < form.negligible
     if coarse and isa.scales and x.type == isa.vector_of("float"):
-        value = isa.scale(f, _polynomial(f, isa, exp2_coefficients(4, middle=0.5), isa.fraction(f, x)), x)
+        r = isa.fraction(f, x)
+        value = isa.scale(f, _polynomial(f, isa, exp2_coefficients(4), r), x - r)
     elif isa.permutes:
         value = _exp2_by_table(f, isa, x, 2 if coarse else form.table_degree)
     else:

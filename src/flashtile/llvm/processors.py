@@ -117,15 +117,17 @@ def choose(
     *,
     forced: bool = False,
     lands: tuple[str, ...] = ("registers", "memory"),
+    parts: int = 3,
 ) -> Choice:
     """The product for a dtype at a precision on a machine; processor: of this machine, if it is None.
 
     forced: FLASHTILE_ISA names the machine. Then what it has is used, whatever its rate.
-    lands: where the caller can take a product's sums from (Product.lands).
+    lands, parts: where the caller can take a product's sums from (Product.lands), and the most parts of an operand.
     """
     able = _beside_fma(dtype, precision)
     plain = f"multiply-adds in {'fp64' if dtype == 'float64' else 'fp32'}"
-    there = [product for product in able if product.lands in lands and product.unavailable(isa) is None]
+    takes = [product for product in able if product.lands in lands and product.parts <= parts]
+    there = [product for product in takes if product.unavailable(isa) is None]
     if not there:
         return Choice(FMA, f"{plain}: {PAIRS.unavailable(isa)}" if PAIRS in able else plain)
     if forced:

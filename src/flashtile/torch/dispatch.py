@@ -49,6 +49,12 @@ def unpacked(tensors: Any) -> tuple[list[Any], list[Any]]:
     return [x for x, _ in pairs], [t for _, t in pairs]
 
 
+def without_tangents(run: Callable[..., Any], *args: Any) -> Any:
+    """The results themselves. What is saved meanwhile keeps its tangents, for those of what is computed from it."""
+    with forward_ad._set_fwd_grad_enabled(False):
+        return run(*args)
+
+
 def is_recorded(*args: Any) -> bool:
     """Whether autograd records a gradient of one of an operator's arguments."""
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
@@ -75,7 +81,9 @@ def register(name: str, cpu: Any, autograd: Any, fake: Any, cuda: Any = None) ->
     """The kernels of one operator of ours; on a GPU, where `cuda` is none, it raises."""
 
     def refuse(*args: Any) -> Any:
-        raise UnavailableError(f"create_graph: got {_NOT_THERE[name]} on a GPU, expected it on the CPU")
+        raise UnavailableError(
+            f"create_graph: got {_NOT_THERE.get(name, 'a third derivative')} on a GPU, expected it on the CPU"
+        )
 
     LIBRARY.impl(name, cpu, "CPU")
     LIBRARY.impl(name, cuda or refuse, "CUDA")

@@ -155,6 +155,11 @@ class Config:
         return Line(self.words, self.registers)
 
     @property
+    def weight_line(self) -> Line:
+        """A line of weights as the exchange reads it: where the scores stood or, for tiles, one that weights fill."""
+        return Line(vector(self.lanes, "i16"), self.registers) if self.lands_in_memory else self.line
+
+    @property
     def score_lines(self) -> int:
         """Lines of the scores of a block, the last tile's whole."""
         return self.key_block + self.rows

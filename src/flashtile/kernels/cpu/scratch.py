@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, ClassVar
 from flashtile.kernels.cpu.block import FRAME
 from flashtile.kernels.cpu.readings import tiles
 from flashtile.kernels.cpu.steps.differentiate import TILE_ROWS, RowState, SinkSums
+from flashtile.kernels.cpu.steps.held import Held
 from flashtile.kernels.cpu.steps.keep import Kept
-from flashtile.kernels.cpu.steps.spans import LEVELS
+from flashtile.kernels.cpu.steps.spans import LEVELS, PANELS
 from flashtile.llvm.blocks import Areas
 from flashtile.llvm.ir import Value
 from flashtile.llvm.lines import Lines, Scores, Weights
@@ -82,6 +83,11 @@ def work_bytes(c: Config) -> int:
     return fixed(c).bytes + TILE_ROWS * c.line.bytes
 
 
+def held_at(c: Config) -> int:
+    """Where a backward has its `Held`: after both `Work`."""
+    return 2 * work_bytes(c)
+
+
 def backward(c: Config, values: Mapping[str, int], slots: int, keys: int) -> Areas:
     """The areas of a backward call, by the words of its parameter block. ``slots``: of panels whose Q and dO are made
     ready at a time; ``keys``: that dK and dV have totals for."""
@@ -93,20 +99,22 @@ def backward(c: Config, values: Mapping[str, int], slots: int, keys: int) -> Are
         "dq": panels * values["columns"] * line,
         "k": block * values["k_row"],
         "v": block * values["v_row"],
-        "k_columns": (block // c.per_word + 1) * values["columns"] * c.size,
+        "k_columns": c.value_rows(values["head_size"]) * c.value_row(values["head_size"]),
         "words": (block // c.per_word + 1) * line if c.per_word > 1 else 0,
         "cursor": 8 * (panels + 1),
         "dense": (len(c.code.dense_loads) + tiles(c.code, c.arrays)) * dense_bytes(c) if c.code else 0,
         "dsink": SinkSums.LINES * line,
         "kept": Kept.nbytes(c) if c.dropout else 0,
     }
+    held = Held.areas(c).bytes if c.lands_in_memory else 0
+    rows = max(slots, PANELS) if c.lands_in_memory else slots  # those of a span stay (steps/held.py)
     for name, words in (("q", "key_words"), ("do", "value_words")):
         areas[name] = slots * values[words] * line
-        areas[f"{name}_rows"] = (slots if values[f"pack_{name}"] else 1) * pairs * values[f"{name}_row"]
+        areas[f"{name}_rows"] = (rows if values[f"pack_{name}"] else 1) * pairs * values[f"{name}_row"]
     for name in ("dk", "dv"):
         areas[name] = (block + TILE_ROWS) * values[f"{name}_row"]
         areas[f"{name}_totals"] = keys * values[f"{name}_row"]
-    return Areas({f"at_{name}": size for name, size in areas.items()}, start=2 * work_bytes(c))
+    return Areas({f"at_{name}": size for name, size in areas.items()}, start=held_at(c) + held)
 
 
 @functools.lru_cache(maxsize=256)

@@ -153,9 +153,10 @@ class _EmulatedAMX(AVX512):
 
     def narrow_pairs(self, f: Function, even: Value, odd: Value) -> Value:
         """As the other machine's instruction does, which takes denormals as 0."""
-        normal = [f.bitcast(x, "i32") & 0x7F800000 for x in (even, odd)]
-        held = [f.select(exponent.ne(0), x, 0.0) for exponent, x in zip(normal, (even, odd), strict=True)]
-        return super().narrow_pairs(f, *held)
+        bits = [f.bitcast(x, "i32") for x in (even, odd)]
+        signs = [f.bitcast(x & -(1 << 31), "float") for x in bits]
+        normal = [(x & 0x7F800000).ne(0) for x in bits]
+        return super().narrow_pairs(f, *map(f.select, normal, (even, odd), signs))
 
     def tile_registers(self, f: Function) -> TileRegisters:
         return _Emulated(f)

@@ -19,7 +19,7 @@ class AVX512(ISA):
         return f.intrinsic(f"llvm.x86.avx512.permvar.{kind}.{8 * self.vector_bytes}", table.type, [table, index])
 
     def fraction(self, f: Function, x: Value) -> Value:
-        return self._whole_register(f, "reduce", x, f.const("i32", 9))  # against no bits after the point, downwards
+        return self._whole_register(f, "reduce", x, f.const("i32", 8))  # against no bits after the point, to nearest
 
     def scale(self, f: Function, x: Value, power: Value) -> Value:
         return self._whole_register(f, "scalef", x, power)
@@ -51,9 +51,16 @@ class BF16Dot(AVX512):
 
     def narrow_pairs(self, f: Function, even: Value, odd: Value) -> Value:
         n = lanes(even.type)
-        packed = f.intrinsic(f"llvm.x86.avx512bf16.cvtne2ps2bf16.{32 * n}", vector(2 * n, "bfloat"), [odd, even])
+        packed = self._pack(f, even, odd)
         order = [lane for t in range(n) for lane in (t, n + t)]
         return f.cast("bitcast", f.shuffle(packed, packed, order), vector(n, "i32"))
+
+    def narrow_both(self, f: Function, low: Value, high: Value) -> Value:
+        return f.bitcast(self._pack(f, low, high), "i16")
+
+    def _pack(self, f: Function, low: Value, high: Value) -> Value:
+        n = lanes(low.type)
+        return f.intrinsic(f"llvm.x86.avx512bf16.cvtne2ps2bf16.{32 * n}", vector(2 * n, "bfloat"), [high, low])
 
 
 NEEDS = frozenset(("x86_64", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "fma", "f16c", "bmi2"))

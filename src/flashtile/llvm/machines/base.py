@@ -81,11 +81,11 @@ class ISA:
         raise NotImplementedError(self.name)
 
     def fraction(self, f: Function, x: Value) -> Value:
-        """A register of floats less the next integer below, where the machine ``scales``. NumPy: x - floor(x)."""
+        """A register of floats less the nearest integers, where the machine ``scales``.  NumPy: x - rint(x)."""
         raise NotImplementedError(self.name)
 
     def scale(self, f: Function, x: Value, power: Value) -> Value:
-        """x times 2 to the integer below, where the machine ``scales``. NumPy: ldexp(x, floor(power).astype(int))."""
+        """x times 2 to the power of integers, where the machine ``scales``.  NumPy: ldexp(x, power.astype(int))."""
         raise NotImplementedError(self.name)
 
     def dot_pairs(self, f: Function, acc: Value, a: Value, b: Value) -> Value:
@@ -125,6 +125,13 @@ class ISA:
         """Lanes of two float vectors rounded to bf16 and packed as words (even low, odd high)."""
         low, high = (f.cast("zext", self.narrow(f, x, "bfloat"), like(x.type, "i32")) for x in (even, odd))
         return low | (high << 16)
+
+    def narrow_both(self, f: Function, low: Value, high: Value) -> Value:
+        """Lanes of two float vectors rounded to bf16, those of one after those of the other.
+
+        NumPy: np.concatenate([low, high]).astype(bfloat16).view(int16)
+        """
+        return f.join(*(self.narrow(f, x, "bfloat") for x in (low, high)))
 
     # -- matrix registers --------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from flashtile.llvm.ir import Function, Value
 from flashtile.llvm.lines import Words
@@ -46,12 +47,14 @@ class Tiles(Pairs):
         *,
         apart: tuple[Value, Value] | None = None,
         onto: bool = False,
+        streamed: Literal["left", "right"] = "left",
     ) -> None:
         """out[row][lane] = sum over depth of left[row][depth] * right[depth][lane]: ``rows`` rows, so many registers of
         lanes, ``depth`` words, a multiple of ``words``. ``step`` says where both operands lie from a word on, ``apart``
         how many bytes the parts of either are apart; ``onto``: what ``out`` holds is added.
 
-        Each operand is read once and then not again for long: the left one, the larger, passes by the nearest cache.
+        Of the operands the larger one, ``streamed``, is read once and then not again for long, and passes by the
+        nearest cache.
         """
         tiles = isa.tile_registers(f)
         assert self.rows is not None
@@ -72,9 +75,9 @@ class Tiles(Pairs):
                         x + part * bytes_ for x, part, bytes_ in zip((lefts, rights), term, apart, strict=True)
                     )
                 for r in rows if held[0] != term[0] else ():
-                    tiles.load(_LEFT + r, lefts + r * _SIDE * left.stride, left.stride, streamed=True)
+                    tiles.load(_LEFT + r, lefts + r * _SIDE * left.stride, left.stride, streamed=streamed == "left")
                 for j in range(registers) if held[1] != term[1] else ():
-                    tiles.load(_RIGHT + j, rights + j * _ROW, right.stride)
+                    tiles.load(_RIGHT + j, rights + j * _ROW, right.stride, streamed=streamed == "right")
                 held = term
                 for n, (r, j) in enumerate(pairs):
                     tiles.dot_pairs(n, _LEFT + r, _RIGHT + j)

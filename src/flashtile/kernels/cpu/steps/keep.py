@@ -138,7 +138,7 @@ def emit_draw(module: Module, c: Config, width: int) -> Routine:
 def emit_drop(module: Module, c: Config, width: int) -> Routine:
     """``count`` lines of weights as differentiate.py stores them: -0 where `draw` did not keep them. The sign tells
     what was dropped from what is hidden, which is 0 and stays so (put_back, in exchange.py)."""
-    f = Routine(module, f"drop_{width}", weights=Scores.of(c.line), kept=Kept.of(c), count="i64", reach="i64")
+    f = Routine(module, f"drop_{width}", weights=Scores.of(c.weight_line), kept=Kept.of(c), count="i64", reach="i64")
     weights, kept, count, reach = f.parameters
     type_, k = vector(c.lanes, _part(c)), c.per_word
     nothing = f.const(type_, -0.0 if k == 1 else -(1 << 8 * c.size // k - 1))

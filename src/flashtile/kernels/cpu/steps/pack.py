@@ -135,13 +135,15 @@ def emit_pack_values(module: Module, c: Config) -> Routine:
 def emit_pack_columns(module: Module, c: Config) -> Routine:
     """Rows to rows of words along columns: one word holds as many rows' elements of a column. Returns whether any
     element was non-finite. Such elements become 0 (contain.py says why); so do missing columns, up to ``columns``,
-    and rows."""
+    and rows: up to a panel's, where tiles read them whole, and what is not finite as bf16."""
     f = Routine(module, "pack_columns", "i64", rows=Rows.kind(), columns="i64", out=Words.kind())
     rows, columns, out = f.parameters
     chunks = f.select(rows.adjacent(c.element), rows.size // c.lanes * c.lanes, f.const("i64", 0))
 
+    held = Range.finite(f) if c.lands_in_memory else None
+
     def convert(row: Value, column: Value, count: int, poison: Value) -> Value:
-        found, poison = _rows_in_word(f, c, rows, row, column, count, poison)
+        found, poison = _rows_in_word(f, c, rows, row, column, count, poison, held)
         target = out.row(row // c.per_word).at + column * c.size
         (register,) = words_of(f, c, found)
         f.store(register, target, align=c.size)
@@ -155,7 +157,12 @@ def emit_pack_columns(module: Module, c: Config) -> Routine:
         return [*registers, *scalars]
 
     clean = [f.const(c.vector, 0.0), f.const(c.acc, 0.0)]
-    f.ret(any_nan(f, c, *f.fold(0, rows.count, c.per_word, clean, one_word)))
+    found = any_nan(f, c, *f.fold(0, rows.count, c.per_word, clean, one_word))
+    if c.lands_in_memory:
+        words = (rows.count + (c.per_word - 1)) // c.per_word
+        with f.range(words, c.panel // c.per_word) as word, f.range(0, columns * c.size, c.size) as at:
+            f.store(f.const(c.word, 0), out.row(word).at + at)
+    f.ret(found)
     return f
 
 
@@ -183,17 +190,23 @@ def _rows_in_word(
     return found, poison
 
 
-def _emit_pack_transposed(module: Module, c: Config) -> Routine:
+def emit_pack_key_columns(module: Module, c: Config) -> Routine:
+    """Keys as tiles sum them for dQ: likewise, but that only what is not finite as bf16 becomes 0."""
+    return _emit_pack_transposed(module, c, ranged=False)
+
+
+def _emit_pack_transposed(module: Module, c: Config, *, ranged: bool = True) -> Routine:
     """The same with columns as rows: row n of what comes out is column n, a word for as many rows as it holds, part
     after part; rows are filled up with zeros to whole tiles. What the parts cannot hold becomes 0, and is found, as
-    what is not finite."""
+    what is not finite; unless ``ranged``, what is not finite as bf16."""
     f = Routine(module, "pack_transposed", "i64", rows=Rows.kind(), columns="i64", out=Words.kind())
     rows, columns, out = f.parameters
     n, words = c.lanes, (rows.count + (c.per_word - 1)) // c.per_word
     whole = (rows.count + (c.rows - 1)) // c.rows * c.rows // c.per_word
     chunks = f.select(rows.adjacent(c.element), rows.size // n * n, f.const("i64", 0))
     square = words // n * n  # squares of columns by words go through registers, the rest goes word by word
-    clean, held = [f.const(c.vector, 0.0), f.const(c.acc, 0.0)], Range.of_values(f, c)
+    clean = [f.const(c.vector, 0.0), f.const(c.acc, 0.0)]
+    held = Range.of_values(f, c) if ranged else Range.finite(f)
 
     def one_square(word: Value, column: Value, poison: Value) -> Value:
         registers = []

@@ -27,6 +27,11 @@ class Range(Operand):
         return cls(f.const("i32", bits_of(least)), f.const("i32", LARGEST))
 
     @classmethod
+    def finite(cls, f: Function) -> Range:
+        """What is finite as bf16: enough where a tiny share of a sum may be lost."""
+        return cls(f.const("i32", 0), f.const("i32", LARGEST))
+
+    @classmethod
     def of_scores(cls, f: Function, least: Value) -> Range:
         """Of Q and K: no sum of products overflows, nor do its parts in opposite directions."""
         return cls(f.cast("trunc", least, "i32"), f.const("i32", bits_of(2.0**56)))
