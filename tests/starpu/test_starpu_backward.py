@@ -397,3 +397,18 @@ def test_errors_of_the_door(starpu: Any) -> None:
     starpu.wait()
     for tensor in (*tensors.values(), *more.values()):
         tensor.unregister()
+
+
+def test_sinks_alone_ask_for_no_pair_of_tiles(starpu: Any) -> None:
+    sinks = np.array([0.5, -1.0])
+    _, tensors = registered(Shape(1, 2, 1, 20, 30, 8, 4), "float32", 10, 16)
+    for name in ("dq", "dk", "dv"):
+        tensors.pop(name).unregister()
+    starpu.submit_forward(*(tensors[x] for x in ("q", "k", "v", "o", "lse")), sinks=sinks)
+    pending = starpu.submit_backward(**tensors, sinks=sinks, wrt="sinks")
+    found = pending.wait()
+    q, k, v, do, dlse = (tensors[x]._keep for x in ("q", "k", "v", "do", "dlse"))
+    for tensor in tensors.values():
+        tensor.unregister()
+    assert pending.tasks == 2 * 2
+    assert_gradients_accurate(found, do, q, k, v, dlse=dlse, wrt="sinks", sinks=sinks)

@@ -56,8 +56,8 @@ def run_backward(
     """Gradients of q, k and v added to those of dq, dk and dv that are `given`; returned, those of "sinks" and of
     captured arrays, by their slots, that are `wanted`.
 
-    Also given are q, k, v, o and do, of any strides, lse and possibly dlse, row-major. memory: of a GPU, where these lie;
-    what is returned is then of its library.
+    Also given are q, k, v, o and do, of any strides, lse and possibly dlse, row-major. memory: of a GPU, where these
+    lie; what is returned is then of its library.
     """
     captured = {} if scoring is None else scoring.shapes(wanted)
     real = DTYPES[DTYPES[spec.dtype].accumulator].numpy

@@ -124,8 +124,9 @@ class BackwardFlow:
         own = [delta, *(x for name, x in sums.items() if x is not given[name]), *([] if turns is None else [turns])]
         try:
             n = self.submit_deltas(job, {**given, "delta": delta})
-            self.submit_backward(job, {**given, **sums, "delta": delta}, turns)
-            n += len(self.tasks)
+            if self.pairwise:
+                self.submit_backward(job, {**given, **sums, "delta": delta}, turns)
+                n += len(self.tasks)
             return n + sum(self.submit_add(job, sums[x], given[x]) for x in sums if sums[x] is not given[x])
         finally:
             for tensor in own:
@@ -152,6 +153,11 @@ class BackwardFlow:
         numbers = np.tile([job.runtime.constant(mode) for mode in modes], (len(tasks), 1))
         handles = np.stack(columns, axis=1)
         self.program.submit(job, codelet("backward", spec.dtype), handles, numbers, tasks)
+
+    @property
+    def pairwise(self) -> bool:
+        """Whether pairs of tiles give anything that is wanted; sinks get theirs from rows alone."""
+        return bool(self.gradients) or self.arrays is not None
 
     def totals(self) -> dict[int, np.ndarray]:
         """The gradients of captured arrays, by their slots, when the tasks are done."""

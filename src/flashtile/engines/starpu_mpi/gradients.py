@@ -120,8 +120,8 @@ class CollectiveBackward:
         placed: dict[str, Handles] = {n: self.of_keys.place(x) for n, x in sums.items() if n != "dq"}
         placed |= {n: self.of_rows.place(x) for n, x in sums.items() if n == "dq"}
         transfers: tuple[tuple[Exchange, tuple[str, ...], bool], ...] = (
-            (self.of_keys, ("k", "v"), bool(self.rows.gradients) or self.rows.arrays is not None),
-            (self.of_rows, ("q", "do", "lse", "delta"), bool(self.keys.gradients)),
+            (self.of_keys, ("k", "v"), self.rows.pairwise),
+            (self.of_rows, ("q", "do", "lse", "delta"), self.keys.pairwise),
         )
         for exchange, names, needed in transfers:
             own = [named[name] for name in names]
@@ -141,7 +141,7 @@ class CollectiveBackward:
         uses: list[Callable[[], np.ndarray]] = [lambda: rows, lambda: keys]
         if self.both is not None:
             uses = [lambda: rows & ~keys, lambda: keys & ~rows, lambda: rows & keys]
-        which, pair = np.nonzero([use() & _computes(flow) for flow, use in zip(flows, uses, strict=True)])
+        which, pair = np.nonzero([use() & flow.pairwise for flow, use in zip(flows, uses, strict=True)])
         order = np.lexsort((which, pair))
         which, pair = which[order], pair[order]
         starts = np.flatnonzero(np.diff(which, prepend=-1))
@@ -161,8 +161,3 @@ class CollectiveBackward:
             for memory in self.rows.arrays.sums.memory:
                 self.comm.Allreduce(MPI.IN_PLACE, memory, MPI.SUM)
         return found, self.rows.totals()
-
-
-def _computes(flow: BackwardFlow) -> bool:
-    """Whether a flow's tasks of pairs give anything."""
-    return bool(flow.gradients) or flow.arrays is not None

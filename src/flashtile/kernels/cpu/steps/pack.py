@@ -24,6 +24,12 @@ def read(f: Function, c: Config, at: Value, count: int = 1) -> Value:
     return c.isa.widen(f, bits, c.storage) if c.memory == "i16" else bits
 
 
+def read_some(f: Function, c: Config, at: Value, count: int, live: Value) -> Value:
+    """The same of the first ``live`` elements, of which there may be none; 0 for the others, which are not read."""
+    bits = f.load_some(vector(count, c.memory), at, live)
+    return c.isa.widen(f, bits, c.storage) if c.memory == "i16" else bits
+
+
 def write(f: Function, c: Config, value: Value, at: Value) -> None:
     """The reverse of ``read``: rounded to nearest even."""
     f.store(c.isa.narrow(f, value, c.storage) if c.memory == "i16" else value, at, align=1)
@@ -41,22 +47,28 @@ def emit_transpose(module: Module, c: Config, name: str, to: type[Lines]) -> Rou
     f = Routine(module, name, rows=Rows.kind(), words="i64", out=out_kind, sign=c.acc, **_range_kind(c))
     rows, words, out, sign, *held = f.parameters
     n = c.lanes
-    # Squares of lanes x lanes words go through registers; the words of a row that are left over go one by one.
-    lanes_used = (rows.count + (n - 1)) // n * n
-    whole_words = f.select(rows.adjacent(c.element), rows.size // (n * c.per_word) * n, f.const("i64", 0))
-    with f.range(0, lanes_used, n) as lane, f.range(0, whole_words, n) as word:
+    lanes_used, own = (rows.count + (n - 1)) // n * n, _own_words(c, rows, words)
+    whole, along = _in_registers(f, c, rows, own)
+
+    def square(lane: Value, word: Value, live: Value | None = None) -> None:
+        """Of lanes x lanes words, through registers. Past a row's own words its last line is stored, again and again
+        and at last with what it holds."""
         corner = rows.at + word * (c.per_word * c.element)
-        registers = [
-            _register_of_words(f, c, corner + f.minimum(lane + r, rows.count - 1) * rows.stride, sign, *held)
-            for r in range(n)
-        ]
+        at = [corner + f.minimum(lane + r, rows.count - 1) * rows.stride for r in range(n)]
+        registers = [_register_of_words(f, c, x, sign, *held, live=live) for x in at]
         for part, of_part in enumerate(zip(*registers, strict=True)):
-            for t, line in enumerate(f.transpose(of_part)):
-                out.store(line, words * part + word + t, at=lane * c.size)
+            for t, line in reversed(list(enumerate(f.transpose(of_part)))):
+                place = word + t if live is None else f.minimum(word + t, own - 1)
+                out.store(line, words * part + place, at=lane * c.size)
+
+    with f.range(0, lanes_used, n) as lane:
+        with f.range(0, whole, n) as word:
+            square(lane, word)
+        with f.when(whole < along):
+            square(lane, whole, rows.size - whole * c.per_word)
     with f.range(0, lanes_used) as lane:
         start = rows.at + f.minimum(lane, rows.count - 1) * rows.stride
-        own = _own_words(c, rows, words)
-        with f.range(whole_words, own) as word:
+        with f.range(along, own) as word:
             for part, value in enumerate(_one_word(f, c, start, word, rows, sign, *held)):
                 f.store(value, out.place(words * part + word, at=lane * c.size))
         if own is not words:
@@ -77,10 +89,23 @@ def _own_words(c: Config, rows: Rows, words: Value) -> Value:
     return words if c.product.words == 1 else (rows.size + (c.per_word - 1)) // c.per_word
 
 
-def _register_of_words(f: Function, c: Config, at: Value, sign: Value, *held: Range) -> list[Value]:
-    """A register of words from contiguous memory: of each part."""
+def _in_registers(f: Function, c: Config, rows: Rows, own: Value) -> tuple[Value, Value]:
+    """How many words of a row whole registers hold, and how many go through registers: all that are its own, or none
+    where elements lie apart."""
+    adjacent, none = rows.adjacent(c.element), f.const("i64", 0)
+    return f.select(adjacent, rows.size // (c.lanes * c.per_word) * c.lanes, none), f.select(adjacent, own, none)
+
+
+def _register_of_words(
+    f: Function, c: Config, at: Value, sign: Value, *held: Range, live: Value | None = None
+) -> list[Value]:
+    """A register of words from contiguous memory, of each part; of the first ``live`` elements, 0 for the others."""
     factor, k = f.splat(sign, c.lanes), c.per_word
-    elements = [read(f, c, at + h * c.lanes * c.element, c.lanes) * factor for h in range(k)]
+    elements = []
+    for h in range(k):
+        here, first = at + h * c.lanes * c.element, h * c.lanes
+        some = read(f, c, here, c.lanes) if live is None else read_some(f, c, here, c.lanes, live - first)
+        elements.append(some * factor)
     if k > 1:  # element u of every word
         elements = [f.shuffle(elements[0], elements[-1], range(u, k * c.lanes, k)) for u in range(k)]
     for range_ in held:
@@ -106,17 +131,19 @@ def emit_pack_rows(module: Module, c: Config) -> Routine:
     """Rows to rows of words; where these have several parts, a row of each follows the one before."""
     f = Routine(module, "pack_rows", rows=Rows.kind(), words="i64", out=Words.kind(), **_range_kind(c))
     rows, words, out, *held = f.parameters
-    whole = rows.size // (c.lanes * c.per_word) * c.lanes
-    chunks = f.select(rows.adjacent(c.element), whole, f.const("i64", 0))
-    one = f.const(c.acc, 1.0)
+    own, one = _own_words(c, rows, words), f.const(c.acc, 1.0)
+    whole, along = _in_registers(f, c, rows, own)
     with f.range(0, rows.count) as r:
         source, target = rows.at + r * rows.stride, out.row(r).at
-        with f.range(0, chunks, c.lanes) as word:
+        with f.range(0, whole, c.lanes) as word:
             at = source + word * (c.per_word * c.element)
             for part, register in enumerate(_register_of_words(f, c, at, one, *held)):
                 f.store(register, target + (words * part + word) * c.size)
-        own = _own_words(c, rows, words)
-        with f.range(chunks, own) as word:
+        with f.when(whole < along):
+            at, live = source + whole * (c.per_word * c.element), rows.size - whole * c.per_word
+            for part, register in enumerate(_register_of_words(f, c, at, one, *held, live=live)):
+                f.store_some(register, target + (words * part + whole) * c.size, own - whole)
+        with f.range(along, own) as word:
             for part, value in enumerate(_one_word(f, c, source, word, rows, one, *held)):
                 f.store(value, target + (words * part + word) * c.size)
         if own is not words:
@@ -138,20 +165,29 @@ def emit_pack_columns(module: Module, c: Config) -> Routine:
     and rows: up to a panel's, where tiles read them whole, and what is not finite as bf16."""
     f = Routine(module, "pack_columns", "i64", rows=Rows.kind(), columns="i64", out=Words.kind())
     rows, columns, out = f.parameters
-    chunks = f.select(rows.adjacent(c.element), rows.size // c.lanes * c.lanes, f.const("i64", 0))
+    adjacent, none = rows.adjacent(c.element), f.const("i64", 0)
+    whole = f.select(adjacent, rows.size // c.lanes * c.lanes, none)
+    along = f.select(adjacent, rows.size, none)
 
     held = Range.finite(f) if c.lands_in_memory else None
 
-    def convert(row: Value, column: Value, count: int, poison: Value) -> Value:
-        found, poison = _rows_in_word(f, c, rows, row, column, count, poison, held)
+    def convert(row: Value, column: Value, count: int, poison: Value, live: Value | None = None) -> Value:
+        found, poison = _rows_in_word(f, c, rows, row, column, count, poison, held, live=live)
         target = out.row(row // c.per_word).at + column * c.size
         (register,) = words_of(f, c, found)
-        f.store(register, target, align=c.size)
+        if live is None:
+            f.store(register, target, align=c.size)
+        else:
+            f.store_some(register, target, live)
         return poison
 
     def one_word(row: Value, poison: list[Value]) -> list[Value]:
-        registers = f.fold(0, chunks, c.lanes, poison[:1], lambda col, p: [convert(row, col, c.lanes, p[0])])
-        scalars = f.fold(chunks, rows.size, 1, poison[1:], lambda col, p: [convert(row, col, 1, p[0])])
+        registers = f.fold(0, whole, c.lanes, poison[:1], lambda col, p: [convert(row, col, c.lanes, p[0])])
+        rest = f.value_when(
+            whole < along, lambda: convert(row, whole, c.lanes, registers[0], rows.size - whole), registers[0]
+        )
+        registers = [rest]
+        scalars = f.fold(along, rows.size, 1, poison[1:], lambda col, p: [convert(row, col, 1, p[0])])
         with f.range(rows.size, columns) as column:
             f.store(f.const(c.word, 0), out.row(row // c.per_word).at + column * c.size)
         return [*registers, *scalars]
@@ -167,16 +203,25 @@ def emit_pack_columns(module: Module, c: Config) -> Routine:
 
 
 def _rows_in_word(
-    f: Function, c: Config, rows: Rows, row: Value, column: Value, count: int, poison: Value, held: Range | None = None
+    f: Function,
+    c: Config,
+    rows: Rows,
+    row: Value,
+    column: Value,
+    count: int,
+    poison: Value,
+    held: Range | None = None,
+    live: Value | None = None,
 ) -> tuple[list[Value], Value]:
-    """What a word of a column, or of so many columns, is made of: as many rows as it holds from one on, which is there;
-    0 for what is not finite (not in a range) or not there. ``poison`` becomes NaN where something is not finite (not in
-    the range)."""
+    """What a word of a column, or of so many columns (of which the first ``live`` are there), is made of: as many rows
+    as it holds from one on, which is there; 0 for what is not finite (not in a range) or not there. ``poison`` becomes
+    NaN where something is not finite (not in the range)."""
     found = []
     for u in range(c.per_word):
         inside = row + u < rows.count
         source = rows.at + f.select(inside, row + u, row) * rows.stride
-        value = read(f, c, source + column * rows.step, count)
+        at = source + column * rows.step
+        value = read(f, c, at, count) if live is None else read_some(f, c, at, count, live)
         if u:
             inside = f.splat(inside, count) if count > 1 else inside
             value = f.select(inside, value, f.const(value.type, 0.0))

@@ -35,9 +35,10 @@ class PendingGradients:
 
         Raises: KernelError as `flashtile.starpu.wait`.
         """
-        session.current().door_job().wait()
-        if self._sinks is not None and self._sinks.live:
-            self._sinks.unregister()
+        try:
+            session.current().door_job().wait()
+        finally:
+            _forget(self._sinks)
         shapes, real = self._problem.scoring.shapes(self._problem.wanted), self._flow.accumulator.numpy
         arrays = {n: np.zeros(shape, real) for n, shape in shapes.items() if 0 in shape} | self._flow.totals()
         return self._problem.gradients(Sums(None, None, None, self._sums, arrays))
@@ -107,8 +108,17 @@ def submit_backward(
         sums = np.zeros((*q.shape[:2], 1), flow.accumulator.numpy)
         sunk = TiledTensor(sums.shape, flow.accumulator, 1, address=address_of(sums), strides=sums.strides, keep=sums)
         given["dsinks"] = sunk
-    tasks = flow.submit(job, given)
+    try:
+        tasks = flow.submit(job, given)
+    except BaseException:
+        _forget(sunk)
+        raise
     return PendingGradients(problem, flow, tasks, sunk, None if sums is None else sums[:, :, 0])
+
+
+def _forget(sums: TiledTensor | None) -> None:
+    if sums is not None and sums.live and not sums.runtime.over:
+        sums.unregister()
 
 
 def _flow(problem: Problem, given: dict[str, TiledTensor], offsets: Any) -> BackwardFlow:

@@ -11,7 +11,7 @@ from flashtile.dtypes import DTYPES
 from flashtile.engines import direct
 from flashtile.kernels import tile_kernels
 from flashtile.kernels.tiles import Native, TileKernel
-from flashtile.nntile_tiles import (
+from flashtile.nntile.tiles import (
     GRADIENTS,
     Call,
     Tile,

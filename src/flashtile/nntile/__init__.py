@@ -24,8 +24,8 @@ from flashtile.arrays import address_of
 from flashtile.engines import direct
 from flashtile.kernels import tile_kernels
 from flashtile.kernels.tiles import Native
-from flashtile.nntile_backward import flash_sdpa_bwd, flash_sdpa_bwd_async
-from flashtile.nntile_tiles import (
+from flashtile.nntile.backward import flash_sdpa_bwd, flash_sdpa_bwd_async
+from flashtile.nntile.tiles import (
     DTYPE_NAMES,
     STATE,
     Call,

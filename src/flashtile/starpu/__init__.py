@@ -39,7 +39,7 @@ from flashtile.engines.starpu.vanilla import VanillaFlow
 from flashtile.errors import UnavailableError, wrong
 from flashtile.score.keep import keep_of
 from flashtile.signature import Align, Precision, Window
-from flashtile.starpu_gradients import PendingGradients, submit_backward
+from flashtile.starpu.gradients import PendingGradients, submit_backward
 
 __all__ = [
     "COMMUTE",
