@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.util
 import json
 import os
@@ -122,6 +123,22 @@ def test_every_check_passes_on_the_cpu_and_finds_a_wrong_answer(monkeypatch: pyt
     monkeypatch.setattr(flashtile.torch, "attention", off)
     for name, _, problem in checks.every("cpu", lambda x: x, SIZES, ("float32",), tuple(one)):
         assert (problem is None) == (name == "no query"), name
+
+
+def test_cudnn_is_checked_on_what_it_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashtile import kernels
+    from flashtile.arrays import contiguous
+    from flashtile.kernels import cudnn, triton
+    from flashtile.spec import AttentionSpec
+
+    monkeypatch.setattr(triton.driver, "device", lambda number: triton.driver.Device("Fake GPU", "sm_90", 232448, 132))
+    family = dataclasses.replace(cudnn.FAMILY, unavailable=lambda: None)
+    assert [c.name for c in checks.BY_CUDNN] == list(checks.CUDNN)
+    for check in checks.BY_CUDNN:
+        arrays, shape = checks.problem(check, "bfloat16", (20, 33))
+        views = [contiguous(tuple(x.shape), "bfloat16", "cuda:0") for x in arrays]
+        spec = AttentionSpec.of(*views, **check.options(lambda x: x, shape))
+        assert kernels.objection(family, spec) is None, check.name
 
 
 def test_a_wrong_peer_is_not_timed() -> None:

@@ -46,6 +46,8 @@ TABLE: dict[str, Place] = {
         "kernels.triton kernels.triton_vanilla",
         "errors arrays llvm score spec options plan contract numpy owners",
     ),
+    # Of triton the driver alone, which knows nothing of Triton.
+    "cudnn": Place("kernels.cudnn", "errors spec options plan contract owners triton"),
     "engines": Place("engines", "errors spec options contract"),
     "direct": Place("engines.direct", "errors arrays spec plan contract engines"),
     # Of llvm the cache's folder; of triton the kernels compiled ahead of time, and what they are compiled for.

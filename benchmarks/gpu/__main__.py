@@ -132,25 +132,30 @@ def step_checks(options: argparse.Namespace) -> int:
 
 def _share_of_checks(options: argparse.Namespace) -> int:
     """Every share-th check; written as they come, so that none is lost when the time ends."""
+    from flashtile.kernels import cudnn
+
     share, shares = options.share
     small = [c for c in checks.CHECKS if (c.kv_len or 0) < 1000 and c.size <= 128]
-    jobs = [(c, d) for d in reversed(checks.DTYPES) for c in checks.CHECKS if d in c.dtypes]
+    jobs = [(c, d, "triton") for d in reversed(checks.DTYPES) for c in checks.CHECKS if d in c.dtypes]
+    jobs += [(c, d, "cudnn") for d in ("bfloat16", "float16") for c in checks.BY_CUDNN]
     if options.dry:
-        jobs = [(c, "bfloat16" if "bfloat16" in c.dtypes else c.dtypes[0]) for c in small]
+        jobs = [(c, "bfloat16" if "bfloat16" in c.dtypes else c.dtypes[0], "triton") for c in small]
+    absent = {"cudnn": cudnn.unavailable()}
     lengths, to = ((20, 33), lambda x: x) if options.dry else ((200, 333), lambda x: x.cuda())
     wrong = 0
     with (options.output / f"checks-{share}.csv").open("w", newline="", buffering=1) as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        for check, dtype in jobs[share::shares]:
-            verdict, why = "not run", "out of time"
-            if not out_of_time():
+        for check, dtype, kernel in jobs[share::shares]:
+            verdict, why = "not run", absent.get(kernel) or "out of time"
+            if not absent.get(kernel) and not out_of_time():
                 began = time.monotonic()
-                found = checks.run(check, dtype, "triton", to, lengths)
+                found = checks.run(check, dtype, kernel, to, lengths)
                 verdict = "ok" if found is None else "WRONG"
                 why = found or f"{time.monotonic() - began:.1f} s"
             wrong += verdict == "WRONG"
-            writer.writerow(dict(zip(COLUMNS, (check.name, dtype, verdict, why), strict=True)))
+            name = check.name if kernel == "triton" else f"{kernel}: {check.name}"
+            writer.writerow(dict(zip(COLUMNS, (name, dtype, verdict, why), strict=True)))
     return int(wrong > 0)
 
 

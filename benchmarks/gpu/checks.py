@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -117,6 +117,23 @@ CHECKS = (
         Check(f"precision {name}", options=_always(precision=name), dtypes=("float32",))
         for name in ("tf32", "bf16", "fp16")
     ),
+)
+
+# Of those, what cuDNN can do (in 16 bits), and where it has rows of its own.
+CUDNN = (
+    "plain",
+    "causal, square",
+    "one key/value head",
+    "as many key/value heads",
+    "head sizes 40 and 72",
+    "head size 128",
+    "rows before heads in memory",
+    "innermost strides",
+)
+BY_CUDNN = tuple(
+    replace(c, options=_always(causal=True, align="top_left") if c.name == "head size 128" else c.options)
+    for c in CHECKS
+    if c.name in CUDNN
 )
 
 

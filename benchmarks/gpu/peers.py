@@ -39,6 +39,16 @@ def flashtile(case: Case, q: Any, k: Any, v: Any) -> Run:
     return lambda: door.attention(q, k, v, kernel="triton", **_keywords(case, q))
 
 
+def flashtile_cudnn(case: Case, q: Any, k: Any, v: Any) -> Run:
+    """cuDNN by flashtile's door: what that adds to cuDNN alone, a copy of the output above all."""
+    import flashtile.torch as door
+
+    _plain(case)
+    if not q.is_cuda:
+        raise Refused("on GPUs only")
+    return lambda: door.attention(q, k, v, kernel="cudnn", **_keywords(case, q))
+
+
 def triton_vanilla(case: Case, q: Any, k: Any, v: Any) -> Run:
     import flashtile.torch as door
 
@@ -140,4 +150,14 @@ def _flex_mask(case: Case, like: Any) -> Any:
     return None
 
 
-PEERS = (flashtile, torch_sdpa, torch_flash, torch_efficient, cudnn, flash_attn, flex_attention, triton_vanilla)
+PEERS = (
+    flashtile,
+    torch_sdpa,
+    torch_flash,
+    torch_efficient,
+    cudnn,
+    flashtile_cudnn,
+    flash_attn,
+    flex_attention,
+    triton_vanilla,
+)

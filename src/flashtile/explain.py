@@ -268,9 +268,10 @@ def _passed_over(spec: AttentionSpec, chosen: str, requested: str, direction: st
         if name == chosen:
             continue
         reason = kernels.objection(family, spec.filled, direction)
-        if reason is None:
-            why = "comes later in the order" if requested == "auto" else f"{requested} was asked for"
-            reason = f"can do it, but {why}"
+        if reason is None and requested == "auto":
+            reason = f"can do it, but {kernels.reserved(family) or 'comes later in the order'}"
+        elif reason is None:
+            reason = f"can do it, but {requested} was asked for"
         rows.append((name, reason))
     return tuple(rows)
 

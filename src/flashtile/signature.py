@@ -11,7 +11,7 @@ from flashtile.progress import Report
 
 # Names rather than `str`: a checker sees a wrong one, an editor offers the right ones. What runs still lists the
 # folders kernels/ and engines/; a test holds these lists against them.
-Kernel = Literal["auto", "cpu", "reference", "triton", "triton_vanilla", "vanilla"]
+Kernel = Literal["auto", "cpu", "cudnn", "reference", "triton", "triton_vanilla", "vanilla"]
 Engine = Literal["auto", "dask", "direct", "starpu"]
 Precision = Literal["ieee", "tf32", "bf16", "fp16"]
 Alignment = Literal["top_left", "bottom_right"]

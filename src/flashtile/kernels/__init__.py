@@ -39,6 +39,7 @@ __all__ = [
     "families",
     "objection",
     "pick",
+    "reserved",
     "survey",
     "tile_kernels",
 ]
@@ -166,6 +167,7 @@ class Family:
     backward: Backward | None = None
     compile_backward: Callable[[AttentionSpec, BackwardLayout, ArrayShapes], CompiledBackward] | None = None
     tiles: Callable[[], TileKernels] | None = None  # for engines that hold tiles; imported when they are needed
+    only_by_name: str | None = None  # why "auto" does not take it; None: it does
 
 
 def families() -> Iterator[tuple[str, Family | str]]:
@@ -213,12 +215,26 @@ def pick(spec: AttentionSpec, requested: str, direction: str = "forward") -> Fam
         if requested not in ("auto", name):
             continue
         reason = objection(family, spec.filled, direction)
+        if reason is None and requested == "auto":
+            reason = reserved(family)
         if reason is None and not isinstance(family, str):
             return complete() if spec.empty and spec.device == "cpu" else family
         reasons.append(f"{name}: {reason}")
     if not reasons and requested != "auto":
         raise wrong("kernel", repr(requested), "one of " + ", ".join(map(repr, known)))
-    raise UnavailableError(f"kernel: got {requested!r}, expected one that can do this call; " + "; ".join(reasons))
+    why = "; ".join(reasons) + ("" if requested == "auto" else _instead(spec, direction))
+    raise UnavailableError(f"kernel: got {requested!r}, expected one that can do this call; {why}")
+
+
+def _instead(spec: AttentionSpec, direction: str) -> str:
+    """Which families can do a call that the one asked for cannot."""
+    able = [repr(name) for name, family in families() if objection(family, spec.filled, direction) is None]
+    return f"; {' and '.join(able)} can" if able else ""
+
+
+def reserved(family: Family | str) -> str | None:
+    """Why "auto" does not take a family that can do a call; None if it does."""
+    return None if isinstance(family, str) else family.only_by_name
 
 
 @functools.cache

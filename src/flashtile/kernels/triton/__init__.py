@@ -49,7 +49,8 @@ def unavailable() -> str | None:
     if (reason := compiler_missing()) is not None:
         return reason
     if not interpreting():
-        return driver.missing()
+        reason = driver.missing()
+        return driver.NO_GPU + ", and TRITON_INTERPRET=1 is not set" if reason == driver.NO_GPU else reason
     if importlib.util.find_spec("torch") is None:
         return "torch, whose memory the interpreter uses, is not installed: pip install torch"
     return None

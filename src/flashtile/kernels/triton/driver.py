@@ -19,6 +19,7 @@ from flashtile.errors import KernelError
 LIBRARY = "libcuda.so.1"
 # Device files of the kernel drivers: NVIDIA's, NVIDIA's under WSL, AMD's.
 NVIDIA_FILES, AMD_FILE = ("nvidia[0-9]*", "dxg"), "kfd"
+NO_GPU = "no GPU of NVIDIA or AMD in this machine"
 
 # From cuda.h: CUdevice_attribute, CUfunction_attribute, and what the extra options of a launch are told apart by.
 _MAJOR, _MINOR, _SHARED, _PROCESSORS = 75, 76, 97, 16
@@ -59,7 +60,7 @@ def missing() -> str | None:
     if Path(folder, AMD_FILE).exists():
         return None
     if not any(found for pattern in NVIDIA_FILES for found in folder.glob(pattern)):
-        return "no GPU of NVIDIA or AMD in this machine, and TRITON_INTERPRET=1 is not set"
+        return NO_GPU
     try:
         library()
     except OSError as e:
