@@ -52,12 +52,12 @@ TABLE: dict[str, Place] = {
     "direct": Place("engines.direct", "errors arrays spec plan contract engines"),
     # Of llvm the cache's folder; of triton the kernels compiled ahead of time, and what they are compiled for.
     "starpu": Place("engines.starpu", "errors arrays llvm score spec options plan contract triton engines"),
-    "starpu_mpi": Place("engines.starpu_mpi", "errors arrays score spec options starpu"),
+    "starpu_mpi": Place("engines.starpu_mpi", "errors arrays score spec options contract starpu"),
     "dask": Place("engines.dask", "errors arrays score spec options contract engines starpu"),
     "calls": Place("calls", "errors arrays spec options contract engines"),
     "doors": Place(
-        "api torch transformers flash_attn jax xla autograd devices lazy gradients merge explain plot picture starpu "
-        "starpu_mpi nntile",
+        "api torch transformers flash_attn jax xla autograd devices lazy scaling gradients merge explain plot picture "
+        "starpu starpu_mpi nntile",
         "errors arrays score spec options plan contract numpy owners engines direct starpu starpu_mpi dask calls",
     ),
     "package": Place("", "errors arrays score doors"),
