@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,6 +74,7 @@ class View(NamedTuple):
         return False
 
 
+@functools.lru_cache(maxsize=256)
 def contiguous(shape: tuple[int, ...], dtype: Any, device: str = "cpu") -> View:
     """A row-major array that does not exist yet."""
     strides, step = [], dtype_of(dtype).itemsize

@@ -29,6 +29,7 @@ def gradients(
     inputs: Sequence[Any],
     sources: Sequence[Any],
     needed: Sequence[bool],
+    engine: str = "auto",
 ) -> list[Tensor]:
     """Gradients to q, k, v and `sources` (sinks, or None, then tensors that the program reads): those needed alone.
 
@@ -37,7 +38,7 @@ def gradients(
     wanted = _wanted(scoring, sources, needed)
     qkv: list[Any]
     if family.compile_backward is not None:
-        qkv, sums = _compiled(family, spec, scoring, offset, inputs, wanted)
+        qkv, sums = _compiled(family, spec, scoring, offset, inputs, wanted, engine)
     else:
         assert family.backward is not None  # it was picked for it
         do, q, k, v, o = (_widened(x, 4) for x in inputs[:5])
@@ -111,6 +112,7 @@ def _compiled(
     offset: Any,
     inputs: Sequence[Any],
     wanted: Collection[str | int],
+    engine: str,
 ) -> tuple[list[Tensor], Sums]:
     """The gradients of a family that compiles its backward, of tensors as they lie: of q, k and v as new tensors, those
     that are wanted alone, and the others."""
@@ -119,7 +121,7 @@ def _compiled(
     arrays |= {name: arrays[name].contiguous() for name in ("lse", "dlse") if name in arrays}
     results = {f"d{x}": arrays[x].new_zeros(arrays[x].shape) for x in ("q", "k", "v") if x in wanted}
     owner: dict[str, Any] = {"address": Tensor.data_ptr, "strides": Tensor.stride}
-    sums = run_backward(spec, family, "auto", arrays | results, offset, scoring, wanted, **owner)
+    sums = run_backward(spec, family, engine, arrays | results, offset, scoring, wanted, **owner)
     return list(results.values()), sums
 
 

@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,7 @@ CACHE_ENTRIES = 1024
 cache: dict[Hashable, Call] = {}
 # What is picked for a call does not depend on its lengths, so a decoder's next step need not pick again.
 _families: dict[Hashable, kernels.Family] = {}
+_choices: dict[Hashable, _Choice] = {}
 _backwards: dict[Hashable, engines.BoundBackward] = {}
 
 
@@ -83,10 +84,7 @@ class Call:
 
 def lookup(key: Hashable) -> Call | None:
     """The call prepared under a key, if there is one."""
-    try:
-        return cache.get(key)
-    except TypeError:  # an unhashable option is a wrong one; validation will name it
-        return None
+    return _find(cache, key)
 
 
 def prepare(
@@ -98,27 +96,47 @@ def prepare(
 
     Raises: SpecError and UnavailableError, before any memory is touched.
     """
-    spec = options.spec(q, k, v) if spec is None else spec
-    views = [view_of(x) for x in (q, k, v)]
-    o_shape = views[0].shape[:-1] + views[2].shape[-1:]
-    o = contiguous(o_shape, q.dtype, spec.device) if out is None else check_out(view_of(out), o_shape, spec)
-    engine = engine_of(spec, options.engine)
-    family = family_of(spec, options.kernel)
-    layout = Layout(*(x.strides4() for x in (*views, o)))
-    pack, run = engine.bind(spec, layout, family)
-    call = Call(
-        spec,
-        o_shape,
-        o_like_q=o == views[0],
-        lse_shape=o_shape[:-1],
-        lse_dtype=DTYPES[DTYPES[spec.dtype].accumulator].numpy,
-        views=(o, *views),
-        pack=pack,
-        run=run,
-    )
-    _forget_oldest(cache)
-    cache[key] = call
+    views = view_of(q), view_of(k), view_of(v)
+    alike = _apart_from_keys(*views, options) if spec is out is None else None
+    choice = None if alike is None else _find(_choices, alike)
+    if choice is None:
+        choice = _choose(*views, out, options, spec)
+        if alike is not None:
+            _keep(_choices, alike, choice)
+    spec = choice.spec.with_keys(views[1].shape[-2], options.align) if spec is None else spec
+    o = choice.o
+    pack, run = choice.engine.bind(spec, Layout(*(x.strides4() for x in (*views, o))), choice.family)
+    call = Call(spec, o.shape, choice.o_like_q, o.shape[:-1], choice.lse_dtype, (o, *views), pack, run)
+    _keep(cache, key, call)
     return call
+
+
+class _Choice(NamedTuple):
+    """What calls have in common that differ in their number of keys alone; `spec` is one of theirs."""
+
+    spec: AttentionSpec
+    o: View
+    o_like_q: bool
+    lse_dtype: np.dtype[Any]
+    engine: engines.Engine
+    family: kernels.Family
+
+
+def _apart_from_keys(q: View, k: View, v: View, options: Options) -> Hashable | None:
+    """All that is validated and chosen by, except for the number of keys: a decoder's next step finds it again. None
+    where k and v are not of one length, or where a choice may not last (family_of)."""
+    if q.device != "cpu" or len(k.shape) < 2 or k.shape[-2:-1] != v.shape[-2:-1]:
+        return None
+    return q, k.shape[:-2], k.shape[-1], k.dtype, k.device, v.shape[:-2], v.shape[-1], v.dtype, v.device, options
+
+
+def _choose(q: View, k: View, v: View, out: Any, options: Options, spec: AttentionSpec | None) -> _Choice:
+    """Validate (unless there is a spec), and choose what computes the call."""
+    spec = options.spec(q, k, v) if spec is None else spec
+    o_shape = q.shape[:-1] + v.shape[-1:]
+    o = contiguous(o_shape, q.dtype, spec.device) if out is None else check_out(view_of(out), o_shape, spec)
+    lse_dtype = DTYPES[DTYPES[spec.dtype].accumulator].numpy
+    return _Choice(spec, o, o == q, lse_dtype, engine_of(spec, options.engine), family_of(spec, options.kernel))
 
 
 def clear_cache() -> None:
@@ -126,6 +144,7 @@ def clear_cache() -> None:
     cache.clear()
     _backwards.clear()
     _families.clear()
+    _choices.clear()
 
 
 def run_backward(
@@ -151,10 +170,7 @@ def run_backward(
     empty = {n: np.zeros(shape, real) for n, shape in captured.items() if 0 in shape}
     shapes = tuple(sorted((n, shape) for n, shape in captured.items() if n not in empty))
     key = spec, family.name, engine, shapes, *((name, strides(x)) for name, x in arrays.items())
-    found = _backwards.get(key)
-    if found is None:
-        _forget_oldest(_backwards)
-        found = _backwards[key] = _bind_backward(spec, family, engine, arrays, shapes)
+    found = _backwards.get(key) or _keep(_backwards, key, _bind_backward(spec, family, engine, arrays, shapes))
     at = dict.fromkeys(_OPERANDS, 0) | {name: address(x) for name, x in arrays.items()}
     offsets = None if spec.offset is not None else np.ascontiguousarray(offset, np.int64)
     dsinks = np.zeros((spec.batch, spec.heads), real) if "sinks" in wanted else None
@@ -185,18 +201,26 @@ def family_of(spec: AttentionSpec, kernel: object) -> kernels.Family:
         return kernels.pick(spec, name)
     sizes = spec.heads, spec.kv_heads, spec.head_size, spec.value_size
     key = name, spec.dtype, spec.precision, sizes, spec.band is None, spec.program, spec.sinks, spec.dropout
-    found = _families.get(key)
-    if found is None:
-        _forget_oldest(_families)
-        found = _families[key] = kernels.pick(spec, name)
-    return found
+    return _find(_families, key) or _keep(_families, key, kernels.pick(spec, name))
 
 
-def _forget_oldest(kept: dict[Hashable, Any]) -> None:
-    """Make room for one more."""
+T = TypeVar("T")
+
+
+def _find(kept: Mapping[Hashable, T], key: Hashable) -> T | None:
+    try:
+        return kept.get(key)
+    except TypeError:  # an unhashable option is a wrong one; validation will name it
+        return None
+
+
+def _keep(kept: dict[Hashable, T], key: Hashable, value: T) -> T:
+    """Remember a value in place of the oldest, where there is no room."""
     if len(kept) >= CACHE_ENTRIES:
         with contextlib.suppress(RuntimeError, StopIteration, KeyError):  # another thread was faster
             del kept[next(iter(kept))]
+    kept[key] = value
+    return value
 
 
 def engine_of(spec: AttentionSpec, engine: object) -> engines.Engine:

@@ -163,6 +163,10 @@ class Problem:
         for name, source in self.sources:
             yield name, source, _sum_of(sums, name, source, self.scoring)
 
+    def gradients(self, sums: Sums) -> Gradients:
+        """All that is asked for, from sums, each in its array's dtype."""
+        return _finish(self, self.values(sums), None, False, {})
+
 
 def _inputs(spec: AttentionSpec, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dlse: Any) -> tuple[Any, ...]:
     """The arrays of a call, in the order of `kernels.backward.Inputs`. Raises: SpecError."""

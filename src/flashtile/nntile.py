@@ -3,61 +3,58 @@
     A, logsumexp = zeros, minus infinity
     for K, V, mask in key tiles:
         nntile.flash_sdpa_fwd(K, Q, mask, logsumexp, V, A)
+    dQ = zeros                                                # and dK, dV of every key tile
+    for K, V, mask, dK, dV in key tiles:
+        nntile.flash_sdpa_bwd(K, Q, mask, logsumexp, V, A, dA, dK, dQ, dV)
 
 Shapes are NNTile's, in Fortran order: Q and A [head_size, n_seq, n_batch, kv_group_size, n_head_kv], K and V the same
 with their own n_seq, mask [n_seq of K, n_seq of Q], logsumexp [n_seq of Q, n_batch, kv_group_size, n_head_kv].
 
-`flash_sdpa_fwd` computes on NumPy arrays before it returns. `flash_sdpa_fwd_async` submits one StarPU task on tiles,
-in the order of NNTile's arguments, with modes R, R, R, RW, R, RW; `flashtile.starpu` starts StarPU and waits.
+These compute on NumPy arrays before they return. `flash_sdpa_fwd_async` and `flash_sdpa_bwd_async` submit StarPU tasks
+on tiles, in the order of NNTile's arguments; `flashtile.starpu` starts StarPU and waits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from flashtile.arrays import address_of, plain
-from flashtile.calls import as_key
-from flashtile.checks import integer
-from flashtile.dtypes import DTYPES, DType, dtype_of
+from flashtile.arrays import address_of
 from flashtile.engines import direct
-from flashtile.errors import wrong
 from flashtile.kernels import tile_kernels
 from flashtile.kernels.tiles import Native
+from flashtile.nntile_backward import flash_sdpa_bwd, flash_sdpa_bwd_async
+from flashtile.nntile_tiles import (
+    DTYPE_NAMES,
+    STATE,
+    Call,
+    Tile,
+    arrays_of,
+    check_apart,
+    check_tiles,
+    empty,
+    extents_of,
+    handles_of,
+    register,
+    row_of,
+    validated,
+    wrap,
+)
 from flashtile.plan import Plan
-from flashtile.plan.coverage import visible_pairs
 from flashtile.plan.tiling import flops_of
-from flashtile.spec import LARGEST_POSITION, AttentionSpec
 
-if TYPE_CHECKING:
-    from flashtile.engines.starpu.tiles import TiledTensor
-
-__all__ = ["DTYPE_NAMES", "Tile", "empty", "flash_sdpa_fwd", "flash_sdpa_fwd_async", "register", "wrap"]
-
-# NNTile's names: the dtype that is stored, and the precision of the products.
-DTYPE_NAMES: dict[str, tuple[str, str]] = {
-    "fp64": ("float64", "ieee"),
-    "fp32": ("float32", "ieee"),
-    "fp32_fast_tf32": ("float32", "tf32"),
-    "fp32_fast_fp16": ("float32", "fp16"),
-    "fp32_fast_bf16": ("float32", "bf16"),
-    "fp16": ("float16", "ieee"),
-    "bf16": ("bfloat16", "ieee"),
-}
-BOOL = DType("bool", 1, "bool", np.dtype(bool), 0.0, 0.0, 1.0)  # of masks only
-
-
-class _Call(NamedTuple):
-    """A validated call: what is computed, the offset of its band, and the dtype of its mask."""
-
-    spec: AttentionSpec
-    offset: int
-    mask: str | None
+__all__ = [
+    "DTYPE_NAMES",
+    "Tile",
+    "empty",
+    "flash_sdpa_bwd",
+    "flash_sdpa_bwd_async",
+    "flash_sdpa_fwd",
+    "flash_sdpa_fwd_async",
+    "register",
+    "wrap",
+]
 
 
 def flash_sdpa_fwd(
@@ -105,15 +102,10 @@ def flash_sdpa_fwd(
     True
     """
     given = {"K": K, "Q": Q, "V": V, "A": A, "logsumexp": logsumexp, **({} if mask is None else {"mask": mask})}
-    arrays = {name: plain(x, name) for name, x in given.items()}
-    for name, x in arrays.items():
-        if x.size and not x.flags.f_contiguous:
-            raise wrong(name, f"strides {x.strides}", "a Fortran-ordered array: the first axis contiguous, no gaps")
-        if name in ("A", "logsumexp") and not x.flags.writeable:
-            raise wrong(name, "a read-only array", "a writable one")
-    described = {name: (x.shape, _row_of(name, x.dtype)) for name, x in arrays.items()}
-    call = _validated(described, dtype, causal, window, first_query, first_key, scale)
-    _check_apart({name: (address_of(x), address_of(x) + x.nbytes) for name, x in arrays.items()})
+    arrays = arrays_of(given, STATE)
+    described = {name: (x.shape, row_of(name, x.dtype)) for name, x in arrays.items()}
+    call = validated(described, dtype, causal, window, first_query, first_key, scale)
+    check_apart(extents_of(arrays), STATE)
     if call is not None:
         _run(call, arrays)
 
@@ -144,177 +136,16 @@ def flash_sdpa_fwd_async(
     from flashtile.engines.starpu import accumulation
 
     given = {"K": K, "Q": Q, "V": V, "A": A, "logsumexp": logsumexp, **({} if mask is None else {"mask": mask})}
-    for name, tile in given.items():
-        if not isinstance(tile, Tile):
-            raise wrong(name, f"a {type(tile).__name__}", "a tile: nntile.register, nntile.empty or nntile.wrap")
-        tile.tensor.check()
-        if name in ("A", "logsumexp") and not tile.tensor.writable:
-            raise wrong(name, "a read-only array", "a writable one")
+    check_tiles(given, STATE)
     described = {name: (tile.shape, tile.dtype) for name, tile in given.items()}
-    call = _validated(described, dtype, causal, window, first_query, first_key, scale)
-    _check_apart({name: tile.tensor.extent for name, tile in given.items()})
-    handles = {name: tile.tensor[0, 0, 0].address for name, tile in given.items()}
-    for name in ("A", "logsumexp"):
-        if [*handles.values()].count(handles[name]) > 1:
-            raise wrong(name, "a tile that is another argument too", "a tile of its own")
+    call = validated(described, dtype, causal, window, first_query, first_key, scale)
+    handles = handles_of(given, STATE)
     if call is None:
         return 0
     return accumulation.submit(call.spec, call.offset, call.mask, handles, (first_query, first_key), accumulate)
 
 
-class Tile:
-    """A Fortran-ordered tile behind one StarPU handle; see `register`, `empty` and `wrap`."""
-
-    def __init__(self, tensor: TiledTensor, shape: tuple[int, ...]) -> None:
-        self.tensor, self.shape, self.dtype = tensor, shape, tensor.dtype
-
-    @property
-    def handle(self) -> int:
-        """The address of StarPU's handle (starpu_data_handle_t); from here on the tile counts as written."""
-        return self.tensor[0, 0, 0].handle
-
-    @contextmanager
-    def acquire(self, mode: str = "R") -> Iterator[np.ndarray]:
-        """The contents, Fortran-ordered, once every task submitted on the tile before is done; mode R, W or RW.
-        bfloat16 comes as its bits, uint16. Raises: SpecError."""
-        with self.tensor.acquire((0, 0, 0), mode) as flat:
-            yield flat.reshape(self.shape[::-1]).T
-
-    def unregister(self) -> None:
-        """Wait for the tasks on the tile and give its memory back. Raises: SpecError if it was done, or a hold."""
-        self.tensor.unregister()
-
-
-def register(array: Any) -> Tile:
-    """A tile over a Fortran-ordered NumPy array, which stays where it is; use it through `Tile.acquire` only.
-
-    Raises: SpecError; UnavailableError before flashtile.starpu.init().
-    """
-    array = plain(array, "array")
-    if not array.size or not array.flags.f_contiguous:
-        raise wrong("array", f"shape {array.shape}, strides {array.strides}", "a Fortran-ordered array with elements")
-    row, n = _row_of("array", array.dtype), array.size
-    first, strides = address_of(array), (0, 0, n * row.itemsize)
-    tensor = _tensors().TiledTensor((1, 1, 1, n), row, 1, address=first, strides=strides, keep=[array])
-    tensor.extent, tensor.writable = (first, first + array.nbytes), array.flags.writeable
-    return Tile(tensor, array.shape)
-
-
-def empty(shape: Sequence[int], dtype: Any) -> Tile:
-    """A tile that StarPU owns; dtype as NumPy or NNTile names it, or bool."""
-    numbers = _shape_of(shape)
-    return Tile(_tensors().TiledTensor((1, 1, 1, int(np.prod(numbers))), _row_of("dtype", dtype), 1), numbers)
-
-
-def wrap(handle: int, shape: Sequence[int], dtype: Any) -> Tile:
-    """A tile over a handle of the program's own: its address (starpu_data_handle_t), contiguous, of the right size."""
-    numbers = _shape_of(shape)
-    handles = np.full((1, 1, 1), handle, np.uint64)
-    size = int(np.prod(numbers))
-    return Tile(_tensors().TiledTensor.wrap(handles, (1, 1, 1, size), _row_of("dtype", dtype), 1), numbers)
-
-
-def _tensors() -> Any:
-    from flashtile.engines.starpu import tiles
-
-    return tiles
-
-
-def _shape_of(shape: Sequence[int]) -> tuple[int, ...]:
-    numbers = tuple(integer(n) or 0 for n in shape)
-    if not numbers or min(numbers) < 1:
-        raise wrong("shape", repr(shape), "positive integers")
-    return numbers
-
-
-def _row_of(argument: str, dtype: Any) -> DType:
-    """A dtype by any name; bool, too."""
-    if dtype in (bool, "bool") or (isinstance(dtype, np.dtype) and dtype.kind == "b"):
-        return BOOL
-    return dtype_of(DTYPE_NAMES[dtype][0] if isinstance(dtype, str) and dtype in DTYPE_NAMES else dtype, argument)
-
-
-Described = dict[str, tuple[tuple[int, ...], DType]]
-
-AXES = {
-    2: "[n_keys, n_queries]",
-    4: "[n_queries, n_batch, kv_group_size, n_head_kv]",
-    5: "[head_size, n_seq, n_batch, kv_group_size, n_head_kv]",
-}
-
-
-def _validated(
-    given: Described, dtype: str | None, causal: Any, window: Any, first_query: Any, first_key: Any, scale: Any
-) -> _Call | None:
-    """The call; None if its computed mask hides every key, or there is nothing to do. Raises: SpecError."""
-    _check_shapes(given)
-    (k, _), (q, row), (v, _) = given["K"], given["Q"], given["V"]
-    if dtype is not None and (dtype not in DTYPE_NAMES or DTYPE_NAMES[dtype][0] != row.name):
-        names = [name for name, (stored, _) in DTYPE_NAMES.items() if stored == row.name]
-        raise wrong("dtype", repr(dtype), f"one of {', '.join(names)} for arrays of {row.name}")
-    heads = int(np.prod(q[2:]))
-    shapes = [(1, max(heads, 1), n, size) for n, size in ((q[1], q[0]), (k[1], k[0]), (k[1], v[0]))]
-    spec = AttentionSpec.of(
-        *(SimpleNamespace(shape=shape, dtype=row.name) for shape in shapes),
-        causal=causal,
-        window=as_key(window),
-        align=0,
-        scale=scale,
-        precision=DTYPE_NAMES[dtype][1] if dtype is not None else "ieee",
-    )
-    offset = _position("first_query", first_query) - _position("first_key", first_key)
-    if not (heads and spec.q_len and spec.kv_len) or not _meets(spec, offset):
-        return None
-    return _Call(spec, offset, given["mask"][1].name if "mask" in given else None)
-
-
-def _check_shapes(given: Described) -> None:
-    """Raise SpecError unless shapes and dtypes fit together."""
-    for name, (shape, _) in given.items():
-        rank = {"mask": 2, "logsumexp": 4}.get(name, 5)
-        if len(shape) != rank:
-            raise wrong(name, f"shape {shape}", AXES[rank])
-    (k, _), (q, row), (v, _) = given["K"], given["Q"], given["V"]
-    if row is BOOL:
-        raise wrong("Q", "dtype bool", "a float dtype")
-    expected: dict[str, tuple[tuple[int, ...], tuple[DType, ...]]] = {
-        "K": ((q[0], k[1], *q[2:]), (row,)),
-        "V": ((v[0], k[1], *q[2:]), (row,)),
-        "A": ((v[0], *q[1:]), (row,)),
-        "logsumexp": (q[1:], (DTYPES[row.accumulator],)),
-        "mask": ((k[1], q[1]), (row, DTYPES["float32"], BOOL)),
-    }
-    for name, (shape, dtypes) in expected.items():
-        if name not in given:
-            continue
-        if given[name][0] != shape:
-            raise wrong(name, f"shape {given[name][0]}", f"{shape} beside Q of {q}")
-        if given[name][1] not in dtypes:
-            raise wrong(name, f"dtype {given[name][1].name}", " or ".join(dict.fromkeys(d.name for d in dtypes)))
-
-
-def _position(name: str, value: Any) -> int:
-    """Of a tile's first row or key in its sequence. Raises: SpecError."""
-    number = integer(value)
-    if number is None or not 0 <= number <= LARGEST_POSITION:
-        raise wrong(name, repr(value), f"an integer from 0 to {LARGEST_POSITION}")
-    return number
-
-
-def _meets(spec: AttentionSpec, offset: int) -> bool:
-    """Whether some query sees some key."""
-    return spec.band is None or visible_pairs(replace(spec, heads=1, kv_heads=1), offset) > 0
-
-
-def _check_apart(spans: dict[str, tuple[int, int]]) -> None:
-    """What is written shares no byte with anything else."""
-    for name in ("A", "logsumexp"):
-        for other, span in spans.items():
-            if other != name and max(span[0], spans[name][0]) < min(span[1], spans[name][1]):
-                raise wrong(name, f"an array within the memory that {other} spans", "memory of its own")
-
-
-def _run(call: _Call, arrays: dict[str, np.ndarray]) -> None:
+def _run(call: Call, arrays: dict[str, np.ndarray]) -> None:
     """Compute on the embedded engine's threads."""
     kernel = tile_kernels().accumulating(call.spec, call.mask)
     words = {"Q": "q", "K": "k", "V": "v", "A": "o", "logsumexp": "lse", "mask": "mask"}

@@ -106,7 +106,7 @@ def _compute_backward(
     offset = a.offsets_array if spec.offset is None else spec.offset
     do = torch.zeros_like(o) if do is None else do
     inputs = do, q, k, v, o, lse, dlse
-    return gradients(family, spec, scoring, offset, inputs, a.differentiable, tuple(wanted))
+    return gradients(family, spec, scoring, offset, inputs, a.differentiable, tuple(wanted), a.engine)
 
 
 # -- as graphs are made ----------------------------------------------------------------------------------

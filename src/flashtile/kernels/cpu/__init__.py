@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flashtile.kernels import (
     ArrayShapes,
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from flashtile.kernels.cpu.parts import InParts
     from flashtile.llvm.jit import Library
     from flashtile.llvm.processors import Choice
-    from flashtile.llvm.products import Product
     from flashtile.plan import Plan
     from flashtile.score.code import Code
     from flashtile.score.options import Scoring
@@ -72,60 +72,64 @@ def unavailable() -> str | None:
 def config_of(spec: AttentionSpec, *, lands: tuple[str, ...] = _ANYWHERE) -> Config:
     """The configuration that computes this spec on the current instruction set. ``lands``: where the sums of its
     product may be: passes other than the forward take them from registers alone."""
-    isa = isas.current()
-    product = choice_of(isa, spec.dtype, spec.precision, lands=lands).product
-    return _config(isa, product, spec.dtype, spec.program, spec.dropout)
-
-
-def choice_of(isa: isas.ISA, dtype: str, precision: str, *, lands: tuple[str, ...] = _ANYWHERE) -> Choice:
-    """The product for a dtype at a precision, and why."""
-    return _choice(isa, dtype, precision, isas.forced(), lands)
+    return _configured(*_choosing(spec), lands)
 
 
 @functools.lru_cache(maxsize=256)
-def _choice(isa: isas.ISA, dtype: str, precision: str, forced: bool, lands: tuple[str, ...] = _ANYWHERE) -> Choice:
-    return processors.choose(isa, dtype, precision, forced=forced, lands=lands)
+def _configured(
+    setting: str, dtype: str, precision: str, code: Code | None, dropout: bool, lands: tuple[str, ...]
+) -> Config:
+    product = _choice(setting, dtype, precision, lands).product
+    return Config(isas.named(setting), _STORAGE[dtype], product=product, code=code, dropout=dropout)
 
 
-@functools.lru_cache(maxsize=256)
-def _config(isa: isas.ISA, product: Product, dtype: str, code: Code | None, dropout: bool) -> Config:
-    return Config(isa, _STORAGE[dtype], product=product, code=code, dropout=dropout)
+def _choice(setting: str, dtype: str, precision: str, lands: tuple[str, ...] = _ANYWHERE) -> Choice:
+    """The product for a dtype at a precision, and why; `setting`: what names the instruction set, if anything does."""
+    return processors.choose(isas.named(setting), dtype, precision, forced=bool(setting), lands=lands)
 
 
 def decodes(spec: AttentionSpec) -> bool:
     """Whether there are so few queries that passes/decode computes them: measured; of shapes and machine only."""
-    return not spec.dropout and _few(spec)
+    return spec.kv_len >= _decodes_from(spec.q_len, *_choosing(spec))
 
 
-def _few(spec: AttentionSpec) -> bool:
-    """Whether passes/decode is the faster one for so many queries of a head."""
-    c = config_of(spec)
+@functools.lru_cache(maxsize=256)
+def _decodes_from(q_len: int, *choosing: Any) -> float:
+    """From how many keys on passes/decode is the faster one for so many queries of a head; inf: it never is."""
+    c = _configured(*choosing, _ANYWHERE)
+    if c.dropout:
+        return math.inf
     if c.isa.vector_bytes < _WIDE:
-        return spec.q_len <= _NARROW_QUERIES
-    registers = -(-spec.q_len // c.lanes)
-    if c.per_word > 1 and registers > 1:  # forward.py takes two keys a step
-        return False
-    rows = registers * _REGISTER_ROWS[c.lanes]
-    faster = spec.q_len * (_ROW_STARTS + spec.kv_len) <= rows * (_REGISTER_STARTS + spec.kv_len)
-    return faster and spec.q_len <= _MOST_QUERIES
+        return 0 if q_len <= _NARROW_QUERIES else math.inf
+    registers = -(-q_len // c.lanes)
+    if q_len > _MOST_QUERIES or (c.per_word > 1 and registers > 1):  # forward.py takes two keys a step
+        return math.inf
+    rows, ahead = registers * _REGISTER_ROWS[c.lanes], q_len * _ROW_STARTS
+    # The least n of which q_len (_ROW_STARTS + n) <= rows (_REGISTER_STARTS + n).
+    behind = ahead - rows * _REGISTER_STARTS
+    if rows <= q_len:
+        return 0 if rows == q_len and behind <= 0 else math.inf
+    return max(0, -(-behind // (rows - q_len)))
+
+
+def _choosing(spec: AttentionSpec) -> tuple[Any, ...]:
+    """What configurations and capabilities depend on, small enough to look them up at every new length."""
+    return isas.setting(), spec.dtype, spec.precision, spec.program, spec.dropout
 
 
 def capabilities(spec: AttentionSpec) -> Capabilities:
     """Tile menus and features for this dtype and precision on the current instruction set."""
-    few = decodes(spec)
-    lands = IN_REGISTERS if few else _ANYWHERE
-    c = config_of(spec, lands=lands)
-    choice = choice_of(c.isa, spec.dtype, spec.precision, lands=lands)
-    backward = choice_of(c.isa, spec.dtype, spec.precision, lands=IN_REGISTERS)
-    general = _capabilities(c, choice, backward, isas.forced())
-    return _decoding(general, spec.q_len, spec.group) if few else general
+    choosing = _choosing(spec)
+    if spec.kv_len < _decodes_from(spec.q_len, *choosing):
+        return _capabilities(*choosing, _ANYWHERE)
+    return _decoding(spec.q_len, spec.group, *choosing)
 
 
 @functools.lru_cache(maxsize=256)
-def _decoding(general: Capabilities, q_len: int, group: int) -> Capabilities:
+def _decoding(q_len: int, group: int, *choosing: Any) -> Capabilities:
     """Those of passes/decode, for so many rows."""
     return replace(
-        general,
+        _capabilities(*choosing, IN_REGISTERS),
         precisions=frozenset(("ieee",)),
         query_block=1,
         tile_q=(max(1, q_len),),
@@ -137,8 +141,12 @@ def _decoding(general: Capabilities, q_len: int, group: int) -> Capabilities:
 
 
 @functools.lru_cache(maxsize=256)
-def _capabilities(c: Config, choice: Choice, backward: Choice, forced: bool) -> Capabilities:
-    rounds = _choice(c.isa, "float32", "bf16", forced).product.rounds
+def _capabilities(
+    setting: str, dtype: str, precision: str, code: Code | None, dropout: bool, lands: tuple[str, ...]
+) -> Capabilities:
+    c = _configured(setting, dtype, precision, code, dropout, lands)
+    choice, backward = (_choice(setting, dtype, precision, at) for at in (lands, IN_REGISTERS))
+    rounds = _choice(setting, "float32", "bf16").product.rounds
     return Capabilities(
         name="cpu",
         dtypes=frozenset(_STORAGE),
@@ -161,16 +169,18 @@ def _capabilities(c: Config, choice: Choice, backward: Choice, forced: bool) -> 
 
 def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> CompiledKernel:
     """The kernel of this spec; machine code is shared by all specs with the same configuration."""
-    if decodes(spec):
+    choosing = _choosing(spec)
+    if spec.kv_len >= _decodes_from(spec.q_len, *choosing):
         from flashtile.kernels.cpu.parts import Decode
 
-        return Decode(_decode_config(config_of(spec, lands=IN_REGISTERS)), spec, plan, layout)
-    c = config_of(spec)
+        return Decode(_decode_config(*choosing), spec, plan, layout)
+    c = _configured(*choosing, _ANYWHERE)
     return Forward(_partial_config(c) if plan.splits > 1 else c, spec, plan, layout)
 
 
 @functools.lru_cache(maxsize=256)
-def _decode_config(c: Config) -> Config:
+def _decode_config(*choosing: Any) -> Config:
+    c = _configured(*choosing, IN_REGISTERS)
     return replace(c, product=c.product if c.storage == "bfloat" else FMA)
 
 

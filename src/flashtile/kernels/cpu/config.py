@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import functools
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from flashtile.llvm.lines import Line
@@ -26,6 +27,7 @@ class Config:
     code        the score program, if there is one
     dropout     some weights are dropped: which, the seed and the threshold of the call say
     arrays      of a backward: the slots of captured arrays whose gradients are wanted
+    tile        of a backward: some rows on some keys, with delta given; dQ, dK and dV are accumulators
     """
 
     isa: ISA
@@ -37,6 +39,15 @@ class Config:
     code: Code | None = None
     dropout: bool = False
     arrays: tuple[int, ...] = ()
+    tile: bool = False
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        """Every call at a new length looks up half a dozen things by its configuration."""
+        return hash(tuple(getattr(self, x.name) for x in fields(self)))
 
     @property
     def masked(self) -> bool:
@@ -55,8 +66,8 @@ class Config:
 
     @property
     def output(self) -> Config:
-        """The configuration of memory that outputs are written to: a partial's is in the accumulator's type."""
-        return replace(self, storage=self.acc, product=self.elements) if self.partial else self
+        """The configuration of memory that outputs are written to: accumulators where others are to be added."""
+        return replace(self, storage=self.acc, product=self.elements) if self.partial or self.tile else self
 
     @property
     def elements(self) -> Product:

@@ -110,10 +110,10 @@ def score_steps(c: Config, spec: AttentionSpec) -> dict[str, int]:
     return {
         "segment_b": heads * panels if "b" in used else 0,
         "segment_h": panels if "h" in used else 0,
-        **sink_steps(c, spec),
+        **sink_steps(c, spec.heads),
     }
 
 
-def sink_steps(c: Config, spec: AttentionSpec) -> dict[str, int]:
+def sink_steps(c: Config, heads: int) -> dict[str, int]:
     """Bytes between the sinks of two batches and of two heads."""
-    return {"sink_b": spec.heads * c.size, "sink_h": c.size}
+    return {"sink_b": heads * c.size, "sink_h": c.size}

@@ -7,6 +7,9 @@ depends on where its panel and its key blocks stand in the whole problem only, n
 
 Results are added to what dQ, dK and dV hold.
 
+Where the configuration says tile, a work item is one query head of some rows on some keys, for engines that hold the
+arrays as tiles: delta of its rows is given (delta.py), and all gradients are accumulators.
+
 Source: Dao 2023, FlashAttention-2, section 3.1.2.
 """
 
@@ -32,6 +35,7 @@ from flashtile.kernels.cpu.steps.differentiate import (
     RowState,
     SinkSums,
     emit_finish_sink,
+    emit_known_state,
     emit_row_state,
     emit_sink_sums,
 )
@@ -64,8 +68,9 @@ class QueryHead(Item):
     dv: Value
     begins: Value  # it is the first of the query heads that share K and V
     ends: Value  # it is the last one
-    number: Value  # of the work item
+    number: Value  # of the copy of the accumulators of arrays that it adds to
     dsink: Value  # null: not wanted
+    delta: Value  # of a tile
 
 
 class _Call(Call):
@@ -89,15 +94,21 @@ class _Call(Call):
             return f.select(f.is_null(base), base, found)
 
         first_row = (b * p.heads + h) * (p.q_len * c.size)
-        bounds = [f.load("i64", p.parts + (split + n) * 8) for n in range(2)]
+        first, rows, delta = f.const("i64", 0), p.q_len, p.delta
+        if c.tile:  # whose rows stand where the pointers say
+            item, first, rows, first_row = p.copy, p.first_row, p.row_count, (b * p.heads + h) * p.lse_h
+            delta = delta + first_row
+            bounds = [p.first_key, p.kv_len]
+        else:
+            bounds = [f.load("i64", p.parts + (split + n) * 8) for n in range(2)]
         q, o, do, dq = (at(name, h) for name in ("q", "o", "do", "dq"))
         k, v, dk, dv = (at(name, kv_head) for name in ("k", "v", "dk", "dv"))
         dlse = f.select(f.is_null(p.dlse), p.dlse, p.dlse + first_row)
         return QueryHead(
             b=b,
             h=h,
-            first=f.const("i64", 0),
-            rows=p.q_len,
+            first=first,
+            rows=rows,
             q=q,
             k=k,
             v=v,
@@ -114,6 +125,7 @@ class _Call(Call):
             ends=n.eq(p.group - 1),
             number=item,
             dsink=f.select(f.is_null(p.dsinks), p.dsinks, p.dsinks + (b * p.heads + h) * c.size),
+            delta=delta,
         )
 
     def rows(self, head: QueryHead, tensor: str, first: Value, count: Value) -> Rows:
@@ -165,9 +177,13 @@ class _Backward:
         self.c = c
         self.transpose = emit_transpose(module, c, "load_lanes", Panel)
         self.pack_rows, self.pack_columns = emit_pack_rows(module, c), emit_pack_columns(module, c)
-        self.scan, self.row_state = emit_scan(module, c), emit_row_state(module, c)
-        self.sink_sums, self.finish_sink = emit_sink_sums(module, c), emit_finish_sink(module, c)
-        self.join_rows, self.add_rows = emit_join_rows(module, c), emit_add_rows(module, c)
+        self.scan = emit_scan(module, c)
+        if c.tile:
+            self.known_state = emit_known_state(module, c)
+        else:
+            self.row_state = emit_row_state(module, c)
+            self.sink_sums, self.finish_sink = emit_sink_sums(module, c), emit_finish_sink(module, c)
+        self.join_rows, self.add_rows = emit_join_rows(module, c), emit_add_rows(module, c.output if c.tile else c)
         self.add_lanes = emit_add_lanes(module, c.output)
         self.visits = emit_visits(module, c)
         self.f = entry(module, "backward")
@@ -186,14 +202,29 @@ class _Backward:
 
     def _head(self, head: QueryHead) -> None:
         f, p, c, call = self.f, self.call.p, self.c, self.call
-        grouped, sink = p.group > 1, call.sink(head)
-        sunk = f.is_null(head.dsink).eq(0) & head.first_key.eq(0) & sink.ne(-math.inf)
-        call.dsink.fill(0.0, SinkSums.LINES)
+        grouped = p.group > 1
         with f.when(grouped & head.begins):
             self._clear_totals(head.last_key - head.first_key)
-        with f.range(0, p.q_len, c.panel) as panel:
-            count = f.minimum(p.q_len - panel, c.panel)
-            call.dq(panel).fill(0.0, p.columns)
+        (self._known_rows if c.tile else self._rows)(head)
+        if c.code:
+            call.open_frame(head)
+            call.frame.write(sums=p.sums, item=head.number, last_row=head.first + head.rows - 1)
+        walk = by_segments if c.masked else by_band
+        walk(call, head, _Blocks(self, head))
+        with f.when(f.is_null(head.dq).eq(0)), f.range(0, head.rows, c.panel) as panel:
+            count = f.minimum(head.rows - panel, c.panel)
+            self.add_lanes(f, sums=call.dq(panel), rows=call.rows(head, "dq", panel, count), factor=self.scale)
+        with f.when(grouped & head.ends):
+            self.add_block(head, head.first_key, head.last_key)
+
+    def _rows(self, head: QueryHead) -> None:
+        """What is known of each row, and what its sink gets."""
+        f, p, c, call = self.f, self.call.p, self.c, self.call
+        sink = call.sink(head)
+        sunk = f.is_null(head.dsink).eq(0) & head.first_key.eq(0) & sink.ne(-math.inf)
+        call.dsink.fill(0.0, SinkSums.LINES)
+        with f.range(0, head.rows, c.panel) as panel:
+            count = self._start_panel(head, panel)
             rows = {name: call.rows(head, name, panel, count) for name in ("do", "o")}
             lse, dlse = head.lse + panel * c.size, f.select(f.is_null(head.dlse), head.dlse, head.dlse + panel * c.size)
             self.row_state(f, **rows, out=call.state(panel), lse=lse, dlse=dlse, sink=sink)
@@ -203,21 +234,26 @@ class _Backward:
                 self.make_ready(head, panel)
         with f.when(sunk):
             self.finish_sink(f, sums=call.dsink, out=head.dsink)
-        if c.code:
-            call.open_frame(head)
-            call.frame.write(sums=p.sums, item=head.number)
-        walk = by_segments if c.masked else by_band
-        walk(call, head, _Blocks(self, head))
-        with f.when(f.is_null(head.dq).eq(0)), f.range(0, p.q_len, c.panel) as panel:
-            count = f.minimum(p.q_len - panel, c.panel)
-            self.add_lanes(f, sums=call.dq(panel), rows=call.rows(head, "dq", panel, count), factor=self.scale)
-        with f.when(grouped & head.ends):
-            self.add_block(head, head.first_key, head.last_key)
+
+    def _known_rows(self, head: QueryHead) -> None:
+        """What is known of each row, from its lse and delta."""
+        f, p, c, call = self.f, self.call.p, self.c, self.call
+        with f.range(0, head.rows, c.panel) as panel:
+            count = self._start_panel(head, panel)
+            at = panel * c.size
+            self.known_state(f, out=call.state(panel), lse=head.lse + at, delta=head.delta + at, count=count)
+            with f.when(p.kept.ne(0)):
+                self.make_ready(head, panel)
+
+    def _start_panel(self, head: QueryHead, panel: Value) -> Value:
+        """No dQ yet; the number of its rows."""
+        self.call.dq(panel).fill(0.0, self.call.p.columns)
+        return self.f.minimum(head.rows - panel, self.c.panel)
 
     def make_ready(self, head: QueryHead, panel: Value) -> None:
         """Q and dO of a panel as lanes, and as rows where they cannot be read as they lie."""
         f, p, c, call = self.f, self.call.p, self.c, self.call
-        count = f.minimum(p.q_len - panel, c.panel)
+        count = f.minimum(head.rows - panel, c.panel)
         for name, words, sign in (("q", p.key_words, p.sign), ("do", p.value_words, f.const(c.acc, 1.0))):
             rows = call.rows(head, name, panel, count)
             self.transpose(f, rows=rows, words=words, out=call.panel(name, panel), sign=sign)
@@ -234,7 +270,7 @@ class _Backward:
     def rows_of(self, head: QueryHead, name: str, panel: Value) -> tuple[Words, Rows]:
         """The rows of Q or dO of a panel as the exchange reads them, and as they lie, if they are not all finite."""
         f, p, c, call = self.f, self.call.p, self.c, self.call
-        rows = call.rows(head, name, panel, f.minimum(p.q_len - panel, c.panel))
+        rows = call.rows(head, name, panel, f.minimum(head.rows - panel, c.panel))
         pack, broken = getattr(p, f"pack_{name}").ne(0), f.load("i64", call.flag(name, panel)).ne(0)
         packed = call.packed(name, f.select(pack, panel, f.const("i64", 0)))
         with f.when(broken & pack.eq(0)):  # rare: a copy at every visit
@@ -321,7 +357,7 @@ class _Blocks:
     def _visit(self, keys: Words, values: Words, key_columns: Words, panel: Value, seen: Seen) -> None:
         """One panel's visit, if it sees any of the block: by the function of as many registers as it has."""
         f, call, c, p, kernel, head = self.call.f, self.call, self.call.c, self.call.p, self.backward, self.head
-        lanes = f.minimum(p.q_len - panel, c.panel)
+        lanes = f.minimum(head.rows - panel, c.panel)
 
         def dispatch(n: int, **arguments: object) -> None:
             visit = kernel.visits[n - 1]
@@ -335,7 +371,7 @@ class _Blocks:
             with f.when(p.kept.eq(0)):
                 kernel.make_ready(head, panel)
             if c.code:
-                call.frame.write(row=panel, block=self.start)
+                call.frame.write(row=head.first + panel, block=self.start)
             query_rows, _ = kernel.rows_of(head, "q", panel)
             output_rows, broken = kernel.rows_of(head, "do", panel)
             words = call.second.scores.at if c.per_word == 1 else call.area("words")

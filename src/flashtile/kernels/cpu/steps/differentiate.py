@@ -80,6 +80,24 @@ def emit_row_state(module: Module, c: Config) -> Routine:
     return f
 
 
+def emit_known_state(module: Module, c: Config) -> Routine:
+    """The same for rows whose delta is known: of lse and delta, one number a row."""
+    f = Routine(module, "known_state", out=RowState.of(c.line), lse="ptr", delta="ptr", count="i64")
+    out, lse, delta, count = f.parameters
+    for number, line in ((math.inf, 0), (0.0, 1), (0.0, 2)):
+        out.line(line).fill(number, 1)
+    with f.range(0, count) as lane:
+        at = lane * c.size
+        nats = f.load(c.acc, lse + at, align=1)
+        high, low = _octaves(f, c, nats)
+        nothing = nats.eq(-math.inf)
+        f.store(f.select(nothing, f.const(c.acc, math.inf), high), out.lane(lane).at)
+        f.store(f.select(nothing, f.const(c.acc, 0.0), low), out.lane(lane).line(1).at)
+        f.store(f.load(c.acc, delta + at, align=1), out.lane(lane).line(2).at)
+    f.ret()
+    return f
+
+
 def _across(f: Function, register: Value) -> Value:
     """The sum of a register's lanes."""
     n = lanes_of(register.type)
@@ -130,7 +148,7 @@ def emit_sink_sums(module: Module, c: Config) -> Routine:
 
 
 def emit_finish_sink(module: Module, c: Config) -> Routine:
-    """The sum over lanes, to the head's element."""
+    """The sum over lanes, added to the head's element."""
     f = Routine(module, "finish_sink", sums=SinkSums.of(c.line), out="ptr")
     sums, out = f.parameters
     zero = [f.const(c.acc, 0.0)] * SinkSums.LINES
@@ -139,7 +157,7 @@ def emit_finish_sink(module: Module, c: Config) -> Routine:
         return [total + _across(f, sums.load(n, at=at)) for n, total in enumerate(found)]
 
     total, lost = f.fold(0, c.line.bytes, c.register, zero, add)
-    f.store(total + lost, out)
+    f.store(f.load(c.acc, out) + (total + lost), out)
     f.ret()
     return f
 

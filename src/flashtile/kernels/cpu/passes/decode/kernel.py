@@ -10,7 +10,6 @@ Source: Dao et al. 2023, Flash-Decoding; Shazeer 2019 for shared keys and values
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,7 +58,6 @@ def row_group(rows: int) -> int:
     return min(rows, tiles * ROW_TILES[0])
 
 
-@functools.lru_cache(maxsize=256)
 def areas(c: Config, rows: int, head_size: int, value_size: int) -> Areas:
     """A thread's scratch memory, for so many rows that walk the keys together."""
     slots = -(-head_size // slot_width(c))
