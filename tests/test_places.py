@@ -56,8 +56,8 @@ TABLE: dict[str, Place] = {
     "dask": Place("engines.dask", "errors arrays score spec options contract engines starpu"),
     "calls": Place("calls", "errors arrays spec options contract engines"),
     "doors": Place(
-        "api torch transformers flash_attn jax xla autograd devices lazy outofcore scaling gradients merge explain plot "
-        "picture starpu starpu_gradients starpu_mpi nntile nntile_backward nntile_tiles",
+        "api torch transformers flash_attn jax xla autograd devices lazy outofcore scaling gradients merge explain "
+        "plot picture starpu starpu_gradients starpu_mpi nntile nntile_backward nntile_tiles",
         "errors arrays score spec options plan contract numpy owners engines direct starpu starpu_mpi dask calls",
     ),
     "package": Place("", "errors arrays score doors"),
