@@ -194,7 +194,7 @@ def test_a_repeated_call_is_prepared_once() -> None:
 
 def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     flashtile.api.clear_cache()
-    monkeypatch.setattr(calls, "CACHE_ENTRIES", 4)
+    monkeypatch.setattr(calls.prepared, "CACHE_ENTRIES", 4)
     q = np.ones((3, 8), np.float32)
     for n in range(1, 12):
         close(flashtile.attention(q, q, q, scale=n, kernel="vanilla"), q.astype(np.float64))
@@ -249,6 +249,12 @@ def test_many_lengths_keep_a_bounded_number_of_calls() -> None:
     for n in range(1, 3000):
         flashtile.attention(q, cache[:, :, :n], cache[:, :, :n])
     assert len(calls.cache) <= calls.CACHE_ENTRIES
+
+
+@pytest.mark.parametrize("off", [None, 0, 0.0, np.float32(0), np.int64(0)])
+def test_a_softcap_of_zero_is_none(off: Any) -> None:
+    q = np.linspace(-1, 1, 24, dtype=np.float32).reshape(3, 8)
+    assert (flashtile.attention(q, q, q, softcap=off) == flashtile.attention(q, q, q)).all()
 
 
 @pytest.mark.parametrize(

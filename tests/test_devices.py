@@ -49,14 +49,14 @@ def on_device(*arrays: np.ndarray, device: int = 0) -> list[DeviceArray]:
 def test_a_call_runs_where_its_arrays_lie(owner: HostOwner, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = uniform(SHAPE, "float32")
     seen: list[tuple[int, str, int | None]] = []
-    run = devices.run
+    reach = devices.OnDevice.reach
 
     def spy(*arguments: Any) -> Any:
         here = current.here()
         seen.append((here.stream, here.device, owner.active))
-        return run(*arguments)
+        return reach(*arguments)
 
-    monkeypatch.setattr(devices, "run", spy)
+    monkeypatch.setattr(devices.OnDevice, "reach", spy)
     options: dict[str, Any] = {"causal": True, "align": np.array([8, 0]), "sinks": np.ones(4, np.float32)}
     want, want_lse = flashtile.attention(q, k, v, kernel="vanilla", return_lse=True, **options)
     o, lse = flashtile.attention(*on_device(q, k, v, device=1), return_lse=True, **options)

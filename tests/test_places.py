@@ -56,13 +56,13 @@ TABLE: dict[str, Place] = {
     "dask": Place("engines.dask", "errors arrays score spec options contract engines starpu"),
     "calls": Place("calls", "errors arrays spec options contract engines"),
     "doors": Place(
-        "api torch transformers flash_attn jax xla autograd devices lazy outofcore scaling gradients merge explain "
-        "plot picture starpu starpu_gradients starpu_mpi nntile nntile_backward nntile_tiles",
+        "api torch transformers flash_attn onnx jax xla devices lazy outofcore scaling gradients merge explain plot "
+        "picture starpu starpu_gradients starpu_mpi nntile nntile_backward nntile_tiles",
         "errors arrays score spec options plan contract numpy owners engines direct starpu starpu_mpi dask calls",
     ),
     "package": Place("", "errors arrays score doors"),
     "tools": Place(
-        "cli __main__ bench demo doctor launch testing",
+        "cli flags __main__ bench demo doctor launch testing",
         "errors arrays llvm score spec options contract numpy triton engines starpu starpu_mpi calls doors package",
     ),
 }

@@ -68,11 +68,12 @@ def pretend() -> None:
     import torch
     import triton
 
-    import flashtile.torch as door
     from flashtile import devices, owners
     from flashtile.arrays import view_of
     from flashtile.kernels import triton as family
     from flashtile.kernels.triton import driver
+    from flashtile.torch import attend as door
+    from flashtile.torch.tensors import ON_GPU, OTHER
 
     class OnHost(owners.Torch):
         def view(self, x: Any) -> Any:
@@ -90,10 +91,6 @@ def pretend() -> None:
         def out_of_memory(self) -> tuple[type[Exception], ...]:
             return (MemoryError,)
 
-    def checked(**tensors: Any) -> Any:
-        door._check_tensors(**tensors)
-        return door._attend_on_device
-
     folder = Path(tempfile.mkdtemp(prefix="flashtile-driver-"))
     include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
     source, library = machine.ROOT / "tests" / "gpu" / "fake_cuda.c", folder / "libcuda.so.1"
@@ -106,8 +103,8 @@ def pretend() -> None:
         (driver, "missing", lambda: None),
         (family, "refuses", lambda spec: None),  # the self-test wants a GPU that computes
         (devices, "owner_of", lambda library: owner),
-        (door, "_checked", checked),
-        (door, "_are_ready", lambda *tensors: False),
+        (door, "kind_of", lambda *tensors: OTHER),
+        (door, "kind_of_others", lambda **tensors: ON_GPU),
     )
     for module, name, value in replaced:
         setattr(module, name, value)

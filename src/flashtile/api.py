@@ -1,4 +1,4 @@
-"""`flashtile.attention`: the whole flow in one screen, from arrays to the kernel that attends them."""
+"""`flashtile.attention`: described here, looked up, prepared and run by `calls`, which shows the flow in one screen."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from flashtile.arrays import address_of, device_of, is_lazy, is_torch, plain
-from flashtile.calls import Options, as_key, check_apart, clear_cache, lookup, prepare, split_align
+from flashtile.arrays import device_of, is_lazy, is_torch, plain
+from flashtile.calls import NUMPY, attend, clear_cache, describe
 from flashtile.checks import check_flag
 from flashtile.errors import wrong
 from flashtile.hints import check_keywords
-from flashtile.progress import reporter
 from flashtile.score.keep import keep_of
-from flashtile.score.options import ScoreOptions
 from flashtile.signature import Align, Engine, Kernel, Precision, Progress, Window
 
 __all__ = ["attention", "clear_cache"]
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
 
     from flashtile.signature import D, Keywords, Lse, Other, Plain, S
 
-ndarray, empty = np.ndarray, np.empty
+ndarray = np.ndarray
 
 
 @overload
@@ -121,35 +119,11 @@ def attention(
         return _attend_others(**locals())
     if type(return_lse) is not bool:
         check_flag("return_lse", return_lse)
-    keep = None if seed is None and type(dropout_p) is float and dropout_p == 0 else keep_of(dropout_p, seed)
-    offsets = target = target_key = spec = scoring = None
-    if align is not None:
-        align, offsets = split_align(align, q.shape)
-    if out is not None:
-        target = plain(out, "out")
-        target_key = target.shape, target.strides, target.dtype
-    options = causal, as_key(window), align, scale, precision, kernel, engine
-    views = q.shape, q.strides, q.dtype, k.shape, k.strides, k.dtype, v.shape, v.strides, v.dtype
-    key: tuple[Any, ...] = (views, target_key, options)
-    if not (mask is bias is score_mod is softcap is alibi_slopes is sinks is keep is None):
-        scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks, keep)
-        spec, scoring = Options(*options).scored(scores, q, k, v, offsets)
-        key += spec.program, spec.sinks, spec.dropout
-    call = lookup(key) or prepare(key, q, k, v, target, Options(*options), spec)
-    report = None if progress is None else reporter(progress)
-    q_at, k_at, v_at = address_of(q), address_of(k), address_of(v)
-    if target is None:
-        out = target = empty(call.o_shape, q.dtype)
-    elif not target.flags.writeable:
+    if out is not None and not plain(out, "out").flags.writeable:
         raise wrong("out", "a read-only array", "a writable one")
-    else:
-        check_apart(call, address_of(target), q_at, k_at, v_at)
-    lse = empty(call.lse_shape, call.lse_dtype) if return_lse else None
-    lse_at = 0 if lse is None else address_of(lse)
-    offsets_at = 0 if offsets is None or call.spec.offset is not None else address_of(offsets)
-    params = call.pack(q_at, k_at, v_at, address_of(target), lse_at, offsets_at, scoring)
-    call.run(params, report)
-    return out if lse is None else (out, lse)
+    scores = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed)
+    options = causal, window, align, scale, precision, kernel, engine
+    return attend(NUMPY, q, k, v, describe(q, scores, options), return_lse, progress, out)
 
 
 def _attend_others(q: Any, k: Any, v: Any, *, unknown: dict[str, Any], memory_limit: Any, **keywords: Any) -> Any:

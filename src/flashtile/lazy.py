@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from flashtile.arrays import is_dask, is_lazy, is_stored, plain
-from flashtile.calls import Options, as_key, family_of, split_align
+from flashtile.calls import describe, family_of
 from flashtile.checks import check_flag
 from flashtile.dtypes import dtype_of
 from flashtile.engines import pick
@@ -20,7 +20,7 @@ from flashtile.errors import wrong
 from flashtile.kernels import tile_kernels
 from flashtile.score.capture import ArrayCapture
 from flashtile.score.keep import keep_of
-from flashtile.score.options import ScoreOptions, Scoring
+from flashtile.score.options import Scoring
 from flashtile.spec import AttentionSpec
 
 SMALL_CHUNK = 512  # rows of a stored chunk below which a tile takes several
@@ -69,17 +69,13 @@ def attention(
     given_as = tokenize(q, k, v, bias)  # a memory map by its name, not by its values
     keep = keep_of(dropout_p, seed)
     q_view, k_view, v_view = (_view(x, name) for x, name in zip(arrays, "qkv", strict=True))
-    offsets = None
-    if align is not None:
-        align, offsets = split_align(align, q_view.shape)
-    options = Options(causal, as_key(window), align, scale, precision, kernel, "dask")
     blocks = bias if bias is not None and is_dask(bias) else None
     stand_in = bias if blocks is None else _stand_in(bias)
-    values = ScoreOptions(mask, stand_in, score_mod, softcap, alibi_slopes, sinks, keep)
-    if any(x is not None for x in vars(values).values()):
-        spec, scoring = options.scored(values, q_view, k_view, v_view, offsets)
-    else:
-        spec, scoring = options.spec(q_view, k_view, v_view), None
+    scores = mask, stand_in, score_mod, softcap, alibi_slopes, sinks, keep
+    request = describe(q_view, scores, (causal, window, align, scale, precision, kernel, "dask"))
+    spec, values = request.of(q_view, k_view, v_view)
+    scoring = None if request.scores is None else values
+    offsets = request.offsets
     _check_sizes(spec)
     _check_family(spec, kernel)
     slot = None

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from flashtile.arrays import address_of, plain
-from flashtile.calls import as_key
 from flashtile.checks import integer
 from flashtile.dtypes import DTYPES, DType, dtype_of
 from flashtile.errors import wrong
@@ -137,7 +136,7 @@ def validated(
     spec = AttentionSpec.of(
         *(SimpleNamespace(shape=shape, dtype=row.name) for shape in shapes),
         causal=causal,
-        window=as_key(window),
+        window=window,
         align=0,
         scale=scale,
         precision=DTYPE_NAMES[dtype][1] if dtype is not None else "ieee",

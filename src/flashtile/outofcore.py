@@ -13,7 +13,8 @@ import numpy as np
 
 from flashtile import arrayfiles
 from flashtile.arrays import is_stored, plain, view_of
-from flashtile.calls import Options, as_key, check_out, family_of, split_align
+from flashtile.calls import describe, family_of
+from flashtile.calls.prepared import check_out
 from flashtile.checks import check_flag, integer
 from flashtile.dtypes import DTYPES
 from flashtile.engines import pick
@@ -21,7 +22,6 @@ from flashtile.engines.starpu.outofcore import Read, Streamed, forget
 from flashtile.errors import UnavailableError, wrong
 from flashtile.progress import reporter
 from flashtile.score.keep import keep_of
-from flashtile.score.options import ScoreOptions
 from flashtile.spec import AttentionSpec
 
 
@@ -68,15 +68,10 @@ def attention(
     pick("starpu")
     arrays = [x if is_stored(x) else plain(x, name) for name, x in (("q", q), ("k", k), ("v", v))]
     views = [SimpleNamespace(shape=tuple(x.shape), dtype=np.dtype(x.dtype)) for x in arrays]
-    offsets = None
-    if align is not None:
-        align, offsets = split_align(align, views[0].shape)
-    options = Options(causal, as_key(window), align, scale, precision, kernel, "starpu")
-    scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed))
-    if any(x is not None for x in vars(scores).values()):
-        spec, scoring = options.scored(scores, views[0], views[1], views[2], offsets)
-    else:
-        spec, scoring = options.spec(views[0], views[1], views[2]), None
+    scores = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed)
+    request = describe(views[0], scores, (causal, window, align, scale, precision, kernel, "starpu"))
+    spec, values = request.of(views[0], views[1], views[2])
+    scoring, offsets = None if request.scores is None else values, request.offsets
     _check(spec, kernel)
     shape, report = views[0].shape[:-1] + views[2].shape[-1:], reporter(progress)
     real = DTYPES[DTYPES[spec.dtype].accumulator].numpy

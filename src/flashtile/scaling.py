@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flashtile.calls import Options, as_key
+from flashtile.calls import Options
 from flashtile.checks import check_flag, integer
 from flashtile.dtypes import DTYPES
 from flashtile.engines.starpu_mpi.parts import ZIGZAG, tiles_of
@@ -181,7 +181,7 @@ def _spec(
             raise wrong(name, repr(n), "a positive integer")
     q = SimpleNamespace(shape=(batch, heads, length, head_size), dtype=dtype)
     k = SimpleNamespace(shape=(batch, kv_heads or heads, length, head_size), dtype=dtype)
-    return Options(causal, as_key(window), None, None, "ieee", "cpu", "starpu").spec(q, k, k)
+    return Options(causal, window, None, None, "ieee", "cpu", "starpu").spec(q, k, k)
 
 
 def _exchange(spec: AttentionSpec, ranks: int, exchange: int, network: Network) -> tuple[int, float]:

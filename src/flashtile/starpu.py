@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from flashtile.arrays import is_torch, plain, view_of
-from flashtile.calls import Options, as_key, split_align
+from flashtile.calls import Request, describe
 from flashtile.checks import integer
 from flashtile.dtypes import DTYPES, DType, dtype_of
 from flashtile.engines.starpu import runtime, session, states
@@ -38,7 +38,6 @@ from flashtile.engines.starpu.tiles import Tile, TiledTensor, can_tile
 from flashtile.engines.starpu.vanilla import VanillaFlow
 from flashtile.errors import UnavailableError, wrong
 from flashtile.score.keep import keep_of
-from flashtile.score.options import ScoreOptions
 from flashtile.signature import Align, Precision, Window
 from flashtile.starpu_gradients import PendingGradients, submit_backward
 
@@ -270,11 +269,10 @@ def submit_forward(
         raise UnavailableError(
             f"dropout_p: got {dropout_p} with kernel {kernel!r}, expected 'cpu', whose tasks know it"
         )
-    scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks, keep)
-    align, offsets = split_align(align, tensors[0].shape)
-    options = Options(causal, as_key(window), align, scale, precision, kernel, "starpu")
+    scores = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep
+    request = describe(tensors[0], scores, (causal, window, align, scale, precision, kernel, "starpu"))
     check_tensors(*tensors, state=single)
-    flow = _flow(tensors, options, scores, offsets, accumulate)
+    flow = _flow(tensors, request, accumulate)
     job = _job()
     if single:
         assert isinstance(flow, Flow)
@@ -315,21 +313,16 @@ def _job() -> Job:
     return session.current().door_job()
 
 
-def _flow(
-    tensors: list[TiledTensor], options: Options, scores: ScoreOptions, offsets: Any, accumulate: str
-) -> Flow | VanillaFlow:
+def _flow(tensors: list[TiledTensor], request: Request, accumulate: str) -> Flow | VanillaFlow:
     """The flow of these options on tensors of these shapes; remembered, unless it holds values of the call."""
     now = runtime.current()
-    fused = options.kernel == "cpu" or not tensors[1].shape[2]  # without keys there are no scores to store
+    fused = request.options.kernel == "cpu" or not tensors[1].shape[2]  # without keys there are no scores to store
     kind = partial(Flow, accumulate=accumulate) if fused else VanillaFlow
     q, k, v = (SimpleNamespace(shape=t.shape, dtype=t.dtype.name) for t in tensors[:3])
     tiles = tensors[0].rows, tensors[1].rows
-    if any(x is not None for x in vars(scores).values()):
-        spec, scoring = options.scored(scores, q, k, v, offsets)
-        offsets = offsets if spec.offset is None else None
-        return kind(now, spec, *tiles, offsets=offsets, scoring=scoring)
-    spec = options.spec(q, k, v)
-    if spec.offset is None:
-        return kind(now, spec, *tiles, offsets=offsets)
-    key = spec, tiles, accumulate, options.kernel
+    spec, scoring = request.of(q, k, v)
+    if request.scores is not None or spec.offset is None:
+        offsets = request.offsets if spec.offset is None else None
+        return kind(now, spec, *tiles, offsets=offsets, scoring=scoring if request.scores else None)
+    key = spec, tiles, accumulate, request.options.kernel
     return session.current().flow(key, lambda: kind(now, spec, *tiles))

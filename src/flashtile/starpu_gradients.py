@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from flashtile.arrays import address_of
-from flashtile.calls import Options, as_key, split_align
+from flashtile.calls import describe
 from flashtile.engines.starpu import runtime, session
 from flashtile.engines.starpu.backward import BackwardFlow
 from flashtile.engines.starpu.matching import check_gradients
@@ -18,7 +18,6 @@ from flashtile.errors import UnavailableError, wrong
 from flashtile.gradients import Gradients, Problem
 from flashtile.kernels.gradients import Sums
 from flashtile.score.keep import keep_of
-from flashtile.score.options import ScoreOptions
 from flashtile.signature import Align, Precision, Window
 
 OTHERS = ("bias", "sinks", "alibi_slopes", "captured")
@@ -95,14 +94,13 @@ def submit_backward(
     if not names and not {"dq", "dk", "dv"} & given.keys():
         raise wrong("dq, dk, dv", "None with an empty wrt", "at least one gradient to compute")
     check_gradients(given)
-    align, offsets = split_align(align, q.shape)
-    options = Options(causal, as_key(window), align, scale, precision, "cpu", "starpu")
-    scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed))
+    scores = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed)
+    request = describe(q, scores, (causal, window, align, scale, precision, "cpu", "starpu"))
     described = tuple(SimpleNamespace(shape=x.shape, dtype=x.dtype.name) for x in (q, k, v))
-    problem = Problem.of(described, options, scores, offsets, names)  # type: ignore[arg-type]  # three of them
+    problem = Problem.of(described, request, names)  # type: ignore[arg-type]  # three of them
     if problem.spec.empty:
         raise UnavailableError(f"submit_backward: got q {q.shape} and k {k.shape}, expected rows and keys")
-    flow = _flow(problem, given, offsets)
+    flow = _flow(problem, given, request.offsets)
     job = session.current().door_job()
     sums = sunk = None
     if flow.sunk:

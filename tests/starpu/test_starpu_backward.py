@@ -18,6 +18,7 @@ from flashtile.dtypes import DTYPES
 from flashtile.engines.starpu import engine, session
 from flashtile.engines.starpu import gradients as call
 from flashtile.errors import KernelError, SpecError, UnavailableError
+from flashtile.kernels.cpu import array_sums
 from flashtile.testing import assert_accurate, assert_gradients_accurate
 
 pytestmark = pytest.mark.usefixtures("starpu")
@@ -108,6 +109,26 @@ def test_dropout_in_the_forward(name: str, element: str) -> None:
     o, lse = flashtile.attention(*arrays, return_lse=True, engine="starpu", **options)
     assert_accurate(o, *arrays, **options)
     assert_accurate(lse, *arrays, kind="lse", **options)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(("limit", "turns"), [(20_000, 3), (0, 1)])
+def test_arrays_too_large_for_copies_take_turns(limit: int, turns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy for each query tile, or none at all: tasks that would meet run one after the other."""
+    monkeypatch.setattr(array_sums, "COPIES_BYTES", limit)
+    options, arrays = {**OPTIONS["a function"], "bias": BIAS[0]}, uniform(SHAPE, "float32")
+    do, dlse = arrived(SHAPE, "float32")
+    made: list[int] = []
+    turn_of = array_sums.TileArrays.turn_of
+
+    def noted(self: Any, **at: Any) -> Any:
+        made.append(self.turns)
+        return turn_of(self, **at)
+
+    monkeypatch.setattr(array_sums.TileArrays, "turn_of", noted)
+    found = backward(*arrays, do, dlse, ("q", "bias", "captured"), **options)
+    assert made == [turns]
+    assert_gradients_accurate(found, do, *arrays, dlse=dlse, wrt=("q", "bias", "captured"), **options)
 
 
 def test_unfused_tasks_refuse_dropout() -> None:

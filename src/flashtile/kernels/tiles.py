@@ -53,6 +53,7 @@ class TileSums(Protocol):
     own, or the same turn: they must run one after the other."""
 
     turns: int  # how many there are
+    apart_by_rows: bool  # whether no element of a copy is added to by several query tiles
 
     def copy_of(self, **at: np.ndarray) -> np.ndarray:
         """The value of the word `copy` for tiles at b, h, i, j, each (n,): int64 (n,)."""
@@ -67,6 +68,11 @@ class TileSums(Protocol):
 
 
 class Totals(Protocol):
+    @property
+    def memory(self) -> list[np.ndarray]:
+        """All that has been added up."""
+        ...
+
     def totals(self) -> dict[int, np.ndarray]:
         """The sums by the numbers of their slots, when every tile is done."""
         ...

@@ -298,6 +298,10 @@ class Emitter:
         picks = ", ".join(f"i32 {i}" for i in order)
         return self.emit(type_, f"shufflevector {a}, {b}, <{len(order)} x i32> <{picks}>")
 
+    def join(self, a: Value, b: Value) -> Value:
+        """The lanes of a, then those of b."""
+        return self.shuffle(a, b, range(2 * lanes(a.type)))
+
     def interleave(self, a: Value, b: Value) -> tuple[Value, Value]:
         """a0 b0 a1 b1 ... as two vectors: the lower half of both, the upper half of both."""
         n = lanes(a.type)

@@ -47,6 +47,12 @@ def unpacked(tensors: Any) -> tuple[list[Any], list[Any]]:
     return [x for x, _ in pairs], [t for _, t in pairs]
 
 
+def without_tangents(run: Callable[..., Any], *args: Any) -> Any:
+    """The results themselves. What is saved meanwhile keeps its tangents, for those of what is computed from it."""
+    with forward_ad._set_fwd_grad_enabled(False):
+        return run(*args)
+
+
 def is_recorded(*args: Any) -> bool:
     """Whether autograd records a gradient of one of an operator's arguments."""
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*args)

@@ -68,6 +68,10 @@ def pairs_of(spec: AttentionSpec, coverage: TileCoverage) -> Pairs:
     return Pairs(batch, head, i, j, place, length - 1 - place)
 
 
+def _places(p: Pairs) -> dict[str, np.ndarray]:
+    return {"b": p.batch, "h": p.head, "i": p.query_tile, "j": p.key_tile}
+
+
 class BackwardFlow:
     """The tasks of one spec on tiles of one size; made once, submitted on any tensors of that shape.
 
@@ -115,43 +119,49 @@ class BackwardFlow:
         """
         spec = self.spec
         delta = TiledTensor((spec.batch, spec.heads, spec.q_len), self.accumulator, self.tile_q)
-        sums = {name: self._sums(job, given[name]) for name in self.gradients}
-        turns = None if self.arrays is None else self._zeros(job, (1, 1, self.arrays.turns), 1)
+        sums = {name: self.sums_of(job, given[name]) for name in self.gradients}
+        turns = self.turns(job)
         own = [delta, *(x for name, x in sums.items() if x is not given[name]), *([] if turns is None else [turns])]
         try:
-            n = self._submit_deltas(job, {**given, "delta": delta})
+            n = self.submit_deltas(job, {**given, "delta": delta})
             self.submit_backward(job, {**given, **sums, "delta": delta}, turns)
             n += len(self.tasks)
-            return n + sum(self._submit_add(job, sums[x], given[x]) for x in sums if sums[x] is not given[x])
+            return n + sum(self.submit_add(job, sums[x], given[x]) for x in sums if sums[x] is not given[x])
         finally:
             for tensor in own:
                 tensor.unregister(DROP_LATER)
 
-    def submit_backward(self, job: Job, given: Mapping[str, Handles], turns: Handles | None) -> None:
-        """Submit the tasks of pairs of tiles; gradients are sums in accumulators."""
-        p, spec = self.pairs, self.spec
+    def submit_backward(
+        self,
+        job: Job,
+        given: Mapping[str, Handles],
+        turns: Handles | None,
+        some: slice | np.ndarray = slice(None),
+    ) -> None:
+        """Submit the tasks of pairs of tiles, or of some of them; gradients are sums in accumulators."""
+        p, spec = Pairs(*(x[some] for x in vars(self.pairs).values())), self.spec
         rows = p.batch, p.head, p.query_tile
         keys = p.batch, p.head // spec.group, p.key_tile
         columns = [given[name].handles[keys if name in OF_KEYS else rows] for name in self.names]
         modes = ["RW" if name in GRADIENTS else "R" for name in self.names]
         if self.arrays is not None:
             assert turns is not None
-            columns.append(turns.handles[0, 0, self.arrays.turn_of(**self._at)])
+            columns.append(turns.handles[0, 0, self.arrays.turn_of(**_places(p))])
             modes.append("RW")
-        numbers = np.tile([job.runtime.constant(mode) for mode in modes], (len(self.tasks), 1))
+        tasks = self.tasks[some]
+        numbers = np.tile([job.runtime.constant(mode) for mode in modes], (len(tasks), 1))
         handles = np.stack(columns, axis=1)
-        self.program.submit(job, codelet("backward", spec.dtype), handles, numbers, self.tasks)
+        self.program.submit(job, codelet("backward", spec.dtype), handles, numbers, tasks)
 
     def totals(self) -> dict[int, np.ndarray]:
         """The gradients of captured arrays, by their slots, when the tasks are done."""
         return {} if self.arrays is None else self.arrays.sums.totals()
 
-    @property
-    def _at(self) -> dict[str, np.ndarray]:
-        p = self.pairs
-        return {"b": p.batch, "h": p.head, "i": p.query_tile, "j": p.key_tile}
+    def turns(self, job: Job) -> TiledTensor | None:
+        """The handles that order tasks which add to the same elements of arrays; None without arrays."""
+        return None if self.arrays is None else self._zeros(job, (1, 1, self.arrays.turns), 1)
 
-    def _sums(self, job: Job, gradient: TiledTensor) -> TiledTensor:
+    def sums_of(self, job: Job, gradient: TiledTensor) -> TiledTensor:
         """The gradient; or sums of its own, if it cannot hold them."""
         if gradient.dtype is self.accumulator:
             return gradient
@@ -173,7 +183,7 @@ class BackwardFlow:
             if name in OF_KEYS:
                 tasks["rows"][:, n] = key
         rows, end = np.minimum(self.tile_q, spec.q_len - row), np.minimum(key + self.tile_k, spec.kv_len)
-        copy = np.zeros_like(row) if self.arrays is None else self.arrays.copy_of(**self._at)
+        copy = np.zeros_like(row) if self.arrays is None else self.arrays.copy_of(**_places(p))
         tasks["values"][:, : len(VALUES)] = np.stack([row, rows, key, end, copy], axis=1)
         tasks["tile"] = np.stack([p.batch, p.head, p.query_tile, p.key_tile], axis=1)
         tasks["priority"] = p.left
@@ -191,20 +201,21 @@ class BackwardFlow:
         columns += sum(spec.value_size if x == "dv" else spec.head_size for x in self.gradients)
         return 2.0 * columns
 
-    def _submit_deltas(self, job: Job, given: Tensors) -> int:
-        """delta of every query tile, and what its rows give to their sink: one head's sum gets them in their order."""
+    def submit_deltas(self, job: Job, given: Tensors) -> int:
+        """delta of every query tile, and what its rows give to their sink: one head's sum gets them in their order, or
+        dsinks (B, H, query tiles) has one for each."""
         spec, queries = self.spec, given["lse"]
         grid = queries.grid
         batch, head, tile = (x.ravel().astype(np.int64) for x in np.indices(grid))
         words = DELTA | ({"dlse": DELTA_MORE["dlse"]} if "dlse" in given else {})
         words |= {"dsinks": DELTA_MORE["dsinks"]} if self.sunk else {}
         bindings = tuple((n, *pair) for n, pair in enumerate(words.values()))
-        columns = [given[x].handles[batch, head, 0 if x == "dsinks" else tile] for x in words]
+        columns = [given[x].handles[batch, head, np.minimum(tile, given[x].grid[2] - 1)] for x in words]
         modes = [{"delta": "W", "dsinks": "RW"}.get(x, "R") for x in words]
         tasks = np.zeros(len(tile), TASK)
         tasks["begin"] = batch * spec.heads + head
         tasks["end"] = tasks["begin"] + 1
-        tasks["values"][:, 0] = np.minimum(self.tile_q, spec.q_len - tile * self.tile_q)
+        tasks["values"][:, 0] = np.minimum(queries.rows, queries.shape[2] - tile * queries.rows)
         tasks["flops"] = 2.0 * spec.value_size * tasks["values"][:, 0]
         tasks["footprint"] = footprints(f"{self._deltas.identity} {tuple(words)}", tasks["values"][:, :1])
         tasks["tile"][:, :3] = np.stack([batch, head, tile], axis=1)
@@ -214,7 +225,7 @@ class BackwardFlow:
         program.submit(job, codelet("delta", spec.dtype), np.stack(columns, axis=1), numbers, tasks)
         return len(tasks)
 
-    def _submit_add(self, job: Job, sums: TiledTensor, gradient: TiledTensor) -> int:
+    def submit_add(self, job: Job, sums: TiledTensor, gradient: TiledTensor) -> int:
         """Sums, rounded once, to the gradient, tile by tile."""
         batch, head, tile = (x.ravel() for x in np.indices(gradient.grid))
         kernel = tile_kernels().adding(self.spec, gradient.shape[3])

@@ -122,15 +122,15 @@ class ArraySums:
 
     def __init__(self, plan: ArrayPlan | TileArrays) -> None:
         self._plan = plan
-        self._memory = [np.zeros((copies, *layout.padded), plan.real) for layout, copies in plan.layouts]
+        self.memory = [np.zeros((copies, *layout.padded), plan.real) for layout, copies in plan.layouts]
         words: list[int] = []
-        for (layout, copies), memory in zip(plan.layouts, self._memory, strict=True):
+        for (layout, copies), memory in zip(plan.layouts, self.memory, strict=True):
             words += layout.words(memory, own=copies > 1)
         self.words = np.array(words, np.int64)
 
     def totals(self) -> dict[int, np.ndarray]:
         """The sums by the numbers of their slots."""
-        pairs = zip(self._plan.layouts, self._memory, strict=True)
+        pairs = zip(self._plan.layouts, self.memory, strict=True)
         return {layout.slot.number: layout.total(memory) for (layout, _), memory in pairs}
 
 
@@ -224,6 +224,7 @@ class TileArrays:
         self.layouts = [(layouts[n], copies[n]) for n in own]
         in_turn = frozenset[str]().union(*(meet[n] - set(apart) for n in own))
         self._turn = tuple(axis for axis in sizes if axis not in in_turn)
+        self.apart_by_rows = "i" in self._turn
         self.turns = math.prod(sizes[axis] for axis in self._turn)
         self.sums = ArraySums(self)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from flashtile.arrays import address_of
 from flashtile.kernels import Stage
-from flashtile.kernels.cpu import IN_REGISTERS, config_of, scratch
+from flashtile.kernels.cpu import backward_config, scratch
 from flashtile.kernels.cpu.array_sums import ArrayPlan, ArraySums, Items
 from flashtile.kernels.cpu.block import BACKWARD, band_of, scores_in_nats, split_scale
 from flashtile.kernels.cpu.config import Config
@@ -80,7 +80,7 @@ class Backward:
     """A compiled backward kernel with the parameter block of one spec and layout."""
 
     def __init__(self, spec: AttentionSpec, layout: BackwardLayout, arrays: ArrayShapes = ()):
-        c = replace(config_of(spec, lands=IN_REGISTERS), arrays=tuple(n for n, _ in arrays))
+        c = replace(backward_config(spec), arrays=tuple(n for n, _ in arrays))
         bounds = parts_of(spec, c.key_block, _at_once(spec, c, arrays))
         self._config = c = replace(c, partial=len(bounds) > 2 and c.memory != c.acc)  # else dQ's parts are as dQ
         self._spec, self._layout = spec, layout
@@ -234,7 +234,8 @@ def ready(c: Config, values: dict[str, int], rows: int) -> dict[str, int]:
     kept = -(-rows // c.panel) * c.panel * _ready_bytes(c, values) <= _KEPT_BYTES
     found = {"kept": int(kept)}
     found |= {"q_step": kept * values["key_words"] * c.size, "do_step": kept * values["value_words"] * c.size}
-    return found | {f"{x}_kept": kept * values[f"pack_{x}"] * values[f"{x}_row"] for x in ("q", "do")}
+    stay = kept or c.lands_in_memory  # until the exchange of their span (steps/held.py)
+    return found | {f"{x}_kept": stay * values[f"pack_{x}"] * values[f"{x}_row"] for x in ("q", "do")}
 
 
 def _ready_bytes(c: Config, values: dict[str, int]) -> int:
@@ -256,7 +257,7 @@ def _values(c: Config, spec: AttentionSpec, layout: BackwardLayout, splits: int)
         return tensors[name][3] != c.element
 
     def unlike_words(name: str, size: int) -> bool:
-        return loose(name) or (not in_words or size % c.per_word != 0 if c.product.operand else foreign)
+        return loose(name) or (not in_words or size != c.key_words(size) * c.per_word if c.product.operand else foreign)
 
     def unlike_columns(name: str, size: int, columns: int) -> bool:
         return loose(name) or c.per_word > 1 or foreign or columns != size

@@ -26,7 +26,8 @@ CALL = Block(
     # carry: o and lse hold the state of earlier keys, to be continued. pack_k, pack_v: K and V must be converted.
     integers("carry offset left right pack_k pack_v k_row v_row segment_b segment_h sink_b sink_h"),
     integers("at_q at_o at_state at_earlier_o at_earlier_state at_lost_o at_lost_state at_k at_v at_extra at_cursor"),
-    integers("at_dense"),
+    # least: of Q and K, the smallest magnitude that the parts of products hold (steps/range.py).
+    integers("at_dense at_key_flags at_lane_flags at_wide least"),
     reals("sign scale c_high c_low lse_scale"),
 )
 

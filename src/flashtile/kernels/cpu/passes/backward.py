@@ -27,7 +27,7 @@ from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.passes.item import Call, Item
 from flashtile.kernels.cpu.passes.visit import Sizes, Wanted, emit_visits
 from flashtile.kernels.cpu.passes.walk import by_band, by_segments
-from flashtile.kernels.cpu.scratch import Work, work_bytes
+from flashtile.kernels.cpu.scratch import Work, held_at, work_bytes
 from flashtile.kernels.cpu.steps.add import emit_add_lanes, emit_add_rows, emit_join_rows
 from flashtile.kernels.cpu.steps.band import Seen
 from flashtile.kernels.cpu.steps.contain import emit_scan
@@ -39,15 +39,17 @@ from flashtile.kernels.cpu.steps.differentiate import (
     emit_row_state,
     emit_sink_sums,
 )
+from flashtile.kernels.cpu.steps.exchange import emit_exchange_held
+from flashtile.kernels.cpu.steps.held import SLOPES, WEIGHTS, Held
 from flashtile.kernels.cpu.steps.keep import Kept
-from flashtile.kernels.cpu.steps.pack import emit_pack_columns, emit_pack_rows, emit_transpose
+from flashtile.kernels.cpu.steps.pack import emit_pack_columns, emit_pack_key_columns, emit_pack_rows, emit_transpose
 from flashtile.kernels.cpu.steps.softmax import Factors
+from flashtile.kernels.cpu.steps.spans import PANELS
 from flashtile.llvm.ir import Function, Module, Value
 from flashtile.llvm.lines import Panel, Rows, Sums, Weights, Words
 from flashtile.llvm.routines import entry
 
 EXPORTS = ("backward",)
-SPAN = 16  # panels whose sums are accumulated separately, before they join those of a key block
 
 
 def backward_text(c: Config) -> str:
@@ -143,6 +145,8 @@ class _Call(Call):
 
     def packed(self, name: str, panel: Value) -> Words:
         """Rows of Q or dO of a panel as words along columns."""
+        if self.c.lands_in_memory:  # they stay for the exchange of their span
+            panel = self.f.select(self.p.kept.ne(0), panel, panel % (PANELS * self.c.panel))
         at = self.area(f"{name}_rows", panel // self.c.per_word, getattr(self.p, f"{name}_kept"))
         return Words(at, getattr(self.p, f"{name}_row"))
 
@@ -152,6 +156,18 @@ class _Call(Call):
     def flag(self, name: str, panel: Value) -> Value:
         """Where it is noted whether the rows of a panel hold anything that is not finite."""
         return self.area("flags", panel // self.c.panel, 16) + 8 * (name == "do")
+
+    @property
+    def panels_held(self) -> Held:
+        """What panels leave for the exchange, if they hold it."""
+        return Held(self.work.at + held_at(self.c), self.c)
+
+    @property
+    def key_columns(self) -> Words:
+        """K of a block for dQ: words along columns, or a row of them for each column."""
+        c, p = self.c, self.p
+        at = self.area("k_columns")
+        return Words(at, self.f.const("i64", c.value_row(0)) if c.lands_in_memory else p.columns * c.size)
 
     @property
     def dsink(self) -> SinkSums:
@@ -177,6 +193,7 @@ class _Backward:
         self.c = c
         self.transpose = emit_transpose(module, c, "load_lanes", Panel)
         self.pack_rows, self.pack_columns = emit_pack_rows(module, c), emit_pack_columns(module, c)
+        self.pack_key_columns = emit_pack_key_columns(module, c) if c.lands_in_memory else self.pack_columns
         self.scan = emit_scan(module, c)
         if c.tile:
             self.known_state = emit_known_state(module, c)
@@ -184,8 +201,9 @@ class _Backward:
             self.row_state = emit_row_state(module, c)
             self.sink_sums, self.finish_sink = emit_sink_sums(module, c), emit_finish_sink(module, c)
         self.join_rows, self.add_rows = emit_join_rows(module, c), emit_add_rows(module, c.output if c.tile else c)
-        self.add_lanes = emit_add_lanes(module, c.output)
+        self.add_lanes = emit_add_lanes(module, c.output, apart=c.lands_in_memory)
         self.visits = emit_visits(module, c)
+        self.exchange_held = emit_exchange_held(module, c) if c.lands_in_memory else None
         self.f = entry(module, "backward")
 
     def emit(self) -> None:
@@ -196,8 +214,12 @@ class _Backward:
             setattr(p, name, f.cast("fptrunc", getattr(p, name), self.c.acc))
         self.call = call = _Call(f, self.c, p, scratch)
         call.work.alpha.fill(1.0, 1)
+        if self.c.product.permission:
+            self.c.isa.enter(f)
         with f.range(begin, end) as number, f.range(0, p.group) as n:
             self._head(call.head(number, n))
+        if self.c.product.permission:
+            self.c.isa.leave(f)
         f.ret(f.const("i32", 0))
 
     def _head(self, head: QueryHead) -> None:
@@ -300,11 +322,34 @@ class _Backward:
             self._clear_totals(count)
         for name in ("dk", "dv"):
             self._clear(self.call.gradient(name), count)
+        if self.exchange_held:
+            self.call.panels_held.clear()
 
     def join(self, head: QueryHead, start: Value, count: Value) -> None:
         """The sums of a span of panels into those of their block."""
+        self._exchange_held(head)
         for name in ("dk", "dv"):
             self.join_rows(self.f, sums=self.call.gradient(name), totals=self.totals(name, head, start), count=count)
+
+    def _exchange_held(self, head: QueryHead) -> None:
+        """What panels hold for the exchange, if they do, into the sums at hand."""
+        f, p, call = self.f, self.call.p, self.call
+        if self.exchange_held is None:
+            return
+        for name, rows, which, columns in (
+            ("dv", "do", WEIGHTS, p.value_registers),
+            ("dk", "q", SLOPES, p.key_registers),
+        ):
+            with f.when(f.is_null(getattr(head, name)).eq(0)):
+                self.exchange_held(
+                    f,
+                    held=call.panels_held,
+                    which=f.const("i64", which),
+                    sums=call.gradient(name),
+                    stride=getattr(p, f"{rows}_row"),
+                    columns=columns,
+                )
+        call.panels_held.clear()
 
     def add_block(self, head: QueryHead, start: Value, stop: Value) -> None:
         """The totals of keys into dK and dV."""
@@ -338,12 +383,12 @@ class _Blocks:
             with f.when(pack):
                 kernel.pack_rows(f, rows=rows, words=words, out=packed)
             operands.append(Words(f.select(pack, packed.at, rows.at), f.select(pack, row, rows.stride)))
-        rows, packed = call.rows(head, "k", start, count), Words(call.area("k_columns"), p.columns * c.size)
+        rows, packed = call.rows(head, "k", start, count), call.key_columns
         pack = p.pack_k_columns.ne(0)
         scan = partial(kernel.scan, f, values=Words(rows.at, rows.stride), count=count, size=rows.size)
         copied = pack | f.value_when(pack.eq(0), scan, f.const("i64", 0)).ne(0)
         with f.when(copied):
-            kernel.pack_columns(f, rows=rows, columns=p.columns, out=packed)
+            kernel.pack_key_columns(f, rows=rows, columns=p.columns, out=packed)
         columns = Words(f.select(copied, packed.at, rows.at), f.select(copied, packed.stride, rows.stride))
         keys, values = operands
         return partial(self._visit, keys, values, columns)
@@ -380,8 +425,11 @@ class _Blocks:
             if c.dropout:
                 dropout = {"draw": call.draw(head, panel, self.start), "kept": Kept(call.area("kept"), c)}
                 dropout["inverse"] = 1.0 / call.share
+            held: dict[str, Any] = {}
+            if c.lands_in_memory:
+                held = {"held": call.panels_held, "number": panel // c.panel % PANELS}
             dispatch(
-                c.isa.vectors,
+                c.registers,
                 work=call.work,
                 second=call.second,
                 words=Weights(words, c.word_line),
@@ -404,6 +452,7 @@ class _Blocks:
                 dense=p.at_dense,
                 factors=call.factors,
                 **dropout,
+                **held,
             )
-        with f.when((panel // c.panel % SPAN).eq(SPAN - 1)):
+        with f.when((panel // c.panel % PANELS).eq(PANELS - 1)):
             kernel.join(head, self.start, self.stop - self.start)

@@ -8,7 +8,7 @@ Source: Dao 2023, FlashAttention-2, section 3.1.2.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from decimal import Decimal, localcontext
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from flashtile.llvm.ir import Function, Module, Value
 from flashtile.llvm.lines import Lines, Rows, Scores, Weights
 from flashtile.llvm.routines import Routine
 from flashtile.llvm.types import lanes as lanes_of
-from flashtile.llvm.types import like
+from flashtile.llvm.types import like, vector
 
 TILE_ROWS = 8  # lines past the last that the exchange may read, and that are 0
 
@@ -245,6 +245,46 @@ def store_line(f: Function, c: Config, values: list[Value], lines: Lines, first:
         bits = f.cast("trunc", words >> (8 * c.size // c.per_word * u), narrow)
         f.store(bits, lines.place(first + u, at=lane), align=c.register // c.per_word)
     return words
+
+
+def clear_lines(c: Config, lines: Sequence[Lines], words: Weights, first: Value, last: Value) -> None:
+    """0 in the lines [first, last), whole words of them, that tiles read and that no row stands for."""
+    for each in lines:
+        each.line(first).fill(0, last - first)
+    words.line(first // c.per_word).fill(0, (last - first) // c.per_word)
+
+
+def clear_lanes(f: Function, c: Config, lines: Sequence[Lines], count: Value, lanes: Value) -> None:
+    """0 in the lanes that no row stands for, of ``count`` lines that tiles read: what these hold may be anything."""
+    there = f.iota(vector(c.panel, "i16")) < f.splat(f.cast("trunc", lanes, "i16"), c.panel)
+    with f.when(lanes < c.panel), f.range(0, count) as row:
+        for each in lines:
+            at = each.place(row)
+            halves = f.load(vector(c.panel, "i16"), at, align=c.register)
+            f.store(f.select(there, halves, f.const(halves.type, 0)), at, align=c.register)
+
+
+def store_pair(
+    f: Function, c: Config, pair: Sequence[Sequence[Value]], lines: Lines, first: Value
+) -> tuple[Value, Value]:
+    """The registers of two lines, rounded, as lines that tiles read. Returns the words that the two lines make for the
+    even lanes, and those for the odd ones: halves are shifted and blended, no lane is moved."""
+    found = []
+    for n, registers in enumerate(pair):
+        low, high = (*registers, f.const(c.vector, 0.0))[:2]
+        halves = c.isa.narrow_both(f, low, high)
+        f.store(halves, lines.place(first + n), align=c.register)
+        found.append(f.cast("bitcast", halves, c.words))
+    a, b = found
+    return _blend(f, a, b << 16), _blend(f, a >> 16, b)
+
+
+def _blend(f: Function, low: Value, high: Value) -> Value:
+    """Words with the lower halves of one and the upper halves of the other."""
+    n = lanes_of(low.type)
+    a, b = (f.cast("bitcast", x, vector(2 * n, "i16")) for x in (low, high))
+    order = [half for word in range(n) for half in (2 * word, 2 * n + 2 * word + 1)]
+    return f.cast("bitcast", f.shuffle(a, b, order), low.type)
 
 
 def weight_at(f: Function, c: Config, lines: Lines, row: Value, lane: Value) -> Value:

@@ -72,8 +72,9 @@ def areas(c: Config, rows: int, head_size: int, value_size: int) -> Areas:
             "at_s": rows * c.key_block * c.size,
             "at_p": rows * c.key_block * c.size,
             "at_o": 2 * rows * columns * c.size,
-            "at_k": c.key_block * max(head_size, slot_width(c)) * c.element,
-            "at_v": c.key_block * max(value_size, c.lanes) * c.element,
+            # and what a copied row may reach beyond its end
+            "at_k": c.key_block * max(head_size, slot_width(c)) * c.element + c.register,
+            "at_v": c.key_block * max(value_size, c.lanes) * c.element + c.register,
         }
     )
 

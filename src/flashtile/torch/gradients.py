@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from flashtile import kernels
-from flashtile.calls import run_backward
+from flashtile.calls import INPUTS, run_backward
 from flashtile.dtypes import DTYPES, round_to_bf16, widen_bits
 from flashtile.gradients import array_sum, slots_of
 from flashtile.kernels import second
@@ -17,6 +17,7 @@ from flashtile.kernels.gradients import Inputs, Sums
 from flashtile.score.capture import ArrayCapture
 from flashtile.score.options import Scoring
 from flashtile.spec import AttentionSpec
+from flashtile.torch.eager import TENSORS
 
 Tensor = torch.Tensor
 
@@ -116,12 +117,12 @@ def _compiled(
 ) -> tuple[list[Tensor], Sums]:
     """The gradients of a family that compiles its backward, of tensors as they lie: of q, k and v as new tensors, those
     that are wanted alone, and the others."""
-    names = ("do", "q", "k", "v", "o", "lse", "dlse")
-    arrays = {name: x.detach().resolve_neg() for name, x in zip(names, inputs, strict=True) if x is not None}
-    arrays |= {name: arrays[name].contiguous() for name in ("lse", "dlse") if name in arrays}
-    results = {f"d{x}": arrays[x].new_zeros(arrays[x].shape) for x in ("q", "k", "v") if x in wanted}
-    owner: dict[str, Any] = {"address": Tensor.data_ptr, "strides": Tensor.stride}
-    sums = run_backward(spec, family, engine, arrays | results, offset, scoring, wanted, **owner)
+    given = {name: x for name, x in zip(INPUTS, inputs, strict=True) if x is not None}
+    given |= {name: x.resolve_neg() for name, x in given.items() if x.is_neg()}
+    given |= {name: given[name].contiguous() for name in ("lse", "dlse") if name in given}
+    asked = [x for x in ("q", "k", "v") if x in wanted]
+    results = {f"d{x}": torch.zeros_like(given[x], memory_format=torch.contiguous_format) for x in asked}
+    sums = run_backward(TENSORS, spec, family, engine, given | results, offset, scoring, wanted)
     return list(results.values()), sums
 
 
