@@ -381,8 +381,8 @@ def _changes_scores(option: dict[str, Any]) -> bool:
     return not option.keys().isdisjoint(("softcap", "attn_mask"))
 
 
-def test_a_function_that_reads_a_recorded_tensor_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its gradient would be lost without a word; the check comes before the device is touched."""
+def test_a_function_that_reads_a_recorded_tensor_takes_the_operator_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradient would be lost without a word; that is seen before the device is touched."""
     q, k, v = tensors(Shape(1, 2, 2, 4, 4, 8, 8))
     weight = torch.ones(2, requires_grad=True)
     owner = Torch()
@@ -391,8 +391,9 @@ def test_a_function_that_reads_a_recorded_tensor_is_refused_on_a_gpu(monkeypatch
     monkeypatch.setattr(flashtile.devices, "owner_of", lambda library: owner)
     for given in ({"score_mod": lambda s, b, h, i, j: s * weight[h]}, {"sinks": weight}):
         request = describe(q, tuple(vars(ScoreOptions(**given)).values()), Options())
-        with pytest.raises(UnavailableError, match="reads a tensor that requires grad"):
-            flashtile.torch.attend.attend(ON_GPU, q, k, v, request, False)
+        weight.grad = None
+        flashtile.torch.attend.attend(ON_GPU, q, k, v, request, False).sum().backward()
+        assert weight.grad is not None and weight.grad.any()
 
 
 sdpa_here = flashtile.torch.scaled_dot_product_attention

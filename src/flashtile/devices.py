@@ -7,7 +7,7 @@ uses it has yet to run.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -16,10 +16,13 @@ import numpy as np
 from flashtile import calls
 from flashtile.arrays import View, device_of
 from flashtile.calls import Call, Options, Request, Scored, describe
+from flashtile.calls.backward import Memory
 from flashtile.checks import check_flag
 from flashtile.current import Here, calling
 from flashtile.dtypes import DTYPES
 from flashtile.errors import wrong
+from flashtile.kernels import Family
+from flashtile.kernels.gradients import Sums
 from flashtile.owners import LENDERS, Owner, borrow, give_back, hold, library_of, owner_of
 from flashtile.score.capture import ArrayCapture, capture, is_array
 from flashtile.score.keep import keep_of
@@ -90,6 +93,28 @@ def scored(owner: Owner, q: Any, k: Any, v: Any, request: Request) -> Scored:
         return calls.scored(OnDevice(place), q, k, v, request)
 
 
+def gradients(
+    owner: Owner,
+    family: Family,
+    spec: AttentionSpec,
+    given: Mapping[str, Any],
+    offset: Any,
+    scoring: Scoring,
+    wanted: Collection[str | int],
+    engine: str = "auto",
+) -> Sums:
+    """`calls.run_backward` of arrays of the owner's, on the current stream: the sums are arrays of the owner's, too."""
+    with calling(owner, given["q"]) as place:
+        arrays = OnDevice(place)
+        placed = arrays.reach(spec, None, scoring)[1]
+        memory = Memory(
+            zeros=lambda shape, dtype: place.zeros(shape, dtype.name, "a gradient"),
+            place=lambda array: place.upload(array, "align"),
+            address=owner.address,
+        )
+        return calls.run_backward(arrays, spec, family, engine, given, offset, placed, wanted, memory=memory)
+
+
 class OnDevice:
     """The arrays of one call on a GPU; see `calls.Arrays`."""
 
@@ -104,6 +129,9 @@ class OnDevice:
 
     def view(self, x: Any) -> View:
         return self._owner.view(x)
+
+    def strides(self, x: Any) -> Hashable:
+        return self._owner.key(x)
 
     def output(self, call: Call, q: Any) -> Any:
         return self._place.empty(call.o_shape, call.spec.dtype, "the output")

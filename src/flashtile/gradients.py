@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from flashtile import engines, kernels
-from flashtile.arrays import is_lazy, is_torch, plain, view_of
+from flashtile.arrays import device_of, is_lazy, is_torch, plain, view_of
 from flashtile.calls import INPUTS, NUMPY, Request, as_name, describe, run_backward
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import UnavailableError, wrong
@@ -104,7 +104,12 @@ def attention_backward(
     Raises:  SpecError, UnavailableError before any memory is touched.
     Source:  Dao 2023, FlashAttention-2, section 3.1.2.
     """
-    check_keywords(attention_backward, unknown)
+    given = dict(locals())
+    check_keywords(attention_backward, given.pop("unknown"))
+    if any(device_of(x) != "cpu" and not is_torch(x) for x in (q, k, v)):
+        from flashtile import device_gradients
+
+        return device_gradients.attention_backward(**given)
     q, k, v = _array(q, "q"), _array(k, "k"), _array(v, "v")
     scores = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed)
     options = causal, window, align, scale, precision, kernel, engine

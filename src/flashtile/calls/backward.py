@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Hashable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -21,12 +21,23 @@ _STRIDED = ("q", "k", "v", "o", "do", "dq", "dk", "dv")  # as in BackwardLayout
 _OPERANDS = (*_STRIDED, "lse", "dlse")
 
 
+class Memory(NamedTuple):
+    """Where a backward call has what it makes itself: zeros of a shape and NumPy dtype, and arrays of the host."""
+
+    zeros: Callable[[tuple[int, ...], np.dtype[Any]], Any]
+    place: Callable[[np.ndarray], Any]
+    address: Callable[[Any], int]
+
+
+HOST = Memory(np.zeros, lambda x: x, address_of)
+
+
 class Strided(Protocol):
     """How the library that owns a call's arrays is asked where they lie."""
 
     def address(self, x: Any) -> int: ...
 
-    def strides(self, x: Any) -> tuple[int, ...]:
+    def strides(self, x: Any) -> Hashable:
         """In whatever unit the library has: they tell arrays apart."""
         ...
 
@@ -40,11 +51,13 @@ def run_backward(
     offset: Any,
     scoring: Scoring | None = None,
     wanted: Collection[str | int] = (),
+    memory: Memory = HOST,
 ) -> Sums:
     """Gradients of q, k and v added to those of dq, dk and dv that are `given`; returned, those of "sinks" and of
     captured arrays, by their slots, that are `wanted`.
 
-    Also given are q, k, v, o and do, of any strides, lse and possibly dlse, row-major.
+    Also given are q, k, v, o and do, of any strides, lse and possibly dlse, row-major. memory: of a GPU, where these
+    lie; what is returned is then of its library.
     """
     captured = {} if scoring is None else scoring.shapes(wanted)
     real = DTYPES[DTYPES[spec.dtype].accumulator].numpy
@@ -55,9 +68,9 @@ def run_backward(
     at = dict.fromkeys(_OPERANDS, 0)
     for name, x in given.items():
         at[name] = arrays.address(x)
-    offsets = None if spec.offset is not None else np.ascontiguousarray(offset, np.int64)
-    dsinks = np.zeros((spec.batch, spec.heads), real) if "sinks" in wanted else None
-    offsets_at, dsinks_at = (0 if x is None else address_of(x) for x in (offsets, dsinks))
+    offsets = None if spec.offset is not None else memory.place(np.ascontiguousarray(offset, np.int64))
+    dsinks = memory.zeros((spec.batch, spec.heads), real) if "sinks" in wanted else None
+    offsets_at, dsinks_at = (0 if x is None else memory.address(x) for x in (offsets, dsinks))
     values = scoring if spec.program or spec.sinks or spec.dropout else None
     params = found.pack(**at, offsets=offsets_at, dsinks=dsinks_at, scoring=values)
     found.run(params)

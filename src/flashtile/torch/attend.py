@@ -81,11 +81,10 @@ def attention(
     cast as for torch's SDPA (not float64), and nothing else is.
 
     Returns:  a tensor of q's dtype; with return_lse=True also lse, float32 (float64 for float64).
-              Both have derivatives on the CPU, of any order, by autograd and in forward mode, to q, k, v, bias, sinks,
+              Both have derivatives, on the CPU of any order and in forward mode, too, to q, k, v, bias, sinks,
               alibi_slopes, and tensors that a score function captured. The first backward is fused, the others are
               not; memory is O(S).
-    Raises:   as flashtile.attention; UnavailableError also on a GPU if a tensor requires grad while gradients are
-              recorded or a tensor has a tangent.
+    Raises:   as flashtile.attention; UnavailableError also on a GPU for second derivatives and forward mode.
 
     >>> import torch, flashtile.torch
     >>> x = torch.ones(1, 8, 128, 64, dtype=torch.bfloat16)
@@ -119,12 +118,6 @@ def drawn(dropout_p: Any, seed: Any = None) -> Keep | None:
     return keep_of(dropout_p, seed)
 
 
-_NOT_ON_A_GPU = (
-    "score_mod, mask, sinks: got one that is or reads a tensor that requires grad, expected one that does not, or "
-    "torch.no_grad(): gradients are not available on a GPU yet"
-)
-
-
 def attend(
     kind: int,
     q: Tensor,
@@ -135,7 +128,7 @@ def attend(
     progress: Any = None,
     out: Tensor | None = None,
 ) -> Any:
-    """A call that was described, of tensors of this kind. READY ones go through the operator, too, where the derivative
+    """A call that was described, of tensors of this kind. All of them go through the operator where the derivative
     of an option is recorded, or of what a function reads. Raises: as `attention`."""
     if out is not None:
         check_tensors(out=out)
@@ -145,10 +138,8 @@ def attend(
         scored = eager.scored_on_gpu(q, k, v, request) if kind == ON_GPU else calls.scored(TENSORS, q, k, v, request)
         if not eager.is_recorded(scored.scoring, scores.sinks):  # type: ignore[union-attr]
             request = request._replace(scores=scored)  # traced, which happens once
-        elif kind == READY:
-            kind = RECORDED
         else:
-            raise UnavailableError(_NOT_ON_A_GPU)
+            kind = RECORDED
     if kind == READY:
         return calls.attend(TENSORS, q, k, v, request, return_lse, progress, out)
     if kind == ON_GPU:

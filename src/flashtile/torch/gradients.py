@@ -103,7 +103,7 @@ def _results(
     values += [array_sum(sums, x, scoring) for x in arrays]
     targets = (x for x, asked in zip((*inputs, *sources), needed, strict=True) if asked)
     pairs = zip(values, targets, strict=True)
-    return [x if isinstance(x, Tensor) else _tensor(np.asarray(x), like) for x, like in pairs]
+    return [_like(x, like) if isinstance(x, Tensor) else _tensor(np.asarray(x), like) for x, like in pairs]
 
 
 def _compiled(
@@ -122,6 +122,12 @@ def _compiled(
     given |= {name: given[name].contiguous() for name in ("lse", "dlse") if name in given}
     asked = [x for x in ("q", "k", "v") if x in wanted]
     results = {f"d{x}": torch.zeros_like(given[x], memory_format=torch.contiguous_format) for x in asked}
+    if spec.device_kind != "cpu":
+        from flashtile import devices
+
+        owner = devices.owner_of("torch")
+        sums = devices.gradients(owner, family, spec, given | results, offset, scoring, wanted, engine)
+        return list(results.values()), sums
     sums = run_backward(TENSORS, spec, family, engine, given | results, offset, scoring, wanted)
     return list(results.values()), sums
 
@@ -133,12 +139,17 @@ def _widened(x: Tensor, rank: int) -> np.ndarray:
     return values[(None,) * (rank - values.ndim)]
 
 
+def _like(value: Tensor, like: Tensor) -> Tensor:
+    """Sums of a GPU in the shape and dtype of the tensor that they belong to; gradients of q, k and v are so."""
+    return value if value.dtype is like.dtype else value.to(like.dtype)
+
+
 def _tensor(value: np.ndarray, like: Tensor) -> Tensor:
     """Sums as a new tensor of this one's shape and dtype; what the dtype cannot hold is an infinity there."""
     value = np.asarray(value).reshape(tuple(like.shape))
     with np.errstate(over="ignore", invalid="ignore"):
         if like.dtype is torch.bfloat16:
             bits = np.asarray(round_to_bf16(value)).astype(np.uint16)
-            return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
+            return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).to(like.device)
         name = str(like.dtype).removeprefix("torch.")
-        return torch.from_numpy(np.require(value, DTYPES[name].numpy, ("C", "W")))
+        return torch.from_numpy(np.require(value, DTYPES[name].numpy, ("C", "W"))).to(like.device)

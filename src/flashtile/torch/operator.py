@@ -18,11 +18,11 @@ from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
 from flashtile import calls
-from flashtile.calls import Request
+from flashtile.calls import Request, Scored
 from flashtile.errors import UnavailableError
 from flashtile.torch.arguments import SCHEMA, Arguments, arguments_of, plain_arguments
 from flashtile.torch.dispatch import LIBRARY, apply, below, is_recorded, register, unpacked, without_tangents
-from flashtile.torch.eager import TENSORS, check_scores
+from flashtile.torch.eager import TENSORS, attend_on_gpu, check_scores, scored_on_gpu
 from flashtile.torch.gradients import gradients
 from flashtile.torch.second import HVP, JVP
 from flashtile.torch.tensors import check_untraced, in_forward_mode, is_watched, under_autocast
@@ -72,7 +72,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, request: Request, progress: Any = No
 def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor]:
     """`attend` of a call that nobody looks at, with options alone: half of a small call is the way to it."""
     a = plain_arguments(q, k, v, request.options)
-    if request.options.kernel != "auto":
+    if request.options.kernel != "auto" or not q.is_cpu:
         return _record(_unwatched, q, k, v, a)
 
     def run(q: Tensor, k: Tensor, v: Tensor, a: Arguments) -> tuple[Tensor, Tensor]:
@@ -82,10 +82,16 @@ def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[
 
 
 def _unwatched(q: Tensor, k: Tensor, v: Tensor, a: Arguments) -> tuple[Tensor, Tensor]:
-    return calls.attend(TENSORS, q, k, v, a.request, True, _progress.get())
+    if q.is_cpu:
+        return calls.attend(TENSORS, q, k, v, a.request, True, _progress.get())
+    return attend_on_gpu(q, k, v, a.request, True, _progress.get(), None)
 
 
-# -- on the CPU ------------------------------------------------------------------------------------------
+def _scored(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Scored:
+    return calls.scored(TENSORS, q, k, v, request) if q.is_cpu else scored_on_gpu(q, k, v, request)
+
+
+# -- on a device ----------------------------------------------------------------------------------------
 
 
 def _compute(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -109,7 +115,7 @@ def _compute_backward(
         # A tensor that came in two places is two here, since gradients are found by identity.
         a = a.filled(a.others, [None if x is None else x.detach() for x in a.differentiable])
     request = a.request
-    spec, scoring = calls.scored(TENSORS, q, k, v, request)
+    spec, scoring = _scored(q, k, v, request)
     family = calls.family_of(spec, a.family, "backward")
     do = torch.zeros_like(o) if do is None else do
     inputs = do, q, k, v, o, lse, dlse
@@ -159,8 +165,8 @@ def _any_way(q: Tensor, k: Tensor, v: Tensor, a: Arguments) -> tuple[Tensor, Ten
 def _record(run: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, a: Arguments) -> tuple[Tensor, Tensor]:
     """o and lse of `run`, with a backward. Raises: UnavailableError if no kernel named so has it."""
     check_untraced()
-    if a.family != "auto":
-        calls.family_of(calls.scored(TENSORS, q, k, v, a.request).spec, a.family, "backward")
+    if a.family != "auto" or not q.is_cpu:  # a GPU's kernels may not have a backward
+        calls.family_of(_scored(q, k, v, a.request).spec, a.family, "backward")
     return apply(_Attention, run, a, q, k, v, *a.differentiable)
 
 
@@ -253,10 +259,12 @@ class _AttentionBackward(Function):
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     q, k, v = under_autocast(q, k, v)
-    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
+    key = torch._C.DispatchKey.AutocastCPU if q.is_cpu else torch._C.DispatchKey.AutocastCUDA
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
         return ATTENTION(q, k, v, *rest)
 
 
-register("attention", _compute, _autograd, _fake)
-register("attention_backward", _compute_backward, _autograd_backward, _fake_backward)
-LIBRARY.impl("attention", _autocast, "AutocastCPU")
+register("attention", _compute, _autograd, _fake, _compute)
+register("attention_backward", _compute_backward, _autograd_backward, _fake_backward, _compute_backward)
+for _key in ("AutocastCPU", "AutocastCUDA"):
+    LIBRARY.impl("attention", _autocast, _key)

@@ -47,14 +47,15 @@ def kind_of_others(**tensors: Tensor) -> int:
     """READY, RECORDED or ON_GPU, of tensors that were looked at closely: RECORDED also where a transform or forward
     mode must see the call. Raises: as `check_tensors`."""
     check_tensors(**tensors)
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values())
+    watched = recorded or is_watched() or in_forward_mode()
     if not all(x.is_cpu for x in tensors.values()):
         (first, q), *others = tensors.items()
         for name, x in others if q.is_cpu else ():  # nothing could be asked of q's GPU; other GPUs are told apart later
             if not x.is_cpu:
                 raise wrong(name, f"an array on {x.device}", f"one on cpu as {first}")
-        return ON_GPU
-    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values())
-    return RECORDED if recorded or is_watched() or in_forward_mode() else READY
+        return RECORDED if watched else ON_GPU
+    return RECORDED if watched else READY
 
 
 def in_forward_mode() -> bool:
@@ -92,8 +93,7 @@ def address(name: str, x: Tensor) -> int:
 
 
 def check_tensors(**tensors: Tensor) -> None:
-    """Raise unless each is a plain dense tensor, on the CPU, or on a GPU if no gradient is recorded for it."""
-    recording = torch.is_grad_enabled()
+    """Raise unless each is a plain dense tensor, on the CPU or on a GPU, there without a tangent."""
     for name, x in tensors.items():
         if type(x) is not Tensor and type(x) is not torch.nn.Parameter and not is_stand_in(x):
             got = f"a {type(x).__module__}.{type(x).__qualname__}"
@@ -108,11 +108,6 @@ def check_tensors(**tensors: Tensor) -> None:
             raise wrong(name, "a nested tensor", _PLAIN["NestedTensor"])
         if x.is_neg():
             raise wrong(name, "a lazily negated view", "a tensor in memory (x.resolve_neg())")
-        if recording and x.requires_grad and not x.is_cpu:
-            raise UnavailableError(
-                f"{name}: got a tensor on {x.device} that requires grad, expected one that does not, or "
-                "torch.no_grad(): gradients are not available there yet"
-            )
         if not x.is_cpu and has_tangent(x):
             raise UnavailableError(
                 f"{name}: got a tensor on {x.device} with a tangent, expected one without: forward mode is not "

@@ -189,6 +189,8 @@ def forward(
         **_tables(spec),
         "sinks": f"*{accumulator}" if spec.sinks and state == FINISHED else None,
         "captures": _captures(spec.program),
+        "threshold": "i32" if spec.dropout else None,
+        "seed": "i64" if spec.dropout else None,
     }
     constants: dict[str, Constant] = {
         **_program(spec.program),
@@ -286,7 +288,7 @@ def _elements(spec: AttentionSpec) -> tuple[str, str]:
     return ELEMENTS[spec.dtype], ELEMENTS[DTYPES[spec.dtype].accumulator]
 
 
-def _strides(tensors: str, memory: Memory) -> dict[str, Type | None]:
+def _strides(tensors: Iterable[str], memory: Memory) -> dict[str, Type | None]:
     """Strides in elements along (B, H, S, D); an innermost stride of 1 is a constant."""
     return {f"{t}_{a}": None if a == "d" and memory.contiguous else "i64" for t in tensors for a in _AXES}
 
@@ -354,4 +356,5 @@ def _specialisation(
     )
 
 
-_ALIGNED = frozenset(("q", "k", "v", "o", *(f"{t}_{a}" for t in "qkvo" for a in "bhs")))
+_TENSORS = ("q", "k", "v", "o", "do", "dq", "dk", "dv")
+_ALIGNED = frozenset((*_TENSORS, *(f"{t}_{a}" for t in _TENSORS for a in "bhs")))
