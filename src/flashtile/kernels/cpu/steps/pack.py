@@ -168,7 +168,6 @@ def emit_pack_columns(module: Module, c: Config) -> Routine:
     adjacent, none = rows.adjacent(c.element), f.const("i64", 0)
     whole = f.select(adjacent, rows.size // c.lanes * c.lanes, none)
     along = f.select(adjacent, rows.size, none)
-
     held = Range.finite(f) if c.lands_in_memory else None
 
     def convert(row: Value, column: Value, count: int, poison: Value, live: Value | None = None) -> Value:
