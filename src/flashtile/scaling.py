@@ -119,8 +119,8 @@ def simulate(
                        None: as many as a rank has workers.
     Returns: Simulation.
     Raises:  SpecError; UnavailableError for what the CPU kernels cannot do.
-    Model:   a link sends and receives one message at a time, in order; the switch between links is ideal. Workers take
-             ready tasks by what is left of their chains; a task costs 10 us beside its kernel.
+    Numerics: a link sends and receives one message at a time, in order; the switch between links is ideal. Workers
+              take ready tasks by what is left of their chains; a task costs 10 us beside its kernel.
     """
     spec = _spec(batch, heads, kv_heads, length, head_size, dtype, causal, window)
     counts = {

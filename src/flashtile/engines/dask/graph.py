@@ -15,7 +15,7 @@ import numpy as np
 from flashtile.dtypes import DTYPES
 from flashtile.engines.dask.operands import Cut, Operand, of, of_bias
 from flashtile.engines.dask.work import CARRY, LAST, NO_KEYS, VISIT, Work, step
-from flashtile.engines.starpu.coverage import BandCoverage, ProgramCoverage, TileCoverage
+from flashtile.engines.starpu.coverage import coverage_of
 from flashtile.engines.starpu.flow import pairs_of
 from flashtile.kernels import tile_kernels
 
@@ -27,15 +27,6 @@ class Result:
     o: Any
     lse: Any
     tasks: int
-
-
-def coverage_of(work: Work) -> TileCoverage:
-    """Which tiles of the call meet."""
-    spec, program = work.spec, None if work.scoring is None else work.scoring.program
-    if program is not None and program.mask is not None:
-        return ProgramCoverage(spec, program, tile_kernels().rows_at_once(spec), work.tile_q, work.tile_k)
-    anchors = np.array([spec.offset or 0], np.int64) if work.offsets is None else work.offsets
-    return BandCoverage(spec, work.tile_q, work.tile_k, anchors)
 
 
 def result(work: Work, cut: Cut, arrays: Sequence[Any], token: str, dtype: Any, bias: Any = None) -> Result:
@@ -123,7 +114,9 @@ class Visits:
 
     def __init__(self, work: Work) -> None:
         spec = work.spec
-        pairs = pairs_of(spec, coverage_of(work))
+        anchors = np.array([spec.offset or 0], np.int64) if work.offsets is None else work.offsets
+        panel = tile_kernels().rows_at_once(spec)
+        pairs = pairs_of(spec, coverage_of(spec, work.scoring, panel, work.tile_q, work.tile_k, anchors))
         key_tiles = max(1, -(-spec.kv_len // work.tile_k))
         self.flags = np.zeros((spec.batch, spec.heads, -(-spec.q_len // work.tile_q), key_tiles), np.uint8)
         doing = VISIT + CARRY * (pairs.place > 0) + LAST * (pairs.left == 0) + NO_KEYS * (pairs.key_tile < 0)
