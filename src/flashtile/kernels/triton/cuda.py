@@ -43,6 +43,9 @@ class Gpu:
     def processors(self) -> int:
         return driver.device(current.here().number).processors
 
+    def cache_bytes(self) -> int:
+        return driver.device(current.here().number).cache
+
     def bind(self, specialisation: Specialisation, fixed: Mapping[str, Any]) -> Bound:
         return Ready(specialisation, fixed)
 

@@ -45,12 +45,13 @@ class Tile:
     tile_k: int
     num_warps: int = 4
     num_stages: int = 2
+    described: bool = False  # tiles of K and V are cut out by tensor descriptors, where the arrays are aligned
 
 
 def contained(tile: Tile) -> Tile:
     """The tile of the second launch, which computes what is not finite: the same, or the bits of rows that see nothing
-    of it would differ; but without a pipeline, as it needs shared memory for more products."""
-    return replace(tile, num_stages=1)
+    of it would differ; but without a pipeline, as it needs shared memory for more products, and by plain loads."""
+    return replace(tile, num_stages=1, described=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +183,9 @@ def forward(
         **_strides("qkvo", memory),
         "o_split": "i64",
         "lse_split": "i64",
-        **_sizes("first", "items", "heads", "group", "q_len", "kv_len", "head_size", "value_size"),
+        **_sizes(
+            "first", "items", "blocks", "together", "heads", "group", "q_len", "kv_len", "head_size", "value_size"
+        ),
         **_sizes("query_tiles", "splits", "split_keys"),
         "scale": "i64",
         **_band(spec),
@@ -201,6 +204,7 @@ def forward(
         "SPAN": SPAN if spans else 0,
     }
     tile = contained(tile) if contain else tile
+    constants["DESCRIBED"] = tile.described and memory.contiguous and memory.aligned
     return _specialisation("forward", arguments, constants, memory, tile, spec.program)
 
 
@@ -296,11 +300,11 @@ def _sizes(*names: str) -> dict[str, Type | None]:
 
 
 def _band(spec: AttentionSpec) -> dict[str, Type | None]:
-    """Distances of a band and what anchors it: a number, or one a batch."""
+    """Distances of a band, of the sides that it has, and what anchors it: a number, or one a batch."""
     band, per_batch = spec.band is not None, spec.offset is None
     return {
-        "left": "i64" if band else None,
-        "right": "i64" if band else None,
+        "left": "i64" if spec.band is not None and spec.band.left is not None else None,
+        "right": "i64" if spec.band is not None and spec.band.right is not None else None,
         "offset": "i64" if band and not per_batch else None,
         "offsets": "*i64" if band and per_batch else None,
     }
