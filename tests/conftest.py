@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
-from kernel_cases import GRID_PROPERTY, Kernel, computes_apart, kernel_params, left_out
+from kernel_cases import GRID_PROPERTY, Kernel, computes_apart, kernel_params, left_out, marks_of
 
 import flashtile
 from flashtile.calls import clear_cache
@@ -34,7 +34,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names = metafunc.fixturenames
     if "kernel" in names and "dtype" in names:
         pairs = [
-            pytest.param(x.values[0], dtype, id=f"{x.id}-{dtype}")
+            pytest.param(x.values[0], dtype, id=f"{x.id}-{dtype}", marks=marks_of(x.values[0], dtype))
             for x in kernel_params()
             for dtype in DTYPES
             if computes_apart(x.values[0], dtype)

@@ -76,6 +76,9 @@ class HostOwner:
         result = np.full(shape, 0xFF, np.uint8) if dtype == "uint8" else np.full(shape, np.nan, dtype)
         return self._kept("empty", result, like)
 
+    def zeros(self, shape: tuple[int, ...], dtype: str, like: DeviceArray) -> DeviceArray:
+        return self._kept("zeros", np.zeros(shape, dtype), like)
+
     def upload(self, array: np.ndarray, like: DeviceArray) -> DeviceArray:
         return self._kept("upload", array.copy(), like)
 

@@ -40,9 +40,19 @@ def kernel_params() -> list[Any]:
 
 def computes_apart(kernel: Kernel, dtype: str | None) -> bool:
     """Whether a kernel's machine code for a dtype is its own, rather than another machine's: of matrix registers in
-    bf16 alone. None: a test that has no dtype, or one of its own."""
+    all but fp64. None: a test that has no dtype, or one of its own."""
+    return not _on_tiles(kernel) or dtype not in (None, "float64")
+
+
+def marks_of(kernel: Kernel, dtype: str) -> list[Any]:
+    """Products of several parts go through the suites in a nightly run: they share all with those of one part but for
+    what tests/cpu/test_cpu_tiles.py, which runs every time, looks at."""
+    return [pytest.mark.slow] if _on_tiles(kernel) and dtype != "bfloat16" else []
+
+
+def _on_tiles(kernel: Kernel) -> bool:
     machine = machines.known().get(kernel.isa or "")
-    return machine is None or bool(TILES.unavailable(machine)) or dtype == "bfloat16"
+    return machine is not None and TILES.unavailable(machine) is None
 
 
 def left_out() -> list[str]:

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from inputs import numpy_dtype
 
+import flashtile
 from flashtile import nntile
 from flashtile.dtypes import DTYPES
-from flashtile.testing import expect, ulp
+from flashtile.testing import assert_gradients_accurate, expect, ulp
 
 SIZE, BATCH, GROUP, HEADS = 24, 2, 3, 2
 QUERIES, KEYS, TILES = 50, 70, 3
@@ -77,3 +78,47 @@ Q = np.zeros((8, 4, 1, 2, 3), "float32", order="F")
 LSE = np.zeros((4, 1, 2, 3), "float32", order="F")
 MASK = np.zeros((6, 4), "float32", order="F")
 VALID = {"K": K, "Q": Q, "mask": MASK, "logsumexp": LSE, "V": K.copy("F"), "A": Q.copy("F")}
+
+
+class BackwardProblem(Problem):
+    """The same with A and logsumexp of all key tiles, a dA, and room for gradients."""
+
+    def __init__(self, dtype: str, mask: str | None = None, wide: bool = False, **options: Any) -> None:
+        """wide: gradients in accumulators, where one a call rounds nothing."""
+        super().__init__(dtype, mask, 17, **options)
+        if self.mask is not None:
+            options["mask"] = np.asarray(self.mask if mask == "bool" else self.mask == 0).T
+        self.options, rng = options, np.random.default_rng(3)
+        o, lse = flashtile.attention(*map(rows_first, (self.q, self.k, self.v)), return_lse=True, **options)
+        self.a[...], self.lse[...] = as_tile(o), as_tile(lse)
+        self.da = np.asfortranarray(rng.standard_normal(self.a.shape).astype(self.a.dtype))
+        kind = self.lse.dtype if wide else self.q.dtype
+        self.dq, self.dk, self.dv = (np.zeros_like(x, kind) for x in (self.q, self.k, self.v))
+
+    def gradient_tiles(self) -> list[tuple[int, list[np.ndarray], list[np.ndarray]]]:
+        """(first key, [K, mask, V], [dK, dV]) of each, the last two views of the whole where that can be."""
+        found = []
+        for first, *read in self.key_tiles():
+            at = slice(first, first + KEYS)
+            found.append((first, read, [np.asfortranarray(x[:, at]) for x in (self.dk, self.dv)]))
+        return found
+
+    def run(self, **options: Any) -> None:
+        """On arrays."""
+        for first, (k, mask, v), (dk, dv) in self.gradient_tiles():
+            nntile.flash_sdpa_bwd(
+                k, self.q, mask, self.lse, v, self.a, self.da, dk, self.dq, dv, first_key=first, **options
+            )
+            self.dk[:, first : first + KEYS], self.dv[:, first : first + KEYS] = dk, dv
+
+    def check(self) -> None:
+        """By the accuracy rule."""
+        q, k, v, do = map(rows_first, (self.q, self.k, self.v, self.da))
+        found = flashtile.Gradients(*(rows_first(x.astype(self.q.dtype)) for x in (self.dq, self.dk, self.dv)))
+        assert_gradients_accurate(found, do, q, k, v, **self.options)
+
+
+def as_tile(x: np.ndarray) -> np.ndarray:
+    """(B, H, S, D) or (B, H, S) in NNTile's order."""
+    split = x.reshape(BATCH, HEADS, GROUP, *x.shape[2:])
+    return split.transpose((4, 3, 0, 2, 1) if split.ndim == 5 else (3, 0, 2, 1))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -132,9 +135,10 @@ def test_rows_together_have_the_bits_of_rows_alone(dtype: str) -> None:
 
 
 @on_every_isa
-def test_any_strides_have_the_same_bits(dtype: str) -> None:
+@pytest.mark.parametrize("sizes", [(40, 40), (15, 9), (64, 33)])
+def test_any_strides_have_the_same_bits(sizes: tuple[int, int], dtype: str) -> None:
     """In place with rows far apart, copied where the innermost axis is not adjacent, outputs placed likewise."""
-    q, k, v = uniform(Shape(1, 4, 2, 2, 203, 40, 40), dtype)
+    q, k, v = uniform(Shape(1, 4, 2, 2, 203, *sizes), dtype)
     want = attend(q, k, v, **BOTTOM_RIGHT)
 
     def by_rows(x: np.ndarray) -> np.ndarray:  # stored (B, S, H, D)
@@ -146,10 +150,60 @@ def test_any_strides_have_the_same_bits(dtype: str) -> None:
     def reversed_(x: np.ndarray) -> np.ndarray:
         return x[..., ::-1].copy()[..., ::-1]
 
-    for place in (by_rows, by_columns, reversed_):
+    def backwards(x: np.ndarray) -> np.ndarray:
+        return x[:, :, ::-1].copy()[:, :, ::-1]
+
+    def in_wider_rows(x: np.ndarray) -> np.ndarray:
+        wider = np.full((*x.shape[:-1], x.shape[-1] + 9), np.nan, x.dtype)
+        wider[..., : x.shape[-1]] = x
+        return wider[..., : x.shape[-1]]
+
+    for place in (by_rows, by_columns, reversed_, backwards, in_wider_rows):
         out = place(np.zeros_like(want[0]))
         got = flashtile.attention(*map(place, (q, k, v)), kernel="cpu", return_lse=True, out=out, **BOTTOM_RIGHT)
         assert same(got, want), place.__name__
+
+
+def test_nothing_beyond_an_array_is_read() -> None:
+    """Rows that end in the middle of a register, at the end of readable memory and before its beginning."""
+    done = subprocess.run([sys.executable, "-c", FENCED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+FENCED = """
+import ctypes, itertools, mmap
+import numpy as np
+import flashtile
+
+protect = ctypes.CDLL(None).mprotect
+protect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+held = []
+
+def fenced(x, at_end):
+    room = -(-x.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    held.append(mmap.mmap(-1, room + 2 * mmap.PAGESIZE))
+    memory = np.frombuffer(held[-1], np.uint8)
+    for page in (0, room + mmap.PAGESIZE):
+        assert protect(memory.ctypes.data + page, mmap.PAGESIZE, 0) == 0
+    first = mmap.PAGESIZE + (room - x.nbytes if at_end else 0)
+    placed = memory[first : first + x.nbytes].view(x.dtype).reshape(x.shape)
+    placed[...] = x
+    return placed
+
+places = {
+    "rows": lambda x, at_end: fenced(x, at_end),
+    "transposed": lambda x, at_end: fenced(x.swapaxes(2, 3), at_end).swapaxes(2, 3),
+    "backwards": lambda x, at_end: fenced(x[:, :, ::-1], at_end)[:, :, ::-1],
+    "broadcast": lambda x, at_end: np.broadcast_to(fenced(x[:, :, :1], at_end), x.shape),
+}
+rng = np.random.default_rng(0)
+for q_len, size, dtype in itertools.product((1, 40), (15, 33), (np.float32, np.float16)):
+    q, k, v = (rng.standard_normal((1, 2, n, size)).astype(dtype) for n in (q_len, 143, 143))
+    for (name, place), at_end in itertools.product(places.items(), (True, False)):
+        inputs = [place(x, at_end) for x in (q, k, v)]
+        o, want = flashtile.attention(*inputs, kernel="cpu"), flashtile.attention(*inputs, kernel="reference")
+        np.testing.assert_allclose(o, want, rtol=1e-2, atol=1e-2, err_msg=f"{name} {q_len} {size}")
+"""
 
 
 @on_every_isa
@@ -273,6 +327,22 @@ def test_parts_cover_the_keys(kv_len: int, heads: int, options: dict[str, Any]) 
         assert plan.split_keys % plan.tile_k == 0 and plan.split_keys >= 1024
         assert (plan.splits - 1) * plan.split_keys < kv_len <= plan.splits * plan.split_keys
     assert [plan.locate(n)[3] for n in range(plan.splits)] == list(range(plan.splits))
+
+
+def test_queries_that_are_few_beside_their_keys_decode(isa: str, dtype: str) -> None:
+    """From some number of keys on, or never; the more queries there are, the later."""
+    lengths = [1, 8, 40, 120, 1000, 100_000]
+    one = AttentionSpec.of(*uniform(Shape(1, 8, 8, 1, 1, 128, 128), dtype))
+    begins = []
+    for q_len in range(1, 24):
+        specs = [replace(one, q_len=q_len, kv_len=n) for n in lengths]
+        chosen = [cpu.capabilities(spec).variant == "decode" for spec in specs]
+        assert chosen == sorted(chosen)
+        begins.append(len(chosen) - sum(chosen))
+    assert begins[0] == 0 and begins[-1] == len(lengths)
+    lanes = isas.known()[isa].lanes("double" if dtype == "float64" else "float")
+    alike = [begins[n : n + lanes] for n in range(0, len(begins), lanes)]  # as many registers
+    assert all(some == sorted(some) for some in alike)
 
 
 def test_a_group_is_one_work_item() -> None:

@@ -20,7 +20,7 @@ import flashtile
 from flashtile import current, devices, owners
 from flashtile.calls import clear_cache
 from flashtile.errors import KernelError, SpecError, UnavailableError
-from flashtile.kernels import vanilla
+from flashtile.kernels import cpu, vanilla
 
 pytestmark = pytest.mark.core
 
@@ -49,14 +49,14 @@ def on_device(*arrays: np.ndarray, device: int = 0) -> list[DeviceArray]:
 def test_a_call_runs_where_its_arrays_lie(owner: HostOwner, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = uniform(SHAPE, "float32")
     seen: list[tuple[int, str, int | None]] = []
-    run = devices.run
+    reach = devices.OnDevice.reach
 
     def spy(*arguments: Any) -> Any:
         here = current.here()
         seen.append((here.stream, here.device, owner.active))
-        return run(*arguments)
+        return reach(*arguments)
 
-    monkeypatch.setattr(devices, "run", spy)
+    monkeypatch.setattr(devices.OnDevice, "reach", spy)
     options: dict[str, Any] = {"causal": True, "align": np.array([8, 0]), "sinks": np.ones(4, np.float32)}
     want, want_lse = flashtile.attention(q, k, v, kernel="vanilla", return_lse=True, **options)
     o, lse = flashtile.attention(*on_device(q, k, v, device=1), return_lse=True, **options)
@@ -222,3 +222,46 @@ def _module(name: str, contents: dict[str, Any]) -> ModuleType:
     module = ModuleType(name)
     module.__dict__.update(contents, __spec__=SimpleNamespace(name=name))
     return module
+
+
+@pytest.fixture
+def backward(owner: HostOwner, monkeypatch: pytest.MonkeyPatch) -> HostOwner:
+    """`owner`, with the CPU's gradients in place of the device's own."""
+    able = cpu.FAMILY.capabilities
+
+    def capabilities(spec: Any) -> Any:
+        found = able(dataclasses.replace(spec, device="cpu"))
+        return dataclasses.replace(found, devices=frozenset(("cpu", "cuda")))
+
+    monkeypatch.setattr(cpu, "FAMILY", dataclasses.replace(cpu.FAMILY, capabilities=capabilities))
+    return owner
+
+
+def test_gradients_are_arrays_of_the_library(backward: HostOwner) -> None:
+    do, q, k, v = uniform(SHAPE, "float32")[:1] + uniform(SHAPE, "float32", seed=1)
+    options: dict[str, Any] = {"causal": True, "align": np.array([8, 0]), "sinks": np.ones((2, 4), np.float32)}
+    o, lse = flashtile.attention(q, k, v, kernel="cpu", return_lse=True, **options)
+    wrt = ("q", "v", "sinks")
+    want = flashtile.attention_backward(do, q, k, v, o, lse, wrt=wrt, kernel="cpu", **options)
+    arrays = on_device(do, q, k, v, o, lse, device=1)
+    got = flashtile.attention_backward(*arrays, wrt=wrt, kernel="cpu", **options)
+    assert got.k is None and all(getattr(got, name).device.id == 1 for name in wrt)
+    for name in wrt:
+        np.testing.assert_array_equal(getattr(got, name).array, getattr(want, name))
+    asked = [entry[0] for entry in backward.diary]
+    assert asked == ["zeros", "zeros", "upload", "zeros", "mark"], "nothing is read back"
+
+
+def test_wrong_gradients_of_a_device(backward: HostOwner) -> None:
+    q, k, v = uniform(SHAPE, "float32")
+    o, lse = flashtile.attention(q, k, v, kernel="cpu", return_lse=True)
+    x, y, z, out, row, far = (*on_device(q, k, v, o, lse), *on_device(o, device=1))
+    for change, problem in (
+        ({"do": o}, "^do: got a ndarray on cpu, expected an array on cuda:0 as q"),
+        ({"do": far}, "^do: got a DeviceArray on cuda:1, expected an array on cuda:0 as q"),
+        ({"lse": out}, "^lse: got shape "),
+        ({"out": flashtile.Gradients()}, "^out: got an array to write to, expected None for arrays on a GPU"),
+    ):
+        given = {"do": out, "q": x, "k": y, "v": z, "o": out, "lse": row, **change}
+        with pytest.raises(SpecError, match=problem):
+            flashtile.attention_backward(**given)

@@ -122,6 +122,9 @@ def test_on_matrix_registers(name: str, storage: str, monkeypatch: pytest.Monkey
     o, lse = kernel(*x, return_lse=True, **dropout, **OPTIONS[name])
     testing.assert_accurate(o, *x, **dropout, **OPTIONS[name])
     np.testing.assert_array_equal(lse, kernel(*x, return_lse=True, **OPTIONS[name])[1])
+    if storage == "bfloat16":  # else the backward is a vector kernel
+        for product, found in read_mask_backward(kernel, shape, storage, **dropout, **OPTIONS[name]).items():
+            np.testing.assert_array_equal(found != 0, kept, err_msg=product)
     monkeypatch.undo()
     clear_cache()
 

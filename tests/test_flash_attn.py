@@ -82,9 +82,9 @@ def numpy(x: Any) -> Any:
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signatures(name: str) -> None:
-    found = inspect.signature(getattr(flash_attn, name)).parameters.values()
+    found = [p for p in inspect.signature(getattr(flash_attn, name)).parameters.values() if p.kind != p.KEYWORD_ONLY]
     assert tuple(p.name if p.default is p.empty else (p.name, p.default) for p in found) == SIGNATURES[name]
-    assert sorted(SIGNATURES) == flash_attn.__all__
+    assert sorted([*SIGNATURES, "flash_attn_combine", "install", "uninstall"]) == flash_attn.__all__
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -271,3 +271,134 @@ def test_what_is_not_there_says_what_to_use() -> None:
         keys = cache[n : n + 1, :, :length].transpose(1, 2)
         want = flash_attn.flash_attn_func(new[n : n + 1], keys, keys, causal=True)
         torch.testing.assert_close(got[n : n + 1].transpose(1, 2), want)
+
+
+# What flash-attn 4 added: keywords of two functions, and the merge of parts.
+
+ADDED = ("learnable_sink", "score_mod", "mask_mod", "return_lse")
+
+
+@pytest.mark.parametrize("function", [flash_attn.flash_attn_func, flash_attn.flash_attn_varlen_func])
+def test_keywords_of_version_4(function: Any) -> None:
+    assert tuple(p.name for p in inspect.signature(function).parameters.values() if p.kind == p.KEYWORD_ONLY) == ADDED
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_functions_and_sinks_count_within_sequences(dropout_p: float) -> None:
+    """score_mod and mask_mod see positions within a sequence, and its number: as each sequence alone has it."""
+    table = draw(len(ROWS), seed=8, grad=True)
+    sink = draw(4, seed=9, grad=True)
+    (cu_q, cu_k), total_q, total_k = (np.cumsum([0, *n]) for n in (ROWS, KEYS)), sum(ROWS), sum(KEYS)
+    q, k, v = (draw(n, h, 8, seed=n + h) for n, h in ((total_q, 4), (total_k, 2), (total_k, 2)))
+
+    def score_mod(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+        return s * table[b] + (2 * i - j) * 0.01
+
+    def mask_mod(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return (i + j + h) % 3 != b % 3
+
+    options: dict[str, Any] = {"causal": True, "learnable_sink": sink, "return_lse": True, "dropout_p": dropout_p}
+    options["alibi_slopes"] = draw(4, seed=3)
+    torch.manual_seed(0)
+    bounds = torch.from_numpy(cu_q), torch.from_numpy(cu_k)
+    together = {"score_mod": score_mod, "mask_mod": mask_mod, **options}
+    o, lse = flash_attn.flash_attn_varlen_func(q, k, v, *bounds, max(ROWS), max(KEYS), **together)
+    assert o.shape == q.shape and lse.shape == (4, total_q)
+    for n, (a, b, c, d) in enumerate(zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False)):
+        alone = {
+            "score_mod": lambda s, _, h, i, j, n=n: score_mod(s, n, h, i, j),
+            "mask_mod": lambda _, h, i, j, n=n: mask_mod(n, h, i, j),
+        }
+        o1, lse1 = flash_attn.flash_attn_func(q[None, a:b], k[None, c:d], v[None, c:d], **options, **alone)
+        torch.testing.assert_close(lse[:, a:b], lse1[0])
+        if not dropout_p:  # alone a sequence is number 0, which dropout depends on
+            torch.testing.assert_close(o[a:b], o1[0])
+    o.sum().backward()
+    assert bool((table.grad[[0, 1, 5]] != 0).all()) and bool((sink.grad != 0).all())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_parts_combine(packed: bool) -> None:
+    q, k, v = (draw(2, n, 4, 8, seed=n, dtype="float64", grad=True) for n in (5, 9, 9))
+    whole, lse = flash_attn.flash_attn_func(q, k, v, return_lse=True)
+    parts = [flash_attn.flash_attn_func(q, k[:, s], v[:, s], return_lse=True) for s in (slice(0, 4), slice(4, 9))]
+    out, its = (torch.stack(x) for x in zip(*((o, lse.mT) for o, lse in parts), strict=True))
+    if packed:
+        out, its, whole, lse = out.flatten(1, 2), its.flatten(1, 2), whole.flatten(0, 1), lse.mT.flatten(0, 1).mT
+    o, merged = flash_attn.flash_attn_combine(out, its)
+    torch.testing.assert_close(o, whole)
+    torch.testing.assert_close(merged, lse.mT)
+    do = draw(*o.shape, dtype="float64", seed=4)
+    one, other = (torch.autograd.grad(x, (q, k, v), do, retain_graph=True) for x in (o, whole))
+    torch.testing.assert_close(one, other)
+    with torch.no_grad():
+        target = torch.empty_like(o, dtype=torch.bfloat16)
+        found, none = flash_attn.flash_attn_combine(out, its, target, return_lse=False)
+        assert found is target and none is None
+        torch.testing.assert_close(target, o.bfloat16())
+        assert flash_attn.flash_attn_combine(out, its, out_dtype=torch.float16)[0].dtype is torch.float16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ((torch.ones(2, 3, 4), torch.ones(2, 3)), "out_partial"),
+        ((torch.ones(0, 1, 3, 4), torch.ones(0, 1, 3)), "out_partial"),
+        ((torch.ones(2, 1, 3, 4), torch.ones(2, 3, 1)), "lse_partial"),
+        ((torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3), torch.ones(1, 3, 5)), "out"),
+        ((torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3), None, torch.int32), "out_dtype"),
+        ((torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3), torch.ones(1, 3, 4), torch.float16), "out"),
+        ((torch.ones(2, 1, 3, 4, requires_grad=True), torch.ones(2, 1, 3), torch.ones(1, 3, 4)), "out"),
+    ],
+)
+def test_parts_that_do_not_combine(arguments: tuple[Any, ...], named: str) -> None:
+    with pytest.raises(SpecError, match=rf"^{named}: got .* expected "):
+        flash_attn.flash_attn_combine(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"learnable_sink": torch.ones(3)}, "learnable_sink"),
+        ({"mask_mod": 3}, "mask_mod"),
+        ({"score_mod": torch.ones(3)}, "score_mod"),
+        ({"return_lse": 1}, "return_lse"),
+        ({"return_lse": True, "return_attn_probs": True}, "return_lse"),
+    ],
+)
+def test_bad_keywords_of_version_4(options: dict[str, Any], named: str) -> None:
+    q = torch.ones(1, 3, 2, 8)
+    with pytest.raises(SpecError, match=rf"^{named}: got .* expected "):
+        flash_attn.flash_attn_func(q, q, q, **options)
+
+
+def test_installed_under_its_own_name() -> None:
+    """What imports flash_attn gets these functions, until they are uninstalled; the real package is never hidden."""
+    import importlib.util
+    import sys
+    import types
+
+    assert importlib.util.find_spec("flash_attn") is None, "flash-attn is installed: this test needs a machine without"
+    flash_attn.uninstall()  # nothing to forget
+    flash_attn.install()
+    flash_attn.install()
+    try:
+        import flash_attn as theirs  # type: ignore[import-not-found]
+        from flash_attn.flash_attn_interface import flash_attn_varlen_func  # type: ignore[import-not-found]
+
+        assert theirs.flash_attn_func is flash_attn.flash_attn_func and theirs.__version__.startswith("2.8")
+        assert flash_attn_varlen_func is flash_attn.flash_attn_varlen_func and not hasattr(theirs, "install")
+        assert importlib.util.find_spec("flash_attn") is not None
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module("flash_attn.layers")
+    finally:
+        flash_attn.uninstall()
+    assert importlib.util.find_spec("flash_attn") is None
+    sys.modules["flash_attn"] = types.ModuleType("flash_attn")
+    try:
+        with pytest.raises(UnavailableError, match="^install: got"):
+            flash_attn.install()
+        flash_attn.uninstall()
+        assert "flash_attn" in sys.modules
+    finally:
+        del sys.modules["flash_attn"]

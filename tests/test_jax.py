@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import inspect
 import pathlib
 import re
@@ -157,17 +158,117 @@ def test_vmap(axes: str) -> None:
 
 
 def test_a_function_is_compiled_once() -> None:
-    """Of another shape it is traced again; of the same captured values it is the same program."""
+    """Of other captured values it is the same program: they are operands."""
     q, k, v = inputs()
     table = draw(ROWS + KEYS)
-    found = [
-        jax.jit(lambda q: ours(q, k, v, score_mod=lambda s, b, h, i, j: s + table[i - j + 12])).lower(q).as_text()
-        for _ in range(2)
-    ]
-    assert found[0] == found[1]
-    other = table + 1
-    text = jax.jit(lambda q: ours(q, k, v, score_mod=lambda s, b, h, i, j: s + other[i - j + 12])).lower(q).as_text()
-    assert text != found[0]
+    call = jax.jit(lambda q, table: ours(q, k, v, score_mod=lambda s, b, h, i, j: s + table[i - j + 12]))
+    first, second = call(q, table), call(q, 2 * table)
+    assert call._cache_size() == 1 and not np.array_equal(first, second)
+    np.testing.assert_array_equal(second, ours(q, k, v, score_mod=lambda s, b, h, i, j: s + (2 * table)[i - j + 12]))
+
+
+SLOPES, NUMBERS = draw(4, seed=7), np.arange(ROWS + KEYS) % 3
+
+
+def learned(q: Any, table: Any, factor: Any, k: Any, v: Any) -> Any:
+    """By a score function of one array twice, one of no axes, and numbers that have no gradient."""
+
+    def score_mod(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+        return s * factor + table[h, i - j + KEYS] * NUMBERS[i] + table[h, j]
+
+    return ours(q, k, v, score_mod=score_mod)
+
+
+def written_out(q: Any, table: Any, factor: Any, k: Any, v: Any) -> Any:
+    s = jnp.einsum("btnh,bsnh->bnts", q, jnp.repeat(k, q.shape[2] // k.shape[2], 2)) / q.shape[-1] ** 0.5
+    i, j = jnp.arange(q.shape[1])[:, None], jnp.arange(k.shape[1])[None, :]
+    s = s * factor + table[:, i - j + KEYS] * jnp.asarray(NUMBERS)[i] + table[:, j]
+    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(s), jnp.repeat(v, q.shape[2] // v.shape[2], 2))
+
+
+@pytest.mark.parametrize("way", ["eager", "jit", "vmap"])
+def test_gradients_of_what_a_function_captured(way: str) -> None:
+    q, k, v = inputs()
+    table, factor = draw(q.shape[2], ROWS + KEYS + 1, seed=3), jnp.asarray(0.7)
+
+    def gradients(call: Any) -> Any:
+        if way == "vmap":
+            loss = lambda q, t, f: jax.vmap(lambda t: call(q, t, f, k, v))(jnp.stack((t, 2 * t)))  # noqa: E731
+        else:
+            loss = lambda q, t, f: call(q, t, f, k, v)  # noqa: E731
+        found = jax.grad(lambda *x: (loss(*x) ** 2).sum(), (0, 1, 2))
+        return (jax.jit(found) if way == "jit" else found)(q, table, factor)
+
+    for got, want in zip(gradients(learned), gradients(written_out), strict=True):
+        assert got.shape == want.shape and got.dtype == want.dtype
+        np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-5)
+
+
+def test_a_traced_array_goes_to_no_other_door() -> None:
+    x = np.ones((1, 1, 3, 4), np.float32)
+    with pytest.raises(SpecError, match="^bias: got an array on a trace of JAX, expected one in CPU memory"):
+        jax.jit(lambda t: flashtile.attention(x, x, x, bias=t))(jnp.ones((3, 3)))
+
+
+@pytest.fixture
+def entered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one whenever XLA enters Python, as it does once to ask a new function for its version."""
+    frames: list[int] = []
+    read = xla._frame
+
+    def noting(address: int) -> Any:
+        frames.append(address)
+        return read(address)
+
+    monkeypatch.setattr(xla, "_frame", noting)
+    return frames
+
+
+@pytest.mark.parametrize("case", ["plain", "causal", "scale", "window"])
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16"])
+def test_small_calls_need_no_python(case: str, storage: str, entered: list[int]) -> None:
+    q, k, v = inputs(storage)
+    options, same = (make() for make in CASES[case])
+    call = jax.jit(lambda q, k, v: ours(q, k, v, **options, return_residual=True))
+    call(q, k, v)
+    entered.clear()
+    o, lse = call(q, k, v)
+    assert not entered
+    align = {"align": "top_left"} if case in ("causal", "window") else {}
+    want = flashtile.attention(*map(swapped, (q, k, v)), **same, **align, return_lse=True)
+    np.testing.assert_array_equal(swapped(o), want[0])
+    np.testing.assert_array_equal(lse.swapaxes(1, 2), want[1])
+
+
+def test_what_machine_code_was_not_made_for_goes_to_python(entered: list[int]) -> None:
+    """Axes of vmap, options of the score, calls for several threads."""
+    q, k, v = inputs()
+    stacked = [jnp.stack((x, 2 * x)) for x in (q, k, v)]
+    big = draw(1, 512, 8, 64)
+    mapped, others = jax.jit(jax.vmap(ours)), (lambda: ours(q, k, v, softcap=1.0), lambda: ours(big, big, big))
+    for call in (lambda: mapped(*stacked), *others):
+        call()
+        entered.clear()
+        call()
+        assert len(entered) == 1
+    for n, one in enumerate(zip(*stacked, strict=True)):
+        np.testing.assert_array_equal(mapped(*stacked)[n], ours(*one))
+
+
+def test_a_failure_of_machine_code_is_told_by_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashtile import xla_native
+
+    q, k, v = (x[:, :5] for x in inputs())
+    make, told = xla_native.handler, []
+    failing = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * 4)(lambda *call: told.append(call) or 7)
+
+    def broken(call: Any, *rest: Any) -> Any:
+        return make(dataclasses.replace(call, alone=call.alone._replace(function=failing)), *rest)
+
+    monkeypatch.setattr(xla_native, "handler", broken)
+    got = ours(q, k, v)
+    assert told
+    np.testing.assert_array_equal(swapped(got), flashtile.attention(*map(swapped, (q, k, v))))
 
 
 @pytest.mark.parametrize(("batch", "rows", "keys"), [(0, 3, 3), (2, 0, 3), (2, 3, 0)])
@@ -238,8 +339,6 @@ def test_wrong_shapes() -> None:
         ours(q[..., 0, 0], k, v)
     with pytest.raises(SpecError, match="dtype"):
         ours(q.astype(jnp.bfloat16), k, v)
-    with pytest.raises(SpecError, match=r"score_mod: .*got a .*Tracer, expected an array in CPU memory"):
-        jax.jit(lambda t: ours(q, k, v, score_mod=lambda s, b, h, i, j: s + t[j]))(draw(KEYS))
     with pytest.raises(SpecError, match="^scale: got a .*Tracer, expected a number, known while tracing"):
         jax.jit(lambda t: ours(q, k, v, scale=t))(0.5)
 
@@ -249,12 +348,15 @@ def test_an_error_of_a_run_is_xlas_with_our_text(error: Exception, monkeypatch: 
     def fail(*args: Any, **options: Any) -> Any:
         raise error
 
+    def call(q: Any, k: Any, v: Any) -> Any:  # not by machine code alone
+        return ours(q, k, v, softcap=2.0)
+
     monkeypatch.setattr(flashtile.jax, "lookup", fail)
     text = "INVALID_ARGUMENT: q: got this, expected that" if isinstance(error, SpecError) else type(error).__name__
     with pytest.raises(jax.errors.JaxRuntimeError, match=text):
-        jax.block_until_ready(jax.jit(ours)(*inputs()))
+        jax.block_until_ready(jax.jit(call)(*inputs()))
     monkeypatch.undo()
-    assert jax.block_until_ready(jax.jit(ours)(*inputs())).shape == (BATCH, ROWS, HEADS, 8)
+    assert jax.block_until_ready(jax.jit(call)(*inputs())).shape == (BATCH, ROWS, HEADS, 8)
 
 
 def test_many_threads() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from inputs import numpy_dtype
-from nntile_problem import LSE, MASK, VALID, K, Problem, Q
+from nntile_problem import LSE, MASK, TILES, VALID, BackwardProblem, K, Problem, Q
 
 from flashtile import nntile
 from flashtile.errors import SpecError
@@ -95,3 +95,61 @@ def test_bad_arguments(change: dict[str, Any], expected: str) -> None:
     with pytest.raises(SpecError) as raised:
         nntile.flash_sdpa_fwd(*arrays, **given)
     assert str(raised.value).startswith(expected), raised.value
+
+
+# Gradients
+
+
+@pytest.mark.parametrize(
+    ("name", "mask", "options"),
+    [
+        ("fp64", "own", {}),
+        ("fp32", None, {"causal": True}),
+        ("fp32_fast_tf32", "bool", {}),
+        ("fp32_fast_fp16", None, {}),
+        ("fp32_fast_bf16", None, {"window": (40, 10)}),
+        ("fp16", "float32", {}),
+        ("bf16", "bool", {"causal": True, "window": (60, -1)}),
+    ],
+    ids=str,
+)
+def test_gradients_of_every_dtype_and_mask(name: str, mask: str | None, options: dict[str, Any]) -> None:
+    """Key tile by key tile, summed in float32 where that is wider."""
+    stored, precision = nntile.DTYPE_NAMES[name]
+    problem = BackwardProblem(stored, mask, wide=True, precision=precision, align=90, **options)
+    problem.run(dtype=name, first_query=90, **options)
+    problem.check()
+
+
+@pytest.mark.parametrize("narrow", ["float16", "bfloat16"])
+def test_gradients_in_16_bits_round_once_a_call(narrow: str) -> None:
+    wide, own = BackwardProblem(narrow, wide=True), BackwardProblem(narrow)
+    wide.run()
+    own.run()
+    for name in ("dq", "dk", "dv"):
+        exact, rounded = getattr(wide, name), getattr(own, name).astype("float32")
+        calls = TILES if name == "dq" else 1
+        assert np.abs(rounded - exact).max() <= calls * 0.5 * ulp(np.abs(exact).max(), narrow) * 1.01
+
+
+GRADIENTS = np.zeros((8, 6, 2, 1, 3), "float16", order="F")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"dK": np.zeros((8, 5, 2, 1, 3), "float16", order="F")}, r"dK: got shape \(8, 5, 2, 1, 3\)"),
+        ({"dQ": np.zeros((8, 6, 2, 1, 3), "float64", order="F")}, "dQ: got dtype float64, expected float16 or float32"),
+        ({"dA": np.zeros((8, 6, 2, 1, 3), "float32", order="F")}, "dA: got dtype float32, expected float16"),
+        ({"dV": np.zeros((8, 6, 2, 1, 3), "float16")}, "dV: got strides .*, expected a Fortran-ordered array"),
+        ({"dV": GRADIENTS}, "dK: got an array within the memory that dV spans, expected memory of its own"),
+    ],
+)
+def test_gradients_refuse_what_does_not_fit(changed: dict[str, Any], message: str) -> None:
+    given = {name: GRADIENTS.copy("F") for name in ("K", "Q", "V", "A", "dA", "dK", "dQ")}
+    given |= {"dV": GRADIENTS.copy("F"), "mask": None, "logsumexp": np.zeros((6, 2, 1, 3), "float32", order="F")}
+    given |= changed
+    if given["dV"] is GRADIENTS:
+        given["dK"] = GRADIENTS
+    with pytest.raises(SpecError, match=message):
+        nntile.flash_sdpa_bwd(**given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from inputs import Shape, uniform
 
 import flashtile
+from flashtile.calls import Options, describe
 from flashtile.errors import SpecError, UnavailableError
 from flashtile.score.options import ScoreOptions
 
@@ -18,7 +20,8 @@ import flashtile.devices  # noqa: E402
 import flashtile.kernels.vanilla  # noqa: E402
 import flashtile.owners  # noqa: E402
 import flashtile.torch  # noqa: E402  (after torch is known to be there)
-from flashtile.torch.tensors import OTHER  # noqa: E402
+from flashtile.owners import Torch  # noqa: E402
+from flashtile.torch.tensors import ON_GPU, OTHER  # noqa: E402
 
 sdpa = torch.nn.functional.scaled_dot_product_attention
 
@@ -339,27 +342,22 @@ def test_tensors_on_a_gpu_go_to_their_own_call_with_every_option(
     q, k, v = tensors(Shape(2, 2, 2, 9, 9, 8, 8))
     calls = 0
 
-    def attend_on_host(
-        owner: Any,
-        inputs: Any,
-        options: Any,
-        scores: Any,
-        offsets: Any,
-        return_lse: bool,
-        progress: Any,
-        out: Any,
-        check: Any,
-    ) -> Any:
-        nonlocal calls
-        calls += 1
-        given = {**options._asdict(), **({} if scores is None else vars(scores)), "out": out, "progress": progress}
-        if offsets is not None:
-            given["align"] = offsets
-        assert given.pop("keep", None) is None
-        plain = {name: x.numpy() if torch.is_tensor(x) else x for name, x in given.items()}
-        o, lse = flashtile.attention(*(x.numpy() for x in inputs), **plain, return_lse=True)
-        return torch.from_numpy(o), torch.from_numpy(lse) if return_lse else None
+    class OnHost(Torch):
+        def current(self, x: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return contextlib.nullcontext()
 
+        def stream(self, x: Any) -> int:
+            return 0
+
+        def upload(self, array: np.ndarray, like: Any) -> Any:
+            return torch.from_numpy(array.copy())
+
+        def out_of_memory(self) -> Any:
+            return (MemoryError,)
+
+    owner = OnHost()
     options: list[dict[str, Any]] = [{}, {"return_lse": True}, {"softcap": 3.0, "sinks": torch.ones(2)}]
     if sdpa_door:
         options += [{"attn_mask": torch.ones(9, 9).tril().bool()}, {"attn_mask": torch.rand(9, 9)}, {"is_causal": True}]
@@ -369,24 +367,33 @@ def test_tensors_on_a_gpu_go_to_their_own_call_with_every_option(
     for option in options:
         want = attend(q, k, v, **option)
         with monkeypatch.context() as patch:
-            patch.setattr(flashtile.devices, "attend", attend_on_host)
+            patch.setattr(flashtile.devices, "owner_of", lambda library: owner)
             for door in (flashtile.torch.attend, flashtile.torch.sdpa):
                 patch.setattr(door, "kind_of", lambda *tensors: OTHER)
-                patch.setattr(door, "way", lambda **tensors: flashtile.torch.eager.attend_on_device)
+                patch.setattr(door, "kind_of_others", lambda **tensors: ON_GPU)
             got = attend(q, k, v, **option)
         for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (got, want)), strict=True):
             assert torch.equal(a, b)
-    assert calls == len(options)
+    assert calls == len(options) + sum(map(_changes_scores, options)), "once to trace, once to run"
 
 
-def test_a_function_that_reads_a_recorded_tensor_is_refused_on_a_gpu() -> None:
-    """Its gradient would be lost without a word; the check comes before the device is touched."""
+def _changes_scores(option: dict[str, Any]) -> bool:
+    return not option.keys().isdisjoint(("softcap", "attn_mask"))
+
+
+def test_a_function_that_reads_a_recorded_tensor_takes_the_operator_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradient would be lost without a word; that is seen before the device is touched."""
     q, k, v = tensors(Shape(1, 2, 2, 4, 4, 8, 8))
     weight = torch.ones(2, requires_grad=True)
-    scores = ScoreOptions(score_mod=lambda s, b, h, i, j: s * weight[h])
-    options = (False, None, None, None, "ieee", "auto", "auto")
-    with pytest.raises(UnavailableError, match="reads a tensor that requires grad"):
-        flashtile.torch.eager.attend_on_device(q, k, v, options, scores)
+    owner = Torch()
+    monkeypatch.setattr(owner, "current", lambda x: contextlib.nullcontext())
+    monkeypatch.setattr(owner, "stream", lambda x: 0)
+    monkeypatch.setattr(flashtile.devices, "owner_of", lambda library: owner)
+    for given in ({"score_mod": lambda s, b, h, i, j: s * weight[h]}, {"sinks": weight}):
+        request = describe(q, tuple(vars(ScoreOptions(**given)).values()), Options())
+        weight.grad = None
+        flashtile.torch.attend.attend(ON_GPU, q, k, v, request, False).sum().backward()
+        assert weight.grad is not None and weight.grad.any()
 
 
 sdpa_here = flashtile.torch.scaled_dot_product_attention

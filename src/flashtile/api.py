@@ -1,4 +1,4 @@
-"""`flashtile.attention`: the whole flow in one screen, from arrays to the kernel that attends them."""
+"""`flashtile.attention`: described here, looked up, prepared and run by `calls`, which shows the flow in one screen."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from flashtile.arrays import address_of, device_of, is_torch, plain
-from flashtile.calls import Options, as_key, check_apart, clear_cache, lookup, prepare, split_align
+from flashtile.arrays import device_of, is_lazy, is_torch, plain
+from flashtile.calls import NUMPY, attend, clear_cache, describe
 from flashtile.checks import check_flag
 from flashtile.errors import wrong
 from flashtile.hints import check_keywords
-from flashtile.progress import reporter
 from flashtile.score.keep import keep_of
-from flashtile.score.options import ScoreOptions
 from flashtile.signature import Align, Engine, Kernel, Precision, Progress, Window
 
 __all__ = ["attention", "clear_cache"]
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
 
     from flashtile.signature import D, Keywords, Lse, Other, Plain, S
 
-ndarray, empty = np.ndarray, np.empty
+ndarray = np.ndarray
 
 
 @overload
@@ -73,6 +71,7 @@ def attention(
     engine: Engine = "auto",
     progress: Progress = None,
     out: Any = None,
+    memory_limit: int | None = None,
     **unknown: Any,
 ) -> Any:
     """Exact attention: softmax(scale * q k^T) v, without storing the scores.
@@ -91,6 +90,8 @@ def attention(
               kernel, engine  a name, or "auto" for the fastest that can do the call; see `flashtile.explain`.
               progress  a function (done, total) called on this thread about ten times a second; True shows a bar.
               out       an array for o, that shares no memory with the inputs.
+              memory_limit  bytes that a call on arrays in files may take (docs, "Larger than memory"), by
+                        engine="starpu"; out is then also the name of an .npy file.
               mask      which keys a row may see: a boolean array that broadcasts to (B, H, S_q, S_kv), True = attend;
                         a mask of `flashtile.score`, composed with & | ~; or a function (b, h, i, j) -> bool.
               bias      a float array that broadcasts to (B, H, S_q, S_kv), added to the scores; -inf hides.
@@ -114,45 +115,25 @@ def attention(
     >>> flashtile.attention(x, x, x, causal=True).shape
     (1, 8, 512, 64)
     """
-    if unknown or not (type(q) is type(k) is type(v) is ndarray):
+    if unknown or memory_limit is not None or not (type(q) is type(k) is type(v) is ndarray):
         return _attend_others(**locals())
     if type(return_lse) is not bool:
         check_flag("return_lse", return_lse)
-    keep = None if seed is None and type(dropout_p) is float and dropout_p == 0 else keep_of(dropout_p, seed)
-    offsets = target = target_key = spec = scoring = None
-    if align is not None:
-        align, offsets = split_align(align, q.shape)
-    if out is not None:
-        target = plain(out, "out")
-        target_key = target.shape, target.strides, target.dtype
-    options = causal, as_key(window), align, scale, precision, kernel, engine
-    views = q.shape, q.strides, q.dtype, k.shape, k.strides, k.dtype, v.shape, v.strides, v.dtype
-    key: tuple[Any, ...] = (views, target_key, options)
-    if not (mask is bias is score_mod is softcap is alibi_slopes is sinks is keep is None):
-        scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks, keep)
-        spec, scoring = Options(*options).scored(scores, q, k, v, offsets)
-        key += spec.program, spec.sinks, spec.dropout
-    call = lookup(key) or prepare(key, q, k, v, target, Options(*options), spec)
-    report = None if progress is None else reporter(progress)
-    q_at, k_at, v_at = address_of(q), address_of(k), address_of(v)
-    if target is None:
-        out = target = empty(call.o_shape, q.dtype)
-    elif not target.flags.writeable:
+    if out is not None and not plain(out, "out").flags.writeable:
         raise wrong("out", "a read-only array", "a writable one")
-    else:
-        check_apart(call, address_of(target), q_at, k_at, v_at)
-    lse = empty(call.lse_shape, call.lse_dtype) if return_lse else None
-    lse_at = 0 if lse is None else address_of(lse)
-    offsets_at = 0 if offsets is None or call.spec.offset is not None else address_of(offsets)
-    params = call.pack(q_at, k_at, v_at, address_of(target), lse_at, offsets_at, scoring)
-    call.run(params, report)
-    return out if lse is None else (out, lse)
+    scores = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed)
+    options = causal, window, align, scale, precision, kernel, engine
+    return attend(NUMPY, q, k, v, describe(q, scores, options), return_lse, progress, out)
 
 
-def _attend_others(q: Any, k: Any, v: Any, *, unknown: dict[str, Any], **keywords: Any) -> Any:
-    """Refuse unknown keywords; hand torch tensors to their door, arrays on a GPU to its own call, JAX's to be lent, and
-    subclasses of ndarray back to attention as plain arrays."""
+def _attend_others(q: Any, k: Any, v: Any, *, unknown: dict[str, Any], memory_limit: Any, **keywords: Any) -> Any:
+    """Refuse unknown keywords; hand torch tensors to their door, arrays on a GPU to its own call, Dask's and stored
+    ones to the graph's, JAX's to be lent, and subclasses of ndarray back to attention as plain arrays."""
     check_keywords(attention, unknown)
+    if memory_limit is not None:
+        from flashtile import outofcore
+
+        return outofcore.attention(q, k, v, memory_limit=memory_limit, **keywords)
     if any(map(is_torch, (q, k, v))):
         import flashtile.torch
 
@@ -161,6 +142,10 @@ def _attend_others(q: Any, k: Any, v: Any, *, unknown: dict[str, Any], **keyword
         from flashtile import devices
 
         return devices.attention(q, k, v, **keywords)
+    if any(map(is_lazy, (q, k, v))):
+        from flashtile import lazy
+
+        return lazy.attention(q, k, v, **keywords)
     if type(q).__module__.partition(".")[0] in ("jax", "jaxlib"):
         from flashtile import devices
 

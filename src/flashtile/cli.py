@@ -9,27 +9,18 @@ import operator
 import sys
 import time
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any
 
 import numpy as np
 
 import flashtile
-from flashtile import threads
+from flashtile import flags
 from flashtile.errors import FlashtileError, KernelError, UnavailableError, wrong
-from flashtile.signature import Alignment, Engine, Kernel, Precision
+from flashtile.flags import ARRAY_OPTIONS, BAD_INPUT
 
-OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, INTERRUPTED = 0, 1, 130
 
-# Options that name an .npy file, and what is in it.
-ARRAY_OPTIONS = {
-    "mask": "booleans that broadcast to (B, H, S_q, S_kv): True = attend",
-    "lengths": "integers (B,): the keys of each sequence from here on are padding",
-    "documents": "integers (S,) or (B, S): a row sees the keys of its own document",
-    "bias": "floats that broadcast to (B, H, S_q, S_kv), added to the scores",
-    "alibi_slopes": "floats (H,) or (B, H)",
-    "sinks": "floats (H,) or (B, H)",
-}
-MASKS = {  # those of them that hide keys, and intersect
+MASKS = {  # of the arrays those that hide keys, and intersect
     "mask": flashtile.score.dense,
     "lengths": flashtile.score.padding,
     "documents": flashtile.score.document,
@@ -41,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     Wrong options exit with code 2 through SystemExit, as argparse does.
     """
-    parser = _parser()
+    parser = flags.parser(demo, run, bench, explain, doctor, starpu, mpi, aot)
     if not (sys.argv[1:] if arguments is None else arguments):
         parser.print_help(sys.stderr)
         return BAD_INPUT
@@ -143,10 +134,52 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def starpu(options: argparse.Namespace) -> int:
-    """Compile the binding of the StarPU engine against the installed StarPU."""
+    """The StarPU engine: compile its binding, or simulate a call over many ranks."""
+    if options.action == "simulate":
+        return _simulate(options)
     from flashtile.engines.starpu import build, report
 
     print(f"{build.build(force=True)}: {report.remark()}")
+    return OK
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    """Print what calls over so many ranks would take, and draw them."""
+    from flashtile import scaling
+
+    most = max(options.ranks)
+    names = (
+        "heads",
+        "kv_heads",
+        "head_size",
+        "dtype",
+        "window",
+        "tile",
+        "order",
+        "exchange",
+        "workers",
+        "rate",
+        "busy",
+    )
+    keywords = {name: getattr(options, name) for name in names} | {"causal": not options.full}
+    keywords |= {"bandwidth": options.bandwidth * 1e9, "latency": options.latency * 1e-6}
+    if keywords["window"] is not None:
+        keywords["window"] = tuple(keywords["window"])
+
+    def found(distribution: str) -> list[scaling.Simulation]:
+        of = [(n, round(options.seq * (n / most) ** 0.5) if options.weak else options.seq) for n in options.ranks]
+        return [scaling.simulate(n, length, distribution=distribution, **keywords) for n, length in of]
+
+    if options.plot is not None:
+        curves = {name: found(name) for name in ("zigzag", "contiguous")}
+        simulations = curves[options.distribution]
+        grows = "with the root of the ranks, to" if options.weak else "of"
+        scaling.plot(
+            options.plot, curves, f"{options.heads} heads, D = {options.head_size}, rows {grows} {options.seq}"
+        )
+    else:
+        simulations = found(options.distribution)
+    print("\n\n".join(map(str, simulations)))
     return OK
 
 
@@ -240,7 +273,7 @@ def _outputs(options: argparse.Namespace, wrt: list[str]) -> tuple[Path, dict[st
 
 
 def _keywords(options: argparse.Namespace) -> dict[str, Any]:
-    """The keywords of flashtile.attention that _add_attention_options offers."""
+    """The keywords of flashtile.attention that `flags` offers."""
     from flashtile.arrayfiles import open_npy
 
     names = ("causal", "window", "align", "softcap", "scale", "precision", "kernel", "engine")
@@ -250,162 +283,3 @@ def _keywords(options: argparse.Namespace) -> dict[str, Any]:
     arrays = {name: open_npy(path) for name in ARRAY_OPTIONS if (path := getattr(options, name)) is not None}
     masks = [MASKS[name](arrays.pop(name)) for name in MASKS if name in arrays]
     return {**keywords, **arrays, **({"mask": functools.reduce(operator.and_, masks)} if masks else {})}
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line; --help has the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(BAD_INPUT, f"{self.prog}: error: {message}\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="flashtile", description="Exact flash attention on tiles.")
-    parser.add_argument("--version", action="version", version=f"flashtile {flashtile.__version__}")
-    commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
-
-    def add(command: Any) -> argparse.ArgumentParser:
-        summary = command.__doc__.strip()
-        sub = commands.add_parser(command.__name__, help=summary, description=summary)
-        sub.set_defaults(command=command)
-        return sub
-
-    _add_demo_options(add(demo))
-    _add_run_options(add(run))
-    sub = add(bench)
-    sub.add_argument("--shape", type=_numbers, metavar="B,H,S,D", help="measure every dtype at this shape instead")
-    sub.add_argument("--backward", action="store_true", help="measure the gradients of q, k and v instead")
-    _add_threads(sub)
-    _add_explain_options(add(explain))
-    add(doctor)
-    add(starpu).add_argument("action", choices=("build",), help="compile, whether or not it was compiled before")
-    _add_mpi_actions(add(mpi))
-    _add_aot_options(add(aot))
-    return parser
-
-
-def _add_demo_options(sub: argparse.ArgumentParser) -> None:
-    extent = sub.add_mutually_exclusive_group()
-    extent.add_argument("--size", type=int, metavar="N", help="crop of N x N pixels (default 352: 123,904 tokens)")
-    extent.add_argument("--full", action="store_true", help="the whole picture: 307,200 tokens, six times the work")
-    sub.add_argument("--sigma", type=float, help="standard deviation of the noise, where white is 1 (default 0.1)")
-    sub.add_argument("--seed", type=_natural, default=0, help="of the noise (default 0)")
-    sub.add_argument("-o", "--output", type=Path, default=Path("flashtile-demo"), help="folder (default %(default)s)")
-    sub.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
-    _add_threads(sub)
-
-
-def _add_run_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "inputs", nargs="+", type=Path, metavar="INPUT", help="one .npz with arrays q, k, v; or q.npy k.npy v.npy"
-    )
-    sub.add_argument("-o", "--output", type=Path, required=True, help="OUT.npy, or OUT.npz with the array o")
-    sub.add_argument(
-        "--overwrite", action="store_true", help="the output may have the name of an input, and replace it"
-    )
-    sub.add_argument("--return-lse", action="store_true", help="also write lse: into OUT.npz, or to OUT.lse.npy")
-    sub.add_argument(
-        "--backward", action="store_true", help="also write gradients: into OUT.npz as dq ..., or to OUT.dq.npy ..."
-    )
-    sub.add_argument(
-        "--do", type=Path, metavar="FILE.npy", help="the gradient that arrives at o (default: do in INPUT.npz)"
-    )
-    sub.add_argument(
-        "--wrt", type=_words, metavar="A,B", help="among q,k,v (default), bias, sinks, alibi_slopes: whose gradients"
-    )
-    sub.add_argument("-q", "--quiet", action="store_true", help="no progress bar, no summary")
-    _add_attention_options(sub)
-    _add_threads(sub)
-
-
-def _add_explain_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--shape", type=_numbers, required=True, metavar="B,H,S,D", help="of q; also H,S,D or S,D")
-    sub.add_argument("--s-kv", type=_natural, metavar="N", help="keys (default: as many as queries)")
-    sub.add_argument("--kv-heads", type=_natural, metavar="N", help="heads of k and v (default: as many as of q)")
-    sub.add_argument("--d-v", type=_natural, metavar="N", help="head size of v (default: as of q)")
-    sub.add_argument("--dtype", default="float32", help="float64, float32 (default), float16 or bfloat16")
-    sub.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:0 and so on")
-    sub.add_argument("--backward", action="store_true", help="of its gradients instead")
-    _add_attention_options(sub)
-    _add_threads(sub)
-
-
-def _add_mpi_actions(sub: argparse.ArgumentParser) -> None:
-    actions = sub.add_subparsers(dest="action", metavar="ACTION", required=True)
-    start = actions.add_parser("run", help="start a Python program on ranks of this machine, through mpirun")
-    start.add_argument("-n", "--ranks", type=_natural, required=True, metavar="N", help="how many")
-    start.add_argument("program", type=Path, metavar="PROGRAM.py")
-    start.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="of the program")
-    actions.add_parser("doctor", help="what is missing, or what two ranks compute")
-
-
-def _add_aot_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--arch", type=_words, required=True, metavar="A,B", help="sm_80, sm_90, sm_100, ..., gfx942")
-    sub.add_argument("-o", "--output", type=Path, required=True, help="folder; each architecture has its own in it")
-    sub.add_argument("--dtype", type=_words, default=["bfloat16"], metavar="A,B", help="default bfloat16")
-    sub.add_argument("--head-size", type=_numbers, default=(64, 128), metavar="A,B", help="default 64,128")
-    sub.add_argument("--precision", default="ieee", help=f"of float32 inputs: {_names(Precision, 'ieee')}")
-    for option, default, content in (
-        ("--kernels", ["forward", "merge"], "of forward, merge, scores, softmax, output (default forward,merge)"),
-        ("--state", ["finished"], "what o and lse hold: finished (default), partial, carried"),
-        (
-            "--band",
-            ["band", "causal", "open"],
-            "band: causal and windowed calls; causal alone; open: no mask (default all)",
-        ),
-    ):
-        sub.add_argument(option, type=_words, default=default, metavar="A,B", help=content)
-    sub.add_argument("--any-alignment", action="store_true", help="addresses and strides need not be multiples of 16")
-
-
-def _add_attention_options(sub: argparse.ArgumentParser) -> None:
-    group = sub.add_argument_group("attention", "as the keywords of flashtile.attention; arrays from files, mapped")
-    group.add_argument("--causal", action="store_true")
-    group.add_argument("--window", type=int, nargs=2, metavar=("LEFT", "RIGHT"), help="-1 is open on that side")
-    group.add_argument("--align", type=_align, help=f"{_names(Alignment)}, or an integer")
-    for name, content in ARRAY_OPTIONS.items():
-        group.add_argument("--" + name.replace("_", "-"), type=Path, metavar="FILE.npy", help=content)
-    group.add_argument("--softcap", type=float, metavar="CAP", help="scores become CAP * tanh(score / CAP)")
-    group.add_argument("--scale", type=float, help="default 1 / sqrt(D)")
-    group.add_argument("--precision", default="ieee", help=f"of float32 inputs: {_names(Precision, 'ieee')}")
-    group.add_argument("--kernel", default="auto", help=_names(Kernel, "auto"))
-    group.add_argument("--engine", default="auto", help=_names(Engine, "auto"))
-
-
-def _add_threads(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--threads", type=_threads, metavar="N", help="default: the CPUs that this process may use")
-
-
-def _names(literal: Any, default: str = "") -> str:
-    """The names of a Literal, for help."""
-    return ", ".join(f"{name} (default)" if name == default else name for name in get_args(literal))
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    parts = text.split(",")
-    if not all(part.isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected numbers with commas, as 1,8,4096,64")
-    return tuple(map(int, parts))
-
-
-def _words(text: str) -> list[str]:
-    return [word for word in text.split(",") if word]
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 0")
-    return int(text)
-
-
-def _threads(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= threads.MOST:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer from 1 to {threads.MOST}")
-    return int(text)
-
-
-def _align(text: str) -> str | int:
-    try:
-        return int(text)
-    except ValueError:
-        return text

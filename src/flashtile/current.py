@@ -38,6 +38,13 @@ class Here:
             size = 1 if dtype == "uint8" else dtype_of(dtype).itemsize
             raise self._full(what, math.prod(shape) * size, cause) from cause
 
+    def zeros(self, shape: tuple[int, ...], dtype: str, what: str) -> Any:
+        """A new array of zeros. Raises: as empty."""
+        try:
+            return self.owner.zeros(shape, dtype, self.like)
+        except self.owner.out_of_memory() as cause:
+            raise self._full(what, math.prod(shape) * dtype_of(dtype).itemsize, cause) from cause
+
     def upload(self, array: np.ndarray, what: str) -> Any:
         """A copy of a host array. Raises: as empty."""
         try:

@@ -7,20 +7,23 @@ uses it has yet to run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import replace
+from collections.abc import Collection, Hashable, Mapping
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 
-from flashtile.arrays import device_of
-from flashtile.calls import CACHE_ENTRIES, Call, Options, as_key, check_apart, lookup, prepare, split_align
+from flashtile import calls
+from flashtile.arrays import View, device_of
+from flashtile.calls import Call, Options, Request, Scored, describe
+from flashtile.calls.backward import Memory
 from flashtile.checks import check_flag
 from flashtile.current import Here, calling
 from flashtile.dtypes import DTYPES
 from flashtile.errors import wrong
+from flashtile.kernels import Family
+from flashtile.kernels.gradients import Sums
 from flashtile.owners import LENDERS, Owner, borrow, give_back, hold, library_of, owner_of
-from flashtile.progress import reporter
 from flashtile.score.capture import ArrayCapture, capture, is_array
 from flashtile.score.keep import keep_of
 from flashtile.score.options import ScoreOptions, Scoring
@@ -28,28 +31,7 @@ from flashtile.spec import AttentionSpec
 
 
 def attention(
-    q: Any,
-    k: Any,
-    v: Any,
-    *,
-    mask: Any,
-    bias: Any,
-    score_mod: Any,
-    causal: bool,
-    window: Any,
-    align: Any,
-    softcap: Any,
-    alibi_slopes: Any,
-    sinks: Any,
-    scale: Any,
-    dropout_p: float,
-    seed: int | None,
-    precision: str,
-    return_lse: bool,
-    kernel: str,
-    engine: str,
-    progress: Any,
-    out: Any,
+    q: Any, k: Any, v: Any, *, return_lse: bool, progress: Any, out: Any, dropout_p: float, seed: Any, **keywords: Any
 ) -> Any:
     """`flashtile.attention` where an input lies on a GPU: the same arguments, none left out.
 
@@ -58,22 +40,19 @@ def attention(
     Raises:   as flashtile.attention; KernelError if the device has no memory left, the library's error as its cause.
     """
     check_flag("return_lse", return_lse)
-    keep = keep_of(dropout_p, seed)
     library = one_library(q, k, v, out)
     owner = owner_of(library)
-    lent = q, k, v
-    if library != owner.name:
-        lent = borrow(owner, q), borrow(owner, k), borrow(owner, v)
-    offsets = scores = None
-    if align is not None:
-        align, offsets = split_align(align, tuple(q.shape))
-    given = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep
-    if any(x is not None for x in given):
-        scores = ScoreOptions(*(borrow(owner, x) if is_array(x) else x for x in given))
-    options = Options(causal, as_key(window), align, scale, precision, kernel, engine)
-    o, lse = attend(owner, lent, options, scores, offsets, return_lse, progress, out, held=library != "torch")
-    o = out if out is not None else give_back(library, o)
-    return (o, give_back(library, lse)) if return_lse else o
+    inputs = borrow(owner, q), borrow(owner, k), borrow(owner, v)
+    given = [keywords[x.name] for x in fields(ScoreOptions) if x.name != "keep"]
+    scores = *(borrow(owner, x) if is_array(x) else x for x in given), keep_of(dropout_p, seed)
+    request = describe(q, scores, tuple(keywords[x] for x in Options._fields))
+    # JAX's memory, lent, and CuPy's, of another stream, might be given to an operation that no one orders behind the
+    # kernels; with torch that is the caller's record_stream.
+    held = () if library == "torch" else (*inputs, request.scores)
+    found = attend(owner, *inputs, request, return_lse, progress, out, held=held)
+    results = found if return_lse else (found,)
+    results = tuple(x if x is out else give_back(library, x) for x in results)
+    return results if return_lse else results[0]
 
 
 def attention_lent(q: Any, k: Any, v: Any, *, out: Any, **keywords: Any) -> Any:
@@ -94,93 +73,91 @@ def attention_lent(q: Any, k: Any, v: Any, *, out: Any, **keywords: Any) -> Any:
     return jax.device_put(api.attention(*map(np.asarray, (q, k, v)), **keywords))
 
 
-def attend(
-    owner: Owner,
-    inputs: tuple[Any, Any, Any],
-    options: Options,
-    scores: ScoreOptions | None,
-    offsets: np.ndarray | None,
-    return_lse: bool,
-    progress: Any,
-    out: Any,
-    held: bool = False,
-    check: Callable[[Scoring], None] | None = None,
-) -> tuple[Any, Any]:
-    """`attention` of arrays of the owner's: the output, and lse or None. A repeated call finds itself by its key.
+def attend(owner: Owner, q: Any, *call: Any, held: tuple[Any, ...] = ()) -> Any:
+    """`calls.attend` of arrays of the owner's, on the device of q and its current stream.
 
-    held: the inputs live until the device has read them. JAX's memory, lent, and CuPy's, of another stream, might be
-    given to an operation that no one orders behind the kernels; with torch that is the caller's record_stream.
-    check: sees what the options capture before the device is touched.
+    held: what lives until the device has read it.
     """
-    q, k, v = inputs
-    key: tuple[Any, ...] = (owner.key(q), owner.key(k), owner.key(v), None if out is None else owner.key(out), options)
-    spec = scoring = None
-    if scores is not None:
-        plain = key, scores.positional
-        spec = _remembered(plain)
-        if spec is None:
-            spec = options.spec(owner.view(q), owner.view(k), owner.view(v), scores.positional)
-            if len(_specs) >= CACHE_ENTRIES:
-                _specs.clear()
-            _specs[plain] = spec
-        offset = offsets if spec.offset is None else spec.offset
-        spec, scoring = scores.scoring(spec, options.causal, options.window, offset)
-        if check is not None:
-            check(scoring)
-        key += spec.program, spec.sinks, spec.dropout
-    call = lookup(key)
-    if call is None and spec is None:  # checked before the device is touched
-        spec = options.spec(owner.view(q), owner.view(k), owner.view(v))
-    report = None if progress is None else reporter(progress)
     with calling(owner, q) as place:
-        if call is None:
-            target = None if out is None else owner.view(out)
-            call = prepare(key, owner.view(q), owner.view(k), owner.view(v), target, options, spec)
-        if scoring is not None and scoring.sinks is not None:
-            scoring = place_sinks(scoring, call.spec, owner)
+        arrays = OnDevice(place)
         try:
-            return run(call, place, inputs, out, offsets, scoring, return_lse, report)
+            return calls.attend(arrays, q, *call)
         finally:  # some kernels of a call that failed may be under way
-            if held:
-                hold(owner, *inputs, scores)
+            if held and arrays.read:
+                hold(owner, *held)
 
 
-# What was validated of calls before their options that change scores, which are validated at every call.
-_specs: dict[Hashable, AttentionSpec] = {}
+def scored(owner: Owner, q: Any, k: Any, v: Any, request: Request) -> Scored:
+    """`calls.scored` of arrays of the owner's."""
+    with calling(owner, q) as place:
+        return calls.scored(OnDevice(place), q, k, v, request)
 
 
-def _remembered(key: Hashable) -> AttentionSpec | None:
-    try:
-        return _specs.get(key)
-    except TypeError:  # an unhashable option is a wrong one; validation names it
-        return None
+def gradients(
+    owner: Owner,
+    family: Family,
+    spec: AttentionSpec,
+    given: Mapping[str, Any],
+    offset: Any,
+    scoring: Scoring,
+    wanted: Collection[str | int],
+    engine: str = "auto",
+) -> Sums:
+    """`calls.run_backward` of arrays of the owner's, on the current stream: the sums are arrays of the owner's, too."""
+    with calling(owner, given["q"]) as place:
+        arrays = OnDevice(place)
+        placed = arrays.reach(spec, None, scoring)[1]
+        memory = Memory(
+            zeros=lambda shape, dtype: place.zeros(shape, dtype.name, "a gradient"),
+            place=lambda array: place.upload(array, "align"),
+            address=owner.address,
+        )
+        return calls.run_backward(arrays, spec, family, engine, given, offset, placed, wanted, memory=memory)
 
 
-def run(
-    call: Call,
-    place: Here,
-    inputs: tuple[Any, Any, Any],
-    out: Any,
-    offsets: np.ndarray | None,
-    scoring: Scoring | None,
-    return_lse: bool,
-    report: Any,
-) -> tuple[Any, Any]:
-    """Launch a prepared call: its output, and lse or None."""
-    owner, spec = place.owner, call.spec
-    q_at, k_at, v_at = (owner.address(x) for x in inputs)
-    if out is None:
-        out = place.empty(call.o_shape, spec.dtype, "the output")
-    else:
-        check_apart(call, owner.address(out), q_at, k_at, v_at)
-    lse = place.empty(call.lse_shape, DTYPES[spec.dtype].accumulator, "lse") if return_lse else None
-    lse_at = 0 if lse is None else owner.address(lse)
-    offsets_at = 0
-    if offsets is not None and spec.offset is None:
-        on_device = place.upload(offsets, "align")
-        offsets_at = owner.address(on_device)
-    call.run(call.pack(q_at, k_at, v_at, owner.address(out), lse_at, offsets_at, scoring), report)
-    return out, lse
+class OnDevice:
+    """The arrays of one call on a GPU; see `calls.Arrays`."""
+
+    def __init__(self, place: Here) -> None:
+        self._place, self._owner = place, place.owner
+        self.read = False  # whether kernels may have been told where they lie
+        self._kept: Any = None  # what the launched kernels read, until the call's own memory was asked for
+
+    def key(self, q: Any, k: Any, v: Any, out: Any) -> Hashable:
+        key = self._owner.key
+        return key(q), key(k), key(v), None if out is None else key(out)
+
+    def view(self, x: Any) -> View:
+        return self._owner.view(x)
+
+    def strides(self, x: Any) -> Hashable:
+        return self._owner.key(x)
+
+    def output(self, call: Call, q: Any) -> Any:
+        return self._place.empty(call.o_shape, call.spec.dtype, "the output")
+
+    def lse(self, call: Call, q: Any) -> Any:
+        return self._place.empty(call.lse_shape, DTYPES[call.spec.dtype].accumulator, "lse")
+
+    def address(self, x: Any) -> int:
+        return self._owner.address(x)
+
+    def addresses(self, q: Any, k: Any, v: Any, o: Any) -> tuple[int, int, int, int]:
+        self.read = True
+        at = self._owner.address
+        return at(q), at(k), at(v), at(o)
+
+    def reach(self, spec: AttentionSpec, offsets: Any, scoring: Scoring | None) -> tuple[int, Scoring | None]:
+        """Offsets in a copy there; of sinks that lie on the device, too, as kernels read them: (B, H), in the
+        accumulator's dtype."""
+        offsets_at = 0
+        if offsets is not None and spec.offset is None:
+            self._kept = self._place.upload(offsets, "align")
+            offsets_at = self._owner.address(self._kept)
+        if scoring is not None and isinstance(scoring.sinks, ArrayCapture):
+            shape, dtype = (spec.batch, spec.heads), DTYPES[spec.dtype].accumulator
+            scoring = replace(scoring, sinks=capture(self._owner.spread(scoring.sinks.source, shape, dtype), "sinks"))
+        return offsets_at, scoring
 
 
 def one_library(q: Any, k: Any, v: Any, out: Any) -> str:
@@ -193,11 +170,3 @@ def one_library(q: Any, k: Any, v: Any, out: Any) -> str:
     if out is not None and library in LENDERS:
         raise wrong("out", f"an array of {LENDERS[library]}, whose arrays are not written to", "None")
     return library
-
-
-def place_sinks(scoring: Scoring, spec: AttentionSpec, owner: Owner) -> Scoring:
-    """Sinks that lie on the device as kernels read them: (B, H), in the accumulator's dtype."""
-    if not isinstance(scoring.sinks, ArrayCapture):
-        return scoring
-    whole = owner.spread(scoring.sinks.source, (spec.batch, spec.heads), DTYPES[spec.dtype].accumulator)
-    return replace(scoring, sinks=capture(whole, "sinks"))

@@ -85,7 +85,7 @@ def _products() -> list[Row]:
     asked = [(name, "ieee") for name in DTYPES] + [("float32", name) for name in PRECISIONS if name != "ieee"]
     rows = []
     for dtype, precision in asked:
-        choice = processors.choose(machine, dtype, precision, forced=isa.forced())
+        choice = processors.choose(machine, dtype, precision, forced=bool(isa.setting()))
         name = dtype if precision == "ieee" else f"{dtype}/{precision}"
         rows.append(("product", name, True, f"{choice.product.name}: {choice.why}"))
     return rows

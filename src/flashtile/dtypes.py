@@ -8,7 +8,6 @@ conversions at the end of this file.
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,9 +51,10 @@ def dtype_of(dtype: object, argument: str = "dtype") -> DType:
 
     Raises: SpecError, naming `argument`, for any other dtype and for a byte order that is not this machine's.
     """
-    row = _seen.get(dtype) if isinstance(dtype, Hashable) else None
-    if row is not None:
-        return row
+    try:
+        return _seen[dtype]
+    except (KeyError, TypeError):  # met for the first time, or not hashable, and so none of ours
+        pass
     if isinstance(dtype, np.dtype):
         name = dtype.name
         if not dtype.isnative:

@@ -11,7 +11,7 @@ import numpy as np
 
 from flashtile import kernels
 from flashtile.arrays import View, contiguous, device_of, is_torch, plain, view_of
-from flashtile.calls import Options, as_name, engine_of, split_align
+from flashtile.calls import Request, as_name, describe, engine_of
 from flashtile.checks import check_flag
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import wrong
@@ -24,7 +24,6 @@ from flashtile.score.coverage import Coverage as Map
 from flashtile.score.coverage import coverage as map_of
 from flashtile.score.expr import Expr, postorder
 from flashtile.score.keep import keep_of
-from flashtile.score.options import ScoreOptions, Scoring
 from flashtile.score.program import Program
 from flashtile.score.readable import mask_text, score_text
 from flashtile.signature import Align, Engine, Kernel, Precision, Window
@@ -150,20 +149,24 @@ def explain(
     17184063488
     """
     check_keywords(explain, (name for name in others if name not in _WITHOUT_EFFECT))
+    check_flag("backward", backward)
     k = q if k is None else k
     v = k if v is None else v
     views = [view_or_shape(x, argument, dtype, device) for argument, x in (("q", q), ("k", k), ("v", v))]
-    options = Options(causal, window, None, scale, precision, kernel, engine)
-    scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed))
-    spec, scoring, offsets = describe(views, options, align, scores)
-    check_flag("backward", backward)
-    direction = "backward" if backward else "forward"
-    chosen = engine_of(spec, engine)
-    family = kernels.pick(spec, as_name("kernel", kernel), direction)
-    able = family.capabilities(spec)
+    scores = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed)
+    request = describe(views[0], scores, (causal, window, align, scale, precision, kernel, engine))
+    return _explained(views, request, "backward" if backward else "forward")
+
+
+def _explained(views: Sequence[View], request: Request, direction: str) -> Explanation:
+    """What is to be said of a call that was described."""
+    (spec, scoring), options = request.of(*views), request.options
+    engine = engine_of(spec, options.engine)
+    family = kernels.pick(spec, as_name("kernel", options.kernel), direction)
+    able, backward = family.capabilities(spec), direction == "backward"
     prepared = (_prepared_backward if backward else _prepared)(spec, views, family, able)
     plan, program = prepared.plan, scoring.program
-    coverage = coverage_of(spec, plan, offsets)
+    coverage = coverage_of(spec, plan, offsets_of(spec, request))
     if program is not None and program.mask is not None:
         coverage = count_map(program, tile_map(program, spec, plan.tile_q, plan.tile_k))
     return Explanation(
@@ -172,7 +175,7 @@ def explain(
         variant=direction if backward and able.variant else able.variant,
         isa=able.isa,
         product=able.backward_product if backward else able.product,
-        engine=chosen.name,
+        engine=engine.name,
         threads=prepared.threads,
         plan=plan,
         coverage=coverage,
@@ -182,7 +185,7 @@ def explain(
         scratch_bytes=prepared.scratch_bytes,
         workspace_bytes=prepared.workspace_bytes,
         unfused_bytes=coverage.pairs * DTYPES[DTYPES[spec.dtype].accumulator].itemsize,
-        passed_over=_passed_over(spec, family.name, kernel, direction),
+        passed_over=_passed_over(spec, family.name, options.kernel, direction),
         notes=(*_notes(spec, able, program), *prepared.notes),
         direction=direction,
     )
@@ -226,14 +229,9 @@ def _prepared_backward(spec: AttentionSpec, views: Sequence[View], family: Famil
     return _Prepared(make_plan(spec, able), 0, 0, 1, (note,))
 
 
-def describe(
-    views: Sequence[View], options: Options, align: Any, scores: ScoreOptions
-) -> tuple[AttentionSpec, Scoring, list[int] | None]:
-    """Validate a call without its arrays: its spec, what changes its scores, and its offsets where they are (B,)."""
-    q, k, v = views
-    align, offsets = split_align(align, q.shape)
-    spec, scoring = options._replace(align=align).scored(scores, q, k, v, offsets)
-    return spec, scoring, None if offsets is None or spec.offset is not None else [int(x) for x in offsets]
+def offsets_of(spec: AttentionSpec, request: Request) -> list[int] | None:
+    """The offsets of batches where they decide which keys are visible."""
+    return None if request.offsets is None or spec.offset is not None else [int(x) for x in request.offsets]
 
 
 def tile_map(program: Program, spec: AttentionSpec, tile_q: int, tile_k: int) -> Map:

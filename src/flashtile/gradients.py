@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -10,15 +9,15 @@ from typing import Any, NoReturn
 import numpy as np
 
 from flashtile import engines, kernels
-from flashtile.arrays import address_of, is_torch, plain, view_of
-from flashtile.calls import Options, as_key, as_name, run_backward, split_align
+from flashtile.arrays import device_of, is_lazy, is_torch, plain, view_of
+from flashtile.calls import INPUTS, NUMPY, Request, as_name, describe, run_backward
 from flashtile.dtypes import DTYPES, dtype_of
-from flashtile.errors import wrong
+from flashtile.errors import UnavailableError, wrong
 from flashtile.hints import check_keywords
 from flashtile.kernels.gradients import Inputs, Sums
 from flashtile.score.capture import ArrayCapture, capture
 from flashtile.score.keep import keep_of
-from flashtile.score.options import ScoreOptions, Scoring
+from flashtile.score.options import Scoring
 from flashtile.spec import AttentionSpec
 
 SINGLE = ("q", "k", "v", "sinks")  # what is no array of the program
@@ -105,16 +104,20 @@ def attention_backward(
     Raises:  SpecError, UnavailableError before any memory is touched.
     Source:  Dao 2023, FlashAttention-2, section 3.1.2.
     """
-    check_keywords(attention_backward, unknown)
+    given = dict(locals())
+    check_keywords(attention_backward, given.pop("unknown"))
+    if any(device_of(x) != "cpu" and not is_torch(x) for x in (q, k, v)):
+        from flashtile import device_gradients
+
+        return device_gradients.attention_backward(**given)
     q, k, v = _array(q, "q"), _array(k, "k"), _array(v, "v")
-    offsets = None
-    if align is not None:
-        align, offsets = split_align(align, q.shape)
-    options = Options(causal, as_key(window), align, scale, precision, kernel, engine)
-    scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed))
-    problem = Problem.of((q, k, v), options, scores, offsets, wrt)
+    scores = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed)
+    options = causal, window, align, scale, precision, kernel, engine
+    request = describe(q, scores, options)
+    problem = Problem.of((q, k, v), request, wrt)
     inputs = _inputs(problem.spec, do, q, k, v, o, lse, dlse)
-    _check_out(out, accumulate, problem, (*inputs, offsets, None if sinks is None else capture(sinks, "sinks").array))
+    logits = None if sinks is None else capture(sinks, "sinks").array
+    _check_out(out, accumulate, problem, (*inputs, request.offsets, logits))
     engines.pick(as_name("engine", engine))
     family = kernels.pick(problem.spec, as_name("kernel", kernel), "backward")
     if family.compile_backward is not None:
@@ -134,16 +137,13 @@ class Problem:
     sources: list[tuple[str, Any]]  # everything whose gradient is asked for: q, ..., and "captured" as often as needed
 
     @classmethod
-    def of(
-        cls, inputs: tuple[Any, Any, Any], options: Options, scores: ScoreOptions, offsets: Any, wrt: Iterable[str]
-    ) -> Problem:
+    def of(cls, inputs: tuple[Any, Any, Any], request: Request, wrt: Iterable[str]) -> Problem:
         """Raises: SpecError."""
-        spec, scoring = options.scored(scores, *inputs, offsets)
+        spec, scoring = request.of(*inputs)
         given = dict(zip("qkv", inputs, strict=True))
-        given |= {"bias": scores.bias, "sinks": scores.sinks, "alibi_slopes": scores.alibi_slopes}
+        given |= {name: getattr(request.scores, name, None) for name in ("bias", "sinks", "alibi_slopes")}
         names = _names(wrt, given, scoring)
-        offset = offsets if spec.offset is None else spec.offset
-        return cls(spec, scoring, offset, names, _sources(names, given, scoring))
+        return cls(spec, scoring, request.offset(spec), names, _sources(names, given, scoring))
 
     @property
     def wanted(self) -> frozenset[str | int]:
@@ -163,6 +163,10 @@ class Problem:
         for name, source in self.sources:
             yield name, source, _sum_of(sums, name, source, self.scoring)
 
+    def gradients(self, sums: Sums) -> Gradients:
+        """All that is asked for, from sums, each in its array's dtype."""
+        return _finish(self, self.values(sums), None, False, {})
+
 
 def _inputs(spec: AttentionSpec, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dlse: Any) -> tuple[Any, ...]:
     """The arrays of a call, in the order of `kernels.backward.Inputs`. Raises: SpecError."""
@@ -181,6 +185,9 @@ def _inputs(spec: AttentionSpec, do: Any, q: Any, k: Any, v: Any, o: Any, lse: A
 def _array(x: Any, name: str) -> np.ndarray:
     if is_torch(x):
         raise wrong(name, "a torch tensor", "a NumPy array: tensors have their gradients by autograd")
+    if is_lazy(x):
+        got = f"a {type(x).__module__}.{type(x).__qualname__}"
+        raise UnavailableError(f"{name}: got {got}, expected a NumPy array: such arrays have no gradients yet")
     return plain(x, name)
 
 
@@ -285,20 +292,16 @@ def _run(
     problem: Problem, family: Any, engine: str, inputs: Sequence[Any], out: Gradients | None, accumulate: bool
 ) -> Gradients:
     """The gradients of a family that compiles its backward, which adds those of q, k and v to arrays."""
-    do, q, k, v, o, lse, dlse = inputs
-    arrays = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": np.ascontiguousarray(lse)}
-    if dlse is not None:
-        arrays["dlse"] = np.ascontiguousarray(dlse)
+    given = {name: x for name, x in zip(INPUTS, inputs, strict=True) if x is not None}
+    given |= {name: np.ascontiguousarray(given[name]) for name in ("lse", "dlse") if name in given}
     done: dict[str, Any] = {}
     for name, source in problem.sources:
         if name in ("q", "k", "v"):
             done[name] = np.zeros(source.shape, source.dtype) if out is None else _target(out, name, source)
             if out is not None and not accumulate:
                 done[name][...] = 0
-    arrays |= {f"d{name}": x for name, x in done.items()}
-    owner: dict[str, Any] = {"address": address_of, "strides": operator.attrgetter("strides")}
-    call = problem.spec, family, engine, arrays, problem.offset, problem.scoring, problem.wanted
-    sums = run_backward(*call, **owner)
+    given |= {f"d{name}": x for name, x in done.items()}
+    sums = run_backward(NUMPY, problem.spec, family, engine, given, problem.offset, problem.scoring, problem.wanted)
     rest = [(name, source) for name, source in problem.sources if name not in done]
     values = [(name, source, _sum_of(sums, name, source, problem.scoring)) for name, source in rest]
     return _finish(problem, values, out, accumulate, done)

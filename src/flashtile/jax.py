@@ -6,31 +6,34 @@ XLA calls back with the buffers of a call, where they lie: nothing is copied on 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import numbers
-import uuid
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flashtile import score, xla
+from flashtile import score, xla, xla_native
 from flashtile.api import attention
+from flashtile.arrays import View, contiguous
 from flashtile.calls import Call, Options, lookup, prepare
 from flashtile.checks import check_flag, integer
-from flashtile.errors import SpecError, UnavailableError, described, wrong
-from flashtile.gradients import Gradients, attention_backward
+from flashtile.errors import FlashtileError, SpecError, UnavailableError, described, wrong
+from flashtile.gradients import ByIdentity, Gradients, attention_backward
 from flashtile.hints import check_keywords
-from flashtile.score.capture import ArrayCapture
-from flashtile.score.expr import Expr
-from flashtile.score.mask import Score, as_mask, as_score
+from flashtile.score.capture import capture
+from flashtile.score.frozen import parse
+from flashtile.score.mask import as_mask, as_score
 
 __all__ = ["dot_product_attention"]
 
 FORWARD, BACKWARD = "flashtile_attention", "flashtile_attention_backward"
-DIFFERENTIABLE = "bias", "sinks"  # of the operands after query, key and value
+DIFFERENTIABLE = "bias", "sinks"  # of the operands after query, key and value; and these, by their numbers:
+LEARNED, READ = "learned ", "read "  # arrays that the score function captured, with a gradient or without
 
 
 def dot_product_attention(
@@ -59,8 +62,8 @@ def dot_product_attention(
     Options:  is_causal and local_window_size, (left, right) or one number for both, are anchored at the top left, as in
               JAX: row t stands at key t. mask (boolean, True = attend) and bias (added) broadcast to (B, N, T, S).
               query_seq_lengths, key_value_seq_lengths (B,): what is past a sequence's end is padding.
-              softcap, sinks, (N,) or (B, N), and score_mod as in `flashtile.attention`; arrays that score_mod captures
-              are constants. implementation must be None: flashtile is neither of JAX's two.
+              softcap, sinks, (N,) or (B, N), and score_mod as in `flashtile.attention`; float arrays that score_mod
+              captures have gradients, too. implementation must be None: flashtile is neither of JAX's two.
     Returns:  an array of query's dtype; with return_residual=True also lse, (B, T, N), float32 (float64 for float64),
               to which, as in JAX, no gradient flows.
     Numerics: as `flashtile.attention`; a row that sees no key gives 0, where JAX gives the mean of all values.
@@ -78,19 +81,17 @@ def dot_product_attention(
     if implementation is not None:
         raise UnavailableError(f"implementation: got {described(implementation)}, expected None: that is flashtile's")
     check_flag("return_residual", return_residual)
-    inputs = {"query": query, "key": key, "value": value}
-    arrays = [_array(name, x, ranks=(3, 4)) for name, x in inputs.items()]
-    if len({x.ndim for x in arrays}) > 1:
-        raise wrong("query, key, value", ", ".join(f"shape {x.shape}" for x in arrays), "as many axes in each")
-    single = arrays[0].ndim == 3
-    q, k, v = (x[None] if single else x for x in arrays)
+    arrays, single = _inputs({"query": query, "key": key, "value": value})
+    q, k, v = arrays
     shape = q.shape[0], q.shape[2], q.shape[1], k.shape[1]
+    rule = _Rule.of(score_mod, shape)
     given = {
         "bias": None if bias is None else _broadcast("bias", bias, shape),
         "mask": None if mask is None else _broadcast("mask", mask, shape),
         "query_seq_lengths": _lengths("query_seq_lengths", query_seq_lengths, shape),
         "key_value_seq_lengths": _lengths("key_value_seq_lengths", key_value_seq_lengths, shape),
         "sinks": _sinks(sinks, shape),
+        **rule.operands,
     }
     others = {name: x for name, x in given.items() if x is not None}
     call = _Call(
@@ -98,15 +99,27 @@ def dot_product_attention(
         is_causal=is_causal,
         window=_window(local_window_size),
         softcap=_number("softcap", softcap),
-        score_mod=None if score_mod is None else _remember(score_mod, shape),
+        score_mod=rule.text,
+        numbers=rule.numbers,
         operands=tuple(others),
     )
     call.check(q, k, v, shape)
     _register()
+    if call.plain:
+        call = replace(call, target=_target(call, tuple((tuple(x.shape), x.dtype) for x in (q, k, v))))
     o, lse = _attend(call, (q, k, v, *others.values()))
     lse = jax.lax.stop_gradient(lse).swapaxes(1, 2)
     o, lse = (o[0], lse[0]) if single else (o, lse)
     return (o, lse) if return_residual else o
+
+
+def _inputs(given: dict[str, Any]) -> tuple[list[Any], bool]:
+    """Query, key and value with four axes, and whether B was added. Raises: SpecError."""
+    arrays = [_array(name, x, ranks=(3, 4)) for name, x in given.items()]
+    if len({x.ndim for x in arrays}) > 1:
+        raise wrong("query, key, value", ", ".join(f"shape {x.shape}" for x in arrays), "as many axes in each")
+    single = arrays[0].ndim == 3
+    return [x[None] if single else x for x in arrays], single
 
 
 class _View(NamedTuple):
@@ -124,8 +137,19 @@ class _Call:
     is_causal: bool
     window: tuple[int, int] | None
     softcap: float | None
-    score_mod: str | None  # by the name that it is remembered by
+    score_mod: str | None  # as flashtile.score.freeze writes it
+    numbers: tuple[float, ...]  # that it captured
     operands: tuple[str, ...]  # after query, key and value
+    target: str = FORWARD  # the function that XLA calls
+
+    @property
+    def plain(self) -> bool:
+        """Whether it depends on nothing but shapes and addresses."""
+        return not self.operands and self.softcap is None and self.score_mod is None
+
+    @property
+    def options(self) -> Options:
+        return Options(self.is_causal, self.window, "top_left", self.scale)
 
     @property
     def text(self) -> str:
@@ -135,8 +159,8 @@ class _Call:
     @functools.lru_cache(maxsize=1024)
     def of(text: str) -> _Call:
         found = json.loads(text)
-        window = found["window"]
-        return _Call(**{**found, "window": window and tuple(window), "operands": tuple(found["operands"])})
+        lists: dict[str, Any] = {name: tuple(x) for name, x in found.items() if isinstance(x, list)}
+        return _Call(**(found | lists))
 
     @property
     def band(self) -> dict[str, Any]:
@@ -146,12 +170,21 @@ class _Call:
         """Raise SpecError now, while tracing, for what the run would refuse."""
         shapes = [_View((x.shape[0], x.shape[2], x.shape[1], x.shape[3]), x.dtype) for x in (q, k, v)]
         try:
-            options = Options(self.is_causal, self.window, "top_left", self.scale, "ieee", "auto", "auto")
-            options.spec(shapes[0], shapes[1], shapes[2])
+            self.options.spec(shapes[0], shapes[1], shapes[2])
             score.Program.of(shape, softcap=self.softcap)
         except SpecError as e:
             _spell(e)
             raise
+
+    @property
+    def differentiable(self) -> list[str]:
+        """The operands that have gradients."""
+        return [x for x in self.operands if x in DIFFERENTIABLE or x.startswith(LEARNED)]
+
+    @staticmethod
+    def captured(given: dict[str, Any]) -> tuple[Any, ...]:
+        """What the score function captured, in its order."""
+        return tuple(x for name, x in given.items() if name.startswith((LEARNED, READ)))
 
     def keywords(self, arrays: list[np.ndarray]) -> dict[str, Any]:
         """The call as flashtile.attention's keywords, from the arrays after query, key and value."""
@@ -171,7 +204,9 @@ class _Call:
             "bias": given.get("bias"),
             "sinks": given.get("sinks"),
             "softcap": self.softcap,
-            "score_mod": None if self.score_mod is None else _remembered[self.score_mod],
+            "score_mod": None
+            if self.score_mod is None
+            else score.thaw(self.score_mod, self.captured(given), self.numbers),
         }
 
 
@@ -184,7 +219,7 @@ def _attend(call: _Call, operands: tuple[Any, ...]) -> tuple[Any, Any]:
         jax.ShapeDtypeStruct((*q.shape[:-1], v.shape[-1]), q.dtype),
         jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), accumulator),
     )
-    o, lse = jax.ffi.ffi_call(FORWARD, shapes, vmap_method="expand_dims")(*operands, call=call.text)
+    o, lse = jax.ffi.ffi_call(call.target, shapes, vmap_method="expand_dims")(*operands, call=call.text)
     return o, lse
 
 
@@ -195,11 +230,9 @@ def _attend_recorded(call: _Call, operands: tuple[Any, ...]) -> Any:
 
 def _differentiate(call: _Call, kept: Any, given: Any) -> Any:
     operands, o, lse = kept
-    wanted = ["q", "k", "v", *(name for name in call.operands if name in DIFFERENTIABLE)]
-    places = [0, 1, 2, *(3 + n for n, name in enumerate(call.operands) if name in DIFFERENTIABLE)]
+    places = [0, 1, 2, *(3 + n for n, name in enumerate(call.operands) if name in call.differentiable)]
     shapes = [jax.ShapeDtypeStruct(operands[n].shape, operands[n].dtype) for n in places]
     found = jax.ffi.ffi_call(BACKWARD, shapes, vmap_method="expand_dims")(given[0], o, lse, *operands, call=call.text)
-    assert len(wanted) == len(found)
     gradients = dict(zip(places, found, strict=True))
     return (tuple(gradients.get(n) for n in range(len(operands))),)
 
@@ -229,30 +262,34 @@ def _forward(text: str, arguments: list[xla.Argument], results: list[xla.Argumen
 
 def _prepare(key: Any, call: _Call, arguments: list[xla.Argument], results: list[xla.Argument]) -> Call | None:
     """A call that depends on nothing but shapes and addresses, kept under the key; None for any other."""
-    if call.operands or call.softcap is not None or call.score_mod is not None or len(arguments[0].shape) != 4:
+    if not call.plain or len(arguments[0].shape) != 4:
         return None
-    options = Options(call.is_causal, call.window, "top_left", call.scale, "ieee", "auto", "auto")
     q, k, v, o = (x.array().swapaxes(1, 2) for x in (*arguments, results[0]))
-    return prepare(key, q, k, v, o, options)
+    return prepare(key, q, k, v, o, call.options)
 
 
 def _backward(text: str, arguments: list[xla.Argument], results: list[xla.Argument]) -> None:
     """The handler of BACKWARD."""
     call = _Call.of(text)
-    names = ["q", "k", "v", *(name for name in call.operands if name in DIFFERENTIABLE)]
+    names = ["q", "k", "v", *call.differentiable]
+    wrt = [name for name in names if not name.startswith(LEARNED)]
+    wrt += ["captured"] if len(wrt) < len(names) else []
     inputs, outputs = ([x.array() for x in given] for given in (arguments, results))
-    for mapped in np.ndindex(outputs[0].shape[:-4]):
+    for mapped in np.ndindex(outputs[0].shape[: outputs[0].ndim - 4]):
         do, o, lse, *operands = (_at(x, mapped) for x in inputs)
         do, q, k, v, o = (x.swapaxes(1, 2) for x in (do, *operands[:3], o))
-        targets: dict[str, Any] = dict(zip(names, (x[mapped] for x in outputs), strict=True))
+        targets: dict[str, Any] = {name: x[(*mapped, ...)] for name, x in zip(names, outputs, strict=True)}
         for name in "qkv":
             targets[name] = targets[name].swapaxes(1, 2)
-        keywords = call.keywords(operands[3:])
-        attention_backward(do, q, k, v, o, lse, wrt=names, out=Gradients(**targets), **keywords)
+        given = dict(zip(call.operands, operands[3:], strict=True))
+        learned = ByIdentity((x, targets.pop(name)) for name, x in given.items() if name.startswith(LEARNED))
+        out = Gradients(**targets, captured=learned)
+        attention_backward(do, q, k, v, o, lse, wrt=wrt, out=out, **call.keywords(operands[3:]))
 
 
 def _at(x: np.ndarray, mapped: tuple[int, ...]) -> np.ndarray:
-    return x[tuple(n if size > 1 else 0 for n, size in zip(mapped, x.shape, strict=False))]
+    at: tuple[Any, ...] = tuple(n if size > 1 else 0 for n, size in zip(mapped, x.shape, strict=False))
+    return x[(*at, ...)]
 
 
 @functools.cache
@@ -266,40 +303,64 @@ def _register() -> list[Any]:
     return kept
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class _Traced(Score):
-    """A score function that was traced: what it captured was read then, as arrays of NumPy."""
+@functools.lru_cache(maxsize=1024)
+def _target(call: _Call, arrays: tuple[tuple[tuple[int, ...], Any], ...]) -> str:
+    """The function for a plain call of these shapes and dtypes: one that needs no Python, if the call is small enough,
+    by a name that says what it computes, since compiled programs may be kept on disk."""
+    (q, dtype), _, (v, _) = arrays
+    shapes = [*(shape for shape, _ in arrays), (*q[:-1], v[-1])]
+    try:
+        q_view, k_view, v_view, o_view = (_swapped(x, dtype) for x in shapes)
+        ready = prepare(("jax", call, arrays), q_view, k_view, v_view, o_view, call.options)
+        found = xla_native.handler(ready, shapes, _register()[0])
+    except FlashtileError:  # of this machine: the run tells of it
+        found = None
+    if found is None:
+        return FORWARD
+    name = f"{FORWARD}_{hashlib.blake2b(f'{call.text} {arrays}'.encode(), digest_size=12).hexdigest()}"
+    with _lock:
+        if name not in _native:
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(found), platform="cpu")
+            _native[name] = found
+    return name
 
-    traced: Expr | None = None
 
-    def expression(self, offset: Any = 0) -> Expr:
-        assert self.traced is not None
-        return self.traced
+_native: dict[str, Any] = {}  # functions that XLA may call, for good
+_lock = threading.Lock()
 
 
-# Score functions by names that no other process uses, since compiled programs may be kept on disk.
-_PROCESS = uuid.uuid4().hex
-_remembered: dict[str, _Traced] = {}
-_names: dict[Any, str] = {}
+def _swapped(shape: tuple[int, ...], dtype: Any) -> View:
+    """A row-major array of JAX's order of the axes, in flashtile's."""
+    view = contiguous(shape, dtype)
+    (b, t, n, h), strides = view.shape, view.strides
+    return view._replace(shape=(b, n, t, h), strides=(strides[0], strides[2], strides[1], strides[3]))
 
 
-def _remember(score_mod: Any, shape: tuple[int, int, int, int]) -> str:
-    """The name of a score function. It is traced here: a handler that asked JAX for values might wait for itself.
+class _Rule(NamedTuple):
+    """A score function, traced: a text, numbers, and what it captured as operands of the call."""
 
-    The same function of the same captured values has the same name; it is kept for good, as compiled programs are.
-    Raises: SpecError for one outside of the language, and where it captured an array that has no values yet.
-    """
-    rule = as_score(score_mod)
-    rule.fits(shape)
-    traced = rule.expression(0)
-    program = score.Program.compose(shape, [traced], [])
-    values = tuple(id(x.source) if isinstance(x, ArrayCapture) else x.value for x in program.captures)
-    key = program.structure, values
-    if key not in _names:
-        name = f"{_PROCESS} {len(_names)}"
-        _remembered[name] = _Traced(rule.build, rule.positional, rule.name, rule.fits, traced)
-        _names[key] = name
-    return _names[key]
+    text: str | None
+    numbers: tuple[float, ...]
+    operands: dict[str, Any]
+
+    @staticmethod
+    def of(score_mod: Any, shape: tuple[int, int, int, int]) -> _Rule:
+        """Of a call of (B, N, T, S). Raises: SpecError for a function outside of the language."""
+        if score_mod is None:
+            return _Rule(None, (), {})
+        rule = as_score(score_mod)
+        rule.fits(shape)
+        frozen = score.freeze(rule)
+        program = score.Program.compose(shape, [frozen.expression()], [])
+        learned = {id(program.capture(x.slot).source) for x in program.array_gradients}
+        text, operands = frozen.text, {}
+        slots = [slot for slot in parse(text)[2] if slot.rank >= 0]
+        for slot, source in zip(slots, frozen.arrays, strict=True):
+            # JAX may hold it in fewer bits than it came in: the text says what is read.
+            x = source if isinstance(source, jax.Array) else jnp.asarray(np.asarray(source))
+            text = text.replace(f"[#{slot.number} {slot.element} ", f"[#{slot.number} {capture(x).element} ")
+            operands[f"{LEARNED if id(source) in learned else READ}{slot.number}"] = x
+        return _Rule(text, frozen.numbers, operands)
 
 
 def _array(name: str, x: Any, ranks: tuple[int, ...]) -> Any:

@@ -52,6 +52,10 @@ class Owner(Protocol):
         """A new row-major array on the device of another, of a dtype by flashtile's name or "uint8"."""
         ...
 
+    def zeros(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+        """A new row-major array of zeros."""
+        ...
+
     def upload(self, array: np.ndarray, like: Any) -> Any:
         """A row-major copy of a host array on the device of another, made in the order of its stream."""
         ...
@@ -101,6 +105,9 @@ class Torch:
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
         return self.torch.empty(shape, dtype=getattr(self.torch, dtype), device=like.device)
+
+    def zeros(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+        return self.torch.zeros(shape, dtype=getattr(self.torch, dtype), device=like.device)
 
     def upload(self, array: np.ndarray, like: Any) -> Any:
         raw = array.reshape(-1).view(np.uint8)
@@ -153,6 +160,11 @@ class CuPy:
         # bfloat16 is ml_dtypes', by which q came: its dtype object is known.
         same = dtype != "uint8" and dtype_of(like.dtype).name == dtype
         return self.cupy.empty(shape, like.dtype if same else dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+        result = self.empty(shape, dtype, like)
+        result.view("uint8")[...] = 0  # of bfloat16, too, which CuPy has no kernels for
+        return result
 
     def upload(self, array: np.ndarray, like: Any) -> Any:
         return self.cupy.asarray(array.reshape(-1).view(np.uint8))  # through pinned memory, in order

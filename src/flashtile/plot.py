@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flashtile import kernels
-from flashtile.calls import Options, as_name
+from flashtile.calls import as_name, describe
 from flashtile.checks import integer
 from flashtile.errors import UnavailableError, described, wrong
-from flashtile.explain import describe, tile_map, view_or_shape
+from flashtile.explain import offsets_of, tile_map, view_or_shape
 from flashtile.plan import make_plan
 from flashtile.score.coverage import EMPTY, FULL, PARTIAL
-from flashtile.score.options import ScoreOptions
 from flashtile.score.program import Program
 from flashtile.signature import Align, Kernel, Window
 from flashtile.spec import AttentionSpec
@@ -64,12 +63,10 @@ def plot_coverage(
     """
     target = None if path is None else _target(path)
     views = [view_or_shape(x, name, dtype) for name, x in (("q", q), ("k", q if k is None else k))]
-    spec, scoring, offsets = describe(
-        (views[0], views[1], views[1]),
-        Options(causal, window, None, None, "ieee", kernel, "auto"),
-        align,
-        ScoreOptions(mask=mask, score_mod=score_mod),
-    )
+    scores = mask, None, score_mod, None, None, None, None
+    request = describe(views[0], scores, (causal, window, align, None, "ieee", kernel, "auto"))
+    spec, scoring = request.of(views[0], views[1], views[1])
+    offsets = offsets_of(spec, request)
     for name, got, size in (("batch", batch, spec.batch), ("head", head, spec.heads)):
         number = integer(got)
         if number is None or not 0 <= number < size:

@@ -12,7 +12,7 @@ from flashtile.progress import Report
 # Names rather than `str`: a checker sees a wrong one, an editor offers the right ones. What runs still lists the
 # folders kernels/ and engines/; a test holds these lists against them.
 Kernel = Literal["auto", "cpu", "cudnn", "reference", "triton", "triton_vanilla", "vanilla"]
-Engine = Literal["auto", "direct", "starpu"]
+Engine = Literal["auto", "dask", "direct", "starpu"]
 Precision = Literal["ieee", "tf32", "bf16", "fp16"]
 Alignment = Literal["top_left", "bottom_right"]
 
@@ -76,3 +76,4 @@ if TYPE_CHECKING:  # typing_extensions comes with every checker, and is no depen
         engine: Engine
         progress: Progress
         out: Any
+        memory_limit: int | None

@@ -99,6 +99,34 @@ class AttentionSpec:
         named = (("band", self.band), ("program", self.program), ("sinks", self.sinks), ("dropout", self.dropout))
         return frozenset(name for name, value in named if value)
 
+    def with_keys(self, kv_len: int, align: object) -> AttentionSpec:
+        """This spec for another number of keys, `align` being the option that it was made with. A decoder asks at every
+        step, and dataclasses.replace takes several times as long.
+
+        Raises: SpecError where the band needs an align now.
+        """
+        if kv_len == self.kv_len:
+            return self
+        offset = offset_of(align, self.band is not None, self.q_len, kv_len)
+        return AttentionSpec(
+            self.batch,
+            self.heads,
+            self.kv_heads,
+            self.q_len,
+            kv_len,
+            self.head_size,
+            self.value_size,
+            self.dtype,
+            self.precision,
+            self.band,
+            offset,
+            self.scale,
+            self.program,
+            self.sinks,
+            self.dropout,
+            self.device,
+        )
+
     @classmethod
     def of(
         cls,

@@ -1,7 +1,9 @@
 """The door for programs on several ranks (processes, machines): attention of a sequence of which each has some rows::
 
     rows = flashtile.starpu_mpi.part(length, rank, ranks)              # this rank's rows of q, k, v and o
-    o = flashtile.starpu_mpi.attention(q[:, :, rows], k[:, :, rows], v[:, :, rows], causal=True)
+    q, k, v = (x[:, :, rows] for x in whole)
+    o, lse = flashtile.starpu_mpi.attention(q, k, v, causal=True, return_lse=True)
+    g = flashtile.starpu_mpi.attention_backward(do, q, k, v, o, lse, causal=True)
 
 Exact, every option of the kernels, and the same bits on any number of ranks. MPI comes from mpi4py, transfers and
 tasks from StarPU-MPI and StarPU. Start it with `flashtile mpi run -n 4 script.py`, or any mpirun.
@@ -9,28 +11,32 @@ tasks from StarPU-MPI and StarPU. Start it with `flashtile mpi run -n 4 script.p
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import numpy as np
 
 from flashtile.arrays import plain
-from flashtile.calls import Options, as_key, split_align
+from flashtile.calls import describe
 from flashtile.checks import integer
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.engines.starpu.engine import OPTIONS
 from flashtile.engines.starpu.tiles import can_tile
 from flashtile.engines.starpu_mpi import build
 from flashtile.engines.starpu_mpi.collective import Collective, Cut, agree, identity, same
+from flashtile.engines.starpu_mpi.gradients import CollectiveBackward
 from flashtile.engines.starpu_mpi.parts import ZIGZAG, rows_of, tiles_of
 from flashtile.errors import UnavailableError, wrong
+from flashtile.gradients import Gradients, Problem
 from flashtile.hints import check_keywords
+from flashtile.kernels.gradients import Sums
 from flashtile.score.keep import keep_of
-from flashtile.score.options import ScoreOptions
 from flashtile.signature import Align, Precision, Window
 from flashtile.spec import AttentionSpec
 
-__all__ = ["TILE", "attention", "part"]
+__all__ = ["TILE", "attention", "attention_backward", "part"]
 
 Whole = tuple[Any, Any, Any]  # q, k and v of all ranks together: what has their shapes and dtypes
 
@@ -93,19 +99,19 @@ def attention(
     """
     check_keywords(attention, unknown)
     comm = _communicator(comm)
-    options = Options(causal, as_key(window), align, scale, precision, "cpu", "starpu")
+    options = causal, window, align, scale, precision, "cpu", "starpu"
     mine = agree(comm, lambda: _described(q, k, v, tile, distribution))
     cut = Cut(comm.Get_size(), tile, distribution)
     whole = _whole(mine, cut)
     plans: list[Collective] = []
 
     def plan() -> dict[str, str]:
-        split, offsets = split_align(align, whole[0].shape)
-        scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed))
-        chosen = options._replace(align=split)
-        spec, scoring = _spec(chosen, scores, whole, offsets)
-        plans.append(Collective(comm, spec, cut, offsets, scoring))
-        return {"options": repr(chosen), "values of options": identity(spec, scoring, offsets)}
+        scores = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed)
+        request = describe(whole[0], scores, options)
+        spec, scoring = request.of(*whole)
+        _check(spec, whole)
+        plans.append(Collective(comm, spec, cut, request.offsets, scoring if request.scores else None))
+        return {"options": repr(request.options), "values of options": identity(spec, scoring, request.offsets)}
 
     same(agree(comm, plan))
     spec = plans[0].spec
@@ -117,19 +123,110 @@ def attention(
     return (o, lse) if return_lse else o
 
 
-def _spec(options: Options, scores: ScoreOptions, whole: Whole, offsets: Any) -> tuple[AttentionSpec, Any]:
-    """The spec of the whole, and the values of what changes its scores. Raises: SpecError, UnavailableError."""
-    if any(x is not None for x in vars(scores).values()):
-        spec, scoring = options.scored(scores, *whole, offsets)
-    else:
-        spec, scoring = options.spec(*whole), None
+def attention_backward(
+    do: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    o: Any,
+    lse: Any,
+    *,
+    dlse: Any = None,
+    wrt: Iterable[str] = ("q", "k", "v"),
+    mask: Any = None,
+    bias: Any = None,
+    score_mod: Any = None,
+    causal: bool = False,
+    window: Window = None,
+    align: Align = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    precision: Precision = "ieee",
+    tile: int = TILE,
+    distribution: str = ZIGZAG,
+    comm: Any = None,
+    **unknown: NoReturn,  # checkers refuse it, as calls do
+) -> Gradients:
+    """Gradients of sum(do * o) + sum(dlse * lse) over the whole sequence, as `attention` on every rank of `comm`.
+
+    Shapes:  q, k, v, o and lse of this rank's rows, as `attention` took and returned them; do as o, dlse as lse.
+    Options: wrt as in `flashtile.attention_backward`, the rest as of the forward call, dropout's seed included.
+    Returns: Gradients: of q, k and v this rank's rows; of bias, sinks, alibi_slopes and captured arrays, which every
+             rank has whole, the same whole gradient on each.
+    Numerics: as `flashtile.attention_backward` by tasks of this tile; the same bits on any number of ranks.
+    Memory:  a rank holds, beside its own, keys and values that its rows see, and q, do, lse and a number a row of rows
+             that see its keys.
+    Raises:  as `attention`; UnavailableError also for an array whose gradient has more than 4 MB in all its copies and
+             meets several query tiles in one element.
+    """
+    check_keywords(attention_backward, unknown)
+    comm = _communicator(comm)
+    options = causal, window, align, scale, precision, "cpu", "starpu"
+    mine = agree(comm, lambda: _described(q, k, v, tile, distribution))
+    cut = Cut(comm.Get_size(), tile, distribution)
+    whole = _whole(mine, cut)
+    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    plans: list[tuple[CollectiveBackward, Problem, dict[str, np.ndarray]]] = []
+
+    def plan() -> dict[str, str]:
+        scores = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed)
+        request = describe(whole[0], scores, options)
+        problem = Problem.of(whole, request, names)
+        spec, scoring = problem.spec, problem.scoring
+        _check(spec, whole)
+        given = _rows_of_gradients(spec, {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "dlse": dlse})
+        shapes = sorted(scoring.shapes(problem.wanted).items())
+        arrays = tuple((n, shape) for n, shape in shapes if 0 not in shape)
+        planned = CollectiveBackward(comm, spec, cut, request.offsets, scoring, problem.wanted, arrays)
+        plans.append((planned, problem, given))
+        said = {"options": repr(request.options), "wrt": repr(names), "dlse": str(dlse is not None)}
+        return said | {"values of options": identity(spec, scoring, request.offsets)}
+
+    same(agree(comm, plan))
+    ((planned, problem, given),) = plans
+    sums = {f"d{n}": np.zeros(given[n].shape, given[n].dtype) for n in "qkv" if n in names}
+    dsinks, totals = planned.run(given, sums)
+    return _gradients(problem, sums, dsinks, totals)
+
+
+def _gradients(problem: Problem, sums: dict[str, np.ndarray], dsinks: Any, totals: dict[int, np.ndarray]) -> Gradients:
+    """Of this rank's rows, and of what is whole."""
+    real = DTYPES[DTYPES[problem.spec.dtype].accumulator].numpy
+    shapes = problem.scoring.shapes(problem.wanted)
+    arrays = {n: np.zeros(shape, real) for n, shape in shapes.items() if 0 in shape} | totals
+    others = [(n, x) for n, x in problem.sources if n not in ("q", "k", "v")]
+    found = replace(problem, sources=others).gradients(Sums(None, None, None, dsinks, arrays))
+    return replace(found, q=sums.get("dq"), k=sums.get("dk"), v=sums.get("dv"))
+
+
+def _rows_of_gradients(spec: AttentionSpec, given: dict[str, Any]) -> dict[str, np.ndarray]:
+    """This rank's arrays, rows of adjacent elements. Raises: SpecError."""
+    accumulator = DTYPES[spec.dtype].accumulator
+    arrays = {name: plain(x, name) for name, x in given.items() if x is not None}
+    rows = arrays["q"].shape[:3]
+    for name, x in arrays.items():
+        if name in ("q", "k", "v"):
+            continue
+        shape, dtype = (rows, accumulator) if name in ("lse", "dlse") else ((*rows, spec.value_size), spec.dtype)
+        if x.shape != shape:
+            raise wrong(name, f"shape {x.shape}", f"{shape}, this rank's rows")
+        if dtype_of(x.dtype, name).name != dtype:
+            raise wrong(name, f"dtype {x.dtype}", dtype)
+    return {n: np.ascontiguousarray(x) if x.ndim == 3 else _reachable(x) for n, x in arrays.items()}
+
+
+def _check(spec: AttentionSpec, whole: Whole) -> None:
+    """Raise UnavailableError for what its tasks do not know."""
     if missing := spec.options - OPTIONS:
         raise UnavailableError(f"starpu_mpi: got {', '.join(sorted(missing))}, expected options that its tasks know")
     if 0 in (spec.batch, spec.heads, spec.head_size, spec.value_size):
         raise UnavailableError(
             f"starpu_mpi: got q {whole[0].shape}, v {whole[2].shape}, expected sizes B, H, D above 0"
         )
-    return spec, scoring
 
 
 def _communicator(comm: Any) -> Any:

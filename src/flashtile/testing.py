@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from flashtile.calls import Options
+from flashtile.calls import Options, Request
 from flashtile.checks import integer
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.gradients import ByIdentity, Gradients, Problem
@@ -105,7 +105,7 @@ def expect_gradients(
     align, offsets = _split(align)
     options = Options(causal, window, align, scale, precision, "auto", "auto")
     changes = ScoreOptions(**scores, keep=keep_of(dropout_p, seed))
-    problem = Problem.of((q, k, v), options, changes, offsets, wrt)
+    problem = Problem.of((q, k, v), Request(options, changes, offsets), wrt)
     spec, dtype = problem.spec, dtype_of(problem.spec.dtype)
     wide = [values_of(x)[(None,) * (4 - x.ndim)] for x in (do, q, k, v)]
     common: dict[str, Any] = {"scale": spec.scale, "band": spec.band, "offset": problem.offset}

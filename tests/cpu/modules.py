@@ -14,19 +14,19 @@ from flashtile.kernels.cpu.passes.forward import forward_text
 from flashtile.kernels.cpu.passes.merge import merge_text
 from flashtile.llvm import machines as isas
 from flashtile.llvm.machines import ISA
-from flashtile.llvm.products import FMA, PAIRS, TILES
+from flashtile.llvm.products import FMA, PAIRS, TILES, TILES2, TILES3
 
 STORAGES = ("double", "float", "half", "bfloat")
 
 
 def configs(isa: ISA) -> dict[str, Config]:
     """The configurations that calls may lead to: with the bf16 dot bf16 takes it, and fp32 if it may; with matrix
-    registers as well."""
+    registers as well, fp16 in two parts, fp32 in two and three."""
     found = {}
     for storage in STORAGES:
         products = {"bfloat": (PAIRS,), "float": (FMA, PAIRS)}.get(storage, (FMA,)) if isa.bf16_dot else (FMA,)
-        if isa.tiles and PAIRS in products:
-            products = (*products, TILES)
+        if isa.tiles:
+            products += {"bfloat": (TILES,), "float": (TILES, TILES2, TILES3), "half": (TILES2,)}.get(storage, ())
         found |= {f"{storage}{'' if x is FMA else f'-{x.name}'}": Config(isa, storage, x) for x in products}
     return found
 
@@ -36,7 +36,7 @@ def modules(isa: ISA) -> dict[str, Callable[[], str]]:
     found: dict[str, Callable[[], str]] = {}
     for name, c in configs(isa).items():
         found[f"forward-{name}"] = partial(forward_text, c)
-        if not c.lands_in_memory:
+        if c.product.parts == 1:
             found[f"backward-{name}"] = partial(backward_text, c)
         found[f"merge-{name}"] = partial(merge_text, c)
         found[f"add_parts-{name}"] = partial(add_parts_text, c)
@@ -44,8 +44,7 @@ def modules(isa: ISA) -> dict[str, Callable[[], str]]:
             found[f"decode-{name}"] = partial(decode_text, c)
         if name in ("float", "bfloat-pairs", "bfloat-tiles"):
             found[f"forward-{name}-dropout"] = partial(forward_text, replace(c, dropout=True))
-            if not c.lands_in_memory:
-                found[f"backward-{name}-dropout"] = partial(backward_text, replace(c, dropout=True))
+            found[f"backward-{name}-dropout"] = partial(backward_text, replace(c, dropout=True))
     return found
 
 

@@ -21,6 +21,16 @@ from flashtile.score import dropout_keep
 from flashtile.testing import assert_accurate, expect
 
 MACHINES = [name for name in isas.usable() if isas.known()[name].tiles]
+BF16 = ml_dtypes.bfloat16
+# What is computed on tiles: the dtype of arrays, and the precision of their products; in 1, 2, 3 bf16 parts.
+KINDS: dict[str, tuple[Any, str]] = {
+    "bf16": (BF16, "ieee"),
+    "fp32 as bf16": (np.float32, "bf16"),
+    "fp16": (np.float16, "ieee"),
+    "fp32 as tf32": (np.float32, "tf32"),
+    "fp32 as fp16": (np.float32, "fp16"),
+    "fp32": (np.float32, "ieee"),
+}
 
 
 @pytest.fixture(params=MACHINES)
@@ -42,63 +52,141 @@ def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, **options: Any) -> Any:
     return flashtile.attention(q, k, v, kernel="cpu", **options)
 
 
-def test_explain_names_tiles_and_the_backward_and_few_queries_do_without(isa: str) -> None:
+def test_explain_names_tiles_and_few_queries_do_without(isa: str) -> None:
     shape = (1, 2, 64, 64)
     said = [
         flashtile.explain(shape, dtype="bfloat16", kernel="cpu"),
         flashtile.explain(shape, dtype="bfloat16", kernel="cpu", backward=True),
         flashtile.explain((1, 2, 1, 64), shape, shape, dtype="bfloat16", kernel="cpu"),
         flashtile.explain(shape, dtype="float32", kernel="cpu"),
+        flashtile.explain(shape, dtype="float32", precision="tf32", kernel="cpu"),
+        flashtile.explain(shape, dtype="float16", kernel="cpu"),
+        flashtile.explain(shape, dtype="float64", kernel="cpu"),
     ]
-    assert [x.product.partition(":")[0] for x in said] == ["tiles", "pairs", "pairs", "fma"]
+    names = ["tiles", "tiles", "pairs", "tiles3", "tiles2", "tiles2", "fma"]
+    assert [x.product.partition(":")[0] for x in said] == names
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True, "align": 30}], ids=["dense", "causal"])
 @pytest.mark.parametrize("sizes", [(64, 64), (17, 33), (96, 80), (1, 1)], ids=str)
-def test_fp32_multiplied_as_bf16(isa: str, sizes: tuple[int, int], options: dict[str, Any]) -> None:
-    q, k, v = arrays(50, 131, *sizes, dtype=np.float32)
-    assert_accurate(attend(q, k, v, precision="bf16", **options), q, k, v, precision="bf16", **options)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_accurate(isa: str, kind: str, sizes: tuple[int, int], options: dict[str, Any]) -> None:
+    dtype, precision = KINDS[kind]
+    q, k, v = arrays(50, 131, *sizes, dtype=dtype)
+    right = expect(q, k, v, precision=precision, **options)
+    for got, want in zip(attend(q, k, v, precision=precision, return_lse=True, **options), right, strict=True):
+        want.check(got)
 
 
-def test_keys_in_parts(isa: str) -> None:
-    q, k, v = (x[:1, :2] for x in arrays(21, 4500, 32, 40))
+@pytest.mark.parametrize("kind", ["bf16", "fp32"])
+def test_keys_in_parts(isa: str, kind: str) -> None:
+    q, k, v = (x[:1, :2] for x in arrays(21, 4500, 32, 40, dtype=KINDS[kind][0]))
     assert_accurate(attend(q, k, v), q, k, v)
 
 
 @pytest.mark.parametrize("factor", [30.0, 3e3])
-def test_scores_that_lie_far_apart(isa: str, factor: float) -> None:
-    q, k, v = arrays(40, 200, 64, 64)
-    q = (q.astype(np.float32) * factor).astype(ml_dtypes.bfloat16)
-    assert_accurate(attend(q, k, v), q, k, v)
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_that_lie_far_apart(isa: str, kind: str, factor: float) -> None:
+    """Some 24,000 octaves apart by the larger factor."""
+    dtype, precision = KINDS[kind]
+    q, k, v = arrays(40, 200, 64, 64, dtype=dtype)
+    q = (q.astype(np.float32) * np.float32(factor if dtype is not np.float16 else min(factor, 300))).astype(dtype)
+    assert_accurate(attend(q, k, v, precision=precision), q, k, v, precision=precision)
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf, 3.39e38, 1e-39])
-@pytest.mark.parametrize("where", ["k", "v"])
-def test_what_a_row_does_not_see_changes_no_bit_of_it(isa: str, where: str, poison: float) -> None:
-    """A key that causal hides, another head's and another batch's; lengths that are no whole number of tiles."""
-    q, k, v = arrays(150, 150, 48, 24)
-    clean = attend(q, k, v, causal=True)
-    for batch, head, key, untouched in (
-        (0, 0, 100, np.s_[:, :, :100]),
-        (0, 0, 3, np.s_[:, 2:]),
+POISON = [np.nan, np.inf, -np.inf, 3.399e38, 1e20, 1e-33, 1e-39]
+
+
+@pytest.mark.parametrize("poison", POISON)
+@pytest.mark.parametrize("where", "qkv")
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "fp32 as tf32", "fp32"])
+def test_what_a_row_does_not_see_changes_no_bit_of_it(isa: str, kind: str, where: str, poison: float) -> None:
+    """A key that causal hides, another query, another head's and another batch's; lengths that are no whole number of
+    tiles."""
+    dtype, precision = KINDS[kind]
+    if dtype is np.float16 and np.isfinite(poison):
+        poison = 65504.0 if poison > 1 else 2.0**-24
+    arrays_ = dict(zip("qkv", arrays(150, 150, 48, 24, dtype), strict=True))
+    clean = attend(**arrays_, causal=True, precision=precision)
+    others = np.r_[:100, 101:150] if where == "q" else np.r_[:100]
+    for batch, head, row, untouched in (
+        (0, 0, 100, np.s_[:, :, others]),
+        (0, 0, 3, np.s_[:, 1 if where == "q" else 2 :]),
         (1, 1, 3, np.s_[:1]),
     ):
-        k2, v2 = k.copy(), v.copy()
-        {"k": k2, "v": v2}[where][batch, head, key, 5] = poison
-        dirty = attend(q, k2, v2, causal=True)
+        poisoned = {name: x.copy() for name, x in arrays_.items()}
+        poisoned[where][batch, head, row, 5] = poison
+        dirty = attend(**poisoned, causal=True, precision=precision)
         assert dirty[untouched].tobytes() == clean[untouched].tobytes()
+
+
+@pytest.mark.parametrize("poison", POISON)
+@pytest.mark.parametrize("where", "qkv")
+@pytest.mark.parametrize("number", [np.float16, np.float32], ids=["fp16", "fp32"])
+def test_what_a_row_sees_is_computed_whatever_it_holds(isa: str, number: Any, where: str, poison: float) -> None:
+    if number is np.float16 and np.isfinite(poison):
+        return  # its parts hold every finite number
+    if poison > 1e38 and np.isfinite(poison):
+        poison = 1e38  # of which a product with K does not overflow
+    arrays_ = dict(zip("qkv", arrays(70, 150, 48, 24, number), strict=True))
+    arrays_[where][0, 1, 37, 5] = poison
+    with np.errstate(all="ignore"):
+        for got, right in zip(
+            attend(**arrays_, causal=True, align=40, return_lse=True),
+            expect(*arrays_.values(), causal=True, align=40),
+            strict=True,
+        ):
+            right.check(got)
+
+
+TINY: dict[str, tuple[float, float, float, dict[str, Any]]] = {  # factors of q, k, v
+    "values 1e-25": (1, 1, 1e-25, {}),
+    "values 1e-33": (1, 1, 1e-33, {}),
+    "values 1e-37": (1, 1, 1e-37, {}),
+    "values 1e33": (1, 1, 1e33, {}),
+    "keys 1e20": (1e-20, 1e20, 1, {}),
+    "queries 1e30": (1e30, 1e-30, 1, {}),
+    "scores 1e-50": (1e-25, 1e-25, 1, {}),
+    "a huge scale": (1e-15, 1e-15, 1, {"scale": 1e29}),
+    "a huge scale of tiny numbers": (1e-18, 1e-18, 1, {"scale": 1e35}),
+    "a program that enlarges": (1e-17, 1e-17, 1, {"score_mod": lambda s, b, h, i, j: s * 1e34}),
+}
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("number", [BF16, np.float32], ids=["bf16", "fp32"])
+def test_numbers_far_from_1(isa: str, number: Any, name: str) -> None:
+    if number is BF16 and name == "values 1e-37":
+        return  # sums of one part flush what is below 2^-126, as the dot of bf16 pairs does
+    *factors, options = TINY[name]
+    q, k, v = stored(
+        (x * factor for x, factor in zip(arrays(50, 131, 48, 24, np.float64), factors, strict=True)), number
+    )
+    assert_accurate(attend(q, k, v, **options), q, k, v, **options)
+
+
+def test_dropped_values_that_parts_cannot_hold(isa: str) -> None:
+    """Their share is added by the weights that are kept."""
+    q, k, v = arrays(50, 75, 48, 24, np.float32)
+    v[:, :, ::7, 3] *= np.float32(1e-30)
+    options = {"dropout_p": 0.4, "seed": 3}
+    assert_accurate(attend(q, k, v, **options), q, k, v, **options)
+    v = (v * 1e-30).astype(np.float32)
+    assert_accurate(attend(q, k, v, **options), q, k, v, **options)
 
 
 @pytest.mark.skipif(len(MACHINES) < 2, reason="this machine has no matrix registers of its own")
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 5.0}], ids=["dense", "causal", "softcap"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_real_machine_and_the_emulated_one_give_the_same_bits(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    kind: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = []
+    (dtype, precision), found = KINDS[kind], []
     for name in MACHINES:
         monkeypatch.setenv("FLASHTILE_ISA", name)
         clear_cache()
-        found.append(b"".join(attend(*arrays(200, 200, d, d), **options).tobytes() for d in (64, 128)))
+        cases = [arrays(200, 200, d, d, dtype) for d in (64, 128)]
+        found.append(b"".join(attend(*x, precision=precision, **options).tobytes() for x in cases))
     clear_cache()
     assert found[0] == found[1]
 
@@ -112,7 +200,11 @@ def test_element_by_element_grid(isa: str) -> None:
 def case(q_len: int, kv_len: int, size: int = 64, value_size: int = 64, heads: int = 2, kv_heads: int = 1) -> Any:
     rng = np.random.default_rng(1)
     shapes = (2, heads, q_len, size), (2, kv_heads, kv_len, size), (2, kv_heads, kv_len, value_size)
-    return tuple(rng.standard_normal(shape).astype(ml_dtypes.bfloat16) for shape in shapes)
+    return tuple(rng.standard_normal(shape) for shape in shapes)
+
+
+def stored(values: Any, dtype: Any) -> Any:
+    return tuple(x.astype(dtype) for x in values)
 
 
 RNG = np.random.default_rng(2)
@@ -134,13 +226,18 @@ OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "softcap and sinks": (case(90, 200), {"softcap": 7.0, "sinks": np.array([0.5, 40.0])}),
     "ALiBi": (case(90, 90), {"alibi_slopes": np.array([0.3, 0.05])}),
     "own": (case(90, 300), {"score_mod": lambda s, b, h, i, j: s + TABLE[j - i + 200]}),
-    "sharp": (tuple(x * ml_dtypes.bfloat16(20) for x in case(60, 120)[:2]) + case(60, 120)[2:], {}),
+    "sharp": (tuple(x * 20 for x in case(60, 120)[:2]) + case(60, 120)[2:], {}),
 }
+IN_TWO_PARTS = ("causal", "bias", "head sizes 15 and 9")
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_option_is_accurate(name: str, isa: str) -> None:
-    arrays, options = OPTIONS[name]
+@pytest.mark.parametrize("number", [BF16, np.float16, np.float32], ids=["bf16", "fp16", "fp32"])
+def test_every_option_is_accurate(name: str, number: Any, isa: str) -> None:
+    if number is np.float16 and name not in IN_TWO_PARTS:
+        return  # between one part and three there is nothing else to go wrong
+    values, options = OPTIONS[name]
+    arrays = stored(values, number)
     assert flashtile.explain(*arrays, **options).product.startswith("tiles")
     o, lse = flashtile.attention(*arrays, return_lse=True, **options)
     right = expect(*arrays, **options)
@@ -148,8 +245,9 @@ def test_every_option_is_accurate(name: str, isa: str) -> None:
     right[1].check(lse, "lse")
 
 
-def test_strides_of_every_kind(isa: str) -> None:
-    q, k, v = case(50, 130)
+@pytest.mark.parametrize("number", [BF16, np.float32], ids=["bf16", "fp32"])
+def test_strides_of_every_kind(isa: str, number: Any) -> None:
+    q, k, v = stored(case(50, 130), number)
     plain = flashtile.attention(q, k, v)
     turned = [np.swapaxes(np.ascontiguousarray(np.swapaxes(x, 2, 3)), 2, 3) for x in (q, k, v)]
     assert flashtile.attention(*turned).tobytes() == plain.tobytes()
@@ -157,8 +255,9 @@ def test_strides_of_every_kind(isa: str) -> None:
     assert flashtile.attention(q, k_back, v_back).tobytes() == plain.tobytes()
 
 
-def test_bits_do_not_depend_on_threads(isa: str, threads: Any) -> None:
-    q, k, v = case(500, 700)
+@pytest.mark.parametrize("number", [BF16, np.float32], ids=["bf16", "fp32"])
+def test_bits_do_not_depend_on_threads(isa: str, number: Any, threads: Any) -> None:
+    q, k, v = stored(case(500, 700), number)
     found = []
     for count in (1, 2, 3):
         threads(count)
@@ -166,9 +265,10 @@ def test_bits_do_not_depend_on_threads(isa: str, threads: Any) -> None:
     assert found[0] == found[1] == found[2]
 
 
-def test_dropout_keeps_what_it_says(isa: str) -> None:
+@pytest.mark.parametrize("number", [BF16, np.float32], ids=["bf16", "fp32"])
+def test_dropout_keeps_what_it_says(isa: str, number: Any) -> None:
     rows, keys = 50, 75
-    q, k = np.zeros((1, 2, rows, 8), ml_dtypes.bfloat16), np.zeros((1, 2, keys, 8), ml_dtypes.bfloat16)
-    v = np.broadcast_to(np.eye(keys).astype(ml_dtypes.bfloat16), (1, 2, keys, keys))
+    q, k = np.zeros((1, 2, rows, 8), number), np.zeros((1, 2, keys, 8), number)
+    v = np.broadcast_to(np.eye(keys).astype(number), (1, 2, keys, keys))
     o = flashtile.attention(q, k, v, dropout_p=0.4, seed=9)
     assert ((o != 0) == dropout_keep((1, 2, rows, keys), 0.4, seed=9)).all()

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from flashtile.kernels.triton import backward_forms as forms
 from flashtile.kernels.triton import jit
 from flashtile.kernels.triton import specialisation as special
 from flashtile.kernels.triton.specialisation import Memory, Specialisation, Tile, padded
@@ -27,6 +28,7 @@ SPECS = {
     "offsets": replace(SPEC, band=Band(3, 0), offset=None),
     "program": replace(SPEC, program=CODE),
     "sinks": replace(SPEC, sinks=True),
+    "dropout": replace(SPEC, dropout=True),
     "float64": replace(SPEC, dtype="float64"),
     "float32 as fp16": replace(SPEC, dtype="float32", precision="fp16"),
 }
@@ -35,7 +37,7 @@ TILE, MEMORIES = Tile(64, 32), [Memory(*known) for known in itertools.product((T
 
 def every(spec: AttentionSpec) -> list[Specialisation]:
     """Every kernel of a spec, in all its variants."""
-    found = [special.softmax(spec, TILE)]
+    found = [special.softmax(spec, TILE), forms.sink_sums(spec), forms.array_finish(spec), forms.clear()]
     for memory in MEMORIES:
         found += [special.scores(spec, TILE, memory=memory), special.output(spec, TILE, memory=memory)]
         found += [special.merge(spec, TILE, finished=done, memory=memory) for done in (True, False)]
@@ -44,6 +46,18 @@ def every(spec: AttentionSpec) -> list[Specialisation]:
             special.forward(spec, TILE, state=state, packed=packed, contain=contain, spans=spans, memory=memory)
             for state, packed, contain, spans in variants
         ]
+        found += backward(spec, memory)
+    return found
+
+
+def backward(spec: AttentionSpec, memory: Memory) -> list[Specialisation]:
+    """Those of gradients."""
+    found = [forms.row_deltas(spec, dlse, memory) for dlse in (True, False)]
+    found += [forms.backward_q(spec, TILE, contain=contain, memory=memory) for contain in (True, False)]
+    for dk, dv, contain in ((True, True, True), (True, False, False), (False, True, False)):
+        found.append(forms.backward_kv(spec, TILE, contain=contain, dk=dk, dv=dv, memory=memory))
+    for number in range(len(spec.program.array_gradients) if spec.program else 0):
+        found += [forms.array_sums(spec, TILE, number, totals=x, memory=memory) for x in (True, False)]
     return found
 
 

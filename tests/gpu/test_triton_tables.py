@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flashtile.kernels.triton.tables import Table, table_of
+from flashtile.kernels.triton.tables import Table, table_of, turned
 from flashtile.score import Program, document, padding, prefix
 from flashtile.score.coverage import EMPTY, FULL, PARTIAL, Coverage, coverage
 
@@ -47,6 +47,26 @@ def test_every_tile_once(name: str, tile: tuple[int, int]) -> None:
     want = tiles.tiles().copy()
     want[..., -1] = np.where(want[..., -1] == FULL, PARTIAL, want[..., -1])
     np.testing.assert_array_equal(walked(table_of(tiles), tiles), want)
+
+
+@pytest.mark.parametrize("tile", [(16, 16), (32, 64), (128, 128)], ids=str)
+@pytest.mark.parametrize("name", MASKS)
+def test_every_tile_once_where_rows_are_walked(name: str, tile: tuple[int, int]) -> None:
+    """By tiles of keys: what is FULL has whole tiles of both, and runs are as long as they can be."""
+    tiles = coverage(Program.of(SHAPE, mask=MASKS[name]), *tile)
+    want = tiles.tiles().copy()
+    for edge in (np.s_[..., -1], np.s_[..., -1, :]):
+        want[edge] = np.where(want[edge] == FULL, PARTIAL, want[edge])
+    table, kinds = turned(tiles, *SHAPE[2:]), np.zeros_like(want)
+    for b, h, column in np.ndindex(*tiles.shape[:2], tiles.shape[3]):
+        at = 2 * (b * table.rows_b + h * table.rows_h + column)
+        for kind, first in ((FULL, at), (PARTIAL, at + 1)):
+            runs = table.runs[table.rows[first] : table.rows[first + 1]].tolist()
+            assert all(stop < start for (_, stop), (start, _) in zip(runs, runs[1:], strict=False))
+            for start, stop in runs:
+                assert start % tile[0] == 0 and start < stop <= SHAPE[2]
+                kinds[b, h, start // tile[0] : -(-stop // tile[0]), column] = kind
+    np.testing.assert_array_equal(kinds, want)
 
 
 def test_full_runs_stay_whole() -> None:

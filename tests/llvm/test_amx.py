@@ -17,12 +17,14 @@ from assembly import functions
 
 from flashtile.kernels import cpu
 from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.passes.backward import backward_text
 from flashtile.kernels.cpu.passes.forward import forward_text
 from flashtile.llvm import jit
 from flashtile.llvm import machines as isas
 from flashtile.llvm.ir import Function, Module
 from flashtile.llvm.machines import amx
-from flashtile.llvm.products import TILES
+from flashtile.llvm.products import TILES, TILES2, TILES3
+from flashtile.llvm.products.tiles import Tiles
 
 REAL, EMULATED = isas.known()["amx"], isas.known()["amx_emulated"]
 HERE = [
@@ -130,19 +132,43 @@ def test_the_mode_of_the_emulation_does_not_leak() -> None:
     assert (data * np.float32(0.5) != 0).all()
 
 
-@pytest.mark.parametrize("storage", ["bfloat", "float"])
-def test_the_real_code_configures_once_and_releases_in_every_entry(storage: str) -> None:
-    """All that can be seen of it without the machine: it compiles, with the instructions in their places."""
-    found = functions(jit.assembly(forward_text(Config(REAL, storage, TILES)), REAL))
+@pytest.mark.parametrize(
+    ("storage", "product", "loads"),
+    [("bfloat", TILES, 1), ("float", TILES, 1), ("half", TILES2, 2), ("float", TILES2, 2), ("float", TILES3, 3)],
+    ids=lambda x: str(x),
+)
+def test_the_real_code_configures_once_and_releases_in_every_entry(storage: str, product: Tiles, loads: int) -> None:
+    """All that can be seen of it without the machine: it compiles, with the instructions in their places. ``loads``:
+    how often a step of depth loads rows of the left operand, past the nearest cache."""
+    found = functions(jit.assembly(forward_text(Config(REAL, storage, product)), REAL))
     entry = "\n".join(found["forward"])
     assert len(re.findall(r"\bldtilecfg\b", entry)) == len(re.findall(r"\btilerelease\b", entry)) == 1
     assert entry.index("ldtilecfg") < entry.index("callq") and entry.rindex("tilerelease") > entry.rindex("callq")
     assert not any("tilecfg" in line for name, lines in found.items() if name != "forward" for line in lines)
     for registers in (1, 2):
         multiply = "\n".join(found[f"multiply_{registers}"])
-        assert len(re.findall(r"\btdpbf16ps\b", multiply)) == 2 * registers
-        assert len(re.findall(r"\btileloaddt1\b", multiply)) == 2
+        assert len(re.findall(r"\btdpbf16ps\b", multiply)) == 2 * registers * len(product.terms)
+        assert len(re.findall(r"\btileloaddt1\b", multiply)) == 2 * loads
         assert len(re.findall(r"\btilestored\b", multiply)) == 2 * registers
+
+
+@pytest.mark.parametrize("storage", ["bfloat", "float"])
+def test_the_real_code_of_the_backward_has_its_instructions_in_their_places(storage: str) -> None:
+    """Sums begin with what is there in two of its products; the exchange streams its right operand."""
+    found = functions(jit.assembly(backward_text(Config(REAL, storage, TILES)), REAL))
+    entry = "\n".join(found["backward"])
+    assert len(re.findall(r"\bldtilecfg\b", entry)) == len(re.findall(r"\btilerelease\b", entry)) == 1
+    assert entry.index("ldtilecfg") < entry.index("callq") and entry.rindex("tilerelease") > entry.rindex("callq")
+    assert not any("tilecfg" in line for name, lines in found.items() if name != "backward" for line in lines)
+    for name, registers in (("multiply", (1, 2)), ("add_product", (2,)), ("exchange", (1, 2))):
+        for n in registers:
+            code = "\n".join(found[f"{name}_{n}"])
+            onto, streamed = name != "multiply", n if name == "exchange" else 2
+            assert len(re.findall(r"\btdpbf16ps\b", code)) == 2 * n
+            assert len(re.findall(r"\btileloaddt1\b", code)) == streamed
+            assert len(re.findall(r"\btileloadd\b", code)) == 2 + n - streamed + onto * 2 * n
+            assert len(re.findall(r"\btilezero\b", code)) == (not onto) * 2 * n
+            assert len(re.findall(r"\btilestored\b", code)) == 2 * n
 
 
 def test_the_configuration_says_eight_tiles_of_16_rows_of_64_bytes() -> None:
@@ -174,11 +200,16 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
     monkeypatch.setattr(amx, "_system_call", refuse)
     features = isas._host_features() | REAL.needs
     monkeypatch.setattr(isas, "_host_features", lambda: features)
-    for cached in (amx.refusal, isas._named, cpu._choice):
-        cached.cache_clear()
+    forget()
     yield calls
-    for cached in (amx.refusal, isas._named, cpu._choice):
-        cached.cache_clear()
+    forget()
+
+
+def forget() -> None:
+    """What was chosen while the machine was another one."""
+    for kept in (amx.refusal, isas.named, *vars(cpu).values()):
+        if hasattr(kept, "cache_clear"):
+            kept.cache_clear()
 
 
 def test_where_permission_is_refused_vector_kernels_serve_and_doctor_says_so(

@@ -322,3 +322,22 @@ def test_vectors_of_different_length_do_not_mix() -> None:
 def test_names_of_arguments_are_as_many_as_arguments() -> None:
     with pytest.raises(ValueError):
         Function(Module(), "f", "void", ["i64", "i64"], names=["only"])
+
+
+@pytest.mark.parametrize("isa", every_isa())
+@pytest.mark.parametrize("kind", ["i16", "float", "double"])
+def test_some_lanes_are_loaded_and_stored(isa: ISA, kind: str) -> None:
+    """The first so many; memory behind them is neither read into a lane nor written."""
+    numbers = np.arange(1, 9).astype({"i16": np.int16, "float": np.float32, "double": np.float64}[kind])
+    f = Function(Module(), "made", "void", ["ptr", "ptr", "i64", "i64"])
+    source, target, loaded, stored = f.args
+    f.store_some(f.load_some(vector(8, kind), source, loaded), target, stored)
+    f.ret()
+    library = jit.Library(jit.object_code(f.module.text(), isa), ("made",))
+    move = library.function("made", None, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2)
+    for loaded_, stored_ in ((0, 8), (-3, 2), (3, 8), (8, 5), (20, 20), (7, 0)):
+        out = np.full(8, 77, numbers.dtype)
+        move(numbers.ctypes.data, out.ctypes.data, loaded_, stored_)
+        lane = np.arange(8)
+        want = np.where(lane < stored_, np.where(lane < loaded_, numbers, 0), 77)
+        assert (out == want).all()

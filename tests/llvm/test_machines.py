@@ -77,6 +77,21 @@ def test_narrow_pairs(isa: ISA) -> None:
             same(half, source.astype(ml_dtypes.bfloat16).astype(np.float32))
 
 
+@pytest.mark.parametrize("isa", every_isa())
+def test_narrow_both(isa: ISA) -> None:
+    """Two vectors to one, the lanes of one after those of the other."""
+    x = hard_to_round("bfloat")
+    x = x[(np.abs(x) >= 2.0**-126) | (x == 0) | np.isnan(x)]
+    n = isa.lanes("float")
+    x = x[: len(x) // n * n]
+    low, high = x, x[::-1].copy()
+    got = run(isa, lambda f, a, b: f.cast("bitcast", isa.narrow_both(f, a, b), f"<{n} x i32>"), low, high, count=n)
+    halves = got.view(ml_dtypes.bfloat16).astype(np.float32).reshape(-1, 2, n)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for half, source in ((halves[:, 0], low), (halves[:, 1], high)):
+            same(half.ravel(), source.astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
 def pairs(rng: np.random.Generator, n: int, whole: bool) -> tuple[np.ndarray, np.ndarray]:
     """Words of two bf16, and the same as an (n, 2) array of fp32."""
     values = rng.integers(-60, 60, (n, 2)) if whole else rng.standard_normal((n, 2))
@@ -101,6 +116,23 @@ def test_dot_pairs(isa: ISA, emulated: bool) -> None:
             room = 2.0**-24 * 2 * (np.abs(acc) + np.abs(products).sum(-1))  # two roundings of partial sums
             assert (np.abs(got - exact) <= room).all()
             assert (np.abs(got - exact) > 0).any()
+
+
+@pytest.mark.parametrize("isa", every_isa())
+def test_scale_and_fraction(isa: ISA) -> None:
+    if not isa.scales:
+        with pytest.raises(NotImplementedError):
+            run(isa, lambda f, x: isa.fraction(f, x), np.ones(16, np.float32))
+        return
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.uniform(-120, 120, 4000), np.arange(-60, 60), rng.uniform(-1, 1, 40) * 1e9]).astype(
+        np.float32
+    )
+    got = run(isa, lambda f, v: isa.fraction(f, v), x)
+    assert (got == x - np.rint(x)).all()
+    number, power = rng.standard_normal(4096).astype(np.float32), rng.integers(-60, 60, 4096).astype(np.float32)
+    got = run(isa, lambda f, v, p: isa.scale(f, v, p), number, power)
+    assert (got == np.ldexp(number, power.astype(int))).all()
 
 
 @pytest.mark.parametrize("isa", every_isa())

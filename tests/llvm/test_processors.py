@@ -12,7 +12,7 @@ from flashtile import cli, kernels
 from flashtile.calls import clear_cache
 from flashtile.kernels import cpu
 from flashtile.llvm import machines, processors
-from flashtile.llvm.products import FMA, PAIRS, TILES, known
+from flashtile.llvm.products import FMA, PAIRS, TILES, TILES2, TILES3, known
 
 pytestmark = pytest.mark.core
 
@@ -35,6 +35,13 @@ PROCESSORS = {
     "Cooper Lake": (("GenuineIntel", 6, 85), "unknown, Intel's", FMA),
     "nobody's": (("HygonGenuine", 24, 1), "unknown", FMA),
 }
+IN_PARTS = [
+    ("float64", "ieee", FMA),
+    ("float32", "ieee", TILES3),
+    ("float32", "tf32", TILES2),
+    ("float32", "fp16", TILES2),
+    ("float16", "ieee", TILES2),
+]
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
@@ -52,9 +59,13 @@ def test_each_family_gets_the_product_that_it_is_good_at(name: str) -> None:
     tiles = processors.choose(matrix, "bfloat16", "ieee", processor)
     assert tiles.product is (TILES if "Intel" in family else product) and processor.name in tiles.why
     assert processors.choose(matrix, "bfloat16", "ieee", processor, lands=("registers",)).product is product
-    for dtype in ("float64", "float32", "float16"):
-        assert processors.choose(matrix, dtype, "ieee", processor).product is FMA
-        assert processors.choose(dot, dtype, "ieee", processor).product is FMA
+    for dtype, precision, in_parts in IN_PARTS:
+        chosen = processors.choose(matrix, dtype, precision, processor)
+        assert chosen.product is (in_parts if "Granite" in family else FMA)
+        assert processor.name in chosen.why or in_parts is FMA
+        assert processors.choose(dot, dtype, precision, processor).product is FMA
+        assert processors.choose(dot, dtype, precision, processor, forced=True).product is FMA
+        assert processors.choose(matrix, dtype, precision, processor, forced=True).product is in_parts
 
 
 def test_rates_are_of_products_that_exist_and_every_processor_has_fp32s() -> None:
@@ -77,8 +88,7 @@ def test_on_a_processor_with_a_slow_dot_bf16_is_computed_in_fp32(monkeypatch: py
     slow = processors.processor_of(INFO.format("GenuineIntel", 6, 173))
     monkeypatch.delenv("FLASHTILE_ISA", raising=False)
     monkeypatch.setattr(processors, "here", lambda: slow)
-    cpu._choice.cache_clear()
-    clear_cache()
+    forget()
     try:
         said = flashtile.explain((1, 2, 40, 16), dtype="bfloat16")
         assert said.isa == "avx512_bf16" and said.product.startswith("fma: ") and "Granite" in str(said)
@@ -89,8 +99,15 @@ def test_on_a_processor_with_a_slow_dot_bf16_is_computed_in_fp32(monkeypatch: py
 
         assert_accurate(flashtile.attention(q, q, q, causal=True), q, q, q, causal=True)
     finally:
-        cpu._choice.cache_clear()
-        clear_cache()
+        forget()
+
+
+def forget() -> None:
+    """What was chosen for the processor as it was."""
+    clear_cache()
+    for kept in vars(cpu).values():
+        if hasattr(kept, "cache_clear"):
+            kept.cache_clear()
 
 
 WRONG = "FLASHTILE_ISA: got 'avx1024', expected one of "

@@ -15,10 +15,12 @@ from inputs import Shape, same_bits, uniform
 from kernel_cases import Kernel
 from option_cases import SHAPE, SINKS, SLOPES, TOGETHER, coins, numbers
 
+import flashtile
+from flashtile.kernels.cpu import score_values
 from flashtile.score import document, padding
 from flashtile.score.options import ScoreOptions
 from flashtile.spec import AttentionSpec
-from flashtile.testing import expect
+from flashtile.testing import assert_accurate, expect
 
 FULL = (SHAPE.batch, SHAPE.heads, SHAPE.q_len, SHAPE.kv_len)
 
@@ -103,6 +105,20 @@ def test_few_queries_on_long_keys(kernel: Kernel, name: str, q_len: int) -> None
     want_o, want_lse = expect(*inputs, **options)
     want_o.check(o)
     want_lse.check(lse)
+
+
+@pytest.mark.parametrize("kv_len", [16, 32])
+@pytest.mark.parametrize("stored", ["padding", "plane"])
+def test_a_small_plane_is_not_mapped(stored: str, kv_len: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its mask is asked for every pair of query and key, and anew at every call."""
+    monkeypatch.setattr(score_values, "_mapped", None)
+    q, k, v = uniform(Shape(3, 4, 2, 20, kv_len, 16), "float32")
+    mask = np.arange(kv_len) < np.array([kv_len - 5, 1, 0])[:, None, None, None]
+    if stored == "plane":
+        mask = np.ascontiguousarray(np.broadcast_to(mask, (3, 1, 20, kv_len)))
+    for _ in range(2):
+        assert_accurate(flashtile.attention(q, k, v, mask=mask, kernel="cpu"), q, k, v, mask=mask)
+        mask = ~mask
 
 
 _PEAK = """

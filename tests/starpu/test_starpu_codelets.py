@@ -35,9 +35,9 @@ def test_every_operation_runs_in_every_dtype_and_keeps_a_model(script: Script, t
         starpu.init(workers=2, scheduler="dmda", calibrate=True, models=os.environ["MODELS"])
         import ml_dtypes
         for dtype in ("float64", "float32", "float16", ml_dtypes.bfloat16):
-            q, k, v = (x.astype(dtype) for x in arrays()[:3])
+            q_, k_, v_ = (x.astype(dtype) for x in arrays()[:3])
             for kernel in ("cpu", "vanilla"):
-                flashtile.attention(q, k, v, engine="starpu", kernel=kernel)
+                flashtile.attention(q_, k_, v_, engine="starpu", kernel=kernel)
             wide = "float64" if dtype == "float64" else "float32"
             parts = [starpu.register(np.zeros(s, wide), 100) for s in [(1, 2, 300, 16), (1, 2, 300)] * 2]
             starpu.submit_merge(*parts)
@@ -45,12 +45,17 @@ def test_every_operation_runs_in_every_dtype_and_keeps_a_model(script: Script, t
             kinds = [dtype] * 3 + [wide, dtype]
             k, q, v, lse, a = (nntile.register(np.zeros(s, t, "F")) for s, t in zip(shapes, kinds))
             nntile.flash_sdpa_fwd_async(k, q, None, lse, v, a)
+            gradients = [nntile.register(np.zeros((16, 40, 1, 1, 2), dtype, "F")) for _ in range(4)]
+            nntile.flash_sdpa_bwd_async(k, q, None, lse, v, a, *gradients)
             starpu.wait()
+            o, lse = flashtile.attention(q_, k_, v_, return_lse=True)
+            flashtile.attention_backward(o, q_, k_, v_, o, lse, engine="starpu")
         """,
         MODELS=str(tmp_path),
     )
     names = {file.name.split(".")[0] for file in tmp_path.rglob("flashtile_*")}
-    wide = {"merge": ("float64", "float32"), "finish": ("float16", "bfloat16")}
+    narrow = "float16", "bfloat16"
+    wide = {"merge": ("float64", "float32"), "finish": narrow, "add": narrow, "accumulate_add": narrow}
     expected = {f"flashtile_{name}_{dtype}" for name in codelets.LABELS for dtype in wide.get(name, tuple(DTYPES))}
     assert names == expected
 

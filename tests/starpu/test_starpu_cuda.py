@@ -250,6 +250,7 @@ def unfused_launches(gpu: Gpu, door: Any, dtype: str, precision: str = "ieee") -
                         "query_tiles": query_tiles,
                         "key_tiles": key_tiles,
                         "scale": BITS,
+                        "left": 2**61,
                         "right": 0,
                         "offset": OFFSET + i * TILE_Q - j * TILE_K,
                     },

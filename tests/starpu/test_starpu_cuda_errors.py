@@ -219,8 +219,9 @@ def test_restrict(
         assert tasks.program.data.cuda and gpu.run(tasks.codelet, tasks.program, tasks.tasks[0], PLAIN)
         q = np.zeros((1, 2, 70, 16), np.float16)
         for options, reason in (
-            ({"sinks": np.zeros(2)}, "restricted to cuda: score programs and sinks, whose values lie in"),
-            ({"softcap": 3.0}, "restricted to cuda: score programs and sinks, whose values lie in"),
+            ({"sinks": np.zeros(2)}, "restricted to cuda: score programs, sinks and dropout, whose values lie"),
+            ({"softcap": 3.0}, "restricted to cuda: score programs, sinks and dropout, whose values lie"),
+            ({"dropout_p": 0.5, "seed": 1}, "restricted to cuda: score programs, sinks and dropout, whose values lie"),
             ({"precision": "ieee"}, "has no kernel forward of .*bf16.* with .*BAND=False"),
         ):
             dtype = "float16" if len(options) and "precision" not in options else "bfloat16"

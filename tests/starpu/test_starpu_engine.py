@@ -20,6 +20,7 @@ from flashtile.calls import clear_cache
 from flashtile.dtypes import DTYPES
 from flashtile.engines.starpu import engine, flow, jobs, runtime, session
 from flashtile.errors import KernelError, UnavailableError
+from flashtile.llvm import machines
 from flashtile.testing import assert_accurate, expect
 
 pytestmark = pytest.mark.usefixtures("starpu")
@@ -41,6 +42,26 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def attention(*arrays: Any, **options: Any) -> Any:
     return flashtile.attention(*arrays, engine="starpu", **options)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("number", ["bfloat16", "float16", "float32"])
+def test_matrix_registers_of_workers(monkeypatch: pytest.MonkeyPatch, number: str) -> None:
+    """Products of one, two and three parts in threads of StarPU's, their state carried from tile to tile; what a key
+    holds that parts cannot stays with the rows that see it."""
+    if machines.unavailable(machines.known()["amx_emulated"]) is not None:
+        pytest.skip("no machine here has matrix registers, or emulates them")
+    monkeypatch.setenv("FLASHTILE_ISA", "amx_emulated")
+    clear_cache()
+    q, k, v = uniform(Shape(1, 4, 2, 150, 290, 24, 40), number)
+    options: dict[str, Any] = {"causal": True, "align": 140}
+    clean = attention(q, k, v, **options)
+    assert_accurate(clean, q, k, v, **options)
+    k, v = k.copy(), v.copy()
+    k[0, 0, 240, 3], v[0, 0, 240, 5] = np.inf, np.nan
+    dirty = attention(q, k, v, **options)
+    assert same_bits(dirty[:, :, :100], clean[:, :, :100]) and same_bits(dirty[:, 2:], clean[:, 2:])
+    assert np.isnan(dirty[:, :2, 100:].astype(np.float32)).any()
 
 
 # The fused codelet, and the three unfused ones.

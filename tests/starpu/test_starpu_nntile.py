@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from inputs import same_bits
-from nntile_problem import TILES, VALID, K, Problem
+from nntile_problem import TILES, VALID, BackwardProblem, K, Problem
 
 from flashtile import nntile
 from flashtile.engines.starpu import session
@@ -157,3 +157,32 @@ def test_bad_tiles(starpu: Any) -> None:
         nntile.register(np.zeros((2, 3), "float32"))
     for tile in arguments:
         tile.unregister()
+
+
+@pytest.mark.parametrize(
+    ("element", "mask", "wide", "causal"),
+    [("float64", None, False, True), ("float32", "bool", False, False), ("bfloat16", "own", False, True)]
+    + [("float16", None, True, True)],
+)
+def test_gradient_tasks_give_the_bits_of_arrays(
+    starpu: Any, element: str, mask: str | None, wide: bool, causal: bool
+) -> None:
+    on_arrays, on_tiles = (BackwardProblem(element, mask, wide=wide, causal=causal, align=90) for _ in range(2))
+    on_arrays.run(causal=causal, first_query=90)
+    shared = {name: nntile.register(getattr(on_tiles, name)) for name in ("q", "a", "da", "lse", "dq")}
+    q, a, da, lse, dq = shared.values()
+    tiles, tasks, pairs = list(shared.values()), 0, on_tiles.gradient_tiles()
+    for first, read, gradients in pairs:
+        k, m, v, dk, dv = (None if x is None else nntile.register(x) for x in (*read, *gradients))
+        options = {"causal": causal, "first_query": 90, "first_key": first}
+        tasks += nntile.flash_sdpa_bwd_async(k, q, m, lse, v, a, da, dk, dq, dv, **options)
+        tiles += [x for x in (k, m, v, dk, dv) if x is not None]
+    starpu.wait()
+    for tile in tiles:
+        tile.unregister()
+    assert same_bits(on_tiles.dq, on_arrays.dq)
+    for first, _, (dk, dv) in pairs:
+        at = slice(first, first + dk.shape[1])
+        assert same_bits(dk, on_arrays.dk[:, at]) and same_bits(dv, on_arrays.dv[:, at])
+    narrow = 0 if wide or element in ("float32", "float64") else 3
+    assert tasks == (2 + narrow) * (2 if causal else TILES)  # the last tile is beyond the diagonal

@@ -19,6 +19,17 @@ class Case(NamedTuple):
     arrays: tuple[np.ndarray, np.ndarray, np.ndarray]
     options: dict[str, Any]
     cut: dict[str, Any]
+    wrt: tuple[str, ...] = ()  # gradients that are computed, too
+
+    @property
+    def do(self) -> np.ndarray:
+        """What arrives at the output."""
+        q, _, v = self.arrays
+        shape = (*q.shape[:3], v.shape[3])
+        return np.random.default_rng(2).standard_normal(shape).astype(q.dtype)
+
+
+QKV = "q", "k", "v"
 
 
 def _arrays(q_len: int = 500, kv_len: int = 500, dtype: Any = np.float32, size: int = 24) -> Any:
@@ -35,22 +46,30 @@ def cases() -> dict[str, Case]:
     table = rng.standard_normal((4, 999)).astype(np.float32)
     made = {
         "plain": Case(_arrays(), {}, tile),
-        "causal": Case(_arrays(), {"causal": True}, tile),
+        "causal": Case(_arrays(), {"causal": True}, tile, QKV),
         "contiguous": Case(_arrays(), {"causal": True}, {**tile, "distribution": "contiguous"}),
         "window": Case(_arrays(), {"window": (60, 0)}, tile),
         "bottom right": Case(_arrays(300, 500), {"causal": True, "align": "bottom_right"}, tile),
-        "an offset a batch": Case(_arrays(300, 500), {"causal": True, "align": np.array([10, 150])}, tile),
-        "documents": Case(_arrays(), {"mask": flashtile.score.document(documents), "causal": True}, tile),
-        "bias": Case(_arrays(), {"bias": rng.standard_normal((1, 4, 500, 500)).astype(np.float32)}, tile),
-        "sinks, softcap, ALiBi": Case(
-            _arrays(), {"sinks": np.arange(4.0), "softcap": 9.0, "alibi_slopes": np.full(4, 0.1)}, tile
+        "an offset a batch": Case(_arrays(300, 500), {"causal": True, "align": np.array([10, 150])}, tile, QKV),
+        "documents": Case(_arrays(), {"mask": flashtile.score.document(documents), "causal": True}, tile, QKV),
+        "bias": Case(
+            _arrays(), {"bias": rng.standard_normal((1, 4, 500, 500)).astype(np.float32)}, tile, ("k", "bias")
         ),
-        "own": Case(_arrays(), {"score_mod": lambda s, b, h, i, j: s + table[h, i - j + 499]}, tile),
+        "sinks, softcap, ALiBi": Case(
+            _arrays(),
+            {"sinks": np.arange(4.0), "softcap": 9.0, "alibi_slopes": np.full(4, 0.1)},
+            tile,
+            ("v", "q", "sinks", "alibi_slopes"),
+        ),
+        "own": Case(
+            _arrays(), {"score_mod": lambda s, b, h, i, j: s + table[h, i - j + 499]}, tile, (*QKV, "captured")
+        ),
         "float64": Case(_arrays(dtype=np.float64), {"causal": True}, tile),
-        "float16": Case(_arrays(dtype=np.float16), {"causal": True, "window": (200, 0)}, tile),
-        "fewer tiles than ranks": Case(_arrays(130, 130), {"causal": True}, tile),
-        "one tile": Case(_arrays(5, 7), {}, tile),
-        "no keys": Case(_arrays(200, 0), {}, tile),
+        "float16": Case(_arrays(dtype=np.float16), {"causal": True, "window": (200, 0)}, tile, QKV),
+        "dropout": Case(_arrays(), {"causal": True, "dropout_p": 0.2, "seed": 5}, tile, QKV),
+        "fewer tiles than ranks": Case(_arrays(130, 130), {"causal": True}, tile, QKV),
+        "one tile": Case(_arrays(5, 7), {}, tile, QKV),
+        "no keys": Case(_arrays(200, 0), {}, tile, QKV),
     }
     try:
         import ml_dtypes

@@ -1,8 +1,9 @@
-"""Computes every case on its ranks; rank 0 writes o and lse of the whole: rank_compute.py OUT.npz."""
+"""Computes every case on its ranks; rank 0 writes o, lse and gradients of the whole: rank_compute.py OUT.npz."""
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
@@ -11,19 +12,40 @@ from rank_cases import cases
 from flashtile import starpu_mpi
 
 comm = MPI.COMM_WORLD
-results = {}
-for name, (arrays, options, cut) in cases().items():
-    lengths = [x.shape[2] for x in arrays]
-    mine = [x[:, :, starpu_mpi.part(n, comm.rank, comm.size, **cut)] for x, n in zip(arrays, lengths, strict=True)]
-    o, lse = starpu_mpi.attention(*mine, return_lse=True, **options, **cut)
-    every = comm.gather((o, lse))
+results: dict[str, Any] = {}
+
+
+def gather(name: str, x: np.ndarray, length: int, cut: dict[str, Any]) -> None:
+    """Put the rows of all ranks together."""
+    every = comm.gather(x)
     if every is None:
+        return
+    whole = np.empty((*x.shape[:2], length, *x.shape[3:]), x.dtype)
+    for rank, part in enumerate(every):
+        whole[:, :, starpu_mpi.part(length, rank, comm.size, **cut)] = part
+    results[name] = whole.view(np.uint16) if whole.dtype.name == "bfloat16" else whole
+
+
+for name, case in cases().items():
+    arrays, options, cut = case.arrays, case.options, case.cut
+    lengths = [x.shape[2] for x in arrays]
+    parts = [starpu_mpi.part(n, comm.rank, comm.size, **cut) for n in lengths]
+    mine = [x[:, :, part] for x, part in zip(arrays, parts, strict=True)]
+    o, lse = starpu_mpi.attention(*mine, return_lse=True, **options, **cut)
+    gather(f"{name}: o", o, lengths[0], cut)
+    gather(f"{name}: lse", lse, lengths[0], cut)
+    if not case.wrt:
         continue
-    for what, index in (("o", 0), ("lse", 1)):
-        first = every[0][index]
-        whole = np.empty((*first.shape[:2], lengths[0], *first.shape[3:]), first.dtype)
-        for rank, parts in enumerate(every):
-            whole[:, :, starpu_mpi.part(lengths[0], rank, comm.size, **cut)] = parts[index]
-        results[f"{name}: {what}"] = whole.view(np.uint16) if whole.dtype.name == "bfloat16" else whole
+    found = starpu_mpi.attention_backward(case.do[:, :, parts[0]], *mine, o, lse, wrt=case.wrt, **options, **cut)
+    for which, length in zip("qkv", lengths, strict=True):
+        if getattr(found, which) is not None:
+            gather(f"{name}: d{which}", getattr(found, which), length, cut)
+    whole = {n: getattr(found, n) for n in ("bias", "sinks", "alibi_slopes")}
+    whole |= {f"captured {n}": x for n, x in enumerate((found.captured or {}).values())}
+    for which, x in whole.items():
+        if x is not None:
+            every = comm.allgather(x.tobytes())
+            assert all(other == every[0] for other in every), which
+            results[f"{name}: {which}"] = x
 if comm.rank == 0:
     np.savez(sys.argv[1], **results)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ from rank_cases import Ranks, cases
 import flashtile
 from flashtile import starpu_mpi
 from flashtile.engines.starpu_mpi import build
-from flashtile.testing import expect
+from flashtile.gradients import ByIdentity, Gradients
+from flashtile.testing import assert_gradients_accurate, expect
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 
@@ -36,18 +38,34 @@ def results(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[int,
 
 @pytest.mark.parametrize("name", cases())
 def test_every_number_of_ranks_gives_the_same_bits(name: str, results: dict[int, dict[str, np.ndarray]]) -> None:
-    for what in ("o", "lse"):
-        first, *others = (results[n][f"{name}: {what}"] for n in COUNTS)
+    found = [what for what in results[1] if what.startswith(f"{name}: ")]
+    assert len(found) == 2 + len(cases()[name].wrt)
+    for what in found:
+        first, *others = (results[n][what] for n in COUNTS)
         assert all(first.tobytes() == other.tobytes() for other in others), what
 
 
 @pytest.mark.parametrize("name", cases())
 def test_ranks_are_accurate(name: str, results: dict[int, dict[str, np.ndarray]]) -> None:
-    arrays, options, _ = cases()[name]
+    case = cases()[name]
+    arrays, options = case.arrays, case.options
     o, lse = expect(*arrays, **options)
     got = results[4][f"{name}: o"]
     o.check(got.view(arrays[0].dtype), "o")
     lse.check(results[4][f"{name}: lse"], "lse")
+
+
+@pytest.mark.parametrize("name", [name for name, case in cases().items() if case.wrt])
+def test_gradients_of_ranks_are_accurate(name: str, results: dict[int, dict[str, np.ndarray]]) -> None:
+    case, got = cases()[name], results[4]
+    qkv = {n: got.get(f"{name}: d{n}") for n in "qkv"}
+    others = {n: got.get(f"{name}: {n}") for n in ("bias", "sinks", "alibi_slopes")}
+    captured = None
+    if "captured" in case.wrt:
+        source = inspect.getclosurevars(case.options["score_mod"]).nonlocals["table"]
+        captured = ByIdentity([(source, got[f"{name}: captured 0"])])
+    found = Gradients(**qkv, **others, captured=captured)
+    assert_gradients_accurate(found, case.do, *case.arrays, wrt=case.wrt, **case.options)
 
 
 @pytest.mark.parametrize("distribution", ["zigzag", "contiguous"])
@@ -94,7 +112,7 @@ said = {
     "refused": text(lambda: call(softcap=-1.0 if second else 3.0)),
     "tile": text(lambda: call(tile=0)),
     "distribution": text(lambda: call(distribution="ring")),
-    "dropout": text(lambda: call(dropout_p=0.5, seed=1)),
+    "seed": text(lambda: call(dropout_p=0.5, seed=1 + second)),
     "then": text(call),
 }
 every = comm.gather(said)
@@ -107,13 +125,66 @@ def test_an_error_of_one_rank_is_raised_on_all(ranks: Ranks) -> None:
     done = ranks(2, ERRORS)
     assert done.returncode == 0, done.stderr
     first, second = json.loads(done.stdout)
-    for name in ("dtype", "heads", "rows", "option", "array"):
+    for name in ("dtype", "heads", "rows", "option", "array", "seed"):
         assert first[name] == second[name], name  # both compare the same facts
         assert first[name].startswith("SpecError: rank ") and " got " in first[name], first[name]
     assert first["refused"] == "SpecError: rank 1: " + second["refused"].removeprefix("SpecError: ")
     assert first["tile"] == "SpecError: tile: got 0, expected a positive integer"
     assert "'zigzag' or 'contiguous'" in first["distribution"]
-    assert first["dropout"].startswith("UnavailableError")
+    assert first["then"] == second["then"] == "no error"
+
+
+GRADIENT_ERRORS = """
+import json
+import numpy as np
+from mpi4py import MPI
+from flashtile import starpu_mpi
+from flashtile.errors import FlashtileError
+
+comm = MPI.COMM_WORLD
+second = comm.rank == 1
+rows = len(starpu_mpi.part(400, comm.rank, comm.size, tile=96))
+q = np.zeros((1, 2, rows, 8), "float32")
+lse = np.zeros((1, 2, rows), "float32")
+
+def call(do=q, lse=lse, **options):
+    return starpu_mpi.attention_backward(do, q, q, q, q, lse, **{"tile": 96, **options})
+
+def text(what):
+    try:
+        what()
+    except FlashtileError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+large = np.zeros((2000, 2000), "float32")
+said = {
+    "do": text(lambda: call(do=q[:, :, 1:] if second else q)),
+    "lse": text(lambda: call(lse=lse.astype("float64") if second else lse)),
+    "wrt": text(lambda: call(wrt="q" if second else "k")),
+    "dlse": text(lambda: call(dlse=lse if second else None)),
+    "name": text(lambda: call(wrt="bias")),
+    "shared": text(lambda: call(wrt="captured", score_mod=lambda s, b, h, i, j: s + large[i - j + 400, j])),
+    "then": text(call),
+}
+every = comm.gather(said)
+if comm.rank == 0:
+    print(json.dumps(every))
+"""
+
+
+def test_an_error_in_gradients_of_one_rank_is_raised_on_all(ranks: Ranks) -> None:
+    done = ranks(2, GRADIENT_ERRORS)
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads(done.stdout)
+    for name, expected in (("do", "do: got shape (1, 2, "), ("lse", "lse: got dtype float64, expected float32")):
+        assert second[name].startswith(f"SpecError: {expected}") and first[name].startswith(
+            f"SpecError: rank 1: {name}"
+        )
+    for name in ("wrt", "dlse"):
+        assert first[name] == second[name] and first[name].startswith(f"SpecError: rank 1: {name}: got ")
+    assert "wrt: got 'bias' in a call without bias" in first["name"]
+    assert first["shared"].startswith("UnavailableError: wrt: got an array of more than 4 MB")
     assert first["then"] == second["then"] == "no error"
 
 

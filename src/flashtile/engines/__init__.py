@@ -39,11 +39,21 @@ class Pack(Protocol):
     ) -> Any: ...
 
 
+class Alone(NamedTuple):
+    """A call that is one call of native code on the calling thread, for those who make it without Python:
+    function(params, 0, items, scratch), params being what `pack` returns."""
+
+    function: Any  # of ctypes
+    items: int
+    scratch_bytes: int  # 64-byte aligned
+
+
 class Bound(NamedTuple):
     """A forward call made ready. Both may be called from any thread, many times at once."""
 
     pack: Pack
     run: Run
+    alone: Alone | None = None  # None where it is more than that
 
 
 class PackBackward(Protocol):

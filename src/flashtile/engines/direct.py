@@ -8,6 +8,7 @@ thread as one native call, and so does one that a device computes at once, with 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 import time
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flashtile.engines import Bound, BoundBackward, Engine, Run
+from flashtile.engines import Alone, Bound, BoundBackward, Engine, Run
 from flashtile.errors import KernelError
 from flashtile.kernels import ArrayShapes, BackwardLayout, Family, Layout, Runnable, Stage
 from flashtile.plan import Plan, make_plan
@@ -33,6 +34,7 @@ RANGES_PER_THREAD = 4  # at least, so that threads end together
 REPORT_SECONDS = 0.1
 KEPT_SCRATCH_BYTES = 16 << 20  # a thread keeps its scratch for the next call up to this size
 CACHE_LINE = 64
+_Native = ctypes.CFUNCTYPE(None).__mro__[1]  # any function of ctypes
 
 
 def unavailable() -> str | None:
@@ -44,7 +46,9 @@ def bind(spec: AttentionSpec, layout: Layout, family: Family) -> Bound:
     """Plan a call, compile its kernel, and bind the two."""
     plan = make_plan(spec, family.capabilities(spec))
     kernel = family.compile(spec, plan, layout)
-    return Bound(kernel.pack, prepare(plan, kernel))
+    native = isinstance(kernel.run, _Native) and kernel.merge_stage is None
+    alone = Alone(kernel.run, plan.items, kernel.scratch_bytes) if native and _is_small(plan) else None
+    return Bound(kernel.pack, prepare(plan, kernel), alone)
 
 
 def bind_backward(spec: AttentionSpec, layout: BackwardLayout, family: Family, arrays: ArrayShapes) -> BoundBackward:
@@ -57,10 +61,15 @@ def bind_backward(spec: AttentionSpec, layout: BackwardLayout, family: Family, a
 ENGINE = Engine("direct", unavailable, bind, bind_backward)
 
 
+def _is_small(plan: Plan) -> bool:
+    """Whether the calling thread computes it, as one native call."""
+    return plan.at_once or plan.flops <= SMALL_FLOPS or plan.items == 1
+
+
 def prepare(plan: Plan, kernel: Runnable) -> Run:
     """Bind a compiled kernel to its plan. The result may be called from any thread, many times at once."""
     items, scratch_bytes, run_items, merge = plan.items, kernel.scratch_bytes, kernel.run, kernel.merge_stage
-    small = plan.at_once or plan.flops <= SMALL_FLOPS or items == 1
+    small = _is_small(plan)
     first = Stage(items, run_items, plan.flops, 0)
 
     def run(params: Any, report: Report | None = None) -> None:

@@ -48,6 +48,44 @@ class TileKernel:
         return block
 
 
+class TileSums(Protocol):
+    """The gradients of captured arrays, to which tiles add. Those that would meet in one element have copies of their
+    own, or the same turn: they must run one after the other."""
+
+    turns: int  # how many there are
+    apart_by_rows: bool  # whether no element of a copy is added to by several query tiles
+
+    def copy_of(self, **at: np.ndarray) -> np.ndarray:
+        """The value of the word `copy` for tiles at b, h, i, j, each (n,): int64 (n,)."""
+        ...
+
+    def turn_of(self, **at: np.ndarray) -> np.ndarray:
+        """Their turns, likewise."""
+        ...
+
+    @property
+    def sums(self) -> Totals: ...
+
+
+class Totals(Protocol):
+    @property
+    def memory(self) -> list[np.ndarray]:
+        """All that has been added up."""
+        ...
+
+    def totals(self) -> dict[int, np.ndarray]:
+        """The sums by the numbers of their slots, when every tile is done."""
+        ...
+
+
+@dataclass(frozen=True)
+class TileBackward:
+    """The kernel of a tile's gradients, and where those of captured arrays go, if any are wanted."""
+
+    kernel: TileKernel
+    arrays: TileSums | None
+
+
 class Native:
     """A tile kernel as an engine of work items runs it: a `kernels.Runnable` on the address of a filled block."""
 
@@ -63,8 +101,8 @@ class Native:
 class TileKernels(Protocol):
     """What a family offers. All kernels take items [begin, end), on rows of adjacent elements."""
 
-    def rows_at_once(self, spec: AttentionSpec) -> int:
-        """Query rows that `forward` computes together: with a mask, tiles are whole multiples."""
+    def rows_at_once(self, spec: AttentionSpec, direction: str = "forward") -> int:
+        """Query rows that `forward`, or `backward`, computes together: with a mask, tiles are whole multiples."""
         ...
 
     def forward(
@@ -88,6 +126,44 @@ class TileKernels(Protocol):
         """
         ...
 
+    def backward(
+        self,
+        spec: AttentionSpec,
+        tile_q: int,
+        tile_k: int,
+        *,
+        offsets: int = 0,
+        scoring: Scoring | None = None,
+        arrays: tuple[tuple[int, tuple[int, ...]], ...] = (),
+    ) -> TileBackward:
+        """The kernel that adds to dQ of a query tile, and to dK and dV of a key tile, what the one gives the other.
+
+        Item b * heads + h is one query head. Words that tasks set: q, do, lse, delta, dq (addresses of the query tile),
+        k, v, dk, dv (addresses of key 0, wherever that would be), those among dq, dk and dv that are not wanted 0; q_s,
+        k_s, v_s, do_s, dq_s, dk_s, dv_s (bytes between rows); first_row and row_count of the query tile; first_key and
+        kv_len, where the key tile begins and ends; copy (TileSums).
+        Gradients, lse and delta are in accumulators. arrays: slots and shapes of captured arrays whose gradients are
+        wanted. The rest as in `forward`.
+        Raises: SpecError if a mask comes with query tiles that are no multiple of `rows_at_once`.
+        """
+        ...
+
+    def deltas(self, spec: AttentionSpec, *, scoring: Scoring | None = None) -> TileKernel:
+        """The kernel of rowsum(dO * O) - dlse of a query tile, and of what its rows give to their sink.
+
+        Item b * heads + h. Words that tasks set: do, o, lse, dlse (0: none), delta (addresses of the query tile),
+        dsinks (0, or the address of the head's sum, which it adds to), do_s, o_s (bytes between rows), row_count.
+        """
+        ...
+
+    def adding(self, spec: AttentionSpec, size: int) -> TileKernel:
+        """The kernel that adds sums to a gradient in the input's dtype, which rounds once: item n is row n of a tile.
+
+        Words that tasks set: parts (address of the sums: rows of so many accumulators without gaps), dq (of the
+        gradient), dq_s (bytes between its rows).
+        """
+        ...
+
     def accumulating(self, spec: AttentionSpec, mask: str | None = None) -> TileKernel:
         """The kernel that adds one key tile to (o, lse) of a whole query tile, all heads; spec has one batch.
 
@@ -95,6 +171,15 @@ class TileKernels(Protocol):
         hold the state of earlier keys. Words that tasks set: q, k, v, o, lse (addresses), offset, and with a mask its
         address: (rows, keys) without gaps, of dtype `mask`, which is added to the scores, or if bool shows the keys
         that are True. The kernel says how many items it has.
+        """
+        ...
+
+    def differentiating(self, spec: AttentionSpec, mask: str | None = None) -> dict[str, TileKernel]:
+        """The kernels of the gradients of one key tile and a whole query tile, all heads; spec has one batch.
+
+        "delta" and "backward" are those of `deltas` and `backward`, with every head an item; "add_N" is `adding` for a
+        head size N. Arrays are as in `accumulating`, gradients (heads, rows, head size) in accumulators; words that
+        tasks set: addresses, offset, and with a mask its own.
         """
         ...
 

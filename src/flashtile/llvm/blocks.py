@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Mapping
+from operator import itemgetter
 from types import SimpleNamespace
 
 from flashtile.llvm.ir import Function, Value
@@ -46,11 +47,12 @@ class Block:
         self._first = next((n for n, type_ in enumerate(self.types.values()) if type_ != "ptr"), len(codes))
         self.head: Callable[..., bytes] = struct.Struct("".join(codes[: self._first])).pack
         self._tail = struct.Struct("".join(codes[self._first :])).pack
-        self._behind = list(self.types)[self._first :]
+        behind = list(self.types)[self._first :]
+        self._values_behind = itemgetter(*behind) if len(behind) > 1 else lambda values: [values[x] for x in behind]
 
     def tail(self, values: Mapping[str, float]) -> bytes:
         """All words but the leading pointers."""
-        return self._tail(*map(values.__getitem__, self._behind))
+        return self._tail(*self._values_behind(values))
 
     def pack(self, values: Mapping[str, float]) -> bytes:
         """The whole block."""

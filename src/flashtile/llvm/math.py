@@ -82,7 +82,10 @@ def weight(f: Function, isa: ISA, x: Value, *, coarse: bool = False) -> Value:
     """
     form = _FORMATS[element(x.type)]
     tiny = x < form.negligible
-    if isa.permutes:
+    if coarse and isa.scales and x.type == isa.vector_of("float"):
+        r = isa.fraction(f, x)
+        value = isa.scale(f, _polynomial(f, isa, exp2_coefficients(4), r), x - r)
+    elif isa.permutes:
         value = _exp2_by_table(f, isa, x, 2 if coarse else form.table_degree)
     else:
         value = _exp2(f, isa, x, 4 if coarse else form.degree)
@@ -92,8 +95,11 @@ def weight(f: Function, isa: ISA, x: Value, *, coarse: bool = False) -> Value:
 def weight_of(f: Function, isa: ISA, difference: Value, high: Value, low: Value, *, coarse: bool = False) -> Value:
     """The weight of a score by its difference to the maximum, times high + low (params.split_scale).
 
-    The difference comes first, so that the largest weight is exactly 1.
+    The difference comes first, so that the largest weight is exactly 1. Without ``low`` a weight of 2^-100 is off by
+    2^-17, which a ``coarse`` one may be: left out where what surrounds it is as cheap as that.
     """
+    if coarse and isa.scales:
+        return weight(f, isa, difference * high, coarse=True)
     return weight(f, isa, isa.multiply_add(f, difference, high, difference * low), coarse=coarse)
 
 

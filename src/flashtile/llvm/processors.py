@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flashtile.llvm.machines import ISA
-from flashtile.llvm.products import FMA, PAIRS, TILES, Product
+from flashtile.llvm.products import FMA, PAIRS, TILES, TILES2, TILES3, Product
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -23,7 +23,8 @@ class Processor:
     """A family of processors, and the multiply-adds a second of its products over those of fp32 by `fma`.
 
     vendor, families, models    as /proc/cpuinfo numbers them; no models: every one
-    rates                       by the product's name; what is not named is not known, and not chosen
+    rates                       by the product's name; what is not named is not known, and not chosen. Of operands in
+                                several parts: of the kernel as a whole, since splitting takes its time, too
     measured                    where the rates are from
     """
 
@@ -48,8 +49,9 @@ TABLE = (
         "GenuineIntel",
         (6,),
         (143, 207, 173, 174),
-        rates={PAIRS.name: 0.65, TILES.name: 11.7},
-        measured="the dot at 98 GFLOP/s a core, tiles at 2520, fp32 at 215 at best",
+        rates={PAIRS.name: 0.65, TILES.name: 11.7, TILES2.name: 2.9, TILES3.name: 1.5},
+        measured="a core: the dot at 98 GFLOP/s, tiles at 2520, fp32 at 215 at best; attention in two and three parts "
+        "at 2.9 and 1.5 times its rate in fp32",
     ),
 )
 # Of processors that nobody has measured, a product is trusted where every one of the vendor's that has it is fast.
@@ -90,8 +92,21 @@ class Choice:
     why: str
 
 
-# What computes 16-bit operands, the most preferred first where FLASHTILE_ISA names the machine.
-_SIXTEEN = {TILES: "tiles of bf16 pairs", PAIRS: "the dot of bf16 pairs"}
+_SAID: dict[Product, str] = {
+    TILES: "tiles of bf16 pairs",
+    PAIRS: "the dot of bf16 pairs",
+    TILES2: "tiles of bf16 pairs, operands in two parts",
+    TILES3: "tiles of bf16 pairs, operands in three parts",
+}
+
+
+def _beside_fma(dtype: str, precision: str) -> tuple[Product, ...]:
+    """What else computes a dtype at a precision, the most preferred first where FLASHTILE_ISA names the machine."""
+    if dtype == "bfloat16" or precision == "bf16":
+        return TILES, PAIRS
+    if dtype == "float64":
+        return ()
+    return (TILES2,) if dtype == "float16" or precision in ("tf32", "fp16") else (TILES3,)
 
 
 def choose(
@@ -102,25 +117,26 @@ def choose(
     *,
     forced: bool = False,
     lands: tuple[str, ...] = ("registers", "memory"),
+    parts: int = 3,
 ) -> Choice:
     """The product for a dtype at a precision on a machine; processor: of this machine, if it is None.
 
     forced: FLASHTILE_ISA names the machine. Then what it has is used, whatever its rate.
-    lands: where the caller can take a product's sums from (Product.lands).
+    lands, parts: where the caller can take a product's sums from (Product.lands), and the most parts of an operand.
     """
-    sixteen = dtype == "bfloat16" or precision == "bf16"
-    if not sixteen:
-        return Choice(FMA, f"multiply-adds in {'fp64' if dtype == 'float64' else 'fp32'}")
-    there = [product for product in _SIXTEEN if product.lands in lands and product.unavailable(isa) is None]
+    able = _beside_fma(dtype, precision)
+    plain = f"multiply-adds in {'fp64' if dtype == 'float64' else 'fp32'}"
+    takes = [product for product in able if product.lands in lands and product.parts <= parts]
+    there = [product for product in takes if product.unavailable(isa) is None]
     if not there:
-        return Choice(FMA, f"multiply-adds in fp32: {PAIRS.unavailable(isa)}")
+        return Choice(FMA, f"{plain}: {PAIRS.unavailable(isa)}" if PAIRS in able else plain)
     if forced:
-        return Choice(there[0], f"{_SIXTEEN[there[0]]}: FLASHTILE_ISA={isa.name}")
+        return Choice(there[0], f"{_SAID[there[0]]}: FLASHTILE_ISA={isa.name}")
     processor = here() if processor is None else processor
     best = max(there, key=processor.rate)
     rate = processor.rate(best)
     said = f"its rate is {rate:g} of fp32's" if rate else "its rate is not known"
     why = f"{said} on {processor.name} ({processor.measured})"
     if rate > 1:
-        return Choice(best, f"{_SIXTEEN[best]}: {why}")
-    return Choice(FMA, f"multiply-adds in fp32, not {_SIXTEEN[best]}: {why}")
+        return Choice(best, f"{_SAID[best]}: {why}")
+    return Choice(FMA, f"{plain}, not {_SAID[best]}: {why}")

@@ -261,6 +261,20 @@ class Emitter:
     def store(self, value: Value, pointer: Value, align: int | None = None) -> None:
         self.put(f"store {value}, ptr {pointer.ref}, align {align or SIZES[element(value.type)]}")
 
+    def load_some(self, type_: str, pointer: Value, live: Value) -> Value:
+        """A vector of which the first ``live`` lanes are read, of which there may be none; 0 in the others."""
+        arguments = [pointer, self.const("i32", SIZES[element(type_)]), self._first(type_, live), self.const(type_, 0)]
+        return self.intrinsic(f"llvm.masked.load.{mangle(type_)}.p0", type_, arguments)
+
+    def store_some(self, value: Value, pointer: Value, live: Value) -> None:
+        """The first ``live`` lanes of a vector."""
+        arguments = [value, pointer, self.const("i32", SIZES[element(value.type)]), self._first(value.type, live)]
+        self.intrinsic(f"llvm.masked.store.{mangle(value.type)}.p0", "void", arguments)
+
+    def _first(self, type_: str, live: Value) -> Value:
+        count = lanes(type_)
+        return self.iota(vector(count, "i32")) < self.splat(self.cast("trunc", live, "i32"), count)
+
     def abreast(self, count: int, emit: Callable[[int], T]) -> list[T]:
         """[emit(0), ..., emit(count - 1)], their instructions taken in turns.
 
@@ -297,6 +311,10 @@ class Emitter:
         type_ = vector(len(order), element(a.type))
         picks = ", ".join(f"i32 {i}" for i in order)
         return self.emit(type_, f"shufflevector {a}, {b}, <{len(order)} x i32> <{picks}>")
+
+    def join(self, a: Value, b: Value) -> Value:
+        """The lanes of a, then those of b."""
+        return self.shuffle(a, b, range(2 * lanes(a.type)))
 
     def interleave(self, a: Value, b: Value) -> tuple[Value, Value]:
         """a0 b0 a1 b1 ... as two vectors: the lower half of both, the upper half of both."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 
 from flashtile.plan.capabilities import Capabilities
@@ -73,5 +74,4 @@ def flops_of(spec: AttentionSpec, offsets: Iterable[int] | None = None) -> int:
 
 def _up_to(menu: tuple[int, ...], length: int) -> tuple[int, ...]:
     """The sizes of an ascending menu that a length can fill, and the first that covers it."""
-    smaller = sum(size < length for size in menu)
-    return menu[: smaller + 1]
+    return menu[: bisect_left(menu, length) + 1]

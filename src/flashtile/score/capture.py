@@ -66,6 +66,10 @@ class ArrayCapture:
     name: str = "captured array"
     place: Place | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By its storage: what the caller gave stays in this process."""
+        return ArrayCapture, (self.array, self.element, self.array, self.name, self.place)
+
     @property
     def device(self) -> str:
         return "cpu" if self.place is None else self.place.device
@@ -138,6 +142,8 @@ def capture(value: Any, name: str = "captured array") -> ArrayCapture:
         return _on_device(value, name, device)
     if _is_stand_in(value):
         return _without_memory(value, name)
+    if "jax" in sys.modules and isinstance(value, sys.modules["jax"].core.Tracer):
+        return _without_memory(value, name, TRACED)
     raw, element = _storage(value, name)
     if element in _WIDE and raw.size and not (raw.min() >= INT_MIN and raw.max() <= INT_MAX):
         raise SpecError(f"{name}: got integers from {raw.min()} to {raw.max()}, expected values that fit in int32")
@@ -183,13 +189,16 @@ def _is_stand_in(value: Any) -> bool:
     return bool(sys.modules["torch"]._C._are_functorch_transforms_active())  # whatever is computed there is one
 
 
-def _without_memory(value: Any, name: str) -> ArrayCapture:
+TRACED = "a trace of JAX"
+
+
+def _without_memory(value: Any, name: str, device: str = "cpu") -> ArrayCapture:
     """A capture whose values are not to be looked at: they come when the operator runs."""
     spelled = str(value.dtype).removeprefix("torch.")
     dtype = np.dtype(np.uint16 if spelled == "bfloat16" else spelled)
     element = "bf16" if spelled == "bfloat16" else _element(dtype, name)
     shape_only = np.broadcast_to(np.zeros((), dtype), tuple(value.shape))
-    return ArrayCapture(shape_only, element, value, name, Place("cpu", 0, ()))
+    return ArrayCapture(shape_only, element, value, name, Place(device, 0, ()))
 
 
 def _on_device(value: Any, name: str, device: str) -> ArrayCapture:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from .capture import Access, Slot
 from .derivative import ArrayGradient, array_gradients, derivative
@@ -25,6 +26,12 @@ class Code:
     score: Expr | None = field(compare=False, repr=False)
     mask: Expr | None = field(compare=False, repr=False)
     slots: tuple[Slot, ...] = field(compare=False, repr=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By its text, from which another process reads the very expressions."""
+        from .frozen import code_of
+
+        return code_of, (self.structure, self.slots)
 
     @cached_property
     def dense_loads(self) -> tuple[Expr, ...]:

@@ -11,6 +11,7 @@ through, which would take as long as using it: its tiles are PARTIAL.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -81,21 +82,34 @@ def coverage(program: Program, tile_q: int, tile_k: int, float_type: object = np
     float_type is the accumulator's type, in which the kernel evaluates the mask.
     A tile that is called PARTIAL may be whole or hidden (intervals are cautious); EMPTY and FULL are certain.
     """
-    batch, heads, s_q, s_kv = program.shape
+    s_q, s_kv = program.shape[2:]
     used = program.mask.variables if program.mask is not None else frozenset()
-    batches, maps = (n if v in used else min(n, 1) for v, n in (("b", batch), ("h", heads)))
-    shape = (batches, maps, -(-s_q // tile_q), -(-s_kv // tile_k))
+    shape = _shape(program.shape, used, tile_q, tile_k)
     if program.mask is None or 0 in shape:
         kinds = np.full(shape, FULL, np.uint8)
-    elif _is_stored(program.mask):
+    elif is_stored(program.mask):
         kinds = np.full(shape, PARTIAL, np.uint8)
     else:  # along an axis that the mask does not depend on all tiles are alike
         sides = tile_q if "i" in used else s_q, tile_k if "j" in used else s_kv
-        kinds = np.broadcast_to(_kinds(program, (batches, maps), sides, float_type), shape)
+        kinds = np.broadcast_to(_kinds(program, shape[:2], sides, float_type), shape)
     return _runs(kinds, tile_q, tile_k, s_kv)
 
 
-def _is_stored(mask: Expr) -> bool:
+def unseen(shape: tuple[int, int, int, int], used: frozenset[str], tile_q: int, tile_k: int) -> Coverage:
+    """The coverage of a mask that was not looked at, of which these variables are known to be used: all is PARTIAL."""
+    return _runs(np.full(_shape(shape, used, tile_q, tile_k), PARTIAL, np.uint8), tile_q, tile_k, shape[3])
+
+
+def _shape(
+    shape: tuple[int, int, int, int], used: frozenset[str], tile_q: int, tile_k: int
+) -> tuple[int, int, int, int]:
+    batch, heads, s_q, s_kv = shape
+    batches, maps = (n if v in used else min(n, 1) for v, n in (("b", batch), ("h", heads)))
+    return batches, maps, -(-s_q // tile_q), -(-s_kv // tile_k)
+
+
+@functools.lru_cache(maxsize=64)
+def is_stored(mask: Expr) -> bool:
     """Whether nothing but arrays with an element for each (i, j) decides: these are not looked through."""
     stack, seen = [mask], set()
     while stack:

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import SpecError, described
 from .capture import Access, ArrayCapture, ScalarCapture, Slot, capture
+from .code import Code
 from .expr import VARIABLES, Expr, node, rewrite, text
 from .mask import Mask, Score, as_mask, as_score
 from .operations import OPERATIONS, variable
@@ -162,6 +163,15 @@ def parse(text: str) -> tuple[str, Expr, tuple[Slot, ...]]:
         args = tuple(operand(word) for word in operands.split())
         names[name] = node(OPERATIONS[operation], args, type_, None if data is None else _data(data, slots, text))
     return kind, operand(result.removeprefix("return ")), tuple(slots[n] for n in sorted(slots))
+
+
+def code_of(structure: str, slots: tuple[Slot, ...]) -> Code:
+    """The code of this structure, as `Code.structure` has it. Raises: SpecError for another text."""
+    roots: dict[str, Expr] = {}
+    for part in filter(None, structure.split(" | ")):
+        kind, root, _ = parse(part)
+        roots[kind] = root
+    return Code(structure, roots.get("score"), roots.get("mask"), slots)
 
 
 def _data(data: str, slots: dict[int, Slot], text: str) -> Slot | Access:

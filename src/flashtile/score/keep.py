@@ -81,6 +81,8 @@ def keep_of(dropout_p: object, seed: object) -> Keep | None:
 
     Raises: SpecError for a wrong probability or seed, and for dropout without a seed.
     """
+    if seed is None and type(dropout_p) is float and dropout_p == 0:  # as in most calls
+        return None
     threshold = threshold_of(dropout_p)
     if seed is None:
         if threshold:

@@ -24,11 +24,14 @@ def softcap(cap: float) -> Score:
 
 def check_cap(cap: Any) -> float:
     """The cap as a float. Raises: SpecError unless it is a finite number > 0."""
-    number = isinstance(cap, (int, float, np.integer, np.floating)) and not isinstance(cap, bool)
-    if not number or not (cap > 0 and math.isfinite(cap)):
+    if not _is_number(cap) or not (cap > 0 and math.isfinite(cap)):
         raise SpecError(f"softcap: got {cap!r}, expected a finite number > 0 (None or 0: off)")
     return float(cap)
 
 
 def is_off(cap: Any) -> bool:
-    return cap is None or (isinstance(cap, (int, float)) and not isinstance(cap, bool) and cap == 0)
+    return cap is None or (_is_number(cap) and bool(cap == 0))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)

@@ -24,6 +24,17 @@ def function_source(name: str, root: Expr, slots: Sequence[Slot]) -> str:
     return "\n".join([f"def {name}({SIGNATURE}):", *("    " + line for line in writer.lines), f"    return {result}\n"])
 
 
+def place_source(name: str, slot: Slot, indices: Sequence[Expr], slots: Sequence[Slot]) -> str:
+    """The source of a function that gives the number of an array's element at some indices, int64, rows first;
+    the nearest, where an index is out of bounds."""
+    writer = Writer(slots)
+    place = "tl.full((), 0, tl.int64)"
+    for axis, index in enumerate(indices):
+        length = writer.arguments.length(slot, axis)
+        place = writer.line(f"{place} * {length} + nearest({writer.write(index)}, {length})")
+    return "\n".join([f"def {name}({SIGNATURE}):", *("    " + line for line in writer.lines), f"    return {place}\n"])
+
+
 class Arguments:
     """Where a program's captured values stand in the tuple that kernels pass on.
 

@@ -8,15 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from flashtile.calls import Options
+from flashtile.calls import Options, Request
 from flashtile.score.capture import capture, is_array
 from flashtile.score.frozen import freeze, parse, thaw
 from flashtile.score.keep import Keep, keep_of
 from flashtile.score.mask import as_mask, as_score
-from flashtile.score.options import ScoreOptions, Scoring
+from flashtile.score.options import ScoreOptions
 from flashtile.score.softcap import check_cap, is_off
 from flashtile.spec import PER_BATCH
-from flashtile.torch.eager import Scored, scored
 
 Tensor = torch.Tensor
 
@@ -77,15 +76,12 @@ class Arguments(NamedTuple):
         )
 
     @property
-    def options(self) -> tuple[Any, ...]:
-        """What decides which kernel runs, as `Options`."""
+    def request(self) -> Request:
+        """The call, as every door describes it."""
         align = PER_BATCH if self.offsets is not None else self.align if self.offset is None else self.offset
         window = None if self.window is None else tuple(self.window)
-        return self.causal, window, align, self.scale, self.precision, self.family, self.engine
-
-    @property
-    def offsets_array(self) -> np.ndarray | None:
-        return None if self.offsets is None else self.offsets.detach().numpy()
+        options = Options(self.causal, window, align, self.scale, self.precision, self.family, self.engine)
+        return Request(options, self.scores, None if self.offsets is None else self.offsets.detach().numpy())
 
     @property
     def scores(self) -> ScoreOptions | None:
@@ -105,24 +101,18 @@ class Arguments(NamedTuple):
         keep = None if self.seed is None else keep_of(self.dropout_p, int(self.seed) & ((1 << 64) - 1))
         return ScoreOptions(mask, self.bias, score_mod, self.softcap, self.alibi_slopes, self.sinks, keep)
 
-    def scored(self, q: Tensor, k: Tensor, v: Tensor) -> Scored:
-        """The spec and scoring of a call."""
-        if (scores := self.scores) is None:
-            return Scored(Options(*self.options).spec(q, k, v), Scoring(None, None))
-        return scored(scores, q, k, v, self.options, self.offsets_array)
 
-
-def plain_arguments(q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...]) -> Arguments:
+def plain_arguments(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Arguments:
     """The operator's arguments of a call without an option that changes scores, or offsets. Raises: SpecError."""
     try:
         return _plain(options)
     except (TypeError, ValueError):
-        Options(*options).spec(q, k, v)  # says which
+        options.spec(q, k, v)  # says which
         raise
 
 
 @functools.lru_cache(maxsize=256)
-def _plain(options: tuple[Any, ...]) -> Arguments:
+def _plain(options: Options) -> Arguments:
     causal, window, align, scale, precision, kernel, engine = options
     return Arguments(
         causal=causal,
@@ -136,16 +126,19 @@ def _plain(options: tuple[Any, ...]) -> Arguments:
     )
 
 
-def arguments_of(
-    q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...], scores: ScoreOptions, offsets: np.ndarray | None
-) -> Arguments:
-    """The operator's arguments of a call; its functions are traced. Raises: as `Options.scored` for what it looks at
-    before there are values: shapes, dtypes, functions."""
-    causal, window, align = options[:3]
+def arguments_of(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Arguments:
+    """The operator's arguments of a call; its functions are traced. Raises: as `Request.of` for what it looks at before
+    there are values: shapes, dtypes, functions."""
+    options, scores, offsets = request
+    plain = options._replace(align=None) if options.align is PER_BATCH else options
+    given = plain_arguments(q, k, v, plain)._replace(offsets=None if offsets is None else torch.from_numpy(offsets))
+    if scores is None:
+        return given
+    assert isinstance(scores, ScoreOptions)
     mask, mask_mod, score_mod = scores.mask, None, None
     if scores.score_mod is not None or not (mask is None or is_array(mask)):
-        spec = Options(*options).spec(q, k, v, scores.positional)
-        where = offsets if spec.offset is None else spec.offset
+        spec = options.spec(q, k, v, scores.positional)
+        where = request.offset(spec)
         shape = spec.batch, spec.heads, spec.q_len, spec.kv_len
         if mask is not None and not is_array(mask):
             rule = as_mask(mask)
@@ -157,13 +150,11 @@ def arguments_of(
             score_mod = freeze(change, where)
     frozen = [x for x in (score_mod, mask_mod) if x is not None]
     keep = scores.keep
-    plain = causal, window, None if align is PER_BATCH else align, *options[3:]
-    return plain_arguments(q, k, v, plain)._replace(
+    return given._replace(
         mask=as_tensor(mask, "mask"),
         bias=as_tensor(scores.bias, "bias"),
         alibi_slopes=as_tensor(scores.alibi_slopes, "alibi_slopes"),
         sinks=as_tensor(scores.sinks, "sinks"),
-        offsets=None if offsets is None else torch.from_numpy(offsets),
         seed=None if keep is None else seed_tensor(keep),
         captured=[as_tensor(x, "captured array") for rule in frozen for x in rule.arrays],  # type: ignore[misc]
         score_mod="" if score_mod is None else score_mod.text,

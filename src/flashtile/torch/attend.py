@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-import numpy as np
 import torch
 
-from flashtile.calls import as_key, split_align
+from flashtile import calls
+from flashtile.calls import Request, describe
 from flashtile.checks import check_flag
 from flashtile.errors import UnavailableError
 from flashtile.hints import check_keywords
 from flashtile.score.keep import Keep, keep_of, threshold_of
-from flashtile.score.options import ScoreOptions
 from flashtile.signature import Align, Engine, Kernel, Precision, Progress, Window
 from flashtile.torch import eager, operator
-from flashtile.torch.arguments import arguments_of
 from flashtile.torch.compiled import attention as attention_in_a_graph
+from flashtile.torch.eager import TENSORS
 from flashtile.torch.operator import draw
 from flashtile.torch.tensors import (
+    ON_GPU,
+    OTHER,
+    READY,
     RECORDED,
     check_tensors,
     compiling,
-    in_forward_mode,
     is_watched,
     kind_of,
+    kind_of_others,
     under_autocast,
 )
 
@@ -80,11 +81,10 @@ def attention(
     cast as for torch's SDPA (not float64), and nothing else is.
 
     Returns:  a tensor of q's dtype; with return_lse=True also lse, float32 (float64 for float64).
-              Both have derivatives on the CPU, first and second, by autograd and in forward mode, to q, k, v, bias,
-              sinks, alibi_slopes, and tensors that a score function captured. The backward is fused; with dropout so
-              far unfused: one thread, S_q x S_kv scores of a head at a time.
-    Raises:   as flashtile.attention; UnavailableError also on a GPU if a tensor requires grad while gradients are
-              recorded or a tensor has a tangent, and for third derivatives.
+              Both have derivatives, on the CPU of any order and in forward mode, too, to q, k, v, bias, sinks,
+              alibi_slopes, and tensors that a score function captured. The first backward is fused, the others are
+              not; memory is O(S).
+    Raises:   as flashtile.attention; UnavailableError also on a GPU for second derivatives and forward mode.
 
     >>> import torch, flashtile.torch
     >>> x = torch.ones(1, 8, 128, 64, dtype=torch.bfloat16)
@@ -95,25 +95,21 @@ def attention(
         check_keywords(attention, unknown)
     if compiling():
         return attention_in_a_graph(**locals())
-    attend: Callable[..., Any] = eager.attend
     q, k, v = under_autocast(q, k, v)
-    if kind := kind_of(q, k, v):
-        attend = operate if kind == RECORDED else way(q=q, k=k, v=v)
+    kind = kind_of(q, k, v)
+    if kind == OTHER:
+        kind = kind_of_others(q=q, k=k, v=v)
     if type(return_lse) is not bool:
         check_flag("return_lse", return_lse)
-    keep = None if seed is None and type(dropout_p) is float and dropout_p == 0 else drawn(dropout_p, seed)
-    offsets = scores = None
-    if align is not None:
-        align, offsets = split_align(align, q.shape)
-    if not (mask is bias is score_mod is softcap is alibi_slopes is sinks is keep is None):
-        scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks, keep)
-        attend = attend_scored if attend is eager.attend else attend
-    options = causal, as_key(window), align, scale, precision, kernel, engine
-    return attend(q, k, v, options, scores, offsets, return_lse, progress, out)
+    scores = mask, bias, score_mod, softcap, alibi_slopes, sinks, drawn(dropout_p, seed)
+    options = causal, window, align, scale, precision, kernel, engine
+    return attend(kind, q, k, v, describe(q, scores, options), return_lse, progress, out)
 
 
-def drawn(dropout_p: Any, seed: Any) -> Keep | None:
+def drawn(dropout_p: Any, seed: Any = None) -> Keep | None:
     """`keep_of`, with a seed of torch's generator where one is needed and none came. Raises: as `keep_of`."""
+    if seed is None and type(dropout_p) is float and dropout_p == 0:  # as in most calls
+        return None
     if seed is None and (threshold := threshold_of(dropout_p)):
         found = draw()
         if is_watched():  # vmap says whether its samples share one; in a graph it has no value yet
@@ -122,52 +118,33 @@ def drawn(dropout_p: Any, seed: Any) -> Keep | None:
     return keep_of(dropout_p, seed)
 
 
-def way(**tensors: Tensor) -> Callable[..., Any]:
-    """How these tensors are attended, by where they lie and who looks on. Raises: as `check_tensors`."""
-    check_tensors(**tensors)
-    if not all(x.is_cpu for x in tensors.values()):
-        return eager.attend_on_device
-    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values())
-    return operate if recorded or is_watched() or in_forward_mode() else eager.attend
-
-
-def attend_scored(
+def attend(
+    kind: int,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    options: tuple[Any, ...],
-    scores: ScoreOptions,
-    offsets: np.ndarray | None,
+    request: Request,
     return_lse: bool,
-    *rest: Any,
-) -> Any:
-    """`eager.attend`, or the operator where an option's gradient is recorded."""
-    scored = eager.scored(scores, q, k, v, options, offsets)
-    if eager.is_recorded(scored.scoring, scores.sinks):
-        return operate(q, k, v, options, scores, offsets, return_lse, *rest)
-    return eager.attend(q, k, v, options, scored, offsets, return_lse, *rest)
-
-
-def operate(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    options: tuple[Any, ...],
-    scores: ScoreOptions | None,
-    offsets: np.ndarray | None = None,
-    return_lse: bool = False,
     progress: Any = None,
     out: Tensor | None = None,
 ) -> Any:
-    """The call as one operator, whose gradients are recorded, and which transforms and modes of torch can see."""
+    """A call that was described, of tensors of this kind. All of them go through the operator where the derivative
+    of an option is recorded, or of what a function reads. Raises: as `attention`."""
+    if out is not None:
+        check_tensors(out=out)
+    scores = request.scores
+    if scores is not None and kind != RECORDED:
+        eager.check_scores(scores)
+        scored = eager.scored_on_gpu(q, k, v, request) if kind == ON_GPU else calls.scored(TENSORS, q, k, v, request)
+        if not eager.is_recorded(scored.scoring, scores.sinks):  # type: ignore[union-attr]
+            request = request._replace(scores=scored)  # traced, which happens once
+        else:
+            kind = RECORDED
+    if kind == READY:
+        return calls.attend(TENSORS, q, k, v, request, return_lse, progress, out)
+    if kind == ON_GPU:
+        return eager.attend_on_gpu(q, k, v, request, return_lse, progress, out)
     if out is not None:
         raise UnavailableError("out: got a tensor while gradients are recorded, expected None, or torch.no_grad()")
-    if scores is offsets is progress is None and not (is_watched() or in_forward_mode()):
-        o, lse = operator.recorded_plainly(q, k, v, options)
-        return (o, lse) if return_lse else o
-    if scores is not None:
-        eager.check_scores(scores)
-    given = arguments_of(q, k, v, options, scores or ScoreOptions(), offsets)
-    with operator.reporting(progress):
-        o, lse = operator.recorded(q, k, v, given)
+    o, lse = operator.attend(q, k, v, request, progress)
     return (o, lse) if return_lse else o

@@ -14,83 +14,65 @@ from flashtile.torch.operator import ATTENTION, draw
 Tensor = torch.Tensor
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Any,
-    bias: Any,
-    score_mod: Any,
-    causal: bool,
-    window: Any,
-    align: Any,
-    softcap: float | None,
-    alibi_slopes: Any,
-    sinks: Any,
-    scale: float | None,
-    dropout_p: float,
-    seed: Any,
-    precision: str,
-    return_lse: bool,
-    kernel: str,
-    engine: str,
-    progress: Any,
-    out: Any,
-    unknown: Any = None,
-) -> Any:
-    """The call as one node of a graph. Functions must be frozen: the tracer cannot run them on symbols, and breaks the
-    graph there."""
+def attention(q: Tensor, k: Tensor, v: Tensor, *, unknown: Any = None, **keywords: Any) -> Any:
+    """The call as one node of a graph, by the keywords of `flashtile.torch.attention`. Functions must be frozen: the
+    tracer cannot run them on symbols, and breaks the graph there."""
+    keywords = {**_DEFAULTS, **keywords}
+    score_mod, mask = keywords["score_mod"], keywords["mask"]
     if not isinstance(score_mod, FrozenScore | None) or not isinstance(mask, FrozenMask | Tensor | None):
-        given = dict(mask=mask, bias=bias, score_mod=score_mod, causal=causal, window=window, align=align)
-        given |= dict(softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, scale=scale, dropout_p=dropout_p)
-        given |= dict(seed=seed, precision=precision, return_lse=return_lse, kernel=kernel, engine=engine)
-        return _outside(q, k, v, progress=progress, out=out, **given)
-    for name, x in (("progress", progress), ("out", out)):
-        if x is not None:
+        return _outside(q, k, v, **keywords)
+    for name in ("progress", "out"):
+        if keywords[name] is not None:
             raise wrong(name, "one in a compiled function", "None there")
+    o, lse = ATTENTION(q, k, v, **_rules(score_mod, mask), **_options(**keywords))
+    return (o, lse) if keywords["return_lse"] else o
+
+
+def _rules(score_mod: FrozenScore | None, mask: FrozenMask | Tensor | None) -> dict[str, Any]:
+    """A mask, and functions as the schema spells them."""
+    stored = mask if isinstance(mask, Tensor) else None
+    mask_mod = None if isinstance(mask, Tensor) else mask
     captured: list[Tensor] = []
     numbers: list[float] = []
-    score_text = mask_text = ""
-    if score_mod is not None:
-        score_text = score_mod.text
-        captured += [torch.as_tensor(x) for x in score_mod.arrays]
-        numbers += score_mod.numbers
-    if mask is not None and not isinstance(mask, Tensor):
-        mask_text = mask.text
-        captured += [torch.as_tensor(x) for x in mask.arrays]
-        numbers += mask.numbers
-        mask = None
+    for rule in (score_mod, mask_mod):
+        if rule is not None:
+            captured += [torch.as_tensor(x) for x in rule.arrays]
+            numbers += rule.numbers
+    return {
+        "mask": stored,
+        "captured": captured,
+        "score_mod": "" if score_mod is None else score_mod.text,
+        "mask_mod": "" if mask_mod is None else mask_mod.text,
+        "numbers": numbers,
+    }
+
+
+def _options(window: Any, align: Any, dropout_p: float, seed: Any, kernel: str, **rest: Any) -> dict[str, Any]:
+    """The other keywords as the schema spells them."""
     offsets = offset = None
     if isinstance(align, int):
         align, offset = None, align
     elif align is not None and not isinstance(align, str):
         align, offsets = None, torch.as_tensor(align).to(torch.int64)
-    o, lse = ATTENTION(
-        q,
-        k,
-        v,
-        mask,
-        bias,
-        alibi_slopes,
-        sinks,
-        offsets,
-        _seed(dropout_p, seed),
-        captured,
-        score_text,
-        mask_text,
-        numbers,
-        causal,
-        None if window is None else [-1 if x is None else x for x in window],
-        align,
-        offset,
-        scale,
-        softcap,
-        dropout_p,
-        precision,
-        kernel,
-        engine,
-    )
-    return (o, lse) if return_lse else o
+    return {
+        "offsets": offsets,
+        "align": align,
+        "offset": offset,
+        "window": None if window is None else [-1 if x is None else x for x in window],
+        "seed": _seed(dropout_p, seed),
+        "dropout_p": dropout_p,
+        "family": kernel,
+        **{name: rest[name] for name in _AS_THEY_ARE},
+    }
+
+
+_DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys(("score_mod", "seed", "progress", "out")),
+    "precision": "ieee",
+    "kernel": "auto",
+    "engine": "auto",
+}
+_AS_THEY_ARE = ("bias", "alibi_slopes", "sinks", "causal", "scale", "softcap", "precision", "engine")
 
 
 def _uncompiled(*inputs: Tensor, **keywords: Any) -> Any:

@@ -9,9 +9,11 @@ import torch
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
+from flashtile.errors import UnavailableError
 from flashtile.torch.tensors import in_forward_mode
 
 Tensor = torch.Tensor
+_NOT_THERE = {"attention_jvp": "forward mode", "attention_hvp": "a second derivative"}
 LIBRARY = torch.library.Library("flashtile", "DEF")
 
 
@@ -47,6 +49,12 @@ def unpacked(tensors: Any) -> tuple[list[Any], list[Any]]:
     return [x for x, _ in pairs], [t for _, t in pairs]
 
 
+def without_tangents(run: Callable[..., Any], *args: Any) -> Any:
+    """The results themselves. What is saved meanwhile keeps its tangents, for those of what is computed from it."""
+    with forward_ad._set_fwd_grad_enabled(False):
+        return run(*args)
+
+
 def is_recorded(*args: Any) -> bool:
     """Whether autograd records a gradient of one of an operator's arguments."""
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
@@ -69,10 +77,18 @@ def each_sample(op: Any) -> Callable[..., Any]:
     return rule
 
 
-def register(name: str, cpu: Any, autograd: Any, fake: Any) -> None:
-    """The kernels of one operator of ours."""
+def register(name: str, cpu: Any, autograd: Any, fake: Any, cuda: Any = None) -> None:
+    """The kernels of one operator of ours; on a GPU, where `cuda` is none, it raises."""
+
+    def refuse(*args: Any) -> Any:
+        raise UnavailableError(
+            f"create_graph: got {_NOT_THERE.get(name, 'a third derivative')} on a GPU, expected it on the CPU"
+        )
+
     LIBRARY.impl(name, cpu, "CPU")
-    LIBRARY.impl(name, autograd, "AutogradCPU")
+    LIBRARY.impl(name, cuda or refuse, "CUDA")
+    for device in ("CPU", "CUDA"):
+        LIBRARY.impl(name, autograd, f"Autograd{device}")
     torch.library.register_fake(f"flashtile::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.flashtile, name).default
     torch.library.register_vmap(f"flashtile::{name}", each_sample(op), lib=LIBRARY)

@@ -1,82 +1,93 @@
-"""The eager way of a call on tensors: described, looked up, run. What records gradients or is watched stands above."""
+"""The eager way of a call on tensors that records nothing: `calls.attend`, and what it must know of torch."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Hashable
+from typing import Any
 
-import numpy as np
 import torch
 
-from flashtile.calls import Options, check_apart, lookup, prepare
-from flashtile.errors import UnavailableError, wrong
-from flashtile.progress import reporter
+from flashtile import calls
+from flashtile.arrays import View, view_of
+from flashtile.calls import Call, Request, Scored
+from flashtile.errors import wrong
 from flashtile.score.capture import ArrayCapture
-from flashtile.score.options import ScoreOptions, Scoring
+from flashtile.score.options import Scoring
 from flashtile.spec import AttentionSpec
-from flashtile.torch.tensors import address, addresses, check_tensors, check_untraced, has_tangent, in_forward_mode
+from flashtile.torch.tensors import address, check_tensors, check_untraced, has_tangent, in_forward_mode
 
 Tensor = torch.Tensor
+_empty_like = torch.empty_like
 
 
-class Scored(NamedTuple):
-    """What `Options.scored` says of a call: it traces functions, which happens once."""
+class _Tensors:
+    """Tensors on the CPU; see `calls.Arrays`."""
 
-    spec: AttentionSpec
-    scoring: Scoring
+    address, strides = staticmethod(Tensor.data_ptr), staticmethod(Tensor.stride)
 
+    def key(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> Hashable:
+        views = q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype
+        return views if out is None else (views, out.shape, out.stride(), out.dtype)
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    options: tuple[Any, ...],
-    scores: ScoreOptions | Scored | None,
-    offsets: np.ndarray | None = None,
-    return_lse: bool = False,
-    progress: Any = None,
-    out: Tensor | None = None,
-) -> Any:
-    """`attention` of tensors on the CPU that were checked, without a gradient; `options` as in `Options`."""
-    spec = scoring = out_key = None
-    if out is not None:
-        check_tensors(out=out)
-        out_key = out.shape, out.stride(), out.dtype
-    views = q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype
-    key: tuple[Any, ...] = (views, out_key, options)
-    if scores is not None:
-        if isinstance(scores, ScoreOptions):
-            scores = scored(scores, q, k, v, options, offsets)
-        spec, scoring = scores
-        key += spec.program, spec.sinks, spec.dropout
-    call = lookup(key)
-    if call is None:
+    def view(self, x: Tensor) -> View:
         check_untraced()
-        call = prepare(key, q, k, v, out, Options(*options), spec)
-    report = None if progress is None else reporter(progress)
-    target, lse = out, None
-    if target is None:  # empty_like takes half the time
-        target = torch.empty_like(q) if call.o_like_q else torch.empty(call.o_shape, dtype=q.dtype, device="cpu")
-        if type(target) is not Tensor:
-            raise wrong("out", f"a new {type(target).__name__} from a mode of torch that is on", "a call outside of it")
-    if return_lse:
-        accumulator = torch.float64 if q.dtype is torch.float64 else torch.float32
-        lse = torch.empty(call.lse_shape, dtype=accumulator, device="cpu")
-    q_at, k_at, v_at, o_at = addresses(q, k, v, target)
-    lse_at = 0 if lse is None else address("lse", lse)
-    offsets_at = 0 if offsets is None or call.spec.offset is not None else offsets.ctypes.data
-    if out is not None:
-        check_apart(call, o_at, q_at, k_at, v_at)
-    params = call.pack(q_at, k_at, v_at, o_at, lse_at, offsets_at, scoring)
-    call.run(params, report)
-    return target if lse is None else (target, lse)
+        return view_of(x)
+
+    def output(self, call: Call, q: Tensor) -> Tensor:
+        found = _empty_like(q if call.o_like_q else _model(call.o_shape, q.dtype))
+        if type(found) is not Tensor:
+            _refuse_mode(found)
+        return found
+
+    def lse(self, call: Call, q: Tensor) -> Tensor:
+        return _empty_like(_model(call.lse_shape, torch.float64 if q.dtype is torch.float64 else torch.float32))
+
+    def addresses(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> tuple[int, int, int, int]:
+        try:
+            found = q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr()
+        except RuntimeError:
+            found = 0, 0, 0, 0
+        if 0 in found:  # an empty tensor, or one that only stands for others
+            found = address("q", q), address("k", k), address("v", v), address("out", o)
+        return found
+
+    def reach(self, spec: AttentionSpec, offsets: Any, scoring: Scoring | None) -> tuple[int, Scoring | None]:
+        return calls.NUMPY.reach(spec, offsets, scoring)
 
 
-def scored(
-    scores: ScoreOptions, q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...], offsets: np.ndarray | None
-) -> Scored:
-    """What the options mean, once their tensors are found to be ordinary; `is_recorded` sees what functions read."""
-    check_scores(scores)
-    return Scored(*Options(*options).scored(scores, q, k, v, offsets))
+TENSORS = _Tensors()
+
+
+@functools.lru_cache(maxsize=calls.CACHE_ENTRIES)
+def _model(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """One element that looks like a row-major tensor: torch makes a new one like it in half of the time of a new one by
+    its shape, whatever the default device."""
+    found = torch.empty(1, dtype=dtype, device="cpu").expand(shape)
+    if type(found) is not Tensor:
+        _refuse_mode(found)
+    return found
+
+
+def _refuse_mode(found: Any) -> None:
+    raise wrong("out", f"a new {type(found).__name__} from a mode of torch that is on", "a call outside of it")
+
+
+def attend_on_gpu(
+    q: Tensor, k: Tensor, v: Tensor, request: Request, return_lse: bool, progress: Any, out: Tensor | None
+) -> Any:
+    """`calls.attend` of tensors that all lie on one GPU."""
+    from flashtile import devices
+
+    devices.one_library(q, k, v, out)
+    return devices.attend(devices.owner_of("torch"), q, k, v, request, return_lse, progress, out)
+
+
+def scored_on_gpu(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Scored:
+    """`calls.scored` of such tensors."""
+    from flashtile import devices
+
+    return devices.scored(devices.owner_of("torch"), q, k, v, request)
 
 
 def is_recorded(scoring: Scoring, sinks: Any) -> bool:
@@ -92,40 +103,6 @@ def is_recorded(scoring: Scoring, sinks: Any) -> bool:
     return bool(found)
 
 
-def attend_on_device(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    options: tuple[Any, ...],
-    scores: ScoreOptions | None,
-    offsets: np.ndarray | None = None,
-    return_lse: bool = False,
-    progress: Any = None,
-    out: Tensor | None = None,
-) -> Any:
-    """`attend` of tensors that do not all lie on the CPU."""
-    from flashtile import devices
-
-    if out is not None:
-        check_tensors(out=out)
-        devices.one_library(q, k, v, out)
-    if scores is not None:
-        check_scores(scores)
-    owner = devices.owner_of("torch")
-    call = (q, k, v), Options(*options), scores, offsets, return_lse, progress, out
-    o, lse = devices.attend(owner, *call, check=_refuse_recorded)
-    return (o, lse) if return_lse else o
-
-
-def _refuse_recorded(scoring: Scoring) -> None:
-    """Raise where a function reads a tensor whose gradient is recorded: on a GPU it would be lost without a word."""
-    if is_recorded(scoring, None):
-        raise UnavailableError(
-            "score_mod, mask: got a function that reads a tensor that requires grad, expected one that does not, or "
-            "torch.no_grad(): gradients are not available on a GPU yet"
-        )
-
-
-def check_scores(scores: ScoreOptions) -> None:
+def check_scores(scores: Any) -> None:
     """`check_tensors` of those that came as options; `is_recorded` sees what functions read."""
     check_tensors(**{name: x for name, x in vars(scores).items() if isinstance(x, Tensor)})

@@ -17,13 +17,13 @@ import torch
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
-from flashtile import kernels
-from flashtile.autograd import gradients
-from flashtile.calls import as_name
+from flashtile import calls
+from flashtile.calls import Request, Scored
 from flashtile.errors import UnavailableError
-from flashtile.torch.arguments import SCHEMA, Arguments, plain_arguments
-from flashtile.torch.dispatch import LIBRARY, apply, below, is_recorded, register, unpacked
-from flashtile.torch.eager import attend
+from flashtile.torch.arguments import SCHEMA, Arguments, arguments_of, plain_arguments
+from flashtile.torch.dispatch import LIBRARY, apply, below, is_recorded, register, unpacked, without_tangents
+from flashtile.torch.eager import TENSORS, attend_on_gpu, check_scores, scored_on_gpu
+from flashtile.torch.gradients import gradients
 from flashtile.torch.second import HVP, JVP
 from flashtile.torch.tensors import check_untraced, in_forward_mode, is_watched, under_autocast
 
@@ -56,30 +56,42 @@ def draw() -> Tensor:
     return torch.randint((1 << 63) - 1, (), dtype=torch.int64, device="cpu")
 
 
-def recorded(q: Tensor, k: Tensor, v: Tensor, given: Arguments) -> tuple[Tensor, Tensor]:
-    """o and lse of an eager call that records gradients: the operator, past a dispatcher that has nothing to add."""
-    if is_watched() or in_forward_mode():
-        return ATTENTION(q, k, v, *given)
-    return _record(_unwatched, q, k, v, given)
+def attend(q: Tensor, k: Tensor, v: Tensor, request: Request, progress: Any = None) -> tuple[Tensor, Tensor]:
+    """o and lse of an eager call whose gradients are recorded, or that transforms and modes of torch must see: the
+    operator, past a dispatcher that has nothing to add. Raises: as `arguments_of`."""
+    watched = is_watched() or in_forward_mode()
+    if request.scores is request.offsets is progress is None and not watched:
+        return _attend_plainly(q, k, v, request)
+    if request.scores is not None:
+        check_scores(request.scores)
+    given = arguments_of(q, k, v, request)
+    with reporting(progress):
+        return ATTENTION(q, k, v, *given) if watched else _record(_unwatched, q, k, v, given)
 
 
-def recorded_plainly(q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    """`recorded` of a call that nobody looks at, with these options alone: half of a small call is the way to it."""
-    a = plain_arguments(q, k, v, options)
-    if options[5] != "auto":
+def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor]:
+    """`attend` of a call that nobody looks at, with options alone: half of a small call is the way to it."""
+    a = plain_arguments(q, k, v, request.options)
+    if request.options.kernel != "auto" or not q.is_cpu:
         return _record(_unwatched, q, k, v, a)
 
     def run(q: Tensor, k: Tensor, v: Tensor, a: Arguments) -> tuple[Tensor, Tensor]:
-        return attend(q, k, v, options, None, None, True)
+        return calls.attend(TENSORS, q, k, v, request, True)
 
-    return super(Function, _Attention).apply(run, a, q, k, v)  # no transform is active
+    return _apply_plainly(run, a, q, k, v)  # no transform is active
 
 
 def _unwatched(q: Tensor, k: Tensor, v: Tensor, a: Arguments) -> tuple[Tensor, Tensor]:
-    return attend(q, k, v, a.options, a.scores, a.offsets_array, True, _progress.get())
+    if q.is_cpu:
+        return calls.attend(TENSORS, q, k, v, a.request, True, _progress.get())
+    return attend_on_gpu(q, k, v, a.request, True, _progress.get(), None)
 
 
-# -- on the CPU ------------------------------------------------------------------------------------------
+def _scored(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Scored:
+    return calls.scored(TENSORS, q, k, v, request) if q.is_cpu else scored_on_gpu(q, k, v, request)
+
+
+# -- on a device ----------------------------------------------------------------------------------------
 
 
 def _compute(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -99,14 +111,16 @@ def _compute_backward(
 ) -> list[Tensor]:
     """Gradients of q, k, v and `Arguments.differentiable`, of those alone that are wanted."""
     a = Arguments(*rest)
-    # A tensor that came in two places is two here, since gradients are found by identity.
-    a = a.filled(a.others, [None if x is None else x.detach() for x in a.differentiable])
-    spec, scoring = a.scored(q, k, v)
-    family = kernels.pick(spec, as_name("kernel", a.family), "backward")
-    offset = a.offsets_array if spec.offset is None else spec.offset
+    if a.captured or not (a.sinks is a.bias is a.alibi_slopes is None):
+        # A tensor that came in two places is two here, since gradients are found by identity.
+        a = a.filled(a.others, [None if x is None else x.detach() for x in a.differentiable])
+    request = a.request
+    spec, scoring = _scored(q, k, v, request)
+    family = calls.family_of(spec, a.family, "backward")
     do = torch.zeros_like(o) if do is None else do
     inputs = do, q, k, v, o, lse, dlse
-    return gradients(family, spec, scoring, offset, inputs, a.differentiable, tuple(wanted))
+    call = family, spec, scoring, request.offset(spec)
+    return gradients(*call, inputs, a.differentiable, tuple(wanted), a.engine)
 
 
 # -- as graphs are made ----------------------------------------------------------------------------------
@@ -134,8 +148,7 @@ def _autograd(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tens
     a = Arguments(*rest)
     primals, tangents = unpacked((q, k, v, *a.differentiable))
     if any(t is not None for t in tangents):
-        with forward_ad._set_fwd_grad_enabled(False):  # what is saved keeps its tangents, for those of the gradients
-            o, lse = _any_way(q, k, v, a)
+        o, lse = without_tangents(_any_way, q, k, v, a)
         still = a.filled(a.others, primals[3:])
         moving = JVP(*primals[:3], o, lse, tangents, *still)
         return tuple(map(forward_ad.make_dual, (o, lse), moving))
@@ -152,8 +165,8 @@ def _any_way(q: Tensor, k: Tensor, v: Tensor, a: Arguments) -> tuple[Tensor, Ten
 def _record(run: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, a: Arguments) -> tuple[Tensor, Tensor]:
     """o and lse of `run`, with a backward. Raises: UnavailableError if no kernel named so has it."""
     check_untraced()
-    if a.family != "auto":
-        kernels.pick(a.scored(q, k, v).spec, as_name("kernel", a.family), "backward")
+    if a.family != "auto" or not q.is_cpu:  # a GPU's kernels may not have a backward
+        calls.family_of(_scored(q, k, v, a.request).spec, a.family, "backward")
     return apply(_Attention, run, a, q, k, v, *a.differentiable)
 
 
@@ -188,6 +201,9 @@ class _Attention(Function):
         return None, None, *(next(found) if asked else None for asked in needed)
 
 
+_apply_plainly = super(Function, _Attention).apply
+
+
 def _autograd_backward(*args: Any) -> list[Tensor]:
     wanted, a = args[7], Arguments(*args[8:])
     (do, dlse, q, k, v, o, lse, *rest), tangents = unpacked((*args[:7], *a.differentiable))
@@ -195,14 +211,18 @@ def _autograd_backward(*args: Any) -> list[Tensor]:
         given = (q, k, v, o, lse), (wanted, *a.filled(a.others, rest))
         # o and lse follow from the others, and move with them.
         along = [*tangents[2:5], *tangents[7:]]
-        found = BACKWARD(do, dlse, *given[0], *given[1])
+        found = without_tangents(_backward_any_way, *args)
         moving = HVP(do, dlse, q, k, v, lse, along, *given[1])[2:]
         if tangents[0] is not None or tangents[1] is not None:
             linear = BACKWARD(*tangents[:2], *given[0], *given[1])
             moving = [x + y for x, y in zip(moving, linear, strict=True)]
         return [forward_ad.make_dual(x, t) for x, t in zip(found, moving, strict=True)]
+    return _backward_any_way(*args)
+
+
+def _backward_any_way(*args: Any) -> list[Tensor]:
     if is_recorded(*args):
-        return list(apply(_AttentionBackward, args, *args[:7], *a.differentiable))
+        return list(apply(_AttentionBackward, args, *args[:7], *Arguments(*args[8:]).differentiable))
     return _backward_below(*args)
 
 
@@ -239,10 +259,12 @@ class _AttentionBackward(Function):
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     q, k, v = under_autocast(q, k, v)
-    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
+    key = torch._C.DispatchKey.AutocastCPU if q.is_cpu else torch._C.DispatchKey.AutocastCUDA
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
         return ATTENTION(q, k, v, *rest)
 
 
-register("attention", _compute, _autograd, _fake)
-register("attention_backward", _compute_backward, _autograd_backward, _fake_backward)
-LIBRARY.impl("attention", _autocast, "AutocastCPU")
+register("attention", _compute, _autograd, _fake, _compute)
+register("attention_backward", _compute_backward, _autograd_backward, _fake_backward, _compute_backward)
+for _key in ("AutocastCPU", "AutocastCUDA"):
+    LIBRARY.impl("attention", _autocast, _key)

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 
-from flashtile.calls import as_key
+from flashtile.calls import describe
 from flashtile.checks import check_flag
 from flashtile.errors import FlashtileError, wrong
 from flashtile.hints import check_keywords
-from flashtile.score.options import ScoreOptions
 from flashtile.signature import Window
-from flashtile.torch import eager
-from flashtile.torch.attend import attend_scored, drawn, operate, way
+from flashtile.torch.attend import attend, drawn
 from flashtile.torch.compiled import attention as attention_in_a_graph
-from flashtile.torch.tensors import RECORDED, check_tensors, compiling, kind_of, under_autocast
+from flashtile.torch.tensors import OTHER, check_tensors, compiling, kind_of, kind_of_others, under_autocast
 
 Tensor = torch.Tensor
 # The same argument here and in torch's signature, where a message begins with it and where it is mentioned.
@@ -71,14 +68,14 @@ def scaled_dot_product_attention(
     for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa), ("return_lse", return_lse)):
         if type(flag) is not bool:
             check_flag(name, flag)
-    attend: Callable[..., Any] = eager.attend
-    keep = None
+    kind, keep = OTHER, None
     if not (in_graph := compiling()):
-        keep = None if type(dropout_p) is float and dropout_p == 0 else drawn(dropout_p, None)
+        keep = drawn(dropout_p)
         query, key, value = under_autocast(query, key, value)
-        if kind := kind_of(query, key, value):
-            attend = operate if kind == RECORDED else way(query=query, key=key, value=value)
-    axes = scores = mask = bias = None
+        kind = kind_of(query, key, value)
+        if kind == OTHER:
+            kind = kind_of_others(query=query, key=key, value=value)
+    axes = mask = bias = None
     align = "top_left"
     if not query.shape == key.shape == value.shape or query.ndim > 4:
         query, key, value, axes = like_torch(query, key, value, enable_gqa)
@@ -88,15 +85,14 @@ def scaled_dot_product_attention(
         else:
             mask, bias = _mask_like_torch(attn_mask, query, key, axes)
     if in_graph:
-        rules = mask, bias, None, is_causal, window, align, softcap, alibi_slopes, sinks, scale, dropout_p, None
-        result = attention_in_a_graph(query, key, value, *rules, "ieee", return_lse, "auto", "auto", None, None)
+        given = {"mask": mask, "bias": bias, "causal": is_causal, "window": window, "align": align, "scale": scale}
+        given |= {"softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks, "dropout_p": dropout_p}
+        result = attention_in_a_graph(query, key, value, return_lse=return_lse, **given)
         return _reshaped(result, axes, return_lse)
-    if not (mask is bias is softcap is alibi_slopes is sinks is keep is None):
-        scores = ScoreOptions(mask, bias, None, softcap, alibi_slopes, sinks, keep)
-        attend = attend_scored if attend is eager.attend else attend
-    options = is_causal, as_key(window), align, number("scale", scale), "ieee", "auto", "auto"
+    scores = mask, bias, None, softcap, alibi_slopes, sinks, keep
+    options = is_causal, window, align, number("scale", scale), "ieee", "auto", "auto"
     try:
-        result = attend(query, key, value, options, scores, None, return_lse)
+        result = attend(kind, query, key, value, describe(query, scores, options), return_lse)
     except FlashtileError as e:
         spell(e)
         raise

@@ -8,13 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
-from flashtile.autograd import second_gradients
-from flashtile.errors import UnavailableError
+from flashtile import calls
 from flashtile.torch.arguments import SCHEMA, Arguments
-from flashtile.torch.dispatch import LIBRARY, apply, below, is_recorded, register
-from flashtile.torch.tensors import has_tangent
+from flashtile.torch.dispatch import LIBRARY, apply, below, is_recorded, register, unpacked, without_tangents
+from flashtile.torch.eager import TENSORS
+from flashtile.torch.gradients import second_gradients
+from flashtile.torch.higher import derivative, has_derivative, there
 
 Tensor = torch.Tensor
 
@@ -51,8 +53,9 @@ def _hvp(
     """J t for o and lse, then H t where it is wanted."""
     a = Arguments(*rest)
     a = a.filled(a.others, [None if x is None else x.detach() for x in a.differentiable])
-    spec, scoring = a.scored(q, k, v)
-    offset = a.offsets_array if spec.offset is None else spec.offset
+    request = a.request
+    spec, scoring = calls.scored(TENSORS, q, k, v, request)
+    offset = request.offset(spec)
     do = q.new_zeros((*q.shape[:-1], v.shape[-1])) if do is None else do
     return second_gradients(spec, scoring, offset, (do, q, k, v, do, lse, dlse), a.differentiable, tangents, wanted)
 
@@ -74,9 +77,21 @@ _jvp_below, _hvp_below = below(JVP), below(HVP)
 
 def _autograd_jvp(*args: Any) -> tuple[Tensor, Tensor]:
     a = Arguments(*args[6:])
-    _refuse_tangents(*args[:5], *args[5], *a.differentiable)
+    many = len(a.differentiable)
+    (q, k, v, o, lse, *others), moving = unpacked((*args[:5], *a.differentiable, *args[5]))
+    if any(t is not None for t in moving):
+        still, along = a.filled(a.others, others[:many]), others[many:]
+        found = without_tangents(_jvp_any_way, *args)
+        inputs = q, k, v, *still.differentiable
+        listed = (along, [*moving[:3], *moving[5 : 5 + many]], moving[5 + many :])
+        tangents = derivative(q, k, v, [t for ts in listed for t in there(inputs, ts)], "ff", still)
+        return tuple(map(forward_ad.make_dual, found, tangents))
+    return _jvp_any_way(*args)
+
+
+def _jvp_any_way(*args: Any) -> tuple[Tensor, Tensor]:
     if is_recorded(*args):
-        return apply(_Jvp, args, *args[:5], *args[5], *a.differentiable)
+        return apply(_Jvp, args, *args[:5], *args[5], *Arguments(*args[6:]).differentiable)
     return _jvp_below(*args)
 
 
@@ -109,31 +124,59 @@ class _Jvp(Function):
 
 
 def _autograd_hvp(*args: Any) -> list[Tensor]:
-    a = Arguments(*args[8:])
-    _refuse_tangents(*args[:6], *args[6], *a.differentiable)
+    a, wanted = Arguments(*args[8:]), args[7]
+    many = len(a.differentiable)
+    (do, dlse, q, k, v, lse, *others), moving = unpacked((*args[:6], *a.differentiable, *args[6]))
+    if any(t is not None for t in moving):
+        still, along = a.filled(a.others, others[:many]), others[many:]
+        found = without_tangents(_hvp_any_way, *args)
+        inputs = q, k, v, *still.differentiable
+        t, ours, theirs = (there(inputs, x) for x in (along, [*moving[2:5], *moving[6 : 6 + many]], moving[6 + many :]))
+        tangents = derivative(q, k, v, [*t, *ours, *theirs], "ff", still)
+        of_gradients = derivative(q, k, v, [*t, do, dlse, *ours, *theirs, *moving[:2]], "frf", still)
+        asked = there(inputs, wanted)
+        tangents += [x for x, needed in zip(of_gradients, asked, strict=False) if needed]
+        return [forward_ad.make_dual(x, t) for x, t in zip(found, tangents, strict=True)]
+    return _hvp_any_way(*args)
+
+
+def _hvp_any_way(*args: Any) -> list[Tensor]:
     if is_recorded(*args):
-        return list(apply(_Hvp, args, *args[:6], *args[6], *a.differentiable))
+        return list(apply(_Hvp, args, *args[:6], *Arguments(*args[8:]).differentiable, *args[6]))
     return _hvp_below(*args)
 
 
 class _Hvp(Function):
-    """Second derivatives, of which there are no further ones: they raise, rather than be silently zero."""
+    """J t, and what of H t is wanted, as a function of do, dlse, the inputs and of t."""
 
     @staticmethod
     def forward(ctx: Any, args: tuple[Any, ...], *tensors: Any) -> tuple[Tensor, ...]:
+        a = Arguments(*args[8:])
+        ctx.arguments, ctx.wanted, ctx.many = a.filled(), args[7], len(a.differentiable)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*a.others, *tensors)
         return tuple(_hvp_below(*args))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise UnavailableError(_NO_THIRD)
-
-
-_NO_THIRD = "create_graph: got a derivative of attention's second derivatives, expected at most second ones"
-
-
-def _refuse_tangents(*tensors: Any) -> None:
-    if any(map(has_tangent, tensors)):
-        raise UnavailableError(_NO_THIRD)
+    def backward(ctx: Any, do_moving: Tensor | None, dlse_moving: Tensor | None, *grads: Tensor | None) -> Any:
+        *others, do, dlse, q, k, v, _ = ctx.saved_tensors[:9]
+        rest = ctx.saved_tensors[9:]
+        a = ctx.arguments.filled(others, rest[: ctx.many])
+        inputs, along = (q, k, v, *a.differentiable), rest[ctx.many :]
+        t = there(inputs, along)
+        came = iter(grads)
+        of_gradients = there(inputs, [next(came) if asked else None for asked in ctx.wanted])
+        of_gradients += [None for x in t if x is not None]  # those of H t to t are nobody's
+        by_tangents = derivative(q, k, v, [*t, do_moving, dlse_moving], "fr", a)
+        by_gradients = derivative(q, k, v, [*t, do, dlse, *of_gradients], "frr", a)
+        found = iter([x + y for x, y in zip(by_tangents, by_gradients, strict=False)])
+        ours = [next(found) if has_derivative(x) else None for x in inputs]
+        theirs = [
+            next(found) if has_derivative(x) and y is not None else None for x, y in zip(inputs, along, strict=True)
+        ]
+        left = iter(by_gradients[len(by_tangents) :])
+        outer = [None if x is None else next(left) for x in (do, dlse)]
+        return None, *outer, *ours[:3], None, *ours[3:], *theirs
 
 
 register("attention_jvp", _jvp, _autograd_jvp, _fake_jvp)

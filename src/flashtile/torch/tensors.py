@@ -21,10 +21,12 @@ _PLAIN = {
 _STAND_INS = ("FakeTensor", "FunctionalTensor")
 _DEVICES = ("cpu", "cuda")
 _STRIDED = torch.strided
-READY, RECORDED, OTHER = range(3)
+READY, RECORDED, ON_GPU, OTHER = range(4)
 compiling = torch.compiler.is_dynamo_compiling  # whether torch.compile reads the call, which then does not run
 _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_grad_enabled = torch.is_grad_enabled
+_autocast_anywhere = torch._C._is_any_autocast_enabled
 
 
 def kind_of(*tensors: Tensor) -> int:
@@ -36,9 +38,24 @@ def kind_of(*tensors: Tensor) -> int:
             return OTHER
         if x.requires_grad:
             recorded = True
-    if in_forward_mode() or is_watched():
+    if in_forward_mode() or _transforms_active() or _dispatch_modes():
         return OTHER
-    return RECORDED if recorded and torch.is_grad_enabled() else READY
+    return RECORDED if recorded and _is_grad_enabled() else READY
+
+
+def kind_of_others(**tensors: Tensor) -> int:
+    """READY, RECORDED or ON_GPU, of tensors that were looked at closely: RECORDED also where a transform or forward
+    mode must see the call. Raises: as `check_tensors`."""
+    check_tensors(**tensors)
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values())
+    watched = recorded or is_watched() or in_forward_mode()
+    if not all(x.is_cpu for x in tensors.values()):
+        (first, q), *others = tensors.items()
+        for name, x in others if q.is_cpu else ():  # nothing could be asked of q's GPU; other GPUs are told apart later
+            if not x.is_cpu:
+                raise wrong(name, f"an array on {x.device}", f"one on cpu as {first}")
+        return RECORDED if watched else ON_GPU
+    return RECORDED if watched else READY
 
 
 def in_forward_mode() -> bool:
@@ -62,19 +79,9 @@ def check_untraced() -> None:
         raise UnavailableError("q: got a tensor that torch.jit.trace records, expected one of an ordinary call")
 
 
-def addresses(*tensors: Tensor) -> tuple[int, ...]:
-    """Where the elements of q, k, v and out lie. Raises: SpecError for a tensor that has some, but not in memory."""
-    try:
-        found = tuple([x.data_ptr() for x in tensors])
-    except RuntimeError:
-        found = (0,)
-    if 0 in found:  # an empty tensor, or one that only stands for others
-        found = tuple(map(address, ("q", "k", "v", "out"), tensors))
-    return found
-
-
 def address(name: str, x: Tensor) -> int:
-    """The address of one tensor's elements, 0 if there are none. Raises: as `addresses`."""
+    """The address of one tensor's elements, 0 if there are none. Raises: SpecError for one that has some, but
+    not in memory."""
     try:
         found = x.data_ptr()
     except RuntimeError:
@@ -86,8 +93,7 @@ def address(name: str, x: Tensor) -> int:
 
 
 def check_tensors(**tensors: Tensor) -> None:
-    """Raise unless each is a plain dense tensor, on the CPU, or on a GPU if no gradient is recorded for it."""
-    recording = torch.is_grad_enabled()
+    """Raise unless each is a plain dense tensor, on the CPU or on a GPU, there without a tangent."""
     for name, x in tensors.items():
         if type(x) is not Tensor and type(x) is not torch.nn.Parameter and not is_stand_in(x):
             got = f"a {type(x).__module__}.{type(x).__qualname__}"
@@ -102,11 +108,6 @@ def check_tensors(**tensors: Tensor) -> None:
             raise wrong(name, "a nested tensor", _PLAIN["NestedTensor"])
         if x.is_neg():
             raise wrong(name, "a lazily negated view", "a tensor in memory (x.resolve_neg())")
-        if recording and x.requires_grad and not x.is_cpu:
-            raise UnavailableError(
-                f"{name}: got a tensor on {x.device} that requires grad, expected one that does not, or "
-                "torch.no_grad(): gradients are not available there yet"
-            )
         if not x.is_cpu and has_tangent(x):
             raise UnavailableError(
                 f"{name}: got a tensor on {x.device} with a tangent, expected one without: forward mode is not "
@@ -122,6 +123,8 @@ def has_tangent(x: Any) -> bool:
 def under_autocast(*tensors: Any) -> tuple[Any, ...]:
     """The tensors in the dtype of torch.autocast where it is on for their device, as torch's SDPA has them: float64
     stays. What is no tensor is left to the checks that follow."""
+    if not _autocast_anywhere():
+        return tensors
     lower = {d: torch.get_autocast_dtype(d) for d in _DEVICES if torch.is_autocast_enabled(d)}
     if not lower:
         return tensors

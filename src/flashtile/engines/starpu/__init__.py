@@ -4,10 +4,13 @@
     runtime.py      StarPU in this process: start, stop, and what is checked before a C call
     codelets.py     operations as StarPU knows them          jobs.py       submit, wait, errors
     session.py      what one start keeps: codelets, flows    programs.py   kernels as tasks call them
+    matching.py     tensors that fit together
     tiles.py        tensors as handles                       states.py     partial results merged and cast
     coverage.py     which tiles meet, and how much of them   footprint.py  what a task costs
     flow.py         the tasks of a forward pass, in order    vanilla.py    those of the unfused stages
+    backward.py     the tasks of a backward pass, in order   gradients.py  a call of its gradients
     accumulation.py one key tile added to a state            engine.py     a call of attention
+    accumulated_gradients.py   one key tile's, added
     records.py      what is known of a task that ran         graph.py      which tasks wait for which
     pictures.py     a profile drawn                          trace.py      a profile for Perfetto
     profile.py      what tasks did, while a block lasts      report.py     StarPU, for doctor
@@ -19,8 +22,8 @@
 
 from __future__ import annotations
 
-from flashtile.engines import Bound, Engine
-from flashtile.kernels import Family, Layout
+from flashtile.engines import Bound, BoundBackward, Engine
+from flashtile.kernels import ArrayShapes, BackwardLayout, Family, Layout
 from flashtile.spec import AttentionSpec
 
 
@@ -45,4 +48,11 @@ def bind(spec: AttentionSpec, layout: Layout, family: Family) -> Bound:
     return engine.bind(spec, layout, family)
 
 
-ENGINE = Engine("starpu", unavailable, bind, remark=remark)
+def bind_backward(spec: AttentionSpec, layout: BackwardLayout, family: Family, arrays: ArrayShapes) -> BoundBackward:
+    """The gradients of a call as tasks."""
+    from flashtile.engines.starpu import gradients
+
+    return gradients.bind_backward(spec, layout, family, arrays)
+
+
+ENGINE = Engine("starpu", unavailable, bind, bind_backward, remark)

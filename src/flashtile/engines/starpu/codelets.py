@@ -16,10 +16,16 @@ LABELS: dict[str, tuple[str, ...]] = {
     "softmax": ("batch", "head", "query tile"),
     "output": ("batch", "head", "query tile", "key tile"),
     "accumulate": ("first query", "first key"),
+    "delta": ("batch", "head", "query tile"),
+    "backward": ("batch", "head", "query tile", "key tile"),
+    "add": ("batch", "head", "tile"),
+    "accumulate_delta": ("first query", "first key"),
+    "accumulate_backward": ("first query", "first key"),
+    "accumulate_add": ("first query", "first key"),
 }
 
 # Operations that have kernels for CPUs only. Of the others each program says whether it has one for GPUs (cuda.py).
-CPU_ONLY = ("accumulate",)
+CPU_ONLY = ("accumulate", "accumulate_delta", "accumulate_backward", "accumulate_add", "delta", "backward", "add")
 
 
 def name_of(operation: str, dtype: str) -> str:

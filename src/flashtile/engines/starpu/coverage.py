@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from flashtile.plan.coverage import key_ranges, visible_pairs
 from flashtile.score.coverage import coverage
 from flashtile.score.program import Program
 from flashtile.spec import AttentionSpec, Band
+
+if TYPE_CHECKING:
+    from flashtile.score.options import Scoring
 
 FAR = 1 << 61  # the open side of a band
 FINE_KEYS = 32  # keys of the cells in which a program's mask is looked at
@@ -119,6 +122,15 @@ def visible_elements(program: Program, cells: tuple[np.ndarray, ...], rows: int,
     q_len, kv_len = program.shape[2:]
     shown = program.visible(batch, head, np.minimum(i, q_len - 1), np.minimum(j, kv_len - 1), real)
     return (shown & (i < q_len) & (j < kv_len)).sum(axis=(1, 2))
+
+
+def coverage_of(
+    spec: AttentionSpec, scoring: Scoring | None, panel: int, tile_q: int, tile_k: int, anchors: np.ndarray
+) -> TileCoverage:
+    """Of a spec with the values of its program. panel: rows that kernels compute at once; anchors: (B,), or (1,)."""
+    if scoring is not None and scoring.program is not None and scoring.program.mask is not None:
+        return ProgramCoverage(spec, scoring.program, panel, tile_q, tile_k)
+    return BandCoverage(spec, tile_q, tile_k, anchors)
 
 
 class TileCoverage(Protocol):

@@ -32,7 +32,7 @@ DRIVER_VARIABLE = "FLASHTILE_CUDA_DRIVER"  # names another file
 # scores, in bytes, and how many with their padding.
 ROWS, KEYS, ANCHOR, COLUMN, COLUMNS = range(5)
 ANY_TILE = Tile(16, 16)  # the manifest's kernel says which it has
-OF_THE_HOST = "score programs and sinks, whose values lie in the memory of the host, run on CPUs only"
+OF_THE_HOST = "score programs, sinks and dropout, whose values lie in the memory of the host, run on CPUs only"
 NO_AXIS = (-1, "")
 QUERY_TILES = ((ROWS, "queries"),)  # a grid of one program a tile of rows
 
@@ -89,7 +89,7 @@ def anchor_of(offsets: np.ndarray, batch: np.ndarray, shift: np.ndarray) -> np.n
 
 def forward(runtime: Runtime, spec: AttentionSpec, tile_q: int) -> Launches | str:
     """Of the codelet `forward`: the state starts, or where values[0] says so continues; else why there is none."""
-    if spec.program is not None or spec.sinks:
+    if spec.program is not None or spec.sinks or spec.dropout:
         return OF_THE_HOST
     spec = _one_tile(spec)
     wide = DTYPES[DTYPES[spec.dtype].accumulator].itemsize

@@ -29,7 +29,8 @@ ENOUGH = 32
 
 
 FLOWS: dict[str, type[Flow] | type[VanillaFlow]] = {"cpu": Flow, "vanilla": VanillaFlow}
-OPTIONS = frozenset(("band", "program", "sinks"))  # of a spec, that both flows know
+UNFUSED = frozenset(("band", "program", "sinks"))  # options of a spec that the unfused flow knows
+OPTIONS = UNFUSED | {"dropout"}
 
 
 class Addresses(NamedTuple):
@@ -54,26 +55,67 @@ def bind(spec: AttentionSpec, layout: Layout, family: Family) -> Bound:
         names = " or ".join(map(repr, FLOWS))
         got = f"{family.name!r} with engine 'starpu'"
         raise UnavailableError(f"kernel: got {got}, expected {names}: no Python in tasks")
-    if missing := spec.options - OPTIONS:
+    if missing := spec.options - (OPTIONS if family.name == "cpu" else UNFUSED):
         unknown = ", ".join(sorted(missing))
-        raise UnavailableError(f"engine: got 'starpu', expected 'direct': it does not know {unknown}")
+        got = f"'starpu' with kernel {family.name!r} and {unknown}"
+        raise UnavailableError(f"engine: got {got}, which its tasks do not know, expected 'direct'")
     call = _Call(spec, layout, FLOWS[family.name] if spec.kv_len else Flow)  # without keys there are no scores to store
     return Bound(Addresses, call.run)
 
 
-class _Call:
-    """A prepared call. Its flow is made at the first run, for each start of StarPU anew."""
+class Arrays:
+    """The arrays of a call as tiles, by their addresses."""
 
-    def __init__(self, spec: AttentionSpec, layout: Layout, flow: type[Flow] | type[VanillaFlow]) -> None:
-        self.spec, self.layout, self.flow = spec, layout, flow
+    def __init__(self, spec: AttentionSpec, layout: Layout, tiles: tuple[int, int]) -> None:
+        self.spec, self.layout = spec, layout
         self.accumulator = DTYPES[DTYPES[spec.dtype].accumulator]
-        self.shapes = {
+        shapes = {
             "q": (spec.batch, spec.heads, spec.q_len, spec.head_size),
             "k": (spec.batch, spec.kv_heads, spec.kv_len, spec.head_size),
             "v": (spec.batch, spec.kv_heads, spec.kv_len, spec.value_size),
             "o": (spec.batch, spec.heads, spec.q_len, spec.value_size),
         }
-        self.tile_q, self.tile_k = tile_sizes(spec)
+        self.shapes = shapes | {f"d{name}": shape for name, shape in shapes.items()}
+        self.tile_q, self.tile_k = tiles
+
+    def _offsets(self, address: int) -> np.ndarray | None:
+        """A copy of those of this call, where the spec has none."""
+        if self.spec.offset is not None:
+            return None
+        return view(address, (self.spec.batch,), (8,), np.dtype(np.int64)).copy()
+
+    def _view(self, name: str, address: int, writable: bool = False) -> np.ndarray:
+        strides, dtype = getattr(self.layout, name), DTYPES[self.spec.dtype].numpy
+        return view(address, self.shapes[name], strides, dtype, writable=writable)
+
+    def _fits(self, name: str) -> bool:
+        return can_tile(getattr(self.layout, name)[2:], self.shapes[name][3], DTYPES[self.spec.dtype].itemsize)
+
+    def _reachable(self, name: str, address: int) -> np.ndarray | int:
+        """The address; or a copy, where no matrix handle describes how the rows lie."""
+        return address if self._fits(name) else np.ascontiguousarray(self._view(name, address))
+
+    def _tiles(self, name: str, where: np.ndarray | int) -> TiledTensor:
+        tile = self.tile_k if name[-1] in "kv" else self.tile_q
+        dtype, shape = DTYPES[self.spec.dtype], self.shapes[name]
+        if isinstance(where, np.ndarray):
+            return TiledTensor(shape, dtype, tile, address=where.ctypes.data, strides=where.strides, keep=where)
+        strides: Strides = getattr(self.layout, name)
+        return TiledTensor(shape, dtype, tile, address=where, strides=strides)
+
+    def _of_rows(self, address: int) -> TiledTensor:
+        """lse, or a state that goes by this name where it is not wanted; or dlse."""
+        shape, size = self.shapes["o"][:3], self.accumulator.itemsize
+        strides = (shape[1] * shape[2] * size, shape[2] * size, size)
+        return TiledTensor(shape, self.accumulator, self.tile_q, address=address, strides=strides)
+
+
+class _Call(Arrays):
+    """A prepared call. Its flow is made at the first run, for each start of StarPU anew."""
+
+    def __init__(self, spec: AttentionSpec, layout: Layout, flow: type[Flow] | type[VanillaFlow]) -> None:
+        super().__init__(spec, layout, tile_sizes(spec))
+        self.flow = flow
         self._flow: tuple[runtime.Runtime, Flow | VanillaFlow] | None = None
 
     def run(self, params: Addresses, report: Report | None = None) -> None:
@@ -89,7 +131,7 @@ class _Call:
                 for name in "qkv":
                     tensors.append(self._tiles(name, self._reachable(name, getattr(params, name))))
                 o = self._output(params)
-                tensors += [self._tiles("o", o), self._lse(params.lse)]
+                tensors += [self._tiles("o", o), self._of_rows(params.lse)]
                 total = flow.submit(job, *tensors)
                 job.wait(report, total)
             finally:
@@ -102,47 +144,20 @@ class _Call:
     def _flow_of(self, rt: runtime.Runtime, call: Addresses) -> Flow | VanillaFlow:
         spec = self.spec
         if spec.offset is None or call.scoring is not None:  # values that may differ from call to call
-            offsets = None
-            if spec.offset is None:
-                offsets = view(call.offsets, (spec.batch,), (8,), np.dtype(np.int64)).copy()
+            offsets = self._offsets(call.offsets)
             return self.flow(rt, spec, self.tile_q, self.tile_k, offsets=offsets, scoring=call.scoring)
         if self._flow is None or self._flow[0] is not rt:
             self._flow = rt, self.flow(rt, spec, self.tile_q, self.tile_k)
         return self._flow[1]
 
-    def _view(self, name: str, address: int, writable: bool = False) -> np.ndarray:
-        strides, dtype = getattr(self.layout, name), DTYPES[self.spec.dtype].numpy
-        return view(address, self.shapes[name], strides, dtype, writable=writable)
-
-    def _fits(self, name: str) -> bool:
-        return can_tile(getattr(self.layout, name)[2:], self.shapes[name][3], DTYPES[self.spec.dtype].itemsize)
-
-    def _reachable(self, name: str, address: int) -> np.ndarray | int:
-        """The address; or a copy, where no matrix handle describes how the rows lie."""
-        return address if self._fits(name) else np.ascontiguousarray(self._view(name, address))
-
     def _output(self, call: Addresses) -> np.ndarray | int:
         return call.o if self._fits("o") else np.empty(self.shapes["o"], DTYPES[self.spec.dtype].numpy)
 
-    def _tiles(self, name: str, where: np.ndarray | int) -> TiledTensor:
-        tile = self.tile_k if name in "kv" else self.tile_q
-        dtype, shape = DTYPES[self.spec.dtype], self.shapes[name]
-        if isinstance(where, np.ndarray):
-            return TiledTensor(shape, dtype, tile, address=where.ctypes.data, strides=where.strides, keep=where)
-        strides: Strides = getattr(self.layout, name)
-        return TiledTensor(shape, dtype, tile, address=where, strides=strides)
 
-    def _lse(self, address: int) -> TiledTensor:
-        """lse, or the state that goes by this name where it is not wanted."""
-        shape, size = self.shapes["o"][:3], self.accumulator.itemsize
-        strides = (shape[1] * shape[2] * size, shape[2] * size, size)
-        return TiledTensor(shape, self.accumulator, self.tile_q, address=address, strides=strides)
-
-
-def tile_sizes(spec: AttentionSpec) -> tuple[int, int]:
+def tile_sizes(spec: AttentionSpec, direction: str = "forward") -> tuple[int, int]:
     """Rows of a query tile, in whole panels of the kernel, and keys of a key tile: a matter of shapes and instruction
     set only, and so are the bits."""
-    panel, heads = tile_kernels().rows_at_once(spec), spec.batch * spec.heads
+    panel, heads = tile_kernels().rows_at_once(spec, direction), spec.batch * spec.heads
     menu = [max(1, rows // panel) * panel for rows in TILE_Q]
     enough = [rows for rows in menu if heads * -(-spec.q_len // rows) >= ENOUGH]
     return min(max(enough, default=menu[0]), max(1, spec.q_len)), min(TILE_K, max(1, spec.kv_len))

@@ -14,7 +14,7 @@ import numpy as np
 
 from flashtile.dtypes import DTYPES
 from flashtile.engines.starpu import cuda
-from flashtile.engines.starpu.coverage import BandCoverage, ProgramCoverage, TileCoverage
+from flashtile.engines.starpu.coverage import TileCoverage, coverage_of
 from flashtile.engines.starpu.footprint import footprint_of, footprints
 from flashtile.engines.starpu.jobs import TASK, Job
 from flashtile.engines.starpu.programs import Program
@@ -109,11 +109,7 @@ class Flow:
         self.program = Program(runtime, kernel, FORWARD, FORWARD_VALUES, (offsets, scoring), gpu)
         self.narrow = DTYPES[spec.dtype].accumulator != spec.dtype
         self.anchors = np.array([spec.offset or 0], np.int64) if offsets is None else offsets  # (B,), or (1,): shared
-        self.coverage: TileCoverage
-        if scoring is not None and scoring.program is not None and scoring.program.mask is not None:
-            self.coverage = ProgramCoverage(spec, scoring.program, kernels.rows_at_once(spec), tile_q, tile_k)
-        else:
-            self.coverage = BandCoverage(spec, tile_q, tile_k, self.anchors)
+        self.coverage = coverage_of(spec, scoring, kernels.rows_at_once(spec), tile_q, tile_k, self.anchors)
         self.pairs = pairs_of(spec, self.coverage, rows)
         self.tasks = self._forward_tasks()
         self.number = np.full((spec.batch, spec.heads, -(-spec.q_len // tile_q), -(-spec.kv_len // tile_k)), -1)

@@ -12,7 +12,7 @@ from flashtile.engines.starpu.codelets import Codelet, labels_of
 from flashtile.errors import KernelError, UnavailableError, wrong
 from flashtile.progress import Report
 
-BUFFERS, VALUES, SIZES = 8, 4, 5  # of shim.h
+BUFFERS, VALUES, SIZES = 12, 6, 5  # of shim.h
 POLL_MILLISECONDS = 50  # between looks at Ctrl-C and at the progress
 
 # ft_task of shim.h
@@ -106,6 +106,10 @@ class Job:
             got = f"tile {index} of a tensor of shape {tensor.shape}, which was never written"
             raise wrong("submit", got, 'tiles that a task, or acquire(..., "W"), has written')
         return set(every[first].tolist())
+
+    def hold(self, *objects: Any) -> None:
+        """Let these live until the tasks submitted so far are done."""
+        self._keep += objects
 
     def wait(self, report: Report | None = None, total: int = 0) -> None:
         """Return when every task submitted so far is done. Ctrl-C skips what has not begun.

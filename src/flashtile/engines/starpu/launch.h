@@ -51,7 +51,7 @@ typedef struct {
    dense[n]: what the kernels take for the bytes between the rows of handle n, if they cannot be told; else 0. */
 typedef struct {
 	int32_t which, launches[2];
-	int64_t dense[8];
+	int64_t dense[12];
 	const ft_kernel *kernel[2][FT_LAUNCHES];
 } ft_kernels;
 

@@ -1,7 +1,7 @@
 /* What the trampoline (shim.c) asks of the launcher (launch.c). */
 #include "launch.h"
 
-#define FT_HANDLES 8
+#define FT_HANDLES 12
 
 /* Where a task's data lies: address and bytes between the rows (0: adjacent) of each handle, sizes that its launches
    need, and the worker's scratch memory. */

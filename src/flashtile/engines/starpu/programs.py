@@ -32,8 +32,10 @@ class Program:
         values: tuple[str, ...],
         keep: Any = None,
         cuda: Launches | str = NOT_FOR_GPUS,
+        handles: int | None = None,
     ) -> None:
-        """cuda: what a GPU launches instead, or why it has nothing to launch."""
+        """cuda: what a GPU launches instead, or why it has nothing to launch. handles: of a task, where some of them
+        set nothing and only order it; None: those of the bindings."""
         self.kernel, self.cuda, self._keep = kernel, cuda, keep
         self.data = data = runtime.ffi.new("ft_program *")
         assert len(kernel.block) <= len(data.block) and len(bindings) <= len(data.handle)
@@ -41,7 +43,7 @@ class Program:
         if not isinstance(cuda, str):
             data.cuda = int(runtime.ffi.cast("uintptr_t", cuda.data))
         data.inner_word, data.inner_at = kernel.inner
-        data.handles = 1 + max(handle for handle, *_ in bindings)
+        data.handles = handles or 1 + max(handle for handle, *_ in bindings)
         data.bindings, data.values = len(bindings), len(values)
         for n, (handle, address, stride, *other) in enumerate(bindings):
             data.handle[n], data.address_word[n] = handle, kernel.words[address]

@@ -1,9 +1,9 @@
 /* What Python sees of the shim: plain C, read by cffi. No StarPU struct appears here, because their sizes depend on
    StarPU's version and configuration; only shim.c, compiled against the installed header, knows them. */
 
-#define FT_BUFFERS 8
-#define FT_VALUES 4
-#define FT_WORDS 128
+#define FT_BUFFERS 12
+#define FT_VALUES 6
+#define FT_WORDS 160
 
 typedef struct ft_codelet ft_codelet;
 typedef struct ft_job ft_job;

@@ -67,6 +67,7 @@ def identity(spec: AttentionSpec, scoring: Scoring | None, offsets: np.ndarray |
     digest = hashlib.blake2b(repr(spec).encode(), digest_size=16)
     arrays = [offsets]
     if scoring is not None:
+        digest.update(repr(scoring.keep).encode())
         arrays.append(scoring.sinks)
         for found in () if scoring.program is None else scoring.program.captures:
             arrays.append(found.array if isinstance(found, ArrayCapture) else np.asarray(found.value))
@@ -94,10 +95,60 @@ class Cut:
         return len(rows_of(self.tiles(length, rank), length, self.tile))
 
 
-class _Placed(NamedTuple):
+class Placed(NamedTuple):
     """The handles of a tensor of which some tiles are elsewhere."""
 
     handles: np.ndarray
+
+
+class Exchange:
+    """Tiles of a sequence from the ranks that have them to those that need them."""
+
+    def __init__(self, comm: Any, link: Link, cut: Cut, length: int, needs: list[np.ndarray]) -> None:
+        """needs: bool (B, heads, tiles) for each rank: what it reads of the tiles of others."""
+        self.comm, self.link, self.cut, self.length, self.needs = comm, link, cut, length, needs
+        self.mine = cut.tiles(length, comm.Get_rank())
+        self.owner = np.empty(needs[0].shape[2], np.int64)
+        for rank in range(cut.ranks):
+            self.owner[cut.tiles(length, rank)] = rank
+
+    @classmethod
+    def of(cls, comm: Any, link: Link, cut: Cut, length: int, seen: Callable[[int], np.ndarray]) -> Exchange:
+        """seen: of a rank, the tiles (B, heads, tiles) that it reads, its own among them."""
+        needs = [seen(rank).copy() for rank in range(cut.ranks)]
+        for rank, need in enumerate(needs):
+            need[:, :, cut.tiles(length, rank)] = False
+        return cls(comm, link, cut, length, needs)
+
+    def place(self, tensor: TiledTensor) -> Placed:
+        """A tensor's own tiles, where they stand in the whole."""
+        handles = np.zeros((*tensor.shape[:2], len(self.owner)), np.uint64)
+        handles[:, :, self.mine] = tensor.handles
+        return Placed(handles)
+
+    def begin(self, own: list[TiledTensor], tensors: list[TiledTensor]) -> list[Placed]:
+        """Begin every transfer of tensors that are cut alike; all with the tiles that will have come."""
+        rank, tile = self.comm.Get_rank(), self.cut.tile
+        need = self.needs[rank]
+        far = np.flatnonzero(need.any(axis=(0, 1)))
+        height = len(rows_of(far, self.length, tile))
+        grid = (len(own), *need.shape)
+        tags = self.link.take_tags(int(np.prod(grid))).reshape(grid)
+        placed = []
+        for which, tensor in enumerate(own):
+            found = self.place(tensor)
+            for r in range(self.cut.ranks):
+                at = np.nonzero(self.needs[r] & (self.owner == rank))
+                self.link.send(self.comm, found.handles[at], np.full(len(at[0]), r), tags[which][at])
+            if height:
+                come = TiledTensor((*need.shape[:2], height, *tensor.shape[3:]), tensor.dtype, tile)
+                tensors.append(come)
+                found.handles[:, :, far] = come.handles
+                at = np.nonzero(need)
+                tensor.runtime.unwritten.difference_update(found.handles[at].tolist())
+                self.link.receive(self.comm, found.handles[at], self.owner[at[2]], tags[which][at])
+            placed.append(found)
+        return placed
 
 
 class Collective:
@@ -115,23 +166,16 @@ class Collective:
         tile = cut.tile
         with self.runtime.working():
             self.flow = Flow(self.runtime, spec, tile, tile, offsets=offsets, scoring=scoring, rows=self.queries)
-        self.needs = [self._needed(r) for r in range(cut.ranks)]
-
-    def _needed(self, rank: int) -> np.ndarray:
-        """bool (B, H_kv, key tiles): what a rank reads of the keys of others."""
-        spec = self.spec
-        touched = self.flow.coverage.touched()[:, :, self.cut.tiles(spec.q_len, rank)].any(axis=2)
-        seen = np.broadcast_to(touched, (spec.batch, spec.heads, touched.shape[-1]))
-        needed = np.asarray(seen.reshape(spec.batch, spec.kv_heads, spec.group, -1).any(axis=2))
-        needed[:, :, self.cut.tiles(spec.kv_len, rank)] = False
-        return needed
+        touched = self.flow.coverage.touched()
+        self.of_keys = Exchange.of(comm, self.link, cut, spec.kv_len, lambda r: keys_seen(spec, cut, touched, r))
 
     @property
     def received_bytes(self) -> int:
         """Bytes of keys and values that come to this rank; no less would do for tiles of this size."""
         spec, tile = self.spec, self.cut.tile
-        heights = np.minimum(tile, spec.kv_len - tile * np.arange(self.needs[0].shape[2]))
-        rows = int((self.needs[self.comm.Get_rank()] * heights).sum())
+        need = self.of_keys.needs[self.comm.Get_rank()]
+        heights = np.minimum(tile, spec.kv_len - tile * np.arange(need.shape[2]))
+        rows = int((need * heights).sum())
         return rows * (spec.head_size + spec.value_size) * DTYPES[spec.dtype].itemsize
 
     def run(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, o: np.ndarray, lse: np.ndarray) -> None:
@@ -161,9 +205,8 @@ class Collective:
         def compute() -> None:
             own_q, own_k, own_v, out, logs, state = placed
             try:
-                keys, values = self._exchange([own_k, own_v], tensors)
-                rows = (self._placed(x, self.queries, self.spec.q_len, self.spec.heads) for x in (own_q, state, logs))
-                queries, sums, norms = rows
+                keys, values = self.of_keys.begin([own_k, own_v], tensors)
+                queries, sums, norms = (self._placed(x) for x in (own_q, state, logs))
                 self.flow.submit_forward(job, queries, keys, values, sums, norms)
                 if state is not out:
                     submit_finish(job, state, logs, out)
@@ -180,35 +223,22 @@ class Collective:
                 for x in tensors:
                     x.unregister(DROP if x.owned else None)
 
-    def _placed(self, tensor: TiledTensor, tiles: np.ndarray, length: int, heads: int) -> _Placed:
-        """A tensor's own tiles, where they stand in the whole."""
-        handles = np.zeros((self.spec.batch, heads, -(-length // self.cut.tile)), np.uint64)
-        handles[:, :, tiles] = tensor.handles
-        return _Placed(handles)
+    def _placed(self, tensor: TiledTensor) -> Placed:
+        """A tensor's own query tiles, where they stand in the whole."""
+        spec = self.spec
+        handles = np.zeros((spec.batch, spec.heads, -(-spec.q_len // self.cut.tile)), np.uint64)
+        handles[:, :, self.queries] = tensor.handles
+        return Placed(handles)
 
-    def _exchange(self, own: list[TiledTensor], tensors: list[TiledTensor]) -> list[_Placed]:
-        """Begin every transfer of this call; k and v with the tiles that will have come."""
-        spec, tile, rank = self.spec, self.cut.tile, self.comm.Get_rank()
-        need = self.needs[rank]
-        far = np.flatnonzero(need.any(axis=(0, 1)))
-        height = len(rows_of(far, spec.kv_len, tile))
-        grid = (2, *need.shape)
-        tags = self.link.take_tags(int(np.prod(grid))).reshape(grid)
-        owner = np.empty(need.shape[2], np.int64)
-        for r in range(self.cut.ranks):
-            owner[self.cut.tiles(spec.kv_len, r)] = r
-        placed = []
-        for which, tensor in enumerate(own):
-            found = self._placed(tensor, self.keys, spec.kv_len, spec.kv_heads)
-            for r in range(self.cut.ranks):
-                at = np.nonzero(self.needs[r] & (owner == rank))
-                self.link.send(self.comm, found.handles[at], np.full(len(at[0]), r), tags[which][at])
-            if height:
-                come = TiledTensor((*need.shape[:2], height, tensor.shape[3]), tensor.dtype, tile)
-                tensors.append(come)
-                found.handles[:, :, far] = come.handles
-                at = np.nonzero(need)
-                self.runtime.unwritten.difference_update(found.handles[at].tolist())
-                self.link.receive(self.comm, found.handles[at], owner[at[2]], tags[which][at])
-            placed.append(found)
-        return placed
+
+def keys_seen(spec: AttentionSpec, cut: Cut, touched: np.ndarray, rank: int) -> np.ndarray:
+    """bool (B, H_kv, key tiles): the keys of which some row of a rank sees some."""
+    mine = touched[:, :, cut.tiles(spec.q_len, rank)].any(axis=2)
+    seen = np.broadcast_to(mine, (spec.batch, spec.heads, touched.shape[3]))
+    return np.asarray(seen.reshape(spec.batch, spec.kv_heads, spec.group, -1).any(axis=2))
+
+
+def queries_seen(spec: AttentionSpec, cut: Cut, touched: np.ndarray, rank: int) -> np.ndarray:
+    """bool (B, H, query tiles): the rows of which some sees some key of a rank."""
+    seen = touched[:, :, :, cut.tiles(spec.kv_len, rank)].any(axis=3)
+    return np.asarray(np.broadcast_to(seen, (spec.batch, spec.heads, touched.shape[2])))

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
+import struct
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flashtile.kernels import (
     ArrayShapes,
@@ -29,17 +31,17 @@ from flashtile.kernels.cpu import scratch
 from flashtile.kernels.cpu.block import CALL, band_of, scores_in_nats, split_scale
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.score_values import NO_SCORES, ScoreValues, score_steps
+from flashtile.kernels.cpu.steps.range import least_of_scores
 from flashtile.kernels.tiles import TileKernels
 from flashtile.llvm import machines as isas
 from flashtile.llvm import processors
-from flashtile.llvm.blocks import strides_of
+from flashtile.llvm.blocks import WORD, strides_of
 from flashtile.llvm.products import FMA
 
 if TYPE_CHECKING:
     from flashtile.kernels.cpu.parts import InParts
     from flashtile.llvm.jit import Library
     from flashtile.llvm.processors import Choice
-    from flashtile.llvm.products import Product
     from flashtile.plan import Plan
     from flashtile.score.code import Code
     from flashtile.score.options import Scoring
@@ -47,19 +49,24 @@ if TYPE_CHECKING:
 
 _STORAGE = {"float64": "double", "float32": "float", "float16": "half", "bfloat16": "bfloat"}
 _PANELS = (1, 2, 4, 8)  # panels a work item may hold
+_TILED_PANELS = (*_PANELS, 16)  # where products are so fast that making a block ready is felt
 _ANYWHERE, IN_REGISTERS = ("registers", "memory"), ("registers",)  # where sums of a product may be
+_BACKWARD_PARTS = 1  # of operands of the backward's products, at most
 _STRIDES = tuple(strides_of("qkvo"))
 _PART_KEYS = 1024  # a part of one row takes some 0.1 ms: long beside handing it out and merging it
 # Where scores rise from key block to key block, every one of them rescales the sums by a factor that was rounded.
 _LONGEST_PART = 16384
-# With few queries a head, passes/decode, whose time goes with the rows, beats forward.py, whose time goes with the
-# registers that they fill: one of so many lanes costs as much as so many rows. Before its first key a row takes as long
-# as 40 keys, a register as 21.
-_REGISTER_ROWS = {16: 14, 8: 9}
-_ROW_STARTS, _REGISTER_STARTS = 40, 21
-_MOST_QUERIES = 20
-_WIDE = 64  # bytes of such a register
-_NARROW_QUERIES = 12  # the most for passes/decode where registers are narrower
+_MOST_QUERIES = 20  # for passes/decode
+_NARROW_QUERIES = 12  # the most where nobody has measured more
+# Where it is the faster one: its time goes with the rows, that of forward.py with the registers that they fill.
+# Measured at D = 128, in keys of one row: what 1, 2, ... registers cost for each key; what a row costs before its first
+# key, and what forward.py costs, which works on whole tiles of keys, too many by half of one.
+_PACES = {
+    (64, 16): ((14, 28), 40, 120),  # by bytes and lanes of a register
+    (64, 8): ((9, 18, 27), 31, 72),
+    (32, 8): ((11, 12, 16), 29, 100),
+    (32, 4): ((8, 8, 10, 18, 18), 22, 70),
+}
 
 
 def unavailable() -> str | None:
@@ -71,61 +78,72 @@ def unavailable() -> str | None:
 
 def config_of(spec: AttentionSpec, *, lands: tuple[str, ...] = _ANYWHERE) -> Config:
     """The configuration that computes this spec on the current instruction set. ``lands``: where the sums of its
-    product may be: passes other than the forward take them from registers alone."""
-    isa = isas.current()
-    product = choice_of(isa, spec.dtype, spec.precision, lands=lands).product
-    return _config(isa, product, spec.dtype, spec.program, spec.dropout)
+    product may be: passes for few queries take them from registers alone."""
+    return _configured(*_choosing(spec), lands)
 
 
-def choice_of(isa: isas.ISA, dtype: str, precision: str, *, lands: tuple[str, ...] = _ANYWHERE) -> Choice:
-    """The product for a dtype at a precision, and why."""
-    return _choice(isa, dtype, precision, isas.forced(), lands)
-
-
-@functools.lru_cache(maxsize=256)
-def _choice(isa: isas.ISA, dtype: str, precision: str, forced: bool, lands: tuple[str, ...] = _ANYWHERE) -> Choice:
-    return processors.choose(isa, dtype, precision, forced=forced, lands=lands)
+def backward_config(spec: AttentionSpec) -> Config:
+    """That of its backward, which takes operands in one part."""
+    return _configured(*_choosing(spec), _ANYWHERE, _BACKWARD_PARTS)
 
 
 @functools.lru_cache(maxsize=256)
-def _config(isa: isas.ISA, product: Product, dtype: str, code: Code | None, dropout: bool) -> Config:
-    return Config(isa, _STORAGE[dtype], product=product, code=code, dropout=dropout)
+def _configured(
+    setting: str, dtype: str, precision: str, code: Code | None, dropout: bool, lands: tuple[str, ...], parts: int = 3
+) -> Config:
+    product = _choice(setting, dtype, precision, lands, parts).product
+    return Config(isas.named(setting), _STORAGE[dtype], product=product, code=code, dropout=dropout)
+
+
+def _choice(setting: str, dtype: str, precision: str, lands: tuple[str, ...] = _ANYWHERE, parts: int = 3) -> Choice:
+    """The product for a dtype at a precision, and why; `setting`: what names the instruction set, if anything does."""
+    return processors.choose(isas.named(setting), dtype, precision, forced=bool(setting), lands=lands, parts=parts)
 
 
 def decodes(spec: AttentionSpec) -> bool:
     """Whether there are so few queries that passes/decode computes them: measured; of shapes and machine only."""
-    return not spec.dropout and _few(spec)
+    return spec.kv_len >= _decodes_from(spec.q_len, *_choosing(spec))
 
 
-def _few(spec: AttentionSpec) -> bool:
-    """Whether passes/decode is the faster one for so many queries of a head."""
-    c = config_of(spec)
-    if c.isa.vector_bytes < _WIDE:
-        return spec.q_len <= _NARROW_QUERIES
-    registers = -(-spec.q_len // c.lanes)
-    if c.per_word > 1 and registers > 1:  # forward.py takes two keys a step
-        return False
-    rows = registers * _REGISTER_ROWS[c.lanes]
-    faster = spec.q_len * (_ROW_STARTS + spec.kv_len) <= rows * (_REGISTER_STARTS + spec.kv_len)
-    return faster and spec.q_len <= _MOST_QUERIES
+@functools.lru_cache(maxsize=256)
+def _decodes_from(q_len: int, *choosing: Any) -> float:
+    """From how many keys on passes/decode is the faster one for so many queries of a head; inf: it never is."""
+    c = _configured(*choosing, _ANYWHERE)
+    if c.dropout:
+        return math.inf
+    pace = _PACES.get((c.isa.vector_bytes, c.lanes))
+    if pace is None:
+        return 0 if q_len <= _NARROW_QUERIES else math.inf
+    of_registers, row_starts, starts = pace
+    registers = -(-max(q_len, 1) // c.lanes)
+    if q_len > _MOST_QUERIES or (c.per_word > 1 and registers > 1):  # forward.py takes two keys a step
+        return math.inf
+    rows = of_registers[registers - 1]
+    # The least n of which q_len (row_starts + n) <= starts + rows (half a tile + n).
+    behind = q_len * row_starts - starts - rows * (c.rows // 2)
+    if rows <= q_len:
+        return 0 if rows == q_len and behind <= 0 else math.inf
+    return max(0, -(-behind // (rows - q_len)))
+
+
+def _choosing(spec: AttentionSpec) -> tuple[Any, ...]:
+    """What configurations and capabilities depend on, small enough to look them up at every new length."""
+    return isas.setting(), spec.dtype, spec.precision, spec.program, spec.dropout
 
 
 def capabilities(spec: AttentionSpec) -> Capabilities:
     """Tile menus and features for this dtype and precision on the current instruction set."""
-    few = decodes(spec)
-    lands = IN_REGISTERS if few else _ANYWHERE
-    c = config_of(spec, lands=lands)
-    choice = choice_of(c.isa, spec.dtype, spec.precision, lands=lands)
-    backward = choice_of(c.isa, spec.dtype, spec.precision, lands=IN_REGISTERS)
-    general = _capabilities(c, choice, backward, isas.forced())
-    return _decoding(general, spec.q_len, spec.group) if few else general
+    choosing = _choosing(spec)
+    if spec.kv_len < _decodes_from(spec.q_len, *choosing):
+        return _capabilities(*choosing, _ANYWHERE)
+    return _decoding(spec.q_len, spec.group, *choosing)
 
 
 @functools.lru_cache(maxsize=256)
-def _decoding(general: Capabilities, q_len: int, group: int) -> Capabilities:
+def _decoding(q_len: int, group: int, *choosing: Any) -> Capabilities:
     """Those of passes/decode, for so many rows."""
     return replace(
-        general,
+        _capabilities(*choosing, IN_REGISTERS),
         precisions=frozenset(("ieee",)),
         query_block=1,
         tile_q=(max(1, q_len),),
@@ -137,15 +155,20 @@ def _decoding(general: Capabilities, q_len: int, group: int) -> Capabilities:
 
 
 @functools.lru_cache(maxsize=256)
-def _capabilities(c: Config, choice: Choice, backward: Choice, forced: bool) -> Capabilities:
-    rounds = _choice(c.isa, "float32", "bf16", forced).product.rounds
+def _capabilities(
+    setting: str, dtype: str, precision: str, code: Code | None, dropout: bool, lands: tuple[str, ...]
+) -> Capabilities:
+    c = _configured(setting, dtype, precision, code, dropout, lands)
+    choice = _choice(setting, dtype, precision, lands)
+    backward = _choice(setting, dtype, precision, parts=_BACKWARD_PARTS)
+    found = {name: _choice(setting, "float32", name).product for name in ("bf16", "tf32", "fp16")}
     return Capabilities(
         name="cpu",
         dtypes=frozenset(_STORAGE),
-        precisions=frozenset(("ieee", "bf16") if rounds else ("ieee",)),
+        precisions=frozenset(("ieee", *(name for name, product in found.items() if product.coarse))),
         max_head_size=None,
         query_block=c.panel,
-        tile_q=tuple(n * c.panel for n in _PANELS),
+        tile_q=tuple(n * c.panel for n in (_TILED_PANELS if c.lands_in_memory else _PANELS)),
         tile_k=(c.key_block,),
         options=frozenset(("band", "program", "sinks", "dropout")),
         native=True,
@@ -161,16 +184,18 @@ def _capabilities(c: Config, choice: Choice, backward: Choice, forced: bool) -> 
 
 def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> CompiledKernel:
     """The kernel of this spec; machine code is shared by all specs with the same configuration."""
-    if decodes(spec):
+    choosing = _choosing(spec)
+    if spec.kv_len >= _decodes_from(spec.q_len, *choosing):
         from flashtile.kernels.cpu.parts import Decode
 
-        return Decode(_decode_config(config_of(spec, lands=IN_REGISTERS)), spec, plan, layout)
-    c = config_of(spec)
+        return Decode(_decode_config(*choosing), spec, plan, layout)
+    c = _configured(*choosing, _ANYWHERE)
     return Forward(_partial_config(c) if plan.splits > 1 else c, spec, plan, layout)
 
 
 @functools.lru_cache(maxsize=256)
-def _decode_config(c: Config) -> Config:
+def _decode_config(*choosing: Any) -> Config:
+    c = _configured(*choosing, IN_REGISTERS)
     return replace(c, product=c.product if c.storage == "bfloat" else FMA)
 
 
@@ -210,6 +235,9 @@ def _entry(c: Config):  # type: ignore[no-untyped-def]  # a ctypes function type
     return library_of(c).function("forward", ctypes.c_int32, ctypes.c_char_p, integer, integer, pointer)
 
 
+_six_words = struct.Struct("6q").pack
+
+
 class Forward:
     """A compiled forward kernel with the parameter block of one plan and layout."""
 
@@ -239,13 +267,14 @@ class Forward:
                 **(scores_in_nats if c.scored else split_scale)(spec.scale, c.acc),
             }
         )
+        self._plain = CALL.head(*[0] * 6, *NO_SCORES.addresses)[6 * WORD :] + self._tail
 
     def pack(
         self, q: int, k: int, v: int, o: int, lse: int, offsets: int, scoring: Scoring | None = None
     ) -> bytes | InParts:
         """The parameters of one call: a block, or in parts (parts.py) one for each stage."""
         if scoring is None and self._merge is None:  # as most calls are; a tiny one would feel the detours
-            return CALL.head(q, k, v, o, lse, offsets, *NO_SCORES.addresses) + self._tail
+            return _six_words(q, k, v, o, lse, offsets) + self._plain
         extra = ScoreValues.of(scoring, self._config) if scoring else NO_SCORES
         if self._merge is not None:
             parts = replace(extra, sinks=0)  # which join when the parts are merged
@@ -279,6 +308,7 @@ def _sizes(c: Config, spec: AttentionSpec, plan: Plan, layout: Layout) -> dict[s
         **band_of(spec),
         "pack_k": int(loose_k or (not in_words if c.product.operand else foreign)),
         "pack_v": int(loose_v or c.per_word > 1 or foreign or columns != spec.value_size),
-        "k_row": words * c.size,
+        "k_row": words * c.size * c.product.parts,
+        "least": least_of_scores(c, spec.scale),
         "v_row": c.value_row(spec.value_size),
     }

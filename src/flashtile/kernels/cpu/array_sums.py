@@ -61,10 +61,9 @@ class Layout:
     shared: frozenset[str]  # axes along which work items meet in one element
 
     @classmethod
-    def of(cls, reads: Sequence[Reading], shape: tuple[int, ...], lanes: int, items: Items) -> Layout:
+    def of(cls, reads: Sequence[Reading], shape: tuple[int, ...], lanes: int, shared: frozenset[str]) -> Layout:
         innermost = next((x.innermost for x in reads if x.innermost is not None), None)
         order = [n for n in range(len(shape)) if n != innermost]
-        shared = frozenset(axis for axis, n in items.axes.items() if n > 1 and not _apart(reads, axis))
         return cls(
             reads[0].gradient.slot,
             shape,
@@ -121,17 +120,17 @@ class ArraySums:
     words   their block (steps/arrays.py)
     """
 
-    def __init__(self, plan: ArrayPlan) -> None:
+    def __init__(self, plan: ArrayPlan | TileArrays) -> None:
         self._plan = plan
-        self._memory = [np.zeros((copies, *layout.padded), plan.real) for layout, copies in plan.layouts]
+        self.memory = [np.zeros((copies, *layout.padded), plan.real) for layout, copies in plan.layouts]
         words: list[int] = []
-        for (layout, copies), memory in zip(plan.layouts, self._memory, strict=True):
+        for (layout, copies), memory in zip(plan.layouts, self.memory, strict=True):
             words += layout.words(memory, own=copies > 1)
         self.words = np.array(words, np.int64)
 
     def totals(self) -> dict[int, np.ndarray]:
         """The sums by the numbers of their slots."""
-        pairs = zip(self._plan.layouts, self._memory, strict=True)
+        pairs = zip(self._plan.layouts, self.memory, strict=True)
         return {layout.slot.number: layout.total(memory) for (layout, _), memory in pairs}
 
 
@@ -151,7 +150,8 @@ class ArrayPlan:
         self.layouts: list[tuple[Layout, int]] = []
         for number in sorted({x.slot for x in reads}):
             own = [x for x in reads if x.slot == number]
-            layout = Layout.of(own, shapes[number], c.lanes, items)
+            meet = frozenset(axis for axis, n in items.axes.items() if n > 1 and not _apart(own, axis))
+            layout = Layout.of(own, shapes[number], c.lanes, meet)
             size = items.count * math.prod(layout.padded) * self.real.itemsize
             copied = bool(layout.shared) and size <= left
             left -= size if copied else 0
@@ -172,3 +172,82 @@ class ArrayPlan:
             return 0
 
         return run
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles of a call: how many there are along each axis, of how many rows and keys."""
+
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    tile_q: int
+    q_len: int
+    kv_len: int
+
+    @property
+    def axes(self) -> dict[str, int]:
+        return {"b": self.batch, "h": self.heads, "i": self.queries, "j": self.keys}
+
+    def number(self, axes: Sequence[str], at: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Of tiles at these places, counted along some axes only."""
+        sizes = self.axes
+        found = np.zeros_like(at["b"])
+        for axis in axes:
+            found = found * sizes[axis] + at[axis]
+        return found
+
+
+class TileArrays:
+    """The same where the work is a tile of queries on a tile of keys, and what runs when is a matter of tasks.
+
+    Tiles that would meet in one element have different copies, along `apart`, where these are small; else they have
+    the same turn, and are to run in their order.
+    """
+
+    def __init__(
+        self, reads: Sequence[Reading], shapes: Mapping[int, tuple[int, ...]], c: Config, tiles: Tiles
+    ) -> None:
+        self.real = np.dtype(np.float64 if c.acc == "double" else np.float32)
+        self._tiles = tiles
+        sizes = tiles.axes
+        own = {n: [x for x in reads if x.slot == n] for n in sorted({x.slot for x in reads})}
+        meet = {n: _meet(found, shapes[n], c, tiles) for n, found in own.items()}
+        layouts = {n: Layout.of(found, shapes[n], c.lanes, meet[n]) for n, found in own.items()}
+        for apart in ("bhi", "hi", "i", ""):
+            copies = {n: math.prod(sizes[x] for x in apart) if meet[n] & set(apart) else 1 for n in own}
+            room = sum(n * math.prod(layouts[slot].padded) for slot, n in copies.items() if n > 1)
+            if room * self.real.itemsize <= COPIES_BYTES:
+                break
+        self._apart = tuple(apart)
+        self.layouts = [(layouts[n], copies[n]) for n in own]
+        in_turn = frozenset[str]().union(*(meet[n] - set(apart) for n in own))
+        self._turn = tuple(axis for axis in sizes if axis not in in_turn)
+        self.apart_by_rows = "i" in self._turn
+        self.turns = math.prod(sizes[axis] for axis in self._turn)
+        self.sums = ArraySums(self)
+
+    def copy_of(self, **at: np.ndarray) -> np.ndarray:
+        """Which copy a tile at (b, h, i, j) adds to."""
+        return self._tiles.number(self._apart, at)
+
+    def turn_of(self, **at: np.ndarray) -> np.ndarray:
+        """Which turn it takes: 0 <= n < `turns`."""
+        return self._tiles.number(self._turn, at)
+
+
+def _meet(reads: Sequence[Reading], shape: tuple[int, ...], c: Config, tiles: Tiles) -> frozenset[str]:
+    """The axes along which tiles meet in one element: all but those of which one index of every load is the very
+    variable, within the array. Registers of lanes reach into the next tile of rows that are no whole panels."""
+    lengths = {"i": tiles.q_len, "j": tiles.kv_len}
+
+    def tells(n: int, axis: str) -> bool:
+        return shape[n] >= lengths.get(axis, 1) and all(x.gradient.index[n] is variable(axis) for x in reads)
+
+    def apart(axis: str) -> bool:
+        if axis == "i" and tiles.tile_q % c.panel:
+            return False
+        return any(tells(n, axis) for n in range(len(shape)))
+
+    return frozenset(axis for axis, n in tiles.axes.items() if n > 1 and not apart(axis))

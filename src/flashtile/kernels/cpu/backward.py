@@ -12,7 +12,7 @@ import numpy as np
 
 from flashtile.arrays import address_of
 from flashtile.kernels import Stage
-from flashtile.kernels.cpu import IN_REGISTERS, config_of, scratch
+from flashtile.kernels.cpu import backward_config, scratch
 from flashtile.kernels.cpu.array_sums import ArrayPlan, ArraySums, Items
 from flashtile.kernels.cpu.block import BACKWARD, band_of, scores_in_nats, split_scale
 from flashtile.kernels.cpu.config import Config
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from flashtile.spec import AttentionSpec
 
 _AXES = "bhsd"
+TENSORS = ("q", "k", "v", "o", "do", "dq", "dk", "dv")
 # Heads are the work items. Where there are few, each is cut into parts of its keys, every one with a dQ of its own.
 _ENOUGH_ITEMS, _MOST_PARTS = 8, 4
 _KEPT_BYTES = 12 << 20  # Q and dO of a head are made ready once, up to this size; beyond it at every key block
@@ -49,9 +50,15 @@ def _entry(c: Config) -> Callable[..., int]:
 
 
 @functools.cache
+def adding_library(c: Config) -> Library:
+    """See passes/add_parts.py."""
+    return jit.load(lambda: add_parts.add_parts_text(c), f"add_parts {c!r}", c.isa, add_parts.EXPORTS)
+
+
+@functools.cache
 def _adding(c: Config) -> Callable[..., int]:
-    """The function that adds the parts of dQ (passes/add_parts.py)."""
-    library = jit.load(lambda: add_parts.add_parts_text(c), f"add_parts {c!r}", c.isa, add_parts.EXPORTS)
+    """The function that adds the parts of dQ."""
+    library = adding_library(c)
     _libraries.append(library)
     integer, pointer = ctypes.c_int64, ctypes.c_void_p
     return library.function("add_parts", ctypes.c_int32, ctypes.c_char_p, integer, integer, pointer)
@@ -73,7 +80,7 @@ class Backward:
     """A compiled backward kernel with the parameter block of one spec and layout."""
 
     def __init__(self, spec: AttentionSpec, layout: BackwardLayout, arrays: ArrayShapes = ()):
-        c = replace(config_of(spec, lands=IN_REGISTERS), arrays=tuple(n for n, _ in arrays))
+        c = replace(backward_config(spec), arrays=tuple(n for n, _ in arrays))
         bounds = parts_of(spec, c.key_block, _at_once(spec, c, arrays))
         self._config = c = replace(c, partial=len(bounds) > 2 and c.memory != c.acc)  # else dQ's parts are as dQ
         self._spec, self._layout = spec, layout
@@ -93,11 +100,8 @@ class Backward:
         self.plan = _chained(self.plan, self._arrays.shared)
         values = _values(c, spec, layout, splits)
         values |= {f"dq_{a}": n for a, n in zip(_AXES, self._dq, strict=True)}
-        ready = -(-spec.q_len // c.panel) * c.panel * _ready_bytes(c, values)
-        kept = ready <= _KEPT_BYTES
-        values["kept"] = int(kept)
-        values |= {"q_step": kept * values["key_words"] * c.size, "do_step": kept * values["value_words"] * c.size}
-        values |= {f"{x}_kept": kept * values[f"pack_{x}"] * values[f"{x}_row"] for x in ("q", "do")}
+        values |= ready(c, values, spec.q_len)
+        kept = values["kept"]
         longest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
         areas = scratch.backward(
             c,
@@ -142,7 +146,7 @@ class Backward:
         """The parameters of one call; see engines.PackBackward."""
         scores = ScoreValues.of(scoring, self._config) if scoring else NO_SCORES
         sums = ArraySums(self._arrays)
-        own = *scores.addresses, address_of(self._parts), address_of(sums.words), dsinks
+        own = *scores.addresses, address_of(self._parts), address_of(sums.words), dsinks, 0
 
         def block(dq: int) -> bytes:
             return scores.hold(BACKWARD.head(q, k, v, o, lse, do, dlse, dq, dk, dv, offsets, *own) + self._tail)
@@ -225,6 +229,15 @@ def _rows_that_see(spec: AttentionSpec, keys: np.ndarray) -> np.ndarray:
     return np.maximum(high - low, 0)
 
 
+def ready(c: Config, values: dict[str, int], rows: int) -> dict[str, int]:
+    """The words that say whether Q and dO of so many rows are made ready at once."""
+    kept = -(-rows // c.panel) * c.panel * _ready_bytes(c, values) <= _KEPT_BYTES
+    found = {"kept": int(kept)}
+    found |= {"q_step": kept * values["key_words"] * c.size, "do_step": kept * values["value_words"] * c.size}
+    stay = kept or c.lands_in_memory  # until the exchange of their span (steps/held.py)
+    return found | {f"{x}_kept": stay * values[f"pack_{x}"] * values[f"{x}_row"] for x in ("q", "do")}
+
+
 def _ready_bytes(c: Config, values: dict[str, int]) -> int:
     """Bytes of a row of Q and dO that are made ready."""
     found = (values["key_words"] + values["value_words"]) * c.size
@@ -236,7 +249,7 @@ def _values(c: Config, spec: AttentionSpec, layout: BackwardLayout, splits: int)
     depth, value_depth = c.key_words(spec.head_size), c.key_words(spec.value_size)
     columns = c.padded(spec.head_size)
     wide, value_wide = (-(-size // c.lanes) * c.lanes for size in (spec.head_size, spec.value_size))
-    tensors = {name: getattr(layout, name) for name in ("q", "k", "v", "o", "do", "dk", "dv")}
+    tensors = {name: getattr(layout, name) for name in TENSORS if name != "dq"}
     foreign = c.memory != c.acc  # elements that the multiply-add cannot read from memory
     in_words = c.storage == c.product.operand
 
@@ -244,7 +257,7 @@ def _values(c: Config, spec: AttentionSpec, layout: BackwardLayout, splits: int)
         return tensors[name][3] != c.element
 
     def unlike_words(name: str, size: int) -> bool:
-        return loose(name) or (not in_words or size % c.per_word != 0 if c.product.operand else foreign)
+        return loose(name) or (not in_words or size != c.key_words(size) * c.per_word if c.product.operand else foreign)
 
     def unlike_columns(name: str, size: int, columns: int) -> bool:
         return loose(name) or c.per_word > 1 or foreign or columns != size
@@ -278,4 +291,5 @@ def _values(c: Config, spec: AttentionSpec, layout: BackwardLayout, splits: int)
         "v_row": value_depth * c.size,
         **dict.fromkeys(("q_row", "dk_row"), wide * c.size),
         **dict.fromkeys(("do_row", "dv_row"), value_wide * c.size),
+        **dict.fromkeys(("first_row", "row_count", "first_key", "copy", "lse_h"), 0),  # of tiles (tiles.py)
     }

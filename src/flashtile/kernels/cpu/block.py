@@ -26,14 +26,16 @@ CALL = Block(
     # carry: o and lse hold the state of earlier keys, to be continued. pack_k, pack_v: K and V must be converted.
     integers("carry offset left right pack_k pack_v k_row v_row segment_b segment_h sink_b sink_h"),
     integers("at_q at_o at_state at_earlier_o at_earlier_state at_lost_o at_lost_state at_k at_v at_extra at_cursor"),
-    integers("at_dense"),
+    # least: of Q and K, the smallest magnitude that the parts of products hold (steps/range.py).
+    integers("at_dense at_key_flags at_lane_flags at_wide least"),
     reals("sign scale c_high c_low lse_scale"),
 )
 
 BACKWARD = Block(
     # dlse, dq, dk, dv: null where there is none. parts: the first key of every part, and the end of the last.
     # sums: the accumulators of captured arrays; dsinks: (B, H), null where not wanted.
-    pointers("q k v o lse do dlse dq dk dv offsets captures rows segments sinks keep parts sums dsinks"),
+    # delta: of a tile, which has no parts.
+    pointers("q k v o lse do dlse dq dk dv offsets captures rows segments sinks keep parts sums dsinks delta"),
     strides_of(["q", "k", "v", "o", "do", "dq", "dk", "dv"]),
     integers("heads kv_heads group q_len kv_len head_size value_size key_words value_words splits dq_split"),
     # columns: of dQ; q_columns, do_columns: of packed rows, and dK and dV; in registers key_registers, value_registers.
@@ -44,7 +46,16 @@ BACKWARD = Block(
     integers("k_row v_row q_row do_row dk_row dv_row"),
     integers("at_q at_do at_q_rows at_do_rows at_state at_flags at_dq at_k at_v at_k_columns at_words"),
     integers("at_dk at_dv at_dk_totals at_dv_totals at_cursor at_dense at_dsink at_kept"),
+    # Of a tile: its rows, its first key (kv_len is where it ends), and which copy of the accumulators in sums is its.
+    # lse_h: bytes from a head's lse and delta to the next one's, where a task has several heads.
+    integers("first_row row_count first_key copy lse_h"),
     reals("sign scale c_high c_low"),
+)
+
+DELTA = Block(
+    # dlse, sinks, dsinks: null where there are none. All but sinks stand at the tile.
+    pointers("do o lse dlse delta sinks dsinks"),
+    integers("do_h do_s o_h o_s lse_h row_count value_size heads sink_b sink_h at_state at_dsink"),
 )
 
 # What ``keep`` points to where weights are dropped (score/keep.py).

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import functools
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from flashtile.llvm.lines import Line
 from flashtile.llvm.machines import ISA
 from flashtile.llvm.products import FMA, Product
 from flashtile.llvm.types import SIZES, vector
+from flashtile.score.keep import KEYS_A_CALL
 
 if TYPE_CHECKING:
     from flashtile.score.code import Code
@@ -26,6 +28,7 @@ class Config:
     code        the score program, if there is one
     dropout     some weights are dropped: which, the seed and the threshold of the call say
     arrays      of a backward: the slots of captured arrays whose gradients are wanted
+    tile        of a backward: some rows on some keys, with delta given; dQ, dK and dV are accumulators
     """
 
     isa: ISA
@@ -37,6 +40,15 @@ class Config:
     code: Code | None = None
     dropout: bool = False
     arrays: tuple[int, ...] = ()
+    tile: bool = False
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        """Every call at a new length looks up half a dozen things by its configuration."""
+        return hash(tuple(getattr(self, x.name) for x in fields(self)))
 
     @property
     def masked(self) -> bool:
@@ -55,8 +67,8 @@ class Config:
 
     @property
     def output(self) -> Config:
-        """The configuration of memory that outputs are written to: a partial's is in the accumulator's type."""
-        return replace(self, storage=self.acc, product=self.elements) if self.partial else self
+        """The configuration of memory that outputs are written to: accumulators where others are to be added."""
+        return replace(self, storage=self.acc, product=self.elements) if self.partial or self.tile else self
 
     @property
     def elements(self) -> Product:
@@ -82,6 +94,11 @@ class Config:
     def lands_in_memory(self) -> bool:
         """Sums of a product are lines in memory, which a pass of their own bands."""
         return self.product.lands == "memory"
+
+    @property
+    def guarded(self) -> bool:
+        """Products are sums of products of parts, which cannot hold every number (steps/unheld.py)."""
+        return self.product.parts > 1
 
     @property
     def per_word(self) -> int:
@@ -137,6 +154,26 @@ class Config:
         """One word for each query of the panel."""
         return Line(self.words, self.registers)
 
+    @property
+    def weight_line(self) -> Line:
+        """A line of weights as the exchange reads it: where the scores stood or, for tiles, one that weights fill."""
+        return Line(vector(self.lanes, "i16"), self.registers) if self.lands_in_memory else self.line
+
+    @property
+    def score_lines(self) -> int:
+        """Lines of the scores of a block, the last tile's whole."""
+        return self.key_block + self.rows
+
+    @property
+    def margin(self) -> int:
+        """Lines before and after scores, where weights are dropped: in groups of keys (steps/keep.py)."""
+        return KEYS_A_CALL if self.dropout else 0
+
+    @property
+    def weights_part(self) -> int:
+        """Bytes between the parts of weights; those of the largest take the scores' place."""
+        return (self.score_lines + self.margin) * self.line.bytes
+
     def padded(self, value_size: int) -> int:
         """Value columns rounded up to whole output tiles."""
         return -(-value_size // self.rows) * self.rows
@@ -144,8 +181,13 @@ class Config:
     def value_row(self, value_size: int) -> int:
         """Bytes of a row of converted values: of columns, or, where they are a tile's left operand, a column's keys."""
         if self.lands_in_memory:
-            return self.key_block // self.per_word * self.size
+            return self.value_part * self.product.parts
         return self.padded(value_size) * self.size
+
+    @property
+    def value_part(self) -> int:
+        """Bytes between the parts of such a row of keys."""
+        return self.key_block // self.per_word * self.size
 
     def value_rows(self, value_size: int) -> int:
         """How many such rows there are for a block."""

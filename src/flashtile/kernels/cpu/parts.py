@@ -55,6 +55,20 @@ def _merge_config(c: Config) -> Config:
     return replace(c, partial=False, product=FMA, code=None, dropout=False)
 
 
+@functools.lru_cache(maxsize=256)
+def _merge_words(c: Config, o: Strides, heads: int, q_len: int, value_size: int) -> dict[str, int]:
+    """The words of a merge's block that no number of parts decides."""
+    strides = dict(zip(merge.STRIDES, o, strict=True))
+    return {**strides, "heads": heads, "q_len": q_len, "value_size": value_size, **sink_steps(c, heads)}
+
+
+@functools.lru_cache(maxsize=256)
+def _merge_entry(c: Config) -> Callable[[InParts, int, int, int], int]:
+    """The native function of that merge, taking a call's parameters."""
+    run = entry("merge", _merge_config(c))
+    return lambda call, begin, end, scratch: run(call.merge, begin, end, scratch)
+
+
 class InParts(NamedTuple):
     """The parameters of one call in parts: a block for each stage, and the memory that lies between them."""
 
@@ -82,12 +96,11 @@ class Merge:
         self.strides = (spec.heads * spec.q_len * row_bytes, spec.q_len * row_bytes, row_bytes, c.size)
         self.steps = {"o_split": o_split, "lse_split": lse_split}  # bytes between the results of two parts
         self._lse_at = plan.splits * o_split
-        sizes = {**_of(spec, "heads q_len value_size"), "splits": plan.splits, **self.steps, **sink_steps(c, spec)}
-        self._tail = merge.CALL.tail({**dict(zip(("o_b", "o_h", "o_s", "o_d"), o, strict=True)), **sizes})
-        run = entry("merge", _merge_config(c))
+        words = _merge_words(c, o, spec.heads, spec.q_len, spec.value_size)
+        self._tail = merge.CALL.tail({**words, "splits": plan.splits, **self.steps})
         self.stage = Stage(
             items=rows,
-            run=lambda call, begin, end, scratch: run(call.merge, begin, end, scratch),
+            run=_merge_entry(c),
             work=MERGE_WORK * rows * spec.value_size * plan.splits,
             workspace_bytes=plan.splits * (o_split + lse_split),
         )
@@ -108,15 +121,21 @@ class Decode:
         self._config = c
         self.run, self.merge_stage = entry("decode", c), None
         self._merge = Merge(c, spec, plan, layout.o) if plan.splits > 1 else None
-        rows = decode.row_group(spec.group * spec.q_len)
-        areas = decode.areas(c, rows, spec.head_size, spec.value_size)
-        self.scratch_bytes = areas.bytes
+        sizes = spec.heads, spec.kv_heads, spec.q_len, spec.head_size, spec.value_size
+        fixed, self.scratch_bytes = _fixed(c, sizes, spec.scale, layout.k[3], layout.v[3])
         if self._merge is not None:
             self.scratch_bytes = max(self.scratch_bytes, self._merge.scratch_bytes)
             self.run, self.merge_stage = first_stage(self.run), self._merge.stage
-        sizes = {**_strides(layout, self._merge), **_sizes(c, spec, plan, layout, self._merge), **areas.at}
-        factors = (scores_in_nats if c.scored else split_scale)(spec.scale, c.acc)
-        self._tail = decode.CALL.tail({**sizes, "row_group": rows, **factors})
+        o = self._merge.strides if self._merge else layout.o
+        self._tail = decode.CALL.tail(
+            {
+                **dict(zip(_STRIDES, (*layout.q, *layout.k, *layout.v, *o), strict=True)),
+                **fixed,
+                **_parts(spec, plan, self._merge),
+                **band_of(spec),
+                "kv_len": spec.kv_len,
+            }
+        )
 
     def pack(
         self, q: int, k: int, v: int, o: int, lse: int, offsets: int, scoring: Scoring | None = None
@@ -132,26 +151,28 @@ class Decode:
         return scores.hold(decode.CALL.head(*addresses, scores.captures, scores.sinks) + self._tail)
 
 
-def _strides(layout: Layout, merging: Merge | None) -> dict[str, int]:
-    o = merging.strides if merging else layout.o
-    return dict(zip(_STRIDES, (*layout.q, *layout.k, *layout.v, *o), strict=True))
-
-
-def _sizes(c: Config, spec: AttentionSpec, plan: Plan, layout: Layout, merging: Merge | None) -> dict[str, int]:
-    """Lengths, band, parts, and whether K and V must be copied before their rows can be read as slots."""
-    return {
-        **_of(spec, "heads kv_heads q_len kv_len head_size value_size"),
-        "splits": plan.splits,
-        "split_keys": plan.split_keys or spec.kv_len,
-        **band_of(spec),
-        "pack_k": int(layout.k[3] != c.element or spec.head_size < slot_width(c)),
-        "pack_v": int(layout.v[3] != c.element or spec.value_size < c.lanes),
-        "partial": int(merging is not None),
-        **(merging.steps if merging else {"o_split": 0, "lse_split": 0}),
-        **sink_steps(c, spec),
+@functools.lru_cache(maxsize=256)
+def _fixed(
+    c: Config, sizes: tuple[int, int, int, int, int], scale: float, k_step: int, v_step: int
+) -> tuple[dict[str, float], int]:
+    """The words of a decode block that no length of the keys decides, and the bytes of scratch memory."""
+    heads, kv_heads, q_len, head_size, value_size = sizes
+    rows = decode.row_group(heads // kv_heads * q_len)
+    areas = decode.areas(c, rows, head_size, value_size)
+    words = {
+        **dict(zip(("heads", "kv_heads", "q_len", "head_size", "value_size"), sizes, strict=True)),
+        **sink_steps(c, heads),
+        **areas.at,
+        **(scores_in_nats if c.scored else split_scale)(scale, c.acc),
+        "pack_k": int(k_step != c.element or head_size < slot_width(c)),
+        "pack_v": int(v_step != c.element or value_size < c.lanes),
+        "row_group": rows,
     }
+    return words, areas.bytes
 
 
-def _of(spec: AttentionSpec, names: str) -> dict[str, int]:
-    found = names.split()
-    return dict(zip(found, map(spec.__getattribute__, found), strict=True))
+def _parts(spec: AttentionSpec, plan: Plan, merging: Merge | None) -> dict[str, int]:
+    """Where parts of the keys begin, and the bytes between their results."""
+    if merging is None:
+        return {"splits": 1, "split_keys": spec.kv_len, "partial": 0, "o_split": 0, "lse_split": 0}
+    return {"splits": plan.splits, "split_keys": plan.split_keys, "partial": 1, **merging.steps}

@@ -10,7 +10,9 @@ import numpy as np
 
 from flashtile.arrays import address_of
 from flashtile.kernels.cpu.config import Config
+from flashtile.plan.segments import segments_of
 from flashtile.score.capture import ScalarCapture
+from flashtile.score.coverage import coverage, is_stored, unseen
 
 if TYPE_CHECKING:
     from flashtile.plan.segments import Segments
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from flashtile.score.program import Program
     from flashtile.spec import AttentionSpec
 
+# A map takes some 0.4 ms; one panel against so few keys is small beside that, however many heads there are.
+UNMAPPED_KEYS = 32
 COVERAGE_KEYS = 16  # keys of a tile that the plan classifies: finer than a key block, so that edges cost little
 
 
@@ -72,7 +76,13 @@ class ScoreValues:
 
 
 def _segments(program: Program, c: Config) -> Segments:
-    """Which keys each panel sees: mapped anew for a mask that reads arrays, whose elements may have changed."""
+    """Which keys each panel sees: mapped anew for a mask that reads arrays, whose elements may have changed, and where
+    that may be worth its time."""
+    mask = program.mask
+    assert mask is not None
+    small = program.shape[2] <= c.panel and program.shape[3] <= UNMAPPED_KEYS
+    if program.code.mask_slots and (small or is_stored(mask)):
+        return _unmapped(program.shape, mask.variables, c.panel, c.key_block)
     read = [program.captures[n] for n in sorted(program.code.mask_slots)]
     numbers = tuple((float(x.value).hex(), x.type) for x in read if isinstance(x, ScalarCapture))
     if len(numbers) < len(read):
@@ -91,10 +101,13 @@ def _kept(shape: Any, code: Code, numbers: tuple[tuple[str, str], ...], *sizes: 
     return _mapped(Program(shape, code, tuple(captures)), *sizes)
 
 
-def _mapped(program: Program, panel: int, key_block: int, accumulator: str) -> Segments:
-    from flashtile.plan.segments import segments_of
-    from flashtile.score.coverage import coverage
+@functools.lru_cache(maxsize=64)
+def _unmapped(shape: Any, variables: frozenset[str], panel: int, key_block: int) -> Segments:
+    """All of them: each pair of query and key asks the mask."""
+    return segments_of(unseen(shape, variables, panel, COVERAGE_KEYS), key_block)
 
+
+def _mapped(program: Program, panel: int, key_block: int, accumulator: str) -> Segments:
     real = np.float64 if accumulator == "double" else np.float32
     return segments_of(coverage(program, panel, COVERAGE_KEYS, real), key_block)
 
@@ -110,10 +123,10 @@ def score_steps(c: Config, spec: AttentionSpec) -> dict[str, int]:
     return {
         "segment_b": heads * panels if "b" in used else 0,
         "segment_h": panels if "h" in used else 0,
-        **sink_steps(c, spec),
+        **sink_steps(c, spec.heads),
     }
 
 
-def sink_steps(c: Config, spec: AttentionSpec) -> dict[str, int]:
+def sink_steps(c: Config, heads: int) -> dict[str, int]:
     """Bytes between the sinks of two batches and of two heads."""
-    return {"sink_b": spec.heads * c.size, "sink_h": c.size}
+    return {"sink_b": heads * c.size, "sink_h": c.size}

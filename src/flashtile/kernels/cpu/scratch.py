@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, ClassVar
 from flashtile.kernels.cpu.block import FRAME
 from flashtile.kernels.cpu.readings import tiles
 from flashtile.kernels.cpu.steps.differentiate import TILE_ROWS, RowState, SinkSums
+from flashtile.kernels.cpu.steps.held import Held
 from flashtile.kernels.cpu.steps.keep import Kept
-from flashtile.kernels.cpu.steps.spans import LEVELS
+from flashtile.kernels.cpu.steps.spans import LEVELS, PANELS
 from flashtile.llvm.blocks import Areas
 from flashtile.llvm.ir import Value
-from flashtile.llvm.lines import Lines, Scores
+from flashtile.llvm.lines import Lines, Scores, Weights
 from flashtile.llvm.routines import Kind, Operand
-from flashtile.score.keep import KEYS_A_CALL
 
 if TYPE_CHECKING:
     from flashtile.kernels.cpu.config import Config
@@ -56,17 +56,23 @@ class Work(Operand):
     def scores(self) -> Scores:
         return Scores(self.at + fixed(self.c).at["scores"], self.c.line)
 
+    @property
+    def weights(self) -> Weights:
+        """Words of the largest part, in the scores' place; each further part lies `Config.weights_part` bytes on."""
+        return Weights(self.scores.at, self.c.word_line)
+
 
 def dense_bytes(c: Config) -> int:
     """Bytes of one dense load's tile: a line for each key, as the scores."""
-    return (c.key_block + c.rows) * c.line.bytes
+    return c.score_lines * c.line.bytes
 
 
 def fixed(c: Config) -> Areas:
     """The areas whose size is known when the kernel is generated."""
     line = c.line.bytes
-    margin = KEYS_A_CALL * line if c.dropout else 0  # on either side: weights are dropped in groups (steps/keep.py)
-    areas = {"frame": FRAME.bytes, "tops": line, "alpha": line, "margin": margin, "scores": dense_bytes(c) + margin}
+    margin = c.margin * line  # on either side: weights are dropped in groups (steps/keep.py)
+    scores = c.product.parts * c.weights_part
+    areas = {"frame": FRAME.bytes, "tops": line, "alpha": line, "margin": margin, "scores": scores}
     if c.lands_in_memory:
         areas["landed"] = c.rows * line
     return Areas(areas)
@@ -75,6 +81,11 @@ def fixed(c: Config) -> Areas:
 def work_bytes(c: Config) -> int:
     """Bytes of one `Work` of the backward, whose scores have lines of zeros after them."""
     return fixed(c).bytes + TILE_ROWS * c.line.bytes
+
+
+def held_at(c: Config) -> int:
+    """Where a backward has its `Held`: after both `Work`."""
+    return 2 * work_bytes(c)
 
 
 def backward(c: Config, values: Mapping[str, int], slots: int, keys: int) -> Areas:
@@ -88,20 +99,22 @@ def backward(c: Config, values: Mapping[str, int], slots: int, keys: int) -> Are
         "dq": panels * values["columns"] * line,
         "k": block * values["k_row"],
         "v": block * values["v_row"],
-        "k_columns": (block // c.per_word + 1) * values["columns"] * c.size,
+        "k_columns": c.value_rows(values["head_size"]) * c.value_row(values["head_size"]),
         "words": (block // c.per_word + 1) * line if c.per_word > 1 else 0,
         "cursor": 8 * (panels + 1),
         "dense": (len(c.code.dense_loads) + tiles(c.code, c.arrays)) * dense_bytes(c) if c.code else 0,
         "dsink": SinkSums.LINES * line,
         "kept": Kept.nbytes(c) if c.dropout else 0,
     }
+    held = Held.areas(c).bytes if c.lands_in_memory else 0
+    rows = max(slots, PANELS) if c.lands_in_memory else slots  # those of a span stay (steps/held.py)
     for name, words in (("q", "key_words"), ("do", "value_words")):
         areas[name] = slots * values[words] * line
-        areas[f"{name}_rows"] = (slots if values[f"pack_{name}"] else 1) * pairs * values[f"{name}_row"]
+        areas[f"{name}_rows"] = (rows if values[f"pack_{name}"] else 1) * pairs * values[f"{name}_row"]
     for name in ("dk", "dv"):
         areas[name] = (block + TILE_ROWS) * values[f"{name}_row"]
         areas[f"{name}_totals"] = keys * values[f"{name}_row"]
-    return Areas({f"at_{name}": size for name, size in areas.items()}, start=2 * work_bytes(c))
+    return Areas({f"at_{name}": size for name, size in areas.items()}, start=held_at(c) + held)
 
 
 @functools.lru_cache(maxsize=256)
@@ -110,13 +123,16 @@ def sized(c: Config, head_size: int, value_size: int, panels: int) -> Areas:
     name."""
     columns, line = c.padded(value_size), c.line.bytes
     areas = {
-        "q": panels * c.key_words(head_size) * line,
+        "q": panels * c.key_words(head_size) * line * c.product.parts,
         **{f"{level}o": panels * columns * line for level in LEVELS},
         **{f"{level}state": panels * 2 * line for level in LEVELS},
-        "k": c.key_block * c.key_words(head_size) * c.size,
+        "k": c.key_block * c.key_words(head_size) * c.size * c.product.parts,
         "v": c.value_rows(value_size) * c.value_row(value_size),
         "extra": columns * line,
         "cursor": 8 * (panels + 1),
         "dense": len(c.code.dense_loads) * dense_bytes(c) if c.code else 0,
+        "key_flags": c.key_block * 4 if c.guarded else 0,
+        "lane_flags": panels * line if c.guarded else 0,
+        "wide": head_size * line if c.guarded else 0,
     }
     return Areas({f"at_{name}": size for name, size in areas.items()}, start=fixed(c).bytes)

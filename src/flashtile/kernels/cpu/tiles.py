@@ -8,26 +8,33 @@ per batch need nothing more. The state (o, lse) is carried from key tile to key 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flashtile.arrays import address_of
+from flashtile.dtypes import DTYPES
 from flashtile.errors import UnavailableError, wrong
-from flashtile.kernels import Layout, cpu
-from flashtile.kernels.cpu import parts
-from flashtile.kernels.cpu.block import CALL, band_of, split_scale
+from flashtile.kernels import BackwardLayout, Layout, cpu
+from flashtile.kernels.cpu import backward as gradients
+from flashtile.kernels.cpu import parts, scratch
+from flashtile.kernels.cpu.array_sums import TileArrays, Tiles
+from flashtile.kernels.cpu.block import BACKWARD, CALL, DELTA, band_of, scores_in_nats, split_scale
 from flashtile.kernels.cpu.config import Config
-from flashtile.kernels.cpu.passes import merge
+from flashtile.kernels.cpu.passes import add_parts, delta, merge
 from flashtile.kernels.cpu.passes import unfused as stages
-from flashtile.kernels.tiles import TileKernel
+from flashtile.kernels.cpu.readings import readings
+from flashtile.kernels.cpu.score_values import NO_SCORES, ScoreValues
+from flashtile.kernels.tiles import TileBackward, TileKernel
 from flashtile.llvm import jit
 from flashtile.llvm import machines as isas
 from flashtile.llvm.products import FMA
 from flashtile.plan import Plan
 
 if TYPE_CHECKING:
+    from flashtile.kernels import ArrayShapes
     from flashtile.score.options import Scoring
     from flashtile.spec import AttentionSpec
 
@@ -40,9 +47,9 @@ class InPlace(Config):
         return replace(self, product=self.elements)
 
 
-def rows_at_once(spec: AttentionSpec) -> int:
+def rows_at_once(spec: AttentionSpec, direction: str = "forward") -> int:
     """See TileKernels.rows_at_once."""
-    return cpu.config_of(spec).panel
+    return (cpu.config_of(spec) if direction == "forward" else _backward_config(spec)).panel
 
 
 def forward(
@@ -58,8 +65,7 @@ def forward(
     c = replace(cpu.config_of(spec), partial=True)
     if in_place:
         c = InPlace(**vars(c))
-    if c.masked and tile_q % c.panel and tile_q < spec.q_len:
-        raise wrong("tile rows", f"{tile_q} with a mask", f"a multiple of {c.panel}, or all {spec.q_len} rows")
+    _check_rows(c, spec, tile_q)
     query_tiles, key_tiles = max(1, -(-spec.q_len // tile_q)), max(1, -(-spec.kv_len // tile_k))
     plan = Plan(spec.batch, spec.heads, query_tiles, 1, -(-tile_q // c.panel) * c.panel, tile_k, 0)
     step, wide = c.element, c.output.element
@@ -74,6 +80,115 @@ def forward(
     library = cpu.library_of(c)
     identity = f"forward {c!r} {spec.head_size} {spec.value_size}"
     return TileKernel(library.address("forward"), block, words, kernel.scratch_bytes, identity, (library, packed))
+
+
+def _check_rows(c: Config, spec: AttentionSpec, tile_q: int) -> None:
+    if c.masked and tile_q % c.panel and tile_q < spec.q_len:
+        raise wrong("tile rows", f"{tile_q} with a mask", f"a multiple of {c.panel}, or all {spec.q_len} rows")
+
+
+def _backward_config(spec: AttentionSpec) -> Config:
+    return replace(cpu.backward_config(spec), tile=True)
+
+
+def backward(
+    spec: AttentionSpec,
+    tile_q: int,
+    tile_k: int,
+    *,
+    offsets: int = 0,
+    scoring: Scoring | None = None,
+    arrays: ArrayShapes = (),
+) -> TileBackward:
+    """See TileKernels.backward."""
+    c = replace(_backward_config(spec), arrays=tuple(n for n, _ in arrays))
+    _check_rows(c, spec, tile_q)
+    alone = replace(spec, kv_heads=spec.heads)  # a task has one query head, whichever share its keys
+    step, wide = c.element, c.output.element
+    tensors = {x: spec.value_size if x in ("v", "o", "do", "dv") else spec.head_size for x in gradients.TENSORS}
+    strides = {x: (0, 0, n * (e := wide if x in ("dq", "dk", "dv") else step), e) for x, n in tensors.items()}
+    layout = BackwardLayout(**strides)
+    values = gradients._values(c, alone, layout, 1)
+    values |= {f"dq_{a}": n for a, n in zip("bhsd", layout.dq, strict=True)}
+    rows = min(tile_q, spec.q_len)
+    values |= gradients.ready(c, values, rows)
+    slots = -(-rows // c.panel) if values["kept"] else 1
+    areas = scratch.backward(c, values | {"q_len": rows}, slots=slots, keys=c.key_block)
+    extra = ScoreValues.of(scoring, c) if scoring else NO_SCORES
+    given: dict[str, float] = {**dict.fromkeys(BACKWARD.types, 0), **values, **areas.at}
+    given |= (scores_in_nats if c.scored else split_scale)(spec.scale, c.acc)
+    given |= dict(zip(("captures", "rows", "segments", "sinks", "keep"), extra.addresses, strict=True))
+    given |= {"offsets": offsets, "row_count": rows}
+    found = None
+    if arrays:
+        tiles = Tiles(
+            spec.batch, spec.heads, -(-spec.q_len // tile_q), -(-spec.kv_len // tile_k), tile_q, spec.q_len, spec.kv_len
+        )
+        found = TileArrays(readings(c.code, c.arrays), dict(arrays), c, tiles)
+        given["sums"] = address_of(found.sums.words)
+    block = np.frombuffer(BACKWARD.pack(given), np.int64).copy()
+    library = gradients.library_of(c)
+    identity = f"backward {c!r} {spec.head_size} {spec.value_size}"
+    keep = library, extra, found
+    kernel = TileKernel(library.address("backward"), block, BACKWARD.index, areas.bytes, identity, keep)
+    return TileBackward(kernel, found)
+
+
+def deltas(spec: AttentionSpec, *, scoring: Scoring | None = None) -> TileKernel:
+    """See TileKernels.deltas."""
+    c = replace(cpu.config_of(spec, lands=cpu.IN_REGISTERS), code=None, dropout=False)
+    areas = delta.areas(c)
+    sinks = None if scoring is None else scoring.sinks
+    size = spec.value_size * c.element
+    values = dict.fromkeys(DELTA.types, 0) | areas.at
+    values |= {"sinks": 0 if sinks is None else address_of(sinks), "do_s": size, "o_s": size}
+    values |= {"value_size": spec.value_size, "heads": spec.heads, "sink_b": spec.heads * c.size, "sink_h": c.size}
+    block = np.frombuffer(DELTA.pack(values), np.int64).copy()
+    library = _delta_library(c)
+    identity = f"delta {c!r} {spec.value_size}"
+    return TileKernel(library.address("delta"), block, DELTA.index, areas.bytes, identity, (library, sinks))
+
+
+def adding(spec: AttentionSpec, size: int) -> TileKernel:
+    """See TileKernels.adding."""
+    c = replace(cpu.config_of(spec, lands=cpu.IN_REGISTERS), code=None, dropout=False)
+    step = c.element
+    values = dict.fromkeys(add_parts.CALL.types, 0)
+    values |= {"dq_s": size * step, "dq_d": step, "heads": 1, "q_len": 1 << 40, "head_size": size, "splits": 1}
+    block = np.frombuffer(add_parts.CALL.pack(values), np.int64).copy()
+    library = gradients.adding_library(c)
+    return TileKernel(library.address("add_parts"), block, add_parts.CALL.index, 0, f"add {c!r} {size}", library)
+
+
+def differentiating(spec: AttentionSpec, mask: str | None = None) -> dict[str, TileKernel]:
+    """See TileKernels.differentiating."""
+    scoring = None
+    if mask is not None:
+        spec, scoring = _masked_by_tile(spec, mask)
+    found = backward(spec, max(1, spec.q_len), max(1, spec.kv_len), scoring=scoring).kernel
+    block, words, inner = _with_mask(found.block, found.words, spec, scoring)
+    step, wide = DTYPES[spec.dtype].itemsize, DTYPES[DTYPES[spec.dtype].accumulator].itemsize
+    for name in gradients.TENSORS:
+        length = spec.kv_len if name[-1] in "kv" else spec.q_len
+        block[words[f"{name}_h"]] = length * block[words[f"{name}_s"]]
+    block[words["lse_h"]], block[words["kv_len"]] = spec.q_len * wide, spec.kv_len
+    identity = f"differentiate {found.identity}"
+    items = spec.heads
+    main = replace(found, block=block, words=words, inner=inner, items=items, identity=identity)
+    first = deltas(spec)
+    block = first.filled(
+        do_h=spec.q_len * spec.value_size * step,
+        o_h=spec.q_len * spec.value_size * step,
+        lse_h=spec.q_len * wide,
+        row_count=spec.q_len,
+    )
+    adds = {f"add_{size}": adding(spec, size) for size in (spec.head_size, spec.value_size)}
+    return {"delta": replace(first, block=block, items=items), "backward": main, **adds}
+
+
+@functools.cache
+def _delta_library(c: Config) -> jit.Library:
+    return jit.load(lambda: delta.delta_text(c), f"delta {c!r}", c.isa, delta.EXPORTS)
 
 
 def accumulating(spec: AttentionSpec, mask: str | None = None) -> TileKernel:
@@ -94,19 +209,26 @@ def accumulating(spec: AttentionSpec, mask: str | None = None) -> TileKernel:
     for name, length in lengths.items():
         block[words[f"{name}_h"]] = length * step
     block[words["carry"]], block[words["kv_len"]] = 1, spec.kv_len
-    inner = (-1, -1)
-    if scoring is not None:
-        # The program reads the mask through its captures: their words join the block, where a task finds the address.
-        from flashtile.score.captures import Block
-
-        assert scoring.program is not None
-        captures = Block(scoring.program.slots).pack(scoring.program.captures)
-        itemsize = scoring.program.captures[0].array.itemsize  # type: ignore[union-attr]  # it is an array's
-        captures[1:5] = spec.q_len, spec.kv_len * itemsize, spec.kv_len, itemsize  # length and stride of each axis
-        inner, words["mask"] = (words["captures"], len(block)), len(block)
-        block = np.concatenate([block, captures])
+    block, words, inner = _with_mask(block, words, spec, scoring)
     items = int(block[words["heads"]] * block[words["query_tiles"]])
     return replace(kernel, block=block, words=words, inner=inner, items=items, identity=f"accumulate {kernel.identity}")
+
+
+def _with_mask(
+    block: np.ndarray, words: Mapping[str, int], spec: AttentionSpec, scoring: Scoring | None
+) -> tuple[np.ndarray, dict[str, int], tuple[int, int]]:
+    """The block with what its program reads the mask through: the words of its captures, where a task finds the
+    address. Also the names of all words, and TileKernel.inner."""
+    if scoring is None:
+        return block.copy(), dict(words), (-1, -1)
+    from flashtile.score.captures import Block
+
+    assert scoring.program is not None
+    captures = Block(scoring.program.slots).pack(scoring.program.captures)
+    itemsize = scoring.program.captures[0].array.itemsize  # type: ignore[union-attr]  # it is an array's
+    captures[1:5] = spec.q_len, spec.kv_len * itemsize, spec.kv_len, itemsize  # length and stride of each axis
+    inner = words["captures"], len(block)
+    return np.concatenate([block, captures]), {**words, "mask": len(block)}, inner
 
 
 ACCUMULATED_ROWS = 256  # of an item of `accumulating`: its queries and outputs stay in the second-level cache

@@ -3,7 +3,7 @@
     specialisation.py  what a kernel is compiled for    tiles.py     tiles for each architecture, one table
     forward.py         the flash kernel                 vanilla.py   the unfused baseline
     merge.py           parts of the keys, and finish    tables.py    the coverage of a mask, as kernels walk it
-    rows.py, language.py, functions.py, containment.py  what they are written with
+    rows.py, language.py, functions.py, containment.py, dropout.py  what they are written with
     program.py         score programs in Triton's language
     host.py            a call: from addresses to launches, on any device.py
     cuda.py            a GPU, by driver.py              interpreter.py   Triton's interpreter, on the CPU
@@ -24,8 +24,17 @@ from typing import TYPE_CHECKING
 
 from flashtile import current
 from flashtile.dtypes import DTYPES
-from flashtile.kernels import Capabilities, CompiledKernel, Family, Layout
+from flashtile.kernels import (
+    ArrayShapes,
+    BackwardLayout,
+    Capabilities,
+    CompiledBackward,
+    CompiledKernel,
+    Family,
+    Layout,
+)
 from flashtile.kernels.triton import driver, tiles
+from flashtile.kernels.triton.backward_tiles import backward_tiles
 from flashtile.kernels.triton.host import Forward
 from flashtile.spec import PRECISIONS
 
@@ -121,7 +130,8 @@ def capabilities(spec: AttentionSpec) -> Capabilities:
         query_block=1,
         tile_q=(tile.tile_q,),
         tile_k=(tile.tile_k,),
-        options=frozenset(("band", "program", "sinks")),
+        options=frozenset(("band", "program", "sinks", "dropout")),
+        directions=frozenset(("forward",) if backward_tiles(spec, arch) is None else ("forward", "backward")),
         native=False,
         isa=arch,
         variant="few queries" if few_rows(spec) else "forward",
@@ -174,6 +184,15 @@ def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> CompiledKernel:
     return Forward(spec, plan, layout, best, device_of(spec), plain)
 
 
+def compile_backward(spec: AttentionSpec, layout: BackwardLayout, arrays: ArrayShapes) -> CompiledBackward:
+    """The kernels of the gradients of one spec and layout."""
+    from flashtile.kernels.triton.backward_host import Backward
+
+    found = backward_tiles(spec, arch_of(spec))
+    assert found is not None  # or there were no backward to compile
+    return Backward(spec, layout, arrays, *found, device_of(spec))
+
+
 def device_of(spec: AttentionSpec) -> Device:
     """Where kernels run: the GPU, or Triton's interpreter."""
     if interpreting():
@@ -185,4 +204,4 @@ def device_of(spec: AttentionSpec) -> Device:
     return Gpu()
 
 
-FAMILY = Family("triton", unavailable, capabilities, compile, refuses, remark)
+FAMILY = Family("triton", unavailable, capabilities, compile, refuses, remark, compile_backward=compile_backward)

@@ -34,8 +34,35 @@ def add_contained(weight, value, seen, total, ACC: tl.constexpr, PRECISION: tl.c
     kind = tl.where(wide == MINUS_INF, 256.0, 0.0)
     kind = tl.where(wide == float("inf"), 1.0, kind)
     kind = tl.where(wide != wide, 1.0 / 256, kind)
-    # One product counts all three for every row, exactly: fewer than 256 keys a tile, and 24 bits of an fp32 sum.
-    count = product(tl.where(seen, 1.0, 0.0).to(tl.float16), kind.to(tl.float16), tl.float32, "ieee")
+    return _with_counted(clean, _count(seen, kind))
+
+
+@triton.jit
+def add_signed(weight, value, sign, seen, total, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """`add_contained` of weights that may be negative, which turns an infinity, or 0, which makes NaN of it.
+
+    Shapes: sign as weight, whose sign it has: a small weight may have been rounded to 0.
+    """
+    wide = value.to(ACC)
+    finite = tl.abs(wide) < float("inf")
+    clean = add_product(weight, tl.where(finite, value, tl.zeros_like(value)), total, ACC, PRECISION)
+    nan = tl.where(wide != wide, 1.0 / 256, 0.0)
+    same = tl.where(wide == float("inf"), 1.0, tl.where(wide == MINUS_INF, 256.0, nan))
+    turned = tl.where(wide == float("inf"), 256.0, tl.where(wide == MINUS_INF, 1.0, nan))
+    count = _count(seen & (sign > 0), same) + _count(seen & (sign < 0), turned)
+    return _with_counted(clean, count + _count(seen & (sign == 0), tl.where(finite, 0.0, 1.0 / 256)))
+
+
+@triton.jit
+def _count(chosen, kind):
+    """How much of each kind every row meets: one product counts all three, exactly, since a tile has fewer than 256
+    keys, and an fp32 sum 24 bits."""
+    return product(tl.where(chosen, 1.0, 0.0).to(tl.float16), kind.to(tl.float16), tl.float32, "ieee")
+
+
+@triton.jit
+def _with_counted(clean, count):
+    """The sum with what was counted in: -inf (256 each), +inf (1), NaN (1 / 256)."""
     minus = tl.floor(count / 256)
     plus = tl.floor(count - 256 * minus)
     nan = count - 256 * minus - plus

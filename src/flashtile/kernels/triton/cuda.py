@@ -13,10 +13,11 @@ from flashtile.kernels.triton import driver
 from flashtile.kernels.triton.compiler import compiled
 from flashtile.kernels.triton.device import Bound, Placed, Pointer
 from flashtile.kernels.triton.parameters import Template
-from flashtile.kernels.triton.specialisation import Specialisation
+from flashtile.kernels.triton.specialisation import ELEMENTS, Specialisation
 
 # Bytes of an element, by Triton's names.
 SIZES = {"fp64": 8, "i64": 8, "u64": 8, "fp32": 4, "i32": 4, "u32": 4, "fp16": 2, "bf16": 2, "i16": 2, "u16": 2}
+NAMES = {element: dtype for dtype, element in ELEMENTS.items()}
 
 
 class Gpu:
@@ -25,6 +26,11 @@ class Gpu:
     def empty(self, count: int, element: str) -> Pointer:
         here = current.here()
         memory = here.empty((max(count, 1) * SIZES.get(element, 1),), "uint8", "workspace")
+        return Pointer(here.owner.address(memory), element, memory)
+
+    def array(self, shape: tuple[int, ...], element: str) -> Pointer:
+        here = current.here()
+        memory = here.empty(shape, NAMES[element], "a gradient")
         return Pointer(here.owner.address(memory), element, memory)
 
     def place(self, array: np.ndarray, element: str) -> Placed:

@@ -44,6 +44,10 @@ class Device(Protocol):
         """Memory for so many elements, aligned to 16 bytes, for as long as the pointer lives."""
         ...
 
+    def array(self, shape: tuple[int, ...], element: str) -> Pointer:
+        """A new row-major array of the device's library, which the pointer keeps."""
+        ...
+
     def place(self, array: np.ndarray, element: str) -> Placed:
         """An array of the host where kernels can read it: itself, or a copy. Axes of stride 0 keep it."""
         ...

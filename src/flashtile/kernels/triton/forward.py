@@ -15,7 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashtile.kernels.triton.containment import add_contained, any_not_finite
+from flashtile.kernels.triton.containment import add_contained, add_signed, any_not_finite
+from flashtile.kernels.triton.dropout import kept, share_of
 from flashtile.kernels.triton.functions import exp_of_difference
 from flashtile.kernels.triton.language import LN2, LOG2E, MINUS_INF, add_product, number, product, rounded, spread
 from flashtile.kernels.triton.rows import key_limits, locate, longest_first, rows_of_tile
@@ -28,7 +29,7 @@ def forward(
     o_split, lse_split,
     first, items, blocks, together, heads, group, q_len, kv_len, head_size, value_size,
     query_tiles, splits, split_keys,
-    scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, sinks, captures,
+    scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, sinks, captures, threshold, seed,
     SCORE: tl.constexpr, MASK: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr,
     VALUE: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr,
     BAND: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, CONTAIN: tl.constexpr, SPAN: tl.constexpr,
@@ -52,7 +53,7 @@ def forward(
                     o_split, lse_split,
                     blocks, together, heads, group, q_len, kv_len, head_size, value_size,
                     query_tiles, splits, split_keys,
-                    scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, sinks, captures,
+                    scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, sinks, captures, threshold, seed,
                     SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE,
                     BAND, STATE, PACKED, CONTAIN, SPAN, DESCRIBED,
                 )  # fmt: skip
@@ -64,7 +65,7 @@ def forward(
             o_split, lse_split,
             blocks, together, heads, group, q_len, kv_len, head_size, value_size,
             query_tiles, splits, split_keys,
-            scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, sinks, captures,
+            scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, sinks, captures, threshold, seed,
             SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE,
             BAND, STATE, PACKED, CONTAIN, SPAN, DESCRIBED,
         )  # fmt: skip
@@ -77,7 +78,7 @@ def _work_item(
     o_split, lse_split,
     blocks, together, heads, group, q_len, kv_len, head_size, value_size,
     query_tiles, splits, split_keys,
-    scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, sinks, captures,
+    scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, sinks, captures, threshold, seed,
     SCORE: tl.constexpr, MASK: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr,
     VALUE: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr,
     BAND: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, CONTAIN: tl.constexpr, SPAN: tl.constexpr,
@@ -123,9 +124,11 @@ def _work_item(
         factor *= tl.full((), LOG2E, ACC)
     table_row = 0 if MASK is None else 2 * (b * rows_b + _head_of_table(h, rows_h, PACKED) + tile)
     inputs = (query, keys, values, factor, low, high, begin, end, b, h, i, left, right)
-    where = (rows, runs, table_row, captures)
+    number_of_head = b * heads + h
+    draw = (threshold, seed, number_of_head[:, None] if PACKED else number_of_head)
+    where = (rows, runs, table_row, captures, draw)
     sizes = (k_s.to(tl.int64), v_s.to(tl.int64), kv_len, head_size, value_size)
-    sums = _start(o_rows, lse_rows, o_d, inside, columns, STATE, TILE_Q, VALUE, ACC)
+    sums = _start(o_rows, lse_rows, o_d, inside, columns, threshold, STATE, TILE_Q, VALUE, ACC)
     top, total, acc = _sweep(
         sums, reach, inputs, where, sizes,
         SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE, PACKED, ACC, CONTAIN, SPAN,
@@ -148,6 +151,8 @@ def _work_item(
         top = reference * tl.full((), LOG2E, ACC)
     seen = total != 0.0
     total = tl.where(seen, total, 1.0)
+    if threshold is not None:
+        half = half / share_of(threshold, ACC)
     acc = tl.where(seen[:, None], acc * (half / total)[:, None], 0.0)
     log_sum = (top + tl.log2(total)) * tl.full((), LN2, ACC)
     out = o_rows[:, None] + dv[None, :].to(tl.int64) * o_d
@@ -166,8 +171,9 @@ def _head_of_table(h, rows_h, PACKED: tl.constexpr):
 
 @triton.jit
 def _start(
-    o, lse, o_d, inside, columns, STATE: tl.constexpr, TILE_Q: tl.constexpr, VALUE: tl.constexpr, ACC: tl.constexpr
-):
+    o, lse, o_d, inside, columns, threshold, STATE: tl.constexpr, TILE_Q: tl.constexpr, VALUE: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
     """The softmax's state before the first key: maximum (in units of log 2), sum, outputs; or the state carried in.
 
     A carried output is normalised, so its sum of weights is 1 at a maximum of lse; no key yet: -inf and 0.
@@ -176,6 +182,8 @@ def _start(
         before = tl.load(lse, mask=inside, other=MINUS_INF)
         at = o[:, None] + tl.arange(0, VALUE)[None, :].to(tl.int64) * o_d
         acc = tl.load(at, mask=inside[:, None] & columns[None, :], other=0.0)
+        if threshold is not None:  # it is divided by what is kept at the end
+            acc *= share_of(threshold, ACC)
         return before * tl.full((), LOG2E, ACC), tl.where(before == MINUS_INF, 0.0, 1.0).to(ACC), acc
     else:
         top = tl.full([TILE_Q], MINUS_INF, ACC)
@@ -351,8 +359,16 @@ def _key_tile(
     else:
         value = _load(values + n0 * v_s, (j < kv_len)[:, None], (dv < value_size)[None, :], FULL, WHOLE)
     value = rounded(value, OPERAND)
+    threshold, seed, number_of_head = where[4]
+    if threshold is not None:  # the sum of the weights, and with it lse, is taken without dropout
+        keep = kept(n0, i[:, None], number_of_head, threshold, seed, TILE_K, False)
+        p = tl.where(keep, p, 0.0)
     if CONTAIN:
-        acc = add_contained(rounded(p, OPERAND), value, s != MINUS_INF, acc, ACC, PRECISION)
+        seen = s != MINUS_INF
+        if threshold is not None:  # what was dropped is 0, and makes NaN of an infinity
+            acc = add_signed(rounded(p, OPERAND), value, tl.where(keep, 1.0, 0.0), seen, acc, ACC, PRECISION)
+        else:
+            acc = add_contained(rounded(p, OPERAND), value, seen, acc, ACC, PRECISION)
     else:
         acc = add_product(rounded(p, OPERAND), value, acc, ACC, PRECISION)
     return new, total, acc

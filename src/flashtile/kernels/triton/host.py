@@ -20,6 +20,7 @@ from flashtile.score.capture import ArrayCapture, ScalarCapture
 
 if TYPE_CHECKING:
     from flashtile.plan import Plan
+    from flashtile.score.keep import Keep
     from flashtile.score.options import Scoring
     from flashtile.score.program import Program
     from flashtile.spec import AttentionSpec
@@ -99,6 +100,8 @@ class Forward:
         sinks = None
         if scoring is not None:
             values.update(self._score_values(scoring))
+            if scoring.keep is not None:
+                values.update(drawing(scoring.keep))
             if scoring.sinks is not None:
                 sinks = values["sinks"] = sinks_at(scoring.sinks, accumulator, device)
         if not self._split:
@@ -294,6 +297,11 @@ def sinks_at(sinks: Any, element: str, device: Device) -> Pointer:
     if isinstance(sinks, ArrayCapture) and sinks.place is not None:
         return Pointer(sinks.place.address, element, sinks.source)
     return device.place(sinks, element).pointer
+
+
+def drawing(keep: Keep) -> dict[str, int]:
+    """What decides which weights dropout keeps."""
+    return {"threshold": keep.threshold, "seed": keep.seed - ((keep.seed >> 63) << 64)}
 
 
 def bits(number: float) -> int:

@@ -85,6 +85,10 @@ class Interpreter:
         memory = torch.empty(max(count, 1), dtype=_TORCH[element])
         return Pointer(memory.data_ptr(), element, memory)
 
+    def array(self, shape: tuple[int, ...], element: str) -> Pointer:
+        result = torch.empty(shape, dtype=_TORCH[element]).numpy()
+        return Pointer(result.ctypes.data, element, result)
+
     def place(self, array: np.ndarray, element: str) -> Placed:
         if any(stride % array.itemsize for stride in array.strides):
             array = array.copy()

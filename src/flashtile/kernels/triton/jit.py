@@ -6,7 +6,16 @@ from typing import Any
 
 import triton.language as tl
 
-from flashtile.kernels.triton import forward, merge, program, vanilla
+from flashtile.kernels.triton import (
+    backward,
+    backward_arrays,
+    backward_kv,
+    backward_q,
+    forward,
+    merge,
+    program,
+    vanilla,
+)
 from flashtile.kernels.triton.specialisation import Specialisation
 
 FUNCTIONS: dict[str, Any] = {
@@ -15,18 +24,29 @@ FUNCTIONS: dict[str, Any] = {
     "scores": vanilla.scores,
     "softmax": vanilla.softmax,
     "output": vanilla.output,
+    "row_deltas": backward.row_deltas,
+    "sink_sums": backward.sink_sums,
+    "backward_q": backward_q.backward_q,
+    "backward_kv": backward_kv.backward_kv,
+    "array_sums": backward_arrays.array_sums,
+    "array_finish": backward_arrays.array_finish,
+    "clear": backward_arrays.clear,
 }
 
 _TYPES = {"fp64": tl.float64, "fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}
 
 
 def constants(specialisation: Specialisation) -> dict[str, Any]:
-    """The compile-time parameters by name: functions in place of SCORE and MASK, a Triton type as OPERAND."""
+    """The compile-time parameters by name: functions in place of SCORE, MASK and SLOPE, and, for an array's gradient by
+    its number, of GIVES and PLACE; a Triton type as OPERAND."""
     code = specialisation.code
     values: dict[str, Any] = dict(specialisation.constants)
-    for name, function in (("SCORE", program.score_function), ("MASK", program.mask_function)):
+    functions = {"SCORE": program.score_function, "MASK": program.mask_function, "SLOPE": program.slope_function}
+    for name, function in functions.items():
         if name in values:
             values[name] = function(code) if values[name] and code is not None else None
+    if "GIVES" in values and code is not None:
+        values["GIVES"], values["PLACE"] = program.gradient_functions(code, values["GIVES"])
     if "OPERAND" in values:
         values["OPERAND"] = _TYPES[values["OPERAND"]]
     return values

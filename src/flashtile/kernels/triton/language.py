@@ -62,3 +62,12 @@ def spread(x):
         return tl.broadcast_to(x, [1])
     else:
         return x
+
+
+@triton.jit
+def over(x, tile):
+    """What a program gave, of fewer or shorter axes, in the shape of a tile."""
+    if INTERPRETED:
+        return x + tl.zeros(tile.shape, x.dtype)
+    else:
+        return tl.broadcast_to(x, tile.shape)

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from flashtile.kernels.triton import functions, language
-from flashtile.score.triton_source import function_source
+from flashtile.score.operations import is_const
+from flashtile.score.triton_source import function_source, place_source
 
 if TYPE_CHECKING:
     from flashtile.score.code import Code
@@ -30,13 +31,33 @@ def mask_function(code: Code) -> Any:
     return None if code.mask is None else function_of("mask", code.mask, code.slots)
 
 
+@functools.cache
+def slope_function(code: Code) -> Any:
+    """The function (s, b, h, i, j, captures, ACC) -> d score / d s in ACC; None where that is 1 everywhere."""
+    slope = code.score_derivative
+    return None if slope is None or is_const(slope, 1.0) else function_of("slope", slope, code.slots)
+
+
+@functools.cache
+def gradient_functions(code: Code, number: int) -> tuple[Any, Any]:
+    """Of one of the code's gradients of arrays: the function that gives d score / d load in ACC, and the one that gives
+    the number of the element in a row-major array."""
+    gradient = code.array_gradients[number]
+    gives = function_of("gives", gradient.value, code.slots)
+    return gives, _compiled("place", place_source("place", gradient.slot, gradient.index, code.slots))
+
+
 def function_of(name: str, root: Expr, slots: Any) -> Any:
-    """An expression as a Triton function.
+    """An expression as a Triton function."""
+    return _compiled(name, function_source(name, root, slots))
+
+
+def _compiled(name: str, source: str) -> Any:
+    """Source as a Triton function.
 
     Triton reads a function's source anew from its file. The file of this one exists in `linecache` alone, which is
     where Python itself keeps the text of tracebacks and of the interactive prompt.
     """
-    source = function_source(name, root, slots)
     file = f"<flashtile {name} {hashlib.sha256(source.encode()).hexdigest()[:16]}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     scope = {**_callable_names(), "tl": tl, "__name__": f"{__name__}.{name}"}

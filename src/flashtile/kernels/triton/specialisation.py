@@ -188,10 +188,12 @@ def forward(
         ),
         **_sizes("query_tiles", "splits", "split_keys"),
         "scale": "i64",
-        **_band(spec),
+        **_sides(spec),
         **_tables(spec),
         "sinks": f"*{accumulator}" if spec.sinks and state == FINISHED else None,
         "captures": _captures(spec.program),
+        "threshold": "i32" if spec.dropout else None,
+        "seed": "i64" if spec.dropout else None,
     }
     constants: dict[str, Constant] = {
         **_program(spec.program),
@@ -290,7 +292,7 @@ def _elements(spec: AttentionSpec) -> tuple[str, str]:
     return ELEMENTS[spec.dtype], ELEMENTS[DTYPES[spec.dtype].accumulator]
 
 
-def _strides(tensors: str, memory: Memory) -> dict[str, Type | None]:
+def _strides(tensors: Iterable[str], memory: Memory) -> dict[str, Type | None]:
     """Strides in elements along (B, H, S, D); an innermost stride of 1 is a constant."""
     return {f"{t}_{a}": None if a == "d" and memory.contiguous else "i64" for t in tensors for a in _AXES}
 
@@ -300,14 +302,20 @@ def _sizes(*names: str) -> dict[str, Type | None]:
 
 
 def _band(spec: AttentionSpec) -> dict[str, Type | None]:
-    """Distances of a band, of the sides that it has, and what anchors it: a number, or one a batch."""
+    """Distances of a band and what anchors it: a number, or one a batch."""
     band, per_batch = spec.band is not None, spec.offset is None
     return {
-        "left": "i64" if spec.band is not None and spec.band.left is not None else None,
-        "right": "i64" if spec.band is not None and spec.band.right is not None else None,
+        "left": "i64" if band else None,
+        "right": "i64" if band else None,
         "offset": "i64" if band and not per_batch else None,
         "offsets": "*i64" if band and per_batch else None,
     }
+
+
+def _sides(spec: AttentionSpec) -> dict[str, Type | None]:
+    """The same without the sides that are open."""
+    there = {} if spec.band is None else {"left": spec.band.left, "right": spec.band.right}
+    return {**_band(spec), **{name: None for name, distance in there.items() if distance is None}}
 
 
 def _tables(spec: AttentionSpec) -> dict[str, Type | None]:
@@ -358,4 +366,5 @@ def _specialisation(
     )
 
 
-_ALIGNED = frozenset(("q", "k", "v", "o", *(f"{t}_{a}" for t in "qkvo" for a in "bhs")))
+_TENSORS = ("q", "k", "v", "o", "do", "dq", "dk", "dv")
+_ALIGNED = frozenset((*_TENSORS, *(f"{t}_{a}" for t in _TENSORS for a in "bhs")))

@@ -223,6 +223,17 @@ FALLBACK = (
     (r"gfx9[45].", "gfx942"),
 )
 
+# Tiles in place of the rows' where drawing what dropout keeps would spill beside what they hold.
+DROPPING: dict[tuple[str, str, int], Tile] = {
+    **dict.fromkeys((("sm_80", "bfloat16", 64), ("sm_80", "float16", 64)), Tile(128, 64, 8, 2)),
+    **dict.fromkeys((("sm_80", "bfloat16", 128), ("sm_80", "float16", 128)), Tile(128, 32, 8, 2)),
+    ("sm_80", "float32", 64): Tile(32, 32, 8, 2),
+    **dict.fromkeys((("sm_90", "bfloat16", 64), ("sm_90", "float16", 64)), Tile(128, 64, 8, 3)),
+    **dict.fromkeys((("sm_90", "bfloat16", 256), ("sm_90", "float16", 256)), Tile(64, 32, 8, 2)),
+    **{("sm_90", f"float32 {precision}", 256): Tile(32, 32, 8, 1) for precision in ("tf32", "bf16", "fp16")},
+    **dict.fromkeys((("sm_100", "bfloat16", 64), ("sm_100", "float16", 64)), Tile(128, 64, 8, 3)),
+}
+
 # The first Triton that compiles the forward kernel for an architecture, where that is not the first of all: those
 # before 3.8 fail in their layouts of Blackwell's tensor memory.
 NEEDS = {"sm_100": (3, 8)}
@@ -240,6 +251,11 @@ def rows_of(arch: str) -> str | None:
 def kind_of(spec: AttentionSpec) -> str:
     """What the two products read, as in the table: a dtype, or float32 with a precision."""
     return spec.dtype if spec.precision == "ieee" else f"{spec.dtype} {spec.precision}"
+
+
+def head_of(head_size: int) -> int:
+    """The head size of the row that computes one; beyond the largest, the largest."""
+    return next((most for most in HEADS if head_size <= most), HEADS[-1])
 
 
 def row_of(arch: str, kind: str, head_size: int) -> Row:
@@ -287,5 +303,8 @@ def forward_tile(spec: AttentionSpec, arch: str, few: bool = False, described: b
     if described and not few and (found := described_row(arch, spec)) is not None:
         return found.tile
     size = max(padded(spec.head_size), padded(spec.value_size))
-    tile = row_of(arch if rows_of(arch) else "sm_80", kind_of(spec), size).tile
+    arch, kind = arch if rows_of(arch) else "sm_80", kind_of(spec)
+    tile = row_of(arch, kind, size).tile
+    if spec.dropout:
+        tile = DROPPING.get((str(rows_of(arch)), kind, head_of(size)), tile)
     return tile if not few else Tile(FEW_ROWS, tile.tile_k, 4, tile.num_stages)

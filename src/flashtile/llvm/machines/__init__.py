@@ -23,7 +23,7 @@ import pkgutil
 from flashtile.errors import UnavailableError
 from flashtile.llvm.machines.base import ISA
 
-__all__ = ["ISA", "current", "forced", "known", "unavailable", "usable"]
+__all__ = ["ISA", "current", "known", "named", "setting", "unavailable", "usable"]
 
 
 @functools.cache
@@ -55,16 +55,17 @@ def usable() -> list[str]:
 
 def current() -> ISA:
     """The instruction set that kernels are generated for: FLASHTILE_ISA, else the best one here."""
-    return _named(os.environ.get("FLASHTILE_ISA", ""))
+    return named(setting())
 
 
-def forced() -> bool:
-    """Whether FLASHTILE_ISA names it."""
-    return bool(os.environ.get("FLASHTILE_ISA"))
+def setting() -> str:
+    """What FLASHTILE_ISA says, or "". Reading it takes a good part of a microsecond: once a call will do."""
+    return os.environ.get("FLASHTILE_ISA", "")
 
 
 @functools.cache
-def _named(name: str) -> ISA:
+def named(name: str) -> ISA:
+    """The instruction set of this name, the best one here for "". Raises: UnavailableError where it cannot run."""
     if not name:
         return next(isa for isa in known().values() if isa.rank > 0 and unavailable(isa) is None)
     isa = known().get(name)

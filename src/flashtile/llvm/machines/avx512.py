@@ -18,6 +18,18 @@ class AVX512(ISA):
         kind = {"i32": "si", "i64": "di"}[element(table.type)]
         return f.intrinsic(f"llvm.x86.avx512.permvar.{kind}.{8 * self.vector_bytes}", table.type, [table, index])
 
+    def fraction(self, f: Function, x: Value) -> Value:
+        return self._whole_register(f, "reduce", x, f.const("i32", 8))  # against no bits after the point, to nearest
+
+    def scale(self, f: Function, x: Value, power: Value) -> Value:
+        return self._whole_register(f, "scalef", x, power)
+
+    def _whole_register(self, f: Function, name: str, *operands: Value) -> Value:
+        """An instruction on all lanes of a register of floats, rounding as the float unit is set to."""
+        type_ = self.vector_of("float")
+        others = [f.const(type_, 0.0), f.const("i16", -1), f.const("i32", 4)]
+        return f.intrinsic(f"llvm.x86.avx512.mask.{name}.ps.512", type_, [*operands, *others])
+
     def divide(self, f: Function, a: Value, b: Value) -> Value:
         """A quotient to 14 bits, corrected by what it leaves of a: half the time of the division of 16 lanes."""
         if a.type != self.vector_of("float"):
@@ -39,9 +51,16 @@ class BF16Dot(AVX512):
 
     def narrow_pairs(self, f: Function, even: Value, odd: Value) -> Value:
         n = lanes(even.type)
-        packed = f.intrinsic(f"llvm.x86.avx512bf16.cvtne2ps2bf16.{32 * n}", vector(2 * n, "bfloat"), [odd, even])
+        packed = self._pack(f, even, odd)
         order = [lane for t in range(n) for lane in (t, n + t)]
         return f.cast("bitcast", f.shuffle(packed, packed, order), vector(n, "i32"))
+
+    def narrow_both(self, f: Function, low: Value, high: Value) -> Value:
+        return f.bitcast(self._pack(f, low, high), "i16")
+
+    def _pack(self, f: Function, low: Value, high: Value) -> Value:
+        n = lanes(low.type)
+        return f.intrinsic(f"llvm.x86.avx512bf16.cvtne2ps2bf16.{32 * n}", vector(2 * n, "bfloat"), [high, low])
 
 
 NEEDS = frozenset(("x86_64", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "fma", "f16c", "bmi2"))

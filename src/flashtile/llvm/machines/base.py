@@ -62,6 +62,7 @@ class ISA:
     bf16_dot: bool = False  # accumulates products of bf16 pairs in fp32
     tiles: bool = False  # has matrix registers, of 16 rows by 16 words of bf16 pairs or sums
     permutes: bool = False  # picks lanes of a register by numbers in another, as cheaply as it adds: a small table
+    scales: bool = False  # takes whole parts off and multiplies by powers of two, as cheaply as it adds
 
     def lanes(self, type_: str) -> int:
         """How many elements of this type a register holds."""
@@ -77,6 +78,14 @@ class ISA:
 
     def look_up(self, f: Function, table: Value, index: Value) -> Value:
         """table[index mod lanes], registers of integers, where the machine ``permutes``.  NumPy: table[index % n]."""
+        raise NotImplementedError(self.name)
+
+    def fraction(self, f: Function, x: Value) -> Value:
+        """A register of floats less the nearest integers, where the machine ``scales``.  NumPy: x - rint(x)."""
+        raise NotImplementedError(self.name)
+
+    def scale(self, f: Function, x: Value, power: Value) -> Value:
+        """x times 2 to the power of integers, where the machine ``scales``.  NumPy: ldexp(x, power.astype(int))."""
         raise NotImplementedError(self.name)
 
     def dot_pairs(self, f: Function, acc: Value, a: Value, b: Value) -> Value:
@@ -116,6 +125,13 @@ class ISA:
         """Lanes of two float vectors rounded to bf16 and packed as words (even low, odd high)."""
         low, high = (f.cast("zext", self.narrow(f, x, "bfloat"), like(x.type, "i32")) for x in (even, odd))
         return low | (high << 16)
+
+    def narrow_both(self, f: Function, low: Value, high: Value) -> Value:
+        """Lanes of two float vectors rounded to bf16, those of one after those of the other.
+
+        NumPy: np.concatenate([low, high]).astype(bfloat16).view(int16)
+        """
+        return f.join(*(self.narrow(f, x, "bfloat") for x in (low, high)))
 
     # -- matrix registers --------------------------------------------------------------------------------
 

@@ -23,11 +23,12 @@ class Product:
     left          "broadcast": a word of a row is read from memory into all lanes; "tile": rows are loaded together
     right         "lines": a line of words for each step of depth; "tile": the same, loaded together
     lands         where sums are when a tile is done: "registers" or "memory"
-    parts, terms  an operand is split into so many parts, each rounded to ``operand``; the products of which are summed
+    parts, terms  an operand is the sum of so many parts, each of type ``operand``, the largest first; a term (i, j) is
+                  the product of part i of the left operand and part j of the right one, added in this order
     permission    what the operating system must grant a process before its first use; None: nothing
 
-    left, right, lands, terms and permission describe the products of matrix registers, which are still to come; the
-    kernels that there are take "broadcast", "lines", "registers" and one term for granted.
+    left, right and permission describe the products of matrix registers; the vector kernels take "broadcast", "lines",
+    "registers" and one term for granted.
     """
 
     name: str
@@ -68,7 +69,19 @@ class Product:
         that type already."""
         raise NotImplementedError(self.name)
 
+    def split(
+        self, f: Function, isa: ISA, elements: Sequence[Value], *, exact: bool = False, cut: bool = False
+    ) -> list[Value]:
+        """The words of every part of what `join` takes, the largest part first. ``cut``: where there are several, they
+        may be cut off rather than rounded, which is faster; what is left out of products is then of one sign."""
+        return [self.join(f, isa, elements, exact=exact)]
+
     @property
     def rounds(self) -> bool:
-        """Whether operands are rounded to 16 bits, all parts taken together: weights then need no more accuracy."""
+        """Whether operands are rounded to 16 bits."""
         return self.operand is not None and self.parts == 1
+
+    @property
+    def coarse(self) -> bool:
+        """Whether operands have no more than 16 bits, all parts taken together: weights then need no more accuracy."""
+        return self.operand is not None and self.parts <= 2

@@ -21,3 +21,4 @@ class MultiplyAdd(Product):
 
 
 PRODUCT = MultiplyAdd("fma")
+PRODUCTS = (PRODUCT,)

@@ -31,3 +31,4 @@ class Pairs(Product):
 
 
 PRODUCT = Pairs("pairs", depth=2, operand="bfloat")
+PRODUCTS = (PRODUCT,)

@@ -7,6 +7,9 @@ depends on where its panel and its key blocks stand in the whole problem only, n
 
 Results are added to what dQ, dK and dV hold.
 
+Where the configuration says tile, a work item is one query head of some rows on some keys, for engines that hold the
+arrays as tiles: delta of its rows is given (delta.py), and all gradients are accumulators.
+
 Source: Dao 2023, FlashAttention-2, section 3.1.2.
 """
 
@@ -24,7 +27,7 @@ from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.passes.item import Call, Item
 from flashtile.kernels.cpu.passes.visit import Sizes, Wanted, emit_visits
 from flashtile.kernels.cpu.passes.walk import by_band, by_segments
-from flashtile.kernels.cpu.scratch import Work, work_bytes
+from flashtile.kernels.cpu.scratch import Work, held_at, work_bytes
 from flashtile.kernels.cpu.steps.add import emit_add_lanes, emit_add_rows, emit_join_rows
 from flashtile.kernels.cpu.steps.band import Seen
 from flashtile.kernels.cpu.steps.contain import emit_scan
@@ -32,18 +35,21 @@ from flashtile.kernels.cpu.steps.differentiate import (
     RowState,
     SinkSums,
     emit_finish_sink,
+    emit_known_state,
     emit_row_state,
     emit_sink_sums,
 )
+from flashtile.kernels.cpu.steps.exchange import emit_exchange_held
+from flashtile.kernels.cpu.steps.held import SLOPES, WEIGHTS, Held
 from flashtile.kernels.cpu.steps.keep import Kept
-from flashtile.kernels.cpu.steps.pack import emit_pack_columns, emit_pack_rows, emit_transpose
+from flashtile.kernels.cpu.steps.pack import emit_pack_columns, emit_pack_key_columns, emit_pack_rows, emit_transpose
 from flashtile.kernels.cpu.steps.softmax import Factors
+from flashtile.kernels.cpu.steps.spans import PANELS
 from flashtile.llvm.ir import Function, Module, Value
 from flashtile.llvm.lines import Panel, Rows, Sums, Weights, Words
 from flashtile.llvm.routines import entry
 
 EXPORTS = ("backward",)
-SPAN = 16  # panels whose sums are accumulated separately, before they join those of a key block
 
 
 def backward_text(c: Config) -> str:
@@ -64,8 +70,9 @@ class QueryHead(Item):
     dv: Value
     begins: Value  # it is the first of the query heads that share K and V
     ends: Value  # it is the last one
-    number: Value  # of the work item
+    number: Value  # of the copy of the accumulators of arrays that it adds to
     dsink: Value  # null: not wanted
+    delta: Value  # of a tile
 
 
 class _Call(Call):
@@ -89,15 +96,21 @@ class _Call(Call):
             return f.select(f.is_null(base), base, found)
 
         first_row = (b * p.heads + h) * (p.q_len * c.size)
-        bounds = [f.load("i64", p.parts + (split + n) * 8) for n in range(2)]
+        first, rows, delta = f.const("i64", 0), p.q_len, p.delta
+        if c.tile:  # whose rows stand where the pointers say
+            item, first, rows, first_row = p.copy, p.first_row, p.row_count, (b * p.heads + h) * p.lse_h
+            delta = delta + first_row
+            bounds = [p.first_key, p.kv_len]
+        else:
+            bounds = [f.load("i64", p.parts + (split + n) * 8) for n in range(2)]
         q, o, do, dq = (at(name, h) for name in ("q", "o", "do", "dq"))
         k, v, dk, dv = (at(name, kv_head) for name in ("k", "v", "dk", "dv"))
         dlse = f.select(f.is_null(p.dlse), p.dlse, p.dlse + first_row)
         return QueryHead(
             b=b,
             h=h,
-            first=f.const("i64", 0),
-            rows=p.q_len,
+            first=first,
+            rows=rows,
             q=q,
             k=k,
             v=v,
@@ -114,6 +127,7 @@ class _Call(Call):
             ends=n.eq(p.group - 1),
             number=item,
             dsink=f.select(f.is_null(p.dsinks), p.dsinks, p.dsinks + (b * p.heads + h) * c.size),
+            delta=delta,
         )
 
     def rows(self, head: QueryHead, tensor: str, first: Value, count: Value) -> Rows:
@@ -131,6 +145,8 @@ class _Call(Call):
 
     def packed(self, name: str, panel: Value) -> Words:
         """Rows of Q or dO of a panel as words along columns."""
+        if self.c.lands_in_memory:  # they stay for the exchange of their span
+            panel = self.f.select(self.p.kept.ne(0), panel, panel % (PANELS * self.c.panel))
         at = self.area(f"{name}_rows", panel // self.c.per_word, getattr(self.p, f"{name}_kept"))
         return Words(at, getattr(self.p, f"{name}_row"))
 
@@ -140,6 +156,18 @@ class _Call(Call):
     def flag(self, name: str, panel: Value) -> Value:
         """Where it is noted whether the rows of a panel hold anything that is not finite."""
         return self.area("flags", panel // self.c.panel, 16) + 8 * (name == "do")
+
+    @property
+    def panels_held(self) -> Held:
+        """What panels leave for the exchange, if they hold it."""
+        return Held(self.work.at + held_at(self.c), self.c)
+
+    @property
+    def key_columns(self) -> Words:
+        """K of a block for dQ: words along columns, or a row of them for each column."""
+        c, p = self.c, self.p
+        at = self.area("k_columns")
+        return Words(at, self.f.const("i64", c.value_row(0)) if c.lands_in_memory else p.columns * c.size)
 
     @property
     def dsink(self) -> SinkSums:
@@ -165,11 +193,17 @@ class _Backward:
         self.c = c
         self.transpose = emit_transpose(module, c, "load_lanes", Panel)
         self.pack_rows, self.pack_columns = emit_pack_rows(module, c), emit_pack_columns(module, c)
-        self.scan, self.row_state = emit_scan(module, c), emit_row_state(module, c)
-        self.sink_sums, self.finish_sink = emit_sink_sums(module, c), emit_finish_sink(module, c)
-        self.join_rows, self.add_rows = emit_join_rows(module, c), emit_add_rows(module, c)
-        self.add_lanes = emit_add_lanes(module, c.output)
+        self.pack_key_columns = emit_pack_key_columns(module, c) if c.lands_in_memory else self.pack_columns
+        self.scan = emit_scan(module, c)
+        if c.tile:
+            self.known_state = emit_known_state(module, c)
+        else:
+            self.row_state = emit_row_state(module, c)
+            self.sink_sums, self.finish_sink = emit_sink_sums(module, c), emit_finish_sink(module, c)
+        self.join_rows, self.add_rows = emit_join_rows(module, c), emit_add_rows(module, c.output if c.tile else c)
+        self.add_lanes = emit_add_lanes(module, c.output, apart=c.lands_in_memory)
         self.visits = emit_visits(module, c)
+        self.exchange_held = emit_exchange_held(module, c) if c.lands_in_memory else None
         self.f = entry(module, "backward")
 
     def emit(self) -> None:
@@ -180,20 +214,39 @@ class _Backward:
             setattr(p, name, f.cast("fptrunc", getattr(p, name), self.c.acc))
         self.call = call = _Call(f, self.c, p, scratch)
         call.work.alpha.fill(1.0, 1)
+        if self.c.product.permission:
+            self.c.isa.enter(f)
         with f.range(begin, end) as number, f.range(0, p.group) as n:
             self._head(call.head(number, n))
+        if self.c.product.permission:
+            self.c.isa.leave(f)
         f.ret(f.const("i32", 0))
 
     def _head(self, head: QueryHead) -> None:
         f, p, c, call = self.f, self.call.p, self.c, self.call
-        grouped, sink = p.group > 1, call.sink(head)
-        sunk = f.is_null(head.dsink).eq(0) & head.first_key.eq(0) & sink.ne(-math.inf)
-        call.dsink.fill(0.0, SinkSums.LINES)
+        grouped = p.group > 1
         with f.when(grouped & head.begins):
             self._clear_totals(head.last_key - head.first_key)
-        with f.range(0, p.q_len, c.panel) as panel:
-            count = f.minimum(p.q_len - panel, c.panel)
-            call.dq(panel).fill(0.0, p.columns)
+        (self._known_rows if c.tile else self._rows)(head)
+        if c.code:
+            call.open_frame(head)
+            call.frame.write(sums=p.sums, item=head.number, last_row=head.first + head.rows - 1)
+        walk = by_segments if c.masked else by_band
+        walk(call, head, _Blocks(self, head))
+        with f.when(f.is_null(head.dq).eq(0)), f.range(0, head.rows, c.panel) as panel:
+            count = f.minimum(head.rows - panel, c.panel)
+            self.add_lanes(f, sums=call.dq(panel), rows=call.rows(head, "dq", panel, count), factor=self.scale)
+        with f.when(grouped & head.ends):
+            self.add_block(head, head.first_key, head.last_key)
+
+    def _rows(self, head: QueryHead) -> None:
+        """What is known of each row, and what its sink gets."""
+        f, p, c, call = self.f, self.call.p, self.c, self.call
+        sink = call.sink(head)
+        sunk = f.is_null(head.dsink).eq(0) & head.first_key.eq(0) & sink.ne(-math.inf)
+        call.dsink.fill(0.0, SinkSums.LINES)
+        with f.range(0, head.rows, c.panel) as panel:
+            count = self._start_panel(head, panel)
             rows = {name: call.rows(head, name, panel, count) for name in ("do", "o")}
             lse, dlse = head.lse + panel * c.size, f.select(f.is_null(head.dlse), head.dlse, head.dlse + panel * c.size)
             self.row_state(f, **rows, out=call.state(panel), lse=lse, dlse=dlse, sink=sink)
@@ -203,21 +256,26 @@ class _Backward:
                 self.make_ready(head, panel)
         with f.when(sunk):
             self.finish_sink(f, sums=call.dsink, out=head.dsink)
-        if c.code:
-            call.open_frame(head)
-            call.frame.write(sums=p.sums, item=head.number)
-        walk = by_segments if c.masked else by_band
-        walk(call, head, _Blocks(self, head))
-        with f.when(f.is_null(head.dq).eq(0)), f.range(0, p.q_len, c.panel) as panel:
-            count = f.minimum(p.q_len - panel, c.panel)
-            self.add_lanes(f, sums=call.dq(panel), rows=call.rows(head, "dq", panel, count), factor=self.scale)
-        with f.when(grouped & head.ends):
-            self.add_block(head, head.first_key, head.last_key)
+
+    def _known_rows(self, head: QueryHead) -> None:
+        """What is known of each row, from its lse and delta."""
+        f, p, c, call = self.f, self.call.p, self.c, self.call
+        with f.range(0, head.rows, c.panel) as panel:
+            count = self._start_panel(head, panel)
+            at = panel * c.size
+            self.known_state(f, out=call.state(panel), lse=head.lse + at, delta=head.delta + at, count=count)
+            with f.when(p.kept.ne(0)):
+                self.make_ready(head, panel)
+
+    def _start_panel(self, head: QueryHead, panel: Value) -> Value:
+        """No dQ yet; the number of its rows."""
+        self.call.dq(panel).fill(0.0, self.call.p.columns)
+        return self.f.minimum(head.rows - panel, self.c.panel)
 
     def make_ready(self, head: QueryHead, panel: Value) -> None:
         """Q and dO of a panel as lanes, and as rows where they cannot be read as they lie."""
         f, p, c, call = self.f, self.call.p, self.c, self.call
-        count = f.minimum(p.q_len - panel, c.panel)
+        count = f.minimum(head.rows - panel, c.panel)
         for name, words, sign in (("q", p.key_words, p.sign), ("do", p.value_words, f.const(c.acc, 1.0))):
             rows = call.rows(head, name, panel, count)
             self.transpose(f, rows=rows, words=words, out=call.panel(name, panel), sign=sign)
@@ -234,7 +292,7 @@ class _Backward:
     def rows_of(self, head: QueryHead, name: str, panel: Value) -> tuple[Words, Rows]:
         """The rows of Q or dO of a panel as the exchange reads them, and as they lie, if they are not all finite."""
         f, p, c, call = self.f, self.call.p, self.c, self.call
-        rows = call.rows(head, name, panel, f.minimum(p.q_len - panel, c.panel))
+        rows = call.rows(head, name, panel, f.minimum(head.rows - panel, c.panel))
         pack, broken = getattr(p, f"pack_{name}").ne(0), f.load("i64", call.flag(name, panel)).ne(0)
         packed = call.packed(name, f.select(pack, panel, f.const("i64", 0)))
         with f.when(broken & pack.eq(0)):  # rare: a copy at every visit
@@ -264,11 +322,34 @@ class _Backward:
             self._clear_totals(count)
         for name in ("dk", "dv"):
             self._clear(self.call.gradient(name), count)
+        if self.exchange_held:
+            self.call.panels_held.clear()
 
     def join(self, head: QueryHead, start: Value, count: Value) -> None:
         """The sums of a span of panels into those of their block."""
+        self._exchange_held(head)
         for name in ("dk", "dv"):
             self.join_rows(self.f, sums=self.call.gradient(name), totals=self.totals(name, head, start), count=count)
+
+    def _exchange_held(self, head: QueryHead) -> None:
+        """What panels hold for the exchange, if they do, into the sums at hand."""
+        f, p, call = self.f, self.call.p, self.call
+        if self.exchange_held is None:
+            return
+        for name, rows, which, columns in (
+            ("dv", "do", WEIGHTS, p.value_registers),
+            ("dk", "q", SLOPES, p.key_registers),
+        ):
+            with f.when(f.is_null(getattr(head, name)).eq(0)):
+                self.exchange_held(
+                    f,
+                    held=call.panels_held,
+                    which=f.const("i64", which),
+                    sums=call.gradient(name),
+                    stride=getattr(p, f"{rows}_row"),
+                    columns=columns,
+                )
+        call.panels_held.clear()
 
     def add_block(self, head: QueryHead, start: Value, stop: Value) -> None:
         """The totals of keys into dK and dV."""
@@ -302,12 +383,12 @@ class _Blocks:
             with f.when(pack):
                 kernel.pack_rows(f, rows=rows, words=words, out=packed)
             operands.append(Words(f.select(pack, packed.at, rows.at), f.select(pack, row, rows.stride)))
-        rows, packed = call.rows(head, "k", start, count), Words(call.area("k_columns"), p.columns * c.size)
+        rows, packed = call.rows(head, "k", start, count), call.key_columns
         pack = p.pack_k_columns.ne(0)
         scan = partial(kernel.scan, f, values=Words(rows.at, rows.stride), count=count, size=rows.size)
         copied = pack | f.value_when(pack.eq(0), scan, f.const("i64", 0)).ne(0)
         with f.when(copied):
-            kernel.pack_columns(f, rows=rows, columns=p.columns, out=packed)
+            kernel.pack_key_columns(f, rows=rows, columns=p.columns, out=packed)
         columns = Words(f.select(copied, packed.at, rows.at), f.select(copied, packed.stride, rows.stride))
         keys, values = operands
         return partial(self._visit, keys, values, columns)
@@ -321,7 +402,7 @@ class _Blocks:
     def _visit(self, keys: Words, values: Words, key_columns: Words, panel: Value, seen: Seen) -> None:
         """One panel's visit, if it sees any of the block: by the function of as many registers as it has."""
         f, call, c, p, kernel, head = self.call.f, self.call, self.call.c, self.call.p, self.backward, self.head
-        lanes = f.minimum(p.q_len - panel, c.panel)
+        lanes = f.minimum(head.rows - panel, c.panel)
 
         def dispatch(n: int, **arguments: object) -> None:
             visit = kernel.visits[n - 1]
@@ -335,7 +416,7 @@ class _Blocks:
             with f.when(p.kept.eq(0)):
                 kernel.make_ready(head, panel)
             if c.code:
-                call.frame.write(row=panel, block=self.start)
+                call.frame.write(row=head.first + panel, block=self.start)
             query_rows, _ = kernel.rows_of(head, "q", panel)
             output_rows, broken = kernel.rows_of(head, "do", panel)
             words = call.second.scores.at if c.per_word == 1 else call.area("words")
@@ -344,8 +425,11 @@ class _Blocks:
             if c.dropout:
                 dropout = {"draw": call.draw(head, panel, self.start), "kept": Kept(call.area("kept"), c)}
                 dropout["inverse"] = 1.0 / call.share
+            held: dict[str, Any] = {}
+            if c.lands_in_memory:
+                held = {"held": call.panels_held, "number": panel // c.panel % PANELS}
             dispatch(
-                c.isa.vectors,
+                c.registers,
                 work=call.work,
                 second=call.second,
                 words=Weights(words, c.word_line),
@@ -368,6 +452,7 @@ class _Blocks:
                 dense=p.at_dense,
                 factors=call.factors,
                 **dropout,
+                **held,
             )
-        with f.when((panel // c.panel % SPAN).eq(SPAN - 1)):
+        with f.when((panel // c.panel % PANELS).eq(PANELS - 1)):
             kernel.join(head, self.start, self.stop - self.start)

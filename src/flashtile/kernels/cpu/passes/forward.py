@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from flashtile.kernels.cpu.block import CALL
@@ -23,7 +24,9 @@ from flashtile.kernels.cpu.steps.band import Seen
 from flashtile.kernels.cpu.steps.contain import NonFinite, emit_scan
 from flashtile.kernels.cpu.steps.finish import emit_finish, emit_load_state
 from flashtile.kernels.cpu.steps.pack import emit_pack_rows, emit_pack_values, emit_transpose
+from flashtile.kernels.cpu.steps.range import any_lane
 from flashtile.kernels.cpu.steps.spans import emit_join_span
+from flashtile.kernels.cpu.steps.unheld import Unheld, emit_find
 from flashtile.llvm.ir import Module, Value
 from flashtile.llvm.lines import Panel, Rows, State, Sums, Words
 from flashtile.llvm.routines import entry
@@ -49,6 +52,9 @@ class _Forward:
         self.load_queries = emit_transpose(module, c, "load_queries", Panel)
         self.pack_keys, self.pack_values = emit_pack_rows(module, c), emit_pack_values(module, c)
         self.scan = emit_scan(module, c)
+        if c.guarded:
+            self.find = emit_find(module, c)
+            self.widen = emit_transpose(module, replace(c, product=c.elements), "widen", Sums)
         self.join_span = emit_join_span(module, c)
         self.finish = emit_finish(module, c.output)
         if c.partial:
@@ -85,9 +91,12 @@ class _Forward:
         f, p, c, call = self.f, self.call.p, self.c, self.call
         call.work.tops.fill(-math.inf, 1)
         with f.range(0, item.rows, c.panel) as panel:
-            here = f.minimum(item.rows - panel, c.panel)
-            rows = Rows(item.q + panel * p.q_s, p.q_s, p.q_d, here, p.head_size)
-            self.load_queries(f, rows=rows, words=p.key_words, out=call.queries(panel), sign=p.sign)
+            here, rows = f.minimum(item.rows - panel, c.panel), call.query_rows(item, panel)
+            self.load_queries(f, rows=rows, words=p.key_words, out=call.queries(panel), sign=p.sign, **call.held)
+            for held in call.held.values():
+                flags = call.lane_flags(panel)
+                flags.fill(0, 1)
+                self.find(f, rows=rows, factor=p.sign, range=held, flags=flags.at)
             self._clear(*call.sums(panel))
             with f.when(call.spans):
                 earlier = call.sums(panel, "earlier_")
@@ -161,7 +170,11 @@ class _Attend:
         whole = start + (keys + (c.rows - 1)) // c.rows * c.rows
         pack_k, pack_v = p.pack_k.ne(0) | (whole > p.kv_len), p.pack_v.ne(0)
         with f.when(pack_k):
-            kernel.pack_keys(f, rows=k_rows, words=p.key_words, out=packed_k)
+            kernel.pack_keys(f, rows=k_rows, words=p.key_words, out=packed_k, **call.held)
+        unheld = f.const("i64", 0)
+        for held in call.held.values():
+            one = f.const(c.acc, 1.0)
+            unheld = kernel.find(f, rows=k_rows, factor=one, range=held, flags=scratch + p.at_key_flags)
         scan = partial(kernel.scan, f, values=Words(v, p.v_s), count=keys, size=p.value_size)
         pack = partial(kernel.pack_values, f, rows=v_rows, columns=p.value_columns, out=packed_v)
         found = f.value_when(pack_v.eq(0), scan, f.const("i64", 0))
@@ -169,10 +182,19 @@ class _Attend:
         found = f.value_when(copied, pack, found)
         rows = Words(f.select(pack_k, packed_k.at, k), f.select(pack_k, p.k_row, p.k_s))
         values = Words(f.select(copied, packed_v.at, v), f.select(copied, p.v_row, p.v_s))
-        return partial(self._attend, start, rows, values, v, found)
+        return partial(self._attend, start, rows, values, k, v, unheld, found)
 
     def _attend(
-        self, start: Value, rows: Words, values: Words, v: Value, found: Value, panel: Value, seen: Seen
+        self,
+        start: Value,
+        rows: Words,
+        values: Words,
+        k: Value,
+        v: Value,
+        unheld: Value,
+        found: Value,
+        panel: Value,
+        seen: Seen,
     ) -> None:
         """One panel against one key block, if it sees any of it: by the function of as many registers as it has."""
         f, call, c, p = self.call.f, self.call, self.call.c, self.call.p
@@ -195,6 +217,8 @@ class _Attend:
             "dense": p.at_dense,
             "factors": call.factors,
         }
+        if c.guarded:
+            arguments["unheld"] = self._unheld(k, unheld, panel)
         if c.dropout:
             arguments["draw"] = call.draw(self.item, panel, start)
         count = (lanes + (c.lanes - 1)) // c.lanes
@@ -209,3 +233,15 @@ class _Attend:
 
         with f.when(seen.some_from < seen.some_to):
             dispatch(c.registers)
+
+    def _unheld(self, k: Value, keys: Value, panel: Value) -> Unheld:
+        """What the keys of a block and the queries of a panel hold that parts cannot; if anything, the queries are made
+        ready in accumulators."""
+        f, call, c, p = self.call.f, self.call, self.call.c, self.call.p
+        flags, wide = call.lane_flags(panel), call.work.at + p.at_wide
+        for j in range(c.registers):
+            keys = keys | f.cast("zext", any_lane(f, flags.load(0, j).ne(0)), "i64")
+        with f.when(keys.ne(0)):
+            rows = call.query_rows(self.item, panel)
+            self.forward.widen(f, rows=rows, words=p.head_size, out=Sums(wide, c.line), sign=p.sign)
+        return Unheld(keys, k, p.k_s, p.k_d, p.head_size, call.work.at + p.at_key_flags, flags.at, wide)

@@ -12,10 +12,11 @@ from flashtile.kernels.cpu.scratch import Work
 from flashtile.kernels.cpu.steps.band import OPEN
 from flashtile.kernels.cpu.steps.frame import Frame
 from flashtile.kernels.cpu.steps.keep import Draw
+from flashtile.kernels.cpu.steps.range import Range
 from flashtile.kernels.cpu.steps.softmax import Factors
 from flashtile.kernels.cpu.steps.spans import BLOCKS, LEVELS
 from flashtile.llvm.ir import Function, Value
-from flashtile.llvm.lines import Panel, Rows, State, Sums
+from flashtile.llvm.lines import Lines, Panel, Rows, State, Sums
 from flashtile.score.keep import STEPS
 
 
@@ -97,7 +98,23 @@ class Call:
     def queries(self, panel: Value) -> Panel:
         """Transposed queries of the panel that begins at this row of the item."""
         c, p = self.c, self.p
-        return Panel(self.work.at + (p.at_q + panel * p.key_words * c.size), c.word_line)
+        return Panel(self.work.at + (p.at_q + panel * p.key_words * (c.size * c.product.parts)), c.word_line)
+
+    @property
+    def held(self) -> dict[str, Range]:
+        """The further argument of what packs Q and K, where their parts do not hold every number."""
+        return {"held": Range.of_scores(self.f, self.p.least)} if self.c.guarded else {}
+
+    def lane_flags(self, panel: Value) -> Lines:
+        """Which queries of the panel that begins at this row hold what parts cannot: a word each."""
+        c = self.c
+        return Lines(self.work.at + (self.p.at_lane_flags + panel * c.size), c.word_line)
+
+    def query_rows(self, item: Item, panel: Value) -> Rows:
+        """The queries of a panel as they lie."""
+        p = self.p
+        count = self.f.minimum(item.rows - panel, self.c.panel)
+        return Rows(item.q + panel * p.q_s, p.q_s, p.q_d, count, p.head_size)
 
     def sums(self, panel: Value, level: str = "") -> tuple[State, Sums]:
         """State and outputs of a panel: of the span at hand; of earlier spans and of what was carried ("earlier_"); or

@@ -23,10 +23,12 @@ from flashtile.llvm.routines import entry
 
 EXPORTS = ("merge",)
 
+STRIDES = ("o_b", "o_h", "o_s", "o_d")
 CALL = Block(
     pointers("parts_o parts_lse o lse sinks"),  # sinks: accumulators, or null
     # Bytes between the results of two parts, and between sinks, at the end.
-    integers("o_b o_h o_s o_d heads q_len value_size splits o_split lse_split sink_b sink_h"),
+    integers(STRIDES),
+    integers("heads q_len value_size splits o_split lse_split sink_b sink_h"),
 )
 
 

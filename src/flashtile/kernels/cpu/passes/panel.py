@@ -10,36 +10,41 @@ from typing import Any
 
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.scratch import Work, dense_bytes
-from flashtile.kernels.cpu.steps.accumulate import emit_accumulate, emit_accumulate_tile
+from flashtile.kernels.cpu.steps.accumulate import emit_accumulate, emit_accumulate_tile, emit_rescale
 from flashtile.kernels.cpu.steps.band import Seen
 from flashtile.kernels.cpu.steps.contain import NonFinite, emit_add, emit_collect
 from flashtile.kernels.cpu.steps.dense import emit_dense
 from flashtile.kernels.cpu.steps.frame import Frame
 from flashtile.kernels.cpu.steps.keep import Draw, emit_keep
-from flashtile.kernels.cpu.steps.product import emit_multiply, emit_product
+from flashtile.kernels.cpu.steps.product import apart, emit_multiply, emit_product
 from flashtile.kernels.cpu.steps.program import emit_program
 from flashtile.kernels.cpu.steps.softmax import Factors, emit_softmax
+from flashtile.kernels.cpu.steps.unheld import Unheld, emit_add_unheld, emit_rescore
 from flashtile.llvm.ir import Function, Module, Value
-from flashtile.llvm.lines import Lines, Panel, State, Sums, Weights, Words
+from flashtile.llvm.lines import Lines, Panel, State, Sums, Words
 from flashtile.llvm.routines import Routine
 
 
 def emit_panels(module: Module, c: Config) -> list[Routine]:
     """The functions that add one block to a panel of up to 1, 2, ... registers of lanes."""
-    containment = emit_collect(module, c), emit_add(module, c)
+    containment = [emit(module, c) for emit in (emit_collect, emit_add, *([emit_add_unheld] * c.lands_in_memory))]
     dense = [emit_dense(module, c, n) for n in range(len(c.code.dense_loads) if c.code else 0)]
-    return [_emit_panel(module, c, n + 1, *containment, dense) for n in range(c.registers)]
+    return [_emit_panel(module, c, n + 1, containment, dense) for n in range(c.registers)]
 
 
-def _emit_panel(module: Module, c: Config, width: int, collect: Routine, add: Routine, dense: list[Routine]) -> Routine:
-    scores = BlockScores(module, c, width)
+def _emit_panel(module: Module, c: Config, width: int, contain: list[Routine], dense: list[Routine]) -> Routine:
+    collect, add, *add_unheld = contain
+    scores = BlockScores(module, c, width, guarded=c.guarded)
     softmax = emit_softmax(module, c, width)
     if scores.multiply is None:
         accumulate = emit_accumulate(module, c, width)
     else:
-        accumulate = emit_accumulate_tile(module, c, width, scores.multiply)
+        multiply = emit_multiply(module, c, width, onto=True) if c.product.coarse else scores.multiply
+        accumulate = emit_accumulate_tile(module, c, width, multiply)
+    rescale = emit_rescale(module, c, width) if c.lands_in_memory and c.product.coarse else None
     keep = emit_keep(module, c, width) if c.dropout else None
     drawn: dict[str, Any] = {"draw": Draw.kind()} if c.dropout else {}
+    parts: dict[str, Any] = {"unheld": Unheld.kind()} if c.guarded else {}
     f = Routine(
         module,
         f"panel_{width}",
@@ -56,17 +61,18 @@ def _emit_panel(module: Module, c: Config, width: int, collect: Routine, add: Ro
         lanes="i64",
         dense="i64",
         factors=Factors.of(c),
+        **parts,
         **drawn,
     )
-    work, panel, sums, state, rows, values, depth, columns, seen, nonfinite, lanes, dense_at, factors, *draws = (
+    work, panel, sums, state, rows, values, depth, columns, seen, nonfinite, lanes, dense_at, factors, *more = (
         f.parameters
     )
-    for draw in draws:
+    for draw in more[len(parts) :]:
         drawn = {"draw": draw.further(seen.some_from)}  # from the first line on
     tops, alpha, lines = work.tops, work.alpha, work.scores
     count = seen.count
     lay_out_dense(f, c, dense, work, dense_at, seen, lanes)
-    scores.call(f, work, panel, rows, depth, seen)
+    scores.call(f, work, panel, rows, depth, seen, *more[: len(parts)])
     whole = (count + (c.rows - 1)) // c.rows * c.rows
     # Rows that a band shows to the first register of lanes; a program's mask may show any. Tiles are read whole.
     reach = whole if c.lands_in_memory else count
@@ -74,10 +80,11 @@ def _emit_panel(module: Module, c: Config, width: int, collect: Routine, add: Ro
         reach = f.cast("sext", seen.above, "i64") + c.lanes - seen.some_from
     broken = nonfinite.found.ne(0)
     collected = Sums(nonfinite.sums, c.line)
+    raw = nonfinite.rows(seen.some_from, count)
     with f.when(broken):
-        collect(f, scores=lines, values=nonfinite.rows(seen.some_from, count), columns=columns, sums=collected, **drawn)
+        collect(f, scores=lines, values=raw, columns=columns, sums=collected, **drawn)
     softmax(f, state=state, tops=tops, alpha=alpha, scores=lines, count=whole, reach=reach, factors=factors)
-    weights = Weights(lines.at, c.word_line)
+    weights = work.weights
     if keep is not None:
         keep(f, weights=weights, count=whole, reach=reach, **drawn)
     word = seen.some_from // c.per_word
@@ -87,12 +94,16 @@ def _emit_panel(module: Module, c: Config, width: int, collect: Routine, add: Ro
     else:
         first = values.row(word)
         extent = {"count": count, "reach": reach}
+    if rescale is not None:
+        rescale(f, sums=sums, alpha=alpha, columns=columns)
     with f.range(0, columns, c.rows) as column:
         target = sums.line(column)
         tile = first.row(column) if c.lands_in_memory else Words(first.at + column * c.size, first.stride)
         accumulate(f, sums=target, alpha=alpha, rows=tile, weights=weights, **extent)
     with f.when(broken):
         add(f, sums=sums, collected=collected, columns=columns)
+        for also in add_unheld:
+            also(f, weights=weights, values=raw, sums=sums)
     f.ret()
     return f
 
@@ -123,9 +134,11 @@ class BlockScores:
     in that pass, program or not.
     """
 
-    def __init__(self, module: Module, c: Config, width: int) -> None:
+    def __init__(self, module: Module, c: Config, width: int, *, guarded: bool = False) -> None:
+        """``guarded``: what parts of products cannot hold is looked after."""
         self.c = c
         self.multiply = emit_multiply(module, c, width) if c.lands_in_memory else None
+        self.rescore = emit_rescore(module, c, width) if guarded else None
         self.program: dict[bool, Routine] = {}
         if self.multiply is not None:
             self.program = {e: emit_program(module, c, width, edge=e) for e in (False, True)}
@@ -138,15 +151,19 @@ class BlockScores:
             self.raw = emit_product(module, c, width, "raw", top=False)
             self.program = {e: emit_program(module, c, width, edge=e) for e in (False, True) if e or c.scored}
 
-    def call(self, f: Function, work: Work, panel: Panel, rows: Words, depth: Value, seen: Seen) -> None:
-        """Edge rows up to the first tile that every lane sees whole, full tiles, edge rows to the end."""
+    def call(
+        self, f: Function, work: Work, panel: Panel, rows: Words, depth: Value, seen: Seen, *unheld: Unheld
+    ) -> None:
+        """Edge rows up to the first tile that every lane sees whole, full tiles, edge rows to the end. ``unheld``: of a
+        guarded one."""
         c, some_from = self.c, seen.some_from
         stretches = stretches_of(f, c, seen)
 
         def tile(row: Value, edge: bool) -> None:
             if self.multiply is not None:
                 words, out = Lines(panel.at, panel.shape), Lines(work.scores.at, c.line).line(row - some_from)
-                self.multiply(f, left=rows.row(row), right=words, out=out, depth=depth)
+                between = apart(c, depth * c.size, depth * c.line.bytes)
+                self.multiply(f, left=rows.row(row), right=words, out=out, depth=depth, **between)
                 return
             arguments = {"work": work, "panel": panel, "rows": rows.row(row), "depth": depth, "line": row - some_from}
             if c.scored or edge and c.code:
@@ -159,6 +176,10 @@ class BlockScores:
         for first, last, edge in stretches if self.multiply is None else [(some_from, seen.some_to, False)]:
             with f.range(first, last, c.rows) as row:
                 tile(row, edge)
+        for found in unheld:
+            assert self.rescore is not None
+            with f.when(found.found.ne(0)):
+                self.rescore(f, work=work, unheld=found, first=some_from, last=seen.some_to)
         for first, last, edge in stretches:
             if edge in self.program:
                 with f.when(first < last):

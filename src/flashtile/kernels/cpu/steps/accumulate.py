@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from flashtile.kernels.cpu.config import Config
-from flashtile.kernels.cpu.steps.product import outer
+from flashtile.kernels.cpu.steps.product import apart, outer
+from flashtile.kernels.cpu.steps.range import any_lane
 from flashtile.kernels.cpu.steps.softmax import words_seen
 from flashtile.llvm.ir import Module, Value
 from flashtile.llvm.lines import Lines, Sums, Weights, Words
@@ -23,14 +24,36 @@ def _kinds(c: Config) -> dict[str, Any]:
 
 def emit_accumulate_tile(module: Module, c: Config, width: int, multiply: Routine) -> Routine:
     """The same where products land in memory: ``rows`` are transposed, a row for each column. Every register of lanes
-    takes all ``count`` rows, whole tiles of them: what it does not see weighs 0."""
+    takes all ``count`` rows, whole tiles of them: what it does not see weighs 0. Where operands are ``coarse``, sums
+    have been multiplied by alpha before (rescale), and ``multiply`` adds to them."""
     f = Routine(module, f"accumulate_{width}", **_kinds(c), landed=Lines.of(c.line), count="i64")
     sums, alpha, rows, weights, landed, count = f.parameters
-    multiply(f, left=rows, right=Lines(weights.at, weights.shape), out=landed, depth=count // c.per_word)
+    if c.product.coarse:
+        landed = Lines(sums.at, c.line)
+    between = apart(c, f.const("i64", c.value_part), f.const("i64", c.weights_part))
+    words = Lines(weights.at, weights.shape)
+    multiply(f, left=rows, right=words, out=landed, depth=count // c.per_word, **between)
+    if not c.product.coarse:
+        factors = [alpha.load(0, j) for j in range(width)]
+        with f.range(0, c.rows) as row:
+            for j, factor in enumerate(factors):
+                sums.store(c.isa.multiply_add(f, sums.load(row, j), factor, landed.load(row, j)), row, j)
+    f.ret()
+    return f
+
+
+def emit_rescale(module: Module, c: Config, width: int) -> Routine:
+    """Sums times alpha, unless it is 1 in every lane, as it is wherever no maximum rose: a product by 1 changes no bit,
+    so what one lane does not need does not depend on another's need of it."""
+    f = Routine(module, f"rescale_{width}", sums=Sums.of(c.line), alpha=Lines.of(c.line), columns="i64")
+    sums, alpha, columns = f.parameters
     factors = [alpha.load(0, j) for j in range(width)]
-    with f.range(0, c.rows) as row:
+    rose = any_lane(f, factors[0].ne(1.0))
+    for factor in factors[1:]:
+        rose = rose | any_lane(f, factor.ne(1.0))
+    with f.when(rose), f.range(0, columns) as column:
         for j, factor in enumerate(factors):
-            sums.store(c.isa.multiply_add(f, sums.load(row, j), factor, landed.load(row, j)), row, j)
+            sums.store(sums.load(column, j) * factor, column, j)
     f.ret()
     return f
 

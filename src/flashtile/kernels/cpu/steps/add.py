@@ -30,23 +30,27 @@ def emit_add_rows(module: Module, c: Config) -> Routine:
     return f
 
 
-def emit_add_lanes(module: Module, c: Config) -> Routine:
-    """Sums of a panel, a line for each column, to rows in memory, one for each lane."""
+def emit_add_lanes(module: Module, c: Config, *, apart: bool = False) -> Routine:
+    """Sums of a panel, a line for each column, to rows in memory, one for each lane. ``apart``: even lanes stand in the
+    first register and odd ones in the second, as the words of differentiate.py's `store_pair` have them."""
     f = Routine(module, "add_lanes", sums=Sums.of(c.line), rows=Rows.kind(), factor=c.acc)
     sums, rows, factor = f.parameters
     n = c.lanes
     # Squares of lanes x lanes go through registers; the columns that are left over go one by one.
     whole_columns = f.select(rows.adjacent(c.element), rows.size // n * n, f.const("i64", 0))
-    with f.range(0, rows.count, n) as lane, f.range(0, whole_columns, n) as column:
+    every = 2 if apart else 1
+    with f.range(0, c.panel if apart else rows.count, n) as lane, f.range(0, whole_columns, n) as column:
+        first = lane // n if apart else lane
         corner = sums.moved(column * c.line.bytes + lane * c.size)
-        target = rows.at + (lane * rows.stride + column * c.element)
+        target = rows.at + (first * rows.stride + column * c.element)
         for r, values in enumerate(f.transpose([corner.load(t) for t in range(n)])):
-            with f.when(lane + r < rows.count):
-                at = target + rows.stride * r
+            with f.when(first + r * every < rows.count):
+                at = target + rows.stride * (r * every)
                 write(f, c, c.isa.multiply_add(f, values, f.splat(factor, n), read(f, c, at, n)), at)
-    with f.range(0, rows.count) as lane, f.range(whole_columns, rows.size) as column:
+    with f.range(0, rows.count) as row, f.range(whole_columns, rows.size) as column:
+        lane = row % 2 * n + row // 2 if apart else row
         value = f.load(c.acc, sums.at + (column * c.line.bytes + lane * c.size))
-        at = rows.at + (lane * rows.stride + column * rows.step)
+        at = rows.at + (row * rows.stride + column * rows.step)
         write(f, c, c.isa.multiply_add(f, value, factor, read(f, c, at)), at)
     f.ret()
     return f

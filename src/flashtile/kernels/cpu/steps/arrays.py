@@ -41,9 +41,12 @@ class Given:
 class ArraySums:
     """Emits the additions of one pass over the rows of a block."""
 
-    def __init__(self, f: Function, c: Config, reads: Sequence[Reading], frame: Frame, head: Emission) -> None:
-        """``head``: the place in the code where batch and head are known."""
-        self.f, self.c, self.reads, self.frame, self.head = f, c, reads, frame, head
+    def __init__(self, f: Function, c: Config, reads: Sequence[Reading], frame: Frame, head: Emission | None) -> None:
+        """``head``: the place in the code where batch and head are known; None without a program, which reads none."""
+        self.f, self.c, self.reads, self.frame = f, c, reads, frame
+        if head is None:
+            return
+        self.head = head
         self.lane = frame.integer("row")
         words, item = frame.read("sums"), frame.read("item")
         self.words = {}

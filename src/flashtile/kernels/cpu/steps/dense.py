@@ -1,7 +1,7 @@
 """Tiles of dense arrays: what a program loads at (i, j) is laid out like the scores, lines by lanes.
 
 A bias or mask stored row-major would be read with a stride. As what stands in lanes, its tile is transposed through
-registers, once a panel and block.
+registers, once a panel and block; one stored the other way is read as it lies.
 """
 
 from __future__ import annotations
@@ -32,13 +32,20 @@ def emit_dense(module: Module, c: Config, number: int) -> Routine:
     source, step_i, step_j = _tile_of(f, load, place, frame, first)
     memory = STORAGE[load.data.source.element][0]
     n, size = c.lanes, f.const("i64", SIZES[memory])
-    whole_lanes = lanes // n * n
-    whole_lines = f.select(step_j.eq(size), count // n * n, f.const("i64", 0))
-    with f.range(0, whole_lanes, n) as lane, f.range(0, whole_lines, n) as line:
-        corner = source + lane * step_i + line * step_j
-        stored = (f.load(vector(n, memory), corner + step_i * r, align=1) for r in range(n))
-        for t, value in enumerate(f.transpose([_accumulator(f, c, place, load, x) for x in stored])):
-            out.store(value, line + t, at=lane * c.size)
+    whole_lanes, none = lanes // n * n, f.const("i64", 0)
+    along_lanes = f.select(step_i.eq(size), count, none)
+    squares = f.select(step_i.eq(size), none, f.select(step_j.eq(size), count // n * n, none))
+
+    def register(at: Value) -> Value:
+        return _accumulator(f, c, place, load, f.load(vector(n, memory), at, align=1))
+
+    with f.range(0, whole_lanes, n) as lane:
+        with f.range(0, along_lanes) as line:
+            out.store(register(source + lane * step_i + line * step_j), line, at=lane * c.size)
+        with f.range(0, squares, n) as line:
+            corner = source + lane * step_i + line * step_j
+            for t, value in enumerate(f.transpose([register(corner + step_i * r) for r in range(n)])):
+                out.store(value, line + t, at=lane * c.size)
 
     def one_by_one(lane: Value, from_line: Value | int) -> None:
         row = source + f.minimum(lane, lanes - 1) * step_i
@@ -47,7 +54,7 @@ def emit_dense(module: Module, c: Config, number: int) -> Routine:
             f.store(value, out.place(line, at=lane * c.size))
 
     with f.range(0, whole_lanes) as lane:
-        one_by_one(lane, whole_lines)
+        one_by_one(lane, along_lanes + squares)
     with f.range(whole_lanes, (lanes + (n - 1)) // n * n) as lane:
         one_by_one(lane, 0)
     f.ret()

@@ -8,7 +8,7 @@ Source: Dao 2023, FlashAttention-2, section 3.1.2.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from decimal import Decimal, localcontext
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from flashtile.llvm.ir import Function, Module, Value
 from flashtile.llvm.lines import Lines, Rows, Scores, Weights
 from flashtile.llvm.routines import Routine
 from flashtile.llvm.types import lanes as lanes_of
-from flashtile.llvm.types import like
+from flashtile.llvm.types import like, vector
 
 TILE_ROWS = 8  # lines past the last that the exchange may read, and that are 0
 
@@ -80,6 +80,24 @@ def emit_row_state(module: Module, c: Config) -> Routine:
     return f
 
 
+def emit_known_state(module: Module, c: Config) -> Routine:
+    """The same for rows whose delta is known: of lse and delta, one number a row."""
+    f = Routine(module, "known_state", out=RowState.of(c.line), lse="ptr", delta="ptr", count="i64")
+    out, lse, delta, count = f.parameters
+    for number, line in ((math.inf, 0), (0.0, 1), (0.0, 2)):
+        out.line(line).fill(number, 1)
+    with f.range(0, count) as lane:
+        at = lane * c.size
+        nats = f.load(c.acc, lse + at, align=1)
+        high, low = _octaves(f, c, nats)
+        nothing = nats.eq(-math.inf)
+        f.store(f.select(nothing, f.const(c.acc, math.inf), high), out.lane(lane).at)
+        f.store(f.select(nothing, f.const(c.acc, 0.0), low), out.lane(lane).line(1).at)
+        f.store(f.load(c.acc, delta + at, align=1), out.lane(lane).line(2).at)
+    f.ret()
+    return f
+
+
 def _across(f: Function, register: Value) -> Value:
     """The sum of a register's lanes."""
     n = lanes_of(register.type)
@@ -130,7 +148,7 @@ def emit_sink_sums(module: Module, c: Config) -> Routine:
 
 
 def emit_finish_sink(module: Module, c: Config) -> Routine:
-    """The sum over lanes, to the head's element."""
+    """The sum over lanes, added to the head's element."""
     f = Routine(module, "finish_sink", sums=SinkSums.of(c.line), out="ptr")
     sums, out = f.parameters
     zero = [f.const(c.acc, 0.0)] * SinkSums.LINES
@@ -139,7 +157,7 @@ def emit_finish_sink(module: Module, c: Config) -> Routine:
         return [total + _across(f, sums.load(n, at=at)) for n, total in enumerate(found)]
 
     total, lost = f.fold(0, c.line.bytes, c.register, zero, add)
-    f.store(total + lost, out)
+    f.store(f.load(c.acc, out) + (total + lost), out)
     f.ret()
     return f
 
@@ -227,6 +245,46 @@ def store_line(f: Function, c: Config, values: list[Value], lines: Lines, first:
         bits = f.cast("trunc", words >> (8 * c.size // c.per_word * u), narrow)
         f.store(bits, lines.place(first + u, at=lane), align=c.register // c.per_word)
     return words
+
+
+def clear_lines(c: Config, lines: Sequence[Lines], words: Weights, first: Value, last: Value) -> None:
+    """0 in the lines [first, last), whole words of them, that tiles read and that no row stands for."""
+    for each in lines:
+        each.line(first).fill(0, last - first)
+    words.line(first // c.per_word).fill(0, (last - first) // c.per_word)
+
+
+def clear_lanes(f: Function, c: Config, lines: Sequence[Lines], count: Value, lanes: Value) -> None:
+    """0 in the lanes that no row stands for, of ``count`` lines that tiles read: what these hold may be anything."""
+    there = f.iota(vector(c.panel, "i16")) < f.splat(f.cast("trunc", lanes, "i16"), c.panel)
+    with f.when(lanes < c.panel), f.range(0, count) as row:
+        for each in lines:
+            at = each.place(row)
+            halves = f.load(vector(c.panel, "i16"), at, align=c.register)
+            f.store(f.select(there, halves, f.const(halves.type, 0)), at, align=c.register)
+
+
+def store_pair(
+    f: Function, c: Config, pair: Sequence[Sequence[Value]], lines: Lines, first: Value
+) -> tuple[Value, Value]:
+    """The registers of two lines, rounded, as lines that tiles read. Returns the words that the two lines make for the
+    even lanes, and those for the odd ones: halves are shifted and blended, no lane is moved."""
+    found = []
+    for n, registers in enumerate(pair):
+        low, high = (*registers, f.const(c.vector, 0.0))[:2]
+        halves = c.isa.narrow_both(f, low, high)
+        f.store(halves, lines.place(first + n), align=c.register)
+        found.append(f.cast("bitcast", halves, c.words))
+    a, b = found
+    return _blend(f, a, b << 16), _blend(f, a >> 16, b)
+
+
+def _blend(f: Function, low: Value, high: Value) -> Value:
+    """Words with the lower halves of one and the upper halves of the other."""
+    n = lanes_of(low.type)
+    a, b = (f.cast("bitcast", x, vector(2 * n, "i16")) for x in (low, high))
+    order = [half for word in range(n) for half in (2 * word, 2 * n + 2 * word + 1)]
+    return f.cast("bitcast", f.shuffle(a, b, order), low.type)
 
 
 def weight_at(f: Function, c: Config, lines: Lines, row: Value, lane: Value) -> Value:

@@ -1,7 +1,8 @@
 """The exchanged accumulation: sums[row][column] += sum over lanes of lines[row][lane] * rows[lane][column].
 
 What stood in lanes is summed over: lanes run over columns of the rows that the panel's lanes stand for, and a word of a
-line is broadcast. So weights and rows of dO become dV, dS and rows of Q become dK, without a transposition.
+line is broadcast. So weights and rows of dO become dV, dS and rows of Q become dK, without a transposition. Tiles take
+both operands whole, of many panels at once (held.py).
 """
 
 from __future__ import annotations
@@ -11,10 +12,14 @@ from typing import Any
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.steps.band import Seen
 from flashtile.kernels.cpu.steps.differentiate import TILE_ROWS, weight_at
+from flashtile.kernels.cpu.steps.held import ENTRY, OUTPUT_ROWS, WEIGHTS, Held
 from flashtile.kernels.cpu.steps.pack import read
 from flashtile.kernels.cpu.steps.product import outer
+from flashtile.kernels.cpu.steps.range import Range
+from flashtile.llvm.blocks import WORD
 from flashtile.llvm.ir import Module, Value
 from flashtile.llvm.lines import Lines, Rows, Words
+from flashtile.llvm.products.tiles import Tiles
 from flashtile.llvm.routines import Routine
 
 
@@ -105,16 +110,63 @@ def _emit_tile(module: Module, c: Config, width: int) -> Routine:
     return f
 
 
+def emit_exchange_held(module: Module, c: Config) -> Routine:
+    """The same where sums land in memory: what the panels of a span hold, by each strip's list, against their rows, in
+    words along columns, so many bytes apart. ``which``: WEIGHTS against rows of dO, or SLOPES against rows of Q."""
+    tiles = [_emit_held_tile(module, c, n + 1) for n in range(c.registers)]
+    f = Routine(module, "exchange", held=Held.of(c), which="i64", sums=Words.kind(), stride="i64", columns="i64")
+    held, which, sums, stride, columns = f.parameters
+    with f.range(0, Held.strips(c)) as strip:
+        count, entries = held.count(strip), held.list_of(strip) + which * WORD
+
+        def tile(width: int, column: Value, strip: Value = strip, **of_strip: Value) -> None:
+            at = column * c.register
+            target = Words(sums.row(strip * c.rows).at + at, sums.stride)
+            tiles[width - 1](f, **of_strip, sums=target, stride=stride, column=at)
+
+        of_strip = {"entries": entries, "count": count}
+        with f.when(count > 0):
+            whole = columns // c.registers * c.registers
+            with f.range(0, whole, c.registers) as column:
+                tile(c.registers, column, **of_strip)
+            with f.range(whole, columns) as column:
+                tile(1, column, **of_strip)
+    f.ret()
+    return f
+
+
+def _emit_held_tile(module: Module, c: Config, width: int) -> Routine:
+    """A strip's tile of so many registers of columns, from ``column`` bytes on: each panel is one step of its depth."""
+    assert isinstance(c.product, Tiles)
+    kinds: dict[str, Any] = {"sums": Words.kind(), "entries": "ptr"}
+    f = Routine(module, f"exchange_{width}", **kinds, count="i64", stride="i64", column="i64")
+    sums, entries, count, stride, column = f.parameters
+    words = c.product.words
+    lines = f.const("i64", c.weight_line.bytes)
+
+    def step(word: Value) -> tuple[Words, Words]:
+        entry = entries + word * (ENTRY // words)
+        left, right = (f.load("ptr", entry + n * WORD) for n in (0, OUTPUT_ROWS - WEIGHTS))
+        return Words(left, lines), Words(right + column, stride)
+
+    c.product.multiply(f, c.isa, step, sums, count * words, width, onto=True, streamed="right")
+    f.ret()
+    return f
+
+
 def emit_put_back(module: Module, c: Config) -> Routine:
     """What ``rows`` hold that is not finite, where a line's weight is not 0, or -0, which was dropped: the exchange met
     0 in its place. Of the ``count`` lines the first register of lanes may see ``reach``; further ones are not there."""
-    kinds: dict[str, Any] = {"sums": Words.kind(), "lines": Lines.of(c.line), "rows": Rows.kind()}
+    kinds: dict[str, Any] = {"sums": Words.kind(), "lines": Lines.of(c.weight_line), "rows": Rows.kind()}
     f = Routine(module, "put_back", **kinds, count="i64", reach="i64")
     sums, lines, rows, count, reach = f.parameters
     with f.range(0, rows.count) as lane, f.range(0, rows.size) as column:
         value = read(f, c, rows.at + (lane * rows.stride + column * rows.step))
         there = f.minimum(reach + lane // c.lanes * c.lanes, count)
-        with f.when((value * 0.0).isnan()), f.range(0, there) as row:
+        unheld = (value * 0.0).isnan()
+        if c.lands_in_memory:
+            unheld = f.select(Range.finite(f).holds(value), f.const("i1", 0), f.const("i1", 1))
+        with f.when(unheld), f.range(0, there) as row:
             weight = weight_at(f, c, lines, row, lane)
             with f.when(f.bitcast(weight, f"i{8 * c.size}").ne(0)):
                 at = sums.row(row).at + column * c.size

@@ -75,10 +75,11 @@ def emit_keep(module: Module, c: Config, width: int) -> Routine:
         with f.range(0 - first, last, KEYS_A_CALL) as line:
             drawn = draw.words(c, line, at)
             for n, kept in enumerate(_kept(f, c, drawn, draw.threshold)):
-                word = line // c.per_word + n
-                weight = f.cast("bitcast", weights.load(word, at=at), like(kept.type, _part(c)))
-                weight = f.select(kept, weight, f.const(weight.type, 0))
-                weights.store(f.cast("bitcast", weight, c.words), word, at=at)
+                for part in range(c.product.parts):
+                    words, word = weights.moved(part * c.weights_part), line // c.per_word + n
+                    weight = f.cast("bitcast", words.load(word, at=at), like(kept.type, _part(c)))
+                    weight = f.select(kept, weight, f.const(weight.type, 0))
+                    words.store(f.cast("bitcast", weight, c.words), word, at=at)
     f.ret()
     return f
 
@@ -137,7 +138,7 @@ def emit_draw(module: Module, c: Config, width: int) -> Routine:
 def emit_drop(module: Module, c: Config, width: int) -> Routine:
     """``count`` lines of weights as differentiate.py stores them: -0 where `draw` did not keep them. The sign tells
     what was dropped from what is hidden, which is 0 and stays so (put_back, in exchange.py)."""
-    f = Routine(module, f"drop_{width}", weights=Scores.of(c.line), kept=Kept.of(c), count="i64", reach="i64")
+    f = Routine(module, f"drop_{width}", weights=Scores.of(c.weight_line), kept=Kept.of(c), count="i64", reach="i64")
     weights, kept, count, reach = f.parameters
     type_, k = vector(c.lanes, _part(c)), c.per_word
     nothing = f.const(type_, -0.0 if k == 1 else -(1 << 8 * c.size // k - 1))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.scratch import Work
@@ -16,7 +17,7 @@ from flashtile.kernels.cpu.steps.band import Band
 from flashtile.llvm.ir import Function, Module, Value
 from flashtile.llvm.lines import Lines, Panel, Words
 from flashtile.llvm.products.tiles import Tiles
-from flashtile.llvm.routines import Routine
+from flashtile.llvm.routines import Operand, Routine
 
 # Words of the left operand for row r of a tile, and of the right one for register j, at a step of depth.
 Left = Callable[[Value, int], Value]
@@ -78,13 +79,35 @@ def emit_product(
     return f
 
 
-def emit_multiply(module: Module, c: Config, width: int) -> Routine:
-    """A tile of a product whose sums land in memory, for a panel ``width`` registers wide: both products'."""
+@dataclass(frozen=True)
+class Apart(Operand):
+    """Bytes between the parts of either operand, where a product takes several."""
+
+    WORDS: ClassVar = {"left": "i64", "right": "i64"}
+    left: Value
+    right: Value
+
+
+def apart(c: Config, left: Value, right: Value) -> dict[str, Apart]:
+    """The further argument of `emit_multiply`'s functions, where they take it."""
+    return {"apart": Apart(left, right)} if c.product.parts > 1 else {}
+
+
+def emit_multiply(module: Module, c: Config, width: int, *, onto: bool = False) -> Routine:
+    """A tile of a product whose sums land in memory, for a panel ``width`` registers wide: of every product that has
+    the panel's lanes. ``onto``: sums begin with what is there."""
     assert isinstance(c.product, Tiles)
     kinds: dict[str, Any] = {"left": Words.kind(), "right": Lines.of(c.word_line), "out": Lines.of(c.line)}
-    f = Routine(module, f"multiply_{width}", **kinds, depth="i64")
-    left, right, out, depth = f.parameters
-    c.product.multiply(f, c.isa, left, right, out, depth, width)
+    parts: dict[str, Any] = {"apart": Apart.kind()} if c.product.parts > 1 else {}
+    f = Routine(module, f"{'add_product' if onto else 'multiply'}_{width}", **kinds, depth="i64", **parts)
+    left, right, out, depth, *between = f.parameters
+    line = f.const("i64", c.line.bytes)
+
+    def step(word: Value) -> tuple[Words, Words]:
+        return Words(left.at + word * c.size, left.stride), Words(right.place(word), line)
+
+    bytes_ = (between[0].left, between[0].right) if between else None
+    c.product.multiply(f, c.isa, step, Words(out.at, line), depth, width, apart=bytes_, onto=onto)
     f.ret()
     return f
 

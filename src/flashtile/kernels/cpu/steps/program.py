@@ -30,7 +30,7 @@ def emit_program(module: Module, c: Config, width: int, *, edge: bool) -> Routin
     kinds: dict[str, Any] = {"work": Work.of(c), "first": "i64", "last": "i64", "origin": "i64", "band": Band.kind()}
     f = Routine(module, f"program_{width}_{'edge' if edge else 'full'}", **kinds)
     work, first, last, origin, band = f.parameters
-    program: Any = Elements(f, c, Frame(work.frame), width, masked=edge and c.masked) if c.code else _Identity(c)
+    program: Any = Elements(f, c, Frame(work.frame), width, masked=edge and c.masked) if c.code else Identity(c)
     hidden = f.const(c.vector, -math.inf)
     tops = [work.tops.load(0, j) for j in range(width)]
 
@@ -56,8 +56,8 @@ def emit_program(module: Module, c: Config, width: int, *, edge: bool) -> Routin
     return f
 
 
-class _Identity:
-    """No program: scores that landed in memory are banded and their maximum kept, no more."""
+class Identity:
+    """No program: scores that landed in memory are banded, no more."""
 
     def __init__(self, c: Config) -> None:
         self.c = c

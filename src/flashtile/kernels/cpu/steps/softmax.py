@@ -70,9 +70,10 @@ def emit_softmax(module: Module, c: Config, width: int) -> Routine:
 
         def one_word(first: Value, carry: list[Value]) -> list[Value]:
             differences = [scores.load(first + u, at=at) - safe for u in range(c.per_word)]
-            weights = [weight(x, coarse=c.product.rounds) for x in differences]
-            word = c.product.join(f, c.isa, weights)
-            f.store(word, scores.at + (first * (line.bytes // c.per_word) + at), align=c.register)
+            weights = [weight(x, coarse=c.product.coarse) for x in differences]
+            place = scores.at + (first * (line.bytes // c.per_word) + at)
+            for n, word in enumerate(c.product.split(f, c.isa, weights, cut=True)):
+                f.store(word, place + n * c.weights_part, align=c.register)
             return [sum(weights, carry[0])]
 
         # In memory: one more value in registers is one too many for 16.

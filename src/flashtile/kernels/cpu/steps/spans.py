@@ -19,6 +19,7 @@ from flashtile.llvm.lines import Lines, State, Sums
 from flashtile.llvm.routines import Routine
 
 BLOCKS = 16  # blocks of a span
+PANELS = 16  # panels of a span of the backward, whose sums of rows are apart from those of their block
 LEVELS = ("", "earlier_", "lost_")  # of sums: the span at hand, earlier spans, what these have lost to rounding
 
 

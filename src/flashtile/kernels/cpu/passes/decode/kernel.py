@@ -10,7 +10,6 @@ Source: Dao et al. 2023, Flash-Decoding; Shazeer 2019 for shared keys and values
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,7 +58,6 @@ def row_group(rows: int) -> int:
     return min(rows, tiles * ROW_TILES[0])
 
 
-@functools.lru_cache(maxsize=256)
 def areas(c: Config, rows: int, head_size: int, value_size: int) -> Areas:
     """A thread's scratch memory, for so many rows that walk the keys together."""
     slots = -(-head_size // slot_width(c))
@@ -74,8 +72,9 @@ def areas(c: Config, rows: int, head_size: int, value_size: int) -> Areas:
             "at_s": rows * c.key_block * c.size,
             "at_p": rows * c.key_block * c.size,
             "at_o": 2 * rows * columns * c.size,
-            "at_k": c.key_block * max(head_size, slot_width(c)) * c.element,
-            "at_v": c.key_block * max(value_size, c.lanes) * c.element,
+            # and what a copied row may reach beyond its end
+            "at_k": c.key_block * max(head_size, slot_width(c)) * c.element + c.register,
+            "at_v": c.key_block * max(value_size, c.lanes) * c.element + c.register,
         }
     )
 

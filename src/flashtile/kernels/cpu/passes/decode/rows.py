@@ -105,18 +105,70 @@ def emit_copy(module: Module, c: Config) -> Routine:
     """Rows of any strides as dense rows of ``width`` elements of the same type; those without a source become 0."""
     f = Routine(module, "copy_rows", rows=Rows.kind(), out="ptr", width="i64")
     rows, out, width = f.parameters
-    each = c.element
-    chunks = f.select(rows.adjacent(each), rows.size // c.lanes * c.lanes, f.const("i64", 0))
-    with f.range(0, rows.count) as row:
-        source, target = rows.at + row * rows.stride, out + row * (width * each)
-        with f.range(0, chunks, c.lanes) as d:
-            f.store(f.load(vector(c.lanes, c.memory), source + d * each), target + d * each)
-        with f.range(chunks, rows.size) as d:
-            f.store(f.load(c.memory, source + d * rows.step, align=1), target + d * each)
-        with f.range(rows.size, width) as d:
-            f.store(f.const(BITS[c.memory], 0), target + d * each)
+    f.either(rows.adjacent(c.element), lambda: _copy_adjacent(f, c), lambda: _copy_apart(f, c))
     f.ret()
     return f
+
+
+def _copy_adjacent(f: Routine, c: Config) -> None:
+    """Elements side by side, in registers. A row's last register also reads and writes what follows the row, which the
+    next row overwrites; rows at the end of memory end element by element."""
+    rows, out, width = f.parameters
+    each, n = c.element, c.lanes
+    whole = rows.size // n * n
+    kind, integer = vector(n, c.memory), BITS[c.memory]
+    end = rows.at + f.maximum((rows.count - 1) * rows.stride, 0) + rows.size * each
+    loose = (width - whole + (n - 1)) // n * n  # elements from the last whole register on
+
+    with f.range(0, rows.count) as row:
+        source, target = rows.at + row * rows.stride, out + row * (width * each)
+        with f.range(0, whole, n) as d:
+            f.store(f.load(kind, source + d * each, align=each), target + d * each)
+        inside = address(source + (whole + loose) * each) <= address(end)
+
+        def registers(source: Value = source, target: Value = target) -> None:
+            with f.range(whole, width, n) as d:
+                there = f.iota(vector(n, "i32")) < f.splat(f.cast("trunc", rows.size - d, "i32"), n)
+                value = f.cast("bitcast", f.load(kind, source + d * each, align=each), vector(n, integer))
+                f.store(f.select(there, value, f.const(value.type, 0)), target + d * each, align=each)
+
+        def elements(source: Value = source, target: Value = target) -> None:
+            _copy_elements(f, c, source, target, whole)
+
+        f.either(inside & (row + 1 < rows.count), registers, elements)
+
+
+def _copy_apart(f: Routine, c: Config) -> None:
+    """Elements apart from each other: of transposed rows in squares, through registers; all else one by one. The last
+    squares come first: where they reach beyond the end of a row, others overwrite it, or zeros."""
+    rows, out, width = f.parameters
+    each, n = c.element, c.lanes
+    whole_rows = f.select(rows.stride.eq(each), rows.count // n * n, f.const("i64", 0))
+    squares = (rows.size + (n - 1)) // n * n
+    with f.range(0, squares, n) as behind, f.range(0, whole_rows, n) as row:
+        d = squares - n - behind
+        source, target = rows.at + row * each, out + (row * width + d) * each
+        places = [source + f.minimum(d + t, rows.size - 1) * rows.step for t in range(n)]
+        for t, line in enumerate(f.transpose([f.load(vector(n, c.memory), at, align=each) for at in places])):
+            f.store(line, target + width * (t * each), align=each)
+    with f.range(0, rows.count) as row:
+        done = f.select(row < whole_rows, rows.size, f.const("i64", 0))
+        _copy_elements(f, c, rows.at + row * rows.stride, out + row * (width * each), done)
+
+
+def _copy_elements(f: Routine, c: Config, source: Value, target: Value, first: Value) -> None:
+    """One row from an element on, and zeros up to the width."""
+    rows, _, width = f.parameters
+    each = c.element
+    with f.range(first, rows.size) as d:
+        f.store(f.load(c.memory, source + d * rows.step, align=1), target + d * each)
+    with f.range(rows.size, width) as d:
+        f.store(f.const(BITS[c.memory], 0), target + d * each)
+
+
+def address(pointer: Value) -> Value:
+    """As a number, to be compared."""
+    return pointer.function.cast("ptrtoint", pointer, "i64")
 
 
 def keys_ahead(c: Config, stride: Value, count: Value) -> Value:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from flashtile import kernels
-from flashtile.calls import run_backward
+from flashtile.calls import INPUTS, run_backward
 from flashtile.dtypes import DTYPES, round_to_bf16, widen_bits
 from flashtile.gradients import array_sum, slots_of
 from flashtile.kernels import second
@@ -17,6 +17,7 @@ from flashtile.kernels.gradients import Inputs, Sums
 from flashtile.score.capture import ArrayCapture
 from flashtile.score.options import Scoring
 from flashtile.spec import AttentionSpec
+from flashtile.torch.eager import TENSORS
 
 Tensor = torch.Tensor
 
@@ -29,6 +30,7 @@ def gradients(
     inputs: Sequence[Any],
     sources: Sequence[Any],
     needed: Sequence[bool],
+    engine: str = "auto",
 ) -> list[Tensor]:
     """Gradients to q, k, v and `sources` (sinks, or None, then tensors that the program reads): those needed alone.
 
@@ -37,7 +39,7 @@ def gradients(
     wanted = _wanted(scoring, sources, needed)
     qkv: list[Any]
     if family.compile_backward is not None:
-        qkv, sums = _compiled(family, spec, scoring, offset, inputs, wanted)
+        qkv, sums = _compiled(family, spec, scoring, offset, inputs, wanted, engine)
     else:
         assert family.backward is not None  # it was picked for it
         do, q, k, v, o = (_widened(x, 4) for x in inputs[:5])
@@ -101,7 +103,7 @@ def _results(
     values += [array_sum(sums, x, scoring) for x in arrays]
     targets = (x for x, asked in zip((*inputs, *sources), needed, strict=True) if asked)
     pairs = zip(values, targets, strict=True)
-    return [x if isinstance(x, Tensor) else _tensor(np.asarray(x), like) for x, like in pairs]
+    return [_like(x, like) if isinstance(x, Tensor) else _tensor(np.asarray(x), like) for x, like in pairs]
 
 
 def _compiled(
@@ -111,15 +113,22 @@ def _compiled(
     offset: Any,
     inputs: Sequence[Any],
     wanted: Collection[str | int],
+    engine: str,
 ) -> tuple[list[Tensor], Sums]:
     """The gradients of a family that compiles its backward, of tensors as they lie: of q, k and v as new tensors, those
     that are wanted alone, and the others."""
-    names = ("do", "q", "k", "v", "o", "lse", "dlse")
-    arrays = {name: x.detach().resolve_neg() for name, x in zip(names, inputs, strict=True) if x is not None}
-    arrays |= {name: arrays[name].contiguous() for name in ("lse", "dlse") if name in arrays}
-    results = {f"d{x}": arrays[x].new_zeros(arrays[x].shape) for x in ("q", "k", "v") if x in wanted}
-    owner: dict[str, Any] = {"address": Tensor.data_ptr, "strides": Tensor.stride}
-    sums = run_backward(spec, family, "auto", arrays | results, offset, scoring, wanted, **owner)
+    given = {name: x for name, x in zip(INPUTS, inputs, strict=True) if x is not None}
+    given |= {name: x.resolve_neg() for name, x in given.items() if x.is_neg()}
+    given |= {name: given[name].contiguous() for name in ("lse", "dlse") if name in given}
+    asked = [x for x in ("q", "k", "v") if x in wanted]
+    results = {f"d{x}": torch.zeros_like(given[x], memory_format=torch.contiguous_format) for x in asked}
+    if spec.device_kind != "cpu":
+        from flashtile import devices
+
+        owner = devices.owner_of("torch")
+        sums = devices.gradients(owner, family, spec, given | results, offset, scoring, wanted, engine)
+        return list(results.values()), sums
+    sums = run_backward(TENSORS, spec, family, engine, given | results, offset, scoring, wanted)
     return list(results.values()), sums
 
 
@@ -130,12 +139,17 @@ def _widened(x: Tensor, rank: int) -> np.ndarray:
     return values[(None,) * (rank - values.ndim)]
 
 
+def _like(value: Tensor, like: Tensor) -> Tensor:
+    """Sums of a GPU in the shape and dtype of the tensor that they belong to; gradients of q, k and v are so."""
+    return value if value.dtype is like.dtype else value.to(like.dtype)
+
+
 def _tensor(value: np.ndarray, like: Tensor) -> Tensor:
     """Sums as a new tensor of this one's shape and dtype; what the dtype cannot hold is an infinity there."""
     value = np.asarray(value).reshape(tuple(like.shape))
     with np.errstate(over="ignore", invalid="ignore"):
         if like.dtype is torch.bfloat16:
             bits = np.asarray(round_to_bf16(value)).astype(np.uint16)
-            return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
+            return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).to(like.device)
         name = str(like.dtype).removeprefix("torch.")
-        return torch.from_numpy(np.require(value, DTYPES[name].numpy, ("C", "W")))
+        return torch.from_numpy(np.require(value, DTYPES[name].numpy, ("C", "W"))).to(like.device)

@@ -5,6 +5,7 @@
     q, k, v, o, lse = (starpu.register(x, rows=512) for x in arrays)    # (B, H, S, D); lse (B, H, S)
     starpu.submit_forward(q, k, v, o, lse, causal=True)                  # returns at once
     starpu.wait()                                                        # raises what a task met
+    starpu.submit_backward(do, q, k, v, o, lse, dq, dk, dv, causal=True) # gradients, added to dq, dk and dv
 
 Tasks on the same tiles run in the order of their submission, whoever submits them: `q[0, 0, 3].handle` is the
 address of StarPU's own handle, and `wrap` takes the program's handles the other way. A program that has called
@@ -22,25 +23,28 @@ from typing import Any, Literal
 import numpy as np
 
 from flashtile.arrays import is_torch, plain, view_of
-from flashtile.calls import Options, as_key, split_align
+from flashtile.calls import Request, describe
 from flashtile.checks import integer
 from flashtile.dtypes import DTYPES, DType, dtype_of
 from flashtile.engines.starpu import runtime, session, states
 from flashtile.engines.starpu.codelets import LABELS
 from flashtile.engines.starpu.flow import COMMUTE, ORDERED, Flow, submit_pair
 from flashtile.engines.starpu.jobs import Job
+from flashtile.engines.starpu.matching import NAMES, check_tensors
 from flashtile.engines.starpu.profile import Profile
 from flashtile.engines.starpu.records import TaskRecord
 from flashtile.engines.starpu.runtime import schedulers, shutdown
 from flashtile.engines.starpu.tiles import Tile, TiledTensor, can_tile
 from flashtile.engines.starpu.vanilla import VanillaFlow
 from flashtile.errors import UnavailableError, wrong
-from flashtile.score.options import ScoreOptions
+from flashtile.score.keep import keep_of
 from flashtile.signature import Align, Precision, Window
+from flashtile.starpu.gradients import PendingGradients, submit_backward
 
 __all__ = [
     "COMMUTE",
     "ORDERED",
+    "PendingGradients",
     "Profile",
     "TaskRecord",
     "Tile",
@@ -52,6 +56,7 @@ __all__ = [
     "restrict",
     "schedulers",
     "shutdown",
+    "submit_backward",
     "submit_finish",
     "submit_forward",
     "submit_merge",
@@ -224,6 +229,8 @@ def submit_forward(
     alibi_slopes: Any = None,
     sinks: Any = None,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
     precision: Precision = "ieee",
     accumulate: str = ORDERED,
     carry: bool | None = None,
@@ -257,19 +264,20 @@ def submit_forward(
         raise wrong("kernel", repr(kernel), "'cpu'" if single else " or ".join(map(repr, FLOWS)))
     if kernel == "vanilla" and accumulate != ORDERED:
         raise wrong("accumulate", repr(accumulate), f"{ORDERED!r} with kernel 'vanilla'")
-    scores = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks)
-    align, offsets = split_align(align, tensors[0].shape)
-    options = Options(causal, as_key(window), align, scale, precision, kernel, "starpu")
+    keep = keep_of(dropout_p, seed)
+    if keep is not None and kernel != "cpu":
+        raise UnavailableError(
+            f"dropout_p: got {dropout_p} with kernel {kernel!r}, expected 'cpu', whose tasks know it"
+        )
+    scores = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep
+    request = describe(tensors[0], scores, (causal, window, align, scale, precision, kernel, "starpu"))
     check_tensors(*tensors, state=single)
-    flow = _flow(tensors, options, scores, offsets, accumulate)
+    flow = _flow(tensors, request, accumulate)
     job = _job()
     if single:
         assert isinstance(flow, Flow)
         return submit_pair(flow, job, *given, carry=bool(carry), last=bool(last))
     return flow.submit(job, *tensors)
-
-
-NAMES = ("q", "k", "v", "o", "lse")
 
 
 def submit_finish(state: TiledTensor, lse: TiledTensor, o: TiledTensor) -> int:
@@ -305,57 +313,16 @@ def _job() -> Job:
     return session.current().door_job()
 
 
-def _flow(
-    tensors: list[TiledTensor], options: Options, scores: ScoreOptions, offsets: Any, accumulate: str
-) -> Flow | VanillaFlow:
+def _flow(tensors: list[TiledTensor], request: Request, accumulate: str) -> Flow | VanillaFlow:
     """The flow of these options on tensors of these shapes; remembered, unless it holds values of the call."""
     now = runtime.current()
-    fused = options.kernel == "cpu" or not tensors[1].shape[2]  # without keys there are no scores to store
+    fused = request.options.kernel == "cpu" or not tensors[1].shape[2]  # without keys there are no scores to store
     kind = partial(Flow, accumulate=accumulate) if fused else VanillaFlow
     q, k, v = (SimpleNamespace(shape=t.shape, dtype=t.dtype.name) for t in tensors[:3])
     tiles = tensors[0].rows, tensors[1].rows
-    if any(x is not None for x in vars(scores).values()):
-        spec, scoring = options.scored(scores, q, k, v, offsets)
-        offsets = offsets if spec.offset is None else None
-        return kind(now, spec, *tiles, offsets=offsets, scoring=scoring)
-    spec = options.spec(q, k, v)
-    if spec.offset is None:
-        return kind(now, spec, *tiles, offsets=offsets)
-    key = spec, tiles, accumulate, options.kernel
+    spec, scoring = request.of(q, k, v)
+    if request.scores is not None or spec.offset is None:
+        offsets = request.offsets if spec.offset is None else None
+        return kind(now, spec, *tiles, offsets=offsets, scoring=scoring if request.scores else None)
+    key = spec, tiles, accumulate, request.options.kernel
     return session.current().flow(key, lambda: kind(now, spec, *tiles))
-
-
-def check_tensors(
-    q: TiledTensor, k: TiledTensor, v: TiledTensor, o: TiledTensor, lse: TiledTensor, *, state: bool
-) -> None:
-    """Raise SpecError unless the tensors fit together; state: o is in the accumulator's dtype."""
-    for name, x in zip(NAMES, (q, k, v, o, lse), strict=True):
-        x.check()
-        rank = 3 if name == "lse" else 4
-        if len(x.shape) != rank:
-            raise wrong(name, f"shape {x.shape}", "(B, H, S)" if rank == 3 else "(B, H, S, D)")
-    accumulator = DTYPES[q.dtype.accumulator]
-    wanted: tuple[tuple[str, TiledTensor, tuple[int, ...], DType, int], ...] = (
-        ("o", o, (*q.shape[:3], v.shape[3]), accumulator if state else q.dtype, q.rows),
-        ("lse", lse, q.shape[:3], accumulator, q.rows),
-        ("v", v, (*k.shape[:3], v.shape[3]), q.dtype, k.rows),
-    )
-    for name, x, shape, dtype, rows in wanted:
-        if x.shape != shape:
-            raise wrong(name, f"shape {x.shape}", f"{shape}")
-        if x.dtype is not dtype:
-            raise wrong(name, f"dtype {x.dtype.name}", dtype.name)
-        if x.rows != rows:
-            raise wrong(name, f"tiles of {x.rows} rows", f"{rows} as in {'k' if name == 'v' else 'q'}")
-    _check_apart({"o": o, "lse": lse}, {"q": q, "k": k, "v": v, "o": o, "lse": lse})
-
-
-def _check_apart(outputs: dict[str, TiledTensor], every: dict[str, TiledTensor]) -> None:
-    """Two handles on the same bytes would race: StarPU orders tasks by handles."""
-    for name, out in outputs.items():
-        if not out.writable:
-            raise wrong(name, "a read-only array, or one whose elements share memory", "a writable one")
-        for other, x in every.items():
-            same = x is out and name != other
-            if same or (x is not out and max(x.extent[0], out.extent[0]) < min(x.extent[1], out.extent[1])):
-                raise wrong(name, f"an array within the memory that {other} spans", "memory of its own")

@@ -1,0 +1,128 @@
+"""`attend`: the whole flow of a call in one screen, from the arrays of whatever library to the kernel."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Hashable
+from typing import Any, Protocol
+
+import numpy as np
+
+from flashtile.arrays import View, address_of, addresses_of, view_of
+from flashtile.calls.prepared import Call, cache, check_apart, find, keep, prepare, specs
+from flashtile.calls.request import Request, Scored
+from flashtile.progress import reporter
+from flashtile.score.options import Scoring
+from flashtile.spec import AttentionSpec
+
+
+class Arrays(Protocol):
+    """How the library that owns a call's arrays is asked about them, and for new ones."""
+
+    def key(self, q: Any, k: Any, v: Any, out: Any) -> Hashable:
+        """What a kernel depends on of them: equal for arrays that have equal views; `out` may be None."""
+        ...
+
+    def view(self, x: Any) -> View:
+        """One without its memory."""
+        ...
+
+    def output(self, call: Call, q: Any) -> Any:
+        """A new array for o, where q lies."""
+        ...
+
+    def lse(self, call: Call, q: Any) -> Any:
+        """A new row-major array for lse, where q lies."""
+        ...
+
+    def addresses(self, q: Any, k: Any, v: Any, o: Any) -> tuple[int, int, int, int]:
+        """Where their elements lie. Raises: SpecError for one that is not in memory."""
+        ...
+
+    def address(self, x: Any) -> int: ...
+
+    def reach(self, spec: AttentionSpec, offsets: Any, scoring: Scoring | None) -> tuple[int, Scoring | None]:
+        """What a kernel reads beside them, where it can: the address of the offsets, 0 if it needs none, and the values
+        that change scores. Called where there are some."""
+        ...
+
+
+def attend(
+    arrays: Arrays,
+    q: Any,
+    k: Any,
+    v: Any,
+    request: Request,
+    return_lse: bool = False,
+    progress: Any = None,
+    out: Any = None,
+) -> Any:
+    """o, or (o, lse), of arrays that one library owns. A repeated call is one lookup away from its kernel.
+
+    Raises: as `flashtile.attention`.
+    """
+    options, scores, offsets = request
+    key: tuple[Any, ...] = (arrays.key(q, k, v, out), options)
+    spec = scoring = None
+    if scores is not None:
+        spec, scoring = scores if type(scores) is Scored else scored(arrays, q, k, v, request)
+        key += spec.program, spec.sinks, spec.dropout
+    call = find(cache, key)
+    if call is None:
+        target = None if out is None else arrays.view(out)
+        call = prepare(key, arrays.view(q), arrays.view(k), arrays.view(v), target, options, spec)
+    report = None if progress is None else reporter(progress)
+    o = arrays.output(call, q) if out is None else out
+    lse = arrays.lse(call, q) if return_lse else None
+    q_at, k_at, v_at, o_at = arrays.addresses(q, k, v, o)
+    lse_at = offsets_at = 0
+    if lse is not None:
+        lse_at = arrays.address(lse)
+    if out is not None:
+        check_apart(call, o_at, q_at, k_at, v_at)
+    if offsets is not None or scoring is not None:
+        offsets_at, scoring = arrays.reach(call.spec, offsets, scoring)
+    params = call.pack(q_at, k_at, v_at, o_at, lse_at, offsets_at, scoring)
+    call.run(params, report)
+    return o if lse is None else (o, lse)
+
+
+def scored(arrays: Arrays, q: Any, k: Any, v: Any, request: Request) -> Scored:
+    """`Request.of`: what its options that change scores mean, read anew at every call; the rest is validated once."""
+    options, scores, _ = request
+    assert not isinstance(scores, Scored)
+    positional = scores is not None and scores.positional
+    key = arrays.key(q, k, v, None), options, positional
+    spec = find(specs, key)
+    if spec is None:
+        spec = keep(specs, key, options.spec(arrays.view(q), arrays.view(k), arrays.view(v), positional))
+    if scores is None:
+        return Scored(spec, _PLAIN)
+    return Scored(*scores.scoring(spec, options.causal, options.window, request.offset(spec)))
+
+
+_PLAIN = Scoring(None, None)
+
+
+class _NumPy:
+    """NumPy's arrays, and what else kernels on the CPU read where it lies."""
+
+    view = staticmethod(view_of)
+    address, addresses = staticmethod(address_of), staticmethod(addresses_of)
+    strides = staticmethod(operator.attrgetter("strides"))
+
+    def key(self, q: Any, k: Any, v: Any, out: Any) -> Hashable:
+        views = q.shape, q.strides, q.dtype, k.shape, k.strides, k.dtype, v.shape, v.strides, v.dtype
+        return views if out is None else (views, out.shape, out.strides, out.dtype)
+
+    def output(self, call: Call, q: Any) -> Any:
+        return np.empty(call.o_shape, q.dtype)
+
+    def lse(self, call: Call, q: Any) -> Any:
+        return np.empty(call.lse_shape, call.lse_dtype)
+
+    def reach(self, spec: AttentionSpec, offsets: Any, scoring: Scoring | None) -> tuple[int, Scoring | None]:
+        return 0 if offsets is None or spec.offset is not None else address_of(offsets), scoring
+
+
+NUMPY = _NumPy()

@@ -1,0 +1,41 @@
+"""The Dask engine: attention as a Dask graph over tiles, for threads, processes or a cluster.
+
+work.py      what a task runs: one block of queries on one key tile, in machine code
+operands.py  inputs as blocks: arrays in memory, Dask's, and arrays in storage that are read block by block
+graph.py     the graph of a call: chains of tasks, in the StarPU engine's order of keys
+engine.py    a call on arrays in memory, computed at once
+
+`flashtile.lazy` is the way in for Dask's arrays, whose results are computed when they are asked for.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+from flashtile.engines import Bound, Engine
+from flashtile.kernels import Family, Layout
+from flashtile.spec import AttentionSpec
+
+INSTALL = "pip install 'dask[array]'"
+
+
+def unavailable() -> str | None:
+    """Why Dask cannot be used here; None if it can."""
+    return None if importlib.util.find_spec("dask") else f"the Python package dask is not installed: {INSTALL}"
+
+
+def remark() -> str:
+    """Dask's version, for doctor."""
+    from importlib.metadata import version
+
+    return f"Dask {version('dask')}"
+
+
+def bind(spec: AttentionSpec, layout: Layout, family: Family) -> Bound:
+    """A call as a graph, computed when it runs."""
+    from flashtile.engines.dask import engine
+
+    return engine.bind(spec, layout, family)
+
+
+ENGINE = Engine("dask", unavailable, bind, remark=remark)

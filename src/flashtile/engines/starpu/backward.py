@@ -1,0 +1,246 @@
+"""The task flow of a backward pass: which query tile gives what to which key tiles, in which order, at which cost.
+
+A query tile i meets its key tiles in the order of the forward: i, i - 1, ..., 0, then from the last down to i + 1. The
+flow goes by places in that order: in each of them every query tile meets another key tile, so that neither dQ nor dK
+and dV make one wait for the other. Tasks that share a gradient run in the order of submission, which depends on tile
+numbers only, and so do the bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flashtile.dtypes import DTYPES
+from flashtile.engines.starpu.coverage import coverage_of
+from flashtile.engines.starpu.flow import Handles, Pairs
+from flashtile.engines.starpu.footprint import footprints
+from flashtile.engines.starpu.jobs import TASK, Job
+from flashtile.engines.starpu.programs import Program
+from flashtile.engines.starpu.runtime import Runtime
+from flashtile.engines.starpu.session import codelet
+from flashtile.engines.starpu.tiles import DROP_LATER, TiledTensor
+from flashtile.kernels import ArrayShapes, tile_kernels
+from flashtile.spec import AttentionSpec
+
+if TYPE_CHECKING:
+    from flashtile.engines.starpu.coverage import TileCoverage
+    from flashtile.score.options import Scoring
+
+# Handles in the order of a task's buffers: the words of their addresses and of their bytes between rows (programs.py).
+READ = {
+    "q": ("q", "q_s"),
+    "k": ("k", "k_s"),
+    "v": ("v", "v_s"),
+    "do": ("do", "do_s"),
+    "lse": ("lse", None),
+    "delta": ("delta", None),
+}
+GRADIENTS = {"dq": ("dq", "dq_s"), "dk": ("dk", "dk_s"), "dv": ("dv", "dv_s")}
+OF_KEYS = ("k", "v", "dk", "dv")
+VALUES = ("first_row", "row_count", "first_key", "kv_len", "copy")
+DELTA = {"do": ("do", "do_s"), "o": ("o", "o_s"), "lse": ("lse", None), "delta": ("delta", None)}
+DELTA_MORE = {"dlse": ("dlse", None), "dsinks": ("dsinks", None)}  # where they are given
+ADD = ((0, "parts", None), (1, "dq", "dq_s"))
+FIRST = np.iinfo(np.int32).max  # the priority of what others wait for; StarPU's limits cut it down
+
+Tensors = Mapping[str, TiledTensor]
+
+
+def pairs_of(spec: AttentionSpec, coverage: TileCoverage) -> Pairs:
+    """Every task of a call, in the order of submission: head by head, then place by place."""
+    touched = coverage.touched()
+    touched = np.broadcast_to(touched, (spec.batch, spec.heads, *touched.shape[2:]))
+    batch, head, i, j = (x.astype(np.int64) for x in np.nonzero(touched))
+    key_tiles = max(1, touched.shape[3])
+    own = np.minimum(i * coverage.tile_q // coverage.tile_k, key_tiles - 1)
+    step = (own - j) % key_tiles
+    order = np.lexsort((i, step, head, batch))
+    batch, head, i, j, step = (x[order] for x in (batch, head, i, j, step))
+    chain = (batch * spec.heads + head) * touched.shape[2] + i
+    by_chain = np.lexsort((step, chain))
+    length = np.bincount(chain)[chain] if len(chain) else chain
+    first = np.flatnonzero(np.diff(chain[by_chain], prepend=-1))
+    place = np.empty_like(chain)
+    place[by_chain] = np.arange(len(chain)) - np.repeat(first, length[by_chain][first])
+    return Pairs(batch, head, i, j, place, length - 1 - place)
+
+
+def _places(p: Pairs) -> dict[str, np.ndarray]:
+    return {"b": p.batch, "h": p.head, "i": p.query_tile, "j": p.key_tile}
+
+
+class BackwardFlow:
+    """The tasks of one spec on tiles of one size; made once, submitted on any tensors of that shape.
+
+    wanted: names among "q", "k", "v" and "sinks"; arrays: the slots and shapes of captured arrays whose gradients are
+    wanted. offsets and scoring as those of flow.Flow. A flow with arrays is submitted once: their sums are its own.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        spec: AttentionSpec,
+        tile_q: int,
+        tile_k: int,
+        *,
+        wanted: Collection[str | int],
+        offsets: np.ndarray | None = None,
+        scoring: Scoring | None = None,
+        arrays: ArrayShapes = (),
+    ) -> None:
+        self.spec, self.tile_q, self.tile_k = spec, tile_q, tile_k
+        self.accumulator = DTYPES[DTYPES[spec.dtype].accumulator]
+        self.gradients = tuple(f"d{name}" for name in "qkv" if name in wanted)
+        self.sunk = "sinks" in wanted
+        at, kernels = 0 if offsets is None else offsets.ctypes.data, tile_kernels()
+        found = kernels.backward(spec, tile_q, tile_k, offsets=at, scoring=scoring, arrays=arrays)
+        self.arrays = found.arrays
+        given = READ | {name: GRADIENTS[name] for name in self.gradients}
+        self.names, keep = tuple(given), (offsets, scoring, self.arrays)
+        handles = len(given) + (self.arrays is not None)
+        bindings = tuple((n, *words) for n, words in enumerate(given.values()))
+        self.program = Program(runtime, found.kernel, bindings, VALUES, keep, handles=handles)
+        self._deltas = kernels.deltas(spec, scoring=scoring)
+        anchors = np.array([spec.offset or 0], np.int64) if offsets is None else offsets
+        panel = kernels.rows_at_once(spec, "backward")
+        self.coverage = coverage_of(spec, scoring, panel, tile_q, tile_k, anchors)
+        self.pairs = pairs_of(spec, self.coverage)
+        self.tasks = self._backward_tasks()
+
+    def submit(self, job: Job, given: Tensors) -> int:
+        """Submit the whole pass: gradients are added to those of dq, dk, dv and dsinks that are wanted. Returns the
+        number of tasks.
+
+        given: do, q, k, v, o, lse, possibly dlse, and the gradients, by name; dq and its kin in the dtype of q, where
+        16-bit ones have sums of their own until they are rounded once; dsinks (B, H, 1) in accumulators.
+        """
+        spec = self.spec
+        delta = TiledTensor((spec.batch, spec.heads, spec.q_len), self.accumulator, self.tile_q)
+        sums = {name: self.sums_of(job, given[name]) for name in self.gradients}
+        turns = self.turns(job)
+        own = [delta, *(x for name, x in sums.items() if x is not given[name]), *([] if turns is None else [turns])]
+        try:
+            n = self.submit_deltas(job, {**given, "delta": delta})
+            if self.pairwise:
+                self.submit_backward(job, {**given, **sums, "delta": delta}, turns)
+                n += len(self.tasks)
+            return n + sum(self.submit_add(job, sums[x], given[x]) for x in sums if sums[x] is not given[x])
+        finally:
+            for tensor in own:
+                tensor.unregister(DROP_LATER)
+
+    def submit_backward(
+        self,
+        job: Job,
+        given: Mapping[str, Handles],
+        turns: Handles | None,
+        some: slice | np.ndarray = slice(None),
+    ) -> None:
+        """Submit the tasks of pairs of tiles, or of some of them; gradients are sums in accumulators."""
+        p, spec = Pairs(*(x[some] for x in vars(self.pairs).values())), self.spec
+        rows = p.batch, p.head, p.query_tile
+        keys = p.batch, p.head // spec.group, p.key_tile
+        columns = [given[name].handles[keys if name in OF_KEYS else rows] for name in self.names]
+        modes = ["RW" if name in GRADIENTS else "R" for name in self.names]
+        if self.arrays is not None:
+            assert turns is not None
+            columns.append(turns.handles[0, 0, self.arrays.turn_of(**_places(p))])
+            modes.append("RW")
+        tasks = self.tasks[some]
+        numbers = np.tile([job.runtime.constant(mode) for mode in modes], (len(tasks), 1))
+        handles = np.stack(columns, axis=1)
+        self.program.submit(job, codelet("backward", spec.dtype), handles, numbers, tasks)
+
+    @property
+    def pairwise(self) -> bool:
+        """Whether pairs of tiles give anything that is wanted; sinks get theirs from rows alone."""
+        return bool(self.gradients) or self.arrays is not None
+
+    def totals(self) -> dict[int, np.ndarray]:
+        """The gradients of captured arrays, by their slots, when the tasks are done."""
+        return {} if self.arrays is None else self.arrays.sums.totals()
+
+    def turns(self, job: Job) -> TiledTensor | None:
+        """The handles that order tasks which add to the same elements of arrays; None without arrays."""
+        return None if self.arrays is None else self._zeros(job, (1, 1, self.arrays.turns), 1)
+
+    def sums_of(self, job: Job, gradient: TiledTensor) -> TiledTensor:
+        """The gradient; or sums of its own, if it cannot hold them."""
+        if gradient.dtype is self.accumulator:
+            return gradient
+        return self._zeros(job, gradient.shape, gradient.rows)
+
+    def _zeros(self, job: Job, shape: tuple[int, ...], rows: int) -> TiledTensor:
+        memory = np.zeros(shape, self.accumulator.numpy)
+        job.hold(memory)  # which outlives the tensor: that is unregistered before its tasks have run
+        at = memory.ctypes.data
+        return TiledTensor(shape, self.accumulator, rows, address=at, strides=memory.strides, keep=memory)
+
+    def _backward_tasks(self) -> np.ndarray:
+        spec, p = self.spec, self.pairs
+        row, key = p.query_tile * self.tile_q, p.key_tile * self.tile_k
+        tasks = np.zeros(len(row), TASK)
+        tasks["begin"] = p.batch * spec.heads + p.head
+        tasks["end"] = tasks["begin"] + 1
+        for n, name in enumerate(self.names):
+            if name in OF_KEYS:
+                tasks["rows"][:, n] = key
+        rows, end = np.minimum(self.tile_q, spec.q_len - row), np.minimum(key + self.tile_k, spec.kv_len)
+        copy = np.zeros_like(row) if self.arrays is None else self.arrays.copy_of(**_places(p))
+        tasks["values"][:, : len(VALUES)] = np.stack([row, rows, key, end, copy], axis=1)
+        tasks["tile"] = np.stack([p.batch, p.head, p.query_tile, p.key_tile], axis=1)
+        tasks["priority"] = p.left
+        pairs, cases = self.coverage.amount(p.batch, p.head, p.query_tile, p.key_tile)
+        tasks["flops"] = self._flops_of_pair * pairs
+        tasks["footprint"] = footprints(f"{self.program.kernel.identity} {self.gradients}", cases)
+        return tasks
+
+    @property
+    def _flops_of_pair(self) -> float:
+        """Of the products that are wanted: scores, dP where something needs dS, and one a gradient."""
+        spec = self.spec
+        sloped = self.arrays is not None or not {"dq", "dk"}.isdisjoint(self.gradients)
+        columns = spec.head_size + sloped * spec.value_size
+        columns += sum(spec.value_size if x == "dv" else spec.head_size for x in self.gradients)
+        return 2.0 * columns
+
+    def submit_deltas(self, job: Job, given: Tensors) -> int:
+        """delta of every query tile, and what its rows give to their sink: one head's sum gets them in their order, or
+        dsinks (B, H, query tiles) has one for each."""
+        spec, queries = self.spec, given["lse"]
+        grid = queries.grid
+        batch, head, tile = (x.ravel().astype(np.int64) for x in np.indices(grid))
+        words = DELTA | ({"dlse": DELTA_MORE["dlse"]} if "dlse" in given else {})
+        words |= {"dsinks": DELTA_MORE["dsinks"]} if self.sunk else {}
+        bindings = tuple((n, *pair) for n, pair in enumerate(words.values()))
+        columns = [given[x].handles[batch, head, np.minimum(tile, given[x].grid[2] - 1)] for x in words]
+        modes = [{"delta": "W", "dsinks": "RW"}.get(x, "R") for x in words]
+        tasks = np.zeros(len(tile), TASK)
+        tasks["begin"] = batch * spec.heads + head
+        tasks["end"] = tasks["begin"] + 1
+        tasks["values"][:, 0] = np.minimum(queries.rows, queries.shape[2] - tile * queries.rows)
+        tasks["flops"] = 2.0 * spec.value_size * tasks["values"][:, 0]
+        tasks["footprint"] = footprints(f"{self._deltas.identity} {tuple(words)}", tasks["values"][:, :1])
+        tasks["tile"][:, :3] = np.stack([batch, head, tile], axis=1)
+        tasks["priority"] = FIRST
+        numbers = np.tile([job.runtime.constant(mode) for mode in modes], (len(tasks), 1))
+        program = Program(job.runtime, self._deltas, bindings, ("row_count",))
+        program.submit(job, codelet("delta", spec.dtype), np.stack(columns, axis=1), numbers, tasks)
+        return len(tasks)
+
+    def submit_add(self, job: Job, sums: TiledTensor, gradient: TiledTensor) -> int:
+        """Sums, rounded once, to the gradient, tile by tile."""
+        batch, head, tile = (x.ravel() for x in np.indices(gradient.grid))
+        kernel = tile_kernels().adding(self.spec, gradient.shape[3])
+        tasks = np.zeros(len(tile), TASK)
+        tasks["end"] = np.minimum(gradient.rows, gradient.shape[2] - tile * gradient.rows)
+        tasks["tile"][:, :3] = np.stack([batch, head, tile], axis=1)
+        tasks["footprint"] = footprints(kernel.identity, tasks["end"][:, None])
+        tasks["priority"] = FIRST
+        handles = np.stack([sums.handles.ravel(), gradient.handles.ravel()], axis=1)
+        numbers = np.tile([job.runtime.constant(mode) for mode in ("R", "RW")], (len(tasks), 1))
+        Program(job.runtime, kernel, ADD, ()).submit(job, codelet("add", self.spec.dtype), handles, numbers, tasks)
+        return len(tasks)

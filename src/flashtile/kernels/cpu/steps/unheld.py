@@ -1,0 +1,123 @@
+"""What the parts of a product cannot hold: not finite, larger than its largest part, or so small that parts vanish.
+
+Tiles compute with 0 in the place of such an element, and what it would have done is done by multiply-adds: scores of
+its key, or of its query, are computed again, and its share of an output is added. So a row's arithmetic depends on what
+the row sees, and on nothing else: a row that does not see the element keeps every bit. On data that hold none of them
+all this costs is a look at each element, while it is packed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.scratch import Work
+from flashtile.kernels.cpu.steps.pack import read
+from flashtile.kernels.cpu.steps.range import Range, any_lane
+from flashtile.llvm.ir import Module, Value
+from flashtile.llvm.lines import Lines, Rows, Sums, Weights
+from flashtile.llvm.routines import Operand, Routine
+from flashtile.llvm.types import vector
+
+
+@dataclass(frozen=True)
+class Unheld(Operand):
+    """Whether a block's keys or a panel's queries hold what parts cannot, and which; the keys as they lie, and room for
+    the panel in accumulators."""
+
+    WORDS: ClassVar = {
+        "found": "i64",
+        "at": "ptr",
+        "stride": "i64",
+        "step": "i64",
+        "size": "i64",
+        "keys": "ptr",
+        "lanes": "ptr",
+        "wide": "ptr",
+    }
+    found: Value
+    at: Value
+    stride: Value
+    step: Value
+    size: Value
+    keys: Value  # an i32 for each key of the block, not 0 where it is one
+    lanes: Value  # the same for each query of the panel
+    wide: Value
+
+
+def emit_find(module: Module, c: Config) -> Routine:
+    """Which of ``rows``, times a factor, hold what is not in a range: an i32 each. Returns whether any does."""
+    f = Routine(module, "find_unheld", "i64", rows=Rows.kind(), factor=c.acc, range=Range.kind(), flags="ptr")
+    rows, factor, held, flags = f.parameters
+    chunks = f.select(rows.adjacent(c.element), rows.size // c.lanes * c.lanes, f.const("i64", 0))
+    one, none = f.const("i32", 1), f.const("i32", 0)
+
+    def of_row(r: Value, found: list[Value]) -> list[Value]:
+        row = rows.at + r * rows.stride
+
+        def look(column: Value, bad: list[Value], count: int) -> list[Value]:
+            x = read(f, c, row + column * rows.step, count) * (f.splat(factor, count) if count > 1 else factor)
+            return [f.select(held.holds(x), bad[0], f.splat(one, count) if count > 1 else one)]
+
+        (register,) = f.fold(0, chunks, c.lanes, [f.splat(none, c.lanes)], lambda n, bad: look(n, bad, c.lanes))
+        (single,) = f.fold(chunks, rows.size, 1, [none], lambda n, bad: look(n, bad, 1))
+        bad = f.cast("zext", any_lane(f, register.ne(0)) | single.ne(0), "i32")
+        f.store(bad, flags + r * 4)
+        return [found[0] | bad]
+
+    (found,) = f.fold(0, rows.count, 1, [none], of_row)
+    f.ret(f.cast("zext", found, "i64"))
+    return f
+
+
+def emit_rescore(module: Module, c: Config, width: int) -> Routine:
+    """The scores of the rows [first, last) once more by multiply-adds: for every lane where the row is one of those
+    that parts cannot hold, else for the lanes that are. They are raw products, the first on the first line."""
+    f = Routine(module, f"rescore_{width}", work=Work.of(c), unheld=Unheld.kind(), first="i64", last="i64")
+    work, unheld, first, last = f.parameters
+    panel, flags = Lines(unheld.wide, c.line), Lines(unheld.lanes, c.word_line)
+    own = [flags.load(0, j).ne(0) for j in range(width)]
+    some = any_lane(f, own[0])
+    for lanes_ in own[1:]:
+        some = some | any_lane(f, lanes_)
+    zero = f.const(c.vector, 0.0)
+    with f.range(first, last) as row:
+        here = f.load("i32", unheld.keys + row * 4).ne(0)
+        with f.when(some | here):
+            start = unheld.at + row * unheld.stride
+
+            def step(d: Value, sums: list[Value], start: Value = start) -> list[Value]:
+                element = f.splat(read(f, c, start + d * unheld.step), c.lanes)
+                return [c.isa.multiply_add(f, element, panel.load(d, j), x) for j, x in enumerate(sums)]
+
+            for j, score in enumerate(f.fold(0, unheld.size, 1, [zero] * width, step)):
+                mine = own[j] | f.splat(here, c.lanes)
+                work.scores.store(f.select(mine, score, work.scores.load(row - first, j)), row - first, j)
+    f.ret()
+    return f
+
+
+def emit_add_unheld(module: Module, c: Config) -> Routine:
+    """Weights times those values that are finite and not held, to the sums; for contain.py's are the rest."""
+    f = Routine(module, "add_unheld", weights=Weights.of(c.word_line), values=Rows.kind(), sums=Sums.of(c.line))
+    weights, values, sums = f.parameters
+    held, type_ = Range.of_values(f, c), vector(c.lanes, "i32")
+    with f.range(0, values.count) as row:
+        # A word holds two rows: the second one's bits are in their place, the first one's 16 further down.
+        shift = f.splat(f.select((row & 1).ne(0), f.const("i32", 0), f.const("i32", 16)), c.lanes)
+        totals = [f.const(c.vector, 0.0)] * c.registers
+        for part in reversed(range(c.product.parts)):
+            for j in range(c.registers):
+                word = weights.moved(part * c.weights_part).load(row // c.per_word, j)
+                totals[j] = f.bitcast((word << shift) & f.const(type_, -(1 << 16)), "float") + totals[j]
+        with f.range(0, values.size) as column:
+            value = read(f, c, values.at + (row * values.stride + column * values.step))
+            unheld = f.select(held.holds(value), f.const("i1", 0), (value * 0.0).eq(0.0))
+            with f.when(unheld):
+                for j, total in enumerate(totals):  # where it is 0, 0 times a value would turn -0 into 0
+                    old = sums.load(column, j)
+                    new = c.isa.multiply_add(f, f.splat(value, c.lanes), total, old)
+                    sums.store(f.select(total.ne(0.0), new, old), column, j)
+    f.ret()
+    return f

@@ -1,0 +1,125 @@
+"""Tile configurations of the backward's kernels: a row for each architecture, kind of operand and head size, as
+tiles.py has those of the forward. Chosen by what the compiled kernels use; speed was not measured.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from flashtile.kernels.triton.specialisation import Tile, padded
+from flashtile.kernels.triton.tiles import HEADS, INTERPRETER, kind_of, rows_of
+from flashtile.spec import AttentionSpec
+
+
+class Row(NamedTuple):
+    """A tile, and the most that its kernel uses on clean data, with a band, by compiling it with Triton 3.9."""
+
+    tile: Tile
+    registers: int
+    spills: int  # instructions that store to the stack or load from it
+    shared: int  # bytes
+
+
+def row(queries: int, keys: int, warps: int, stages: int, registers: int, spills: int, shared: int) -> Row:
+    """A row as it stands in the table."""
+    return Row(Tile(queries, keys, warps, stages), registers, spills, shared)
+
+
+Rows = tuple[Row | None, ...]  # for head sizes up to 64, 128 and 256; None: no tile leaves room
+
+# (architecture, kind of operand): the rows of dQ, and those of dK and dV.
+TABLE: dict[tuple[str, str], tuple[Rows, Rows]] = {
+    ("sm_80", "bfloat16"): (
+        (row(64, 64, 8, 2, 254, 0, 32768), row(64, 64, 8, 2, 235, 0, 73728), row(64, 32, 8, 1, 255, 0, 98304)),
+        (row(64, 32, 4, 2, 255, 0, 29184), row(64, 32, 8, 2, 255, 0, 53760), row(32, 32, 8, 1, 243, 0, 81920)),
+    ),
+    ("sm_80", "float32"): (
+        (row(32, 32, 8, 2, 80, 0, 36864), row(32, 32, 8, 1, 128, 0, 65536), row(32, 16, 8, 1, 146, 0, 98304)),
+        (row(32, 32, 4, 1, 255, 0, 40960), row(32, 32, 8, 1, 255, 0, 73728), row(16, 16, 8, 1, 167, 0, 67584)),
+    ),
+    ("sm_80", "float32 tf32"): (
+        (row(32, 32, 8, 2, 158, 0, 40960), row(32, 32, 8, 2, 164, 0, 81920), row(32, 16, 8, 1, 240, 0, 98304)),
+        (row(32, 32, 8, 2, 182, 0, 41216), row(32, 32, 8, 2, 252, 0, 82176), row(16, 16, 8, 1, 231, 0, 81920)),
+    ),
+    ("sm_80", "float32 bf16"): (
+        (row(32, 32, 8, 2, 126, 0, 26624), row(32, 32, 8, 2, 156, 0, 51200), row(32, 16, 8, 1, 248, 0, 65536)),
+        (row(32, 32, 8, 2, 187, 0, 26880), row(32, 32, 8, 2, 255, 0, 51456), row(16, 16, 8, 1, 248, 0, 49152)),
+    ),
+    ("sm_80", "float64"): (
+        (row(32, 32, 8, 1, 174, 0, 65536), row(32, 16, 8, 1, 236, 0, 98304), None),
+        (row(32, 32, 8, 1, 238, 0, 81920), row(16, 16, 8, 1, 238, 0, 81920), None),
+    ),
+    ("sm_90", "bfloat16"): (
+        (row(128, 64, 8, 2, 170, 0, 65536), row(128, 64, 8, 2, 222, 0, 131072), row(32, 32, 8, 1, 170, 0, 65536)),
+        (row(32, 128, 8, 2, 231, 0, 49408), row(64, 32, 8, 1, 172, 0, 65536), row(64, 32, 8, 1, 244, 0, 131072)),
+    ),
+    ("sm_90", "float32"): (
+        (row(32, 32, 8, 2, 70, 0, 36864), row(32, 16, 8, 1, 80, 0, 49152), row(32, 16, 8, 1, 138, 0, 98304)),
+        (row(32, 32, 8, 2, 162, 0, 41216), row(32, 16, 8, 1, 120, 0, 53248), row(32, 16, 8, 1, 182, 0, 102400)),
+    ),
+    ("sm_90", "float32 tf32"): (
+        (row(32, 32, 8, 2, 160, 0, 40960), row(32, 32, 8, 2, 162, 0, 81920), row(32, 16, 8, 1, 222, 0, 98304)),
+        (row(32, 32, 8, 2, 180, 0, 41216), row(32, 32, 8, 2, 242, 0, 82176), row(32, 16, 8, 1, 210, 0, 131072)),
+    ),
+    ("sm_90", "float32 bf16"): (
+        (row(32, 32, 8, 2, 124, 0, 26624), row(32, 32, 8, 2, 164, 0, 51200), row(32, 16, 8, 1, 226, 0, 65536)),
+        (row(32, 32, 8, 2, 230, 0, 26880), row(32, 32, 8, 2, 255, 0, 51456), row(32, 16, 8, 1, 252, 0, 81920)),
+    ),
+    ("sm_90", "float64"): (
+        (row(32, 32, 8, 1, 180, 0, 65536), row(32, 16, 8, 1, 226, 0, 98304), None),
+        (row(32, 32, 8, 1, 220, 0, 81920), row(32, 16, 8, 1, 230, 0, 131072), None),
+    ),
+    ("sm_100", "bfloat16"): (
+        (row(128, 64, 8, 2, 123, 0, 74752), row(128, 64, 8, 2, 190, 0, 148480), row(64, 32, 8, 1, 249, 0, 98312)),
+        (row(64, 64, 8, 2, 255, 0, 66560), row(64, 64, 8, 1, 255, 0, 65544), row(64, 32, 8, 1, 232, 0, 131072)),
+    ),
+    ("sm_100", "float32"): (
+        (row(32, 32, 8, 2, 72, 0, 36864), row(32, 16, 8, 1, 80, 0, 49152), row(32, 16, 8, 1, 136, 0, 98304)),
+        (row(32, 32, 8, 2, 164, 0, 41216), row(32, 16, 8, 1, 126, 0, 53248), row(32, 16, 8, 1, 196, 0, 102400)),
+    ),
+    ("sm_100", "float32 tf32"): (
+        (row(32, 32, 8, 2, 156, 0, 40960), row(32, 32, 8, 2, 162, 0, 81920), row(32, 16, 8, 1, 222, 0, 98304)),
+        (row(32, 32, 8, 2, 180, 0, 41216), row(32, 32, 8, 2, 238, 0, 82176), row(32, 16, 8, 1, 209, 0, 131072)),
+    ),
+    ("sm_100", "float32 bf16"): (
+        (row(32, 32, 8, 2, 124, 0, 26624), row(32, 32, 8, 2, 164, 0, 51200), row(32, 16, 8, 1, 226, 0, 65536)),
+        (row(32, 32, 8, 2, 224, 0, 26880), row(32, 32, 8, 2, 255, 0, 51456), row(32, 16, 8, 1, 252, 0, 81920)),
+    ),
+    ("sm_100", "float64"): (
+        (row(32, 32, 8, 1, 162, 0, 65536), row(32, 16, 8, 1, 204, 0, 98304), None),
+        (row(32, 32, 8, 1, 186, 0, 81920), row(32, 16, 8, 1, 212, 0, 131072), None),
+    ),
+    ("gfx942", "bfloat16"): (
+        (row(32, 32, 4, 1, 167, 0, 8192), row(32, 32, 4, 1, 264, 0, 8192), None),
+        (row(32, 32, 4, 1, 247, 0, 8192), row(32, 32, 4, 1, 343, 0, 8192), None),
+    ),
+    ("gfx942", "float32"): (
+        (row(32, 32, 4, 1, 238, 0, 8192), row(32, 32, 4, 1, 414, 0, 16384), None),
+        (row(32, 32, 4, 1, 348, 0, 8192), row(32, 32, 4, 1, 494, 0, 16384), None),
+    ),
+    ("gfx942", "float64"): (
+        (row(32, 32, 4, 1, 272, 0, 16384), row(32, 32, 4, 1, 439, 0, 32768), None),
+        (row(32, 32, 4, 1, 428, 0, 16384), row(16, 16, 4, 1, 413, 0, 16384), None),
+    ),
+}
+
+# Kinds of operand that compile to as much.
+ALIKE = {"float16": "bfloat16", "float32 fp16": "float32 bf16"}
+
+
+def rows_for(arch: str, kind: str, head_size: int) -> tuple[Row, Row] | None:
+    """The rows of dQ, and of dK and dV; None if there are none."""
+    found = TABLE.get((str(rows_of(arch)), ALIKE.get(kind, kind)))
+    place = next((n for n, most in enumerate(HEADS) if head_size <= most), -1)
+    if found is None or place < 0:
+        return None
+    of_q, of_kv = found[0][place], found[1][place]
+    return None if of_q is None or of_kv is None else (of_q, of_kv)
+
+
+def backward_tiles(spec: AttentionSpec, arch: str) -> tuple[Tile, Tile] | None:
+    """The tiles of dQ, and of dK and dV; None where there is no backward."""
+    if arch == INTERPRETER:
+        return Tile(16, 32), Tile(16, 16)
+    found = rows_for(arch, kind_of(spec), max(padded(spec.head_size), padded(spec.value_size)))
+    return None if found is None else (found[0].tile, found[1].tile)
