@@ -153,7 +153,7 @@ def _add_aot_options(sub: argparse.ArgumentParser) -> None:
     for option, default, content in (
         ("--kernels", ["forward", "merge"], "of forward, merge, scores, softmax, output (default forward,merge)"),
         ("--state", ["finished"], "what o and lse hold: finished (default), partial, carried"),
-        ("--band", ["band", "open"], "band: causal and windowed calls; open: no mask (default both)"),
+        ("--band", ["band", "causal", "open"], "band: causal and windowed calls; causal alone; open: no mask"),
     ):
         sub.add_argument(option, type=_words, default=default, metavar="A,B", help=content)
     sub.add_argument("--any-alignment", action="store_true", help="addresses and strides need not be multiples of 16")

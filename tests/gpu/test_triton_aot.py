@@ -84,7 +84,7 @@ def test_states_and_alignment_are_chosen(tmp_path: Path) -> None:
     assert not any(one.specialisation.divisible for one in found), "any address will do"
     every = list(aot.choose("sm_80", ["float32", "float16"], [64, 40], kernels=aot.KERNELS))
     names = [one.name for one in every]
-    assert len(names) == len(set(names)) == 2 * 2 * (2 * 2 + 1 + 2 + 1 + 1)
+    assert len(names) == len(set(names)) == 2 * 2 * (2 * 3 + 1 + 3 + 1 + 1)
     assert "softmax-float32-d40" in names and "scores-float16-d64-open" in names
 
 

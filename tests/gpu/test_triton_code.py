@@ -24,6 +24,7 @@ from flashtile.score.options import ScoreOptions
 from flashtile.spec import AttentionSpec
 
 TRITON = "3.9"
+SLOW = pytest.mark.slow
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 
 # Shared memory that a program may ask for, bytes: NVIDIA's tables of compute capabilities, AMD's LDS.
@@ -155,6 +156,41 @@ def test_sums_in_spans_find_room(arch: str, kind: str, size: int, band: str) -> 
     assert most is None or used.spills <= most
     if str(installed_version()).startswith(TRITON):
         assert meta.shared <= row.shared
+
+
+@pytest.mark.parametrize(
+    "options", [{"causal": True}, *(pytest.param(x, marks=SLOW) for x in ({}, {"window": (1, 1)}))]
+)
+@pytest.mark.parametrize("place", list(tiles.DESCRIBED), ids=str)
+def test_tiles_cut_out_by_descriptors_use_what_the_table_says(place: tuple[str, int], options: dict[str, Any]) -> None:
+    """They come through the memory unit (UTMALDG), in fewer registers; unaligned arrays take plain loads."""
+    arch, size = place
+    if reason := too_old(arch):
+        pytest.skip(reason)
+    row, view = tiles.DESCRIBED[place], contiguous((1, 1, 1, size), "bfloat16")
+    spec = AttentionSpec.of(view, view, view, **options)
+    assert tiles.forward_tile(spec, arch, described=True) == row.tile
+    plain = tiles.forward_tile(spec, arch)
+    assert plain.tile_q == row.tile.tile_q and row.tile.tile_k % plain.tile_k == 0, "for one plan"
+    kernel = compiled(special.forward(spec, row.tile), arch)
+    used = resources_of(kernel)
+    assert used.instructions["UTMALDG"] and kernel.metadata.global_scratch_size > 0
+    assert used.registers <= row.registers and used.spills == row.spills == 0
+    assert kernel.metadata.shared <= row.shared <= SHARED[arch]
+    for memory in (special.Memory(aligned=False), special.Memory(contiguous=False)):
+        assert not dict(special.forward(spec, row.tile, memory=memory).constants)["DESCRIBED"]
+    assert not dict(special.forward(spec, row.tile, contain=True).constants)["DESCRIBED"]
+
+
+def test_only_arrays_of_16_bits_are_cut_out_by_descriptors() -> None:
+    for dtype in ("float32", "float64"):
+        view = contiguous((1, 1, 1, 64), dtype)
+        assert not tiles.forward_tile(AttentionSpec.of(view, view, view), "sm_90", described=True).described
+    view = contiguous((1, 1, 1, 64), "float16")
+    spec = AttentionSpec.of(view, view, view)
+    for arch in ("sm_80", "sm_89", "sm_120", "gfx942"):
+        assert not tiles.forward_tile(spec, arch, described=True).described
+    assert not tiles.forward_tile(spec, "sm_90", few=True, described=True).described
 
 
 def check_limits(arch: str, meta: Any, used: Resources) -> None:

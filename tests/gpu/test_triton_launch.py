@@ -249,6 +249,6 @@ def test_the_capabilities_are_those_of_the_device(gpu: Gpu) -> None:
     told = flashtile.explain((1, 8, 4096, 64), dtype="bfloat16", device="cuda", causal=True)
     assert (told.kernel, told.isa, told.plan.at_once) == ("triton", ARCH, True)
     assert "all work items at once on cuda:0" in str(told)
-    assert driver.device(0) == driver.Device("Fake GPU 0", ARCH, 227 << 10, 132)
+    assert driver.device(0) == driver.Device("Fake GPU 0", ARCH, 227 << 10, 132, 50 << 20)
     with pytest.raises(UnavailableError, match="triton: head sizes up to 256, not 300"):
         flashtile.explain((1, 8, 64, 300), device="cuda")

@@ -63,7 +63,6 @@ SLOW = [
 ]
 
 LINE = 0x7_0000_0040
-OPEN = 2**61
 
 
 def check(gpu: Gpu, launched: Launched, name: str, grid: int, expected: dict[str, int]) -> None:
@@ -133,10 +132,11 @@ def forward_launches(gpu: Gpu, door: Any, dtype: str, precision: str = "ieee") -
             "value_size": HEAD,
             "query_tiles": query_tiles,
             "items": query_tiles,
+            "blocks": 1,
+            "together": 1,
             "splits": 1,
             "split_keys": keys,
             "scale": BITS,
-            "left": OPEN,
             "right": 0,
             "offset": OFFSET + i * TILE_Q - j * TILE_K,
         }
@@ -250,7 +250,7 @@ def unfused_launches(gpu: Gpu, door: Any, dtype: str, precision: str = "ieee") -
                         "query_tiles": query_tiles,
                         "key_tiles": key_tiles,
                         "scale": BITS,
-                        "left": OPEN,
+                        "left": 2**61,
                         "right": 0,
                         "offset": OFFSET + i * TILE_Q - j * TILE_K,
                     },

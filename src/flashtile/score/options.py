@@ -97,6 +97,8 @@ class ScoreOptions:
 
 def check_reach(offset: Any) -> None:
     """Raise SpecError for an offset whose sum with positions might leave the language's int32."""
+    if type(offset) is int and -FARTHEST <= offset <= FARTHEST:  # as at every call but a few
+        return
     values = np.asarray(offset)
     if values.size and max(-int(values.min()), int(values.max())) > FARTHEST:
         got = offset if values.ndim == 0 else f"offsets from {values.min()} to {values.max()}"

@@ -21,7 +21,7 @@ from flashtile.errors import UnavailableError, wrong
 from flashtile.kernels.triton import specialisation as special
 from flashtile.kernels.triton.host import OPEN, bits
 from flashtile.kernels.triton.specialisation import Memory, Specialisation, Tile
-from flashtile.spec import AttentionSpec
+from flashtile.spec import AttentionSpec, Band
 
 if TYPE_CHECKING:
     from flashtile.engines.starpu.runtime import Runtime
@@ -109,13 +109,16 @@ def forward(runtime: Runtime, spec: AttentionSpec, tile_q: int) -> Launches | st
         **_counts(spec),
         **_changes(spec),
         "items": Source("TILES", ROWS),
+        "blocks": 1,
+        "together": 1,
         "query_tiles": Source("TILES", ROWS),
     }
     memory = _memories(spec)
     cases = [
         [
             [
-                Stage(special.forward(spec, ANY_TILE, state=state, contain=contain, memory=m), values, QUERY_TILES)
+                Stage(special.forward(s, ANY_TILE, state=state, contain=contain, memory=m), values, QUERY_TILES)
+                for s in _bands(spec)
                 for m in memory
             ]
             for contain in (False, True)
@@ -201,7 +204,7 @@ def unfused(runtime: Runtime, spec: AttentionSpec, row: int) -> dict[str, Launch
         **_rows(spec, {"o": 2}, wide),
     }
     memories, grid = _memories(spec), (*QUERY_TILES, (COLUMNS, "keys"))
-    first = [Stage(special.scores(spec, ANY_TILE, memory=m), scores, grid) for m in memories]
+    first = [Stage(special.scores(s, ANY_TILE, memory=m), scores, grid) for s in _bands(spec) for m in memories]
     second = [Stage(special.softmax(spec, ANY_TILE), softmax, QUERY_TILES)]
     third = [
         [[Stage(special.output(spec, ANY_TILE, state=state, memory=m), output, QUERY_TILES) for m in memories]]
@@ -216,6 +219,14 @@ def unfused(runtime: Runtime, spec: AttentionSpec, row: int) -> dict[str, Launch
 
 def _one_tile(spec: AttentionSpec) -> AttentionSpec:
     return replace(spec, batch=1, heads=1, kv_heads=1, offset=0)
+
+
+def _bands(spec: AttentionSpec) -> list[AttentionSpec]:
+    """The spec whose kernel is best, then one whose kernel takes every band: with both sides, however far they are."""
+    if spec.band is None or None not in (spec.band.left, spec.band.right):
+        return [spec]
+    left, right = (OPEN if side is None else side for side in (spec.band.left, spec.band.right))
+    return [spec, replace(spec, band=Band(left, right))]
 
 
 def _of_size(dtype: str, value_size: int) -> AttentionSpec:

@@ -121,7 +121,7 @@ def capabilities(spec: AttentionSpec) -> Capabilities:
     """What the forward kernel does for this spec on its device."""
     arch = arch_of(spec)
     interpreted = arch == tiles.INTERPRETER
-    tile = tiles.forward_tile(spec, arch, few_rows(spec))
+    tile = tiles.forward_tile(spec, arch, few_rows(spec), described=True)
     return Capabilities(
         name="triton",
         dtypes=frozenset(DTYPES),
@@ -180,8 +180,8 @@ def remark() -> str:
 
 def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> CompiledKernel:
     """The kernel of one spec, plan and layout; machine code is made at its first launch, and shared."""
-    tile = tiles.forward_tile(spec, arch_of(spec), few_rows(spec))
-    return Forward(spec, plan, layout, tile, device_of(spec))
+    best, plain = (tiles.forward_tile(spec, arch_of(spec), few_rows(spec), described=x) for x in (True, False))
+    return Forward(spec, plan, layout, best, device_of(spec), plain)
 
 
 def compile_backward(spec: AttentionSpec, layout: BackwardLayout, arrays: ArrayShapes) -> CompiledBackward:

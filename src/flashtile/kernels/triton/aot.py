@@ -42,7 +42,9 @@ GRIDS = {
     "output": "B * H * query_tiles; query_tiles = ceil(S_q / queries)",
 }
 KERNELS = tuple(GRIDS)
-BANDS = ("band", "open")
+# What rows see by their position: a band of which either side may be open; keys up to a bound, in fewer instructions;
+# everything.
+BANDS: dict[str, dict[str, Any]] = {"band": {"window": (1, 1)}, "causal": {"causal": True}, "open": {}}
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ def choose(
 ) -> Iterator[Chosen]:
     """The kernels of every combination.
 
-    bands    "band" for causal and windowed calls, "open" for those where every row sees every key
+    bands    "band" for causal and windowed calls, "causal" for those without a window alone, "open" for those where
+             every row sees every key
     states   of o and lse before and after: see specialisation.STATES
     aligned  addresses are multiples of 16 bytes, and strides of 16 elements
     Raises:  SpecError for a name that is not known, UnavailableError if Triton is too old for the architecture.
@@ -94,7 +97,7 @@ def choose(
                 raise wrong("head_sizes", size, f"1 to {tiles.MAX_HEAD_SIZE}")
             view = contiguous((1, 1, 1, size), dtype_of(dtype).name)
             for band in bands:
-                spec = AttentionSpec.of(view, view, view, causal=band == "band", precision=precision)
+                spec = AttentionSpec.of(view, view, view, **BANDS[band], precision=precision)
                 for one in _kernels(spec, arch, band, kernels, states, memory):
                     if one.name not in seen:
                         seen.add(one.name)

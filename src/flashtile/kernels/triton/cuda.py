@@ -36,7 +36,9 @@ class Gpu:
     def place(self, array: np.ndarray, element: str) -> Placed:
         """A copy on the device, which has what repeats along an axis of stride 0 once."""
         here = current.here()
-        once = np.ascontiguousarray(array[tuple(slice(0, 1) if n == 0 else slice(None) for n in array.strides)])
+        once = array
+        if not array.flags.c_contiguous:
+            once = np.ascontiguousarray(array[tuple(slice(0, 1) if n == 0 else slice(None) for n in array.strides)])
         if not once.size:
             return Placed(self.empty(1, element), (0,) * array.ndim)
         memory = here.upload(once, "an array of the host")
@@ -46,6 +48,9 @@ class Gpu:
 
     def processors(self) -> int:
         return driver.device(current.here().number).processors
+
+    def cache_bytes(self) -> int:
+        return driver.device(current.here().number).cache
 
     def bind(self, specialisation: Specialisation, fixed: Mapping[str, Any]) -> Bound:
         return Ready(specialisation, fixed)

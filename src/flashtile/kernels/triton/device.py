@@ -56,6 +56,10 @@ class Device(Protocol):
         """How many programs run at the same time at least: what keeps all of the device busy."""
         ...
 
+    def cache_bytes(self) -> int:
+        """Of the memory that all processors read through."""
+        ...
+
     def bind(self, specialisation: Specialisation, fixed: Mapping[str, Any]) -> Bound:
         """A kernel with those of its arguments that are alike at every call of its."""
         ...

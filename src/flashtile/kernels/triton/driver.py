@@ -22,7 +22,7 @@ NVIDIA_FILES, AMD_FILE = ("nvidia[0-9]*", "dxg"), "kfd"
 NO_GPU = "no GPU of NVIDIA or AMD in this machine"
 
 # From cuda.h: CUdevice_attribute, CUfunction_attribute, and what the extra options of a launch are told apart by.
-_MAJOR, _MINOR, _SHARED, _PROCESSORS = 75, 76, 97, 16
+_MAJOR, _MINOR, _SHARED, _PROCESSORS, _CACHE = 75, 76, 97, 16, 38
 _DYNAMIC_SHARED = 8
 _BUFFER_POINTER, _BUFFER_SIZE, _END = 1, 2, 0
 _OUT_OF_MEMORY = 2
@@ -34,12 +34,14 @@ PLAIN_SHARED = 48 << 10  # bytes of shared memory that a kernel may have without
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU: its name, its architecture ("sm_90"), the most shared memory of a program in bytes, its processors."""
+    """A GPU: its name, its architecture ("sm_90"), the most shared memory of a program in bytes, its processors, the
+    bytes of its cache."""
 
     name: str
     arch: str
     shared: int
     processors: int
+    cache: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def device(number: int) -> Device:
         return value.value
 
     arch = f"sm_{10 * attribute(_MAJOR) + attribute(_MINOR)}"
-    return Device(name.value.decode(), arch, attribute(_SHARED), attribute(_PROCESSORS))
+    return Device(name.value.decode(), arch, attribute(_SHARED), attribute(_PROCESSORS), attribute(_CACHE))
 
 
 def _handle(number: int) -> ctypes.c_int:

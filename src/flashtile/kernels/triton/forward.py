@@ -19,7 +19,7 @@ from flashtile.kernels.triton.containment import add_contained, add_signed, any_
 from flashtile.kernels.triton.dropout import kept, share_of
 from flashtile.kernels.triton.functions import exp_of_difference
 from flashtile.kernels.triton.language import LN2, LOG2E, MINUS_INF, add_product, number, product, rounded, spread
-from flashtile.kernels.triton.rows import key_limits, locate
+from flashtile.kernels.triton.rows import key_limits, locate, longest_first, rows_of_tile
 
 
 @triton.jit
@@ -27,11 +27,13 @@ def forward(
     q, k, v, o, lse, odd,
     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, o_b, o_h, o_s, o_d,
     o_split, lse_split,
-    first, items, heads, group, q_len, kv_len, head_size, value_size, query_tiles, splits, split_keys,
+    first, items, blocks, together, heads, group, q_len, kv_len, head_size, value_size,
+    query_tiles, splits, split_keys,
     scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, sinks, captures, threshold, seed,
     SCORE: tl.constexpr, MASK: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr,
     VALUE: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr,
     BAND: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, CONTAIN: tl.constexpr, SPAN: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Work items first, first + 1, ...; see `specialisation.forward` for the arguments.
 
@@ -49,20 +51,23 @@ def forward(
                     item, q, k, v, o, lse, odd,
                     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, o_b, o_h, o_s, o_d,
                     o_split, lse_split,
-                    heads, group, q_len, kv_len, head_size, value_size, query_tiles, splits, split_keys,
+                    blocks, together, heads, group, q_len, kv_len, head_size, value_size,
+                    query_tiles, splits, split_keys,
                     scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, sinks, captures, threshold, seed,
                     SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE,
-                    BAND, STATE, PACKED, CONTAIN, SPAN,
+                    BAND, STATE, PACKED, CONTAIN, SPAN, DESCRIBED,
                 )  # fmt: skip
     else:
+        item = first + tl.program_id(0)
         _work_item(
-            first + tl.program_id(0), q, k, v, o, lse, odd,
+            item, q, k, v, o, lse, odd,
             q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, o_b, o_h, o_s, o_d,
             o_split, lse_split,
-            heads, group, q_len, kv_len, head_size, value_size, query_tiles, splits, split_keys,
+            blocks, together, heads, group, q_len, kv_len, head_size, value_size,
+            query_tiles, splits, split_keys,
             scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, sinks, captures, threshold, seed,
             SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE,
-            BAND, STATE, PACKED, CONTAIN, SPAN,
+            BAND, STATE, PACKED, CONTAIN, SPAN, DESCRIBED,
         )  # fmt: skip
 
 
@@ -71,23 +76,29 @@ def _work_item(
     item, q, k, v, o, lse, odd,
     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, o_b, o_h, o_s, o_d,
     o_split, lse_split,
-    heads, group, q_len, kv_len, head_size, value_size, query_tiles, splits, split_keys,
+    blocks, together, heads, group, q_len, kv_len, head_size, value_size,
+    query_tiles, splits, split_keys,
     scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, sinks, captures, threshold, seed,
     SCORE: tl.constexpr, MASK: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr,
     VALUE: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr,
     BAND: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, CONTAIN: tl.constexpr, SPAN: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """One work item: the arguments of `forward`."""
     ACC: tl.constexpr = lse.dtype.element_ty
     odd += item
     split = item % splits
-    tile = item // splits % query_tiles
-    if BAND:  # later rows see more keys of a causal call: start with what takes longest
-        tile = query_tiles - 1 - tile
-    b, h, kv, i, inside = locate(item // splits // query_tiles, tile, heads, group, q_len, TILE_Q, PACKED)
+    block, tile = item // splits // query_tiles, item // splits % query_tiles
+    if BAND and left is None:
+        block, tile = longest_first(item // splits, query_tiles, blocks, together)
+    b, h, kv, i, inside = locate(block, tile, heads, group, q_len, TILE_Q, PACKED)
     begin = split * split_keys
     end = tl.minimum(begin + split_keys, kv_len)
     low, high = key_limits(i, b, begin, end, left, right, offset, offsets, BAND)
+    first, last = rows_of_tile(tile, q_len, TILE_Q, PACKED)
+    touched, full_to = key_limits(first, b, begin, end, left, right, offset, offsets, BAND)
+    full_from, stop = key_limits(last, b, begin, end, left, right, offset, offsets, BAND)
+    reach = (touched, full_from, full_to, stop)  # of numbers, not of `low` and `high`: the same for all threads
 
     batch, head, row = b.to(tl.int64), h.to(tl.int64), i.to(tl.int64)
     d, dv, n = tl.arange(0, HEAD), tl.arange(0, VALUE), tl.arange(0, TILE_K).to(tl.int64)
@@ -97,8 +108,12 @@ def _work_item(
     lse_rows = lse + split.to(tl.int64) * lse_split + (batch * heads + head) * q_len + row
     k += batch * k_b + kv.to(tl.int64) * k_h
     v += batch * v_b + kv.to(tl.int64) * v_h
-    keys = k + n[None, :] * k_s + d[:, None].to(tl.int64) * k_d  # the first tile; others are a multiple of k_s away
-    values = v + n[:, None] * v_s + dv[None, :].to(tl.int64) * v_d
+    if DESCRIBED:  # the memory unit cuts tiles out, with zeros for what lies outside
+        keys = tl.make_tensor_descriptor(k, [tl.maximum(kv_len, 1), head_size], [k_s, 1], [TILE_K, HEAD])
+        values = tl.make_tensor_descriptor(v, [tl.maximum(kv_len, 1), value_size], [v_s, 1], [TILE_K, VALUE])
+    else:
+        keys = k + n[None, :] * k_s + d[:, None].to(tl.int64) * k_d  # the first tile; others are a multiple of k_s away
+        values = v + n[:, None] * v_s + dv[None, :].to(tl.int64) * v_d
 
     query = tl.load(
         q_rows[:, None] + d[None, :].to(tl.int64) * q_d, mask=inside[:, None] & (d < head_size)[None, :], other=0.0
@@ -108,15 +123,16 @@ def _work_item(
     if SCORE is None:
         factor *= tl.full((), LOG2E, ACC)
     table_row = 0 if MASK is None else 2 * (b * rows_b + _head_of_table(h, rows_h, PACKED) + tile)
-    inputs = (query, keys, values, factor, low, high, begin, end, b, h, i)
+    inputs = (query, keys, values, factor, low, high, begin, end, b, h, i, left, right)
     number_of_head = b * heads + h
     draw = (threshold, seed, number_of_head[:, None] if PACKED else number_of_head)
     where = (rows, runs, table_row, captures, draw)
     sizes = (k_s.to(tl.int64), v_s.to(tl.int64), kv_len, head_size, value_size)
     sums = _start(o_rows, lse_rows, o_d, inside, columns, threshold, STATE, TILE_Q, VALUE, ACC)
     top, total, acc = _sweep(
-        sums, inputs, where, sizes,
+        sums, reach, inputs, where, sizes,
         SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE, PACKED, ACC, CONTAIN, SPAN,
+        DESCRIBED,
     )  # fmt: skip
     if not CONTAIN:
         bad = any_not_finite(acc)
@@ -176,36 +192,45 @@ def _start(
 
 @triton.jit
 def _sweep(
-    sums, inputs, where, sizes,
+    sums, reach, inputs, where, sizes,
     SCORE: tl.constexpr, MASK: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr,
     VALUE: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr,
     PACKED: tl.constexpr, ACC: tl.constexpr, CONTAIN: tl.constexpr, SPAN: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Every key tile that some row sees: first those that all rows see whole, then the others."""
     earlier, tiles = sums, 0  # the sums of earlier spans, key tiles since then
     if SPAN:
         sums = _nothing_since(sums)
     if MASK is None:
-        low, high = inputs[4], inputs[5]
-        touched = tl.min(low, 0) // TILE_K * TILE_K
-        stop = tl.max(high, 0)
-        full_from = tl.cdiv(tl.max(low, 0), TILE_K) * TILE_K
-        full_to = tl.min(high, 0) // TILE_K * TILE_K
-        whole = full_to > full_from
+        touched, full_from, full_to, stop = reach
+        touched = touched // TILE_K * TILE_K
+        full_from, full_to = tl.cdiv(full_from, TILE_K) * TILE_K, full_to // TILE_K * TILE_K
         sums, earlier, tiles = _stretch(
             sums, earlier, tiles, full_from, full_to, inputs, where, sizes, True,
             SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE, PACKED, ACC, CONTAIN, SPAN,
+            DESCRIBED,
         )  # fmt: skip
-        before = tl.cdiv(tl.maximum(tl.where(whole, full_from, stop) - touched, 0), TILE_K)
-        resume = tl.where(whole, full_to, stop)
-        after = tl.cdiv(tl.maximum(stop - resume, 0), TILE_K)
         top, total, acc = sums
-        for t in range(0, before + after):  # the band's edges, about as long as a tile of queries: part of a span
-            n0 = tl.where(t < before, touched + t * TILE_K, resume + (t - before) * TILE_K)
-            top, total, acc = _key_tile(
-                top, total, acc, n0, inputs, where, sizes, False,
-                SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE, PACKED, ACC, CONTAIN,
-            )  # fmt: skip
+        if inputs[11] is None:  # what is cut follows what is whole
+            for n0 in range(tl.maximum(full_to, touched), stop, TILE_K):
+                top, total, acc = _key_tile(
+                    top, total, acc, n0, inputs, where, sizes, False,
+                    SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE, PACKED, ACC, CONTAIN,
+                    DESCRIBED,
+                )  # fmt: skip
+        else:
+            whole = full_to > full_from
+            before = tl.cdiv(tl.maximum(tl.where(whole, full_from, stop) - touched, 0), TILE_K)
+            resume = tl.where(whole, full_to, stop)
+            after = tl.cdiv(tl.maximum(stop - resume, 0), TILE_K)
+            for t in range(0, before + after):  # the band's edges, about as long as a tile of queries: part of a span
+                n0 = tl.where(t < before, touched + t * TILE_K, resume + (t - before) * TILE_K)
+                top, total, acc = _key_tile(
+                    top, total, acc, n0, inputs, where, sizes, False,
+                    SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE, PACKED, ACC, CONTAIN,
+                    DESCRIBED,
+                )  # fmt: skip
         sums = top, total, acc
     else:  # the plan's table says where, see tables.py
         begin, end = inputs[6], inputs[7]
@@ -216,7 +241,7 @@ def _sweep(
             sums, earlier, tiles = _stretch(
                 sums, earlier, tiles, start, stop, inputs, where, sizes, True,
                 SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE, PACKED, ACC, CONTAIN,
-                SPAN,
+                SPAN, DESCRIBED,
             )  # fmt: skip
         for run in range(tl.load(rows + 1), tl.load(rows + 2)):
             start = tl.maximum(tl.load(runs + 2 * run), begin)
@@ -224,7 +249,7 @@ def _sweep(
             sums, earlier, tiles = _stretch(
                 sums, earlier, tiles, start, stop, inputs, where, sizes, False,
                 SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE, PACKED, ACC, CONTAIN,
-                SPAN,
+                SPAN, DESCRIBED,
             )  # fmt: skip
     return _joined(sums, earlier, CONTAIN) if SPAN else sums
 
@@ -235,6 +260,7 @@ def _stretch(
     SCORE: tl.constexpr, MASK: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr,
     VALUE: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr,
     PACKED: tl.constexpr, ACC: tl.constexpr, CONTAIN: tl.constexpr, SPAN: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """The key tiles of [start, stop). A span ends with SPAN of them or where, with those of stretches before, it has
     SPAN or more: many short stretches share one."""
@@ -246,6 +272,7 @@ def _stretch(
                 top, total, acc = _key_tile(
                     top, total, acc, n0, inputs, where, sizes, FULL,
                     SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE, PACKED, ACC, CONTAIN,
+                    DESCRIBED,
                 )  # fmt: skip
             tiles += tl.cdiv(end - begin, TILE_K)
             if tiles >= SPAN:
@@ -257,6 +284,7 @@ def _stretch(
             top, total, acc = _key_tile(
                 top, total, acc, n0, inputs, where, sizes, FULL,
                 SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE, PACKED, ACC, CONTAIN,
+                DESCRIBED,
             )  # fmt: skip
     return (top, total, acc), earlier, tiles
 
@@ -284,14 +312,17 @@ def _key_tile(
     top, total, acc, n0, inputs, where, sizes, FULL: tl.constexpr,
     SCORE: tl.constexpr, MASK: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr,
     VALUE: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr,
-    PACKED: tl.constexpr, ACC: tl.constexpr, CONTAIN: tl.constexpr,
+    PACKED: tl.constexpr, ACC: tl.constexpr, CONTAIN: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """One key tile: s = q k^T, the online softmax, acc += p v. FULL: every row sees every key of it."""
-    query, keys, values, factor, low, high, begin, end, b, h, i = inputs
+    query, keys, values, factor, low, high, begin, end, b, h, i, left, right = inputs
     k_s, v_s, kv_len, head_size, value_size = sizes
     j = n0 + tl.arange(0, TILE_K)
     d, dv = tl.arange(0, HEAD), tl.arange(0, VALUE)
-    key = _load(keys + n0 * k_s, (d < head_size)[:, None], (j < kv_len)[None, :], WHOLE, FULL)
+    if DESCRIBED:
+        key = tl.trans(keys.load([n0, 0]))
+    else:
+        key = _load(keys + n0 * k_s, (d < head_size)[:, None], (j < kv_len)[None, :], WHOLE, FULL)
     s = product(query, rounded(key, OPERAND), ACC, PRECISION)  # (TILE_Q, TILE_K)
 
     if SCORE is None and FULL:  # scaled in the exponent, where a multiply-add takes it
@@ -309,7 +340,9 @@ def _key_tile(
         if SCORE is not None:
             s = SCORE(s, place_b, place_h, place_i, place_j, where[3], ACC) * tl.full((), LOG2E, ACC)
         if not FULL:
-            seen = (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
+            seen = (j < end)[None, :] if right is None else j[None, :] < high[:, None]
+            if left is not None:
+                seen = seen & (j[None, :] >= low[:, None])
             if MASK is not None:
                 seen = seen & MASK(s, place_b, place_h, place_i, place_j, where[3], ACC)
             s = tl.where(seen, s, MINUS_INF)
@@ -321,7 +354,10 @@ def _key_tile(
     shrink = tl.exp2(top - reference)
     total = total * shrink + tl.sum(p, 1)
     acc = acc * shrink[:, None]
-    value = _load(values + n0 * v_s, (j < kv_len)[:, None], (dv < value_size)[None, :], FULL, WHOLE)
+    if DESCRIBED:
+        value = values.load([n0, 0])
+    else:
+        value = _load(values + n0 * v_s, (j < kv_len)[:, None], (dv < value_size)[None, :], FULL, WHOLE)
     value = rounded(value, OPERAND)
     threshold, seed, number_of_head = where[4]
     if threshold is not None:  # the sum of the weights, and with it lse, is taken without dropout

@@ -50,7 +50,8 @@ class Call(NamedTuple):
 class Forward:
     """The flash kernel bound to one spec, plan and layout: a `kernels.CompiledKernel`.
 
-    The plan's tiles are the kernel's: plan.tile_q and plan.tile_k are the tile's. A merge follows the last work items
+    The plan's tiles are the kernel's: plan.tile_q and plan.tile_k are the tile's. Where that wants tensor descriptors
+    and the arrays lie otherwise, `plain` is taken, whose keys divide them. A merge follows the last work items
     in the same stream, so there is no stage of it for an engine to wait for.
     Raises: SpecError for strides that are not whole elements, and for lengths beyond int32.
     """
@@ -58,8 +59,11 @@ class Forward:
     scratch_bytes = 0
     merge_stage: Stage | None = None
 
-    def __init__(self, spec: AttentionSpec, plan: Plan, layout: Layout, tile: Tile, device: Device):
+    def __init__(
+        self, spec: AttentionSpec, plan: Plan, layout: Layout, tile: Tile, device: Device, plain: Tile | None = None
+    ):
         self._spec, self._plan, self._tile, self._device = spec, plan, tile, device
+        self._plain = replace(tile, described=False) if plain is None else plain
         check_lengths(spec, plan.items)
         self._layout = Elements.of(layout, spec)
         self._packed = plan.head_block > 1
@@ -138,17 +142,19 @@ class Forward:
             **splits,
             **sizes_of(spec),
             **band_values(spec),
+            **order_of(spec, plan, self._device.cache_bytes()),
             "query_tiles": plan.query_tiles,
             "split_keys": plan.split_keys or spec.kv_len,
             "scale": bits(spec.scale),
         }
+        tile = self._tile if memory.contiguous and memory.aligned and layout.can_be_described() else self._plain
         how: dict[str, Any] = {
             "state": special.PARTIAL if self._split else special.FINISHED,
             "packed": self._packed,
-            "spans": special.has_spans(spec, self._tile, plan.split_keys or spec.kv_len),
+            "spans": special.has_spans(spec, tile, plan.split_keys or spec.kv_len),
             "memory": replace(memory, aligned=memory.aligned and row % 16 == 0) if self._split else memory,
         }
-        both = tuple(special.forward(spec, self._tile, contain=contain, **how) for contain in (False, True))
+        both = tuple(special.forward(spec, tile, contain=contain, **how) for contain in (False, True))
         bound = tuple(self._device.bind(kernel, fixed) for kernel in both)
         if not self._split:
             return (bound,)
@@ -218,6 +224,10 @@ class Elements:
     def values(self, tensors: str) -> dict[str, int]:
         return {f"{t}_{a}": self.strides[f"{t}_{a}"] for t in tensors for a in _AXES}
 
+    def can_be_described(self) -> bool:
+        """Whether a tensor descriptor holds the steps between rows of k and v: 40 bits, of bytes, and no sign."""
+        return all(0 < self.strides[name] * self.itemsize < 1 << 40 for name in ("k_s", "v_s"))
+
     def memory(self, addresses: tuple[int, ...]) -> Memory:
         """What can be said of a call's arrays."""
         outer = (stride for name, stride in self.strides.items() if name[2] != "d")
@@ -245,6 +255,15 @@ def sizes_of(spec: AttentionSpec) -> dict[str, int]:
         "head_size": spec.head_size,
         "value_size": spec.value_size,
     }
+
+
+def order_of(spec: AttentionSpec, plan: Plan, cache_bytes: int) -> dict[str, int]:
+    """How the kernel numbers the work items of a causal call: `rows.longest_first`."""
+    blocks = spec.batch * spec.heads // plan.head_block
+    shared = max(1, spec.group // plan.head_block)  # blocks that read the same keys and values
+    read = spec.kv_len * (spec.head_size + spec.value_size) * dtype_of(spec.dtype).itemsize
+    together = cache_bytes // 2 * shared // max(1, read)
+    return {"blocks": blocks, "together": max(1, min(together, blocks))}
 
 
 def band_values(spec: AttentionSpec) -> dict[str, Any]:

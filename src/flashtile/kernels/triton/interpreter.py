@@ -39,6 +39,7 @@ _TORCH = {
 }
 
 PROCESSORS = 3  # few, so that small problems show what a program does that has several work items
+CACHE_BYTES = 8192  # little, so that they have heads that do not fit in together
 
 # While a kernel is interpreted, Triton's language is patched for the whole process.
 _one_at_a_time = threading.Lock()
@@ -96,6 +97,9 @@ class Interpreter:
 
     def processors(self) -> int:
         return PROCESSORS
+
+    def cache_bytes(self) -> int:
+        return CACHE_BYTES
 
     def bind(self, specialisation: Specialisation, fixed: Mapping[str, Any]) -> Bound:
         return Interpreted(self, specialisation, fixed)

@@ -26,9 +26,28 @@ def locate(block, tile, heads, group, q_len, TILE_Q: tl.constexpr, PACKED: tl.co
 
 
 @triton.jit
+def longest_first(place, query_tiles, blocks, together):
+    """(block, tile of queries) of a place in the order of work where later rows see more keys: the last tiles first, of
+    `together` blocks at a time, whose keys and values the device's cache holds."""
+    group = place // (together * query_tiles)
+    within = place % (together * query_tiles)
+    width = tl.minimum(together, blocks - group * together)
+    return group * together + within % width, query_tiles - 1 - within // width
+
+
+@triton.jit
+def rows_of_tile(tile, q_len, TILE_Q: tl.constexpr, PACKED: tl.constexpr):
+    """The first row of a tile and the last that exists; PACKED, a tile has all rows."""
+    if PACKED:
+        return tile * 0, tile * 0 + q_len - 1
+    else:
+        return tile * TILE_Q, tl.minimum(tile * TILE_Q + TILE_Q, q_len) - 1
+
+
+@triton.jit
 def key_limits(i, b, begin, end, left, right, offset, offsets, BAND: tl.constexpr):
-    """The keys [low, high) of [begin, end) that each row sees by its position: key j iff
-    -left <= j - (i + offset) <= right."""
+    """The keys [low, high) of [begin, end) that each row i, one or many, sees by its position: key j iff
+    -left <= j - (i + offset) <= right. A side that is None is open."""
     if BAND:
         anchor = i.to(tl.int64)
         if offsets is not None:
@@ -36,7 +55,11 @@ def key_limits(i, b, begin, end, left, right, offset, offsets, BAND: tl.constexp
         else:
             anchor += offset
         first, last = begin.to(tl.int64), end.to(tl.int64)
-        low = tl.minimum(tl.maximum(anchor - left, first), last).to(tl.int32)
-        return low, tl.minimum(tl.maximum(anchor + right + 1, first), last).to(tl.int32)
+        low, high = tl.zeros_like(i) + begin, tl.zeros_like(i) + end
+        if left is not None:
+            low = tl.minimum(tl.maximum(anchor - left, first), last).to(tl.int32)
+        if right is not None:
+            high = tl.minimum(tl.maximum(anchor + right + 1, first), last).to(tl.int32)
+        return low, high
     else:
         return tl.zeros_like(i) + begin, tl.zeros_like(i) + end

@@ -45,12 +45,13 @@ class Tile:
     tile_k: int
     num_warps: int = 4
     num_stages: int = 2
+    described: bool = False  # tiles of K and V are cut out by tensor descriptors, where the arrays are aligned
 
 
 def contained(tile: Tile) -> Tile:
     """The tile of the second launch, which computes what is not finite: the same, or the bits of rows that see nothing
-    of it would differ; but without a pipeline, as it needs shared memory for more products."""
-    return replace(tile, num_stages=1)
+    of it would differ; but without a pipeline, as it needs shared memory for more products, and by plain loads."""
+    return replace(tile, num_stages=1, described=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,10 +183,12 @@ def forward(
         **_strides("qkvo", memory),
         "o_split": "i64",
         "lse_split": "i64",
-        **_sizes("first", "items", "heads", "group", "q_len", "kv_len", "head_size", "value_size"),
+        **_sizes(
+            "first", "items", "blocks", "together", "heads", "group", "q_len", "kv_len", "head_size", "value_size"
+        ),
         **_sizes("query_tiles", "splits", "split_keys"),
         "scale": "i64",
-        **_band(spec),
+        **_sides(spec),
         **_tables(spec),
         "sinks": f"*{accumulator}" if spec.sinks and state == FINISHED else None,
         "captures": _captures(spec.program),
@@ -203,6 +206,7 @@ def forward(
         "SPAN": SPAN if spans else 0,
     }
     tile = contained(tile) if contain else tile
+    constants["DESCRIBED"] = tile.described and memory.contiguous and memory.aligned
     return _specialisation("forward", arguments, constants, memory, tile, spec.program)
 
 
@@ -306,6 +310,12 @@ def _band(spec: AttentionSpec) -> dict[str, Type | None]:
         "offset": "i64" if band and not per_batch else None,
         "offsets": "*i64" if band and per_batch else None,
     }
+
+
+def _sides(spec: AttentionSpec) -> dict[str, Type | None]:
+    """The same without the sides that are open."""
+    there = {} if spec.band is None else {"left": spec.band.left, "right": spec.band.right}
+    return {**_band(spec), **{name: None for name, distance in there.items() if distance is None}}
 
 
 def _tables(spec: AttentionSpec) -> dict[str, Type | None]:

@@ -19,11 +19,7 @@ class Table(NamedTuple):
     runs: np.ndarray
     rows_b: int  # tiles of queries from one batch to the next, 0 where one map serves all
     rows_h: int
-
-    @property
-    def both(self) -> np.ndarray:
-        """rows and, right behind them, runs: one array to copy."""
-        return np.concatenate([self.rows, self.runs.ravel()])
+    both: np.ndarray  # rows and, right behind them, runs: one array to copy
 
 
 def table_of(coverage: Coverage) -> Table:
@@ -43,7 +39,8 @@ def table_of(coverage: Coverage) -> Table:
     rows = np.zeros(2 * batches * heads * tiles + 1, np.int32)
     np.cumsum(np.bincount(group, minlength=len(rows) - 1), out=rows[1:])
     runs = np.stack([start[order], stop[order]], 1).astype(np.int32)
-    return Table(rows, runs, heads * tiles if batches > 1 else 0, tiles if heads > 1 else 0)
+    both = np.concatenate([rows, runs.ravel()])
+    return Table(rows, runs, heads * tiles if batches > 1 else 0, tiles if heads > 1 else 0, both)
 
 
 def turned(coverage: Coverage, q_len: int, kv_len: int) -> Table:
@@ -66,4 +63,5 @@ def turned(coverage: Coverage, q_len: int, kv_len: int) -> Table:
     np.cumsum(np.bincount(group[begins], minlength=len(pointers) - 1), out=pointers[1:])
     stop = np.minimum((tile[ends - 1] + 1) * rows, q_len) if len(begins) else np.zeros(0, np.int64)
     runs = np.stack([tile[begins] * rows, stop], 1).astype(np.int32)
-    return Table(pointers, runs, heads * key_tiles if batches > 1 else 0, key_tiles if heads > 1 else 0)
+    both = np.concatenate([pointers, runs.ravel()])
+    return Table(pointers, runs, heads * key_tiles if batches > 1 else 0, key_tiles if heads > 1 else 0, both)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+from dataclasses import replace
 from typing import NamedTuple
 
 from flashtile.dtypes import DTYPES
@@ -40,19 +41,25 @@ def row(
     return Row(Tile(queries, keys, warps, stages), registers, spills, shared, contained)
 
 
+def described(*numbers: int) -> Row:
+    """A row whose kernel cuts tiles of K and V out by descriptors."""
+    found = row(*numbers)
+    return found._replace(tile=replace(found.tile, described=True))
+
+
 # Rows by architecture and kind of operand, for head sizes up to 64, 128 and 256.
 HEADS = (64, 128, MAX_HEAD_SIZE)
 
 TABLE: dict[tuple[str, str], tuple[Row, Row, Row]] = {
     # queries, keys, warps, stages; registers, spills, shared memory, spills of the second launch
     ("sm_80", "bfloat16"): (
-        row(128, 64, 4, 2, 249, 0, 32768, 371),
-        row(128, 64, 8, 2, 239, 0, 65536, 967),
+        row(128, 64, 8, 2, 186, 0, 32768, 14),
+        row(128, 64, 8, 2, 242, 0, 65536, 967),
         row(32, 32, 4, 2, 237, 0, 51200, 4),
     ),
     ("sm_80", "float16"): (
-        row(128, 64, 4, 2, 249, 0, 32768, 339),
-        row(128, 64, 8, 2, 239, 0, 65536, 292),
+        row(128, 64, 8, 2, 186, 0, 32768, 8),
+        row(128, 64, 8, 2, 242, 0, 65536, 292),
         row(32, 32, 4, 2, 237, 0, 51200, 32),
     ),
     ("sm_80", "float32"): (
@@ -61,7 +68,7 @@ TABLE: dict[tuple[str, str], tuple[Row, Row, Row]] = {
         row(32, 16, 8, 1, 232, 0, 67584, 0),
     ),
     ("sm_80", "float32 tf32"): (
-        row(128, 32, 8, 2, 162, 0, 49152, 0),
+        row(128, 32, 8, 2, 181, 0, 49152, 0),
         row(128, 32, 8, 2, 174, 0, 98304, 106),
         row(32, 32, 8, 1, 181, 0, 69632, 0),
     ),
@@ -81,13 +88,13 @@ TABLE: dict[tuple[str, str], tuple[Row, Row, Row]] = {
         row(16, 16, 8, 1, 166, 0, 67584, 0),
     ),
     ("sm_90", "bfloat16"): (
-        row(128, 128, 8, 2, 249, 0, 81920, 94),
-        row(128, 64, 8, 3, 198, 0, 131072, 92),
+        row(128, 64, 4, 3, 253, 0, 65536, 91),
+        row(128, 64, 8, 3, 209, 0, 131072, 94),
         row(128, 32, 8, 2, 252, 0, 131072, 1228),
     ),
     ("sm_90", "float16"): (
-        row(128, 128, 8, 2, 249, 0, 81920, 86),
-        row(128, 64, 8, 3, 198, 0, 131072, 92),
+        row(128, 64, 4, 3, 253, 0, 65536, 91),
+        row(128, 64, 8, 3, 209, 0, 131072, 94),
         row(128, 32, 8, 2, 252, 0, 131072, 1216),
     ),
     ("sm_90", "float32"): (
@@ -116,13 +123,13 @@ TABLE: dict[tuple[str, str], tuple[Row, Row, Row]] = {
         row(16, 16, 8, 1, 196, 0, 67584, 4),
     ),
     ("sm_100", "bfloat16"): (
-        row(128, 128, 8, 2, 233, 0, 82944, 199),
-        row(128, 64, 8, 2, 208, 0, 98848, 427),
+        row(128, 128, 8, 2, 236, 0, 82944, 199),
+        row(128, 64, 8, 2, 232, 0, 98848, 449),
         row(64, 32, 8, 2, 163, 0, 98848, 488),
     ),
     ("sm_100", "float16"): (
-        row(128, 128, 8, 2, 233, 0, 82944, 203),
-        row(128, 64, 8, 2, 208, 0, 98848, 425),
+        row(128, 128, 8, 2, 236, 0, 82944, 203),
+        row(128, 64, 8, 2, 232, 0, 98848, 449),
         row(64, 32, 8, 2, 163, 0, 98848, 488),
     ),
     ("sm_100", "float32"): (
@@ -187,14 +194,23 @@ TABLE: dict[tuple[str, str], tuple[Row, Row, Row]] = {
     ),
 }
 
+# What 16-bit kernels take instead, by architecture and head size, where K and V lie so that tensor descriptors can cut
+# tiles out of them: aligned, rows without gaps between elements. A tile of it has as many queries as the table's, and
+# keys that those of the table's divide, since the arrays of a planned call may be of either kind.
+DESCRIBED: dict[tuple[str, int], Row] = {
+    ("sm_90", 64): described(128, 64, 4, 3, 210, 0, 66560, 91),  # small: two programs on a processor
+    ("sm_90", 128): described(128, 128, 8, 2, 234, 0, 164864, 356),
+    ("sm_100", 64): described(128, 128, 8, 2, 218, 0, 82944, 198),
+    ("sm_100", 128): described(128, 64, 8, 3, 175, 0, 132096, 449),
+    ("sm_100", 256): described(64, 32, 8, 2, 128, 0, 98880, 487),
+}
+
 # Rows in place of the table's where the Triton at hand is older than a version and its kernels would spill.
 OLDER: dict[tuple[str, str, int], tuple[tuple[int, int], Row]] = {
-    ("sm_80", "bfloat16", 64): ((3, 7), row(128, 64, 8, 2, 197, 0, 32768, 14)),
     ("sm_90", "bfloat16", 256): ((3, 7), row(64, 32, 8, 2, 196, 0, 98304, 268)),
     ("sm_90", "float16", 256): ((3, 7), row(64, 32, 8, 2, 196, 0, 98304, 268)),
     ("sm_90", "float32 bf16", 256): ((3, 7), row(32, 32, 8, 1, 180, 0, 49152, 0)),
     ("sm_90", "float32 fp16", 256): ((3, 7), row(32, 32, 8, 1, 180, 0, 49152, 0)),
-    ("sm_80", "float16", 64): ((3, 7), row(128, 64, 8, 2, 197, 0, 32768, 8)),
 }
 
 # Other architectures, by a pattern: whose rows they take. Rows of sm_80 fit into 99 KB of shared memory, which is what
@@ -267,13 +283,25 @@ def vanilla_tile(spec: AttentionSpec, arch: str) -> Tile:
     return Tile(32, 32, 4, 1) if wide else Tile(64, 32, 4, 1)
 
 
-def forward_tile(spec: AttentionSpec, arch: str, few: bool = False) -> Tile:
+def described_row(arch: str, spec: AttentionSpec) -> Row | None:
+    """The row of DESCRIBED for a call; None if there is none."""
+    rows = rows_of(arch)
+    if rows is None or arch.startswith("sm_12") or DTYPES[spec.dtype].itemsize != 2:
+        return None
+    size = max(padded(spec.head_size), padded(spec.value_size))
+    return DESCRIBED.get((rows, next((most for most in HEADS if size <= most), 0)))
+
+
+def forward_tile(spec: AttentionSpec, arch: str, few: bool = False, described: bool = False) -> Tile:
     """The tile of the forward kernel; with few rows a key/value head a tile holds no more than FEW_ROWS.
 
-    An architecture without rows gets those of sm_80; the family says that it does not compute there.
+    described: the one by tensor descriptors, where there is one. An architecture without rows gets those of sm_80; the
+    family says that it does not compute there.
     """
     if arch == INTERPRETER:
         return Tile(FEW_ROWS if few else 32, 32)
+    if described and not few and (found := described_row(arch, spec)) is not None:
+        return found.tile
     size = max(padded(spec.head_size), padded(spec.value_size))
     arch, kind = arch if rows_of(arch) else "sm_80", kind_of(spec)
     tile = row_of(arch, kind, size).tile
