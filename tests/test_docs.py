@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "docs" / "images"
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-STARPU = re.compile(r"import starpu(_mpi)?\b|flashtile\.starpu(_mpi)?\b|engine=\"starpu\"")
+STARPU = re.compile(r"import starpu(_mpi)?\b|flashtile\.starpu(_mpi)?\b|engine=\"starpu\"|memory_limit=")
 OPTIONAL_IMPORT = re.compile(r"import (?:\w+, )*(?:flashtile\.)?(torch|jax|ml_dtypes|transformers|dask|zarr)\b")
 
 

@@ -29,7 +29,7 @@ class Place(NamedTuple):
 # Bottom to top: a place imports itself and places above its line only, of those the ones that it names.
 TABLE: dict[str, Place] = {
     "errors": Place("errors progress rooms version signature checks hints"),
-    "arrays": Place("arrays dtypes threads", "errors"),
+    "arrays": Place("arrays arrayfiles dtypes threads", "errors"),
     "llvm": Place("llvm", "errors"),
     "score": Place("score", "errors arrays llvm"),
     "spec": Place("spec", "errors arrays score"),
@@ -56,13 +56,13 @@ TABLE: dict[str, Place] = {
     "dask": Place("engines.dask", "errors arrays score spec options contract engines starpu"),
     "calls": Place("calls", "errors arrays spec options contract engines"),
     "doors": Place(
-        "api torch transformers flash_attn onnx jax xla xla_native devices device_gradients lazy gradients merge "
-        "explain plot picture starpu starpu_mpi nntile",
+        "api torch transformers flash_attn onnx jax xla xla_native devices device_gradients lazy outofcore scaling "
+        "gradients merge explain plot picture starpu starpu_mpi nntile",
         "errors arrays llvm score spec options plan contract numpy owners engines direct starpu starpu_mpi dask calls",
     ),
     "package": Place("", "errors arrays score doors"),
     "tools": Place(
-        "cli flags __main__ bench demo doctor launch testing arrayfiles",
+        "cli flags __main__ bench demo doctor launch testing",
         "errors arrays llvm score spec options contract numpy triton engines starpu starpu_mpi calls doors package",
     ),
 }

@@ -71,6 +71,7 @@ def attention(
     engine: Engine = "auto",
     progress: Progress = None,
     out: Any = None,
+    memory_limit: int | None = None,
     **unknown: Any,
 ) -> Any:
     """Exact attention: softmax(scale * q k^T) v, without storing the scores.
@@ -89,6 +90,8 @@ def attention(
               kernel, engine  a name, or "auto" for the fastest that can do the call; see `flashtile.explain`.
               progress  a function (done, total) called on this thread about ten times a second; True shows a bar.
               out       an array for o, that shares no memory with the inputs.
+              memory_limit  bytes that a call on arrays in files may take (docs, "Larger than memory"), by
+                        engine="starpu"; out is then also the name of an .npy file.
               mask      which keys a row may see: a boolean array that broadcasts to (B, H, S_q, S_kv), True = attend;
                         a mask of `flashtile.score`, composed with & | ~; or a function (b, h, i, j) -> bool.
               bias      a float array that broadcasts to (B, H, S_q, S_kv), added to the scores; -inf hides.
@@ -112,7 +115,7 @@ def attention(
     >>> flashtile.attention(x, x, x, causal=True).shape
     (1, 8, 512, 64)
     """
-    if unknown or not (type(q) is type(k) is type(v) is ndarray):
+    if unknown or memory_limit is not None or not (type(q) is type(k) is type(v) is ndarray):
         return _attend_others(**locals())
     if type(return_lse) is not bool:
         check_flag("return_lse", return_lse)
@@ -123,10 +126,14 @@ def attention(
     return attend(NUMPY, q, k, v, describe(q, scores, options), return_lse, progress, out)
 
 
-def _attend_others(q: Any, k: Any, v: Any, *, unknown: dict[str, Any], **keywords: Any) -> Any:
+def _attend_others(q: Any, k: Any, v: Any, *, unknown: dict[str, Any], memory_limit: Any, **keywords: Any) -> Any:
     """Refuse unknown keywords; hand torch tensors to their door, arrays on a GPU to its own call, Dask's and stored
     ones to the graph's, JAX's to be lent, and subclasses of ndarray back to attention as plain arrays."""
     check_keywords(attention, unknown)
+    if memory_limit is not None:
+        from flashtile import outofcore
+
+        return outofcore.attention(q, k, v, memory_limit=memory_limit, **keywords)
     if any(map(is_torch, (q, k, v))):
         import flashtile.torch
 

@@ -134,10 +134,52 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def starpu(options: argparse.Namespace) -> int:
-    """Compile the binding of the StarPU engine against the installed StarPU."""
+    """The StarPU engine: compile its binding, or simulate a call over many ranks."""
+    if options.action == "simulate":
+        return _simulate(options)
     from flashtile.engines.starpu import build, report
 
     print(f"{build.build(force=True)}: {report.remark()}")
+    return OK
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    """Print what calls over so many ranks would take, and draw them."""
+    from flashtile import scaling
+
+    most = max(options.ranks)
+    names = (
+        "heads",
+        "kv_heads",
+        "head_size",
+        "dtype",
+        "window",
+        "tile",
+        "order",
+        "exchange",
+        "workers",
+        "rate",
+        "busy",
+    )
+    keywords = {name: getattr(options, name) for name in names} | {"causal": not options.full}
+    keywords |= {"bandwidth": options.bandwidth * 1e9, "latency": options.latency * 1e-6}
+    if keywords["window"] is not None:
+        keywords["window"] = tuple(keywords["window"])
+
+    def found(distribution: str) -> list[scaling.Simulation]:
+        of = [(n, round(options.seq * (n / most) ** 0.5) if options.weak else options.seq) for n in options.ranks]
+        return [scaling.simulate(n, length, distribution=distribution, **keywords) for n, length in of]
+
+    if options.plot is not None:
+        curves = {name: found(name) for name in ("zigzag", "contiguous")}
+        simulations = curves[options.distribution]
+        grows = "with the root of the ranks, to" if options.weak else "of"
+        scaling.plot(
+            options.plot, curves, f"{options.heads} heads, D = {options.head_size}, rows {grows} {options.seq}"
+        )
+    else:
+        simulations = found(options.distribution)
+    print("\n\n".join(map(str, simulations)))
     return OK
 
 

@@ -100,7 +100,39 @@ def _add_explain_options(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_starpu_actions(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("action", choices=("build",), help="compile, whether or not it was compiled before")
+    actions = sub.add_subparsers(dest="action", metavar="ACTION", required=True)
+    actions.add_parser("build", help="compile, whether or not it was compiled before")
+    what = "time, traffic and idle time of a causal call over many ranks, predicted from its plan"
+    more = actions.add_parser("simulate", help=what, description=what)
+    more.add_argument("--ranks", type=_numbers, required=True, metavar="A,B", help="how many; several are compared")
+    more.add_argument("--seq", type=_length, required=True, metavar="N", help="rows of q, k, v; 1M is 2^20")
+    more.add_argument("--weak", action="store_true", help="fewer ranks have fewer rows: equal work a rank")
+    for option, default, content in (
+        ("--heads", 8, "query heads"),
+        ("--kv-heads", None, "heads of k and v (default: as many)"),
+        ("--tile", 960, "rows of a tile"),
+        ("--exchange", 1, "ranks that exchange heads first"),
+        ("--workers", 1, "of a rank"),
+        ("--busy", None, "threads that compute while a task is measured (default: as --workers)"),
+    ):
+        shown = f"{content} (default {default})" if default is not None else content
+        more.add_argument(option, type=_natural, default=default, metavar="N", help=shown)
+    more.add_argument("--dim", dest="head_size", type=_natural, default=128, metavar="D", help="default 128")
+    more.add_argument("--dtype", default="float32", help="default float32")
+    more.add_argument("--full", action="store_true", help="not causal")
+    more.add_argument("--window", type=int, nargs=2, metavar=("LEFT", "RIGHT"), help="-1 is open on that side")
+    more.add_argument("--distribution", choices=("zigzag", "contiguous"), default="zigzag", help="default zigzag")
+    more.add_argument("--order", choices=("posted", "needed"), default="posted", help="in which tiles are sent")
+    more.add_argument("--bandwidth", type=float, default=12.5, metavar="GB/s", help="of a rank's link (default 12.5)")
+    more.add_argument("--latency", type=float, default=2.0, metavar="US", help="microseconds (default 2)")
+    more.add_argument("--rate", type=float, metavar="FLOP/S", help="of a worker; default: tasks are measured here")
+    more.add_argument("--plot", type=Path, metavar="FILE.png", help="efficiency over ranks, in both distributions")
+
+
+def _length(text: str) -> int:
+    """A number with a unit: 1K is 2^10, 1M is 2^20."""
+    shift = {"K": 10, "M": 20}.get(text[-1:].upper(), 0)
+    return _natural(text[:-1] if shift else text) << shift
 
 
 def _add_mpi_actions(sub: argparse.ArgumentParser) -> None:

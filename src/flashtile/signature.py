@@ -76,3 +76,4 @@ if TYPE_CHECKING:  # typing_extensions comes with every checker, and is no depen
         engine: Engine
         progress: Progress
         out: Any
+        memory_limit: int | None

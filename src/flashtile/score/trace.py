@@ -101,6 +101,10 @@ def _warn_of_constant(function: Any, argument: str, result: bool) -> None:
 
 
 def _check_arity(function: Callable[..., Any], names: str, argument: str) -> None:
+    if type(function) is types.FunctionType and not vars(function):
+        code = function.__code__
+        if code.co_argcount == len(names) and not code.co_kwonlyargcount:  # as most are; a signature takes long to make
+            return
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):

@@ -164,6 +164,7 @@ def to_int(value: Any) -> Any:
     return np.clip(wide, INT_MIN, INT_MAX).astype(np.int64).astype(np.int32)
 
 
+@functools.cache
 def variable(name: str) -> Expr:
     return node(OPERATIONS["var"], (), VARIABLES[name], name)
 

@@ -1,0 +1,266 @@
+"""A call whose arrays are larger than memory: keys and values pass through a few buffers, tile by tile.
+
+Query tiles are taken in groups as large as the limit allows, and for a group the keys of a head pass once: down from
+the group's own to the first, then from the last down, which is the order of every chain in it (flow.py). So bits are
+those of the call in memory. A buffer is filled while workers compute on the others, and filled again when the tasks on
+it are done: an eviction of our own, by which nothing that is only read is ever written anywhere.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flashtile.arrays import address_of
+from flashtile.dtypes import DTYPES
+from flashtile.engines.starpu import runtime
+from flashtile.engines.starpu.flow import Flow
+from flashtile.engines.starpu.jobs import TASK, Job
+from flashtile.engines.starpu.session import codelet
+from flashtile.engines.starpu.states import submit_finish
+from flashtile.engines.starpu.tiles import TiledTensor
+from flashtile.errors import wrong
+from flashtile.kernels import tile_kernels
+from flashtile.progress import Report
+from flashtile.score.options import Scoring
+from flashtile.spec import AttentionSpec
+
+SPARE_BUFFERS = 2  # beside one a worker: one is filled, one is ready
+LEAST_BUFFERS = 2
+AROUND = 2 << 20  # bytes: the system maps neighbours of a page that is read, up to so far
+
+Read = Callable[[int, int, int, np.ndarray], None]  # (batch, head, first row, where to): fills (rows, columns)
+Written = Callable[[np.ndarray], None]  # is told of each part of the output that is there
+
+
+@dataclass(frozen=True)
+class Room:
+    """How a limit is shared out."""
+
+    group: int  # query tiles that are in memory together, of one key/value head
+    buffers: int  # key tiles, each with its values
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a call takes beside its inputs: whatever is cut how, a query tile, a key tile."""
+
+    fixed: int
+    query_tile: int
+    key_tile: int
+
+    @property
+    def least(self) -> int:
+        """Of the smallest working set."""
+        return self.fixed + self.query_tile + LEAST_BUFFERS * self.key_tile
+
+    def room(self, limit: int, query_tiles: int, workers: int) -> Room:
+        """The share of a limit. Raises: SpecError for one below the smallest working set."""
+        if limit < self.least:
+            text = f"at least {self.least} bytes: {self.fixed} for results and workers, {self.query_tile} for a query "
+            text += f"tile, {self.key_tile} for each of {LEAST_BUFFERS} key tiles"
+            raise wrong("memory_limit", f"{limit} bytes", text)
+        left = limit - self.fixed - self.query_tile
+        buffers = min(workers + SPARE_BUFFERS, max(LEAST_BUFFERS, left // 2 // self.key_tile))
+        more = (left - buffers * self.key_tile) // self.query_tile
+        return Room(min(query_tiles, 1 + max(0, more)), buffers)
+
+
+def needs_of(spec: AttentionSpec, tile_q: int, tile_k: int, fixed: int) -> Needs:
+    """What a call takes; fixed: bytes of whatever is in memory all the time."""
+    dtype = DTYPES[spec.dtype]
+    wide = DTYPES[dtype.accumulator].itemsize
+    key_tiles = max(1, -(-spec.kv_len // tile_k))
+    row = spec.head_size * dtype.itemsize + spec.value_size * wide + wide
+    if wide != dtype.itemsize:
+        row += spec.value_size * dtype.itemsize
+    described = 2 * TASK.itemsize * spec.batch * spec.heads * key_tiles  # the tasks of a query tile, and their copies
+    keys = tile_k * (spec.head_size + spec.value_size) * dtype.itemsize
+    return Needs(fixed, spec.group * tile_q * row + described, keys)
+
+
+class Streamed:
+    """A call on arrays that are read tile by tile."""
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        tiles: tuple[int, int],
+        limit: int,
+        results: int,
+        offsets: np.ndarray | None,
+        scoring: Scoring | None,
+    ) -> None:
+        """results: bytes of outputs in memory. Raises: SpecError for a limit below the smallest working set."""
+        self.spec, (self.tile_q, self.tile_k) = spec, tiles
+        self.offsets, self.scoring = offsets if spec.offset is None else None, scoring
+        self.runtime = runtime.ensure()
+        workers = max(1, self.runtime.workers("cpu"))
+        at = 0 if self.offsets is None else address_of(self.offsets)
+        kernel = tile_kernels().forward(spec, *tiles, offsets=at, scoring=scoring)
+        needs = needs_of(spec, *tiles, results + workers * kernel.scratch_bytes)
+        self.query_tiles = -(-spec.q_len // self.tile_q)
+        self.room = needs.room(limit, self.query_tiles, workers)
+        self.storage = DTYPES[spec.dtype]
+        self.accumulator = DTYPES[self.storage.accumulator]
+
+    def run(
+        self,
+        q: Read,
+        k: Read,
+        v: Read,
+        o: np.ndarray,
+        lse: np.ndarray,
+        written: Written,
+        report: Report | None,
+    ) -> None:
+        """Compute o (B, H, S_q, D_v), whose bits are stored as they are, and lse (B, H, S_q); `written` hears
+        of every part of o once it is there.
+
+        Raises: KernelError naming codelet and tile; what the readers raise.
+        """
+        spec = self.spec
+        heads = [(b, h) for b in range(spec.batch) for h in range(spec.kv_heads)]
+        groups = list(range(0, self.query_tiles, self.room.group))
+        total, done = len(heads) * len(groups), 0
+        with self.runtime.working():
+            buffers = [
+                [np.empty((self.tile_k, n), self.storage.numpy) for n in (spec.head_size, spec.value_size)]
+                for _ in range(self.room.buffers if spec.kv_len else 0)
+            ]
+            for first in groups:
+                rows = np.arange(first, min(first + self.room.group, self.query_tiles))
+                flow = Flow(
+                    self.runtime,
+                    spec,
+                    self.tile_q,
+                    self.tile_k,
+                    offsets=self.offsets,
+                    scoring=self.scoring,
+                    rows=rows,
+                )
+                for batch, head in heads:
+                    _Pass(self, flow, buffers, batch, head, rows).run(q, k, v, o, lse, written)
+                    done += 1
+                    if report is not None:
+                        report(done, total)
+
+
+class _Pass:
+    """The keys of one head pass by a group of query tiles."""
+
+    def __init__(
+        self, call: Streamed, flow: Flow, buffers: list[list[np.ndarray]], batch: int, head: int, rows: np.ndarray
+    ) -> None:
+        self.call, self.flow, self.buffers = call, flow, buffers
+        self.batch, self.head, self.rows = batch, head, rows
+        spec = call.spec
+        self.heads = slice(head * spec.group, (head + 1) * spec.group)
+        self.first, self.last = int(rows[0]) * call.tile_q, min((int(rows[-1]) + 1) * call.tile_q, spec.q_len)
+        self.modes = flow._modes(call.runtime)
+        p = flow.pairs
+        self.mine = np.flatnonzero((p.batch == batch) & (p.head // spec.group == head))
+        self.own = p.query_tile * call.tile_q // call.tile_k
+
+    def run(self, q: Read, k: Read, v: Read, o: np.ndarray, lse: np.ndarray, written: Written) -> None:
+        call, spec = self.call, self.call.spec
+        height, job = self.last - self.first, Job()
+        queries = np.empty((1, spec.group, height, spec.head_size), call.storage.numpy)
+        for n, head in enumerate(range(self.heads.start, self.heads.stop)):
+            for row in range(0, height, call.tile_q):  # by tiles, so that no more of a file is in memory
+                q(self.batch, head, self.first + row, queries[0, n, row : row + call.tile_q])
+        state = np.empty((1, spec.group, height, spec.value_size), call.accumulator.numpy)
+        logs = np.empty(state.shape[:3], call.accumulator.numpy)
+        out = np.empty(state.shape, call.storage.numpy) if self.flow.narrow else state
+        tensors: list[TiledTensor] = []
+        placed: list[TiledTensor | None] = [None] * len(self.buffers)
+        values: list[TiledTensor | None] = [None] * len(self.buffers)
+        try:
+            for x, kind in ((queries, call.storage), (state, call.accumulator), (logs, call.accumulator)):
+                tensors.append(_tiled(x, kind, call.tile_q))
+            self._submit(job, tensors, np.flatnonzero(self.flow.pairs.key_tile[self.mine] < 0), None, None)
+            for n, (tile, chosen) in enumerate(self._visits()):
+                at = n % len(self.buffers)
+                for held in (placed, values):
+                    if (old := held[at]) is not None:
+                        old.unregister()  # waits for the tasks that read it
+                        held[at] = None
+                placed[at], values[at] = (
+                    _tiled(self._load(read, buffer, tile), call.storage, call.tile_k)
+                    for read, buffer in zip((k, v), self.buffers[at], strict=True)
+                )
+                self._submit(job, tensors, chosen, placed[at], values[at])
+            if self.flow.narrow:
+                tensors.append(_tiled(out, call.storage, call.tile_q))
+                submit_finish(job, tensors[1], tensors[2], tensors[3])
+            job.wait()
+        finally:
+            job.drain()
+            for tensor in (*tensors, *placed, *values):
+                if tensor is not None:
+                    tensor.unregister()
+        for n, head in enumerate(range(self.heads.start, self.heads.stop)):
+            for row in range(0, height, call.tile_q):
+                part = o[self.batch, head, self.first + row : min(self.first + row + call.tile_q, self.last)]
+                part[...] = out[0, n, row : row + call.tile_q]
+                written(part)
+        lse[self.batch, self.heads, self.first : self.last] = logs[0]
+
+    def _visits(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Each key tile in the order of the chains, with the numbers of its tasks among `mine`."""
+        tiles = self.flow.pairs.key_tile[self.mine]
+        behind = tiles > self.own[self.mine]  # those that a chain meets after it has come to the first key
+        order = np.lexsort((-tiles, behind))
+        order = order[tiles[order] >= 0]
+        if not len(order):
+            return
+        new = np.flatnonzero((np.diff(tiles[order]) != 0) | (np.diff(behind[order].astype(int)) != 0)) + 1
+        for chosen in np.split(order, new):
+            yield int(tiles[chosen[0]]), np.sort(chosen)
+
+    def _load(self, read: Read, buffer: np.ndarray, tile: int) -> np.ndarray:
+        """A tile in its buffer, (1, 1, keys, columns)."""
+        begin = tile * self.call.tile_k
+        end = min(begin + self.call.tile_k, self.call.spec.kv_len)
+        filled = buffer[: end - begin]
+        read(self.batch, self.head, begin, filled)
+        return filled[None, None]
+
+    def _submit(
+        self, job: Job, tensors: list[TiledTensor], chosen: np.ndarray, k: TiledTensor | None, v: TiledTensor | None
+    ) -> None:
+        if not len(chosen):
+            return
+        p, numbers = self.flow.pairs, self.mine[chosen]
+        at = 0, p.head[numbers] - self.heads.start, p.query_tile[numbers] - self.rows[0]
+        queries, state, logs = (x.handles[at] for x in tensors[:3])
+        read = [queries if x is None else np.full(len(numbers), x.handles[0, 0, 0]) for x in (k, v)]
+        handles = np.stack([queries, *read, state, logs], axis=1)
+        name = codelet("forward", self.call.spec.dtype)
+        self.flow.program.submit(job, name, handles, self.modes[numbers], self.flow.tasks[numbers])
+
+
+def _tiled(x: np.ndarray, kind: Any, rows: int) -> TiledTensor:
+    return TiledTensor(x.shape, kind, rows, address=x.ctypes.data, strides=x.strides, keep=x)
+
+
+def forget(x: Any, part: np.ndarray) -> None:
+    """Tell the system that a part of a memory map need not stay in memory. What was written to it goes to the file; a
+    map of one's own copy (mode "c") is left alone, whose changes would be lost."""
+    if getattr(x, "mode", None) not in ("r", "r+", "w+") or not part.size:
+        return
+    base: Any = part
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if not isinstance(base, mmap.mmap):
+        return
+    start = np.frombuffer(base, np.uint8).ctypes.data
+    low = part.ctypes.data - start
+    high = low + sum((n - 1) * step for n, step in zip(part.shape, part.strides, strict=True)) + part.itemsize
+    low, high = max(0, low - AROUND) // AROUND * AROUND, min(high + AROUND, len(base))
+    if min(part.strides, default=0) > 0 and low < high:
+        base.madvise(mmap.MADV_DONTNEED, low, high - low)

@@ -1,0 +1,142 @@
+"""Attention of arrays that are larger than memory, within a limit: `flashtile.attention(..., memory_limit=...)`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from flashtile import arrayfiles
+from flashtile.arrays import is_stored, plain, view_of
+from flashtile.calls import describe, family_of
+from flashtile.calls.prepared import check_out
+from flashtile.checks import check_flag, integer
+from flashtile.dtypes import DTYPES
+from flashtile.engines import pick
+from flashtile.engines.starpu.outofcore import Read, Streamed, forget
+from flashtile.errors import UnavailableError, wrong
+from flashtile.progress import reporter
+from flashtile.score.keep import keep_of
+from flashtile.spec import AttentionSpec
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    memory_limit: Any,
+    mask: Any,
+    bias: Any,
+    score_mod: Any,
+    causal: bool,
+    window: Any,
+    align: Any,
+    softcap: Any,
+    alibi_slopes: Any,
+    sinks: Any,
+    scale: Any,
+    dropout_p: float,
+    seed: int | None,
+    precision: str,
+    return_lse: bool,
+    kernel: str,
+    engine: str,
+    progress: Any,
+    out: Any,
+) -> Any:
+    """`flashtile.attention` with a limit: the same arguments, none left out.
+
+    Shapes:   q, k, v NumPy arrays, memory-mapped or not, or arrays in storage (Zarr's, HDF5's).
+    Options:  memory_limit  bytes that the call may take beside its inputs, and beside what its options capture.
+              out  an array, mapped or not; or the name of an .npy file, which is put in its place when it is whole:
+                   until then it is beside it, under another name.
+    Returns:  o; of a file its map, read only. lse is in memory.
+    Raises:   as flashtile.attention; SpecError for a limit below the smallest working set, which it names.
+    """
+    check_flag("return_lse", return_lse)
+    limit = integer(memory_limit)
+    if limit is None or limit < 1:
+        raise wrong("memory_limit", repr(memory_limit), "bytes, a positive integer, or None")
+    if engine not in ("auto", "starpu"):
+        raise wrong("engine", f"{engine!r} with a memory_limit", "'starpu' or 'auto'")
+    pick("starpu")
+    arrays = [x if is_stored(x) else plain(x, name) for name, x in (("q", q), ("k", k), ("v", v))]
+    views = [SimpleNamespace(shape=tuple(x.shape), dtype=np.dtype(x.dtype)) for x in arrays]
+    scores = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed)
+    request = describe(views[0], scores, (causal, window, align, scale, precision, kernel, "starpu"))
+    spec, values = request.of(views[0], views[1], views[2])
+    scoring, offsets = None if request.scores is None else values, request.offsets
+    _check(spec, kernel)
+    shape, report = views[0].shape[:-1] + views[2].shape[-1:], reporter(progress)
+    real = DTYPES[DTYPES[spec.dtype].accumulator].numpy
+    with _target(out, shape, views[0].dtype, spec, arrays) as (target, result):
+        results = (0 if out is not None else target.nbytes) + (target.size // shape[-1] * real.itemsize)
+        call = _streamed(spec, limit, results, offsets, scoring)
+        lse = np.empty(shape[:-1], real)
+        whole = (1,) * (4 - len(shape))
+        o4, lse4 = target.reshape(whole + target.shape), lse.reshape(whole + lse.shape)
+        q_read, k_read, v_read = (_reader(x, given) for x, given in zip(arrays, (q, k, v), strict=True))
+        stored = o4.view(DTYPES[spec.dtype].numpy)
+        call.run(q_read, k_read, v_read, stored, lse4, lambda part: forget(target, part), report)
+    o = result()
+    return (o, lse) if return_lse else o
+
+
+def _streamed(spec: AttentionSpec, limit: int, results: int, offsets: Any, scoring: Any) -> Streamed:
+    from flashtile.engines.starpu.engine import tile_sizes
+
+    return Streamed(spec, tile_sizes(spec), limit, results, offsets, scoring)
+
+
+def _check(spec: AttentionSpec, kernel: Any) -> None:
+    family = family_of(spec, kernel)
+    if family.name != "cpu":
+        raise UnavailableError(f"kernel: got {family.name!r} with a memory_limit, expected 'cpu'")
+    sizes = {"B": spec.batch, "H": spec.heads, "S_q": spec.q_len, "D": spec.head_size, "D_v": spec.value_size}
+    if zeros := [name for name, n in sizes.items() if not n]:
+        raise wrong("q", f"{' and '.join(zeros)} of 0 with a memory_limit", "sizes above 0")
+
+
+def _reader(x: Any, given: Any) -> Read:
+    """How rows of a head are read. Pages of a map are forgotten at once."""
+    rank = len(x.shape)
+
+    def read(batch: int, head: int, first: int, into: np.ndarray) -> None:
+        rows = x[(*(batch, head)[4 - rank :], slice(first, first + len(into)))]
+        into[...] = rows.view(np.uint16) if rows.dtype.name == "bfloat16" else rows
+        forget(given, rows)
+
+    return read
+
+
+@contextlib.contextmanager
+def _target(
+    out: Any, shape: tuple[int, ...], dtype: np.dtype, spec: AttentionSpec, inputs: list[Any]
+) -> Iterator[tuple[np.ndarray, Callable[[], Any]]]:
+    """(where o goes, what gives the result once it is there)."""
+    if isinstance(out, (str, os.PathLike)):
+        path = Path(out)
+        if path.suffix != ".npy" or not path.parent.is_dir():
+            raise wrong("out", repr(str(out)), "an array, or a name that ends in .npy in a folder that exists")
+        with arrayfiles.replacing(path) as temporary:
+            target = arrayfiles.create_npy(temporary, shape, dtype)
+            yield target, lambda: arrayfiles.open_npy(path)
+            target.flush()  # type: ignore[attr-defined]  # it is a map
+        return
+    if out is None:
+        target = np.empty(shape, dtype)
+        yield target, lambda: target
+        return
+    check_out(view_of(plain(out, "out")), shape, spec)
+    if not out.flags.writeable:
+        raise wrong("out", "a read-only array", "a writable one")
+    for name, x in zip("qkv", inputs, strict=True):
+        if isinstance(x, np.ndarray) and np.may_share_memory(out, x):
+            raise wrong("out", f"an array within the memory that {name} spans", "memory of its own")
+    yield out, lambda: out

@@ -1,0 +1,221 @@
+"""Simulated scaling: what a call of `flashtile.starpu_mpi` would take on many ranks, without the ranks.
+
+Tasks, their order and the tiles that travel are those of the real plan; the seconds of a task are measured on this
+machine (or StarPU's models of it, or a rate that is given), the network is a model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flashtile.calls import Options
+from flashtile.checks import check_flag, integer
+from flashtile.dtypes import DTYPES
+from flashtile.engines.starpu_mpi.parts import ZIGZAG, tiles_of
+from flashtile.engines.starpu_mpi.simulation import schedule
+from flashtile.engines.starpu_mpi.simulation.costs import seconds_of
+from flashtile.engines.starpu_mpi.simulation.network import NEEDED, POSTED, Network, arrivals
+from flashtile.engines.starpu_mpi.simulation.plan import Plan
+from flashtile.errors import UnavailableError, wrong
+from flashtile.signature import Window
+
+if TYPE_CHECKING:
+    from flashtile.spec import AttentionSpec
+
+__all__ = ["Simulation", "plot", "simulate"]
+
+TILE = 960  # as flashtile.starpu_mpi's
+TASK_SECONDS = 10e-6  # that StarPU takes for a task (docs/starpu.md)
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What a call takes on `ranks` ranks. Arrays are (ranks,).
+
+    seconds     from the start of the call to the end of the last task
+    ideal       seconds if all workers computed all of the time: efficiency is ideal / seconds
+    idle        share of the workers' time in which they compute nothing
+    tasks, received_bytes, sent_bytes   of each rank, exactly those of the engine (without an exchange of heads)
+    exchange_seconds, exchange_bytes    before and after it, of an exchange of heads; bytes that a rank receives
+    waited      seconds that transfers add to a network that takes no time
+    costs       where the seconds of tasks come from
+    """
+
+    ranks: int
+    length: int
+    tile: int
+    workers: int
+    seconds: float
+    ideal: float
+    tasks: np.ndarray
+    received_bytes: np.ndarray
+    sent_bytes: np.ndarray
+    exchange_seconds: float
+    exchange_bytes: int
+    waited: float
+    costs: str
+
+    @property
+    def efficiency(self) -> float:
+        return self.ideal / self.seconds if self.seconds else 1.0
+
+    @property
+    def idle(self) -> float:
+        return 1.0 - self.efficiency
+
+    def __str__(self) -> str:
+        heaviest = int(self.received_bytes.max(initial=0))
+        rows = [
+            ("ranks", f"{self.ranks} of {self.workers} workers, {self.length} rows in tiles of {self.tile}"),
+            ("time", f"{self.seconds:.4g} s; {self.ideal:.4g} s if no worker ever waited"),
+            ("efficiency", f"{100 * self.efficiency:.1f}%; workers idle {100 * self.idle:.1f}% of the time"),
+            ("tasks", f"{int(self.tasks.sum())}; {int(self.tasks.min())} to {int(self.tasks.max())} a rank"),
+            ("transfers", f"{_bytes(int(self.received_bytes.sum()))}, at most {_bytes(heaviest)} to a rank"),
+            ("", f"they add {self.waited:.4g} s"),
+            ("costs", self.costs),
+        ]
+        if self.exchange_bytes:
+            text = f"{_bytes(self.exchange_bytes)} to a rank, {self.exchange_seconds:.4g} s, before and after"
+            rows.insert(-1, ("heads", text))
+        return "\n".join(f"{name:<12} {text}" for name, text in rows)
+
+
+def simulate(
+    ranks: int,
+    length: int,
+    *,
+    heads: int = 8,
+    kv_heads: int | None = None,
+    head_size: int = 128,
+    batch: int = 1,
+    dtype: str = "float32",
+    causal: bool = True,
+    window: Window = None,
+    tile: int = TILE,
+    distribution: str = ZIGZAG,
+    order: str = POSTED,
+    exchange: int = 1,
+    workers: int = 1,
+    bandwidth: float = 12.5e9,
+    latency: float = 2e-6,
+    rate: float | None = None,
+    busy: int | None = None,
+) -> Simulation:
+    """Predict a call of `flashtile.starpu_mpi.attention` on q, k, v of `length` rows over `ranks` ranks.
+
+    Options: heads, kv_heads, head_size, batch, dtype, causal, window  of the call.
+             tile, distribution  of its plan, as in `flashtile.starpu_mpi.part`.
+             order     in which a rank sends: "posted", as the engine does, or "needed", what receivers meet first.
+             exchange  ranks that first exchange heads (Ulysses): each then has all rows of the group and
+                       1 / exchange of the heads, and tiles travel between groups only. The engine does not do this.
+             workers   of each rank. bandwidth, latency  of a rank's link: bytes a second in each direction, seconds.
+             rate      FLOP/s of a worker, for a machine that is not there; None: tasks are measured here, at once.
+             busy      threads that compute while a task is measured, for cores that share caches, memory or clock;
+                       None: as many as a rank has workers.
+    Returns: Simulation.
+    Raises:  SpecError; UnavailableError for what the CPU kernels cannot do.
+    Model:   a link sends and receives one message at a time, in order; the switch between links is ideal. Workers take
+             ready tasks by what is left of their chains; a task costs 10 us beside its kernel.
+    """
+    spec = _spec(batch, heads, kv_heads, length, head_size, dtype, causal, window)
+    counts = {
+        "ranks": ranks,
+        "tile": tile,
+        "exchange": exchange,
+        "workers": workers,
+        "busy": 1 if busy is None else busy,
+    }
+    for name, n in counts.items():
+        if integer(n) is None or n < 1:
+            raise wrong(name, repr(n), "a positive integer")
+    for name, x in {"bandwidth": bandwidth, "latency": latency, "rate": 1.0 if rate is None else rate}.items():
+        if not isinstance(x, (int, float)) or not math.isfinite(x) or x < 0 or (x == 0 and name != "latency"):
+            raise wrong(name, repr(x), "a finite number above 0")
+    if order not in (POSTED, NEEDED):
+        raise wrong("order", repr(order), f"{POSTED!r} or {NEEDED!r}")
+    tiles_of(0, 0, 1, 1, distribution)
+    network = Network(latency, bandwidth)
+    if exchange > 1:
+        for name, n in {"ranks": ranks, "heads": heads, "kv_heads": spec.kv_heads}.items():
+            if n % exchange:
+                raise wrong(name, n, f"a multiple of exchange = {exchange}")
+        spec = replace(spec, heads=spec.heads // exchange, kv_heads=spec.kv_heads // exchange)
+    plan = Plan(spec, ranks // exchange, tile, distribution)
+    seconds, costs = seconds_of(plan, rate, workers if busy is None else busy)
+    found = schedule.run(plan, seconds, arrivals(plan, network, order), workers, TASK_SECONDS)
+    free = found.busy  # one worker whose tiles are all there never waits
+    if workers > 1:
+        there = np.zeros((plan.ranks, plan.kv_heads, len(plan.key_owner)))
+        free = schedule.run(plan, seconds, there, workers, TASK_SECONDS).end
+    moved, moving = _exchange(spec, ranks, exchange, network)
+    end = float(found.end.max(initial=0))
+    return Simulation(
+        ranks=ranks,
+        length=length,
+        tile=tile,
+        workers=workers,
+        seconds=end + moving,
+        ideal=float(seconds.sum()) * plan.heads / (plan.ranks * workers),
+        tasks=np.repeat(plan.tasks, exchange),
+        received_bytes=np.repeat(plan.received_bytes, exchange),
+        sent_bytes=np.repeat(plan.sent_bytes, exchange),
+        exchange_seconds=moving,
+        exchange_bytes=moved,
+        waited=end - float(free.max(initial=0)),
+        costs=costs,
+    )
+
+
+def _spec(
+    batch: Any, heads: Any, kv_heads: Any, length: Any, head_size: Any, dtype: Any, causal: Any, window: Any
+) -> AttentionSpec:
+    check_flag("causal", causal)
+    sizes = {"batch": batch, "heads": heads, "kv_heads": kv_heads or heads, "length": length, "head_size": head_size}
+    for name, n in sizes.items():
+        if integer(n) is None or n < 1:
+            raise wrong(name, repr(n), "a positive integer")
+    q = SimpleNamespace(shape=(batch, heads, length, head_size), dtype=dtype)
+    k = SimpleNamespace(shape=(batch, kv_heads or heads, length, head_size), dtype=dtype)
+    return Options(causal, window, None, None, "ieee", "cpu", "starpu").spec(q, k, k)
+
+
+def _exchange(spec: AttentionSpec, ranks: int, exchange: int, network: Network) -> tuple[int, float]:
+    """(bytes that a rank receives, seconds) of an exchange of heads among so many ranks, and of the outputs back."""
+    if exchange == 1:
+        return 0, 0.0
+    rows = -(-spec.q_len // ranks) * spec.batch * exchange  # of the group; the heads are those that a rank then has
+    columns = spec.heads * (spec.head_size + spec.value_size) + spec.kv_heads * (spec.head_size + spec.value_size)
+    nbytes = rows * columns * DTYPES[spec.dtype].itemsize * (exchange - 1) // exchange
+    return nbytes, nbytes / network.bandwidth + 2 * (exchange - 1) * network.latency
+
+
+def _bytes(n: int) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n >= size:
+            return f"{n / size:.4g} {unit}"
+    return f"{n} bytes"
+
+
+def plot(path: Any, curves: dict[str, list[Simulation]], title: str) -> None:
+    """Draw efficiency over ranks, a curve for each name, and write it as a PNG. Raises: UnavailableError, OSError."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as cause:
+        raise UnavailableError(f"plot: got {cause}, expected matplotlib: pip install matplotlib") from cause
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for (name, found), mark in zip(curves.items(), "os^vDx*" * len(curves), strict=False):
+        axes.plot([x.ranks for x in found], [100 * x.efficiency for x in found], marker=mark, markersize=4, label=name)
+    axes.axhline(90, color="#888888", linewidth=0.8, linestyle="--")
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="ranks", ylabel="efficiency, %", ylim=(0, 103), title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,194 @@
+"""Calls within a limit of memory: the bits of the call without one, files that are whole or not there, and the peak."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import processes
+import pytest
+from inputs import Shape, same_bits, uniform
+
+import flashtile
+from flashtile.calls import clear_cache
+from flashtile.engines.starpu import engine, outofcore
+from flashtile.errors import SpecError, UnavailableError
+
+pytestmark = pytest.mark.usefixtures("starpu")
+
+rng = np.random.default_rng(3)
+MASK = rng.random((230, 330)) < 0.4
+MASK[40:150] = False  # a query tile without keys
+CALLS: list[tuple[str, dict[str, Any]]] = [
+    ("float32", {}),
+    ("float16", {"causal": True, "align": 37, "sinks": np.linspace(-1, 2, 4)}),
+    ("bfloat16", {"causal": True, "align": np.array([-250, 90])}),
+    ("float64", {"mask": MASK, "dropout_p": 0.2, "seed": 9}),
+    ("float32", {"window": (40, 30), "align": "bottom_right", "softcap": 3.0}),
+]
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(engine, "TILE_Q", (64,))
+    monkeypatch.setattr(engine, "TILE_K", 100)
+    clear_cache()
+    yield
+    clear_cache()
+
+
+def least(make: Callable[[int], Any]) -> int:
+    """The smallest limit, as the error for a smaller one names it."""
+    with pytest.raises(SpecError, match=r"^memory_limit: got 1 bytes, expected at least (\d+) bytes") as caught:
+        make(1)
+    return int(str(caught.value).split("at least ")[1].split()[0])
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(("element", "options"), CALLS, ids=[f"{e}-{'-'.join(o)}" for e, o in CALLS])
+def test_bits_are_those_without_a_limit(element: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for one query tile at a time, for three, for all; and with as few buffers as there may be."""
+    arrays = uniform(Shape(2, 4, 2, 230, 330, 24, 17), element)
+    want, logs = flashtile.attention(*arrays, engine="starpu", return_lse=True, **options)
+    small = least(lambda limit: flashtile.attention(*arrays, memory_limit=limit, **options))
+    rooms = []
+    share = outofcore.Needs.room
+    monkeypatch.setattr(outofcore.Needs, "room", lambda *given: rooms.append(share(*given)) or rooms[-1])
+    for limit in (small, small + 200_000, 1 << 30):
+        o, lse = flashtile.attention(*arrays, memory_limit=limit, return_lse=True, **options)
+        assert same_bits(o, want) and same_bits(lse, logs)
+    assert rooms[0] == outofcore.Room(1, 2)
+    assert rooms[0].group < rooms[1].group <= rooms[2].group
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_layouts_ranks_and_stores(tmp_path: Path) -> None:
+    """Of three axes, strided, mapped from a file, in storage; results into an array, into a map, into a file."""
+    q, k, v = (x[0] for x in uniform(Shape(1, 2, 2, 150, 250, 8, 8), "float32"))
+    want = flashtile.attention(q, k, v, engine="starpu")
+    np.save(tmp_path / "k.npy", k)
+    k_mapped = np.load(tmp_path / "k.npy", mmap_mode="r")
+    v_turned = np.ascontiguousarray(v.transpose(1, 0, 2)).transpose(1, 0, 2)
+
+    class Stored:
+        shape, dtype, chunks = q.shape, q.dtype, (1, 64, 8)
+
+        def __getitem__(self, index: Any) -> np.ndarray:
+            return q[index]
+
+    limit = least(lambda n: flashtile.attention(q, k, v, memory_limit=n)) + 50_000
+    out = np.lib.format.open_memmap(tmp_path / "o.npy", "w+", np.float32, q.shape)
+    assert flashtile.attention(Stored(), k_mapped, v_turned, memory_limit=limit, out=out) is out
+    assert same_bits(np.asarray(out), want)
+    found = flashtile.attention(q, k_mapped, v, memory_limit=limit, out=tmp_path / "new.npy")
+    assert isinstance(found, np.memmap) and same_bits(np.load(tmp_path / "new.npy"), want)
+    private = np.load(tmp_path / "k.npy", mmap_mode="c")
+    private[0, 0, 0] = 7.0  # a change that is in memory alone, and stays
+    flashtile.attention(q, private, v, memory_limit=limit)
+    assert private[0, 0, 0] == 7.0 != k[0, 0, 0]
+
+
+class Broken:
+    """Storage that fails after some reads."""
+
+    def __init__(self, values: np.ndarray, reads: int) -> None:
+        self.shape, self.dtype, self.chunks = values.shape, values.dtype, (1, 1, 64, 8)
+        self.values, self.left = values, reads
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        self.left -= 1
+        if self.left < 0:
+            raise OSError("the disk is gone")
+        return self.values[index]
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_a_call_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    q, k, v = uniform(Shape(1, 2, 2, 150, 250, 8, 8), "float32")
+    path = tmp_path / "o.npy"
+    path.write_bytes(b"older")
+    with pytest.raises(OSError, match="the disk is gone"):
+        flashtile.attention(q, Broken(k, 4), v, memory_limit=1 << 24, out=path)
+    assert [x.name for x in tmp_path.iterdir()] == ["o.npy"] and path.read_bytes() == b"older"
+    want = flashtile.attention(q, k, v, engine="starpu")
+    assert same_bits(flashtile.attention(q, k, v, memory_limit=1 << 24), want), "the engine stays usable"
+
+
+def test_progress_comes_to_its_end() -> None:
+    q, k, v = uniform(Shape(1, 3, 3, 100, 100, 8, 8), "float32")
+    seen: list[tuple[int, int]] = []
+    flashtile.attention(q, k, v, memory_limit=1 << 24, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+PEAK = """
+import ctypes, json, sys
+import numpy as np
+import flashtile
+
+folder, keys, limit = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+
+def bytes_of(name):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
+
+def written(name, rows):
+    rng = np.random.default_rng(len(name))
+    file = np.lib.format.open_memmap(f"{folder}/{name}.npy", "w+", np.float32, (1, 1, rows, 64))
+    for first in range(0, rows, 4096):
+        file[:, :, first : first + 4096] = rng.standard_normal(file[:, :, first : first + 4096].shape, np.float32)
+    file.flush()
+
+for name, rows in (("q", 12288), ("k", keys), ("vv", keys)):
+    written(name, rows)
+q, k, v = (np.load(f"{folder}/{name}.npy", mmap_mode="r") for name in ("q", "k", "vv"))
+part = np.ones((1, 1, 1500, 64), np.float32)
+flashtile.attention(part, part, part, memory_limit=1 << 28)  # compiles, starts StarPU
+ctypes.CDLL(None).malloc_trim(0)  # what is free is not to hide what comes
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # from here on the peak is this call's
+before = bytes_of("VmRSS")
+flashtile.attention(q, k, v, memory_limit=limit, out=f"{folder}/o.npy")
+peak = bytes_of("VmHWM") - before
+o = np.load(f"{folder}/o.npy", mmap_mode="r")
+rows = slice(12200, 12288)
+want = flashtile.attention(np.asarray(q[:, :, rows]), np.asarray(k), np.asarray(v))
+print(json.dumps([k.nbytes + v.nbytes, peak, float(np.abs(o[:, :, rows] - want).max())]))
+"""
+
+
+def test_the_peak_is_within_the_limit(tmp_path: Path) -> None:
+    """Keys and values of four times the limit, and more queries than fit at once: the resident memory that the call
+    adds, as the system counts it, maps included."""
+    limit = 8 << 20
+    done = processes.run([sys.executable, "-c", PEAK, str(tmp_path), "65536", str(limit)])
+    assert done.returncode == 0, done.stderr
+    keys, peak, difference = json.loads(done.stdout)
+    assert keys == 4 * limit
+    assert limit // 2 < peak < 1.2 * limit, f"{peak / limit:.2f} of the limit"
+    assert difference < 1e-5
+
+
+Q, K, V = uniform(Shape(1, 2, 2, 96, 96, 8, 8), "float32")
+BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
+    "no bytes": (SpecError, "^memory_limit: got 0, expected bytes", {"memory_limit": 0}),
+    "text": (SpecError, "^memory_limit: got '1GB'", {"memory_limit": "1GB"}),
+    "another engine": (SpecError, "^engine: got 'direct' with a memory_limit", {"engine": "direct"}),
+    "another kernel": (UnavailableError, "^kernel: got 'vanilla' with a memory_limit", {"kernel": "vanilla"}),
+    "a name": (SpecError, r"^out: got 'o\.npz', expected an array, or a name that ends in \.npy", {"out": "o.npz"}),
+    "no folder": (SpecError, "^out: got '/nowhere/o.npy'", {"out": "/nowhere/o.npy"}),
+    "another shape": (SpecError, "^out: got shape", {"out": np.empty((1, 2, 96, 7), "float32")}),
+    "an input": (SpecError, "^out: got an array within the memory that k spans", {"out": K}),
+    "an unknown keyword": (SpecError, "^memory: ", {"memory": 3}),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named(name: str) -> None:
+    kind, text, options = BAD[name]
+    with pytest.raises(kind, match=text):
+        flashtile.attention(Q, K, V, **{"memory_limit": 1 << 24, **options})
