@@ -16,7 +16,6 @@ from torch.autograd.function import Function
 
 from flashtile.gradients import slots_of
 from flashtile.kernels.rule import visible
-from flashtile.kernels.second import BLOCK_SCORES
 from flashtile.score.capture import ArrayCapture
 from flashtile.score.derivative import derivative
 from flashtile.score.expr import Expr, postorder
@@ -27,6 +26,7 @@ from flashtile.score.options import Scoring
 from flashtile.spec import AttentionSpec
 
 Tensor = torch.Tensor
+BLOCK_SCORES = 1 << 16  # of a tile: a third derivative holds some hundreds of arrays of this size
 INPUTS, OUTPUTS = ("q", "k", "v", "sinks"), ("o", "lse")  # besides arrays, by their numbers
 
 
