@@ -96,6 +96,7 @@ CHECKS = (
     Check("rows before heads in memory", prepare=_rows_first),
     Check("innermost strides", prepare=_loose),
     Check("softcap", options=_always(softcap=5.0)),
+    Check("dropout", options=_always(dropout_p=0.25, seed=0xF23456789ABCDEF1, causal=True, align="bottom_right")),
     Check("negative scale", options=_always(scale=-0.3)),
     Check("ALiBi", options=lambda to, s: {"alibi_slopes": to(_random(s[1]).abs()), "align": "bottom_right"}),
     Check("sinks", options=lambda to, s: {"sinks": to(_random(s[0], s[1]))}),
@@ -172,7 +173,42 @@ def run(check: Check, dtype: str, kernel: str, to: To, lengths: tuple[int, int])
     except (AssertionError, flashtile.FlashtileError, RuntimeError) as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
     first, second = (x.cpu().contiguous().view(-1).view(dtype=_bits(dtype)) for x in (got[0], again))
-    return None if first.equal(second) else "the second call gave other bits"
+    if not first.equal(second):
+        return "the second call gave other bits"
+    return differentiate(check, dtype, kernel, to, lengths) if check.name in BACKWARD else None
+
+
+# Checks whose gradients are held against the reference, too.
+BACKWARD = frozenset(("window", "dropout", "bias", "documents"))
+
+
+def differentiate(check: Check, dtype: str, kernel: str, to: To, lengths: tuple[int, int]) -> str | None:
+    """What is wrong with a check's gradients, or their second computation, None if nothing is."""
+    import torch
+
+    import flashtile.torch
+    from flashtile.testing import expect_gradients
+
+    inputs, shape = problem(check, dtype, lengths)
+    host = check.options(lambda x: x, shape)
+    wrt = ["q", "k", "v", *(name for name in ("bias", "sinks", "alibi_slopes") if name in host)]
+    generator = torch.Generator().manual_seed(1)
+    do = torch.randn(*shape[:3], check.value_size, generator=generator, dtype=torch.float64).to(inputs[0].dtype)
+    expected = expect_gradients(do, *inputs, wrt=wrt, **host)
+    try:
+        given = [to(x).detach().requires_grad_() for x in (*inputs, *(host[name] for name in wrt[3:]))]
+        options = {**check.options(to, shape), **dict(zip(wrt[3:], given[3:], strict=True))}
+        first, second = (
+            torch.autograd.grad(flashtile.torch.attention(*given[:3], kernel=kernel, **options), given, to(do))
+            for _ in range(2)
+        )
+        for name, x, y in zip(wrt, first, second, strict=True):
+            getattr(expected, name).check(x.cpu(), f"gradient of {name}")
+            if not x.equal(y):
+                return f"the second gradient of {name} has other bits"
+    except (AssertionError, flashtile.FlashtileError, RuntimeError) as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+    return None
 
 
 def _bits(dtype: str) -> Any:

@@ -16,7 +16,7 @@ from flashtile.kernels.triton import backward_forms as forms
 from flashtile.kernels.triton import installed_version, tiles, too_old
 from flashtile.kernels.triton import specialisation as special
 from flashtile.kernels.triton.backward_host import ARRAY_ROWS
-from flashtile.kernels.triton.backward_tiles import ALIKE, TABLE, Row, rows_for
+from flashtile.kernels.triton.backward_tiles import ALIKE, TABLE, WITHOUT_SECOND_LAUNCH, Row, rows_for
 from flashtile.kernels.triton.compiler import compiled
 from flashtile.kernels.triton.resources import resources_of
 from flashtile.kernels.triton.specialisation import Memory, Specialisation
@@ -31,6 +31,8 @@ QUICK = {("sm_90", "bfloat16", 128), ("sm_80", "float32", 64)}
 def compiles(what: Specialisation, arch: str) -> tuple[Any, Any]:
     if reason := too_old(arch):
         pytest.skip(reason)
+    if dict(what.constants).get("CONTAIN") and arch in WITHOUT_SECOND_LAUNCH:
+        pytest.skip("no backward is offered there")
     kernel = compiled(what, arch)
     return kernel.metadata, resources_of(kernel)
 
