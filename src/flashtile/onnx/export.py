@@ -25,8 +25,9 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     A call of `flashtile.torch` in the model becomes ONNX's Attention (opset 23), which any runtime executes and
     `flashtile.onnx.Attention` does by these kernels. Boolean masks as tensors, bias, causal, scale, softcap and grouped
     heads are translated; lse as the logarithm of the sum of the operator's own scores, if the model uses it.
+
     Raises: UnavailableError without onnxscript; and at the export, naming the argument, for what ONNX's operator
-    cannot say: functions, windows, sinks, ALiBi, dropout, an align that is not that of top left.
+            cannot say: functions, windows, sinks, ALiBi, dropout, an align that is not that of top left.
     """
     try:
         import onnxscript

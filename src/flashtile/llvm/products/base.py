@@ -23,8 +23,8 @@ class Product:
     left          "broadcast": a word of a row is read from memory into all lanes; "tile": rows are loaded together
     right         "lines": a line of words for each step of depth; "tile": the same, loaded together
     lands         where sums are when a tile is done: "registers" or "memory"
-    parts, terms  an operand is the sum of so many parts, each of type ``operand``, the largest first; a term (i, j) is
-                  the product of part i of the left operand and part j of the right one, added in this order
+    parts         an operand is the sum of so many, each of type ``operand``, the largest first
+    terms         (i, j): the product of part i of the left operand and part j of the right one, added in this order
     permission    what the operating system must grant a process before its first use; None: nothing
 
     left, right and permission describe the products of matrix registers; the vector kernels take "broadcast", "lines",
