@@ -25,10 +25,13 @@ def unavailable() -> str | None:
 
 
 def remark() -> str:
-    """Dask's version, for doctor."""
-    from importlib.metadata import version
+    """Dask's version, for doctor; a Dask that no installer has put there says none."""
+    from importlib.metadata import PackageNotFoundError, version
 
-    return f"Dask {version('dask')}"
+    try:
+        return f"Dask {version('dask')}"
+    except PackageNotFoundError:
+        return "Dask"
 
 
 def bind(spec: AttentionSpec, layout: Layout, family: Family) -> Bound:
