@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -211,9 +211,7 @@ def test_gradients_come_from_its_backward(stub: Stub, storage: str, options: dic
     from flashtile.current import calling
 
     with calling(HostOwner(), DeviceArray(q)):
-        run_backward(
-            spec, family, "auto", arrays, 0, address=lambda x: x.ctypes.data, strides=lambda x: strides_of(x, storage)
-        )
+        run_backward(Host(storage), spec, family, "auto", arrays, 0)
     right = expect_gradients(do, q, k, v, **options)
     right.q.check(arrays["dq"], "dq")
     right.v.check(arrays["dv"], "dv")
@@ -222,8 +220,16 @@ def test_gradients_come_from_its_backward(stub: Stub, storage: str, options: dic
         pack(1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0)
 
 
-def strides_of(x: np.ndarray, dtype: str) -> tuple[int, ...]:
-    return tuple(n // x.itemsize for n in x.strides)
+class Host(NamedTuple):
+    """Arrays of the host, asked as a GPU's library is: strides are in elements."""
+
+    dtype: str
+
+    def address(self, x: np.ndarray) -> int:
+        return x.ctypes.data
+
+    def strides(self, x: np.ndarray) -> tuple[int, ...]:
+        return tuple(n // x.itemsize for n in x.strides)
 
 
 def layout_of(arrays: dict[str, np.ndarray]) -> Any:

@@ -334,13 +334,17 @@ def kernel_runs(name: str, x: list[np.ndarray]) -> bool:
     return bool((flashtile.attention(*x, dropout_p=0.3, seed=1, kernel=name) != flashtile.attention(*x)).any())
 
 
-def test_starpu_says_so() -> None:
-    """Its flows have codelets of their own: none drops weights, whatever the kernel of the same name does."""
+def test_tasks_drop_the_same_weights() -> None:
+    """StarPU's flow has codelets of its own: the fused ones drop what threads drop, the unfused ones say that they
+    do not, whatever the kernel of the same name does."""
     if reason := starpu.unavailable():
         pytest.skip(f"no StarPU: {reason}")
-    for kernel in ("auto", "vanilla"):
-        with pytest.raises(UnavailableError, match="does not know dropout"):
-            flashtile.attention(*inputs(), dropout_p=0.3, seed=1, kernel=kernel, engine="starpu")
+    given = {"dropout_p": 0.3, "seed": 1}
+    q = np.zeros_like(inputs()[0])
+    tasks, threads = (flashtile.attention(q, *inputs()[1:], **given, engine=engine) for engine in ("starpu", "direct"))
+    np.testing.assert_allclose(tasks, threads, rtol=1e-5, atol=1e-6)
+    with pytest.raises(UnavailableError, match="dropout, which its tasks do not know"):
+        flashtile.attention(*inputs(), **given, kernel="vanilla", engine="starpu")
 
 
 BAD: list[tuple[dict[str, Any], str]] = (

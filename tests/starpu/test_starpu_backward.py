@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from inputs import Shape, numpy_dtype, placed, same_bits, uniform
 
 import flashtile
-from flashtile.calls import clear_cache
+from flashtile.calls import clear_cache, prepared
 from flashtile.dtypes import DTYPES
 from flashtile.engines.starpu import engine, session
 from flashtile.engines.starpu import gradients as call
@@ -263,7 +263,7 @@ def flow_of(arrays: Any, do: Any, dlse: Any) -> Any:
     """The flow that a call on these arrays has left in the cache."""
     clear_cache()
     backward(*arrays, do, dlse)
-    (found,) = [c for c in flashtile.calls._backwards.values() if c.pack is call.Addresses]
+    (found,) = [c for c in prepared.backwards.values() if c.pack is call.Addresses]
     ((_, flow),) = found.run.__self__._kept.values()  # type: ignore[attr-defined]
     return flow
 
