@@ -297,8 +297,10 @@ def _run(
     done: dict[str, Any] = {}
     for name, source in problem.sources:
         if name in ("q", "k", "v"):
-            done[name] = np.zeros(source.shape, source.dtype) if out is None else _target(out, name, source)
-            if out is not None and not accumulate:
+            done[name] = np.empty(source.shape, source.dtype) if out is None else _target(out, name, source)
+            if not accumulate:
+                # Written, not asked of the system as zeros: kernels add, and a page that is read before it is written
+                # is mapped twice, the second time with every thread stopped (a third of a call on two threads).
                 done[name][...] = 0
     given |= {f"d{name}": x for name, x in done.items()}
     sums = run_backward(NUMPY, problem.spec, family, engine, given, problem.offset, problem.scoring, problem.wanted)
