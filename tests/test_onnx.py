@@ -184,6 +184,8 @@ def test_what_the_operator_cannot_say() -> None:
             translate(Q, K, K, **{name: "something"})
     with pytest.raises(UnavailableError, match=r"^align: got 'bottom_right' for 3 rows and 5 keys"):
         translate(Q, K, K, causal=True, align="bottom_right")
+    with pytest.raises(UnavailableError, match="^precision: got 'bf16', expected 'ieee'"):
+        translate(Q, K, K, precision="bf16")
     with pytest.raises(UnavailableError, match="^align: got 2"):
         translate(Q, K, K, causal=True, offset=2)
 

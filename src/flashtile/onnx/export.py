@@ -27,7 +27,8 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     heads are translated; lse as the logarithm of the sum of the operator's own scores, if the model uses it.
 
     Raises: UnavailableError without onnxscript; and at the export, naming the argument, for what ONNX's operator
-            cannot say: functions, windows, sinks, ALiBi, dropout, an align that is not that of top left.
+            cannot say: functions, windows, sinks, ALiBi, dropout, an align that is not that of top left, a
+            precision that is not "ieee".
     """
     try:
         import onnxscript
@@ -59,11 +60,15 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         offset: int | None = None,
         scale: float | None = None,
         softcap: float | None = None,
-        *rest: Any,
-        **options: Any,
+        dropout_p: float = 0.0,
+        precision: str = "ieee",
+        *where: Any,
+        **which: Any,  # kernel and engine, which an ONNX runtime chooses for itself
     ) -> Any:
         given = {n: x for n, x in locals().items() if n in _FOREIGN}
         _check(given, causal, align, offset, q, k)
+        if precision != "ieee":
+            raise UnavailableError(f"precision: got {precision!r}, expected 'ieee', the only one that ONNX can say")
         added = _added(opset, q, mask, bias)
         attributes = {"is_causal": int(causal), "scale": scale, "softcap": softcap or 0.0, "qk_matmul_output_mode": 2}
         y, _, _, scores = opset.Attention(q, k, v, added, **attributes)
