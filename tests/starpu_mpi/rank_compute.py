@@ -31,6 +31,8 @@ for name, case in cases().items():
     lengths = [x.shape[2] for x in arrays]
     parts = [starpu_mpi.part(n, comm.rank, comm.size, **cut) for n in lengths]
     mine = [x[:, :, part] for x, part in zip(arrays, parts, strict=True)]
+    if "bias" in options:  # by rows, as q
+        options = {**options, "bias": np.ascontiguousarray(options["bias"][:, :, parts[0]])}
     o, lse = starpu_mpi.attention(*mine, return_lse=True, **options, **cut)
     gather(f"{name}: o", o, lengths[0], cut)
     gather(f"{name}: lse", lse, lengths[0], cut)
@@ -40,7 +42,9 @@ for name, case in cases().items():
     for which, length in zip("qkv", lengths, strict=True):
         if getattr(found, which) is not None:
             gather(f"{name}: d{which}", getattr(found, which), length, cut)
-    whole = {n: getattr(found, n) for n in ("bias", "sinks", "alibi_slopes")}
+    if found.bias is not None:
+        gather(f"{name}: bias", found.bias, lengths[0], cut)
+    whole = {n: getattr(found, n) for n in ("sinks", "alibi_slopes")}
     whole |= {f"captured {n}": x for n, x in enumerate((found.captured or {}).values())}
     for which, x in whole.items():
         if x is not None:

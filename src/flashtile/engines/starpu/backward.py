@@ -2,8 +2,8 @@
 
 A query tile i meets its key tiles in the order of the forward: i, i - 1, ..., 0, then from the last down to i + 1. The
 flow goes by places in that order: in each of them every query tile meets another key tile, so that neither dQ nor dK
-and dV make one wait for the other. Tasks that share a gradient run in the order of submission, which depends on tile
-numbers only, and so do the bits.
+and dV make one wait for the other. Heads that share keys follow one another in each place. Tasks that share a gradient
+run in the order of submission, which depends on tile numbers only, and so do the bits.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ READ = {
 }
 GRADIENTS = {"dq": ("dq", "dq_s"), "dk": ("dk", "dk_s"), "dv": ("dv", "dv_s")}
 OF_KEYS = ("k", "v", "dk", "dv")
-VALUES = ("first_row", "row_count", "first_key", "kv_len", "copy")
+VALUES = ("first_row", "row_count", "first_key", "kv_len", "copy", "captures")
 DELTA = {"do": ("do", "do_s"), "o": ("o", "o_s"), "lse": ("lse", None), "delta": ("delta", None)}
 DELTA_MORE = {"dlse": ("dlse", None), "dsinks": ("dsinks", None)}  # where they are given
 ADD = ((0, "parts", None), (1, "dq", "dq_s"))
@@ -53,7 +53,7 @@ NOTHING: Part = (range(0),) * 4
 
 
 def pairs_of(spec: AttentionSpec, coverage: TileCoverage, part: Part | None = None) -> Pairs:
-    """Every task of a call, or of a part of its tiles, in their order: head by head, then place by place."""
+    """Every task of a call, or of a part of its tiles, by heads that share keys, then place by place."""
     touched = coverage.touched()
     touched = np.broadcast_to(touched, (spec.batch, spec.heads, *touched.shape[2:]))
     where = part or tuple(map(range, touched.shape))
@@ -62,7 +62,7 @@ def pairs_of(spec: AttentionSpec, coverage: TileCoverage, part: Part | None = No
     key_tiles = max(1, touched.shape[3])
     own = np.minimum(i * coverage.tile_q // coverage.tile_k, key_tiles - 1)
     step = (own - j) % key_tiles
-    order = np.lexsort((i, step, head, batch))
+    order = np.lexsort((head, i, step, head // max(1, spec.group), batch))
     batch, head, i, j, step = (x[order] for x in (batch, head, i, j, step))
     chain = (batch * spec.heads + head) * touched.shape[2] + i
     by_chain = np.lexsort((step, chain))
@@ -209,7 +209,8 @@ class BackwardFlow:
                 tasks["rows"][:, n] = key
         rows, end = np.minimum(self.tile_q, spec.q_len - row), np.minimum(key + self.tile_k, spec.kv_len)
         copy = np.zeros_like(row) if self.arrays is None else self.arrays.copy_of(**_places(p))
-        tasks["values"][:, : len(VALUES)] = np.stack([row, rows, key, end, copy], axis=1)
+        captures = np.full_like(row, self.program.block_word("captures"))
+        tasks["values"][:, : len(VALUES)] = np.stack([row, rows, key, end, copy, captures], axis=1)
         tasks["tile"] = np.stack([p.batch, p.head, p.query_tile, p.key_tile], axis=1)
         tasks["priority"] = p.left
         pairs, cases = self.coverage.amount(p.batch, p.head, p.query_tile, p.key_tile)
