@@ -123,7 +123,8 @@ def _mask_like_torch(
     if axes is not None:  # as one axis; a copy only where those that broadcast stand among others
         whole = attn_mask.reshape((1,) * (len(full) - attn_mask.ndim) + attn_mask.shape)
         last = whole.shape[-3:]
-        attn_mask = (whole if whole.shape[:-3].numel() == 1 else whole.expand(*axes, *last)).reshape(-1, *last)
+        whole = whole if whole.shape[:-3].numel() == 1 else whole.expand(*axes, *last)
+        attn_mask = whole.reshape(whole.shape[:-3].numel(), *last)
     return (attn_mask, None) if attn_mask.dtype is torch.bool else (None, attn_mask)
 
 
