@@ -8,7 +8,7 @@ import numpy as np
 
 from flashtile.errors import described, wrong
 from flashtile.score.options import ScoreOptions, Scoring
-from flashtile.spec import LARGEST_POSITION, PER_BATCH, AttentionSpec
+from flashtile.spec import LARGEST_POSITION, PER_BATCH, AttentionSpec, band_of, check_align, scale_of
 
 
 class Options(NamedTuple):
@@ -78,7 +78,8 @@ def describe(q: Any, scores: tuple[Any, ...], options: tuple[Any, ...]) -> Reque
     """A door's keywords as a request: those that change scores, in the order of `ScoreOptions`, and those that decide
     which kernel runs, in the order of `Options`. Of q the shape is looked at.
 
-    Raises: SpecError for an `align` that is no alignment; the rest is validated when such a call is first prepared.
+    Raises: SpecError for a `causal`, `window`, `align` or `scale` that is none: 1 equals True, 2.0 equals 2, and a call
+    prepared before would be found for them. The rest is validated when such a call is first prepared.
     """
     given = offsets = None
     mask, bias, score_mod, softcap, alibi_slopes, sinks, keep = scores
@@ -90,6 +91,11 @@ def describe(q: Any, scores: tuple[Any, ...], options: tuple[Any, ...]) -> Reque
     if chosen[2] is not None:
         align, offsets = split_align(chosen.align, tuple(q.shape))
         chosen = chosen._replace(align=align)
+    causal, window, align, scale = chosen[:4]
+    if type(causal) is not bool or not (window is align is None) or not (scale is None or type(scale) is float):
+        band_of(causal, window)
+        check_align(align)
+        scale_of(scale, 1)
     return _new(Request, (chosen, given, offsets))
 
 
