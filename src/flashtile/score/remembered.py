@@ -75,9 +75,9 @@ class Reading:
         """Remember a traced program, unless values of arrays had a part in it: what it reads of them is no element, or
         where it reads follows from elements."""
         loads = (x for root in (code.score, code.mask) if root is not None for x in postorder([root]))
-        for x in loads:
-            if isinstance(x.data, Access) and (
-                any(x.data.clamp) or not all(a.operation.name in ("var", "const") for a in x.args)
+        for load in loads:
+            if isinstance(load.data, Access) and (
+                any(load.data.clamp) or not all(a.operation.name in ("var", "const") for a in load.args)
             ):
                 return
         place = {(id(x.source), x.name): n for n, x in enumerate(self.arrays)}

@@ -155,7 +155,8 @@ def _gradients(spec: AttentionSpec, arch: str, base: str, states: tuple[str, ...
     for parts in sorted({state == special.PARTIAL for state in states if state != special.CARRIED}):
         end = special.PARTIAL if parts else special.FINISHED
         for contain in (False, True):
-            last, how = "-contain" * contain, {"contain": contain, "parts": parts, "memory": memory}
+            last = "-contain" * contain
+            how: dict[str, Any] = {"contain": contain, "parts": parts, "memory": memory}
             of_q, of_kv = forms.backward_q(spec, found[0], **how), forms.backward_kv(spec, found[1], **how)
             yield Chosen(f"backward_q-{base}-{sides}-{end}{last}", of_q, spec, found[0])
             yield Chosen(f"backward_kv-{base}-{sides}-{end}{last}", of_kv, spec, found[1])

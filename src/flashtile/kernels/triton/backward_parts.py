@@ -7,19 +7,21 @@ at every run, on devices with as many processors.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 PART_LENGTH = 512  # fewest keys, or rows, of a part: some tiles, so that a program outlives its start
 
 
-class Keys(NamedTuple):
+@dataclass(frozen=True)
+class Keys:
     """Parts of the keys, each of so many but the last."""
 
     count: int
     length: int
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True)
+class Rows:
     """Parts of the rows, each of so many but the last, for each part of the heads that share keys, likewise."""
 
     row_parts: int
@@ -46,5 +48,5 @@ def parts_of_rows(items: int, group: int, length: int, tile: int, processors: in
     most = max(1, min(processors // max(items, 1), group)) if length else 1
     heads = -(-group // most)
     head_parts = -(-group // heads)
-    row_parts, rows = parts_of_keys(items * head_parts, length, tile, processors)
-    return Rows(row_parts, rows, head_parts, heads)
+    rows = parts_of_keys(items * head_parts, length, tile, processors)
+    return Rows(rows.count, rows.length, head_parts, heads)
