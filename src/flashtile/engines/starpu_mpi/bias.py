@@ -89,13 +89,14 @@ def columns_of(comm: Any, cut: Tiles, spec: AttentionSpec, rows: np.ndarray, out
     """
     rank, ranks, tile = comm.Get_rank(), cut.ranks, cut.tile
     keys = [rows_of(cut.tiles(spec.kv_len, r), spec.kv_len, tile) for r in range(ranks)]
+    tiles = [cut.tiles(spec.q_len, r) for r in range(ranks)]
     for distance in range(ranks):
         to, source = (rank + distance) % ranks, (rank - distance) % ranks
-        mine, theirs = (cut.tiles(spec.q_len, r) for r in (rank, source))
-        for n in range(max(len(mine), len(theirs))):  # tile by tile: a message's size is an int to MPI
+        # Tile by tile, since a message's size is an int to MPI; as often on every rank, whoever has fewer.
+        for n in range(max(map(len, tiles))):
             part = rows[..., n * tile : (n + 1) * tile, :]
             block = np.ascontiguousarray(part if rows.shape[-1] == 1 else part[..., keys[to]])
             came = comm.sendrecv(block, dest=to, source=source) if distance else block
-            if n < len(theirs):
-                first = int(theirs[n]) * tile
+            if n < len(tiles[source]):
+                first = int(tiles[source][n]) * tile
                 out[..., first : first + came.shape[-2], :] = came
