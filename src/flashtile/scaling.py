@@ -116,7 +116,7 @@ def simulate(
              order     in which a rank sends: "needed", what receivers meet first, as the engine does; or "posted",
                        rank by rank, keys before values.
              exchange  ranks that first exchange heads (Ulysses): each then has all rows of the group and
-                       1 / exchange of the heads, and tiles travel between groups only. The engine does not do this.
+                       1 / exchange of the heads, and tiles travel between groups only, as with the engine's option.
              workers   of each rank. bandwidth, latency  of a rank's link: bytes a second in each direction, seconds.
              rate      FLOP/s of a worker, for a machine that is not there; None: tasks are measured here, at once.
              busy      threads that compute while a task is measured, for cores that share caches, memory or clock;
@@ -133,35 +133,49 @@ def simulate(
     numbers = {"bandwidth": bandwidth, "latency": latency, "rate": 1.0 if rate is None else rate}
     _check({**counts, "busy": 1 if busy is None else busy}, numbers, order)
     tiles_of(0, 0, 1, 1, distribution)
-    if exchange > 1:
-        for name, n in {"ranks": ranks, "heads": heads, "kv_heads": spec.kv_heads}.items():
-            if n % exchange:
-                raise wrong(name, n, f"a multiple of exchange = {exchange}")
-        spec = replace(spec, heads=spec.heads // exchange, kv_heads=spec.kv_heads // exchange)
-    network = Network(latency, bandwidth)
-    plan = Plan(spec, ranks // exchange, tile, distribution)
-    found = (_backward if backward else _forward)(
-        plan, network, order, rate, workers, workers if busy is None else busy
-    )
-    moved, moving = _exchange(spec, ranks, exchange, network)
-    if backward:  # also of do, o and the gradients
-        moved, moving = 2 * moved, 2 * moving
-    end = float(found.times.end.max(initial=0))
-    return Simulation(
-        ranks=ranks,
-        length=length,
-        tile=tile,
-        workers=workers,
-        seconds=end + moving,
-        ideal=found.ideal / (plan.ranks * workers),
-        tasks=np.repeat(found.tasks, exchange),
-        received_bytes=np.repeat(found.received_bytes, exchange),
-        sent_bytes=np.repeat(found.sent_bytes, exchange),
-        exchange_seconds=moving,
-        exchange_bytes=moved,
-        waited=end - float(found.free.max(initial=0)),
-        costs=found.costs,
-    )
+    call = _Call(ranks, exchange, workers, workers if busy is None else busy, order, rate, backward)
+    return call.simulated(spec, tile, distribution, Network(latency, bandwidth))
+
+
+class _Call(NamedTuple):
+    """How a call runs; as the options of simulate."""
+
+    ranks: int
+    exchange: int
+    workers: int
+    busy: int
+    order: str
+    rate: float | None
+    backward: bool
+
+    def simulated(self, spec: AttentionSpec, tile: int, distribution: str, network: Network) -> Simulation:
+        """Of a spec of all heads. Raises: SpecError for an exchange that ranks or heads do not allow."""
+        length, share = spec.q_len, self.exchange
+        for name, n in {"ranks": self.ranks, "heads": spec.heads, "kv_heads": spec.kv_heads}.items():
+            if n % share:
+                raise wrong(name, n, f"a multiple of exchange = {share}")
+        spec = replace(spec, heads=spec.heads // share, kv_heads=spec.kv_heads // share)
+        plan = Plan(spec, self.ranks // share, tile, distribution)
+        found = (_backward if self.backward else _forward)(plan, network, self)
+        moved, moving = _exchange(spec, self.ranks, share, network)
+        if self.backward:  # q, k, v, o and do, and gradients back
+            moved, moving = 2 * moved, 2 * moving
+        end = float(found.times.end.max(initial=0))
+        return Simulation(
+            ranks=self.ranks,
+            length=length,
+            tile=tile,
+            workers=self.workers,
+            seconds=end + moving,
+            ideal=found.ideal / (plan.ranks * self.workers),
+            tasks=np.repeat(found.tasks, share),
+            received_bytes=np.repeat(found.received_bytes, share),
+            sent_bytes=np.repeat(found.sent_bytes, share),
+            exchange_seconds=moving,
+            exchange_bytes=moved,
+            waited=end - float(found.free.max(initial=0)),
+            costs=found.costs,
+        )
 
 
 class _Run(NamedTuple):
@@ -176,23 +190,24 @@ class _Run(NamedTuple):
     costs: str
 
 
-def _forward(plan: Plan, network: Network, order: str, rate: float | None, workers: int, busy: int) -> _Run:
-    seconds, costs = seconds_of(plan, rate, busy)
-    (arrived,) = arrivals([plan.traffic], network, order)
-    times = schedule.run(plan, seconds, arrived, workers, TASK_SECONDS)
+def _forward(plan: Plan, network: Network, call: _Call) -> _Run:
+    seconds, costs = seconds_of(plan, call.rate, call.busy)
+    (arrived,) = arrivals([plan.traffic], network, call.order)
+    times = schedule.run(plan, seconds, arrived, call.workers, TASK_SECONDS)
     free = times.busy  # one worker whose tiles are all there never waits
-    if workers > 1:
-        free = schedule.run(plan, seconds, np.zeros_like(arrived), workers, TASK_SECONDS).end
+    if call.workers > 1:
+        free = schedule.run(plan, seconds, np.zeros_like(arrived), call.workers, TASK_SECONDS).end
     ideal = float(seconds.sum()) * plan.heads
     return _Run(times, free, ideal, plan.tasks, plan.received_bytes, plan.sent_bytes, costs)
 
 
-def _backward(plan: Plan, network: Network, order: str, rate: float | None, workers: int, busy: int) -> _Run:
+def _backward(plan: Plan, network: Network, call: _Call) -> _Run:
     both = backwards.BackwardPlan(plan)
-    seconds, costs = seconds_of_backward(both, rate, busy)
-    keys, rows = arrivals(both.traffic, network, order)
-    times = backwards.run(both, seconds, (keys, rows), workers, TASK_SECONDS)
-    free = backwards.run(both, seconds, (np.zeros_like(keys), np.zeros_like(rows)), workers, TASK_SECONDS).end
+    seconds, costs = seconds_of_backward(both, call.rate, call.busy)
+    keys, rows = arrivals(both.traffic, network, call.order)
+    times = backwards.run(both, seconds, (keys, rows), call.workers, TASK_SECONDS)
+    there = np.zeros_like(keys), np.zeros_like(rows)
+    free = backwards.run(both, seconds, there, call.workers, TASK_SECONDS).end
     ideal = float(seconds(backwards.BOTH).sum()) * plan.heads
     return _Run(times, free, ideal, both.tasks, both.received_bytes, both.sent_bytes, costs)
 

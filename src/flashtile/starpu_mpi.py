@@ -27,6 +27,7 @@ from flashtile.engines.starpu_mpi import build
 from flashtile.engines.starpu_mpi.bias import RowsOfBias
 from flashtile.engines.starpu_mpi.collective import Collective, Cut, agree, identity, same
 from flashtile.engines.starpu_mpi.gradients import CollectiveBackward
+from flashtile.engines.starpu_mpi.heads import Heads
 from flashtile.engines.starpu_mpi.parts import ZIGZAG, rows_of, tiles_of
 from flashtile.errors import UnavailableError, wrong
 from flashtile.gradients import Gradients, Problem, slots_of
@@ -56,7 +57,7 @@ def part(length: int, rank: int, ranks: int, *, tile: int = TILE, distribution: 
             raise wrong(name, repr(n), f"an integer of at least {least}")
     if rank >= ranks:
         raise wrong("rank", rank, f"one below the number of ranks, {ranks}")
-    return rows_of(tiles_of(length, rank, ranks, _tile(tile), distribution), length, tile)
+    return rows_of(tiles_of(length, rank, ranks, _positive("tile", tile), distribution), length, tile)
 
 
 def attention(
@@ -80,6 +81,7 @@ def attention(
     return_lse: bool = False,
     tile: int = TILE,
     distribution: str = ZIGZAG,
+    exchange: int = 1,
     comm: Any = None,
     **unknown: NoReturn,  # checkers refuse it, as calls do
 ) -> Any:
@@ -92,6 +94,8 @@ def attention(
              rank's rows, in their order, or on every rank all of them.
              tile, distribution  as in `part`: results depend on the tile as they do on a kernel, and on nothing else
              of how the sequence is cut.
+             exchange  ranks of a group that first exchange rows for heads (Ulysses): tiles then travel between groups
+             only, of a rank's heads; for options that count no heads by themselves (no functions, no dropout).
              comm  an mpi4py communicator; None: all ranks.
     Returns: o (B, H, s_q, D_v), or (o, lse) with lse (B, H, s_q): of this rank's rows.
     Memory:  a rank holds, beside its own, the keys and values of others that some of its rows sees.
@@ -101,28 +105,36 @@ def attention(
     check_keywords(attention, unknown)
     comm = _communicator(comm)
     options = causal, window, align, scale, precision, "cpu", "starpu"
-    mine = agree(comm, lambda: _described(q, k, v, bias, tile, distribution))
+    mine = agree(comm, lambda: _described(q, k, v, bias, tile, distribution, exchange))
     cut = Cut(comm.Get_size(), tile, distribution)
     whole = _whole(mine, cut)
     part = _rows_of_bias(mine, bias)
     bias = bias if part is None else part.whole
+    heads = None if exchange == 1 else _heads(comm, cut, whole, part, exchange)
     plans: list[Collective] = []
 
     def plan() -> dict[str, str]:
         scores = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed)
-        request = describe(whole[0], scores, options)
-        spec, scoring = request.of(*whole)
-        _check(spec, whole)
-        plans.append(Collective(comm, spec, cut, request.offsets, scoring if request.scores else None, part))
+        own, (on, over) = whole, (comm, cut)
+        if heads is not None:
+            scores, own, (on, over) = heads.scores(scores), heads.whole(whole), (heads.across, heads.cut)
+        request = describe(own[0], scores, options)
+        spec, scoring = request.of(*own)
+        _check(spec, own)
+        plans.append(Collective(on, spec, over, request.offsets, scoring if request.scores else None, part))
         return {"options": repr(request.options), "values of options": identity(spec, scoring, request.offsets)}
 
-    same(agree(comm, plan))
+    same(agree(comm, plan), exchange)
     spec = plans[0].spec
     accumulator = DTYPES[DTYPES[spec.dtype].accumulator].numpy
     q, k, v = (_reachable(plain(x, name)) for x, name in ((q, "q"), (k, "k"), (v, "v")))
+    if heads is not None:
+        q, k, v = heads.gather((spec.q_len, spec.kv_len, spec.kv_len), (q, k, v))
     o = np.empty((*q.shape[:3], spec.value_size), q.dtype)
     lse = np.empty(o.shape[:3], accumulator)
-    plans[0].run(q, k, v, o, lse)
+    agree(comm, lambda: plans[0].run(q, k, v, o, lse))
+    if heads is not None:
+        o, lse = heads.scatter((spec.q_len, spec.q_len), (o, lse))
     return (o, lse) if return_lse else o
 
 
@@ -151,6 +163,7 @@ def attention_backward(
     precision: Precision = "ieee",
     tile: int = TILE,
     distribution: str = ZIGZAG,
+    exchange: int = 1,
     comm: Any = None,
     **unknown: NoReturn,  # checkers refuse it, as calls do
 ) -> Gradients:
@@ -169,32 +182,48 @@ def attention_backward(
     check_keywords(attention_backward, unknown)
     comm = _communicator(comm)
     options = causal, window, align, scale, precision, "cpu", "starpu"
-    mine = agree(comm, lambda: _described(q, k, v, bias, tile, distribution))
+    mine = agree(comm, lambda: _described(q, k, v, bias, tile, distribution, exchange))
     cut = Cut(comm.Get_size(), tile, distribution)
     whole = _whole(mine, cut)
     part = _rows_of_bias(mine, bias)
     bias = bias if part is None else part.whole
+    heads = None if exchange == 1 else _heads(comm, cut, whole, part, exchange)
     names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
     plans: list[tuple[CollectiveBackward, Problem, dict[str, np.ndarray]]] = []
 
     def plan() -> dict[str, str]:
         scores = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed)
-        request = describe(whole[0], scores, options)
-        problem = Problem.of(whole, request, names)
+        own, (on, over) = whole, (comm, cut)
+        if heads is not None:
+            scores, own, (on, over) = heads.scores(scores), heads.whole(whole), (heads.across, heads.cut)
+        request = describe(own[0], scores, options)
+        problem = Problem.of(own, request, names)
         spec, scoring = problem.spec, problem.scoring
-        _check(spec, whole)
+        _check(spec, own)
+        if heads is not None and (others := set(names) - set("qkv")):
+            raise UnavailableError(
+                f"wrt: got {', '.join(sorted(others))} with exchange {exchange}, expected q, k and v"
+            )
         given = _rows_of_gradients(spec, {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "dlse": dlse})
         shapes = sorted(scoring.shapes(problem.wanted).items())
         arrays = tuple((n, shape) for n, shape in shapes if 0 not in shape)
-        planned = CollectiveBackward(comm, spec, cut, request.offsets, scoring, problem.wanted, arrays, part)
+        planned = CollectiveBackward(on, spec, over, request.offsets, scoring, problem.wanted, arrays, part)
         plans.append((planned, problem, given))
         said = {"options": repr(request.options), "wrt": repr(names), "dlse": str(dlse is not None)}
         return said | {"values of options": identity(spec, scoring, request.offsets)}
 
-    same(agree(comm, plan))
+    same(agree(comm, plan), exchange)
     ((planned, problem, given),) = plans
+    lengths = {n: problem.spec.kv_len if n in "kv" else problem.spec.q_len for n in given}
+    if heads is not None:
+        given = dict(zip(given, heads.gather(list(lengths.values()), list(given.values())), strict=True))
     sums = {f"d{n}": np.zeros(given[n].shape, given[n].dtype) for n in "qkv" if n in names}
-    dsinks, totals = planned.run(given, sums)
+    ended: list[Any] = []
+    agree(comm, lambda: ended.append(planned.run(given, sums)))
+    ((dsinks, totals),) = ended
+    if heads is not None:
+        back = heads.scatter([lengths[n.removeprefix("d")] for n in sums], list(sums.values()))
+        sums = dict(zip(sums, back, strict=True))
     if part is not None and "bias" in names:
         rows = cut.numbers(problem.spec.q_len, comm.Get_rank())
         found = sum(totals[n][..., rows, :] for n in sorted(slots_of(problem.scoring, bias)))
@@ -249,16 +278,24 @@ def _communicator(comm: Any) -> Any:
     return comm
 
 
-def _tile(tile: Any) -> int:
-    number = integer(tile)
+def _positive(name: str, value: Any) -> int:
+    number = integer(value)
     if number is None or number < 1:
-        raise wrong("tile", repr(tile), "a positive integer")
+        raise wrong(name, repr(value), "a positive integer")
     return number
 
 
-def _described(q: Any, k: Any, v: Any, bias: Any, tile: Any, distribution: Any) -> dict[str, Any]:
+def _heads(comm: Any, cut: Cut, whole: Whole, part: RowsOfBias | None, exchange: int) -> Heads:
+    """Raises: SpecError, UnavailableError, on every rank."""
+    if part is not None:
+        raise UnavailableError(f"exchange: got {exchange} with a bias cut by rows, expected 1, or the whole bias")
+    return Heads(comm, cut, exchange, whole)
+
+
+def _described(q: Any, k: Any, v: Any, bias: Any, tile: Any, distribution: Any, exchange: Any) -> dict[str, Any]:
     """What the other ranks must know of this one's arrays. Raises: SpecError."""
-    said: dict[str, Any] = {"tile": _tile(tile), "distribution": distribution}
+    said: dict[str, Any] = {"tile": _positive("tile", tile), "distribution": distribution}
+    said["exchange"] = _positive("exchange", exchange)
     tiles_of(0, 0, 1, tile, distribution)
     for name, x in (("q", q), ("k", k), ("v", v)):
         x = plain(x, name)

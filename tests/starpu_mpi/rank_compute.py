@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from mpi4py import MPI
-from rank_cases import cases
+from rank_cases import QKV, cases
 
 from flashtile import starpu_mpi
 
@@ -36,9 +36,17 @@ for name, case in cases().items():
     o, lse = starpu_mpi.attention(*mine, return_lse=True, **options, **cut)
     gather(f"{name}: o", o, lengths[0], cut)
     gather(f"{name}: lse", lse, lengths[0], cut)
+    exchanged = comm.size > 1 and name in ("causal", "float16", "sinks, softcap, ALiBi")
+    if exchanged:  # rows for heads first: the same bits
+        again = starpu_mpi.attention(*mine, return_lse=True, exchange=2, **options, **cut)
+        assert again[0].tobytes() == o.tobytes() and again[1].tobytes() == lse.tobytes(), name
     if not case.wrt:
         continue
     found = starpu_mpi.attention_backward(case.do[:, :, parts[0]], *mine, o, lse, wrt=case.wrt, **options, **cut)
+    if exchanged and case.wrt == QKV:
+        given = case.do[:, :, parts[0]], *mine, o, lse
+        again = starpu_mpi.attention_backward(*given, exchange=2, **options, **cut)
+        assert all(getattr(again, n).tobytes() == getattr(found, n).tobytes() for n in "qkv"), name
     for which, length in zip("qkv", lengths, strict=True):
         if getattr(found, which) is not None:
             gather(f"{name}: d{which}", getattr(found, which), length, cut)

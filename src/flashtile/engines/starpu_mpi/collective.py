@@ -56,12 +56,13 @@ def agree(comm: Any, what: Callable[[], T]) -> list[T]:
     return found
 
 
-def same(every: list[dict[str, Any]]) -> None:
-    """Raise SpecError unless what all ranks said is the same: it names the first rank that differs, and in what."""
+def same(every: list[dict[str, Any]], apart: int = 1) -> None:
+    """Raise SpecError unless what all ranks said is the same, or what those said that are so many apart: it names the
+    first rank that differs, and in what."""
     for rank, other in enumerate(every):
-        for name, value in every[0].items():
+        for name, value in every[rank % apart].items():
             if other[name] != value:
-                raise wrong(f"rank {rank}: {name}", other[name], f"{value} as on rank 0")
+                raise wrong(f"rank {rank}: {name}", other[name], f"{value} as on rank {rank % apart}")
 
 
 def identity(spec: AttentionSpec, scoring: Scoring | None, offsets: np.ndarray | None) -> str:
