@@ -69,7 +69,8 @@ def build_driver(folder: Path) -> Path:
     assert compiler is not None, "StarPU's binding was compiled by one"
     include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
     target, source = folder / "libcuda.so.1", Path(__file__).parent / "fake_driver.c"
-    subprocess.run([compiler, "-shared", "-fPIC", "-Wall", "-Werror", "-I", include, "-o", target, source], check=True)
+    flags = ["-shared", "-fPIC", "-pthread", "-Wall", "-Werror", "-I", str(include)]
+    subprocess.run([compiler, *flags, "-o", target, source], check=True)
     return target
 
 

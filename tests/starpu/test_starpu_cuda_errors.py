@@ -30,7 +30,7 @@ from fake_gpu import (
 )
 from processes import searched
 
-from flashtile.engines.starpu import manifest, runtime
+from flashtile.engines.starpu import manifest, runtime, session
 from flashtile.engines.starpu.flow import Flow
 from flashtile.engines.starpu.jobs import Job
 from flashtile.errors import KernelError, SpecError, UnavailableError
@@ -95,6 +95,45 @@ def test_kernels_are_loaded_once_a_context(
     runtime.current().lib.ft_driver_forget()
     gpu.run(tasks.codelet, tasks.program, tasks.tasks[0], PLAIN)
     assert gpu.loads() == [CONTEXT] * 4 + [77] * 4
+
+
+def test_no_device_waits_for_what_another_loads(script: Script, folder: Path, driver: Path, tmp_path: Path) -> None:
+    """Two workers load at the same time: the fake driver lets neither go before the other has begun."""
+    script(
+        """
+        import ctypes, threading
+        from pathlib import Path
+        import fake_gpu
+        from fake_gpu import Buffer
+        from flashtile.engines.starpu import runtime
+        from flashtile.engines.starpu.flow import Flow
+        from flashtile.engines.starpu.jobs import Job
+
+        starpu.init(workers=1, cuda_kernels=os.environ["KERNELS"])
+        fake_gpu.use_driver(Path(os.environ["DRIVER"]))
+        given = fake_gpu.tensors(starpu, "float16")
+        flow = Flow(runtime.current(), fake_gpu.spec("float16"), fake_gpu.TILE_Q, fake_gpu.TILE_K)
+        tasks = fake_gpu.recorded(lambda: flow.submit(Job(), *given))["forward"]
+        gpu = fake_gpu.Gpu(Path(os.environ["KERNELS"]), Path(os.environ["LOG"]))
+
+        def work(context):
+            ctypes.CDLL(os.environ["DRIVER"]).fake_driver_context(ctypes.c_long(context))
+            gpu.run(tasks.codelet, tasks.program, tasks.tasks[0], [Buffer(n << 32) for n in range(1, 7)])
+
+        workers = [threading.Thread(target=work, args=(context,)) for context in (5, 6)]
+        for one in workers:
+            one.start()
+        for one in workers:
+            one.join()
+        gpu.job.wait()
+        assert sorted(gpu.loads()) == [5, 5, 6, 6] and sorted(x.context for x in gpu.launches()) == [5, 5, 6, 6]
+        """,
+        KERNELS=str(folder),
+        DRIVER=str(driver),
+        LOG=str(tmp_path / "log"),
+        FAKE_DRIVER_MEET="2",
+        PYTHONPATH=searched(HERE, HERE.parent),
+    )
 
 
 def test_much_shared_memory_is_asked_for(
@@ -233,6 +272,16 @@ def test_restrict(
     finally:
         monkeypatch.undo()
         starpu.restrict("cpu", "cuda")
+
+
+def test_a_codelet_that_nothing_could_run(starpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused when it is restricted, and as it was then: its tasks would never run."""
+    one = session.codelet("add", "float16")
+    for workers, reason in ((0, "StarPU runs no such worker|has no implementation"), (1, "no kernels|no implementation")):
+        monkeypatch.setattr(runtime.current(), "workers", lambda architecture=None, n=workers: n)
+        with pytest.raises(UnavailableError, match=f"restrict: got cuda, expected one with workers; cuda: .*({reason})"):
+            one.restrict("cuda")
+        assert one.where == one.architectures
 
 
 @pytest.mark.parametrize(

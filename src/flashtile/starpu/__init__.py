@@ -139,7 +139,7 @@ def restrict(*where: str, dtype: str | None = None) -> None:
     if len(errors) == len(chosen):
         raise errors[0]
     for one in chosen:
-        one.restrict(*where)
+        one.place(*where)
 
 
 def register(array: Any, rows: int) -> TiledTensor:

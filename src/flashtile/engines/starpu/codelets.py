@@ -58,7 +58,13 @@ class Codelet:
         self._tell("ft_codelet_implement", self.architectures)
 
     def restrict(self, *where: str) -> None:
-        """Let tasks submitted from now on run on "cpu", on "cuda" or on both only; `check` says whether they can."""
+        """Let tasks submitted from now on run on "cpu", on "cuda" or on both only. Raises: as `check`; nothing is
+        changed then."""
+        self.check(*where)
+        self.place(*where)
+
+    def place(self, *where: str) -> None:
+        """The same unchecked: tasks that nothing can run are refused when they are submitted (programs.py)."""
         self.where = where
         self._tell("ft_codelet_where", tuple(name for name in where if name in self.architectures))
 

@@ -51,16 +51,23 @@ static const struct { void **place; const char *name; int needed; } symbols[] = 
 	{(void **)&driver.error_name, "cuGetErrorName", 1},
 };
 
-/* What is loaded where. Kernels are few, and a list is as long as they are. */
+/* What is loaded on a device. Kernels are few, and a list is as long as they are. */
 typedef struct loaded {
 	struct loaded *next;
 	uint64_t id;
-	context where;
 	function function;
 } loaded;
 
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static loaded *first;
+/* A device, by its worker's context. Loading takes long, so each has a lock of its own: none waits for another's. */
+typedef struct device {
+	struct device *next;
+	context where;
+	pthread_mutex_t lock;
+	loaded *first;
+} device;
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* of the two that follow */
+static device *devices;
 static int opened;
 
 int ft_driver_open(const char *path, char *why, int size)
@@ -87,10 +94,16 @@ int ft_driver_open(const char *path, char *why, int size)
 void ft_driver_forget(void)
 {
 	pthread_mutex_lock(&lock);
-	while (first) {
-		loaded *next = first->next;
-		free(first);
-		first = next;
+	while (devices) {
+		device *d = devices;
+		devices = d->next;
+		while (d->first) {
+			loaded *next = d->first->next;
+			free(d->first);
+			d->first = next;
+		}
+		pthread_mutex_destroy(&d->lock);
+		free(d);
 	}
 	pthread_mutex_unlock(&lock);
 }
@@ -105,7 +118,7 @@ static status checked(status s, const char *call, const ft_kernel *kernel, char 
 	return s;
 }
 
-static status load(const ft_kernel *kernel, context here, function *found, char *detail)
+static status load(const ft_kernel *kernel, device *d, function *found, char *detail)
 {
 	module m;
 	status s = checked(driver.module_load(&m, (const void *)kernel->image), "cuModuleLoadData", kernel, detail);
@@ -114,9 +127,23 @@ static status load(const ft_kernel *kernel, context here, function *found, char 
 		s = checked(driver.function_set(*found, MAX_DYNAMIC_SHARED, kernel->shared), "cuFuncSetAttribute", kernel, detail);
 	if (s) return s;
 	loaded *l = malloc(sizeof *l);
-	*l = (loaded){first, kernel->id, here, *found};
-	first = l;
+	*l = (loaded){d->first, kernel->id, *found};
+	d->first = l;
 	return 0;
+}
+
+static device *device_of(context here)
+{
+	pthread_mutex_lock(&lock);
+	device *d = devices;
+	while (d && d->where != here) d = d->next;
+	if (!d) {
+		d = malloc(sizeof *d);
+		*d = (device){devices, here, PTHREAD_MUTEX_INITIALIZER, NULL};
+		devices = d;
+	}
+	pthread_mutex_unlock(&lock);
+	return d;
 }
 
 /* The kernel in the context of the calling worker, loaded at its first launch there. */
@@ -125,12 +152,13 @@ static status find(const ft_kernel *kernel, function *found, char *detail)
 	context here;
 	status s = checked(driver.context_current(&here), "cuCtxGetCurrent", kernel, detail);
 	if (s) return s;
-	pthread_mutex_lock(&lock);
-	loaded *l = first;
-	while (l && !(l->id == kernel->id && l->where == here)) l = l->next;
+	device *d = device_of(here);
+	pthread_mutex_lock(&d->lock);
+	loaded *l = d->first;
+	while (l && l->id != kernel->id) l = l->next;
 	if (l) *found = l->function;
-	else s = load(kernel, here, found, detail);
-	pthread_mutex_unlock(&lock);
+	else s = load(kernel, d, found, detail);
+	pthread_mutex_unlock(&d->lock);
 	return s;
 }
 
