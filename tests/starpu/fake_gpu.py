@@ -99,11 +99,13 @@ class Launched(NamedTuple):
 
 
 class Buffer(NamedTuple):
-    """A tile on the device: a matrix of ld elements between rows, or a variable where that is 0."""
+    """A tile on the device: a matrix of ld elements between rows, or a variable where that is 0; with ldz between heads,
+    a block."""
 
     address: int
     ld: int = 0
     itemsize: int = 1
+    ldz: int = 0
 
 
 class Recorded(NamedTuple):
@@ -191,7 +193,7 @@ def recording() -> Iterator[list[Recorded]]:
         Program.submit = submit  # type: ignore[method-assign]
 
 
-FIELDS = (("address", "uint64"), ("ld", "uint32"), ("itemsize", "uint64"))
+FIELDS = (("address", "uint64"), ("ld", "uint32"), ("ldz", "uint32"), ("itemsize", "uint64"))
 
 
 def parameters_of(cubin: Path) -> tuple[Parameter, ...]:

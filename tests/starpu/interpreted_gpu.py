@@ -13,6 +13,7 @@ from typing import Any
 import fake_gpu
 import numpy as np
 
+from flashtile.arrays import view
 from flashtile.engines.starpu import runtime
 from flashtile.engines.starpu.programs import Program
 from flashtile.kernels.triton.device import Pointer
@@ -33,9 +34,12 @@ class Worker:
         """In place of Program.submit."""
         scratch = np.zeros(program.scratch_bytes + 64, np.uint8)
         for row, task in zip(np.asarray(handles), tasks, strict=True):
-            buffers = [*(buffer_of(int(handle)) for handle in row), fake_gpu.Buffer(scratch.ctypes.data)]
+            tiles = [Tile(int(handle), int(task["turned"]) >> n & 1) for n, handle in enumerate(row)]
+            buffers = [*(tile.buffer for tile in tiles), fake_gpu.Buffer(scratch.ctypes.data)]
             for launched in self.gpu.run(codelet, program, task, buffers, job):
                 self.compute(launched)
+            for tile in tiles:
+                tile.bring_home()
 
     def compute(self, launched: fake_gpu.Launched) -> None:
         row = self.gpu.manifest[launched.image]
@@ -49,15 +53,37 @@ class Worker:
         self.device.launch(what, launched.grid[0], passed)
 
 
-def buffer_of(handle: int) -> fake_gpu.Buffer:
-    """The tile behind a handle in main memory, which is allocated if it was not yet."""
-    now = runtime.current()
-    while now.lib.ft_acquire(handle, now.constant("W")):
-        pass
-    row_bytes = now.ffi.new("int64_t *")
-    address = int(now.lib.ft_pointer(handle, row_bytes))
-    now.lib.ft_release(handle)
-    return fake_gpu.Buffer(address, row_bytes[0], 1)  # elements of a byte: a matrix of row_bytes
+class Tile:
+    """A tile in the memory of the device, where StarPU leaves no gaps: its heads, and the rows of each, are adjacent. In
+    main memory it is allocated if it was not yet."""
+
+    def __init__(self, handle: int, turned: int) -> None:
+        now = runtime.current()
+        while now.lib.ft_acquire(handle, now.constant("W")):
+            pass
+        between = now.ffi.new("int64_t[2]")
+        address = int(now.lib.ft_pointer(handle, turned, between, between + 1))
+        now.lib.ft_release(handle)
+        owner = now.handles.get(handle)
+        self.home = self.here = None
+        if owner is None or owner.heads == 1:
+            self.buffer = fake_gpu.Buffer(address, between[0], 1)  # elements of a byte: a matrix of row_bytes
+            return
+        index = tuple(int(n) for n in np.argwhere(owner.handles == handle)[0])
+        height, width = owner[index].height, (owner.columns or 1) * owner.dtype.itemsize
+        shape = (owner.heads, height, width) if owner.columns else (owner.heads, 1, height * width)
+        self.home = view(address, shape, (between[1], between[0], 1), np.dtype(np.uint8), writable=True)
+        self.here = self.home.copy()
+        at = self.here.ctypes.data
+        if turned:
+            self.here = np.ascontiguousarray(self.here.transpose(1, 0, 2)).transpose(1, 0, 2)
+            at = self.here.ctypes.data
+        plane, row = self.here.strides[:2]
+        self.buffer = fake_gpu.Buffer(at, *((plane, 1, row) if turned else (row, 1, plane)))
+
+    def bring_home(self) -> None:
+        if self.home is not None:
+            self.home[...] = self.here
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -29,12 +30,12 @@ if TYPE_CHECKING:
 DRIVER = "libcuda.so.1"
 DRIVER_VARIABLE = "FLASHTILE_CUDA_DRIVER"  # names another file
 # A task's `sizes`: rows and keys of its tiles, what anchors the band in them; where its keys stand in a row of stored
-# scores, in bytes, and how many with their padding.
-ROWS, KEYS, ANCHOR, COLUMN, COLUMNS = range(5)
+# scores, in bytes, and how many with their padding; how many heads it has, of queries and of keys.
+ROWS, KEYS, ANCHOR, COLUMN, COLUMNS, HEADS, KV_HEADS = range(7)
 ANY_TILE = Tile(16, 16)  # the manifest's kernel says which it has
 OF_THE_HOST = "score programs, sinks and dropout, whose values lie in the memory of the host, run on CPUs only"
 NO_AXIS = (-1, "")
-QUERY_TILES = ((ROWS, "queries"),)  # a grid of one program a tile of rows
+QUERY_TILES = ((HEADS, ""), (ROWS, "queries"))  # a grid of one program a tile of rows
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,12 @@ def anchor_of(offsets: np.ndarray, batch: np.ndarray, shift: np.ndarray) -> np.n
     return np.clip(offsets[np.minimum(batch, len(offsets) - 1)], -OPEN, OPEN) + shift
 
 
-def forward(runtime: Runtime, spec: AttentionSpec, tile_q: int) -> Launches | str:
-    """Of the codelet `forward`: the state starts, or where values[0] says so continues; else why there is none."""
+def forward(runtime: Runtime, spec: AttentionSpec, tile_q: int, heads: int = 1) -> Launches | str:
+    """Of the codelet `forward`, for so many heads: the state starts, or where values[0] says so continues; else why
+    there is none."""
     if spec.program is not None or spec.sinks or spec.dropout:
         return OF_THE_HOST
-    spec = _one_tile(spec)
+    group, spec = spec.group, _one_tile(spec)
     wide = DTYPES[DTYPES[spec.dtype].accumulator].itemsize
     values: dict[str, Value] = {
         "q": Source("ADDRESS", 0),
@@ -106,11 +108,11 @@ def forward(runtime: Runtime, spec: AttentionSpec, tile_q: int) -> Launches | st
         "lse_split": 0,
         "splits": 1,
         "split_keys": Source("SIZE", KEYS),
-        **_counts(spec),
+        **_counts(spec, min(heads, group)),
         **_changes(spec),
-        "items": Source("TILES", ROWS),
-        "blocks": 1,
-        "together": 1,
+        "items": Source("PROGRAMS"),
+        "blocks": Source("SIZE", HEADS),
+        "together": Source("SIZE", HEADS),
         "query_tiles": Source("TILES", ROWS),
     }
     memory = _memories(spec)
@@ -125,7 +127,13 @@ def forward(runtime: Runtime, spec: AttentionSpec, tile_q: int) -> Launches | st
         ]
         for state in (special.PARTIAL, special.CARRIED)
     ]
-    return _launches(runtime, cases, which=0, scratch=lambda entry: 4 * -(-tile_q // entry.queries))
+    marks = partial(_marks, heads, tile_q)
+    return _launches(runtime, cases, which=0, scratch=marks, packed={4: wide})
+
+
+def _marks(heads: int, rows: int, entry: Entry) -> int:
+    """Bytes of marks, one a work item: whether its sums were not finite."""
+    return 4 * heads * -(-rows // entry.queries)
 
 
 def merge(runtime: Runtime, dtype: str, value_size: int) -> Launches | str:
@@ -137,7 +145,7 @@ def merge(runtime: Runtime, dtype: str, value_size: int) -> Launches | str:
         "o": Source("ADDRESS", 0),
         "lse": Source("ADDRESS", 1),
         "o_b": 0,
-        "o_h": 0,
+        "o_h": Source("PLANE", 0, 1, size),
         "o_s": value_size,
         "o_split": Source("APART", 2, 0, size),
         "lse_split": Source("APART", 3, 1, size),
@@ -147,10 +155,11 @@ def merge(runtime: Runtime, dtype: str, value_size: int) -> Launches | str:
     }
     what = special.merge(spec, ANY_TILE, finished=False, memory=Memory(aligned=False))
     dense = {0: value_size * size, 2: value_size * size}
-    return _launches(runtime, [[[Stage(what, values, QUERY_TILES)]]], dense=dense)
+    packed = dense | {1: size, 3: size}
+    return _launches(runtime, [[[Stage(what, values, QUERY_TILES)]]], dense=dense, packed=packed)
 
 
-def finish(runtime: Runtime, dtype: str, value_size: int, tile_q: int) -> Launches | str:
+def finish(runtime: Runtime, dtype: str, value_size: int, rows: int) -> Launches | str:
     """Of the codelet `finish`: the merge of one part. Its lse, the state's bits again, goes into scratch memory."""
     spec, size = _of_size(dtype, value_size), DTYPES[DTYPES[dtype].accumulator].itemsize
     values: dict[str, Value] = {
@@ -167,7 +176,9 @@ def finish(runtime: Runtime, dtype: str, value_size: int, tile_q: int) -> Launch
     }
     what = special.merge(spec, ANY_TILE, finished=True, memory=Memory(aligned=False))
     dense = {0: value_size * size}
-    return _launches(runtime, [[[Stage(what, values, QUERY_TILES)]]], dense=dense, scratch=lambda entry: tile_q * size)
+    packed = dense | {1: size}
+    stages = [[[Stage(what, values, QUERY_TILES)]]]
+    return _launches(runtime, stages, dense=dense, packed=packed, scratch=lambda entry: rows * size)
 
 
 def unfused(runtime: Runtime, spec: AttentionSpec, row: int) -> dict[str, Launches | str]:
@@ -241,19 +252,20 @@ def _memories(spec: AttentionSpec) -> list[Memory]:
 
 
 def _rows(spec: AttentionSpec, handles: Mapping[str, int], itemsize: int = 0) -> dict[str, Value]:
-    """Strides of tensors that are one tile: between rows as the handle has it."""
+    """Strides of tensors that are one tile: between rows and heads as the handle has them."""
     unit, values = itemsize or DTYPES[spec.dtype].itemsize, dict[str, Value]()
     for name, handle in handles.items():
         length = spec.head_size if name in "qk" else spec.value_size
-        values |= {f"{name}_b": 0, f"{name}_h": 0, f"{name}_s": Source("ROW", handle, -1, unit, length)}
+        values |= {f"{name}_b": 0, f"{name}_h": Source("PLANE", handle, 1, unit)}
+        values[f"{name}_s"] = Source("ROW", handle, -1, unit, length)
     return values
 
 
-def _counts(spec: AttentionSpec) -> dict[str, Value]:
+def _counts(spec: AttentionSpec, group: int = 1) -> dict[str, Value]:
     return {
         "first": 0,
-        "heads": 1,
-        "group": 1,
+        "heads": Source("SIZE", HEADS),
+        "group": group,
         "q_len": Source("SIZE", ROWS),
         "kv_len": Source("SIZE", KEYS),
         "head_size": spec.head_size,
@@ -276,6 +288,7 @@ def _launches(
     *,
     which: int = -1,
     dense: Mapping[int, int] | None = None,
+    packed: Mapping[int, int] | None = None,
     scratch: Any = lambda entry: 0,
 ) -> Launches | str:
     """Cases of launches of alternatives: of each launch the first alternative that the manifest has."""
@@ -288,6 +301,8 @@ def _launches(
     data.which = which
     for handle, row_bytes in (dense or {}).items():
         data.dense[handle] = row_bytes
+    for handle, row_bytes in (packed or {}).items():
+        data.packed[handle] = row_bytes
     for case, launches in enumerate(cases):
         data.launches[case] = len(launches)
         for n, alternatives in enumerate(launches):
@@ -321,7 +336,7 @@ def _kernel(runtime: Runtime, stage: Stage, entry: Entry) -> tuple[Any, Any]:
     data.id, data.image, data.function = entry.id, int(ffi.cast("uintptr_t", image)), entry.function.encode()
     data.threads, data.cluster, data.shared, data.bytes = entry.threads, entry.cluster, entry.shared, entry.nbytes
     units = {"queries": entry.queries, "keys": entry.keys, "": 1}
-    for n, (size, counted) in enumerate((*stage.grid, NO_AXIS)[:2]):
+    for n, (size, counted) in enumerate((*stage.grid, NO_AXIS, NO_AXIS)[:3]):
         data.grid_size[n], data.grid_unit[n] = size, units[counted]
     block, number = bytearray(entry.nbytes), 0
     for parameter in entry.parameters:

@@ -165,7 +165,7 @@ static status find(const ft_kernel *kernel, function *found, char *detail)
 static int64_t tiles(int64_t size, int64_t unit) { return (size + unit - 1) / unit; }
 
 /* Fills in the block of parameters of one launch. */
-static int fill(const ft_kernel *kernel, const ft_place *place, int64_t *block, char *detail)
+static int fill(const ft_kernel *kernel, const ft_place *place, int64_t programs, int64_t *block, char *detail)
 {
 	memcpy(block, kernel->block, kernel->bytes);
 	for (int n = 0; n < kernel->arguments; n++) {
@@ -177,10 +177,15 @@ static int fill(const ft_kernel *kernel, const ft_place *place, int64_t *block, 
 			if (!place->row_bytes[a->index]) continue;
 			value = place->row_bytes[a->index] / a->unit;
 			break;
+		case FT_PLANE:
+			if (!place->plane_bytes[a->index]) continue;
+			value = place->plane_bytes[a->index] * a->other / a->unit;
+			break;
 		case FT_APART: value = (place->address[a->index] - place->address[a->other]) / a->unit; break;
 		case FT_SIZE: value = place->sizes[a->index]; break;
 		case FT_TILES: value = tiles(place->sizes[a->index], a->unit); break;
 		case FT_SCRATCH: value = place->scratch; break;
+		case FT_PROGRAMS: value = programs; break;
 		}
 		if (value % a->multiple) {
 			snprintf(detail, FT_DETAIL, "kernel %s: got %lld for the argument at byte %d, expected a multiple of %d",
@@ -199,9 +204,9 @@ static status launch(const ft_kernel *kernel, const ft_place *place, void *strea
 	size_t size = kernel->bytes;
 	void *parameters[] = {PARAMETERS_POINTER, block, PARAMETERS_SIZE, &size, PARAMETERS_END};
 	int64_t grid = 1;
-	status s = fill(kernel, place, block, detail);
-	for (int n = 0; n < 2; n++)
+	for (int n = 0; n < 3; n++)
 		if (kernel->grid_size[n] >= 0) grid *= tiles(place->sizes[kernel->grid_size[n]], kernel->grid_unit[n]);
+	status s = fill(kernel, place, grid, block, detail);
 	if (s || !grid) return s;
 	if ((s = find(kernel, &f, detail))) return s;
 	if (kernel->cluster == 1)
@@ -224,9 +229,12 @@ int ft_launch(const ft_kernels *kernels, const ft_place *place, const int64_t *v
 		return FT_NO_DRIVER;
 	}
 	for (int n = 0; n < FT_HANDLES; n++) {
-		if (!kernels->dense[n] || !place->row_bytes[n] || place->row_bytes[n] == kernels->dense[n]) continue;
-		snprintf(detail, FT_DETAIL, "got rows of handle %d that lie %lld bytes apart, expected %lld", n,
-			(long long)place->row_bytes[n], (long long)kernels->dense[n]);
+		int64_t rows = place->row_bytes[n], heads = place->plane_bytes[n];
+		int64_t packed = kernels->packed[n] * place->sizes[FT_ROWS];
+		int apart = kernels->dense[n] && rows && rows != kernels->dense[n];
+		if (!apart && !(packed && heads && heads != packed)) continue;
+		snprintf(detail, FT_DETAIL, "got %s of handle %d that lie %lld bytes apart, expected %lld", apart ? "rows" : "heads", n,
+			(long long)(apart ? rows : heads), (long long)(apart ? kernels->dense[n] : packed));
 		return FT_ROWS_APART;
 	}
 	for (int n = 0; n < kernels->launches[variant]; n++) {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,8 @@ from flashtile.kernels.tiles import TileKernel
 
 CACHE_LINE = 64
 NOT_FOR_GPUS = "it has kernels for CPUs only"
+
+NOTHING: Mapping[str, int] = MappingProxyType({})
 
 # Handle of the task, word of its address, word of its bytes between rows or None; and, where the word is to hold the
 # distance from another binding, the number of that one.
@@ -33,9 +37,16 @@ class Program:
         keep: Any = None,
         cuda: Launches | str = NOT_FOR_GPUS,
         handles: int | None = None,
+        heads: int = 0,
+        per: Mapping[str, int] = NOTHING,
+        moves: Mapping[str, int] = NOTHING,
     ) -> None:
         """cuda: what a GPU launches instead, or why it has nothing to launch. handles: of a task, where some of them
-        set nothing and only order it; None: those of the bindings."""
+        set nothing and only order it; None: those of the bindings.
+
+        heads: of a batch, where tasks have batch and head; by the words of addresses, per: how many heads share one of
+        the handle's, moves: bytes from where the kernel looks for one head to where it looks for the next.
+        """
         self.kernel, self.cuda, self._keep = kernel, cuda, keep
         self.data = data = runtime.ffi.new("ft_program *")
         assert len(kernel.block) <= len(data.block) and len(bindings) <= len(data.handle)
@@ -44,11 +55,12 @@ class Program:
             data.cuda = int(runtime.ffi.cast("uintptr_t", cuda.data))
         data.inner_word, data.inner_at = kernel.inner
         data.handles = handles or 1 + max(handle for handle, *_ in bindings)
-        data.bindings, data.values = len(bindings), len(values)
+        data.bindings, data.values, data.heads = len(bindings), len(values), heads
         for n, (handle, address, stride, *other) in enumerate(bindings):
             data.handle[n], data.address_word[n] = handle, kernel.words[address]
             data.stride_word[n] = -1 if stride is None else kernel.words[stride]
             getattr(data, "from")[n] = other[0] if other else -1
+            data.per[n], data.moves[n] = per.get(address, 1), moves.get(address, 0)
         for n, name in enumerate(values):
             data.value_word[n] = kernel.words[name]
         data.block[0 : len(kernel.block)] = kernel.block.tolist()

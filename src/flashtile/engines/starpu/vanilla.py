@@ -37,6 +37,8 @@ VALUES = {"scores": (), "softmax": (), "output": ("carry",)}
 class VanillaFlow:
     """The three stages of one spec on tiles of one size; arguments as those of flow.Flow."""
 
+    heads = 1  # of a task
+
     def __init__(
         self,
         runtime: Runtime,
