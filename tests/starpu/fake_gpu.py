@@ -21,7 +21,7 @@ from test_starpu_tasks import spec_of
 
 from flashtile.arrays import contiguous
 from flashtile.dtypes import DTYPES
-from flashtile.engines.starpu import cuda, runtime
+from flashtile.engines.starpu import launches, runtime
 from flashtile.engines.starpu.jobs import Job
 from flashtile.engines.starpu.programs import Program
 from flashtile.kernels.triton import aot
@@ -77,11 +77,11 @@ def build_driver(folder: Path) -> Path:
 def use_driver(library: Path) -> None:
     """Let the launcher open it, and find in it what a StarPU with CUDA has."""
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    os.environ[cuda.DRIVER_VARIABLE] = str(library)
+    os.environ[launches.DRIVER_VARIABLE] = str(library)
     try:
-        cuda.open_driver(runtime.current())
+        launches.open_driver(runtime.current())
     finally:
-        del os.environ[cuda.DRIVER_VARIABLE]
+        del os.environ[launches.DRIVER_VARIABLE]
 
 
 class Launched(NamedTuple):
@@ -99,8 +99,8 @@ class Launched(NamedTuple):
 
 
 class Buffer(NamedTuple):
-    """A tile on the device: a matrix of ld elements between rows, or a variable where that is 0; with ldz between heads,
-    a block."""
+    """A tile on the device: a matrix of ld elements between rows, or a variable where that is 0; with ldz between
+    heads, a block."""
 
     address: int
     ld: int = 0

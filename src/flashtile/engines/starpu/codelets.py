@@ -25,7 +25,7 @@ LABELS: dict[str, tuple[str, ...]] = {
 }
 
 # Operations that have kernels for CPUs only. Of the others each program says whether it has one for GPUs (cuda.py).
-CPU_ONLY = ("accumulate", "accumulate_delta", "accumulate_backward", "accumulate_add", "delta", "backward", "add")
+CPU_ONLY = ("accumulate_delta", "accumulate_backward", "accumulate_add", "delta", "backward", "add")
 
 
 def name_of(operation: str, dtype: str) -> str:

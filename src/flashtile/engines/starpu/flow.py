@@ -17,6 +17,7 @@ from flashtile.engines.starpu import cuda
 from flashtile.engines.starpu.coverage import TileCoverage, coverage_of
 from flashtile.engines.starpu.footprint import footprint_of, footprints
 from flashtile.engines.starpu.jobs import TASK, Job
+from flashtile.engines.starpu.launches import ANCHOR, FIRSTS, KEYS, ROWS, SINK
 from flashtile.engines.starpu.programs import Program
 from flashtile.engines.starpu.runtime import Runtime
 from flashtile.engines.starpu.session import codelet
@@ -39,8 +40,8 @@ FORWARD_VALUES = ("carry", "kv_len", "sinks")
 
 @dataclass(frozen=True)
 class Pairs:
-    """The tasks of a flow, chain by chain: int64 arrays (n,). A chain without a key is one task with key tile -1. The head
-    of a task that has several is the first of them."""
+    """The tasks of a flow, chain by chain: int64 arrays (n,). A chain without a key is one task with key tile -1. head:
+    the first of those that a task has."""
 
     batch: np.ndarray
     head: np.ndarray
@@ -88,8 +89,8 @@ class Flow:
     """The tasks of one spec on tiles of one size; made once, submitted on any tensors of that shape.
 
     offsets: int64 (B,), where spec.offset is None; scoring: the values of the spec's program and sinks. With either,
-    the flow is good for these values only. rows: numbers of the query tiles that it computes, None: all. heads: how many
-    a task has, fewer where a mask shows them different tiles.
+    the flow is good for these values only. rows: numbers of the query tiles that it computes, None: all. heads: how
+    many a task has, fewer where a mask shows them different tiles.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class Flow:
         self.coverage = coverage_of(spec, scoring, kernels.rows_at_once(spec), tile_q, tile_k, self.anchors)
         self.heads = touched_of(spec, self.coverage, heads)[1]
         self.pairs = pairs_of(spec, self.coverage, rows, self.heads)
-        gpu = cuda.forward(runtime, spec, tile_q, self.heads)
+        gpu = cuda.forward(runtime, spec, tile_q, self.heads, scoring)
         self.program = Program(
             runtime,
             kernel,
@@ -186,7 +187,9 @@ class Flow:
         tasks["bytes"][:, 4] = (head * spec.q_len + row) * DTYPES[DTYPES[spec.dtype].accumulator].itemsize
         tasks["values"][:, :3] = np.stack([p.place > 0, end, np.where(p.left == 0, self.sinks, 0)], axis=1)
         anchor = cuda.anchor_of(self.anchors, p.batch, row - key)
-        sizes = {cuda.ROWS: np.minimum(self.tile_q, spec.q_len - row), cuda.KEYS: end - key, cuda.ANCHOR: anchor}
+        firsts = dict(zip(FIRSTS, (p.batch, p.head, row, key), strict=True))
+        sizes = {ROWS: np.minimum(self.tile_q, spec.q_len - row), KEYS: end - key, ANCHOR: anchor, **firsts}
+        sizes[SINK] = head * DTYPES[DTYPES[spec.dtype].accumulator].itemsize
         for place, numbers in sizes.items():
             tasks["sizes"][:, place] = numbers
         tasks["tile"] = np.stack([p.batch, p.head, p.query_tile, p.key_tile], axis=1)
@@ -212,7 +215,7 @@ def submit_pair(flow: Flow, job: Job, q: Tile, k: Tile, v: Tile, o: Tile, lse: T
     spec, i, j = flow.spec, q.index[2], k.index[2]
     b, h = divmod((q.index[0] * q.tensor.grid[1] + q.index[1]) * flow.heads, spec.heads)
     kv, of_one = h // spec.group, of_keys(flow.heads, spec.group)
-    own = *(int(n) for n in unit_of(np.int64(b), np.int64(kv), spec.kv_heads, of_one)), j
+    own = *unit_of(b, kv, spec.kv_heads, of_one), j
     for name, tile, index in (("k", k, own), ("v", v, own), ("o", o, q.index), ("lse", lse, q.index)):
         if tile.index != index:
             raise wrong(name, f"tile {tile.index}", f"tile {index}, to go with tile {q.index} of q")

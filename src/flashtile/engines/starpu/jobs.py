@@ -12,7 +12,7 @@ from flashtile.engines.starpu.codelets import Codelet, labels_of
 from flashtile.errors import KernelError, UnavailableError, wrong
 from flashtile.progress import Report
 
-BUFFERS, VALUES, SIZES = 12, 6, 7  # of shim.h
+BUFFERS, VALUES, SIZES = 12, 6, 12  # of shim.h
 POLL_MILLISECONDS = 50  # between looks at Ctrl-C and at the progress
 
 # ft_task of shim.h

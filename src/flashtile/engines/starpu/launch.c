@@ -223,7 +223,9 @@ static status launch(const ft_kernel *kernel, const ft_place *place, void *strea
 
 int ft_launch(const ft_kernels *kernels, const ft_place *place, const int64_t *values, void *stream, char *detail)
 {
-	int variant = kernels->which < 0 ? 0 : values[kernels->which] != 0;
+	int variant = 0;
+	for (int n = 0; n < 2; n++)
+		if (kernels->which[n] >= 0 && values[kernels->which[n]]) variant |= 1 << n;
 	if (!opened) {
 		snprintf(detail, FT_DETAIL, "NVIDIA's driver was not opened");
 		return FT_NO_DRIVER;

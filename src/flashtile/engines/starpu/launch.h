@@ -3,7 +3,7 @@
 
 #define FT_ARGUMENTS 44
 #define FT_BLOCK 64
-#define FT_SIZES 7
+#define FT_SIZES 12
 #define FT_LAUNCHES 4
 #define FT_DETAIL 160
 
@@ -32,7 +32,7 @@
 #define FT_PLANE 6
 #define FT_PROGRAMS 7
 
-/* Of sizes: rows of the task's tiles; heads, as the task has them. */
+/* Of sizes: rows of the task's tiles; its heads, if it says nothing else. */
 #define FT_ROWS 0
 #define FT_HEADS 5
 
@@ -55,13 +55,14 @@ typedef struct {
 	int64_t block[FT_BLOCK];
 } ft_kernel;
 
-/* The launches of a task, in order: those of case values[which] (0 or 1), of case 0 where which is -1.
+/* The launches of a task, in order, of one of four cases: 1 if values[which[0]] is not 0, and 2 more if values[which[1]]
+   is not; -1 stands for a value of 0.
    dense[n]: what the kernels take for the bytes between the rows of handle n, if they cannot be told; else 0. packed[n]:
    the same of its heads, for each row of the tile. */
 typedef struct {
-	int32_t which, launches[2];
+	int32_t which[2], launches[4];
 	int64_t dense[12], packed[12];
-	const ft_kernel *kernel[2][FT_LAUNCHES];
+	const ft_kernel *kernel[4][FT_LAUNCHES];
 } ft_kernels;
 
 /* Opens NVIDIA's driver, once; 0, or -1 with the reason in `why`. */

@@ -9,15 +9,18 @@ from typing import Any
 import numpy as np
 
 from flashtile.engines.starpu.codelets import Codelet
-from flashtile.engines.starpu.cuda import Launches
+from flashtile.engines.starpu.cuda_scores import size_of
 from flashtile.engines.starpu.jobs import Job
+from flashtile.engines.starpu.launches import Launches
 from flashtile.engines.starpu.runtime import Runtime
+from flashtile.engines.starpu.tiles import DROP_LATER
 from flashtile.errors import UnavailableError
 from flashtile.kernels.tiles import TileKernel
 
 CACHE_LINE = 64
 NOT_FOR_GPUS = "it has kernels for CPUs only"
 
+NO_HANDLES = np.zeros(0, np.uint64)
 NOTHING: Mapping[str, int] = MappingProxyType({})
 
 # Handle of the task, word of its address, word of its bytes between rows or None; and, where the word is to hold the
@@ -54,7 +57,8 @@ class Program:
         if not isinstance(cuda, str):
             data.cuda = int(runtime.ffi.cast("uintptr_t", cuda.data))
         data.inner_word, data.inner_at = kernel.inner
-        data.handles = handles or 1 + max(handle for handle, *_ in bindings)
+        self._arrays = () if isinstance(cuda, str) else cuda.arrays
+        data.handles = (handles or 1 + max(handle for handle, *_ in bindings)) + len(self._arrays)
         data.bindings, data.values, data.heads = len(bindings), len(values), heads
         for n, (handle, address, stride, *other) in enumerate(bindings):
             data.handle[n], data.address_word[n] = handle, kernel.words[address]
@@ -80,6 +84,14 @@ class Program:
         runtime, n = job.runtime, len(tasks)
         tasks["program"] = self.address
         scratch = runtime.scratch(self.scratch_bytes + CACHE_LINE)
-        handles = np.concatenate([handles, np.full((n, 1), scratch, np.uint64)], axis=1)
-        modes = np.concatenate([modes, np.full((n, 1), runtime.constant("SCRATCH"), np.int32)], axis=1)
-        job.submit(codelet, handles, modes, tasks, self)
+        arrays = runtime.register(*zip(*map(size_of, self._arrays), strict=True)) if self._arrays else NO_HANDLES
+        further = np.append(arrays, np.uint64(scratch))
+        kinds = ["R"] * len(arrays) + ["SCRATCH"]
+        handles = np.concatenate([handles, np.tile(further, (n, 1))], axis=1)
+        modes = np.concatenate([modes, np.tile(np.array([*map(runtime.constant, kinds)], np.int32), (n, 1))], axis=1)
+        job.hold(*self._arrays)
+        try:
+            job.submit(codelet, handles, modes, tasks, self)
+        finally:
+            if len(arrays):
+                runtime.unregister(arrays, DROP_LATER)

@@ -311,7 +311,7 @@ static void run_cuda(void *buffers[], void *cl_arg)
 	}
 	place.scratch = scratch_of(a, buffers);
 	memcpy(place.sizes, a->task.sizes, sizeof place.sizes);
-	place.sizes[FT_HEADS] = a->task.heads > 1 ? a->task.heads : 1;
+	if (!place.sizes[FT_HEADS]) place.sizes[FT_HEADS] = a->task.heads > 1 ? a->task.heads : 1;
 	if (local_stream(&stream)) status = ft_launch((const ft_kernels *)p->cuda, &place, a->task.values, stream, detail);
 	if (a->event) { a->event->ran = 1; a->event->status = status; }
 	if (status) record(a, 0, status, detail);

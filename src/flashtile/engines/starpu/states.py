@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from flashtile.engines.starpu import cuda
-from flashtile.engines.starpu.cuda import Launches
 from flashtile.engines.starpu.footprint import footprints
 from flashtile.engines.starpu.jobs import TASK, Job
+from flashtile.engines.starpu.launches import ROWS, Launches
 from flashtile.engines.starpu.programs import Binding, Program
 from flashtile.engines.starpu.session import codelet
 from flashtile.engines.starpu.tiles import TiledTensor
@@ -35,11 +35,12 @@ def submit_finish(job: Job, state: TiledTensor, lse: TiledTensor, o: TiledTensor
     Raises:  SpecError.
     """
     check_state("state", state, lse)
-    if o.shape != state.shape or (o.rows, o.heads) != (state.rows, state.heads) or o.dtype.accumulator != state.dtype.name:
+    alike = o.shape == state.shape and (o.rows, o.heads) == (state.rows, state.heads)
+    if not alike or o.dtype.accumulator != state.dtype.name:
         came = f"{o.dtype.name} {o.shape} in tiles of {o.cut}"
         raise wrong("o", came, f"{state.shape} in tiles of {state.cut}, of a dtype with {state.dtype.name} sums")
     kernel = tile_kernels().finish(o.dtype.name, o.shape[3])
-    gpu = cuda.finish(job.runtime, o.dtype.name, o.shape[3], o.heads * o.rows)
+    gpu = cuda.finish(job.runtime, o.dtype.name, o.shape[3], o.rows, o.heads)
     return _submit(job, "finish", o.dtype.name, kernel, gpu, FINISH, (state, lse, o), ("R", "R", "W"))
 
 
@@ -56,7 +57,7 @@ def submit_merge(job: Job, o: TiledTensor, lse: TiledTensor, other_o: TiledTenso
         raise wrong("other_o", f"{other_o.dtype.name} {other_o.shape}", f"another {o.dtype.name} {o.shape}, cut alike")
     kernel = tile_kernels().merging(o.dtype.name, o.shape[3])
     tensors = o, lse, other_o, other_lse
-    gpu = cuda.merge(job.runtime, o.dtype.name, o.shape[3])
+    gpu = cuda.merge(job.runtime, o.dtype.name, o.shape[3], o.heads)
     return _submit(job, "merge", o.dtype.name, kernel, gpu, MERGE, tensors, ("RW", "RW", "R", "R"))
 
 
@@ -91,7 +92,7 @@ def _submit(
     tasks = np.zeros(n, TASK)
     tasks["heads"], tasks["turned"] = first.heads, turned_of(*tensors)
     tasks["end"] = np.minimum(first.rows, first.shape[2] - tile * first.rows)
-    tasks["sizes"][:, cuda.ROWS] = tasks["end"]
+    tasks["sizes"][:, ROWS] = tasks["end"]
     tasks["tile"][:, :3] = np.stack([batch, head, tile], axis=1)
     tasks["footprint"] = footprints(several(kernel.identity, first.heads), tasks["end"][:, None])
     tasks["priority"] = np.iinfo(np.int32).max  # what follows may wait for it; StarPU's limits cut it down

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ def _kernels(
     if "softmax" in kernels:
         yield Chosen(f"softmax-{base}", special.softmax(spec, unfused), spec, unfused)
     if "output" in kernels:
-        for state in states:
+        for state in (x for x in states if x != special.UPDATED):  # its sums are in accumulators
             name = f"output-{base}" + (state != special.FINISHED) * f"-{state}"
             yield Chosen(name, special.output(spec, unfused, state=state, memory=memory), spec, unfused)
 
@@ -217,6 +217,7 @@ def entry_of(chosen: Chosen, file: str, machine_code: bytes, meta: Any, used: Re
         "dtype": spec.dtype,
         "accumulator": dtype_of(spec.dtype).accumulator,
         "precision": spec.precision,
+        "program": program_of(what),
         "head_size": spec.head_size,
         "value_size": spec.value_size,
         "queries": chosen.tile.tile_q,
@@ -250,6 +251,21 @@ def entry_of(chosen: Chosen, file: str, machine_code: bytes, meta: Any, used: Re
         "tensor_instructions": used.tensor,
         "instructions": used.instructions,
     }
+
+
+def program_of(what: Specialisation) -> str | None:
+    """By which a manifest knows a score program: a digest of its structure; None without one."""
+    return None if what.code is None else hashlib.sha256(what.code.structure.encode()).hexdigest()
+
+
+def of_program(what: Specialisation, spec: AttentionSpec, arch: str) -> Chosen:
+    """A forward kernel as it is compiled for an architecture, whatever tile it was described with."""
+    tile, constants = tiles.forward_tile(spec, arch), dict(what.constants)
+    if constants["CONTAIN"]:
+        tile = special.contained(tile)
+    sized = tuple((constants | {"TILE_Q": tile.tile_q, "TILE_K": tile.tile_k}).items())
+    made = replace(what, constants=sized, num_warps=tile.num_warps, num_stages=tile.num_stages)
+    return Chosen(what.kernel, made, spec, tile)
 
 
 def parameters_of(what: Specialisation) -> list[dict[str, Any]]:
