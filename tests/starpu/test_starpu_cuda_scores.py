@@ -13,7 +13,7 @@ import pytest
 from fake_gpu import Buffer, checksum, forget, parameters_of, recorded, tensors
 from processes import searched
 
-from flashtile.engines.starpu import cuda_scores, made
+from flashtile.engines.starpu import cuda_scores, made, runtime
 from flashtile.kernels.triton import aot, compiler_missing
 
 Script = Callable[..., Any]
@@ -80,7 +80,7 @@ cases = [
     (4, flat, {"mask": mask, "sinks": sinks}),
     (4, flat, {"score_mod": mod, "softcap": 3.0, "causal": True, "align": 30}),
     (2, (q, k, v), {"bias": rng.standard_normal((1, 1, 70, 100)).astype("float32"), "sinks": sinks}),
-    (1, flat, {"mask": rng.random((2, 2, 70, 100)) < 0.6, "alibi_slopes": np.linspace(0.01, 0.2, 2)}),
+    (1, flat, {"mask": rng.random((2, 2, 70, 100)) < 0.6, "softcap": 2.0}),
 ]
 units.most = lambda *given: 4
 with interpreted_gpu.working(folder, log, kernels) as worker:
@@ -96,26 +96,49 @@ assert any("sinks" in names for _, names in kinds) and any("origin" in names for
 
 
 def test_tiles_of_nntile(interpreted: Callable[[str], None]) -> None:
-    """All heads of a tile by one task: added to A in its own dtype, with a mask of each kind."""
+    """All heads of a tile by one task: added to A in its own dtype, with a mask that is one more tile."""
     interpreted(
         """
 from flashtile import nntile
 from nntile_problem import Problem
 
 with interpreted_gpu.working(folder, log, kernels) as worker:
-    for dtype, mask, causal in (("float16", "own", False), ("float32", "bool", True)):
-        problem = Problem(dtype, mask, causal=causal, align=90)
-        a, lse, q = (nntile.register(x) for x in (problem.a, problem.lse, problem.q))
-        tiles = [a, lse, q]
-        for first, *arrays in problem.key_tiles():
-            k, m, v = (None if x is None else nntile.register(x) for x in arrays)
-            nntile.flash_sdpa_fwd_async(k, q, m, lse, v, a, causal=causal, first_query=90, first_key=first)
-            tiles += [x for x in (k, m, v) if x is not None]
-        for tile in tiles:
-            tile.unregister()
-        problem.check()
-states = {dict(row["what"].signature)["o"] for row in kernels.rows.values()}
-assert states == {"*fp16", "*fp32"}
+    problem = Problem("float16", "own", causal=True, align=90)
+    a, lse, q = (nntile.register(x) for x in (problem.a, problem.lse, problem.q))
+    tiles = [a, lse, q]
+    for first, *arrays in problem.key_tiles():
+        k, m, v = (nntile.register(x) for x in arrays)
+        nntile.flash_sdpa_fwd_async(k, q, m, lse, v, a, causal=True, first_query=90, first_key=first)
+        tiles += [k, m, v]
+    for tile in tiles:
+        tile.unregister()
+    problem.check()
+assert {dict(row["what"].signature)["o"] for row in kernels.rows.values()} == {"*fp16"}
+"""
+    )
+
+
+def test_gradients(interpreted: Callable[[str], None]) -> None:
+    """Of all heads of a tile at once, where none share keys; of those that do."""
+    interpreted(
+        """
+from flashtile.testing import assert_gradients_accurate
+
+units.most = lambda *given: 4
+with interpreted_gpu.working(folder, log, kernels) as worker:
+    cases = (
+        (2, "float32", {"causal": True, "align": np.array([-10, 30])}),
+        (1, "float16", {"window": (40, 20), "align": 20}),
+    )
+    for kv_heads, dtype, options in cases:
+        q, do = (rng.standard_normal((2, 2, 40, 16)).astype(dtype) for _ in "12")
+        k, v = (rng.standard_normal((2, kv_heads, 60, 16)).astype(dtype) for _ in "12")
+        dlse = rng.standard_normal((2, 2, 40)).astype("float32")
+        o, lse = flashtile.attention(q, k, v, return_lse=True, **options)
+        found = flashtile.attention_backward(do, q, k, v, o, lse, dlse=dlse, engine="starpu", **options)
+        assert_gradients_accurate(found, do, q, k, v, dlse=dlse, **options)
+ran = {name.split("-")[0] for name in worker.ran}
+assert ran == {"row_deltas", "backward_q", "backward_kv", "add_parts"}, ran
 """
     )
 
@@ -136,6 +159,7 @@ def test_without_a_compiler_a_program_stays_on_cpus(
     machine(folder)
     asked: list[str] = []
     monkeypatch.setattr(made, "folder_of", lambda what, spec, arch: asked.append(f"{what.kernel} for {arch}"))
+    monkeypatch.setattr(runtime.current(), "workers", lambda architecture=None: 1)  # of CUDA, too
     given = tensors(starpu, "float16")
     tasks = recorded(lambda: starpu.submit_forward(*given, softcap=3.0))["forward"]
     assert asked == ["forward for sm_90"] and "has no kernel forward of *fp16" in tasks.program.cuda
@@ -148,6 +172,7 @@ def test_a_program_is_compiled_when_it_is_wanted(
 ) -> None:
     """And found again; the driver is told of its own parameters at the places that the machine code has."""
     monkeypatch.setattr(made.build, "directory", lambda: tmp_path / "kept")
+    monkeypatch.setattr(runtime.current(), "workers", lambda architecture=None: 1)
     gpu = machine(folder)
     given = tensors(starpu, "float16")
     for _ in range(2):

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from flashtile.arrays import address_of
-from flashtile.errors import UnavailableError
 
 if TYPE_CHECKING:
     from flashtile.score.options import Scoring
@@ -210,32 +209,3 @@ class TileKernels(Protocol):
         stored scores, and columns, the keys of a key tile with their padding.
         """
         ...
-
-
-def masked_by_tile(spec: AttentionSpec, mask: str) -> tuple[AttentionSpec, Scoring]:
-    """The spec with a program that reads a mask of its own size, wherever that will be."""
-    from flashtile.score.bias import bias
-    from flashtile.score.functions import where
-    from flashtile.score.mask import Score
-    from flashtile.score.options import Scoring
-    from flashtile.score.program import Program
-
-    shape = (max(2, spec.q_len), max(2, spec.kv_len))  # an axis of one element would be read as one that broadcasts
-    stand_in = np.broadcast_to(np.zeros((1, 1), numpy_of(mask)), shape)
-    if mask == "bool":
-        shown = Score(lambda offset: lambda s, b, h, i, j: where(stand_in[i, j], s, -np.inf))
-    else:
-        shown = bias(stand_in)
-    program = Program.compose((spec.batch, spec.heads, *shape), [shown.expression()], [])
-    return replace(spec, program=program.code), Scoring(program, None)
-
-
-def numpy_of(name: str) -> np.dtype:
-    """The NumPy dtype of this name; bfloat16 is that of ml_dtypes. Raises: UnavailableError without it."""
-    if name != "bfloat16":
-        return np.dtype(name)
-    try:
-        from ml_dtypes import bfloat16
-    except ImportError as cause:
-        raise UnavailableError("mask: got bfloat16 without ml_dtypes, expected it: pip install ml_dtypes") from cause
-    return np.dtype(bfloat16)

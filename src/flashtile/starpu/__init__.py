@@ -337,11 +337,9 @@ def _flow(tensors: list[TiledTensor], request: Request, accumulate: str) -> Flow
     """The flow of these options on tensors of these shapes; remembered, unless it holds values of the call."""
     now = runtime.current()
     fused = request.options.kernel == "cpu" or not tensors[1].shape[2]  # without keys there are no scores to store
-    kind = partial(Flow, accumulate=accumulate) if fused else VanillaFlow
+    kind = partial(Flow, accumulate=accumulate, heads=tensors[0].heads) if fused else VanillaFlow
     q, k, v = (SimpleNamespace(shape=t.shape, dtype=t.dtype.name) for t in tensors[:3])
     tiles = tensors[0].rows, tensors[1].rows
-    if fused:
-        kind = partial(kind, heads=tensors[0].heads)
     spec, scoring = request.of(q, k, v)
     if request.scores is not None or spec.offset is None:
         offsets = request.offsets if spec.offset is None else None

@@ -17,7 +17,7 @@
     units.py        which heads a task takes
     launches.py     what programs launch on GPUs             manifest.py   kernels compiled ahead of time
     cuda.py         launches of the forward's codelets       made.py       kernels of score programs, compiled here
-    cuda_scores.py  captured values as launches take them
+    cuda_scores.py  captured values as launches take them    cuda_gradients.py   launches of the gradients' codelets
     launch.h, .c    C that launches them through NVIDIA's driver, without CUDA's headers and without Python
 
 `flashtile.starpu` is the door for programs that hold tiles themselves.

@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flashtile.dtypes import DTYPES
+from flashtile.engines.starpu import cuda_gradients
 from flashtile.engines.starpu.coverage import coverage_of
+from flashtile.engines.starpu.cuda import anchor_of
 from flashtile.engines.starpu.flow import Pairs, touched_of
 from flashtile.engines.starpu.footprint import footprints
 from flashtile.engines.starpu.jobs import TASK, Job
+from flashtile.engines.starpu.launches import ANCHOR, KEYS, KV_HEADS, ROWS, Launches
 from flashtile.engines.starpu.programs import Program
 from flashtile.engines.starpu.runtime import Runtime
 from flashtile.engines.starpu.session import codelet
@@ -119,16 +122,20 @@ class BackwardFlow:
         self.names, keep = tuple(given), (offsets, scoring, self.arrays)
         handles = len(given) + (self.arrays is not None)
         bindings = tuple((n, *words) for n, words in enumerate(given.values()))
-        per = dict.fromkeys(OF_KEYS, spec.group)
-        self.program = Program(
-            runtime, found.kernel, bindings, VALUES, keep, handles=handles, heads=spec.heads, per=per
-        )
         self._deltas = kernels.deltas(spec, scoring=scoring)
         anchors = np.array([spec.offset or 0], np.int64) if offsets is None else offsets
         panel = kernels.rows_at_once(spec, "backward")
+        self.anchors = anchors
         self.coverage = coverage_of(spec, scoring, panel, tile_q, tile_k, anchors)
         alone = arrays or part is not None or spec.group > 1
         self.heads = 1 if alone else touched_of(spec, self.coverage, heads)[1]
+        per, places = dict.fromkeys(OF_KEYS, spec.group), {name: n for n, name in enumerate(self.names)}
+        gpu: Launches | str = "gradients of arrays are summed on CPUs only"
+        if not arrays:
+            gpu = cuda_gradients.backward(runtime, spec, places, self.heads, tile_q, tile_k)
+        self.program = Program(
+            runtime, found.kernel, bindings, VALUES, keep, gpu, handles=handles, heads=spec.heads, per=per
+        )
         self._plan(part)
 
     def of(self, part: Part) -> BackwardFlow:
@@ -226,6 +233,9 @@ class BackwardFlow:
             if name in OF_KEYS:
                 tasks["rows"][:, n] = key
         rows, end = np.minimum(self.tile_q, spec.q_len - row), np.minimum(key + self.tile_k, spec.kv_len)
+        anchor, kv_heads = anchor_of(self.anchors, p.batch, row - key), of_keys(self.heads, spec.group)
+        for place, numbers in {ROWS: rows, KEYS: end - key, ANCHOR: anchor, KV_HEADS: kv_heads}.items():
+            tasks["sizes"][:, place] = numbers
         copy = np.zeros_like(row) if self.arrays is None else self.arrays.copy_of(**_places(p))
         tasks["values"][:, : len(VALUES)] = np.stack([row, rows, key, end, copy], axis=1)
         tasks["tile"] = np.stack([p.batch, p.head, p.query_tile, p.key_tile], axis=1)
@@ -263,13 +273,15 @@ class BackwardFlow:
         tasks["heads"], tasks["step"] = queries.heads, 1
         tasks["turned"] = turned_of(*(given[x] for x in words))
         tasks["values"][:, 0] = np.minimum(queries.rows, queries.shape[2] - tile * queries.rows)
+        tasks["sizes"][:, ROWS] = tasks["values"][:, 0]
         tasks["flops"] = 2.0 * spec.value_size * tasks["values"][:, 0] * queries.heads
         identity = several(f"{self._deltas.identity} {tuple(words)}", queries.heads)
         tasks["footprint"] = footprints(identity, tasks["values"][:, :1])
         tasks["tile"][:, :3] = np.stack([batch, head, tile], axis=1) + first
         tasks["priority"] = FIRST
         numbers = np.tile([job.runtime.constant(mode) for mode in modes], (len(tasks), 1))
-        program = Program(job.runtime, self._deltas, bindings, ("row_count",), heads=spec.heads)
+        gpu = cuda_gradients.delta(job.runtime, spec, {x: n for n, x in enumerate(words)}, queries.heads)
+        program = Program(job.runtime, self._deltas, bindings, ("row_count",), cuda=gpu, heads=spec.heads)
         program.submit(job, codelet("delta", spec.dtype), np.stack(columns, axis=1), numbers, tasks)
         return len(tasks)
 
@@ -286,6 +298,8 @@ class BackwardFlow:
         tasks["priority"] = FIRST
         handles = np.stack([sums.handles.ravel(), gradient.handles.ravel()], axis=1)
         numbers = np.tile([job.runtime.constant(mode) for mode in ("R", "RW")], (len(tasks), 1))
-        program = Program(job.runtime, kernel, ADD, (), heads=gradient.shape[1])
+        tasks["sizes"][:, ROWS] = tasks["end"]
+        gpu = cuda_gradients.add(job.runtime, self.spec.dtype, gradient.shape[3], gradient.heads)
+        program = Program(job.runtime, kernel, ADD, (), cuda=gpu, heads=gradient.shape[1])
         program.submit(job, codelet("add", self.spec.dtype), handles, numbers, tasks)
         return len(tasks)

@@ -17,6 +17,7 @@ from flashtile.engines.starpu.launches import (
     COLUMNS,
     KEYS,
     NO_DROPOUT,
+    NO_KERNELS,
     QUERY_TILES,
     ROWS,
     SINK,
@@ -33,11 +34,10 @@ from flashtile.engines.starpu.launches import (
     one_tile,
     strides,
 )
-from flashtile.kernels.tiles import masked_by_tile
 from flashtile.kernels.triton import specialisation as special
 from flashtile.kernels.triton.host import OPEN
 from flashtile.kernels.triton.specialisation import Memory
-from flashtile.score.options import Scoring
+from flashtile.score.options import Scoring, masked_by_tile
 from flashtile.spec import AttentionSpec
 
 if TYPE_CHECKING:
@@ -54,9 +54,11 @@ def forward(
 ) -> Launches | str:
     """Of the codelet `forward`, for so many heads: the state starts, or where values[0] says so continues, and takes
     the sinks in where values[2] is not 0; else why there is none."""
+    if runtime.kernels is None:  # before arrays are looked at
+        return NO_KERNELS
     if spec.dropout:
         return NO_DROPOUT
-    found = captured(scoring, 5)
+    found = captured(scoring, 5, more=int(spec.sinks))
     if isinstance(found, str):
         return found
     wide, arrays = DTYPES[DTYPES[spec.dtype].accumulator].itemsize, found.arrays
@@ -78,6 +80,8 @@ def forward(
 def accumulate(runtime: Runtime, spec: AttentionSpec, mask: str | None) -> Launches | str:
     """Of the codelet `accumulate`: handles are arrays of all heads, and a mask (rows, keys) of such a dtype comes
     last."""
+    if runtime.kernels is None:
+        return NO_KERNELS
     scoring = None
     if mask is not None:
         spec, scoring = masked_by_tile(spec, mask)
@@ -122,7 +126,7 @@ def _twice(
                 special.forward(s, ANY_TILE, state=state, contain=contain, part=True, last=last, memory=m),
                 values,
                 grid,
-                s,
+                s if spec.program is not None else None,
             )
             for s in bands(one_tile(spec))
             for m in memories(spec)

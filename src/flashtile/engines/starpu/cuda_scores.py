@@ -28,8 +28,9 @@ class Captured(NamedTuple):
     arrays: tuple[np.ndarray, ...]
 
 
-def captured(scoring: Scoring | None, first: int, itself: bool = False) -> Captured | str:
-    """A program's captured values, its arrays as handles from number `first` on; or why a GPU cannot have them.
+def captured(scoring: Scoring | None, first: int, itself: bool = False, more: int = 0) -> Captured | str:
+    """A program's captured values, its arrays as handles from number `first` on, and after them so many more; or why a
+    GPU cannot have them.
 
     itself: the array is a tile as the others are, of rows and keys without gaps, and a handle already.
     """
@@ -52,7 +53,7 @@ def captured(scoring: Scoring | None, first: int, itself: bool = False) -> Captu
         flat.append(Source("ADDRESS", first + len(arrays)))
         flat += [n for axis in zip(one.array.shape, strides, strict=True) for n in axis]
         arrays.append(array)
-    if first + len(arrays) > HANDLES:
+    if first + len(arrays) + more > HANDLES:
         return f"{len(arrays)} captured arrays are more than a task has handles for"
     values |= {f"captures[{n}]": value for n, value in enumerate(flat)}
     return Captured(values, tuple(arrays))

@@ -31,6 +31,7 @@ DRIVER_VARIABLE = "FLASHTILE_CUDA_DRIVER"  # names another file
 # and key that it begins with, and that head's place among the sinks, in bytes.
 ROWS, KEYS, ANCHOR, COLUMN, COLUMNS, HEADS, KV_HEADS, *FIRSTS, SINK = range(12)
 ANY_TILE = Tile(16, 16)  # the manifest's kernel says which it has
+NO_KERNELS = "no kernels for GPUs were given: flashtile.starpu.init(cuda_kernels=...)"
 NO_DROPOUT = "tasks with dropout run on CPUs only"
 NO_AXIS = (-1, "")
 QUERY_TILES = ((HEADS, ""), (ROWS, "queries"))  # a grid of one program a tile of rows
@@ -67,7 +68,7 @@ class Stage(NamedTuple):
     what: Specialisation
     values: Mapping[str, Value]
     grid: tuple[tuple[int, str], ...]  # (one of `sizes`, "queries" or "keys" of the kernel's tile: the unit)
-    spec: AttentionSpec | None = None  # where no folder may have it: what to compile it for
+    spec: AttentionSpec | None = None  # where no folder has it: what to compile it for
 
 
 def open_driver(runtime: Runtime) -> None:
@@ -111,7 +112,7 @@ def strides(
     spec: AttentionSpec, handles: Mapping[str, int], itemsize: int = 0, whole: bool = False
 ) -> dict[str, Value]:
     """Strides of tensors that are one tile: between rows, heads and batches as the handle has them. itemsize: if not
-    that of the spec's dtype; whole: arrays (heads, rows, columns) of the spec without gaps, whatever their handles say."""
+    that of the spec's dtype; whole: arrays (heads, rows, columns) of the spec without gaps, whatever handles say."""
     unit, values = itemsize or DTYPES[spec.dtype].itemsize, dict[str, Value]()
     for name, handle in handles.items():
         columns = spec.value_size if name in ("v", "o", "do", "dv") else spec.head_size
@@ -161,8 +162,9 @@ def launches(
     """Cases of launches of alternatives: of each launch the first alternative that the manifest has. The case of a task
     is 1 if the first of its values named by `which` is not 0, and 2 more if the second is not."""
     if runtime.kernels is None:
-        return "no kernels for GPUs were given: flashtile.starpu.init(cuda_kernels=...)"
-    if runtime.workers("cuda"):
+        return NO_KERNELS
+    wanted = runtime.workers("cuda") > 0
+    if wanted:
         open_driver(runtime)
     ffi, most, keep = runtime.ffi, 0, []
     data = ffi.new("ft_kernels *")
@@ -174,7 +176,7 @@ def launches(
     for case, case_launches in enumerate(cases):
         data.launches[case] = len(case_launches)
         for n, alternatives in enumerate(case_launches):
-            found = _first(runtime.kernels, alternatives)
+            found = _first(runtime.kernels, alternatives, wanted)
             if isinstance(found, str):
                 return found
             stage, entry = found
@@ -185,14 +187,15 @@ def launches(
     return Launches(data, keep, most, arrays)
 
 
-def _first(kernels: Kernels, alternatives: list[Stage]) -> tuple[Stage, Entry] | str:
+def _first(kernels: Kernels, alternatives: list[Stage], wanted: bool) -> tuple[Stage, Entry] | str:
+    """wanted: whether what no folder has is worth the compiler's seconds."""
     for stage in alternatives:
         entry = kernels.find(stage.what)
         if entry is not None:
             return (stage, entry) if entry.refusal is None else entry.refusal
     what = alternatives[-1].what
     spec = alternatives[-1].spec
-    if spec is not None and spec.program is not None and (entry := kernels.compiled(what, spec)) is not None:
+    if wanted and spec is not None and (entry := kernels.compiled(what, spec)) is not None:
         return alternatives[-1], entry
     types = ", ".join(sorted({t for t in what.flat_types() if t[:2] in ("*f", "*b")}))
     constants = ", ".join(f"{name}={value}" for name, value in what.constants if name.isupper() and value is not None)

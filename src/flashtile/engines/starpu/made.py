@@ -1,4 +1,5 @@
-"""Kernels of score programs for CUDA workers: compiled when a call first wants one, kept with the compiled kernels."""
+"""Kernels of score programs and of gradients for CUDA workers: compiled when a call first wants one, and kept with the
+compiled kernels."""
 
 from __future__ import annotations
 
@@ -24,6 +25,6 @@ def folder_of(what: Specialisation, spec: AttentionSpec, arch: str) -> Path | No
     if compiler_missing() is not None:
         return None
     with suppress(FlashtileError, OSError):
-        list(aot.build(folder, arch, [aot.of_program(what, spec, arch)]))
+        list(aot.build(folder, arch, [aot.laid_out(what, spec, arch)]))
         return folder
     return None

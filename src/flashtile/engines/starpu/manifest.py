@@ -72,6 +72,7 @@ class Kernels:
             told = json.loads(path.read_text())
             kind, self.arch = told["format"], str(told["arch"])
             self._entries = {_key_of(row): self._entry(row) for row in told["kernels"]} if kind == FORMAT else {}
+            self._compiled: dict[Specialisation, Entry | None] = {}
         except OSError as cause:
             got = f"{self.folder}: {path.name}: {cause.strerror}"
             raise wrong("cuda_kernels", got, "the folder of an architecture, made by flashtile aot") from cause
@@ -89,10 +90,12 @@ class Kernels:
         return self._entries.get(_key(what.kernel, dict(what.constants), rows, program_of(what)))
 
     def compiled(self, what: Specialisation, spec: AttentionSpec) -> Entry | None:
-        """The kernel of a specialisation with a score program, of which no folder has all: compiled now, or found where
-        another process has kept it; None without Triton's compiler."""
-        found = made.folder_of(what, spec, self.arch)
-        return None if found is None else Kernels(found).find(what)
+        """A kernel of the kind that no folder has: compiled now, or found where another process has kept it; None
+        without Triton's compiler."""
+        if what not in self._compiled:
+            found = made.folder_of(what, spec, self.arch)
+            self._compiled[what] = None if found is None else Kernels(found).find(what)
+        return self._compiled[what]
 
     def _entry(self, row: dict[str, Any]) -> Entry:
         launch, name = row["launch"], row["file"]

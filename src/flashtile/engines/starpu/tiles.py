@@ -79,8 +79,8 @@ class TiledTensor:
         of a tile, so many as `can_group` finds to lie well."""
         self.runtime = runtime.current()
         self.shape, self.dtype, self.rows, self.heads = shape, dtype, rows, heads
-        if heads > 1 == shape[1]:  # then heads are batches, and what lies between the only head and a next one is not
-            strides = (strides[0], *strides[:1], *strides[2:])
+        if heads > 1 and shape[1] == 1:  # heads of a tile are batches; no head lies a stride from the only one
+            strides = strides[0], strides[0], strides[2]
         self.owned, self._keep, self._strides = address == 0, keep, strides
         self.columns = shape[3] if len(shape) == 4 else None
         self.extent, self.writable = (0, 0), True  # bytes of memory that it spans, if it is not StarPU's

@@ -27,11 +27,12 @@ from flashtile.kernels.cpu.passes import add_parts, delta, merge
 from flashtile.kernels.cpu.passes import unfused as stages
 from flashtile.kernels.cpu.readings import readings
 from flashtile.kernels.cpu.score_values import NO_SCORES, ScoreValues
-from flashtile.kernels.tiles import TileBackward, TileKernel, masked_by_tile
+from flashtile.kernels.tiles import TileBackward, TileKernel
 from flashtile.llvm import jit
 from flashtile.llvm import machines as isas
 from flashtile.llvm.products import FMA
 from flashtile.plan import Plan
+from flashtile.score.options import masked_by_tile
 
 if TYPE_CHECKING:
     from flashtile.kernels import ArrayShapes

@@ -152,7 +152,7 @@ def _gradients(spec: AttentionSpec, arch: str, base: str, states: tuple[str, ...
     rows, sides = Tile(forms.ROWS, forms.ROWS), "open" if spec.band is None else "band"
     for dlse in (False, True):
         yield Chosen(f"row_deltas-{base}" + "-dlse" * dlse, forms.row_deltas(spec, dlse, memory), spec, rows)
-    for parts in sorted({state == special.PARTIAL for state in states if state != special.CARRIED}):
+    for parts in sorted({state == special.PARTIAL for state in states if state in (special.FINISHED, special.PARTIAL)}):
         end = special.PARTIAL if parts else special.FINISHED
         for contain in (False, True):
             last = "-contain" * contain
@@ -258,9 +258,18 @@ def program_of(what: Specialisation) -> str | None:
     return None if what.code is None else hashlib.sha256(what.code.structure.encode()).hexdigest()
 
 
-def of_program(what: Specialisation, spec: AttentionSpec, arch: str) -> Chosen:
-    """A forward kernel as it is compiled for an architecture, whatever tile it was described with."""
-    tile, constants = tiles.forward_tile(spec, arch), dict(what.constants)
+def laid_out(what: Specialisation, spec: AttentionSpec, arch: str) -> Chosen:
+    """A kernel of the forward or of gradients as it is compiled for an architecture, whatever its tile was.
+
+    Raises: UnavailableError where there are no tiles for it.
+    """
+    constants, found = dict(what.constants), backward_tiles(spec, arch)
+    if what.kernel in ("row_deltas", "add_parts"):
+        return Chosen(what.kernel, what, spec, Tile(forms.ROWS, forms.ROWS))
+    if what.kernel != "forward" and found is None:
+        raise UnavailableError(f"aot: got {what.kernel} of {tiles.kind_of(spec)}, for which {arch} has no tiles")
+    by_kernel = {} if found is None else dict(zip(("backward_q", "backward_kv"), found, strict=True))
+    tile = by_kernel.get(what.kernel) or tiles.forward_tile(spec, arch)
     if constants["CONTAIN"]:
         tile = special.contained(tile)
     sized = tuple((constants | {"TILE_Q": tile.tile_q, "TILE_K": tile.tile_k}).items())
