@@ -28,6 +28,7 @@ from fake_gpu import (
     state,
     tensors,
 )
+from interpreted_gpu import Anything
 from processes import searched
 
 from flashtile.engines.starpu import manifest, runtime, session
@@ -35,6 +36,7 @@ from flashtile.engines.starpu.flow import Flow
 from flashtile.engines.starpu.jobs import Job
 from flashtile.errors import KernelError, SpecError, UnavailableError
 from flashtile.kernels.triton import aot, compiler_missing
+from flashtile.kernels.triton.specialisation import Tile
 
 Script = Callable[..., Any]
 REASON = compiler_missing()
@@ -177,6 +179,27 @@ def test_what_the_driver_refuses_is_raised(
         job.wait()
     assert len(gpu.run(tasks.codelet, tasks.program, tasks.tasks[0], PLAIN, job)) == 2
     job.wait()
+
+
+def test_what_the_driver_refuses_of_gradients(
+    machine: Callable[..., Gpu], folder: Path, starpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of the forward, by every codelet of theirs; a codelet has no CUDA function that keeps an error to itself."""
+    gpu = machine(folder)
+    monkeypatch.setattr(runtime.current(), "kernels", Anything(tmp_path / "made", Tile(32, 16)))
+    given = dict(zip(("q", "k", "v", "o", "lse"), tensors(starpu, "float16"), strict=True))
+    given |= {name: starpu.empty(given[name[1:]].shape, "float16", given[name[1:]].rows) for name in ("do", "dq", "dk")}
+    batches = recorded(lambda: starpu.submit_backward(**given, causal=True, align=30))
+    monkeypatch.setenv("FAKE_DRIVER_FAIL", "cuLaunchKernel:701")
+    for operation in ("delta", "backward", "add"):
+        batch, job = batches[operation], Job()
+        buffers = [Buffer(n << 32) for n in range(1, batch.program.data.handles + 2)]
+        assert not gpu.run(batch.codelet, batch.program, batch.tasks[-1], buffers, job)
+        with pytest.raises(
+            KernelError, match=f"codelet flashtile_{operation}_float16 failed on batch 0, head 1, .* 701"
+        ):
+            job.wait()
+    forget([*given.values()])
 
 
 def test_shared_memory_that_the_device_does_not_have(
