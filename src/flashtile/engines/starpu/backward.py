@@ -19,7 +19,7 @@ from flashtile.dtypes import DTYPES
 from flashtile.engines.starpu import cuda_gradients
 from flashtile.engines.starpu.coverage import coverage_of
 from flashtile.engines.starpu.cuda import anchor_of
-from flashtile.engines.starpu.flow import Pairs, touched_of
+from flashtile.engines.starpu.flow import Pairs, together, touched_of
 from flashtile.engines.starpu.footprint import footprints
 from flashtile.engines.starpu.jobs import TASK, Job
 from flashtile.engines.starpu.launches import ANCHOR, KEYS, KV_HEADS, ROWS, Launches
@@ -59,9 +59,9 @@ NOTHING: Part = (range(0),) * 4
 
 def pairs_of(spec: AttentionSpec, coverage: TileCoverage, part: Part | None = None, heads: int = 1) -> Pairs:
     """Every task of a call, or of a part of its tiles, in their order: by heads, then place by place. heads: of a task,
-    as `touched_of` has found; with a part, 1."""
+    as `together` has found; with a part, 1."""
     if part is None:
-        touched, heads = touched_of(spec, coverage, heads)
+        touched = touched_of(spec, coverage, heads)
         unit, i, j = (x.astype(np.int64) for x in np.nonzero(touched))
     else:
         every = coverage.touched()
@@ -128,7 +128,7 @@ class BackwardFlow:
         self.anchors = anchors
         self.coverage = coverage_of(spec, scoring, panel, tile_q, tile_k, anchors)
         alone = arrays or part is not None or spec.group > 1
-        self.heads = 1 if alone else touched_of(spec, self.coverage, heads)[1]
+        self.heads = 1 if alone else together(spec, self.coverage, heads)
         per, places = dict.fromkeys(OF_KEYS, spec.group), {name: n for n, name in enumerate(self.names)}
         gpu: Launches | str = "gradients of arrays are summed on CPUs only"
         if not arrays:

@@ -51,24 +51,25 @@ class Pairs:
     left: np.ndarray  # tasks of its chain that follow: the critical path
 
 
-def touched_of(spec: AttentionSpec, coverage: TileCoverage, heads: int) -> tuple[np.ndarray, int]:
-    """Which tiles meet, by the tasks of so many heads or, where the heads of one would meet others, of fewer: bool
-    (units, query tiles, key tiles), and how many they have."""
+def together(spec: AttentionSpec, coverage: TileCoverage, heads: int) -> int:
+    """How many heads, of so many at most, a task may have: those for which the same tiles meet."""
+    batches, each = coverage.touched().shape[:2]
+    return 1 if each > 1 else min(heads, spec.heads) if batches > 1 else heads
+
+
+def touched_of(spec: AttentionSpec, coverage: TileCoverage, heads: int) -> np.ndarray:
+    """Which tiles meet, by tasks of so many heads, as `together` has found: bool (units, query tiles, key tiles)."""
     touched = coverage.touched()
-    if touched.shape[0] > 1:
-        heads = min(heads, spec.heads)
-    if touched.shape[1] > 1:
-        heads = 1
     every = np.broadcast_to(touched, (spec.batch, spec.heads, *touched.shape[2:]))
     firsts = np.divmod(np.arange(0, spec.batch * spec.heads, heads), max(1, spec.heads))
-    return every[firsts], heads
+    return np.asarray(every[firsts])
 
 
 def pairs_of(spec: AttentionSpec, coverage: TileCoverage, rows: np.ndarray | None = None, heads: int = 1) -> Pairs:
     """Every task of a call, in the order of submission; of query tiles `rows` only, if that is not None; of so many
-    heads each, as `touched_of` has found."""
+    heads each, as `together` has found."""
     tile_q, tile_k = coverage.tile_q, coverage.tile_k
-    touched, heads = touched_of(spec, coverage, heads)
+    touched = touched_of(spec, coverage, heads)
     mine = np.ones(touched.shape[1], bool) if rows is None else np.isin(np.arange(touched.shape[1]), rows)
     unit, i, j = np.nonzero(touched & mine[:, None])
     none = np.nonzero(~touched.any(axis=2) & mine)
@@ -118,7 +119,7 @@ class Flow:
         self.narrow = DTYPES[spec.dtype].accumulator != spec.dtype
         self.anchors = np.array([spec.offset or 0], np.int64) if offsets is None else offsets  # (B,), or (1,): shared
         self.coverage = coverage_of(spec, scoring, kernels.rows_at_once(spec), tile_q, tile_k, self.anchors)
-        self.heads = touched_of(spec, self.coverage, heads)[1]
+        self.heads = together(spec, self.coverage, heads)
         self.pairs = pairs_of(spec, self.coverage, rows, self.heads)
         gpu = cuda.forward(runtime, spec, tile_q, self.heads, scoring)
         self.program = Program(
