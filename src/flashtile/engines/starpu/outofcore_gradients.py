@@ -40,6 +40,7 @@ class Placed(NamedTuple):
     """The handles of the tiles that are in memory, where they stand in the whole."""
 
     handles: np.ndarray
+    turned: bool = False
 
 
 @dataclass(frozen=True)
@@ -259,7 +260,7 @@ class _Pass:
         own = np.minimum(p.query_tile * call.queries.tile // call.keys.tile, call.keys.tiles - 1)
         behind = p.key_tile > own
         head, tile = (np.full_like(p.head, self.kv_head), p.key_tile) if self.of_rows else (p.head, p.query_tile)
-        order = np.lexsort((np.arange(len(tile)), head, -tile if self.of_rows else tile, behind))
+        order = np.lexsort((np.arange(len(tile)), -tile if self.of_rows else tile, behind, head))
         if not len(order):
             return
         new = np.any([np.diff(x[order].astype(np.int64)) != 0 for x in (head, behind, tile)], axis=0)
