@@ -121,6 +121,14 @@ def rows_for(arch: str, kind: str, head_size: int) -> tuple[Row, Row] | None:
     return None if of_q is None or of_kv is None else (of_q, of_kv)
 
 
+def cautious_tiles(spec: AttentionSpec) -> tuple[Tile, Tile]:
+    """What takes the place of rows that failed their self-test: small, without a pipeline."""
+    size, wide = max(padded(spec.head_size), padded(spec.value_size)), spec.dtype == "float64"
+    if size <= HEADS[0]:
+        return Tile(32, 32, 4, 1), Tile(32, 16, 4, 1)
+    return Tile(16 if wide else 32, 16, 4, 1), Tile(16, 16, 4, 1)
+
+
 def backward_tiles(spec: AttentionSpec, arch: str) -> tuple[Tile, Tile] | None:
     """The tiles of dQ, and of dK and dV; None where there is no backward."""
     if arch == INTERPRETER:
