@@ -16,7 +16,7 @@ from flashtile.kernels.triton import backward_forms as forms
 from flashtile.kernels.triton import installed_version, tiles, too_old
 from flashtile.kernels.triton import specialisation as special
 from flashtile.kernels.triton.backward_host import ARRAY_ROWS
-from flashtile.kernels.triton.backward_tiles import ALIKE, TABLE, WITHOUT_SECOND_LAUNCH, Row, rows_for
+from flashtile.kernels.triton.backward_tiles import ALIKE, TABLE, Row, rows_for
 from flashtile.kernels.triton.compiler import compiled
 from flashtile.kernels.triton.resources import resources_of
 from flashtile.kernels.triton.specialisation import Memory, Specialisation
@@ -31,8 +31,6 @@ QUICK = {("sm_90", "bfloat16", 128), ("sm_80", "float32", 64)}
 def compiles(what: Specialisation, arch: str) -> tuple[Any, Any]:
     if reason := too_old(arch):
         pytest.skip(reason)
-    if dict(what.constants).get("CONTAIN") and arch in WITHOUT_SECOND_LAUNCH:
-        pytest.skip("no backward is offered there")
     kernel = compiled(what, arch)
     return kernel.metadata, resources_of(kernel)
 
@@ -76,8 +74,13 @@ def test_kernels_use_what_the_table_says(arch: str, kind: str, size: int, direct
         assert used.registers <= row.registers and used.spills <= row.spills and meta.shared <= row.shared
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("arch", "kind", "size", "direction"), [x.values for x in variants()])
+SECOND = ("sm_100", "bfloat16", 64, "kv")  # of every run: what Triton 3.9 fails to compile with larger tiles
+
+
+@pytest.mark.parametrize(
+    ("arch", "kind", "size", "direction"),
+    [pytest.param(*x.values, marks=() if x.values == SECOND else pytest.mark.slow) for x in variants()],
+)
 def test_the_second_launches_load_on_every_device(arch: str, kind: str, size: int, direction: str) -> None:
     meta, used = compiles(kernel_of(arch, kind, size, direction, contain=True)[1], arch)
     check_limits(arch, meta, used)

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from flashtile.errors import UnavailableError
-from flashtile.kernels.triton import backward_tiles, tiles, timed
+from flashtile.kernels.triton import tiles, timed
 from flashtile.kernels.triton.backward_parts import parts_of_keys
+from flashtile.kernels.triton.backward_tiles import backward_tiles, cautious_tiles
 from flashtile.kernels.triton.selftest import Judge, Row, failure
 from flashtile.kernels.triton.specialisation import Tile, has_spans, padded
 from flashtile.spec import AttentionSpec
@@ -73,9 +74,9 @@ def usable_backward(spec: AttentionSpec, place: Place, arrays: bool, judge: Judg
 
     arrays: gradients of captured arrays are among those wanted. Raises: UnavailableError if none are.
     """
-    found = backward_tiles.backward_tiles(spec, place.arch)
+    found = backward_tiles(spec, place.arch)
     assert found is not None  # or there were no backward to compile
-    cautious = backward_tiles.cautious_tiles(spec)
+    cautious = cautious_tiles(spec)
     uses = _uses(spec, found[0], False, False) - {"many keys"} | {"backward"}
     uses |= {"arrays"} if arrays else set()
     items = spec.batch * spec.heads * -(-spec.q_len // found[0].tile_q)
