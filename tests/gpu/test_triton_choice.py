@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,9 @@ def test_rows_by_descriptors_are_passed_over_where_they_fail_and_timed_where_the
     assert choice.refusal(spec, PLACE, False, False, judge, stopwatch) is None
     assert [row.tiles[0] for row in asked] == [plain, *found]
     assert choice.forward_tiles(spec, PLACE, False, False) == (found[1], plain)
+    with_sinks = replace(spec, sinks=True)
+    assert choice.refusal(with_sinks, PLACE, False, False, lambda row: None, never) is None
+    assert choice.forward_tiles(with_sinks, PLACE, False, False) == (found[0], plain), "timed is plain attention alone"
 
 
 @pytest.mark.parametrize("size", [64, 128, 256])
@@ -121,6 +125,10 @@ def test_the_next_row_fits_where_the_table_s_failed(kind: str, size: int) -> Non
     forget()
     reason = choice.refusal(spec, PLACE._replace(name="Fake GPU 2"), False, False, wrong)
     assert reason is not None and reason.count("failed its self-test") == 2 and str(first) in reason
+
+
+def never(row: Row) -> float:
+    raise AssertionError("nothing to time")
 
 
 def wrong(row: Row) -> None:

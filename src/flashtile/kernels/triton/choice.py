@@ -29,7 +29,7 @@ def forward_tiles(spec: AttentionSpec, place: Place, few: bool, packed: bool) ->
         _usable(forward_rows(spec, place.arch, few, packed), place) or forward_rows(spec, place.arch, few, packed)[0]
     )
     rows = [row for row in described_rows(spec, place, few, plain) if not _failed(row, place)]
-    return timed.fastest(place.name, place.version, [*rows, plain]).tiles[0], plain.tiles[0]
+    return _fastest([*rows, plain], place).tiles[0], plain.tiles[0]
 
 
 def refusal(
@@ -46,9 +46,8 @@ def refusal(
     plain = _usable(rows, place, judge)
     if plain is None:
         return "; ".join(_reasons(rows, place))
-    rows_by_descriptors = described_rows(spec, place, few, plain)
-    usable = [row for row in rows_by_descriptors if not _failed(row, place, judge)]
-    timed.fastest(place.name, place.version, [*usable, plain], stopwatch)
+    usable = [row for row in described_rows(spec, place, few, plain) if not _failed(row, place, judge)]
+    _fastest([*usable, plain], place, stopwatch)
     return None
 
 
@@ -94,6 +93,11 @@ def usable_backward(spec: AttentionSpec, place: Place, arrays: bool, judge: Judg
 
 def _usable(rows: Iterable[Row], place: Place, judge: Judge | None = None) -> Row | None:
     return next((row for row in rows if not _failed(row, place, judge)), None)
+
+
+def _fastest(rows: list[Row], place: Place, stopwatch: timed.Stopwatch | None = None) -> Row:
+    """The first, or a faster one: what is timed is plain attention, which tells nothing of other uses."""
+    return rows[0] if rows[0].uses else timed.fastest(place.name, place.version, rows, stopwatch)
 
 
 def _reasons(rows: Iterable[Row], place: Place) -> list[str]:

@@ -172,7 +172,8 @@ def _check(want: Expected, got: Any, name: str) -> None:
     values = raw.reshape(-1).view(np.uint8).view(DTYPES[want.dtype].numpy).reshape(want.value.shape)
     if want.dtype == "bfloat16":
         want, values = replace(want, dtype="float32"), widen_bits(values)
-    want.check(values, name)
+    with np.errstate(all="ignore"):  # wrong answers may be anything
+        want.check(values, name)
 
 
 def _run(kernel: Forward | Backward, params: Any, items: int) -> None:
