@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -142,3 +143,12 @@ def test_the_table_is_whole_and_fits_the_devices() -> None:
             limit = SHARED["sm_86" if arch == "sm_80" else arch]  # smaller devices take these rows, too
             assert row.registers > 0 and 0 < row.shared <= limit and row.spills == 0
             assert row.tile.tile_q % 16 == row.tile.tile_k % 16 == 0
+
+
+def test_an_older_triton_has_rows_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in ((3, 6), (3, 7), (3, 9)):
+        monkeypatch.setattr(sys.modules[rows_for.__module__], "installed", lambda version=version: version)
+        for kind in ("bfloat16", "float16"):
+            found, table = rows_for("sm_90", kind, 64), TABLE["sm_90", "bfloat16"]
+            assert found is not None and found[0] == table[0][0]
+            assert (found[1] == table[1][0]) == (version >= (3, 7)) and found[1].spills == 0

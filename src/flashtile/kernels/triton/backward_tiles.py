@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from flashtile.kernels.triton.specialisation import Tile, padded
-from flashtile.kernels.triton.tiles import HEADS, INTERPRETER, kind_of, rows_of
+from flashtile.kernels.triton.tiles import HEADS, INTERPRETER, installed, kind_of, rows_of
 from flashtile.spec import AttentionSpec
 
 
@@ -108,13 +108,24 @@ TABLE: dict[tuple[str, str], tuple[Rows, Rows]] = {
 ALIKE = {"float16": "bfloat16", "float32 fp16": "float32 bf16"}
 
 
+# Rows of dK and dV in place of the table's where the Triton at hand is older than a version and kernels would spill;
+# of the other rows of sm_80 and sm_90 for 16 bits none does with 3.6.
+OLDER: dict[tuple[str, str, int], tuple[tuple[int, int], Row]] = {
+    ("sm_90", "bfloat16", 64): ((3, 7), row(32, 128, 8, 1, 206, 0, 40960)),
+}
+
+
 def rows_for(arch: str, kind: str, head_size: int) -> tuple[Row, Row] | None:
     """The rows of dQ, and of dK and dV; None if there are none."""
-    found = TABLE.get((str(rows_of(arch)), ALIKE.get(kind, kind)))
+    rows, kind = str(rows_of(arch)), ALIKE.get(kind, kind)
+    found = TABLE.get((rows, kind))
     place = next((n for n, most in enumerate(HEADS) if head_size <= most), -1)
     if found is None or place < 0:
         return None
     of_q, of_kv = found[0][place], found[1][place]
+    older, instead = OLDER.get((rows, kind, HEADS[place]), ((0, 0), None))
+    if instead is not None and installed() < older:
+        of_kv = instead
     return None if of_q is None or of_kv is None else (of_q, of_kv)
 
 

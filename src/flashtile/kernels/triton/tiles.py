@@ -271,10 +271,10 @@ def row_of(arch: str, kind: str, head_size: int) -> Row:
     if rows is None:
         raise UnavailableError(f"no tile configuration for {arch}")
     older, instead = OLDER.get((rows, kind, HEADS[place]), ((0, 0), None))
-    return instead if instead is not None and _triton() < older else TABLE[rows, kind][place]
+    return instead if instead is not None and installed() < older else TABLE[rows, kind][place]
 
 
-def _triton() -> tuple[int, ...]:
+def installed() -> tuple[int, ...]:
     """The version of the Triton at hand, which chooses among rows; where there is none, the table stands."""
     from flashtile.kernels.triton import release
 
