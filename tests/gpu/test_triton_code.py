@@ -161,15 +161,23 @@ def test_sums_in_spans_find_room(arch: str, kind: str, size: int, band: str) -> 
 @pytest.mark.parametrize(
     "options", [{"causal": True}, *(pytest.param(x, marks=SLOW) for x in ({}, {"window": (1, 1)}))]
 )
-@pytest.mark.parametrize("place", list(tiles.DESCRIBED), ids=str)
-def test_tiles_cut_out_by_descriptors_use_what_the_table_says(place: tuple[str, int], options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("place", "row"),
+    [
+        *(pytest.param(place, row, id=str(place)) for place, row in tiles.DESCRIBED.items()),
+        *(pytest.param(p, r, id=f"{p} timed", marks=SLOW) for p, rows in tiles.TIMED.items() for r in rows),
+    ],
+)
+def test_tiles_cut_out_by_descriptors_use_what_the_table_says(
+    place: tuple[str, int], row: tiles.Row, options: dict[str, Any]
+) -> None:
     """They come through the memory unit (UTMALDG), in fewer registers; unaligned arrays take plain loads."""
     arch, size = place
     if reason := too_old(arch):
         pytest.skip(reason)
-    row, view = tiles.DESCRIBED[place], contiguous((1, 1, 1, size), "bfloat16")
+    view = contiguous((1, 1, 1, size), "bfloat16")
     spec = AttentionSpec.of(view, view, view, **options)
-    assert tiles.forward_tile(spec, arch, described=True) == row.tile
+    assert row.tile in (tiles.forward_tile(spec, arch, described=True), *tiles.timed_tiles(spec, arch))
     plain = tiles.forward_tile(spec, arch)
     assert plain.tile_q == row.tile.tile_q and row.tile.tile_k % plain.tile_k == 0, "for one plan"
     kernel = compiled(special.forward(spec, row.tile), arch)

@@ -22,6 +22,7 @@ import numpy as np
 
 from flashtile.dtypes import dtype_of
 from flashtile.kernels import reference, vanilla
+from flashtile.kernels.gradients import Inputs, Sums
 from flashtile.kernels.rule import visible
 from flashtile.score.options import Scoring
 from flashtile.spec import AttentionSpec
@@ -85,6 +86,39 @@ def expect_values(
     lse = allow(exact.lse, [b.lse for b in baselines], dtype_of(accumulator).name, kind="lse")
     lse += math.sqrt(spec.head_size) * dtype_of(accumulator).eps / 2 * _largest_products(*wide[:2], **common)
     return Expected(exact.o[lead], o, dtype.name), Expected(exact.lse[lead], lse, dtype_of(accumulator).name)
+
+
+def expect_sums(
+    spec: AttentionSpec,
+    inputs: Sequence[np.ndarray],
+    scoring: Scoring | None = None,
+    wanted: frozenset[str | int] = frozenset("qkv"),
+) -> tuple[dict[str | int, Expected], np.ndarray, np.ndarray]:
+    """What the gradients of a validated call should be, of names and slots; and o, as it is stored, and lse, from which
+    they are to be computed. The inputs do, q, k, v, of four axes, may be widened; the spec's offset is a number."""
+    dtype, offset = dtype_of(spec.dtype), spec.offset
+    common: dict[str, Any] = {"scale": spec.scale, "band": spec.band, "offset": offset, "scoring": scoring}
+
+    def sums(family: Any, values: Sequence[np.ndarray], o: Any, lse: Any, order: Any = None) -> dict[str | int, Any]:
+        do, q, k, v = values
+        found: Sums = family.backward(spec, Inputs(do, q, k, v, o, lse, None), offset, scoring, wanted, order)
+        named = ((n, getattr(found, n)) for n in ("q", "k", "v", "sinks") if n in wanted)
+        return dict([*named, *found.arrays.items()])
+
+    exact = reference.attend(*inputs[1:], dtype=reference.oracle_dtype(dtype.name), **common)
+    truth = sums(reference, inputs, exact.o, exact.lse)
+    narrow = [x.astype(dtype.accumulator) for x in inputs]
+    baselines, parts = [], []
+    for order in key_orders(spec.kv_len):
+        part = vanilla.attend(*narrow[1:], dtype=dtype.name, precision=spec.precision, order=order, **common)
+        parts.append((vanilla.rounded(part.o, vanilla.STORED.get(dtype.name)), part.lse))
+        baselines.append(sums(vanilla, narrow, *parts[-1], order))
+    found = {}
+    for name, value in truth.items():
+        own = dtype.name if name in ("q", "k", "v") else dtype_of(np.dtype(dtype.accumulator)).name
+        stored = [vanilla.rounded(x[name], own) if own in vanilla.STORED else x[name] for x in baselines]
+        found[name] = Expected(value, allow(value, stored, own, kind="gradient"), own)
+    return found, *parts[0]
 
 
 def allow(exact: np.ndarray, baselines: Sequence[np.ndarray], dtype: str, *, kind: str = "output") -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from inputs import Shape, placed, same_bits, uniform
 from launching import SMALL, attend, check, problem
 
 import flashtile
+from flashtile.dtypes import DTYPES
 from flashtile.errors import SpecError
 from flashtile.kernels.triton import forward as forward_module
 from flashtile.kernels.triton import specialisation as special
@@ -76,9 +78,18 @@ def family(*inputs: np.ndarray, **options: Any) -> tuple[np.ndarray, np.ndarray]
     return flashtile.attention(*inputs, kernel="triton", return_lse=True, **options)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_options(dtype: str, name: str) -> None:
-    inputs = uniform(SHAPE, dtype)
+def options_and_dtypes() -> list[Any]:
+    """Every option in two dtypes, a wide one and a narrow one, each pair in turn; in the others at night."""
+    found = []
+    for (n, name), storage in itertools.product(enumerate(OPTIONS), DTYPES):
+        quick = list(DTYPES).index(storage) % 2 == n % 2
+        found.append(pytest.param(name, storage, id=f"{name}-{storage}", marks=() if quick else pytest.mark.slow))
+    return found
+
+
+@pytest.mark.parametrize(("name", "storage"), options_and_dtypes())
+def test_options(name: str, storage: str) -> None:
+    inputs = uniform(SHAPE, storage)
     check(family(*inputs, **OPTIONS[name]), *inputs, **OPTIONS[name])
 
 

@@ -9,7 +9,8 @@
     cuda.py            a GPU, by driver.py              interpreter.py   Triton's interpreter, on the CPU
     jit.py, compiler.py   from a specialisation to machine code, for the GPU at hand or another
     resources.py       what machine code uses           aot.py       kernels compiled ahead of time, with a manifest
-    selftest.py        the first use on a device
+    selftest.py        the first use of a row on a device: verdicts      problems.py  what it computes
+    choice.py          the rows that a call takes               timed.py     the faster of several
 Triton is imported when a kernel is first needed: not by this file.
 """
 
@@ -39,7 +40,11 @@ from flashtile.kernels.triton.host import Forward
 from flashtile.spec import PRECISIONS
 
 if TYPE_CHECKING:
+    from flashtile.kernels.triton.choice import Place
     from flashtile.kernels.triton.device import Device
+    from flashtile.kernels.triton.selftest import Judge
+    from flashtile.kernels.triton.specialisation import Tile
+    from flashtile.kernels.triton.timed import Stopwatch
     from flashtile.plan import Plan
     from flashtile.spec import AttentionSpec
 
@@ -121,7 +126,7 @@ def capabilities(spec: AttentionSpec) -> Capabilities:
     """What the forward kernel does for this spec on its device."""
     arch = arch_of(spec)
     interpreted = arch == tiles.INTERPRETER
-    tile = tiles.forward_tile(spec, arch, few_rows(spec), described=True)
+    tile, _ = _forward_tiles(spec)
     return Capabilities(
         name="triton",
         dtypes=frozenset(DTYPES),
@@ -147,15 +152,14 @@ def refuses(spec: AttentionSpec) -> str | None:
     """Why a spec is not computed on its device: an architecture without tiles, or a self-test that failed there."""
     if interpreting():
         return None
-    from flashtile.kernels.triton import selftest
+    from flashtile.kernels.triton import choice
 
     device = driver.device(number_of(spec))
     if (reason := too_old(device.arch)) is not None:
         return reason
     if tiles.rows_of(device.arch) is None:
         return f"has no tiles for {device.name}, which is {device.arch}"
-    compute = functools.partial(selftest.on_gpu, capabilities, compile) if current.in_call() else None
-    return selftest.failure(f"{device.name} ({device.arch})", str(installed_version()), spec, compute)
+    return choice.refusal(spec, _place(spec), few_rows(spec), packs(spec), *_trials(spec))
 
 
 def too_old(arch: str) -> str | None:
@@ -167,20 +171,21 @@ def too_old(arch: str) -> str | None:
 
 
 def remark() -> str:
-    """Which device computes, and what failed its self-test there."""
+    """Which device computes, what failed its self-test there, and what was timed."""
     if interpreting():
         return "Triton's interpreter, on arrays in CPU memory"
-    from flashtile.kernels.triton import selftest
+    from flashtile.kernels.triton import selftest, timed
 
     device = driver.device(0)
     where = f"{device.name} ({device.arch})"
     version = str(installed_version())
-    return "; ".join((f"{where}, triton {version}", *selftest.known_failures(where, version)))
+    known = selftest.known_failures(where, version), timed.known(where, version)
+    return "; ".join((f"{where}, triton {version}", *(line for lines in known for line in lines)))
 
 
 def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> CompiledKernel:
     """The kernel of one spec, plan and layout; machine code is made at its first launch, and shared."""
-    best, plain = (tiles.forward_tile(spec, arch_of(spec), few_rows(spec), described=x) for x in (True, False))
+    best, plain = _forward_tiles(spec)
     return Forward(spec, plan, layout, best, device_of(spec), plain)
 
 
@@ -188,9 +193,43 @@ def compile_backward(spec: AttentionSpec, layout: BackwardLayout, arrays: ArrayS
     """The kernels of the gradients of one spec and layout."""
     from flashtile.kernels.triton.backward_host import Backward
 
-    found = backward_tiles(spec, arch_of(spec))
-    assert found is not None  # or there were no backward to compile
+    if interpreting() or spec.device_kind != "cuda":
+        found = backward_tiles(spec, arch_of(spec))
+        assert found is not None  # or there were no backward to compile
+    else:
+        from flashtile.kernels.triton import choice
+
+        found = choice.usable_backward(spec, _place(spec), bool(arrays), _trials(spec)[0])
     return Backward(spec, layout, arrays, *found, device_of(spec))
+
+
+def _forward_tiles(spec: AttentionSpec) -> tuple[Tile, Tile]:
+    """The tiles of a call's forward: of arrays that tensor descriptors can cut, and of others."""
+    few, arch = few_rows(spec), arch_of(spec)
+    if interpreting() or spec.device_kind != "cuda" or tiles.rows_of(arch) is None:
+        return tiles.forward_tile(spec, arch, few, described=True), tiles.forward_tile(spec, arch, few)
+    from flashtile.kernels.triton import choice
+
+    return choice.forward_tiles(spec, _place(spec), few, packs(spec))
+
+
+def _place(spec: AttentionSpec) -> Place:
+    """The device of a spec, as verdicts know it."""
+    from flashtile.kernels.triton.choice import Place
+
+    device = driver.device(number_of(spec))
+    return Place(f"{device.name} ({device.arch})", device.arch, device.processors, str(installed_version()))
+
+
+def _trials(spec: AttentionSpec) -> tuple[Judge | None, Stopwatch | None]:
+    """What finds out, on the device of the call in progress, whether a row is right, and how fast; None where there is
+    no call."""
+    if not current.in_call():
+        return None, None
+    from flashtile.kernels.triton import problems
+
+    given = capabilities, device_of(spec)
+    return functools.partial(problems.judge, *given), functools.partial(problems.stopwatch, *given)
 
 
 def device_of(spec: AttentionSpec) -> Device:

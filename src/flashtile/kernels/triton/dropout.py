@@ -63,6 +63,7 @@ def _pair(word, threshold):
 @triton.jit
 def _words(group, i, head, seed):
     """The generator's four words of the counter (group, i, head, 0)."""
+    seed = seed.to(tl.int64)  # the interpreter takes a small one for an int32
     k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
     k1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
     m0, m2 = tl.full((), MULTIPLIER_0, tl.uint32), tl.full((), MULTIPLIER_2, tl.uint32)

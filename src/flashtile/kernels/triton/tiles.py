@@ -205,6 +205,12 @@ DESCRIBED: dict[tuple[str, int], Row] = {
     ("sm_100", 256): described(64, 32, 8, 2, 128, 0, 98880, 487),
 }
 
+# Other rows for the same arrays, which a short timing on the device may prefer.
+TIMED: dict[tuple[str, int], tuple[Row, ...]] = {
+    ("sm_90", 64): (described(128, 128, 8, 2, 237, 0, 82944, 42),),
+    ("sm_90", 128): (described(128, 64, 8, 3, 163, 0, 132096, 94),),
+}
+
 # Rows in place of the table's where the Triton at hand is older than a version and its kernels would spill.
 OLDER: dict[tuple[str, str, int], tuple[tuple[int, int], Row]] = {
     ("sm_90", "bfloat16", 256): ((3, 7), row(64, 32, 8, 2, 196, 0, 98304, 268)),
@@ -265,14 +271,21 @@ def row_of(arch: str, kind: str, head_size: int) -> Row:
     if rows is None:
         raise UnavailableError(f"no tile configuration for {arch}")
     older, instead = OLDER.get((rows, kind, HEADS[place]), ((0, 0), None))
-    return instead if instead is not None and _triton() < older else TABLE[rows, kind][place]
+    return instead if instead is not None and installed() < older else TABLE[rows, kind][place]
 
 
-def _triton() -> tuple[int, ...]:
+def installed() -> tuple[int, ...]:
     """The version of the Triton at hand, which chooses among rows; where there is none, the table stands."""
     from flashtile.kernels.triton import release
 
     return release() or (99,)
+
+
+def cautious_tile(spec: AttentionSpec, few: bool = False) -> Tile:
+    """What takes the place of a row that failed its self-test: small, few warps, no pipeline, no descriptors."""
+    size, wide = max(padded(spec.head_size), padded(spec.value_size)), DTYPES[spec.dtype].itemsize == 8
+    large = size <= HEADS[0] or size <= HEADS[1] and not wide
+    return Tile(FEW_ROWS if few or not large else 32, 32 if size <= HEADS[0] else 16, 4, 1)
 
 
 def vanilla_tile(spec: AttentionSpec, arch: str) -> Tile:
@@ -288,8 +301,19 @@ def described_row(arch: str, spec: AttentionSpec) -> Row | None:
     rows = rows_of(arch)
     if rows is None or arch.startswith("sm_12") or DTYPES[spec.dtype].itemsize != 2:
         return None
+    return DESCRIBED.get((rows, _described_size(spec)))
+
+
+def timed_tiles(spec: AttentionSpec, arch: str) -> tuple[Tile, ...]:
+    """The tiles by descriptors that may be faster than the table's, where those are taken."""
+    if described_row(arch, spec) is None:
+        return ()
+    return tuple(row.tile for row in TIMED.get((str(rows_of(arch)), _described_size(spec)), ()))
+
+
+def _described_size(spec: AttentionSpec) -> int:
     size = max(padded(spec.head_size), padded(spec.value_size))
-    return DESCRIBED.get((rows, next((most for most in HEADS if size <= most), 0)))
+    return next((most for most in HEADS if size <= most), 0)
 
 
 def forward_tile(spec: AttentionSpec, arch: str, few: bool = False, described: bool = False) -> Tile:
