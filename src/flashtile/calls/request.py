@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,6 +72,8 @@ class Request(NamedTuple):
         return self.offsets if spec.offset is None else spec.offset
 
 
+PLAIN_REQUESTS = 256  # that are kept: a program has few
+_plain: dict[tuple[Any, ...], Request] = {}
 _new = tuple.__new__  # past the checks of a NamedTuple's own, which a tiny call would feel
 
 
@@ -82,7 +85,12 @@ def describe(q: Any, scores: tuple[Any, ...], options: tuple[Any, ...]) -> Reque
     """
     given = offsets = None
     mask, bias, score_mod, softcap, alibi_slopes, sinks, keep = scores
-    if not (mask is bias is score_mod is softcap is alibi_slopes is sinks is keep is None):
+    if mask is bias is score_mod is softcap is alibi_slopes is sinks is keep is None:
+        try:
+            return _plain[options]  # most calls are like one before
+        except (KeyError, TypeError):  # another, or an option that is no key
+            pass
+    else:
         given = ScoreOptions(*scores)
     chosen: Options = _new(Options, options)
     if chosen[1] is not None and type(chosen[1]) is list:  # as good as a tuple, but no part of a key
@@ -90,7 +98,11 @@ def describe(q: Any, scores: tuple[Any, ...], options: tuple[Any, ...]) -> Reque
     if chosen[2] is not None:
         align, offsets = split_align(chosen.align, tuple(q.shape))
         chosen = chosen._replace(align=align)
-    return _new(Request, (chosen, given, offsets))
+    request: Request = _new(Request, (chosen, given, offsets))
+    if given is offsets is None and len(_plain) < PLAIN_REQUESTS:
+        with contextlib.suppress(TypeError):
+            _plain[options] = request
+    return request
 
 
 def as_name(argument: str, value: object) -> str:

@@ -15,7 +15,15 @@ from flashtile.hints import check_keywords
 from flashtile.signature import Window
 from flashtile.torch.attend import attend, drawn
 from flashtile.torch.compiled import attention as attention_in_a_graph
-from flashtile.torch.tensors import OTHER, check_tensors, compiling, kind_of, kind_of_others, under_autocast
+from flashtile.torch.tensors import (
+    OTHER,
+    autocast_anywhere,
+    check_tensors,
+    compiling,
+    kind_of,
+    kind_of_others,
+    under_autocast,
+)
 
 Tensor = torch.Tensor
 # The same argument here and in torch's signature, where a message begins with it and where it is mentioned.
@@ -65,13 +73,14 @@ def scaled_dot_product_attention(
         check_keywords(scaled_dot_product_attention, unknown)
     if attn_mask is not None and is_causal:
         raise wrong("attn_mask", "a mask together with is_causal=True", "one of the two, as in torch")
-    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa), ("return_lse", return_lse)):
-        if type(flag) is not bool:
+    if not type(is_causal) is type(enable_gqa) is type(return_lse) is bool:
+        for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa), ("return_lse", return_lse)):
             check_flag(name, flag)
     kind, keep = OTHER, None
     if not (in_graph := compiling()):
-        keep = drawn(dropout_p)
-        query, key, value = under_autocast(query, key, value)
+        keep = None if type(dropout_p) is float and dropout_p == 0 else drawn(dropout_p)
+        if autocast_anywhere():
+            query, key, value = under_autocast(query, key, value)
         kind = kind_of(query, key, value)
         if kind == OTHER:
             kind = kind_of_others(query=query, key=key, value=value)
@@ -90,13 +99,14 @@ def scaled_dot_product_attention(
         result = attention_in_a_graph(query, key, value, return_lse=return_lse, **given)
         return _reshaped(result, axes, return_lse)
     scores = mask, bias, None, softcap, alibi_slopes, sinks, keep
-    options = is_causal, window, align, number("scale", scale), "ieee", "auto", "auto"
+    scale = None if scale is None else number("scale", scale)
+    options = is_causal, window, align, scale, "ieee", "auto", "auto"
     try:
         result = attend(kind, query, key, value, describe(query, scores, options), return_lse)
     except FlashtileError as e:
         spell(e)
         raise
-    return _reshaped(result, axes, return_lse)
+    return result if axes is None else _reshaped(result, axes, return_lse)
 
 
 def _reshaped(result: Any, axes: torch.Size | None, return_lse: bool) -> Any:
