@@ -20,6 +20,7 @@ from flashtile.torch.tensors import (
     autocast_anywhere,
     check_tensors,
     compiling,
+    is_jagged,
     kind_of,
     kind_of_others,
     under_autocast,
@@ -65,6 +66,7 @@ def scaled_dot_product_attention(
               or a causal_upper_left or causal_lower_right of torch.nn.attention.bias, which aligns window as well.
               softcap, alibi_slopes, sinks as attention. dropout_p draws a seed from torch's generator; the mask is
               that of `flashtile.attention` with this seed, not torch's.
+              Nested tensors (..., H, ragged, E) of layout torch.jagged, in all three places: see torch/jagged.py.
     Numerics: a row that sees no key gives 0, where torch may give NaN.
     Raises:   as attention.
     Source:   PyTorch 2.13, torch.nn.functional.scaled_dot_product_attention.
@@ -73,6 +75,12 @@ def scaled_dot_product_attention(
         check_keywords(scaled_dot_product_attention, unknown)
     if attn_mask is not None and is_causal:
         raise wrong("attn_mask", "a mask together with is_causal=True", "one of the two, as in torch")
+    if type(query) is not Tensor and is_jagged(query):
+        from flashtile.torch.jagged import attention as jagged_attention
+
+        given = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+        given |= {"enable_gqa": enable_gqa, "window": window, "softcap": softcap, "alibi_slopes": alibi_slopes}
+        return jagged_attention(query, key, value, **given, sinks=sinks, return_lse=return_lse)
     if not type(is_causal) is type(enable_gqa) is type(return_lse) is bool:
         for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa), ("return_lse", return_lse)):
             check_flag(name, flag)

@@ -68,6 +68,11 @@ def is_watched() -> bool:
     return _transforms_active() or _dispatch_modes() > 0
 
 
+def is_jagged(x: Any) -> bool:
+    """Whether it is a nested tensor whose sequences lie one after the other."""
+    return isinstance(x, Tensor) and x.is_nested and x.layout is torch.jagged
+
+
 def is_stand_in(x: Tensor) -> bool:
     """Whether a tensor stands for others, without memory of its own, for whoever makes a graph."""
     return type(x).__name__ in _STAND_INS
