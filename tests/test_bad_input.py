@@ -127,6 +127,25 @@ def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
     assert (out == 7).all()
 
 
+@pytest.mark.parametrize(
+    ("right", "equal"),
+    [
+        ({"causal": True}, {"causal": 1}),
+        ({"causal": False}, {"causal": 0.0}),
+        ({"window": (2, 1)}, {"window": (2.0, 1)}),
+        ({"window": (2, 1)}, {"window": (2, True)}),
+        ({"causal": True, "align": 1}, {"causal": True, "align": 1.0}),
+        ({"causal": True, "align": 1}, {"causal": True, "align": True}),
+        ({"scale": 1.0}, {"scale": True}),
+    ],
+)
+def test_an_option_that_equals_a_right_one_is_no_right_one(right: dict[str, Any], equal: dict[str, Any]) -> None:
+    """1 == True: the call that was prepared for one must not be found for the other."""
+    flashtile.attention(a(*SHAPE), a(*SHAPE), a(*SHAPE), **right)
+    with pytest.raises(SpecError, match=f"^{list(equal)[-1]}: got "):
+        flashtile.attention(a(*SHAPE), a(*SHAPE), a(*SHAPE), **equal)
+
+
 @pytest.mark.parametrize("rule", [{"causal": True}, {"window": (1, 1)}])
 @pytest.mark.parametrize("kv_len", [4, 6, 0])
 def test_ambiguous_alignment(rule: dict[str, Any], kv_len: int) -> None:

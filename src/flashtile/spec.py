@@ -238,12 +238,18 @@ def _window(window: object) -> tuple[int | None, int | None]:
     return sides[0], sides[1]
 
 
+def check_align(align: object) -> None:
+    """Raise SpecError for what is no alignment, for any lengths."""
+    if align is None or align is PER_BATCH or (isinstance(align, str) and align in ALIGNMENTS):
+        return
+    number = integer(align)
+    if number is None or abs(number) > LARGEST_POSITION:
+        raise wrong("align", repr(align), '"top_left", "bottom_right", an integer, or an integer array (B,)')
+
+
 def offset_of(align: object, needed: bool, q_len: int, kv_len: int) -> int | None:
     """The offset that `align` stands for; see AttentionSpec."""
-    number = integer(align)
-    named = isinstance(align, str) and align in ALIGNMENTS
-    if not (align is None or align is PER_BATCH or named or (number is not None and abs(number) <= LARGEST_POSITION)):
-        raise wrong("align", repr(align), '"top_left", "bottom_right", an integer, or an integer array (B,)')
+    check_align(align)
     if not needed:
         return 0
     if align is None and q_len != kv_len:
@@ -256,9 +262,9 @@ def offset_of(align: object, needed: bool, q_len: int, kv_len: int) -> int | Non
         )
     if align is PER_BATCH:
         return None
-    if named:
+    if isinstance(align, str):
         return 0 if align == "top_left" else kv_len - q_len
-    return number or 0
+    return integer(align) or 0
 
 
 def scale_of(scale: object, head_size: int) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 
 from flashtile.errors import described, wrong
 from flashtile.score.options import ScoreOptions, Scoring
-from flashtile.spec import LARGEST_POSITION, PER_BATCH, AttentionSpec
+from flashtile.spec import LARGEST_POSITION, PER_BATCH, AttentionSpec, band_of, check_align, scale_of
 
 
 class Options(NamedTuple):
@@ -74,6 +74,10 @@ class Request(NamedTuple):
 
 PLAIN_REQUESTS = 256  # that are kept: a program has few
 _plain: dict[tuple[Any, ...], Request] = {}
+# Of these types what equals a right option is one.
+_NONE = type(None)
+_ALIGN_TYPES, _SCALE_TYPES, _SIDE_TYPES = frozenset((_NONE, str, int)), frozenset((_NONE, float, int)), {_NONE, int}
+
 _new = tuple.__new__  # past the checks of a NamedTuple's own, which a tiny call would feel
 
 
@@ -81,28 +85,49 @@ def describe(q: Any, scores: tuple[Any, ...], options: tuple[Any, ...]) -> Reque
     """A door's keywords as a request: those that change scores, in the order of `ScoreOptions`, and those that decide
     which kernel runs, in the order of `Options`. Of q the shape is looked at.
 
-    Raises: SpecError for an `align` that is no alignment; the rest is validated when such a call is first prepared.
+    Raises: SpecError for a `causal`, `window`, `align` or `scale` that is none: 1 equals True, 2.0 equals 2, and a call
+    prepared before would be found for them. The rest is validated when such a call is first prepared.
     """
     given = offsets = None
     mask, bias, score_mod, softcap, alibi_slopes, sinks, keep = scores
     if mask is bias is score_mod is softcap is alibi_slopes is sinks is keep is None:
-        try:
-            return _plain[options]  # most calls are like one before
-        except (KeyError, TypeError):  # another, or an option that is no key
-            pass
+        found = _known(options)  # most calls are like one before
+        if found is not None:
+            return found
     else:
         given = ScoreOptions(*scores)
     chosen: Options = _new(Options, options)
     if chosen[1] is not None and type(chosen[1]) is list:  # as good as a tuple, but no part of a key
         chosen = chosen._replace(window=tuple(chosen.window))
-    if chosen[2] is not None:
+    if type(chosen[2]) not in _ALIGN_TYPES:
         align, offsets = split_align(chosen.align, tuple(q.shape))
         chosen = chosen._replace(align=align)
+    causal, window, align, scale = chosen[:4]
+    if not (
+        type(causal) is bool
+        and type(align) in _ALIGN_TYPES
+        and type(scale) in _SCALE_TYPES
+        and (window is None or (type(window) is tuple and _SIDE_TYPES.issuperset(map(type, window))))
+    ):
+        band_of(causal, window)
+        check_align(align)
+        scale_of(scale, 1)
     request: Request = _new(Request, (chosen, given, offsets))
     if given is offsets is None and len(_plain) < PLAIN_REQUESTS:
         with contextlib.suppress(TypeError):
             _plain[options] = request
     return request
+
+
+def _known(options: tuple[Any, ...]) -> Request | None:
+    """The request of equal options, of equal types where these may be wrong: 1 is no flag, though it equals True."""
+    try:
+        found = _plain[options]
+    except (KeyError, TypeError):  # no such call, or an option that is no key
+        return None
+    causal, window, align, scale = found.options[:4]
+    alike = options[0] is causal and type(options[2]) is type(align) and type(options[3]) is type(scale)
+    return found if alike and window is None else None
 
 
 def as_name(argument: str, value: object) -> str:
