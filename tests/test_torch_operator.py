@@ -152,12 +152,13 @@ def test_a_function_that_reads_values_breaks_the_graph_and_says_so(kind: str, mo
 
 
 class Exported(torch.nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, mask: Any) -> None:
         super().__init__()
+        self.mask = mask
         self.slopes = torch.nn.Parameter(torch.linspace(0.1, 0.5, H))
 
     def forward(self, q: Any, k: Any, v: Any) -> Any:
-        o = attention(q, k, v, mask=PACKED, alibi_slopes=self.slopes, softcap=5.0)
+        o = attention(q, k, v, mask=self.mask, alibi_slopes=self.slopes, softcap=5.0)
         o = attention(o, k, v, score_mod=lambda s, b, h, i, j: s - 0.5 * abs(i - j), causal=True)
         return flashtile.torch.scaled_dot_product_attention(o, k, v, attn_mask=BIAS[:, : q.shape[2]])
 
@@ -166,7 +167,9 @@ class Exported(torch.nn.Module):
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_program_computes_the_same(strict: bool) -> None:
     """Saved, loaded and run; each call is one node."""
-    module, file = Exported(), io.BytesIO()
+    begins = torch.tensor([0, 0, 0, 3, 3, 3, 3, 3])
+    mask = score.freeze(lambda b, h, i, j: (j <= i) & (begins[i] <= j)) if strict else PACKED
+    module, file = Exported(mask), io.BytesIO()
     program = torch.export.export(module, (Q, K, V), strict=strict)
     assert sum(node.target is OP for node in program.graph.nodes) == 3
     torch.export.save(program, file)
@@ -175,6 +178,12 @@ def test_an_exported_program_computes_the_same(strict: bool) -> None:
     with torch.no_grad():
         assert torch.equal(loaded(Q, K, V), module(Q, K, V))
         assert torch.equal(loaded(-Q, K, V), module(-Q, K, V))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_strict_export_would_lose_what_arrays_hold() -> None:
+    with pytest.raises(Exception, match="rule: got one that reads NumPy arrays, expected tensors in a strict export"):
+        torch.export.export(Exported(PACKED), (Q, K, V), strict=True)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -61,6 +61,9 @@ def _rules(score_mod: FrozenScore | str | None, mask: FrozenMask | Tensor | str 
     numbers: list[float] = []
     for rule in (score_mod, mask_mod):
         if rule is not None and not isinstance(rule, str):
+            if torch.compiler.is_exporting() and not all(isinstance(x, Tensor) for x in rule.arrays):
+                # torch.export(strict=True) would keep their shapes and lose their elements, without a word.
+                raise wrong("rule", "one that reads NumPy arrays", "tensors in a strict export, or strict=False")
             captured += [torch.as_tensor(x) for x in rule.arrays]
             numbers += rule.numbers
     return {
