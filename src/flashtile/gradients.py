@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -12,7 +13,7 @@ from flashtile import engines, kernels
 from flashtile.arrays import device_of, is_lazy, is_torch, plain, view_of
 from flashtile.calls import INPUTS, NUMPY, Request, as_name, describe, run_backward
 from flashtile.dtypes import DTYPES, dtype_of
-from flashtile.errors import UnavailableError, wrong
+from flashtile.errors import wrong
 from flashtile.hints import check_keywords
 from flashtile.kernels.gradients import Inputs, Sums
 from flashtile.score.capture import ArrayCapture, capture
@@ -92,7 +93,8 @@ def attention_backward(
 ) -> Gradients:
     """Gradients of sum(do * o) + sum(dlse * lse), from what `attention(..., return_lse=True)` took and returned.
 
-    Shapes:  do and o (B, H, S_q, D_v), lse and dlse (B, H, S_q), or with as few axes as q; NumPy arrays only.
+    Shapes:  do and o (B, H, S_q, D_v), lse and dlse (B, H, S_q), or with as few axes as q; NumPy arrays,
+             Dask's, or arrays in storage.
     Options: wrt    names among "q", "k", "v", "bias", "sinks", "alibi_slopes", "captured": only these are computed.
              out    a Gradients with a writable array for each of them, written to; accumulate=True adds to it.
              memory_limit  bytes that a call on arrays in files may take (docs, "Larger than memory"), by
@@ -118,6 +120,10 @@ def attention_backward(
         from flashtile import device_gradients
 
         return device_gradients.attention_backward(**given)
+    if any(map(is_lazy, (do, q, k, v, o, lse, dlse))):
+        from flashtile import lazy
+
+        return lazy.attention_backward(**given)
     q, k, v = _array(q, "q"), _array(k, "k"), _array(v, "v")
     scores = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed)
     options = causal, window, align, scale, precision, kernel, engine
@@ -170,11 +176,17 @@ class Problem:
         for name, source in self.sources:
             yield name, source, _sum_of(sums, name, source, self.scoring)
 
-    def gradients(self, sums: Sums, out: Gradients | None = None, accumulate: bool = False, **done: Any) -> Gradients:
+    def gradients(
+        self,
+        sums: Sums,
+        out: Gradients | None = None,
+        accumulate: bool = False,
+        done: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Gradients:
         """All that is asked for and not done, from sums, each in its array's dtype, written to `out` if there is one;
         beside what is done."""
         rest = replace(self, sources=[x for x in self.sources if x[0] not in done])
-        return _finish(rest, rest.values(sums), out, accumulate, done)
+        return _finish(rest, rest.values(sums), out, accumulate, dict(done))
 
 
 def _inputs(spec: AttentionSpec, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dlse: Any) -> tuple[Any, ...]:
@@ -198,9 +210,6 @@ def check_rows(spec: AttentionSpec, rows: tuple[int, ...], size: tuple[int, ...]
 def _array(x: Any, name: str) -> np.ndarray:
     if is_torch(x):
         raise wrong(name, "a torch tensor", "a NumPy array: tensors have their gradients by autograd")
-    if is_lazy(x):
-        got = f"a {type(x).__module__}.{type(x).__qualname__}"
-        raise UnavailableError(f"{name}: got {got}, expected a NumPy array: such arrays have no gradients yet")
     return plain(x, name)
 
 
@@ -318,7 +327,7 @@ def _run(
                 done[name][...] = 0
     given |= {f"d{name}": x for name, x in done.items()}
     sums = run_backward(NUMPY, problem.spec, family, engine, given, problem.offset, problem.scoring, problem.wanted)
-    return problem.gradients(sums, out, accumulate, **done)
+    return problem.gradients(sums, out, accumulate, done)
 
 
 def _sum_of(sums: Sums, name: str, source: Any, scoring: Scoring) -> np.ndarray:

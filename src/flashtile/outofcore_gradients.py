@@ -87,7 +87,7 @@ def attention_backward(
         totals = call.run(readers, targets, dsinks)
     done = made | {name: arrayfiles.open_npy(path) for name, path in files.items()}
     empty = {n: np.zeros(shape, real) for n, shape in scoring.shapes(problem.wanted).items() if 0 in shape}
-    return problem.gradients(Sums(None, None, None, dsinks, empty | totals), out, accumulate, **done)
+    return problem.gradients(Sums(None, None, None, dsinks, empty | totals), out, accumulate, done)
 
 
 def _bytes(problem: Problem) -> int:
