@@ -14,7 +14,7 @@ _EXPECTED = "nested tensors of layout torch.jagged and shape (B, H, ragged, E), 
 
 
 @torch.compiler.disable  # a graph breaks here: where sequences begin is looked at
-def attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
+def attention(query: Any, key: Any, value: Any, **options: Any) -> Any:
     """`scaled_dot_product_attention` of nested tensors (B, H, ragged, E), by its own keywords; the result is one.
 
     Raises: SpecError for other tensors beside them, attn_mask, and is_causal or window of sequences that have not as

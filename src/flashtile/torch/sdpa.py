@@ -74,15 +74,15 @@ def scaled_dot_product_attention(
         check_keywords(scaled_dot_product_attention, unknown)
     if attn_mask is not None and is_causal:
         raise wrong("attn_mask", "a mask together with is_causal=True", "one of the two, as in torch")
-    if type(query) is not Tensor and is_jagged(query):
-        from flashtile.torch.jagged import attention as jagged_attention
-
-        given = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
-        given |= {"enable_gqa": enable_gqa, "window": window, "softcap": softcap, "alibi_slopes": alibi_slopes}
-        return jagged_attention(query, key, value, **given, sinks=sinks, return_lse=return_lse)
     if not type(is_causal) is type(enable_gqa) is type(return_lse) is bool:
         for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa), ("return_lse", return_lse)):
             check_flag(name, flag)
+    if type(query) is not Tensor and is_jagged(query):
+        from flashtile.torch import jagged
+
+        same: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa, "sinks": sinks}
+        same |= {"window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "return_lse": return_lse}
+        return jagged.attention(query, key, value, attn_mask=attn_mask, is_causal=is_causal, **same)
     kind, keep = OTHER, None
     if not (in_graph := compiling()):
         keep = None if type(dropout_p) is float and dropout_p == 0 else drawn(dropout_p)
