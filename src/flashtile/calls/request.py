@@ -91,9 +91,14 @@ def describe(q: Any, scores: tuple[Any, ...], options: tuple[Any, ...]) -> Reque
     given = offsets = None
     mask, bias, score_mod, softcap, alibi_slopes, sinks, keep = scores
     if mask is bias is score_mod is softcap is alibi_slopes is sinks is keep is None:
-        found = _known(options)  # most calls are like one before
-        if found is not None:
-            return found
+        try:  # most calls are like one before, and of the same types: 1 is no flag, though it equals True
+            found = _plain[options]
+            causal, window, align, scale = found[0][:4]
+            alike = options[0] is causal and type(options[2]) is type(align) and type(options[3]) is type(scale)
+            if alike and window is None:
+                return found
+        except (KeyError, TypeError):  # another call, or an option that is no key
+            pass
     else:
         given = ScoreOptions(*scores)
     chosen: Options = _new(Options, options)
@@ -117,17 +122,6 @@ def describe(q: Any, scores: tuple[Any, ...], options: tuple[Any, ...]) -> Reque
         with contextlib.suppress(TypeError):
             _plain[options] = request
     return request
-
-
-def _known(options: tuple[Any, ...]) -> Request | None:
-    """The request of equal options, of equal types where these may be wrong: 1 is no flag, though it equals True."""
-    try:
-        found = _plain[options]
-    except (KeyError, TypeError):  # no such call, or an option that is no key
-        return None
-    causal, window, align, scale = found.options[:4]
-    alike = options[0] is causal and type(options[2]) is type(align) and type(options[3]) is type(scale)
-    return found if alike and window is None else None
 
 
 def as_name(argument: str, value: object) -> str:
