@@ -160,6 +160,7 @@ def _simulate(options: argparse.Namespace) -> int:
         "workers",
         "rate",
         "busy",
+        "backward",
     )
     keywords = {name: getattr(options, name) for name in names} | {"causal": not options.full}
     keywords |= {"bandwidth": options.bandwidth * 1e9, "latency": options.latency * 1e-6}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -17,8 +17,9 @@ from flashtile.calls import Options
 from flashtile.checks import check_flag, integer
 from flashtile.dtypes import DTYPES
 from flashtile.engines.starpu_mpi.parts import ZIGZAG, tiles_of
+from flashtile.engines.starpu_mpi.simulation import backward as backwards
 from flashtile.engines.starpu_mpi.simulation import schedule
-from flashtile.engines.starpu_mpi.simulation.costs import seconds_of
+from flashtile.engines.starpu_mpi.simulation.costs import seconds_of, seconds_of_backward
 from flashtile.engines.starpu_mpi.simulation.network import NEEDED, POSTED, Network, arrivals
 from flashtile.engines.starpu_mpi.simulation.plan import Plan
 from flashtile.errors import UnavailableError, wrong
@@ -38,7 +39,7 @@ class Simulation:
     """What a call takes on `ranks` ranks. Arrays are (ranks,).
 
     seconds     from the start of the call to the end of the last task
-    ideal       seconds if all workers computed all of the time: efficiency is ideal / seconds
+    ideal       seconds if all workers computed all of the time, and nothing twice: efficiency is ideal / seconds
     idle        share of the workers' time in which they compute nothing
     tasks, received_bytes, sent_bytes   of each rank, exactly those of the engine (without an exchange of heads)
     exchange_seconds, exchange_bytes    before and after it, of an exchange of heads; bytes that a rank receives
@@ -98,21 +99,24 @@ def simulate(
     window: Window = None,
     tile: int = TILE,
     distribution: str = ZIGZAG,
-    order: str = POSTED,
+    order: str = NEEDED,
     exchange: int = 1,
     workers: int = 1,
     bandwidth: float = 12.5e9,
     latency: float = 2e-6,
     rate: float | None = None,
     busy: int | None = None,
+    backward: bool = False,
 ) -> Simulation:
-    """Predict a call of `flashtile.starpu_mpi.attention` on q, k, v of `length` rows over `ranks` ranks.
+    """Predict a call of `flashtile.starpu_mpi.attention` on q, k, v of `length` rows over `ranks` ranks; or, with
+    `backward`, of `attention_backward` with respect to q, k and v.
 
     Options: heads, kv_heads, head_size, batch, dtype, causal, window  of the call.
              tile, distribution  of its plan, as in `flashtile.starpu_mpi.part`.
-             order     in which a rank sends: "posted", as the engine does, or "needed", what receivers meet first.
+             order     in which a rank sends: "needed", what receivers meet first, as the engine does; or "posted",
+                       rank by rank, keys before values.
              exchange  ranks that first exchange heads (Ulysses): each then has all rows of the group and
-                       1 / exchange of the heads, and tiles travel between groups only. The engine does not do this.
+                       1 / exchange of the heads, and tiles travel between groups only, as with the engine's option.
              workers   of each rank. bandwidth, latency  of a rank's link: bytes a second in each direction, seconds.
              rate      FLOP/s of a worker, for a machine that is not there; None: tasks are measured here, at once.
              busy      threads that compute while a task is measured, for cores that share caches, memory or clock;
@@ -120,55 +124,104 @@ def simulate(
     Returns: Simulation.
     Raises:  SpecError; UnavailableError for what the CPU kernels cannot do.
     Numerics: a link sends and receives one message at a time, in order; the switch between links is ideal. Workers
-              take ready tasks by what is left of their chains; a task costs 10 us beside its kernel.
+              take ready tasks by what is left of their chains, in the backward by when they can be ready; a task
+              costs 10 us beside its kernel. Tasks of delta, and those that cast gradients, cost nothing but that.
     """
     spec = _spec(batch, heads, kv_heads, length, head_size, dtype, causal, window)
-    counts = {
-        "ranks": ranks,
-        "tile": tile,
-        "exchange": exchange,
-        "workers": workers,
-        "busy": 1 if busy is None else busy,
-    }
+    check_flag("backward", backward)
+    counts = {"ranks": ranks, "tile": tile, "exchange": exchange, "workers": workers}
+    numbers = {"bandwidth": bandwidth, "latency": latency, "rate": 1.0 if rate is None else rate}
+    _check({**counts, "busy": 1 if busy is None else busy}, numbers, order)
+    tiles_of(0, 0, 1, 1, distribution)
+    call = _Call(ranks, exchange, workers, workers if busy is None else busy, order, rate, backward)
+    return call.simulated(spec, tile, distribution, Network(latency, bandwidth))
+
+
+class _Call(NamedTuple):
+    """How a call runs; as the options of simulate."""
+
+    ranks: int
+    exchange: int
+    workers: int
+    busy: int
+    order: str
+    rate: float | None
+    backward: bool
+
+    def simulated(self, spec: AttentionSpec, tile: int, distribution: str, network: Network) -> Simulation:
+        """Of a spec of all heads. Raises: SpecError for an exchange that ranks or heads do not allow."""
+        length, share = spec.q_len, self.exchange
+        for name, n in {"ranks": self.ranks, "heads": spec.heads, "kv_heads": spec.kv_heads}.items():
+            if n % share:
+                raise wrong(name, n, f"a multiple of exchange = {share}")
+        spec = replace(spec, heads=spec.heads // share, kv_heads=spec.kv_heads // share)
+        plan = Plan(spec, self.ranks // share, tile, distribution)
+        found = (_backward if self.backward else _forward)(plan, network, self)
+        moved, moving = _exchange(spec, self.ranks, share, network)
+        if self.backward:  # q, k, v, o and do, and gradients back
+            moved, moving = 2 * moved, 2 * moving
+        end = float(found.times.end.max(initial=0))
+        return Simulation(
+            ranks=self.ranks,
+            length=length,
+            tile=tile,
+            workers=self.workers,
+            seconds=end + moving,
+            ideal=found.ideal / (plan.ranks * self.workers),
+            tasks=np.repeat(found.tasks, share),
+            received_bytes=np.repeat(found.received_bytes, share),
+            sent_bytes=np.repeat(found.sent_bytes, share),
+            exchange_seconds=moving,
+            exchange_bytes=moved,
+            waited=end - float(found.free.max(initial=0)),
+            costs=found.costs,
+        )
+
+
+class _Run(NamedTuple):
+    """What came of a plan: times, and those on a network that takes no time; seconds of all tasks, none done twice."""
+
+    times: schedule.Times
+    free: np.ndarray
+    ideal: float
+    tasks: np.ndarray
+    received_bytes: np.ndarray
+    sent_bytes: np.ndarray
+    costs: str
+
+
+def _forward(plan: Plan, network: Network, call: _Call) -> _Run:
+    seconds, costs = seconds_of(plan, call.rate, call.busy)
+    (arrived,) = arrivals([plan.traffic], network, call.order)
+    times = schedule.run(plan, seconds, arrived, call.workers, TASK_SECONDS)
+    free = times.busy  # one worker whose tiles are all there never waits
+    if call.workers > 1:
+        free = schedule.run(plan, seconds, np.zeros_like(arrived), call.workers, TASK_SECONDS).end
+    ideal = float(seconds.sum()) * plan.heads
+    return _Run(times, free, ideal, plan.tasks, plan.received_bytes, plan.sent_bytes, costs)
+
+
+def _backward(plan: Plan, network: Network, call: _Call) -> _Run:
+    both = backwards.BackwardPlan(plan)
+    seconds, costs = seconds_of_backward(both, call.rate, call.busy)
+    keys, rows = arrivals(both.traffic, network, call.order)
+    times = backwards.run(both, seconds, (keys, rows), call.workers, TASK_SECONDS)
+    there = np.zeros_like(keys), np.zeros_like(rows)
+    free = backwards.run(both, seconds, there, call.workers, TASK_SECONDS).end
+    ideal = float(seconds(backwards.BOTH).sum()) * plan.heads
+    return _Run(times, free, ideal, both.tasks, both.received_bytes, both.sent_bytes, costs)
+
+
+def _check(counts: dict[str, Any], numbers: dict[str, Any], order: Any) -> None:
+    """Raise SpecError for what is no count, no number above 0, no order."""
     for name, n in counts.items():
         if integer(n) is None or n < 1:
             raise wrong(name, repr(n), "a positive integer")
-    for name, x in {"bandwidth": bandwidth, "latency": latency, "rate": 1.0 if rate is None else rate}.items():
+    for name, x in numbers.items():
         if not isinstance(x, (int, float)) or not math.isfinite(x) or x < 0 or (x == 0 and name != "latency"):
             raise wrong(name, repr(x), "a finite number above 0")
     if order not in (POSTED, NEEDED):
         raise wrong("order", repr(order), f"{POSTED!r} or {NEEDED!r}")
-    tiles_of(0, 0, 1, 1, distribution)
-    network = Network(latency, bandwidth)
-    if exchange > 1:
-        for name, n in {"ranks": ranks, "heads": heads, "kv_heads": spec.kv_heads}.items():
-            if n % exchange:
-                raise wrong(name, n, f"a multiple of exchange = {exchange}")
-        spec = replace(spec, heads=spec.heads // exchange, kv_heads=spec.kv_heads // exchange)
-    plan = Plan(spec, ranks // exchange, tile, distribution)
-    seconds, costs = seconds_of(plan, rate, workers if busy is None else busy)
-    found = schedule.run(plan, seconds, arrivals(plan, network, order), workers, TASK_SECONDS)
-    free = found.busy  # one worker whose tiles are all there never waits
-    if workers > 1:
-        there = np.zeros((plan.ranks, plan.kv_heads, len(plan.key_owner)))
-        free = schedule.run(plan, seconds, there, workers, TASK_SECONDS).end
-    moved, moving = _exchange(spec, ranks, exchange, network)
-    end = float(found.end.max(initial=0))
-    return Simulation(
-        ranks=ranks,
-        length=length,
-        tile=tile,
-        workers=workers,
-        seconds=end + moving,
-        ideal=float(seconds.sum()) * plan.heads / (plan.ranks * workers),
-        tasks=np.repeat(plan.tasks, exchange),
-        received_bytes=np.repeat(plan.received_bytes, exchange),
-        sent_bytes=np.repeat(plan.sent_bytes, exchange),
-        exchange_seconds=moving,
-        exchange_bytes=moved,
-        waited=end - float(free.max(initial=0)),
-        costs=costs,
-    )
 
 
 def _spec(

@@ -12,7 +12,6 @@ tasks from StarPU-MPI and StarPU. Start it with `flashtile mpi run -n 4 script.p
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -25,11 +24,13 @@ from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.engines.starpu.engine import OPTIONS
 from flashtile.engines.starpu.tiles import can_tile
 from flashtile.engines.starpu_mpi import build
+from flashtile.engines.starpu_mpi.bias import RowsOfBias
 from flashtile.engines.starpu_mpi.collective import Collective, Cut, agree, identity, same
 from flashtile.engines.starpu_mpi.gradients import CollectiveBackward
+from flashtile.engines.starpu_mpi.heads import Heads
 from flashtile.engines.starpu_mpi.parts import ZIGZAG, rows_of, tiles_of
 from flashtile.errors import UnavailableError, wrong
-from flashtile.gradients import Gradients, Problem
+from flashtile.gradients import Gradients, Problem, slots_of
 from flashtile.hints import check_keywords
 from flashtile.kernels.gradients import Sums
 from flashtile.score.keep import keep_of
@@ -56,7 +57,7 @@ def part(length: int, rank: int, ranks: int, *, tile: int = TILE, distribution: 
             raise wrong(name, repr(n), f"an integer of at least {least}")
     if rank >= ranks:
         raise wrong("rank", rank, f"one below the number of ranks, {ranks}")
-    return rows_of(tiles_of(length, rank, ranks, _tile(tile), distribution), length, tile)
+    return rows_of(tiles_of(length, rank, ranks, _positive("tile", tile), distribution), length, tile)
 
 
 def attention(
@@ -80,6 +81,7 @@ def attention(
     return_lse: bool = False,
     tile: int = TILE,
     distribution: str = ZIGZAG,
+    exchange: int = 1,
     comm: Any = None,
     **unknown: NoReturn,  # checkers refuse it, as calls do
 ) -> Any:
@@ -88,9 +90,12 @@ def attention(
     Shapes:  q (B, H, s_q, D), k (B, H_kv, s_kv, D), v (B, H_kv, s_kv, D_v), NumPy arrays: the rows of the sequence that
              `part` gives this rank, in its order; of the queries by their length, of the keys by theirs.
     Options: as `flashtile.attention`, about the whole: causal and window, i and j of functions count over the whole
-             sequence; arrays (bias, masks, slopes, sinks, what functions captured) are whole on every rank.
+             sequence; arrays (masks, slopes, sinks, what functions captured) are whole on every rank. A bias has this
+             rank's rows, in their order, or on every rank all of them.
              tile, distribution  as in `part`: results depend on the tile as they do on a kernel, and on nothing else
              of how the sequence is cut.
+             exchange  ranks of a group that first exchange rows for heads (Ulysses): tiles then travel between groups
+             only, of a rank's heads; for options that count no heads by themselves (no functions, no dropout).
              comm  an mpi4py communicator; None: all ranks.
     Returns: o (B, H, s_q, D_v), or (o, lse) with lse (B, H, s_q): of this rank's rows.
     Memory:  a rank holds, beside its own, the keys and values of others that some of its rows sees.
@@ -100,26 +105,36 @@ def attention(
     check_keywords(attention, unknown)
     comm = _communicator(comm)
     options = causal, window, align, scale, precision, "cpu", "starpu"
-    mine = agree(comm, lambda: _described(q, k, v, tile, distribution))
+    mine = agree(comm, lambda: _described(q, k, v, bias, tile, distribution, exchange))
     cut = Cut(comm.Get_size(), tile, distribution)
     whole = _whole(mine, cut)
+    part = _rows_of_bias(mine, bias)
+    bias = bias if part is None else part.whole
+    heads = None if exchange == 1 else _heads(comm, cut, whole, part, exchange)
     plans: list[Collective] = []
 
     def plan() -> dict[str, str]:
         scores = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed)
-        request = describe(whole[0], scores, options)
-        spec, scoring = request.of(*whole)
-        _check(spec, whole)
-        plans.append(Collective(comm, spec, cut, request.offsets, scoring if request.scores else None))
+        own, (on, over) = whole, (comm, cut)
+        if heads is not None:
+            scores, own, (on, over) = heads.scores(scores), heads.whole(whole), (heads.across, heads.cut)
+        request = describe(own[0], scores, options)
+        spec, scoring = request.of(*own)
+        _check(spec, own)
+        plans.append(Collective(on, spec, over, request.offsets, scoring if request.scores else None, part))
         return {"options": repr(request.options), "values of options": identity(spec, scoring, request.offsets)}
 
-    same(agree(comm, plan))
+    same(agree(comm, plan), exchange)
     spec = plans[0].spec
     accumulator = DTYPES[DTYPES[spec.dtype].accumulator].numpy
     q, k, v = (_reachable(plain(x, name)) for x, name in ((q, "q"), (k, "k"), (v, "v")))
+    if heads is not None:
+        q, k, v = heads.gather((spec.q_len, spec.kv_len, spec.kv_len), (q, k, v))
     o = np.empty((*q.shape[:3], spec.value_size), q.dtype)
     lse = np.empty(o.shape[:3], accumulator)
-    plans[0].run(q, k, v, o, lse)
+    agree(comm, lambda: plans[0].run(q, k, v, o, lse))
+    if heads is not None:
+        o, lse = heads.scatter((spec.q_len, spec.q_len), (o, lse))
     return (o, lse) if return_lse else o
 
 
@@ -148,6 +163,7 @@ def attention_backward(
     precision: Precision = "ieee",
     tile: int = TILE,
     distribution: str = ZIGZAG,
+    exchange: int = 1,
     comm: Any = None,
     **unknown: NoReturn,  # checkers refuse it, as calls do
 ) -> Gradients:
@@ -155,52 +171,73 @@ def attention_backward(
 
     Shapes:  q, k, v, o and lse of this rank's rows, as `attention` took and returned them; do as o, dlse as lse.
     Options: wrt as in `flashtile.attention_backward`, the rest as of the forward call, dropout's seed included.
-    Returns: Gradients: of q, k and v this rank's rows; of bias, sinks, alibi_slopes and captured arrays, which every
-             rank has whole, the same whole gradient on each.
-    Numerics: as `flashtile.attention_backward` by tasks of this tile; the same bits on any number of ranks.
+    Returns: Gradients: of q, k and v, and of a bias cut by rows, this rank's rows; of what every rank has whole (bias,
+             sinks, alibi_slopes, captured arrays) the same whole gradient on each.
+    Numerics: as `flashtile.attention_backward` by tasks of this tile; the same bits on any number of ranks, but
+             of an array without room for copies (4 MB) to whose elements rows of several tiles add: ranks add it up.
     Memory:  a rank holds, beside its own, keys and values that its rows see, and q, do, lse and a number a row of rows
              that see its keys.
-    Raises:  as `attention`; UnavailableError also for an array whose gradient has more than 4 MB in all its copies and
-             meets several query tiles in one element.
+    Raises:  as `attention`.
     """
     check_keywords(attention_backward, unknown)
     comm = _communicator(comm)
     options = causal, window, align, scale, precision, "cpu", "starpu"
-    mine = agree(comm, lambda: _described(q, k, v, tile, distribution))
+    mine = agree(comm, lambda: _described(q, k, v, bias, tile, distribution, exchange))
     cut = Cut(comm.Get_size(), tile, distribution)
     whole = _whole(mine, cut)
+    part = _rows_of_bias(mine, bias)
+    bias = bias if part is None else part.whole
+    heads = None if exchange == 1 else _heads(comm, cut, whole, part, exchange)
     names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
     plans: list[tuple[CollectiveBackward, Problem, dict[str, np.ndarray]]] = []
 
     def plan() -> dict[str, str]:
         scores = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed)
-        request = describe(whole[0], scores, options)
-        problem = Problem.of(whole, request, names)
+        own, (on, over) = whole, (comm, cut)
+        if heads is not None:
+            scores, own, (on, over) = heads.scores(scores), heads.whole(whole), (heads.across, heads.cut)
+        request = describe(own[0], scores, options)
+        problem = Problem.of(own, request, names)
         spec, scoring = problem.spec, problem.scoring
-        _check(spec, whole)
+        _check(spec, own)
+        if heads is not None and (others := set(names) - set("qkv")):
+            raise UnavailableError(
+                f"wrt: got {', '.join(sorted(others))} with exchange {exchange}, expected q, k and v"
+            )
         given = _rows_of_gradients(spec, {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "dlse": dlse})
         shapes = sorted(scoring.shapes(problem.wanted).items())
         arrays = tuple((n, shape) for n, shape in shapes if 0 not in shape)
-        planned = CollectiveBackward(comm, spec, cut, request.offsets, scoring, problem.wanted, arrays)
+        planned = CollectiveBackward(on, spec, over, request.offsets, scoring, problem.wanted, arrays, part)
         plans.append((planned, problem, given))
         said = {"options": repr(request.options), "wrt": repr(names), "dlse": str(dlse is not None)}
         return said | {"values of options": identity(spec, scoring, request.offsets)}
 
-    same(agree(comm, plan))
+    same(agree(comm, plan), exchange)
     ((planned, problem, given),) = plans
+    lengths = {n: problem.spec.kv_len if n in "kv" else problem.spec.q_len for n in given}
+    if heads is not None:
+        given = dict(zip(given, heads.gather(list(lengths.values()), list(given.values())), strict=True))
     sums = {f"d{n}": np.zeros(given[n].shape, given[n].dtype) for n in "qkv" if n in names}
-    dsinks, totals = planned.run(given, sums)
+    ended: list[Any] = []
+    agree(comm, lambda: ended.append(planned.run(given, sums)))
+    ((dsinks, totals),) = ended
+    if heads is not None:
+        back = heads.scatter([lengths[n.removeprefix("d")] for n in sums], list(sums.values()))
+        sums = dict(zip(sums, back, strict=True))
+    if part is not None and "bias" in names:
+        rows = cut.numbers(problem.spec.q_len, comm.Get_rank())
+        found = sum(totals[n][..., rows, :] for n in sorted(slots_of(problem.scoring, bias)))
+        sums["bias"] = np.asarray(found, part.mine.dtype)
     return _gradients(problem, sums, dsinks, totals)
 
 
 def _gradients(problem: Problem, sums: dict[str, np.ndarray], dsinks: Any, totals: dict[int, np.ndarray]) -> Gradients:
     """Of this rank's rows, and of what is whole."""
+    done = {n.removeprefix("d"): x for n, x in sums.items()}
     real = DTYPES[DTYPES[problem.spec.dtype].accumulator].numpy
     shapes = problem.scoring.shapes(problem.wanted)
     arrays = {n: np.zeros(shape, real) for n, shape in shapes.items() if 0 in shape} | totals
-    others = [(n, x) for n, x in problem.sources if n not in ("q", "k", "v")]
-    found = replace(problem, sources=others).gradients(Sums(None, None, None, dsinks, arrays))
-    return replace(found, q=sums.get("dq"), k=sums.get("dk"), v=sums.get("dv"))
+    return problem.gradients(Sums(None, None, None, dsinks, arrays), done=done)
 
 
 def _rows_of_gradients(spec: AttentionSpec, given: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -241,16 +278,24 @@ def _communicator(comm: Any) -> Any:
     return comm
 
 
-def _tile(tile: Any) -> int:
-    number = integer(tile)
+def _positive(name: str, value: Any) -> int:
+    number = integer(value)
     if number is None or number < 1:
-        raise wrong("tile", repr(tile), "a positive integer")
+        raise wrong(name, repr(value), "a positive integer")
     return number
 
 
-def _described(q: Any, k: Any, v: Any, tile: Any, distribution: Any) -> dict[str, Any]:
+def _heads(comm: Any, cut: Cut, whole: Whole, part: RowsOfBias | None, exchange: int) -> Heads:
+    """Raises: SpecError, UnavailableError, on every rank."""
+    if part is not None:
+        raise UnavailableError(f"exchange: got {exchange} with a bias cut by rows, expected 1, or the whole bias")
+    return Heads(comm, cut, exchange, whole)
+
+
+def _described(q: Any, k: Any, v: Any, bias: Any, tile: Any, distribution: Any, exchange: Any) -> dict[str, Any]:
     """What the other ranks must know of this one's arrays. Raises: SpecError."""
-    said: dict[str, Any] = {"tile": _tile(tile), "distribution": distribution}
+    said: dict[str, Any] = {"tile": _positive("tile", tile), "distribution": distribution}
+    said["exchange"] = _positive("exchange", exchange)
     tiles_of(0, 0, 1, tile, distribution)
     for name, x in (("q", q), ("k", k), ("v", v)):
         x = plain(x, name)
@@ -259,13 +304,15 @@ def _described(q: Any, k: Any, v: Any, tile: Any, distribution: Any) -> dict[str
         said[f"dtype of {name}"] = dtype_of(x.dtype, name).name
         said[f"(B, H, D) of {name}"] = x.shape[:2] + x.shape[3:]
         said[f"rows of {name}"] = x.shape[2]
+    cuts = isinstance(bias, np.ndarray) and bias.ndim > 1
+    said["rows of bias"] = bias.shape[-2] if cuts else None
     return said
 
 
 def _whole(mine: list[dict[str, Any]], cut: Cut) -> Whole:
     """The whole of what ranks said. Raises: SpecError, on every rank."""
     first, rows = mine[0], [f"rows of {x}" for x in "qkv"]
-    same([{name: x for name, x in said.items() if name not in rows} for said in mine])
+    same([{name: x for name, x in said.items() if name not in (*rows, "rows of bias")} for said in mine])
     whole = []
     for name, x in zip(rows, "qkv", strict=True):
         length = sum(said[name] for said in mine)
@@ -276,6 +323,22 @@ def _whole(mine: list[dict[str, Any]], cut: Cut) -> Whole:
         batch, heads, size = first[f"(B, H, D) of {x}"]
         whole.append(SimpleNamespace(shape=(batch, heads, length, size), dtype=first[f"dtype of {x}"]))
     return tuple(whole)  # type: ignore[return-value]  # three of them
+
+
+def _rows_of_bias(mine: list[dict[str, Any]], bias: Any) -> RowsOfBias | None:
+    """This rank's rows of a bias, where each rank has those of its queries; None where every rank has the whole.
+
+    Raises: SpecError, on every rank.
+    """
+    rows, own = [said["rows of bias"] for said in mine], [said["rows of q"] for said in mine]
+    length = sum(own)
+    if len(set(rows)) == 1 and rows[0] in (None, 1, length):
+        return None
+    for rank, (found, expected) in enumerate(zip(rows, own, strict=True)):
+        if found != expected:
+            got = "none" if found is None else f"{found} rows"
+            raise wrong(f"rank {rank}: bias", got, f"this rank's {expected}, or on every rank all {length}")
+    return RowsOfBias.of(bias, length)
 
 
 def _reachable(x: np.ndarray) -> np.ndarray:

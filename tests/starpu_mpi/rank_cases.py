@@ -52,8 +52,11 @@ def cases() -> dict[str, Case]:
         "bottom right": Case(_arrays(300, 500), {"causal": True, "align": "bottom_right"}, tile),
         "an offset a batch": Case(_arrays(300, 500), {"causal": True, "align": np.array([10, 150])}, tile, QKV),
         "documents": Case(_arrays(), {"mask": flashtile.score.document(documents), "causal": True}, tile, QKV),
-        "bias": Case(
-            _arrays(), {"bias": rng.standard_normal((1, 4, 500, 500)).astype(np.float32)}, tile, ("k", "bias")
+        "bias": Case(  # of which each rank passes its rows
+            _arrays(),
+            {"causal": True, "bias": rng.standard_normal((1, 4, 500, 500)).astype(np.float32)},
+            tile,
+            ("k", "bias"),
         ),
         "sinks, softcap, ALiBi": Case(
             _arrays(),

@@ -15,7 +15,9 @@ from rank_cases import Ranks
 
 from flashtile import scaling
 from flashtile.engines.starpu_mpi import build
+from flashtile.engines.starpu_mpi.simulation import backward as backwards
 from flashtile.engines.starpu_mpi.simulation import costs, network, schedule
+from flashtile.engines.starpu_mpi.simulation.backward import BackwardPlan
 from flashtile.engines.starpu_mpi.simulation.network import Network
 from flashtile.engines.starpu_mpi.simulation.plan import Plan
 from flashtile.errors import SpecError, UnavailableError
@@ -23,7 +25,6 @@ from flashtile.scaling import simulate
 
 CALLS: list[dict[str, Any]] = [
     {"dtype": "float32", "causal": True, "distribution": "zigzag"},
-    {"dtype": "float16", "causal": True, "distribution": "contiguous"},
     {"dtype": "float32", "causal": False, "distribution": "zigzag"},
     {"dtype": "float16", "causal": True, "window": (150, -1), "distribution": "contiguous"},
 ]
@@ -33,15 +34,11 @@ import json, sys
 import numpy as np
 from mpi4py import MPI
 from flashtile import starpu_mpi
-from flashtile.engines.starpu_mpi import collective, link
+from flashtile.engines.starpu import runtime
+from flashtile.engines.starpu_mpi import collective, gradients, link
 
 comm = MPI.COMM_WORLD
 said = []
-
-class Watched(collective.Collective):
-    def __init__(self, *given):
-        super().__init__(*given)
-        said[-1] |= {"flow": len(self.flow.tasks), "received": self.received_bytes}
 
 class Counting(collective.Job):
     def submit(self, codelet, handles, modes, tasks, *keep):
@@ -50,10 +47,13 @@ class Counting(collective.Job):
 
 received = link.Link.receive
 def receive(self, comm, handles, ranks, tags):
+    lib = runtime.current().lib
     said[-1]["messages"] = said[-1].get("messages", 0) + len(handles)
+    said[-1]["bytes"] = said[-1].get("bytes", 0) + sum(lib.ft_nbytes(int(x)) for x in handles)
     received(self, comm, handles, ranks, tags)
 
-starpu_mpi.Collective, collective.Job, link.Link.receive = Watched, Counting, receive
+collective.Job = gradients.Job = Counting
+link.Link.receive = receive
 for call in json.loads(sys.argv[1]):
     said.append({})
     cut = {"tile": 96, "distribution": call.pop("distribution")}
@@ -62,7 +62,9 @@ for call in json.loads(sys.argv[1]):
     q, k = np.zeros((1, 4, rows, 16), dtype), np.zeros((1, 2, rows, 16), dtype)
     if "window" in call:
         call["window"] = tuple(call["window"])
-    starpu_mpi.attention(q, k, k, **call, **cut)
+    o, lse = starpu_mpi.attention(q, k, k, return_lse=True, **call, **cut)
+    said.append({})
+    starpu_mpi.attention_backward(q, q, k, k, o, lse, **call, **cut)
 every = comm.gather(said)
 if comm.rank == 0:
     print(json.dumps(every))
@@ -74,10 +76,10 @@ def test_tasks_and_bytes_are_those_of_four_ranks(ranks: Ranks) -> None:
     done = ranks(4, REAL, json.dumps(CALLS))
     assert done.returncode == 0, done.stdout + done.stderr
     every = json.loads(done.stdout)
-    for n, call in enumerate(CALLS):
-        found = simulate(4, 1000, heads=4, kv_heads=2, head_size=16, tile=96, rate=1e9, **call)
+    for n, (call, backward) in enumerate(itertools.product(CALLS, (False, True))):
+        found = simulate(4, 1000, heads=4, kv_heads=2, head_size=16, tile=96, rate=1e9, backward=backward, **call)
         assert found.tasks.tolist() == [rank[n]["tasks"] for rank in every], call
-        assert found.received_bytes.tolist() == [rank[n]["received"] for rank in every], call
+        assert found.received_bytes.tolist() == [rank[n].get("bytes", 0) for rank in every], call
         assert found.sent_bytes.sum() == found.received_bytes.sum() > 0
         plan = Plan(
             scaling._spec(1, 4, 2, 1000, 16, call["dtype"], call["causal"], call.get("window")),
@@ -85,7 +87,11 @@ def test_tasks_and_bytes_are_those_of_four_ranks(ranks: Ranks) -> None:
             96,
             call["distribution"],
         )
-        assert (plan.needs.sum(axis=1) * 2 * 2).tolist() == [rank[n].get("messages", 0) for rank in every], call
+        messages = plan.needs.sum(axis=1) * 2 * 2
+        if backward:
+            _, rows = BackwardPlan(plan).traffic
+            messages = messages + rows.needs.sum(axis=1) * 4 * 4
+        assert messages.tolist() == [rank[n].get("messages", 0) for rank in every], call
 
 
 def plan(ranks: int = 2, length: int = 400, **given: Any) -> Plan:
@@ -105,20 +111,18 @@ def plan(ranks: int = 2, length: int = 400, **given: Any) -> Plan:
 
 def test_a_link_sends_and_receives_one_message_at_a_time() -> None:
     """Tiles of 10 kB at 10 kB/s: one second each. Two ranks with two tiles each."""
-    found = (
-        network.arrivals(plan(), Network(0.25, 1e4), "posted")[0, 0],
-        network.arrivals(plan(), Network(0.25, 1e4), "posted")[1, 0],
-    )
+    (found,) = network.arrivals([plan().traffic], Network(0.25, 1e4), "posted")
+    found = found[:, 0]
     # k of both tiles, then v of both; a tile is there with its v
     assert found[0].tolist() == [0, 0, 3.25, 4.25] and found[1].tolist() == [3.25, 4.25, 0, 0]
     # rank 0 meets tile 3 first, then 2; rank 1 from tile 2 goes down to 1, then 0. k and v together.
-    needed = network.arrivals(plan(), Network(0.25, 1e4), "needed")[:, 0]
+    needed = network.arrivals([plan().traffic], Network(0.25, 1e4), "needed")[0][:, 0]
     assert needed[0].tolist() == [0, 0, 4.25, 2.25] and needed[1].tolist() == [4.25, 2.25, 0, 0]
 
 
 def test_a_receiver_takes_one_message_after_the_other() -> None:
     """Three ranks, a tile each: two senders begin with rank 0 at once, whose link takes them in turn."""
-    found = network.arrivals(plan(3, 300), Network(0.0, 1e4), "posted")[:, 0]
+    found = network.arrivals([plan(3, 300).traffic], Network(0.0, 1e4), "posted")[0][:, 0]
     # rank 0: k of tiles 1 and 2 have left at 1, v at 3: in at 1, 2, 3, 4
     assert found[0].tolist() == [0, 3, 4]
 
@@ -127,9 +131,9 @@ def test_departures_of_heads_are_those_of_a_queue() -> None:
     """Against the queue of every message, sorted and added up one by one."""
     p = plan(3, 650, heads=3, causal=True, distribution="zigzag")
     for order in ("posted", "needed"):
-        d = network.departures_of(p, Network(0.0, 1e4, 0.5), order)
+        d = network.departures_of(p.traffic, Network(0.0, 1e4, 0.5), order)
         sender = p.key_owner[d.tile]
-        urgency = network._urgency(p)[d.receiver, d.tile]
+        urgency = p.traffic.urgency[d.receiver, d.tile]
         queues: dict[int, list[Any]] = {}
         for n, head, which in itertools.product(range(len(d.tile)), range(3), range(2)):
             place = (d.receiver[n], d.tile[n])
@@ -154,11 +158,34 @@ def test_workers_take_what_is_ready_and_has_most_left() -> None:
     assert schedule.run(p, seconds, late, 1, 0.5).end.tolist() == [10.0 + 6 * 1.5]
 
 
+def test_tasks_of_gradients_wait_for_tiles_and_for_one_another() -> None:
+    """Two ranks, a tile each, open: each rank has the pair of its own tiles, and both pairs of its and the other's."""
+    p = BackwardPlan(plan(2, 200))
+    there = np.zeros((2, 1, 2)), np.zeros((2, 1, 2))
+    costs = {backwards.ROWS: 3.0, backwards.KEYS: 4.0, backwards.BOTH: 5.0}
+
+    def end(arrived: Any, workers: int, overhead: float = 0.0) -> list[float]:
+        return backwards.run(p, lambda kind: np.full(4, costs[kind]), arrived, workers, overhead).end.tolist()
+
+    assert end(there, 1) == [12.0, 12.0] and p.tasks.tolist() == [4, 4]
+    assert end(there, 1, 0.5) == [14.0, 14.0]
+    assert end(there, 2) == [9.0, 9.0], "both of the others add to what the first does, each to one gradient"
+    late = there[0].copy(), there[1].copy()
+    late[0][0, 0, 1] = 7.0  # rank 0 has the other's keys at 7, and does what it has before
+    late[1][1, 0, 0] = 20.0  # rank 1 has the other's rows at 20
+    assert end(late, 1) == [12.0, 24.0]
+
+
 def test_ranks_simulated_in_blocks_give_what_they_give_together(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = simulate(8, 3000, heads=2, tile=96, rate=1e9, workers=2)
     monkeypatch.setattr(schedule, "AT_ONCE", 1)
     apart = simulate(8, 3000, heads=2, tile=96, rate=1e9, workers=2)
     assert apart.seconds == whole.seconds and apart.waited == whole.waited
+    monkeypatch.setattr(backwards, "AT_ONCE", 1)
+    apart = simulate(4, 2000, heads=2, kv_heads=1, tile=96, rate=1e9, workers=2, backward=True)
+    monkeypatch.undo()
+    whole = simulate(4, 2000, heads=2, kv_heads=1, tile=96, rate=1e9, workers=2, backward=True)
+    assert apart.seconds == whole.seconds and whole.waited > -0.02 * whole.seconds and 0.5 < whole.efficiency < 1
 
 
 def test_no_simulation_beats_the_ideal() -> None:
@@ -189,10 +216,11 @@ def test_costs_are_measured_once_a_case(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(costs, "MEASURED_SECONDS", 0.0)
     ran: list[int] = []
     measured = costs.measured
-    monkeypatch.setattr(
-        costs, "measured", lambda plan, kernel, n, busy: ran.append(n) or measured(plan, kernel, n, busy)
-    )
+    monkeypatch.setattr(costs, "measured", lambda call, busy: ran.append(call) or measured(call, busy))
     seconds, text = costs.seconds_of(plan(1, 1000, causal=True, tile=96, head_size=16), busy=2)
+    _, said = costs.seconds_of_backward(BackwardPlan(plan(2, 1000, causal=True, tile=96, head_size=16)))
+    assert said == "12 cases: 0 of StarPU's models, 12 measured here"  # of three kinds: what a task adds to
+    del ran[4:]
     assert len(ran) == len(set(seconds.tolist())) == 4 and (seconds > 0).all()  # a diagonal or full tile, first or last
     assert text == "4 cases: 0 of StarPU's models, 4 measured here"
     from flashtile.engines.starpu.footprint import footprints

@@ -46,7 +46,7 @@ READ = {
 }
 GRADIENTS = {"dq": ("dq", "dq_s"), "dk": ("dk", "dk_s"), "dv": ("dv", "dv_s")}
 OF_KEYS = ("k", "v", "dk", "dv")
-VALUES = ("first_row", "row_count", "first_key", "kv_len", "copy")
+VALUES = ("first_row", "row_count", "first_key", "kv_len", "copy", "captures")
 DELTA = {"do": ("do", "do_s"), "o": ("o", "o_s"), "lse": ("lse", None), "delta": ("delta", None)}
 DELTA_MORE = {"dlse": ("dlse", None), "dsinks": ("dsinks", None)}  # where they are given
 ADD = ((0, "parts", None), (1, "dq", "dq_s"))
@@ -237,7 +237,8 @@ class BackwardFlow:
         for place, numbers in {ROWS: rows, KEYS: end - key, ANCHOR: anchor, KV_HEADS: kv_heads}.items():
             tasks["sizes"][:, place] = numbers
         copy = np.zeros_like(row) if self.arrays is None else self.arrays.copy_of(**_places(p))
-        tasks["values"][:, : len(VALUES)] = np.stack([row, rows, key, end, copy], axis=1)
+        captures = np.full_like(row, self.program.block_word("captures"))
+        tasks["values"][:, : len(VALUES)] = np.stack([row, rows, key, end, copy, captures], axis=1)
         tasks["tile"] = np.stack([p.batch, p.head, p.query_tile, p.key_tile], axis=1)
         tasks["priority"] = p.left
         pairs, cases = self.coverage.amount(p.batch, p.head, p.query_tile, p.key_tile)

@@ -35,7 +35,7 @@ ORDERED, COMMUTE = "ordered", "commute"
 
 # What a task's handles set in the parameter block (programs.py), and the words of its own values.
 FORWARD = ((0, "q", "q_s"), (1, "k", "k_s"), (2, "v", "v_s"), (3, "o", "o_s"), (4, "lse", None))
-FORWARD_VALUES = ("carry", "kv_len", "sinks")
+FORWARD_VALUES = ("carry", "kv_len", "sinks", "captures")
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,7 @@ class Flow:
         tasks["rows"][:, :4] = np.stack([row, key, key, row], axis=1)
         tasks["bytes"][:, 4] = (head * spec.q_len + row) * DTYPES[DTYPES[spec.dtype].accumulator].itemsize
         tasks["values"][:, :3] = np.stack([p.place > 0, end, np.where(p.left == 0, self.sinks, 0)], axis=1)
+        tasks["values"][:, FORWARD_VALUES.index("captures")] = self.program.block_word("captures")
         anchor = cuda.anchor_of(self.anchors, p.batch, row - key)
         firsts = dict(zip(FIRSTS, (p.batch, p.head, row, key), strict=True))
         sizes = {ROWS: np.minimum(self.tile_q, spec.q_len - row), KEYS: end - key, ANCHOR: anchor, **firsts}

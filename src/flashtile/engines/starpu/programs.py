@@ -75,6 +75,10 @@ class Program:
         """That a worker of either kind needs."""
         return max(self.kernel.scratch_bytes, 0 if isinstance(self.cuda, str) else self.cuda.scratch_bytes)
 
+    def block_word(self, name: str) -> int:
+        """What a word of the block holds where no task sets it."""
+        return int(self.kernel.block[self.kernel.words[name]])
+
     def submit(self, job: Job, codelet: Codelet, handles: np.ndarray, modes: np.ndarray, tasks: np.ndarray) -> None:
         """Submit tasks on handles (n, buffers), with a scratch buffer a worker; see Job.submit."""
         if not len(tasks):

@@ -9,16 +9,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from flashtile.dtypes import DTYPES, DType
 from flashtile.engines.starpu import runtime
-from flashtile.engines.starpu.flow import Flow
+from flashtile.engines.starpu.flow import FORWARD_VALUES, Flow
 from flashtile.engines.starpu.jobs import Job
 from flashtile.engines.starpu.states import submit_finish
 from flashtile.engines.starpu.tiles import DROP, TiledTensor
+from flashtile.engines.starpu_mpi.bias import ROWS, RowsOfBias, blocks_of, point
 from flashtile.engines.starpu_mpi.link import Link
 from flashtile.engines.starpu_mpi.parts import rows_of, tiles_of
 from flashtile.errors import FlashtileError, KernelError, wrong
@@ -54,12 +56,13 @@ def agree(comm: Any, what: Callable[[], T]) -> list[T]:
     return found
 
 
-def same(every: list[dict[str, Any]]) -> None:
-    """Raise SpecError unless what all ranks said is the same: it names the first rank that differs, and in what."""
+def same(every: list[dict[str, Any]], apart: int = 1) -> None:
+    """Raise SpecError unless what all ranks said is the same, or what those said that are so many apart: it names the
+    first rank that differs, and in what."""
     for rank, other in enumerate(every):
-        for name, value in every[0].items():
+        for name, value in every[rank % apart].items():
             if other[name] != value:
-                raise wrong(f"rank {rank}: {name}", other[name], f"{value} as on rank 0")
+                raise wrong(f"rank {rank}: {name}", other[name], f"{value} as on rank {rank % apart}")
 
 
 def identity(spec: AttentionSpec, scoring: Scoring | None, offsets: np.ndarray | None) -> str:
@@ -74,6 +77,8 @@ def identity(spec: AttentionSpec, scoring: Scoring | None, offsets: np.ndarray |
     for array in arrays:
         if array is not None:
             digest.update(repr((array.shape, str(array.dtype))).encode())
+            if array.size and not any(array.strides):  # one element, as what stands for an array
+                array = array[(slice(1),) * array.ndim]
             digest.update(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
     return digest.hexdigest()
 
@@ -90,9 +95,13 @@ class Cut:
         """The numbers of a rank's tiles, ascending."""
         return tiles_of(length, rank, self.ranks, self.tile, self.distribution)
 
+    def numbers(self, length: int, rank: int) -> np.ndarray:
+        """The numbers of a rank's rows, in its order."""
+        return rows_of(self.tiles(length, rank), length, self.tile)
+
     def rows(self, length: int, rank: int) -> int:
         """How many rows a rank has."""
-        return len(rows_of(self.tiles(length, rank), length, self.tile))
+        return len(self.numbers(length, rank))
 
 
 class Placed(NamedTuple):
@@ -105,21 +114,27 @@ class Placed(NamedTuple):
 class Exchange:
     """Tiles of a sequence from the ranks that have them to those that need them."""
 
-    def __init__(self, comm: Any, link: Link, cut: Cut, length: int, needs: list[np.ndarray]) -> None:
-        """needs: bool (B, heads, tiles) for each rank: what it reads of the tiles of others."""
+    def __init__(
+        self, comm: Any, link: Link, cut: Cut, length: int, needs: list[np.ndarray], urgency: np.ndarray
+    ) -> None:
+        """needs: bool (B, heads, tiles) for each rank: what it reads of the tiles of others; urgency (ranks, tiles):
+        how early it does."""
         self.comm, self.link, self.cut, self.length, self.needs = comm, link, cut, length, needs
+        self.urgency = urgency
         self.mine = cut.tiles(length, comm.Get_rank())
         self.owner = np.empty(needs[0].shape[2], np.int64)
         for rank in range(cut.ranks):
             self.owner[cut.tiles(length, rank)] = rank
 
     @classmethod
-    def of(cls, comm: Any, link: Link, cut: Cut, length: int, seen: Callable[[int], np.ndarray]) -> Exchange:
+    def of(
+        cls, comm: Any, link: Link, cut: Cut, length: int, seen: Callable[[int], np.ndarray], urgency: np.ndarray
+    ) -> Exchange:
         """seen: of a rank, the tiles (B, heads, tiles) that it reads, its own among them."""
         needs = [seen(rank).copy() for rank in range(cut.ranks)]
         for rank, need in enumerate(needs):
             need[:, :, cut.tiles(length, rank)] = False
-        return cls(comm, link, cut, length, needs)
+        return cls(comm, link, cut, length, needs, urgency)
 
     def place(self, tensor: TiledTensor) -> Placed:
         """A tensor's own tiles, where they stand in the whole."""
@@ -135,12 +150,9 @@ class Exchange:
         height = len(rows_of(far, self.length, tile))
         grid = (len(own), *need.shape)
         tags = self.link.take_tags(int(np.prod(grid))).reshape(grid)
-        placed = []
-        for which, tensor in enumerate(own):
-            found = self.place(tensor)
-            for r in range(self.cut.ranks):
-                at = np.nonzero(self.needs[r] & (self.owner == rank))
-                self.link.send(self.comm, found.handles[at], np.full(len(at[0]), r), tags[which][at])
+        placed = [self.place(tensor) for tensor in own]
+        self._send(placed, tags)
+        for which, (tensor, found) in enumerate(zip(own, placed, strict=True)):
             if height:
                 come = TiledTensor((*need.shape[:2], height, *tensor.shape[3:]), tensor.dtype, tile)
                 tensors.append(come)
@@ -148,16 +160,33 @@ class Exchange:
                 at = np.nonzero(need)
                 tensor.runtime.unwritten.difference_update(found.handles[at].tolist())
                 self.link.receive(self.comm, found.handles[at], self.owner[at[2]], tags[which][at])
-            placed.append(found)
         return placed
+
+    def _send(self, placed: list[Placed], tags: np.ndarray) -> None:
+        """Begin to send: of what receivers meet first, head by head, tensor by tensor."""
+        mine = self.owner == self.comm.Get_rank()
+        to, batch, head, number = np.nonzero(np.stack(self.needs) & mine)
+        which = np.repeat(np.arange(len(placed)), len(to))
+        to, batch, head, number = (np.tile(x, len(placed)) for x in (to, batch, head, number))
+        order = np.lexsort((number, to, which, head, batch, self.urgency[to, number]))
+        to, which, *at = (x[order] for x in (to, which, batch, head, number))
+        handles = np.stack([x.handles for x in placed])
+        self.link.send(self.comm, handles[(which, *at)], to, tags[(which, *at)])
 
 
 class Collective:
     """A planned call on this rank. Made and run on all ranks together."""
 
     def __init__(
-        self, comm: Any, spec: AttentionSpec, cut: Cut, offsets: np.ndarray | None, scoring: Scoring | None
+        self,
+        comm: Any,
+        spec: AttentionSpec,
+        cut: Cut,
+        offsets: np.ndarray | None,
+        scoring: Scoring | None,
+        bias: RowsOfBias | None = None,
     ) -> None:
+        """bias: of which the program has what stands for the whole."""
         self.comm, self.spec, self.cut = comm, spec, cut
         self.runtime = runtime.ensure()
         self.link = self.runtime.once(Link)
@@ -167,8 +196,17 @@ class Collective:
         tile = cut.tile
         with self.runtime.working():
             self.flow = Flow(self.runtime, spec, tile, tile, offsets=offsets, scoring=scoring, rows=self.queries)
+        if bias is not None:
+            assert scoring is not None and scoring.program is not None
+            bias.check(spec, tile)
+            program = scoring.program
+            self._blocks = blocks_of(program, bias.slot(program), bias.mine, ROWS, self.queries, tile)
+            words = self.flow.tasks["values"][:, FORWARD_VALUES.index("captures")]
+            point(words, self.flow.pairs.query_tile, self.queries, self._blocks)
         touched = self.flow.coverage.touched()
-        self.of_keys = Exchange.of(comm, self.link, cut, spec.kv_len, lambda r: keys_seen(spec, cut, touched, r))
+        urgency = urgency_of(spec, cut, touched)[0]
+        seen = partial(keys_seen, spec, cut, touched)
+        self.of_keys = Exchange.of(comm, self.link, cut, spec.kv_len, seen, urgency)
 
     @property
     def received_bytes(self) -> int:
@@ -230,6 +268,26 @@ class Collective:
         handles = np.zeros((spec.batch, spec.heads, -(-spec.q_len // self.cut.tile)), np.uint64)
         handles[:, :, self.queries] = tensor.handles
         return Placed(handles)
+
+
+def urgency_of(spec: AttentionSpec, cut: Cut, touched: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int64 (ranks, key tiles), (ranks, query tiles): the earliest place of a tile in the chains of a rank's queries,
+    of a rank's keys; of tiles that are not in them the last place there is."""
+    meet = touched.any(axis=(0, 1))
+    queries, keys = meet.shape
+    last = queries + keys
+    found = np.full((cut.ranks, keys), last), np.full((cut.ranks, queries), last)
+    if not keys:
+        return found
+    own = np.minimum(np.arange(queries), keys - 1)
+    order = (own[:, None] - np.arange(keys)) % keys  # of the keys of each query tile: flow.py
+    place = np.empty_like(order)
+    np.put_along_axis(place, order, np.take_along_axis(meet, order, 1).cumsum(axis=1) - 1, 1)
+    place[~meet] = last
+    for rank in range(cut.ranks):
+        found[0][rank] = place[cut.tiles(spec.q_len, rank)].min(axis=0, initial=last)
+        found[1][rank] = place[:, cut.tiles(spec.kv_len, rank)].min(axis=1, initial=last)
+    return found
 
 
 def keys_seen(spec: AttentionSpec, cut: Cut, touched: np.ndarray, rank: int) -> np.ndarray:

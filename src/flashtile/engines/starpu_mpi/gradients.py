@@ -17,13 +17,14 @@ import numpy as np
 
 from flashtile.dtypes import DTYPES, DType
 from flashtile.engines.starpu import runtime
-from flashtile.engines.starpu.backward import BackwardFlow
+from flashtile.engines.starpu.backward import VALUES, BackwardFlow
 from flashtile.engines.starpu.jobs import Job
 from flashtile.engines.starpu.tiles import DROP, TiledTensor
 from flashtile.engines.starpu.units import Handles
-from flashtile.engines.starpu_mpi.collective import Cut, Exchange, agree, keys_seen, queries_seen
+from flashtile.engines.starpu_mpi.bias import KEYS, ROWS, RowsOfBias, blocks_of, columns_of, point
+from flashtile.engines.starpu_mpi.collective import Cut, Exchange, agree, keys_seen, queries_seen, urgency_of
 from flashtile.engines.starpu_mpi.link import Link
-from flashtile.errors import UnavailableError
+from flashtile.engines.starpu_mpi.parts import rows_of
 from flashtile.kernels import ArrayShapes
 from flashtile.score.options import Scoring
 from flashtile.spec import AttentionSpec
@@ -43,26 +44,51 @@ class CollectiveBackward:
         scoring: Scoring | None,
         wanted: frozenset[str | int],
         arrays: ArrayShapes,
+        bias: RowsOfBias | None = None,
     ) -> None:
+        """bias: as for Collective."""
         self.comm, self.spec, self.cut, self.wanted = comm, spec, cut, wanted
+        self.bias, self._slot = bias, -1
+        self.slots = sorted(n for n, _ in arrays)  # as their sums are
         self.runtime = runtime.ensure()
         self.link = self.runtime.once(Link)
         offsets = offsets if spec.offset is None else None
         made = partial(BackwardFlow, self.runtime, spec, cut.tile, cut.tile, offsets=offsets, scoring=scoring)
-        of_rows, of_keys = wanted & {"q", "sinks"}, wanted & {"k", "v"}
+        for_rows, for_keys = wanted & {"q", "sinks"}, wanted & {"k", "v"}
         with self.runtime.working():
             # Arrays have one accumulator on a rank, to which one flow adds: that of its rows.
-            self.rows = made(wanted=of_rows, arrays=arrays)
-            self.keys = made(wanted=of_keys)
-            self.both = None if arrays else made(wanted=of_rows | of_keys)
-        if self.rows.arrays is not None and not self.rows.arrays.apart_by_rows and cut.ranks > 1:
-            raise UnavailableError(
-                "wrt: got an array of more than 4 MB in all its copies, to an element of which rows of several tiles "
-                "add, expected one rank"
-            )
+            self.rows = made(wanted=for_rows, arrays=arrays)
+            self.keys = made(wanted=for_keys)
+            self.both = None if arrays else made(wanted=for_rows | for_keys)
         touched = self.rows.coverage.touched()
-        self.of_keys = Exchange.of(comm, self.link, cut, spec.kv_len, lambda r: keys_seen(spec, cut, touched, r))
-        self.of_rows = Exchange.of(comm, self.link, cut, spec.q_len, lambda r: queries_seen(spec, cut, touched, r))
+        of_keys, of_rows = urgency_of(spec, cut, touched)
+        seen = partial(keys_seen, spec, cut, touched), partial(queries_seen, spec, cut, touched)
+        self.of_keys = Exchange.of(comm, self.link, cut, spec.kv_len, seen[0], of_keys)
+        self.of_rows = Exchange.of(comm, self.link, cut, spec.q_len, seen[1], of_rows)
+        if bias is not None:
+            assert scoring is not None and scoring.program is not None
+            bias.check(spec, cut.tile, "backward")
+            self._program, self._slot = scoring.program, bias.slot(scoring.program)
+            for flow in (self.rows, self.both):
+                if flow is not None:
+                    self._point(flow, bias.mine, ROWS)
+
+    def _point(self, flow: BackwardFlow, part: Array, axis: int) -> None:
+        """Let a flow's tasks read a part of the bias, of this rank's tiles along an axis."""
+        own, tiles = self.of_rows.mine, flow.pairs.query_tile
+        if axis == KEYS:
+            own, tiles = self.of_keys.mine, flow.pairs.key_tile
+        blocks = blocks_of(self._program, self._slot, part, axis, own, self.cut.tile)
+        self._blocks = [*getattr(self, "_blocks", []), blocks, part]
+        point(flow.tasks["values"][:, VALUES.index("captures")], tiles, own, blocks)
+
+    def _columns(self) -> Array | None:
+        """Room for the columns of a bias cut by rows, if tasks of this call read some."""
+        if self.bias is None or not self.keys.pairwise:
+            return None
+        keys = len(rows_of(self.of_keys.mine, self.spec.kv_len, self.cut.tile))
+        shape = self.bias.whole.shape
+        return np.empty((*shape[:-1], keys if shape[-1] > 1 else 1), self.bias.mine.dtype)
 
     def run(self, given: Mapping[str, Array], sums: Mapping[str, Array]) -> tuple[Array | None, dict[int, Array]]:
         """Add the gradients of this rank's rows to those of dq, dk and dv in sums; given: do, q, k, v, o, lse, possibly
@@ -74,6 +100,7 @@ class CollectiveBackward:
         accumulator = DTYPES[dtype.accumulator]
         tensors: list[TiledTensor] = []
         named: dict[str, TiledTensor] = {}
+        columns: list[Array] = []
         job = Job()
         dsinks = np.zeros((self.spec.batch, self.spec.heads, len(self.of_rows.mine)), accumulator.numpy)
 
@@ -88,6 +115,13 @@ class CollectiveBackward:
                 named["dsinks"] = tiled(dsinks, accumulator, 1)
             named["delta"] = TiledTensor(given["lse"].shape, accumulator, self.cut.tile)
             tensors.append(named["delta"])
+            columns.extend(x for x in [self._columns()] if x is not None)
+
+        def exchange() -> None:
+            for out in columns:
+                assert self.bias is not None
+                columns_of(self.comm, self.cut, self.spec, self.bias.mine, out)
+                self._point(self.keys, out, KEYS)
 
         def compute() -> None:
             try:
@@ -100,6 +134,7 @@ class CollectiveBackward:
         with self.runtime.working():
             try:
                 agree(self.comm, place)
+                agree(self.comm, exchange)
                 agree(self.comm, compute)
             finally:
                 for x in tensors:
@@ -148,16 +183,21 @@ class CollectiveBackward:
         return [(flows[which[part[0]]], pair[part]) for part in np.split(np.arange(len(pair)), starts[1:]) if len(part)]
 
     def _totals(self, dsinks: Array) -> tuple[Array | None, dict[int, Array]]:
-        """Of all ranks. Each element comes from one of them, the others have 0 there: the sums are exact."""
+        """Of all ranks. Each element comes from one of them, the others have 0 there, so sums are exact; but for arrays
+        without room for copies to whose elements several ranks add."""
         from mpi4py import MPI
 
-        found = None
+        found, arrays = None, self.rows.arrays
         if "sinks" in self.wanted:
             whole = np.zeros((*dsinks.shape[:2], len(self.of_rows.owner)), dsinks.dtype)
             whole[:, :, self.of_rows.mine] = dsinks
             self.comm.Allreduce(MPI.IN_PLACE, whole, MPI.SUM)
             found = whole.sum(axis=2, dtype=np.float64).astype(dsinks.dtype)
-        if self.rows.arrays is not None:
-            for memory in self.rows.arrays.sums.memory:
-                self.comm.Allreduce(MPI.IN_PLACE, memory, MPI.SUM)
+        if arrays is not None:
+            for slot, memory in zip(self.slots, arrays.sums.memory, strict=True):
+                if slot == self._slot:  # every rank has its own rows
+                    continue
+                whole = memory if arrays.apart_by_rows else memory.astype(np.float64)
+                self.comm.Allreduce(MPI.IN_PLACE, whole, MPI.SUM)
+                memory[...] = whole
         return found, self.rows.totals()

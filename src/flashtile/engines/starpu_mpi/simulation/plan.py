@@ -14,6 +14,7 @@ from flashtile.dtypes import DTYPES
 from flashtile.engines.starpu.coverage import BandCoverage
 from flashtile.engines.starpu.flow import Pairs, pairs_of
 from flashtile.engines.starpu_mpi.parts import tiles_of
+from flashtile.engines.starpu_mpi.simulation.network import Traffic
 from flashtile.spec import AttentionSpec
 
 
@@ -98,18 +99,30 @@ class Plan:
         return self.heads * np.bincount(self.query_owner, length, self.ranks).astype(np.int64)
 
     @cached_property
-    def row_bytes(self) -> tuple[int, int]:
-        """Bytes of a row of k, of v."""
+    def traffic(self) -> Traffic:
+        """Keys and values on their way to the rows that see them."""
         size = DTYPES[self.spec.dtype].itemsize
-        return self.spec.head_size * size, self.spec.value_size * size
+        row = np.array([self.spec.head_size * size, self.spec.value_size * size])
+        return Traffic(self.needs, self.key_owner, self.heights, row, self.kv_heads, self._urgency)
 
-    @cached_property
+    @property
     def received_bytes(self) -> np.ndarray:
         """int64 (ranks): bytes of keys and values that come to each."""
-        return (self.needs @ self.heights) * (self.kv_heads * sum(self.row_bytes))
+        return self.traffic.received_bytes
 
-    @cached_property
+    @property
     def sent_bytes(self) -> np.ndarray:
         """int64 (ranks): and that leave each."""
-        copies = self.needs.sum(axis=0) * self.heights
-        return np.bincount(self.key_owner, copies, self.ranks).astype(np.int64) * (self.kv_heads * sum(self.row_bytes))
+        return self.traffic.sent_bytes
+
+    @cached_property
+    def _urgency(self) -> np.ndarray:
+        found = np.full((self.ranks, len(self.key_owner)), np.iinfo(np.int64).max)
+        some = self.pairs.key_tile >= 0
+        own, key = self.query_owner[self.pairs.query_tile[some]], self.pairs.key_tile[some]
+        np.minimum.at(found, (own, key), self.pairs.place[some])
+        return found
+
+    def pairs_owners(self, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
+        """The ranks that have the rows, and the keys, of some pairs."""
+        return self.query_owner[pairs.query_tile], self.key_owner[pairs.key_tile]
