@@ -8,11 +8,11 @@ import signal
 import sys
 from pathlib import Path
 
-from . import backward, cliffs, driver, machine, memory, overheads, peers, plot, records, report, short
+from . import backward, cliffs, doors, driver, machine, memory, overheads, peers, plot, records, report, short
 from .cases import ALL_CASES, QUICK, short_cases
 
 USUAL = ("table", "backward", "overheads", "memory", "short")
-PARTS = (*USUAL, "cliffs")
+PARTS = (*USUAL, "cliffs", "doors")
 TARGET_CORE = "znver4"
 
 
@@ -26,6 +26,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     usual = f"default: {' '.join(USUAL)}; with --case only those of the cases"
     parser.add_argument("--parts", nargs="+", choices=PARTS, help=usual)
     parser.add_argument("--axes", nargs="+", choices=cliffs.AXES, help="of the cliffs; default: all")
+    parser.add_argument(
+        "--doors", nargs="+", choices=doors.NAMES, default=doors.NAMES, help="of the doors; default: all"
+    )
     parser.add_argument("--rounds", type=int, help="timed rounds a case (default 7, quick 3)")
     output = machine.ROOT / "docs" / "benchmarks"
     parser.add_argument("--output", type=Path, default=output, help="folder of the files (default docs/benchmarks)")
@@ -100,6 +103,11 @@ def run_cliffs(options: argparse.Namespace, run: str) -> None:
     print("", *cliffs.report_lines(along, results, options.threads), sep="\n", flush=True)
 
 
+def run_doors(options: argparse.Namespace, run: str) -> None:
+    for verdict in doors.measure(options.doors, options.threads):
+        records.update_verdicts(options.output / records.TARGETS, [verdict], run)
+
+
 def run_fixed_costs(options: argparse.Namespace, run: str) -> None:
     """What takes no table: overheads and memory."""
     verdicts: list[report.Verdict] = []
@@ -125,6 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
         "overheads": run_fixed_costs,
         "short": run_short,
         "cliffs": run_cliffs,
+        "doors": run_doors,
     }
     asked = {"overheads" if part == "memory" else part for part in options.parts}
     for part, measure in parts.items():

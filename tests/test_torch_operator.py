@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -95,15 +97,105 @@ def test_compiled_sdpa_draws_dropout_and_takes_other_lengths() -> None:
         assert torch.equal(*found)
 
 
-def test_a_function_breaks_the_graph_and_says_so() -> None:
-    def call(q: Any) -> Any:
-        return attention(q, q, q, score_mod=lambda s, b, h, i, j: s * 0.5)
+def below(b: Any, h: Any, i: Any, j: Any) -> Any:
+    return torch.logical_and(j <= i, i - j < 4)
+
+
+def test_a_function_that_reads_nothing_is_part_of_the_graph() -> None:
+    """Written within or outside of the compiled function; each text is a constant of the graph."""
+
+    def call(q: Any, k: Any, v: Any) -> Any:
+        return attention(q, k, v, score_mod=lambda s, b, h, i, j: s - 0.5 * abs(i - j), mask=below, return_lse=True)
+
+    def flex(q: Any) -> Any:
+        return flashtile.torch.flex_attention(q, q, q, lambda s, b, h, i, j: s - 0.25 * abs(i - j))
 
     torch._dynamo.reset()
-    assert torch.equal(torch.compile(call, backend="aot_eager")(Q), call(Q))
+    assert same(results(torch.compile(call, fullgraph=True, backend="aot_eager")), results(call))
+    assert torch.equal(torch.compile(flex, fullgraph=True, backend="aot_eager")(Q), flex(Q))
+
+
+HALF = 0.5
+
+
+def reads(kind: str, q: Any) -> Any:
+    """A call with a function that reads a value, of one of these kinds."""
+    half = HALF
+    if kind == "module":
+        return attention(q, q, q, score_mod=lambda s, b, h, i, j: s * HALF)
+    if kind == "closure":
+        return attention(q, q, q, score_mod=lambda s, b, h, i, j: s * half)
+    if kind == "default":
+        return attention(q, q, q, score_mod=lambda s, b, h, i, j, half=half: s * half)
+    if kind == "decision":
+        return attention(q, q, q, score_mod=lambda s, b, h, i, j: s * 0.5 if HALF else s)
+    total = q.mean()
+    return attention(q, q, q, score_mod=lambda s, b, h, i, j: s * total)
+
+
+@pytest.mark.parametrize("kind", ["module", "closure", "default", "decision", "tensor"])
+def test_a_function_that_reads_values_breaks_the_graph_and_says_so(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No guard would see them change."""
+
+    def call(q: Any) -> Any:
+        return reads(kind, q)
+
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="flashtile.score.freeze"):
-        torch.compile(call, backend="aot_eager", fullgraph=True)(Q)
+    compiled = torch.compile(call, backend="aot_eager")
+    for value in (0.5, 0.0):
+        monkeypatch.setattr(sys.modules[__name__], "HALF", value)
+        assert torch.equal(compiled(Q), call(Q))
+    if kind in ("module", "tensor"):
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="flashtile.score.freeze"):
+            torch.compile(call, backend="aot_eager", fullgraph=True)(Q)
+
+
+class Exported(torch.nn.Module):
+    def __init__(self, mask: Any) -> None:
+        super().__init__()
+        self.mask = mask
+        self.slopes = torch.nn.Parameter(torch.linspace(0.1, 0.5, H))
+
+    def forward(self, q: Any, k: Any, v: Any) -> Any:
+        o = attention(q, k, v, mask=self.mask, alibi_slopes=self.slopes, softcap=5.0)
+        o = attention(o, k, v, score_mod=lambda s, b, h, i, j: s - 0.5 * abs(i - j), causal=True)
+        return flashtile.torch.scaled_dot_product_attention(o, k, v, attn_mask=BIAS[:, : q.shape[2]])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_computes_the_same(strict: bool) -> None:
+    """Saved, loaded and run; each call is one node."""
+    begins = torch.tensor([0, 0, 0, 3, 3, 3, 3, 3])
+    mask = score.freeze(lambda b, h, i, j: (j <= i) & (begins[i] <= j)) if strict else PACKED
+    module, file = Exported(mask), io.BytesIO()
+    program = torch.export.export(module, (Q, K, V), strict=strict)
+    assert sum(node.target is OP for node in program.graph.nodes) == 3
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    with torch.no_grad():
+        assert torch.equal(loaded(Q, K, V), module(Q, K, V))
+        assert torch.equal(loaded(-Q, K, V), module(-Q, K, V))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_strict_export_would_lose_what_arrays_hold() -> None:
+    with pytest.raises(Exception, match="rule: got one that reads NumPy arrays, expected tensors in a strict export"):
+        torch.export.export(Exported(PACKED), (Q, K, V), strict=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_exported_program_takes_other_lengths() -> None:
+    class Causal(torch.nn.Module):
+        def forward(self, q: Any) -> Any:
+            return attention(q, q, q, causal=True)
+
+    program = torch.export.export(Causal(), (Q,), dynamic_shapes=({2: torch.export.Dim("length", min=2, max=64)},))
+    for length in (3, 17):
+        q = torch.randn(B, H, length, Q.shape[-1])
+        assert torch.equal(program.module()(q), Causal()(q))
 
 
 def scored(q: Any, k: Any, v: Any, table: Any) -> Any:

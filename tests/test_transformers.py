@@ -37,6 +37,12 @@ SIZES = {
 BERT = {k: v for k, v in SIZES.items() if k not in ("num_key_value_heads", "head_dim")}
 GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 7, "experts_implementation": "eager"}
+WINDOW = "sliding_attention"
+STARTS = {"decoder_start_token_id": 0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+WHISPER = {"vocab_size": VOCABULARY, "num_mel_bins": 6, "d_model": 32, "encoder_layers": 1, "decoder_layers": 2}
+WHISPER |= {
+    f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in (("attention_heads", 4), ("ffn_dim", 48))
+}
 
 # Of each model: its class, its configuration, and keywords of the latter.
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -51,8 +57,30 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert": ("BertForMaskedLM", "BertConfig", BERT),
     "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", {**SIZES, **EXPERTS}),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", SIZES),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        {**SIZES, "sliding_window": 7, "query_pre_attn_scalar": 8, "layer_types": [WINDOW, "full_attention"]},
+    ),
+    "modernbert": (
+        "ModernBertForMaskedLM",
+        "ModernBertConfig",
+        {**BERT, "local_attention": 8, "layer_types": ["full_attention", WINDOW], "cls_token_id": 1, "sep_token_id": 1},
+    ),
+    "t5": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, **STARTS},
+    ),
+    "whisper": (
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        {**WHISPER, "max_source_positions": 12, "max_target_positions": 32, **STARTS},
+    ),
 }
-DECODERS = [name for name in MODELS if name != "bert"]
+ENCODERS = ["bert", "modernbert"]
+BOTH = ["t5", "whisper"]  # an encoder and a decoder, which attends to it
+DECODERS = [name for name in MODELS if name not in ENCODERS + BOTH]
 
 
 def model_of(name: str, implementation: str = NAME, seed: int = 0, **changes: Any) -> Any:
@@ -82,10 +110,22 @@ def batch(side: str | None = None) -> dict[str, Any]:
     return {"input_ids": ids} if side is None else {"input_ids": ids, "attention_mask": mask}
 
 
+def given_to(name: str, side: str | None) -> dict[str, Any]:
+    """What a model is called with: `batch`; with a decoder beside its encoder, tokens of that; for Whisper, sound."""
+    given = batch(side)
+    if name in BOTH:
+        given["decoder_input_ids"] = batch()["input_ids"][:, :9].contiguous()
+    if name == "whisper":
+        sound = torch.randn(2, 6, 24, generator=torch.Generator().manual_seed(2))
+        given = {"input_features": sound, "decoder_input_ids": given["decoder_input_ids"]}
+    return given
+
+
 def results(model: Any, given: dict[str, Any]) -> dict[str, Any]:
     """Logits of what is no padding, and the gradients of a loss of them, one after the other; in float64."""
+    given = {k: x.to(model.dtype) if x.is_floating_point() else x for k, x in given.items()}
     logits = model(**given).logits
-    if "attention_mask" in given:
+    if "attention_mask" in given and "decoder_input_ids" not in given:
         logits = logits[given["attention_mask"].bool()]
     weights = torch.linspace(-1, 1, logits.numel(), dtype=torch.float64).reshape(logits.shape).to(logits.dtype)
     (logits * weights).sum().backward()
@@ -93,11 +133,16 @@ def results(model: Any, given: dict[str, Any]) -> dict[str, Any]:
     return {"logits": logits.detach().double(), "gradients": torch.cat([x.double().flatten() for x in parts.values()])}
 
 
-@pytest.mark.parametrize("side", [None, "left", "right"])
-@pytest.mark.parametrize("name", MODELS)
+SIDES = [None, "left", "right"]
+# Masks know no model (they have tests of their own, below): each side with one of a kind, and each model with one side.
+PAIRS = [(name, SIDES[n % 3]) for n, name in enumerate(MODELS)]
+PAIRS += [("llama", "right"), ("mistral", None), ("modernbert", "left"), ("t5", "left")]
+
+
+@pytest.mark.parametrize(("name", "side"), dict.fromkeys(PAIRS))
 def test_logits_and_gradients(name: str, side: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error to float64 is at most twice that of eager attention."""
-    given = batch(side)
+    given = given_to(name, side)
     got, eager = (results(model_of(name, implementation), given) for implementation in (NAME, "eager"))
     exact_model = model_of(name, "eager").double()
     with monkeypatch.context() as patch:  # what models compute in float32 whatever their dtype
@@ -186,17 +231,21 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def test_options_reach_the_kernel_as_such(calls: list[dict[str, Any]]) -> None:
     """Two layers each, of which those of Gemma 2 and GPT-OSS take turns."""
     seen = {}
-    for name in ("llama", "mistral", "gemma2", "gpt_oss"):
+    for name in ("llama", "mistral", "gemma2", "gpt_oss", "gemma3", "modernbert", "whisper"):
         calls.clear()
-        model_of(name)(**batch())
+        model_of(name)(**given_to(name, None))
         assert all(call["mask"] is None and call["bias"] is None for call in calls)
         seen[name] = [(call["window"], call["softcap"], call["sinks"] is not None) for call in calls]
-        assert {call["heads"] for call in calls} == {(4, 2)}, "no head of k and v is repeated"
+        shared = (4, 4) if name in ENCODERS + BOTH else (4, 2)
+        assert {call["heads"] for call in calls} == {shared}, "no head of k and v is repeated"
     assert seen == {
         "llama": [((None, 0), None, False)] * 2,
         "mistral": [((6, 0), None, False)] * 2,
         "gemma2": [((6, 0), 2.0, False), ((None, 0), 2.0, False)],
         "gpt_oss": [((6, 0), None, True), ((None, 0), None, True)],
+        "gemma3": [((6, 0), None, False), ((None, 0), None, False)],
+        "modernbert": [(None, None, False), ((4, 4), None, False)],
+        "whisper": [(None, None, False)] + [((None, 0), None, False), (None, None, False)] * 2,
     }
 
 
@@ -290,30 +339,13 @@ def test_the_trainer(tmp_path: pathlib.Path) -> None:
 
 
 def test_relative_positions_are_a_bias(calls: list[dict[str, Any]]) -> None:
-    """T5: position_bias, learned, from an encoder with padding to a decoder's cross-attention."""
-    models = []
-    for implementation in (NAME, "eager"):
-        torch.manual_seed(0)
-        config = transformers.T5Config(
-            vocab_size=VOCABULARY,
-            d_model=32,
-            d_kv=8,
-            d_ff=48,
-            num_layers=1,
-            num_heads=4,
-            decoder_start_token_id=0,
-            attn_implementation=implementation,
-        )
-        models.append(transformers.T5ForConditionalGeneration(config).eval())
-    given = {**batch("right"), "labels": batch()["input_ids"][:, :7].contiguous()}
-    losses = [model(**given).loss for model in models]
-    torch.testing.assert_close(*losses)
-    names = [n for n, _ in models[0].named_parameters() if "relative_attention_bias" in n]
-    for loss in losses:
-        loss.backward()
-    for name in names:
-        torch.testing.assert_close(*(model.get_parameter(name).grad for model in models), rtol=1e-3, atol=1e-6)
-    assert len(names) == 2 and sum(call["bias"] is not None for call in calls) >= 2
+    """T5: learned positions in its encoder, with padding, and its decoder, whose cross-attention has none but zeros."""
+    model, given = model_of("t5"), given_to("t5", "right")
+    model(**given)
+    assert len(calls) == 6 and all(call["bias"] is not None for call in calls)
+    assert sum(bool(call["bias"].any()) for call in calls) == 4
+    names = [name for name, _ in model.named_parameters() if "relative_attention_bias" in name]
+    assert len(names) == 2
 
 
 def test_images_have_no_mask() -> None:

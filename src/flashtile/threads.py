@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from flashtile.checks import integer
 from flashtile.errors import wrong
@@ -35,6 +37,36 @@ def set_num_threads(n: int) -> None:
     if number is None or not 1 <= number <= MOST:
         raise wrong("n", repr(n), f"an integer from 1 to {MOST}")
     _chosen = number
+
+
+class Team(Protocol):
+    """Threads of another library that stay awake, for calls that do not last."""
+
+    def __call__(
+        self, function: Any, params: bytes, items: int, share: int, scratch: int, step: int, members: int
+    ) -> tuple[int, int]:
+        """Call function(params, begin, end, scratch of its own) on each of as many members, `share` items at a time,
+        until all are done or one fails: (from which item, its status); a status of 0 is none. scratch: `step` bytes
+        for each member."""
+        ...
+
+
+_make: Callable[[], Team] | None = None
+_made: Team | None = None
+
+
+def lend(make: Callable[[], Team] | None) -> None:
+    """Offer such threads, made when they are first needed; None offers none any more."""
+    global _made, _make
+    _made, _make = None, make
+
+
+def team() -> Team | None:
+    """Those that were offered last."""
+    global _made
+    if _made is None and _make is not None:
+        _made = _make()
+    return _made
 
 
 def _default() -> int:

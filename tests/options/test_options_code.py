@@ -11,6 +11,7 @@ from inputs import Shape, uniform
 
 import flashtile
 from flashtile.kernels import cpu
+from flashtile.kernels.cpu import score_values
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.passes.forward import forward_text
 from flashtile.kernels.cpu.score_values import COVERAGE_KEYS
@@ -110,8 +111,25 @@ def test_other_values_of_the_same_structure_compile_nothing() -> None:
     assert compiled[0] == compiled[1] == compiled[2]
 
 
+def test_a_map_is_made_once_for_what_a_mask_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the layers of a model call with one mask: by its elements, wherever they lie; not where they are many."""
+    made = []
+    mapped = score_values._mapped
+    monkeypatch.setattr(score_values, "_mapped", lambda *given: (made.append(given), mapped(*given))[1])
+    monkeypatch.setattr(score_values, "_kept", {})
+    inputs = uniform(SHAPE, "float32")
+    ids = np.arange(100) // 30
+    for given in (ids, ids.copy(), np.repeat(ids, 2)[::2], ids // 2):
+        flashtile.attention(*inputs, mask=document(given), kernel="cpu")
+    assert len(made) == 2
+    monkeypatch.setattr(score_values, "KEPT_BYTES", 1)
+    for _ in range(2):
+        flashtile.attention(*inputs, mask=document(ids), kernel="cpu")
+    assert len(made) == 4
+
+
 def test_arrays_are_read_anew_at_every_call() -> None:
-    """A mask over an array that changed in place is another mask: only maps that numbers decide are kept."""
+    """A mask over an array that changed in place is another mask: maps are kept by what they were made from."""
     inputs = uniform(SHAPE, "float32")
     ids, width = np.zeros(100, np.int64), np.array(200)
     before = flashtile.attention(*inputs, mask=document(ids), kernel="cpu")

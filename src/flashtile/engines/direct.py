@@ -3,7 +3,8 @@
 Threads take ranges of work items from one counter, so that a slow core takes fewer. The calling thread takes
 part, which makes a call safe from any number of threads at once (nobody waits for a worker that never comes),
 reports progress between its ranges, and notices Ctrl-C there. A problem too small to share runs on the calling
-thread as one native call, and so does one that a device computes at once, with threads of its own.
+thread as one native call, and so does one that a device computes at once, with threads of its own. Between these two a
+call goes to the threads of another library that offers them (`threads.team`): they need not be woken.
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ from flashtile.kernels import ArrayShapes, BackwardLayout, Family, Layout, Runna
 from flashtile.plan import Plan, make_plan
 from flashtile.progress import Report
 from flashtile.spec import AttentionSpec
-from flashtile.threads import get_num_threads
+from flashtile.threads import Team, get_num_threads, team
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
 # Waking a thread and waiting for it cost some 100 us, half of the time in which one core does this much.
 SMALL_FLOPS = 16_000_000
+# A team that is awake is asked in some 10 us.
+SMALL_FOR_TEAM = 4_000_000
+# What lasts no longer than a person's patience with Ctrl-C may be given away as a whole: some 0.1 s of one core.
+SHORT_FLOPS = 4_000_000_000
 RANGE_SECONDS = 0.02  # long beside the cost of a call (1 us), short beside a person's patience
 RANGES_PER_THREAD = 4  # at least, so that threads end together
 REPORT_SECONDS = 0.1
@@ -71,9 +76,13 @@ def prepare(plan: Plan, kernel: Runnable) -> Run:
     items, scratch_bytes, run_items, merge = plan.items, kernel.scratch_bytes, kernel.run, kernel.merge_stage
     small = _is_small(plan)
     first = Stage(items, run_items, plan.flops, 0)
+    native = isinstance(run_items, _Native) and items > 1 and not plan.at_once
+    short = native and SMALL_FOR_TEAM < plan.flops <= SHORT_FLOPS
 
     def run(params: Any, report: Report | None = None) -> None:
-        if small and report is None:
+        if short and report is None and (lent := team()) is not None and (threads := get_num_threads()) > 1:
+            _give_away(lent, plan, run_items, scratch_bytes, params, min(threads, items))
+        elif small and report is None:
             if items:
                 scratch = _scratch(scratch_bytes)
                 try:
@@ -89,6 +98,16 @@ def prepare(plan: Plan, kernel: Runnable) -> Run:
             _Job(plan, merge, scratch_bytes, params).run(threads, None)
 
     return run
+
+
+def _give_away(lent: Team, plan: Plan, run_items: Any, scratch_bytes: int, params: bytes, members: int) -> None:
+    """All items of a native kernel on the threads of another library."""
+    step = -(-scratch_bytes // CACHE_LINE) * CACHE_LINE
+    scratch = _scratch(step * members)
+    share = max(1, plan.items // (RANGES_PER_THREAD * members))
+    begin, status = lent(run_items, params, plan.items, share, scratch.address, step, members)
+    if status:
+        raise _failure(plan, begin, min(begin + share, plan.items), f"status {status}")
 
 
 class _Job:

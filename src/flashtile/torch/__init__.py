@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flashtile.torch import team
 from flashtile.torch.attend import attention
 from flashtile.torch.flex import flex_attention
 from flashtile.torch.install import Calls, calls, install, uninstall
@@ -18,3 +19,5 @@ __all__ = [
     "uninstall",
     "varlen_attn",
 ]
+
+team.lend()

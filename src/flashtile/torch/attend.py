@@ -21,6 +21,8 @@ from flashtile.torch.tensors import (
     OTHER,
     READY,
     RECORDED,
+    WATCHED,
+    autocast_anywhere,
     check_tensors,
     compiling,
     is_watched,
@@ -97,7 +99,8 @@ def attention(
         from flashtile.torch import compiled  # not before: it brings the compiler, longer to import than torch itself
 
         return compiled.attention(**given)
-    q, k, v = under_autocast(q, k, v)
+    if autocast_anywhere():
+        q, k, v = under_autocast(q, k, v)
     kind = kind_of(q, k, v)
     if kind == OTHER:
         kind = kind_of_others(q=q, k=k, v=v)
@@ -132,10 +135,12 @@ def attend(
 ) -> Any:
     """A call that was described, of tensors of this kind. All of them go through the operator where the derivative
     of an option is recorded, or of what a function reads. Raises: as `attention`."""
+    if kind == READY and request.scores is out is None:  # in one step, since small calls wait for it
+        return calls.attend(TENSORS, q, k, v, request, return_lse, progress)
     if out is not None:
         check_tensors(out=out)
     scores = request.scores
-    if scores is not None and kind != RECORDED:
+    if scores is not None and kind != RECORDED and kind != WATCHED:
         eager.check_scores(scores)
         scored = eager.scored_on_gpu(q, k, v, request) if kind == ON_GPU else calls.scored(TENSORS, q, k, v, request)
         if not eager.is_recorded(scored.scoring, scores.sinks):  # type: ignore[union-attr]
@@ -148,5 +153,5 @@ def attend(
         return eager.attend_on_gpu(q, k, v, request, return_lse, progress, out)
     if out is not None:
         raise UnavailableError("out: got a tensor while gradients are recorded, expected None, or torch.no_grad()")
-    o, lse = operator.attend(q, k, v, request, progress)
+    o, lse = operator.attend(q, k, v, request, kind == WATCHED, progress)
     return (o, lse) if return_lse else o

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import inspect
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 
 from flashtile.errors import wrong
-from flashtile.score.frozen import FrozenMask, FrozenScore
+from flashtile.score.frozen import FrozenMask, FrozenScore, freeze
 from flashtile.torch.operator import ATTENTION, draw
 
 Tensor = torch.Tensor
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, unknown: Any = None, **keywords: Any) -> Any:
-    """The call as one node of a graph, by the keywords of `flashtile.torch.attention`. Functions must be frozen: the
-    tracer cannot run them on symbols, and breaks the graph there."""
+    """The call as one node of a graph, by the keywords of `flashtile.torch.attention`. Functions must be frozen, or
+    read nothing: the tracer cannot run others on symbols, and breaks the graph there."""
     keywords = {**_DEFAULTS, **keywords}
     score_mod, mask = keywords["score_mod"], keywords["mask"]
-    if not isinstance(score_mod, FrozenScore | None) or not isinstance(mask, FrozenMask | Tensor | None):
+    if _is_alone(score_mod, 5):
+        score_mod = _pure(score_mod)
+    if _is_alone(mask, 4):
+        mask = _pure(mask)
+    if not isinstance(score_mod, FrozenScore | str | None) or not isinstance(mask, FrozenMask | Tensor | str | None):
         return _outside(q, k, v, **keywords)
     for name in ("progress", "out"):
         if keywords[name] is not None:
@@ -28,23 +33,50 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, unknown: Any = None, **keyword
     return (o, lse) if keywords["return_lse"] else o
 
 
-def _rules(score_mod: FrozenScore | None, mask: FrozenMask | Tensor | None) -> dict[str, Any]:
+def _is_alone(rule: Any, arguments: int) -> bool:
+    """Whether it is a function of as many arguments, none of them with a default, and closes over nothing."""
+    if not isinstance(rule, FunctionType):
+        return False
+    return rule.__code__.co_argcount == arguments and not rule.__code__.co_freevars
+
+
+@torch.compiler.assume_constant_result
+def _pure(function: Any) -> str | bool:
+    """The text of such a function, a constant of its code: the tracer calls this while it makes a graph. False where it
+    reads more of its module than other modules, since no guard of the graph would see that change."""
+    if not all(isinstance(x, ModuleType) for x in inspect.getclosurevars(function).globals.values()):
+        return False
+    try:
+        found = freeze(function)
+    except Exception:  # the call outside of the graph says what is wrong
+        return False
+    return False if found.arrays or found.numbers else found.text
+
+
+def _rules(score_mod: FrozenScore | str | None, mask: FrozenMask | Tensor | str | None) -> dict[str, Any]:
     """A mask, and functions as the schema spells them."""
     stored = mask if isinstance(mask, Tensor) else None
     mask_mod = None if isinstance(mask, Tensor) else mask
     captured: list[Tensor] = []
     numbers: list[float] = []
     for rule in (score_mod, mask_mod):
-        if rule is not None:
+        if rule is not None and not isinstance(rule, str):
+            if torch.compiler.is_exporting() and not all(isinstance(x, Tensor) for x in rule.arrays):
+                # torch.export(strict=True) would keep their shapes and lose their elements, without a word.
+                raise wrong("rule", "one that reads NumPy arrays", "tensors in a strict export, or strict=False")
             captured += [torch.as_tensor(x) for x in rule.arrays]
             numbers += rule.numbers
     return {
         "mask": stored,
         "captured": captured,
-        "score_mod": "" if score_mod is None else score_mod.text,
-        "mask_mod": "" if mask_mod is None else mask_mod.text,
+        "score_mod": _text(score_mod),
+        "mask_mod": _text(mask_mod),
         "numbers": numbers,
     }
+
+
+def _text(rule: Any) -> str:
+    return "" if rule is None else rule if isinstance(rule, str) else rule.text
 
 
 def _options(window: Any, align: Any, dropout_p: float, seed: Any, kernel: str, **rest: Any) -> dict[str, Any]:
@@ -82,7 +114,7 @@ def _uncompiled(*inputs: Tensor, **keywords: Any) -> Any:
 
 
 # torch.compile's own error says so where it may not break the graph.
-_REASON = "a mask or score function: give one that flashtile.score.freeze made outside of the compiled function"
+_REASON = "a mask or score function that reads values: give one that flashtile.score.freeze made outside of the graph"
 _reason = {"reason": _REASON} if "reason" in inspect.signature(torch.compiler.disable).parameters else {}
 _outside = torch.compiler.disable(_uncompiled, **_reason)
 

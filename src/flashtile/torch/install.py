@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import warnings
 from collections import Counter
@@ -34,6 +35,7 @@ class _Route:
 
     def __init__(self) -> None:
         self.library: Any = None
+        self.nested: Any = None  # torch's function for nested tensors, where there is one
         self.before: tuple[bool, bool] = (True, True)
         self.taken = 0
         self.handed_back: Counter[str] = Counter()
@@ -72,6 +74,7 @@ def install() -> contextlib.AbstractContextManager[None]:
             library.impl("scaled_dot_product_attention", _beneath_autograd, "CPU")
             library.impl("scaled_dot_product_attention", _routed, "AutogradCPU")
         _route.library = library
+        _route.nested = _route_nested()
         _route.before = torch.backends.mha.get_fastpath_enabled(), config.enable_autograd_cache
         torch.backends.mha.set_fastpath_enabled(False)
         config.enable_autograd_cache = False
@@ -89,6 +92,9 @@ def uninstall() -> None:
             raise wrong("uninstall", "a call while nothing is installed", "install() before it")
         _route.library._destroy()
         _route.library = None
+        if _route.nested is not None:
+            nested_operators().jagged_scaled_dot_product_attention = _route.nested
+            _route.nested = None
         fast_path, config.enable_autograd_cache = _route.before
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
@@ -117,19 +123,47 @@ def _routed(
     enable_gqa: bool = False,
 ) -> Tensor:
     """torch's function, as its dispatcher calls it."""
+    given = query, key, value, attn_mask, dropout_p, is_causal
+    o = _taken(*given, scale, enable_gqa)
+    return _TORCHS.decompose(*given, scale=scale, enable_gqa=enable_gqa) if o is None else o
+
+
+def _taken(*args: Any, **keywords: Any) -> Tensor | None:
+    """The call by flashtile, None where it is to be handed back; counted either way."""
     try:
-        o = scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        o = scaled_dot_product_attention(*args, **keywords)
     except (SpecError, UnavailableError) as reason:
         with _route.lock:
             text = str(reason)
             known = text in _route.handed_back or len(_route.handed_back) < _REASONS
             _route.handed_back[text if known else "other reasons"] += 1
-    else:
-        with _route.lock:
-            _route.taken += 1
-        return o
-    given = query, key, value, attn_mask, dropout_p, is_causal
-    return _TORCHS.decompose(*given, scale=scale, enable_gqa=enable_gqa)
+        return None
+    with _route.lock:
+        _route.taken += 1
+    return o
+
+
+def nested_operators() -> Any:
+    """The module in which torch looks up its functions for nested tensors of layout torch.jagged: these do not reach
+    the dispatcher's operator."""
+    from torch.nested._internal import ops
+
+    return ops
+
+
+def _route_nested() -> Any:
+    """Route that for nested tensors, too; torch's own, None if this torch has it elsewhere."""
+    found = getattr(nested_operators(), "jagged_scaled_dot_product_attention", None)
+    if found is not None:
+        nested_operators().jagged_scaled_dot_product_attention = functools.partial(_jagged, found)
+    return found
+
+
+def _jagged(torchs: Any, query: Tensor, *args: Any, **keywords: Any) -> Tensor:
+    if not query.is_cpu:
+        return torchs(query, *args, **keywords)
+    o = _taken(query, *args, **keywords)
+    return torchs(query, *args, **keywords) if o is None else o
 
 
 def _beneath_autograd(*args: Any, **keywords: Any) -> Tensor:

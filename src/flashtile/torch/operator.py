@@ -56,10 +56,11 @@ def draw() -> Tensor:
     return torch.randint((1 << 63) - 1, (), dtype=torch.int64, device="cpu")
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, request: Request, progress: Any = None) -> tuple[Tensor, Tensor]:
-    """o and lse of an eager call whose gradients are recorded, or that transforms and modes of torch must see: the
-    operator, past a dispatcher that has nothing to add. Raises: as `arguments_of`."""
-    watched = is_watched() or in_forward_mode()
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, request: Request, watched: bool, progress: Any = None
+) -> tuple[Tensor, Tensor]:
+    """o and lse of an eager call whose gradients are recorded, or that transforms and modes of torch must see
+    (`watched`): the operator, past a dispatcher that has nothing to add. Raises: as `arguments_of`."""
     if request.scores is request.offsets is progress is None and not watched:
         return _attend_plainly(q, k, v, request)
     if request.scores is not None:

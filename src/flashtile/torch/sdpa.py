@@ -14,7 +14,16 @@ from flashtile.errors import FlashtileError, wrong
 from flashtile.hints import check_keywords
 from flashtile.signature import Window
 from flashtile.torch.attend import attend, drawn
-from flashtile.torch.tensors import OTHER, check_tensors, compiling, kind_of, kind_of_others, under_autocast
+from flashtile.torch.tensors import (
+    OTHER,
+    autocast_anywhere,
+    check_tensors,
+    compiling,
+    is_jagged,
+    kind_of,
+    kind_of_others,
+    under_autocast,
+)
 
 Tensor = torch.Tensor
 # The same argument here and in torch's signature, where a message begins with it and where it is mentioned.
@@ -56,6 +65,7 @@ def scaled_dot_product_attention(
               or a causal_upper_left or causal_lower_right of torch.nn.attention.bias, which aligns window as well.
               softcap, alibi_slopes, sinks as attention. dropout_p draws a seed from torch's generator; the mask is
               that of `flashtile.attention` with this seed, not torch's.
+              Nested tensors (..., H, ragged, E) of layout torch.jagged, in all three places: see torch/jagged.py.
     Numerics: a row that sees no key gives 0, where torch may give NaN.
     Raises:   as attention.
     Source:   PyTorch 2.13, torch.nn.functional.scaled_dot_product_attention.
@@ -64,13 +74,20 @@ def scaled_dot_product_attention(
         check_keywords(scaled_dot_product_attention, unknown)
     if attn_mask is not None and is_causal:
         raise wrong("attn_mask", "a mask together with is_causal=True", "one of the two, as in torch")
-    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa), ("return_lse", return_lse)):
-        if type(flag) is not bool:
+    if not type(is_causal) is type(enable_gqa) is type(return_lse) is bool:
+        for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa), ("return_lse", return_lse)):
             check_flag(name, flag)
+    if type(query) is not Tensor and is_jagged(query):
+        from flashtile.torch import jagged
+
+        same: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa, "sinks": sinks}
+        same |= {"window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "return_lse": return_lse}
+        return jagged.attention(query, key, value, attn_mask=attn_mask, is_causal=is_causal, **same)
     kind, keep = OTHER, None
     if not (in_graph := compiling()):
-        keep = drawn(dropout_p)
-        query, key, value = under_autocast(query, key, value)
+        keep = None if type(dropout_p) is float and dropout_p == 0 else drawn(dropout_p)
+        if autocast_anywhere():
+            query, key, value = under_autocast(query, key, value)
         kind = kind_of(query, key, value)
         if kind == OTHER:
             kind = kind_of_others(query=query, key=key, value=value)
@@ -91,13 +108,14 @@ def scaled_dot_product_attention(
         result = compiled.attention(query, key, value, return_lse=return_lse, **given)
         return _reshaped(result, axes, return_lse)
     scores = mask, bias, None, softcap, alibi_slopes, sinks, keep
-    options = is_causal, window, align, number("scale", scale), "ieee", "auto", "auto"
+    scale = None if scale is None else number("scale", scale)
+    options = is_causal, window, align, scale, "ieee", "auto", "auto"
     try:
         result = attend(kind, query, key, value, describe(query, scores, options), return_lse)
     except FlashtileError as e:
         spell(e)
         raise
-    return _reshaped(result, axes, return_lse)
+    return result if axes is None else _reshaped(result, axes, return_lse)
 
 
 def _reshaped(result: Any, axes: torch.Size | None, return_lse: bool) -> Any:

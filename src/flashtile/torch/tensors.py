@@ -21,12 +21,12 @@ _PLAIN = {
 _STAND_INS = ("FakeTensor", "FunctionalTensor")
 _DEVICES = ("cpu", "cuda")
 _STRIDED = torch.strided
-READY, RECORDED, ON_GPU, OTHER = range(4)
+READY, RECORDED, WATCHED, ON_GPU, OTHER = range(5)
 compiling = torch.compiler.is_dynamo_compiling  # whether torch.compile reads the call, which then does not run
 _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_grad_enabled = torch.is_grad_enabled
-_autocast_anywhere = torch._C._is_any_autocast_enabled
+autocast_anywhere = torch._C._is_any_autocast_enabled
 
 
 def kind_of(*tensors: Tensor) -> int:
@@ -44,18 +44,18 @@ def kind_of(*tensors: Tensor) -> int:
 
 
 def kind_of_others(**tensors: Tensor) -> int:
-    """READY, RECORDED or ON_GPU, of tensors that were looked at closely: RECORDED also where a transform or forward
-    mode must see the call. Raises: as `check_tensors`."""
+    """READY, RECORDED or ON_GPU, of tensors that were looked at closely; WATCHED where a transform or forward mode must
+    see the call. Raises: as `check_tensors`."""
     check_tensors(**tensors)
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values())
-    watched = recorded or is_watched() or in_forward_mode()
+    kind = WATCHED if is_watched() or in_forward_mode() else RECORDED if recorded else READY
     if not all(x.is_cpu for x in tensors.values()):
         (first, q), *others = tensors.items()
         for name, x in others if q.is_cpu else ():  # nothing could be asked of q's GPU; other GPUs are told apart later
             if not x.is_cpu:
                 raise wrong(name, f"an array on {x.device}", f"one on cpu as {first}")
-        return RECORDED if watched else ON_GPU
-    return RECORDED if watched else READY
+        return ON_GPU if kind == READY else kind
+    return kind
 
 
 def in_forward_mode() -> bool:
@@ -66,6 +66,11 @@ def in_forward_mode() -> bool:
 def is_watched() -> bool:
     """Whether a transform of torch.func or a mode of torch looks at every operator: the call must then be one."""
     return _transforms_active() or _dispatch_modes() > 0
+
+
+def is_jagged(x: Any) -> bool:
+    """Whether it is a nested tensor whose sequences lie one after the other."""
+    return isinstance(x, Tensor) and x.is_nested and x.layout is torch.jagged
 
 
 def is_stand_in(x: Tensor) -> bool:
@@ -123,7 +128,7 @@ def has_tangent(x: Any) -> bool:
 def under_autocast(*tensors: Any) -> tuple[Any, ...]:
     """The tensors in the dtype of torch.autocast where it is on for their device, as torch's SDPA has them: float64
     stays. What is no tensor is left to the checks that follow."""
-    if not _autocast_anywhere():
+    if not autocast_anywhere():
         return tensors
     lower = {d: torch.get_autocast_dtype(d) for d in _DEVICES if torch.is_autocast_enabled(d)}
     if not lower:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +13,11 @@ import numpy as np
 from flashtile.arrays import address_of
 from flashtile.kernels.cpu.config import Config
 from flashtile.plan.segments import segments_of
-from flashtile.score.capture import ScalarCapture
+from flashtile.score.capture import ArrayCapture, ScalarCapture
 from flashtile.score.coverage import coverage, is_stored, unseen
 
 if TYPE_CHECKING:
     from flashtile.plan.segments import Segments
-    from flashtile.score.code import Code
     from flashtile.score.options import Scoring
     from flashtile.score.program import Program
     from flashtile.spec import AttentionSpec
@@ -76,29 +77,41 @@ class ScoreValues:
 
 
 def _segments(program: Program, c: Config) -> Segments:
-    """Which keys each panel sees: mapped anew for a mask that reads arrays, whose elements may have changed, and where
+    """Which keys each panel sees: mapped anew where arrays that the mask reads have changed, or are large, and where
     that may be worth its time."""
     mask = program.mask
     assert mask is not None
     small = program.shape[2] <= c.panel and program.shape[3] <= UNMAPPED_KEYS
     if program.code.mask_slots and (small or is_stored(mask)):
         return _unmapped(program.shape, mask.variables, c.panel, c.key_block)
-    read = [program.captures[n] for n in sorted(program.code.mask_slots)]
-    numbers = tuple((float(x.value).hex(), x.type) for x in read if isinstance(x, ScalarCapture))
-    if len(numbers) < len(read):
+    values = _contents(program)
+    if values is None:
         return _mapped(program, c.panel, c.key_block, c.acc)
-    return _kept(program.shape, program.code, numbers, c.panel, c.key_block, c.acc)
+    key = program.shape, program.code, values, c.panel, c.key_block, c.acc
+    found = _kept.get(key)
+    if found is None:
+        found = _mapped(program, c.panel, c.key_block, c.acc)
+        if len(_kept) >= KEPT:
+            with contextlib.suppress(RuntimeError, StopIteration, KeyError):  # another thread was faster
+                del _kept[next(iter(_kept))]
+        _kept[key] = found
+    return found
 
 
-@functools.lru_cache(maxsize=64)
-def _kept(shape: Any, code: Code, numbers: tuple[tuple[str, str], ...], *sizes: Any) -> Segments:
-    """The segments of a mask that numbers alone decide."""
-    from flashtile.score.program import Program
+# The layers of a model call with one mask: of one that reads little, the map is kept by what it reads.
+KEPT, KEPT_BYTES = 64, 1 << 16
+_kept: dict[Hashable, Segments] = {}
 
-    captures: list[Any] = [None] * len(code.slots)  # the score's are not looked at
-    for n, (value, type_) in zip(sorted(code.mask_slots), numbers, strict=True):
-        captures[n] = ScalarCapture(float.fromhex(value), type_)
-    return _mapped(Program(shape, code, tuple(captures)), *sizes)
+
+def _contents(program: Program) -> Hashable | None:
+    """All that decides which keys a mask shows, beside its structure; None where that is much."""
+    read = [program.captures[n] for n in sorted(program.code.mask_slots)]
+    if sum(x.array.nbytes for x in read if isinstance(x, ArrayCapture)) > KEPT_BYTES:
+        return None
+    return tuple(
+        (float(x.value).hex(), x.type) if isinstance(x, ScalarCapture) else (x.array.shape, x.array.tobytes())
+        for x in read
+    )
 
 
 @functools.lru_cache(maxsize=64)

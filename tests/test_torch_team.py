@@ -1,0 +1,140 @@
+"""Short calls on torch's own threads: every item once, failures told, the bits of the pool, none in a forked child."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import flashtile
+from flashtile import threads as offered
+from flashtile.engines import direct
+from flashtile.errors import KernelError
+from flashtile.plan import Plan
+
+torch = pytest.importorskip("torch")
+
+import flashtile.torch  # noqa: E402
+
+if offered.team() is None:
+    pytest.skip("this torch has no team that can be asked", allow_module_level=True)
+
+KERNEL = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+
+
+@pytest.fixture
+def team() -> Iterator[Any]:
+    """The team, offered again after the test."""
+    yield offered.team()
+    flashtile.torch.team.lend()
+
+
+class Counting:
+    """A native kernel that counts how often each item runs, and fails at one."""
+
+    scratch_bytes, merge_stage = 100, None
+
+    def __init__(self, items: int, failing: int = -1) -> None:
+        self.counts, self.failing = [0] * items, failing
+        self.lock, self.scratch, self.threads = threading.Lock(), {}, set()
+        self.run = KERNEL(self._run)
+
+    def _run(self, params: bytes, begin: int, end: int, scratch: int) -> int:
+        assert params == b"parameters"
+        with self.lock:
+            self.scratch.setdefault(threading.get_ident(), set()).add(scratch)
+            for item in range(begin, end):
+                self.counts[item] += 1
+        return 7 * (begin <= self.failing < end)
+
+
+def prepared(kernel: Counting, flops: int = direct.SHORT_FLOPS) -> Any:
+    items = len(kernel.counts)
+    plan = Plan(batch=1, heads=1, query_tiles=items, splits=1, tile_q=1, tile_k=1, flops=flops)
+    return direct.prepare(plan, kernel)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("items", [2, 7, 1000])
+def test_every_item_runs_once(team: Any, threads: Callable[[int], None], n: int, items: int) -> None:
+    threads(n)
+    kernel = Counting(items)
+    prepared(kernel)(b"parameters")
+    assert kernel.counts == [1] * items
+    addresses = [x for found in kernel.scratch.values() for x in found]
+    assert len(set(addresses)) == len(addresses) <= n and all(x % 64 == 0 for x in addresses)
+
+
+def test_a_status_names_the_place(team: Any, threads: Callable[[int], None]) -> None:
+    threads(2)
+    with pytest.raises(
+        KernelError, match=r"work items \[32, 40\) of 64, from batch 0, head 0, query tile 32: status 7"
+    ):
+        prepared(Counting(64, failing=33))(b"parameters")
+
+
+def test_calls_of_a_length_alone_and_with_threads_alone(team: Any, threads: Callable[[int], None]) -> None:
+    """Neither what one core does sooner, nor what a person may want to end; and none of one thread."""
+    asked = []
+
+    def spy(*given: Any) -> tuple[int, int]:
+        asked.append(given[2])
+        return team(*given)
+
+    offered.lend(lambda: spy)
+    for n, flops, expected in (
+        (2, direct.SMALL_FOR_TEAM, []),
+        (2, direct.SMALL_FOR_TEAM + 1, [8]),
+        (2, direct.SHORT_FLOPS, [8]),
+        (2, direct.SHORT_FLOPS + 1, []),
+        (1, direct.SHORT_FLOPS, []),
+    ):
+        asked.clear()
+        threads(n)
+        kernel = Counting(8)
+        prepared(kernel, flops)(b"parameters")
+        assert asked == expected and kernel.counts == [1] * 8
+    threads(2)
+    prepared(Counting(8))(b"parameters", lambda done, total: None)
+    assert asked == [], "progress is reported by the pool"
+
+
+def results() -> list[Any]:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 8, 128, 32, generator=generator, requires_grad=True) for _ in range(3))
+    o = flashtile.torch.attention(q, k, v, causal=True, softcap=5.0)
+    return [o.detach(), *torch.autograd.grad(o.square().sum(), (q, k, v))]
+
+
+def test_the_bits_are_those_of_the_pool(team: Any, threads: Callable[[int], None]) -> None:
+    threads(2)
+    calls = []
+    offered.lend(lambda: lambda *given: (calls.append(given[2]), team(*given))[1])
+    ours = results()
+    assert len(calls) == 2
+    offered.lend(None)
+    assert all(map(torch.equal, ours, results()))
+    assert len(calls) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_has_none(team: Any, threads: Callable[[int], None]) -> None:
+    """It would wait for members that stayed in the parent."""
+    threads(2)
+    kernel = Counting(8)
+    prepared(kernel)(b"parameters")
+    child = os.fork()
+    if child == 0:  # pragma: no cover
+        fine = False
+        try:
+            kernel = Counting(8)
+            prepared(kernel)(b"parameters")
+            fine = offered.team() is None and kernel.counts == [1] * 8
+        finally:
+            os._exit(0 if fine else 1)
+    assert os.waitpid(child, 0)[1] == 0
