@@ -13,7 +13,8 @@ from inputs import Shape, same_bits, uniform
 
 import flashtile
 from flashtile.errors import KernelError, SpecError, UnavailableError
-from flashtile.testing import assert_accurate, expect
+from flashtile.gradients import ByIdentity, Gradients
+from flashtile.testing import assert_accurate, assert_gradients_accurate, expect
 
 dask = pytest.importorskip("dask")
 da = pytest.importorskip("dask.array")
@@ -260,6 +261,69 @@ def test_a_kernel_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         o.compute()
 
 
+TABLE = rng.standard_normal(600).astype("float32")
+GRADIENTS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
+    (
+        "float32",
+        {"causal": True, "align": np.array([-250, 90]), "alibi_slopes": SLOPES, "sinks": SINKS},
+        ("q", "k", "v", "alibi_slopes", "sinks"),
+    ),
+    ("float16", {"mask": MASK, "dropout_p": 0.3, "seed": 7}, ("q", "k", "v")),
+    ("bfloat16", {"window": (40, 30), "align": 5}, ("k",)),
+    ("float32", {"score_mod": lambda s, b, h, i, j: s + TABLE[i - j + 330], "bias": BIAS}, ("captured", "q", "bias")),
+]
+
+
+@pytest.mark.parametrize(("element", "options", "wrt"), GRADIENTS, ids=["-".join((d, *o)) for d, o, _ in GRADIENTS])
+def test_gradients_by_the_accuracy_rule(element: str, options: dict[str, Any], wrt: tuple[str, ...]) -> None:
+    """Lazy or not, cut otherwise than the kernels' tiles; with a gradient of lse; each result by itself."""
+    arrays = uniform(SHAPE, element)
+    do = uniform(Shape(2, 4, 2, 230, 230, 17, 17), element)[0]
+    o, lse = flashtile.attention(*arrays, return_lse=True, **options)
+    dlse = np.sin(np.arange(lse.size)).reshape(lse.shape).astype(lse.dtype)
+    given = do, *lazy(arrays), o, da.from_array(lse, chunks=(1, 2, 100))
+    options = {**options, "dlse": dlse, "wrt": wrt}
+    found = flashtile.attention_backward(*given, **options)
+    names = [n for n in wrt if n != "captured"]
+    got = dict(zip(names, dask.compute(*(getattr(found, n) for n in names)), strict=True))
+    captured = None if found.captured is None else ByIdentity((x, g.compute()) for x, g in found.captured.items())
+    assert_gradients_accurate(Gradients(**got, captured=captured), do, *arrays, **options)
+    if "captured" in wrt:
+        return
+    out = Gradients(**{n: np.zeros_like(x) for n, x in got.items()})
+    for _ in range(2):
+        once = flashtile.attention_backward(do, *arrays, o, lse, engine="dask", **options)
+        flashtile.attention_backward(do, *arrays, o, lse, engine="dask", out=out, accumulate=True, **options)
+    assert_gradients_accurate(once, do, *arrays, **options)
+    for n in got:
+        assert np.allclose(getattr(out, n).astype("f8"), 2 * getattr(once, n).astype("f8"), rtol=1e-2, atol=1e-4), n
+
+
+def test_a_part_of_a_gradient_needs_its_own_chain() -> None:
+    """Of arrays in storage, of three axes; by threads and by processes the same bits."""
+    q, k, v = (x[0] for x in uniform(Shape(1, 2, 1, 600, 1536, 8, 8), "float32"))
+    how: dict[str, Any] = {"window": (100, 0), "align": 200}
+    o, lse = flashtile.attention(q, k, v, return_lse=True, **how)
+    stored = [Stored(x, (1, 512, 8)) for x in (q, q, k, v, o)]
+    g = flashtile.attention_backward(*stored, lse, **how)
+    assert g.q.shape == q.shape and g.k.shape == k.shape
+    last = g.k[:, 1024:].compute(scheduler="synchronous")
+    assert not last.any() and not any(x.seen[0].any() for x in stored), "keys that nobody sees"
+    one = g.k[:, :512].compute(scheduler="synchronous")
+    assert stored[2].seen[0][0, :512].all() and not stored[2].seen[0][0, 512:].any()
+    want = flashtile.attention_backward(q, q, k, v, o, lse, **how)
+    assert np.allclose(one, want.k[:, :512], atol=1e-5)
+    plain = flashtile.attention_backward(*lazy((q, q, k, v, o), [-1] * 5), lse, **how)
+    assert same_bits(plain.k.compute(scheduler="processes"), plain.k.compute(scheduler="synchronous"))
+
+
+def test_gradients_without_keys() -> None:
+    q, k, v = uniform(Shape(1, 2, 2, 100, 0, 8, 8), "float16")
+    o, lse = flashtile.attention(q, k, v, return_lse=True)
+    g = flashtile.attention_backward(q, *lazy((q, k, v), (-1, -1, -1)), o, lse)
+    assert not g.q.compute().any() and g.k.compute().shape == k.shape and g.q.dtype == g.k.dtype == q.dtype
+
+
 Q, K, V = uniform(Shape(1, 2, 2, 96, 96, 8, 8), "float32")
 
 
@@ -294,16 +358,32 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "no rows": (SpecError, "^q: got S_q of 0", lambda: flashtile.attention(*lazy((Q[:, :, :0], K, V), (-1, -1, -1)))),
     "dropout without a seed": (SpecError, "^seed: got None", lambda: call(dropout_p=0.5)),
     "an unknown keyword": (SpecError, "^is_causal: ", lambda: call(is_causal=True)),
-    "gradients": (
+    "do": (SpecError, "^do: got shape", lambda: backward(do=Q[:, :, 1:])),
+    "gradients to an array": (SpecError, "^out: got a Gradients", lambda: backward(out=flashtile.Gradients(Q, K, V))),
+    "gradients that are added": (SpecError, "^accumulate: got True", lambda: backward(accumulate=True)),
+    "gradients by another engine": (SpecError, "^engine: got 'direct'", lambda: backward(engine="direct")),
+    "the gradient of a lazy bias": (
         UnavailableError,
-        "^q: got a dask.array.core.Array, expected a NumPy array",
-        lambda: flashtile.attention_backward(Q, *lazy((Q, K, V), (-1, -1, -1)), Q, Q[..., 0]),
+        "^wrt: got 'bias' with a bias that is a Dask array",
+        lambda: backward(wrt="bias", bias=da.ones((96, 96), chunks=-1)),
+    ),
+    "the gradient of a large array": (
+        UnavailableError,
+        r"^wrt: got an array of shape \(2000, 1000\) with engine 'dask', 8000000 bytes",
+        lambda: backward(wrt="captured", score_mod=lambda s, b, h, i, j: s + LARGE[i, j]),
     ),
 }
 
 
 def call(**options: Any) -> Any:
     return flashtile.attention(*lazy((Q, K, V), (-1, -1, -1)), **options)
+
+
+LARGE = np.zeros((2000, 1000), "float32")
+
+
+def backward(do: Any = Q, **options: Any) -> Any:
+    return flashtile.attention_backward(do, *lazy((Q, K, V), (-1, -1, -1)), Q, Q[..., 0], **options)
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -5,39 +5,22 @@ from __future__ import annotations
 import doctest
 import importlib
 import pathlib
-import pkgutil
 import re
 import sys
 import types
 
 import numpy as np
+import page_runner
 import pytest
+from page_runner import OPTIONS, PYTHON_BLOCK, python_blocks, run_page
 from processes import run
 
 import flashtile
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "docs" / "images"
-OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 STARPU = re.compile(r"import starpu(_mpi)?\b|flashtile\.starpu(_mpi)?\b|engine=\"starpu\"|memory_limit=")
 OPTIONAL_IMPORT = re.compile(r"import (?:\w+, )*(?:flashtile\.)?(torch|jax|ml_dtypes|transformers|dask|zarr)\b")
-
-
-def python_blocks(text: str) -> str:
-    """The Python blocks of a Markdown page, one after another, each line on its own line number."""
-    lines = [""] * text.count("\n")
-    for block in PYTHON_BLOCK.finditer(text):
-        first = text.count("\n", 0, block.start(1))
-        for offset, line in enumerate(block[1].splitlines()):
-            lines[first + offset] = line
-    return "\n".join(lines) + "\n"
-
-
-def run_page(text: str, name: str, path: str) -> doctest.TestResults:
-    """Run the examples of one page in one namespace; failures are printed."""
-    test = doctest.DocTestParser().get_doctest(python_blocks(text), {}, name, path, 0)
-    return doctest.DocTestRunner(optionflags=OPTIONS, verbose=False).run(test)
 
 
 def run_in_a_process(page: pathlib.Path, folder: pathlib.Path) -> None:
@@ -49,7 +32,7 @@ def run_in_a_process(page: pathlib.Path, folder: pathlib.Path) -> None:
         pytest.skip(f"StarPU: {reason}")
     if "starpu_mpi" in page.read_text() and (reason := ranks.missing()):
         pytest.skip(f"StarPU-MPI: {reason}")
-    command = [sys.executable, __file__, str(page)]
+    command = [sys.executable, page_runner.__file__, str(page)]
     done = run(command, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -60,8 +43,11 @@ def pages() -> list[pathlib.Path]:
 
 
 def modules() -> list[str]:
-    found = pkgutil.walk_packages(flashtile.__path__, "flashtile.")
-    return ["flashtile", *sorted(m.name for m in found if not m.name.endswith("__main__"))]
+    """Every module of the package, by its file: nothing is imported for the list."""
+    root = pathlib.Path(flashtile.__file__).parent
+    files = [file.relative_to(root.parent).with_suffix("") for file in root.rglob("*.py")]
+    names = [".".join(file.parts).removesuffix(".__init__") for file in files]
+    return sorted(name for name in names if not name.endswith("__main__"))
 
 
 def import_module(name: str) -> types.ModuleType:
@@ -172,9 +158,3 @@ def test_relative_links_lead_somewhere() -> None:
         if not (page.parent / target).exists()
     ]
     assert broken == []
-
-
-if __name__ == "__main__":
-    own = pathlib.Path(sys.argv[1])
-    ran = run_page(own.read_text(), own.name, str(own))
-    sys.exit(ran.failed > 0 or not ran.attempted)

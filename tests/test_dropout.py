@@ -20,6 +20,7 @@ from flashtile.errors import SpecError, UnavailableError
 from flashtile.llvm import machines
 from flashtile.score import dropout_keep
 from flashtile.spec import AttentionSpec
+from flashtile.testing import assert_accurate, assert_gradients_accurate
 
 SEED = 0x123456789ABCDEF0
 FAMILIES = dict(flashtile.kernels.families())
@@ -172,6 +173,17 @@ def test_the_mask_read_out_of_gradients_in_parts(dropping: Kernel, dtype: str) -
     shape = 1, 1, 40, 600
     for product, found in read_mask_backward(dropping, shape, dtype, dropout_p=0.25, seed=SEED).items():
         np.testing.assert_array_equal(found != 0, dropout_keep(shape, 0.25, SEED), err_msg=product)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 0, 5), (2, 3, 5, 0)])
+def test_nothing_to_drop(shape: tuple[int, int, int, int]) -> None:
+    """No queries or no keys: an empty mask, and the checker takes such a call."""
+    assert dropout_keep(shape, 0.25, SEED).shape == shape
+    q, k = np.ones((2, 3, shape[2], 8)), np.ones((2, 3, shape[3], 8))
+    o, lse = flashtile.attention(q, k, k, dropout_p=0.25, seed=SEED, return_lse=True)
+    assert_accurate(o, q, k, k, dropout_p=0.25, seed=SEED)
+    found = flashtile.attention_backward(o, q, k, k, o, lse, dropout_p=0.25, seed=SEED)
+    assert_gradients_accurate(found, o, q, k, k, dropout_p=0.25, seed=SEED)
 
 
 @both_ways

@@ -43,5 +43,14 @@ def test_core_loads_no_optional_package(action: str) -> None:
     assert _foreign_modules(action) == []
 
 
+def test_the_torch_door_leaves_the_compiler_alone() -> None:
+    """Its import takes longer than torch's own."""
+    pytest.importorskip("torch")
+    counts = "import sys, torch; before = set(sys.modules); import flashtile.torch; print(*set(sys.modules) - before)"
+    done = run([sys.executable, "-c", counts])
+    assert done.returncode == 0, done.stderr
+    assert "flashtile.torch.operator" in done.stdout and "torch._dynamo" not in done.stdout
+
+
 def test_report_sees_an_optional_package() -> None:
     assert "ml_dtypes" in _foreign_modules("import ml_dtypes")

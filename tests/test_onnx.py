@@ -85,6 +85,12 @@ def test_accurate(dtype: str) -> None:
     assert_accurate(y, q, k, v, mask=seen, **options)
 
 
+def test_no_queries_and_no_batch() -> None:
+    for shape in (1, 0, 16), (0, 3, 16):
+        y, *_ = door.attention(*[np.ones(shape, np.float32)] * 3, q_num_heads=2, kv_num_heads=2)
+        assert y.shape == shape
+
+
 def test_dtypes_that_differ() -> None:
     """Values wider than keys, and a softmax in float64, are computed in the wider; Y has Q's dtype."""
     q, k, v = (draw(1, 2, 4, 8, dtype=np.float16, seed=n) for n in range(3))

@@ -144,6 +144,21 @@ def test_sdpa_groups_heads_of_keys_and_of_values(key_heads: int, value_heads: in
     close(ours(q[0], k, v[0], enable_gqa=True), sdpa(q[0], k, v[0], enable_gqa=True))
 
 
+@pytest.mark.parametrize("shape", [(2, 2, 0, 5), (2, 2, 5, 0), (0, 2, 3, 4)], ids=["queries", "keys", "batch"])
+@pytest.mark.parametrize("rest", [(), (1,), (2, 2)], ids=len)
+def test_sdpa_takes_sizes_of_zero_and_a_mask(shape: tuple[int, ...], rest: tuple[int, ...]) -> None:
+    """Batches of two axes become one, whatever else is 0; derivatives of the second order, too."""
+    *batch, q_len, kv_len = shape
+    axes = ((3, *batch, q_len, 4), (3, *batch, kv_len, 4), (3, *batch, kv_len, 6))
+    q, k, v = (torch.randn(x, dtype=torch.float64, requires_grad=True) for x in axes)
+    mask = torch.ones((*rest, *batch, q_len, kv_len)[-4:], dtype=torch.bool)
+    o = flashtile.torch.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    assert tuple(o.shape) == (3, *batch, q_len, 6) and not o.any()
+    first = torch.autograd.grad(o.sum(), (q, k, v), create_graph=True)
+    second = torch.autograd.grad(sum(x.sum() for x in first), (q, k, v), allow_unused=True)
+    assert not any(x.any() for x in (*first, *second) if x is not None)
+
+
 def test_sdpa_takes_tensors_of_no_axes_as_numbers() -> None:
     q, k, v = tensors(Shape())
     ours = flashtile.torch.scaled_dot_product_attention

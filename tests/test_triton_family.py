@@ -161,7 +161,7 @@ def test_an_old_triton_is_refused(monkeypatch: pytest.MonkeyPatch, no_interprete
         (["--arch", "h100"], "arch: got 'h100', expected an architecture"),
         (["--arch", "sm_90", "--dtype", "int8"], "dtype: got dtype int8, expected one of float64"),
         (["--arch", "sm_90", "--head-size", "300"], "head_sizes: got 300, expected 1 to 256"),
-        (["--arch", "sm_90", "--kernels", "backward"], "kernels: got 'backward', expected some of forward, merge"),
+        (["--arch", "sm_90", "--kernels", "decode"], "kernels: got 'decode', expected some of forward, merge"),
         (["--arch", "sm_90", "--state", "done"], "states: got 'done', expected some of finished, partial, carried"),
         (["--arch", "sm_90", "--precision", "tf32"], "precision: got 'tf32' with bfloat16 inputs"),
     ],

@@ -151,7 +151,7 @@ def _add_aot_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--head-size", type=_numbers, default=(64, 128), metavar="A,B", help="default 64,128")
     sub.add_argument("--precision", default="ieee", help=f"of float32 inputs: {_names(Precision, 'ieee')}")
     for option, default, content in (
-        ("--kernels", ["forward", "merge"], "of forward, merge, scores, softmax, output (default forward,merge)"),
+        ("--kernels", ["forward", "merge"], "of forward, merge, backward, scores, softmax, output (default: two)"),
         ("--state", ["finished"], "what o and lse hold: finished (default), partial, carried"),
         ("--band", ["band", "causal", "open"], "band: causal and windowed calls; causal alone; open: no mask"),
     ):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -12,7 +13,7 @@ from flashtile import engines, kernels
 from flashtile.arrays import device_of, is_lazy, is_torch, plain, view_of
 from flashtile.calls import INPUTS, NUMPY, Request, as_name, describe, run_backward
 from flashtile.dtypes import DTYPES, dtype_of
-from flashtile.errors import UnavailableError, wrong
+from flashtile.errors import wrong
 from flashtile.hints import check_keywords
 from flashtile.kernels.gradients import Inputs, Sums
 from flashtile.score.capture import ArrayCapture, capture
@@ -87,13 +88,17 @@ def attention_backward(
     engine: str = "auto",
     out: Gradients | None = None,
     accumulate: bool = False,
+    memory_limit: int | None = None,
     **unknown: NoReturn,  # checkers refuse it, as calls do
 ) -> Gradients:
     """Gradients of sum(do * o) + sum(dlse * lse), from what `attention(..., return_lse=True)` took and returned.
 
-    Shapes:  do and o (B, H, S_q, D_v), lse and dlse (B, H, S_q), or with as few axes as q; NumPy arrays only.
+    Shapes:  do and o (B, H, S_q, D_v), lse and dlse (B, H, S_q), or with as few axes as q; NumPy arrays,
+             Dask's, or arrays in storage.
     Options: wrt    names among "q", "k", "v", "bias", "sinks", "alibi_slopes", "captured": only these are computed.
              out    a Gradients with a writable array for each of them, written to; accumulate=True adds to it.
+             memory_limit  bytes that a call on arrays in files may take (docs, "Larger than memory"), by
+                    engine="starpu"; q, k and v of out are then also names of .npy files.
              the rest as in `flashtile.attention`.
     Returns: Gradients. `captured[array]` is found by the array's identity: one sum for an array captured twice;
              an array given as bias or alibi_slopes has all of its gradient there.
@@ -106,10 +111,19 @@ def attention_backward(
     """
     given = dict(locals())
     check_keywords(attention_backward, given.pop("unknown"))
+    if memory_limit is not None:
+        from flashtile import outofcore_gradients
+
+        return outofcore_gradients.attention_backward(**given)
+    del given["memory_limit"]
     if any(device_of(x) != "cpu" and not is_torch(x) for x in (q, k, v)):
         from flashtile import device_gradients
 
         return device_gradients.attention_backward(**given)
+    if any(map(is_lazy, (do, q, k, v, o, lse, dlse))):
+        from flashtile import lazy
+
+        return lazy.attention_backward(**given)
     q, k, v = _array(q, "q"), _array(k, "k"), _array(v, "v")
     scores = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed)
     options = causal, window, align, scale, precision, kernel, engine
@@ -117,13 +131,12 @@ def attention_backward(
     problem = Problem.of((q, k, v), request, wrt)
     inputs = _inputs(problem.spec, do, q, k, v, o, lse, dlse)
     logits = None if sinks is None else capture(sinks, "sinks").array
-    _check_out(out, accumulate, problem, (*inputs, request.offsets, logits))
+    check_out(out, accumulate, problem, (*inputs, request.offsets, logits))
     engines.pick(as_name("engine", engine))
     family = kernels.pick(problem.spec, as_name("kernel", kernel), "backward")
     if family.compile_backward is not None:
         return _run(problem, family, as_name("engine", engine), inputs, out, accumulate)
-    sums = problem.differentiate(family, inputs)
-    return _finish(problem, problem.values(sums), out, accumulate, {})
+    return problem.gradients(problem.differentiate(family, inputs), out, accumulate)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,31 +176,40 @@ class Problem:
         for name, source in self.sources:
             yield name, source, _sum_of(sums, name, source, self.scoring)
 
-    def gradients(self, sums: Sums) -> Gradients:
-        """All that is asked for, from sums, each in its array's dtype."""
-        return _finish(self, self.values(sums), None, False, {})
+    def gradients(
+        self,
+        sums: Sums,
+        out: Gradients | None = None,
+        accumulate: bool = False,
+        done: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Gradients:
+        """All that is asked for and not done, from sums, each in its array's dtype, written to `out` if there is one;
+        beside what is done."""
+        rest = replace(self, sources=[x for x in self.sources if x[0] not in done])
+        return _finish(rest, rest.values(sums), out, accumulate, dict(done))
 
 
 def _inputs(spec: AttentionSpec, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dlse: Any) -> tuple[Any, ...]:
     """The arrays of a call, in the order of `kernels.backward.Inputs`. Raises: SpecError."""
-    accumulator = dtype_of(np.dtype(DTYPES[spec.dtype].accumulator)).name
-    rows = q.shape[:-1]
     do, o, lse = _array(do, "do"), _array(o, "o"), _array(lse, "lse")
-    for name, x in (("do", do), ("o", o)):
-        _check(x, name, rows + v.shape[-1:], spec.dtype)
-    _check(lse, "lse", rows, accumulator)
-    if dlse is not None:
-        dlse = _array(dlse, "dlse")
-        _check(dlse, "dlse", rows, accumulator)
+    dlse = None if dlse is None else _array(dlse, "dlse")
+    check_rows(spec, q.shape[:-1], v.shape[-1:], do=do, o=o, lse=lse, dlse=dlse)
     return do, q, k, v, o, lse, dlse
+
+
+def check_rows(spec: AttentionSpec, rows: tuple[int, ...], size: tuple[int, ...], **given: Any) -> None:
+    """Raise SpecError unless the arrays among do, o, lse and dlse that are given have so many rows, of `size`."""
+    accumulator = dtype_of(np.dtype(DTYPES[spec.dtype].accumulator)).name
+    for name, x in given.items():
+        if name in ("do", "o"):
+            _check(x, name, rows + size, spec.dtype)
+        elif x is not None:
+            _check(x, name, rows, accumulator)
 
 
 def _array(x: Any, name: str) -> np.ndarray:
     if is_torch(x):
         raise wrong(name, "a torch tensor", "a NumPy array: tensors have their gradients by autograd")
-    if is_lazy(x):
-        got = f"a {type(x).__module__}.{type(x).__qualname__}"
-        raise UnavailableError(f"{name}: got {got}, expected a NumPy array: such arrays have no gradients yet")
     return plain(x, name)
 
 
@@ -196,8 +218,8 @@ def _wide(x: np.ndarray, rank: int) -> np.ndarray:
     return x[(None,) * (rank - x.ndim)]
 
 
-def _check(x: np.ndarray, name: str, shape: tuple[int, ...], dtype: str) -> None:
-    if x.shape != shape:
+def _check(x: Any, name: str, shape: tuple[int, ...], dtype: str) -> None:
+    if tuple(x.shape) != shape:
         raise wrong(name, f"shape {x.shape}", f"{shape}")
     if dtype_of(x.dtype, name).name != dtype:
         raise wrong(name, f"dtype {x.dtype}", dtype)
@@ -236,7 +258,8 @@ def _target(out: Gradients, name: str, source: Any) -> Any:
     return out.captured[source] if out.captured is not None and source in out.captured else None
 
 
-def _check_out(out: Any, accumulate: bool, problem: Problem, inputs: Sequence[Any]) -> None:
+def check_out(out: Any, accumulate: bool, problem: Problem, inputs: Sequence[Any]) -> None:
+    """Raise SpecError unless out has an array for each gradient, in memory of its own."""
     if out is None:
         if accumulate:
             raise wrong("accumulate", "True without out", "out=, a Gradients to add to")
@@ -304,9 +327,7 @@ def _run(
                 done[name][...] = 0
     given |= {f"d{name}": x for name, x in done.items()}
     sums = run_backward(NUMPY, problem.spec, family, engine, given, problem.offset, problem.scoring, problem.wanted)
-    rest = [(name, source) for name, source in problem.sources if name not in done]
-    values = [(name, source, _sum_of(sums, name, source, problem.scoring)) for name, source in rest]
-    return _finish(problem, values, out, accumulate, done)
+    return problem.gradients(sums, out, accumulate, done)
 
 
 def _sum_of(sums: Sums, name: str, source: Any, scoring: Scoring) -> np.ndarray:

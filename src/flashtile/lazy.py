@@ -6,17 +6,18 @@ The results are Dask arrays: nothing is read and nothing computed before they ar
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from flashtile.arrays import is_dask, is_lazy, is_stored, plain
-from flashtile.calls import describe, family_of
+from flashtile.arrays import is_dask, is_lazy, is_stored, is_torch, plain
+from flashtile.calls import Request, describe, family_of
 from flashtile.checks import check_flag
 from flashtile.dtypes import dtype_of
 from flashtile.engines import pick
 from flashtile.engines.dask.operands import Cut
-from flashtile.errors import wrong
+from flashtile.errors import UnavailableError, wrong
+from flashtile.gradients import ByIdentity, Gradients, Problem, check_rows, slots_of
 from flashtile.kernels import tile_kernels
 from flashtile.score.capture import ArrayCapture
 from flashtile.score.keep import keep_of
@@ -60,34 +61,164 @@ def attention(
     """
     check_flag("return_lse", return_lse)
     _check(engine, progress, out, {"mask": mask, "alibi_slopes": alibi_slopes, "sinks": sinks, "align": align})
-    from dask.base import tokenize
-
     from flashtile.engines.dask.graph import result
     from flashtile.engines.dask.work import Work
 
-    arrays = [x if is_lazy(x) else plain(x, name) for name, x in (("q", q), ("k", k), ("v", v))]
-    given_as = tokenize(q, k, v, bias)  # a memory map by its name, not by its values
-    keep = keep_of(dropout_p, seed)
-    q_view, k_view, v_view = (_view(x, name) for x, name in zip(arrays, "qkv", strict=True))
-    blocks = bias if bias is not None and is_dask(bias) else None
-    stand_in = bias if blocks is None else _stand_in(bias)
-    scores = mask, stand_in, score_mod, softcap, alibi_slopes, sinks, keep
-    request = describe(q_view, scores, (causal, window, align, scale, precision, kernel, "dask"))
-    spec, values = request.of(q_view, k_view, v_view)
-    scoring = None if request.scores is None else values
-    offsets = request.offsets
-    _check_sizes(spec)
-    _check_family(spec, kernel)
-    slot = None
-    if blocks is not None:
-        assert scoring is not None and scoring.program is not None
-        (slot,) = (n for n, x in enumerate(scoring.program.captures) if getattr(x, "source", None) is stand_in)
-    cut = cut_of(spec, *arrays)
-    token = tokenize(given_as, repr(spec), cut, _values(scoring), offsets)
-    work = Work(spec, scoring, offsets if spec.offset is None else None, cut.tile_q, cut.tile_k, slot, token)
-    found = result(work, cut, arrays, token, q_view.dtype, blocks)
-    first = (0,) * (4 - len(q_view.shape))
+    arrays = {name: _array(x, name) for name, x in (("q", q), ("k", k), ("v", v))}
+    scores = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed)
+    call = _Call.of(arrays, scores, (causal, window, align, scale, precision, kernel, "dask"))
+    cut = cut_of(call.spec, *arrays.values())
+    _check_family(call.spec, kernel)
+    token = call.token(cut, q, k, v, bias)
+    work = Work(call.spec, call.scoring, call.offsets, cut.tile_q, cut.tile_k, call.slot, token)
+    found = result(work, cut, list(arrays.values()), token, call.q.dtype, call.blocks)
+    first = (0,) * (4 - len(call.q.shape))
     return (found.o[first], found.lse[first]) if return_lse else found.o[first]
+
+
+def attention_backward(
+    do: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    o: Any,
+    lse: Any,
+    *,
+    dlse: Any,
+    wrt: Any,
+    mask: Any,
+    bias: Any,
+    score_mod: Any,
+    causal: bool,
+    window: Any,
+    align: Any,
+    softcap: Any,
+    alibi_slopes: Any,
+    sinks: Any,
+    scale: Any,
+    dropout_p: float,
+    seed: int | None,
+    precision: str,
+    kernel: str,
+    engine: str,
+    out: Any,
+    accumulate: bool,
+) -> Gradients:
+    """`flashtile.attention_backward` where one of the arrays is lazy: the same arguments, none left out.
+
+    Chunks:   as `attention`; do, o, lse and dlse are cut as q is.
+    Returns:  Gradients of Dask arrays, those of sinks, slopes and captured arrays among them.
+    Raises:   as flashtile.attention_backward, at the call; UnavailableError also for the gradient of a bias that is a
+              Dask array, and of captured arrays of more than 4 MB; KernelError when a result is computed.
+    """
+    _check(engine, None, out, {"mask": mask, "alibi_slopes": alibi_slopes, "sinks": sinks, "align": align})
+    if accumulate is not False:
+        raise wrong("accumulate", repr(accumulate), "False: the results are Dask arrays")
+    given = {"q": q, "k": k, "v": v, "do": do, "o": o, "lse": lse, "dlse": dlse}
+    arrays = {name: _array(x, name) for name, x in given.items() if x is not None}
+    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    if "bias" in names and is_dask(bias):
+        raise UnavailableError("wrt: got 'bias' with a bias that is a Dask array, expected a NumPy array")
+    scores = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed)
+    call = _Call.of(arrays, scores, (causal, window, align, scale, precision, kernel, "dask"))
+    views = tuple(_view(arrays[n], n) for n in "qkv")
+    problem = Problem.of(views, call.request, names)
+    rows = {n: arrays.get(n) for n in ("do", "o", "lse", "dlse")}
+    check_rows(call.spec, views[0].shape[:-1], views[2].shape[-1:], **rows)
+    _check_family(call.spec, kernel, "backward")
+    return _planned(call, problem, arrays, (*given.values(), bias, *names))
+
+
+def _planned(call: _Call, problem: Problem, arrays: dict[str, Any], values: tuple[Any, ...]) -> Gradients:
+    """The graph of a backward call; values: everything that was given to it."""
+    from flashtile.engines.dask.gradients import check_arrays
+    from flashtile.engines.dask.graph_backward import result
+    from flashtile.engines.dask.work_backward import BackwardWork
+
+    cut = cut_of(call.spec, arrays["q"], arrays["k"], arrays["v"], "backward")
+    shapes = sorted(problem.scoring.shapes(problem.wanted).items())
+    kept = tuple((n, shape) for n, shape in shapes if 0 not in shape)
+    check_arrays(call.spec, kept)
+    token = call.token(cut, *values)
+    fields = call.spec, call.scoring, call.offsets, cut.tile_q, cut.tile_k, call.slot, f"{token}-gradients", kept
+    blocks = {n: _columns(x) if n in ("lse", "dlse") else x for n, x in arrays.items()}
+    wanted = problem.wanted
+    found = result(BackwardWork(*fields), cut, blocks, token, call.q.dtype, wanted, bias=call.blocks)
+    return _gradients(problem, found, len(call.q.shape))
+
+
+def _gradients(problem: Problem, found: Any, rank: int) -> Gradients:
+    """All that is asked for, as Dask arrays in the shapes and dtypes of their sources."""
+    import dask.array as da
+
+    made: dict[str, Any] = {}
+    captured: list[tuple[Any, Any]] = []
+    for name, source in problem.sources:
+        if name in ("q", "k", "v"):
+            made[name] = getattr(found, name)[(0,) * (4 - rank)]
+            continue
+        if name == "sinks":
+            total = found.sinks.sum(axis=0) if source.ndim == 1 else found.sinks
+        else:
+            parts = [found.totals[n] for n in sorted(slots_of(problem.scoring, source)) if n in found.totals]
+            total = da.broadcast_to(sum(parts[1:], start=parts[0]) if parts else da.zeros(()), source.shape)
+        if name == "captured":
+            captured.append((source, total.astype(source.dtype)))
+        else:
+            made[name] = total.astype(source.dtype)
+    return Gradients(**made, captured=ByIdentity(captured) if "captured" in problem.names else None)
+
+
+def _array(x: Any, name: str) -> Any:
+    if is_torch(x):
+        raise wrong(name, "a torch tensor among arrays that are not in memory", "a NumPy array")
+    return x if is_lazy(x) else plain(x, name)
+
+
+def _columns(x: Any) -> Any:
+    """A number a row as rows of one element."""
+    import dask.array as da
+
+    if is_stored(x):
+        x = da.from_array(x, chunks=x.chunks or -1)
+    return x[..., None]
+
+
+class _Call(NamedTuple):
+    """What a call asks for: of the bias, where that is a Dask array, only its shape."""
+
+    q: Any  # its shape and dtype
+    request: Request
+    spec: AttentionSpec
+    scoring: Scoring | None
+    offsets: np.ndarray | None
+    blocks: Any  # the bias that comes block by block, and the number of its slot
+    slot: int | None
+
+    @classmethod
+    def of(cls, arrays: dict[str, Any], scores: tuple[Any, ...], options: tuple[Any, ...]) -> _Call:
+        """Raises: SpecError."""
+        q, k, v = (_view(arrays[n], n) for n in "qkv")
+        bias = scores[1]
+        blocks = bias if bias is not None and is_dask(bias) else None
+        stand_in = bias if blocks is None else _stand_in(bias)
+        request = describe(q, (scores[0], stand_in, *scores[2:]), options)
+        spec, values = request.of(q, k, v)
+        scoring = None if request.scores is None else values
+        _check_sizes(spec)
+        slot = None
+        if blocks is not None:
+            assert scoring is not None and scoring.program is not None
+            (slot,) = (n for n, x in enumerate(scoring.program.captures) if getattr(x, "source", None) is stand_in)
+        offsets = request.offsets if spec.offset is None else None
+        return cls(q, request, spec, scoring, offsets, blocks, slot)
+
+    def token(self, cut: Cut, *given: Any) -> str:
+        """A name that follows from all values; that of a memory map from its file's."""
+        from dask.base import tokenize
+
+        found: str = tokenize(given, repr(self.spec), cut, _values(self.scoring), self.request.offsets)
+        return found
 
 
 def _values(scoring: Scoring | None) -> list[Any]:
@@ -99,11 +230,11 @@ def _values(scoring: Scoring | None) -> list[Any]:
     return [*read, scoring.sinks, repr(scoring.keep)]
 
 
-def cut_of(spec: AttentionSpec, q: Any, k: Any, v: Any) -> Cut:
+def cut_of(spec: AttentionSpec, q: Any, k: Any, v: Any, direction: str = "forward") -> Cut:
     """The blocks of a call, from the chunks of its arrays where those say something."""
     from flashtile.engines.starpu.engine import TILE_K, TILE_Q
 
-    panel = tile_kernels().rows_at_once(spec)
+    panel = tile_kernels().rows_at_once(spec, direction)
     tile_q = _tile([q], spec.q_len, max(1, max(TILE_Q) // panel) * panel)
     if spec.program is not None and tile_q < spec.q_len:  # a program reads whole panels
         tile_q = min(-(-tile_q // panel) * panel, spec.q_len)
@@ -151,10 +282,10 @@ def _check_sizes(spec: AttentionSpec) -> None:
         raise wrong("q", f"{' and '.join(zeros)} of 0 with an array that is not in memory", "sizes above 0")
 
 
-def _check_family(spec: AttentionSpec, kernel: Any) -> None:
+def _check_family(spec: AttentionSpec, kernel: Any, direction: str = "forward") -> None:
     from flashtile.engines.dask.engine import check_family
 
-    check_family(family_of(spec, kernel))
+    check_family(family_of(spec, kernel, direction))
 
 
 def _view(x: Any, name: str) -> Any:

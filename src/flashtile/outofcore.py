@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from flashtile import arrayfiles
-from flashtile.arrays import is_stored, plain, view_of
+from flashtile.arrays import is_stored, is_torch, plain, view_of
 from flashtile.calls import describe, family_of
 from flashtile.calls.prepared import check_out
 from flashtile.checks import check_flag, integer
@@ -60,19 +60,14 @@ def attention(
     Raises:   as flashtile.attention; SpecError for a limit below the smallest working set, which it names.
     """
     check_flag("return_lse", return_lse)
-    limit = integer(memory_limit)
-    if limit is None or limit < 1:
-        raise wrong("memory_limit", repr(memory_limit), "bytes, a positive integer, or None")
-    if engine not in ("auto", "starpu"):
-        raise wrong("engine", f"{engine!r} with a memory_limit", "'starpu' or 'auto'")
-    pick("starpu")
-    arrays = [x if is_stored(x) else plain(x, name) for name, x in (("q", q), ("k", k), ("v", v))]
-    views = [SimpleNamespace(shape=tuple(x.shape), dtype=np.dtype(x.dtype)) for x in arrays]
+    limit = limit_of(memory_limit, engine)
+    arrays = [readable(x, name) for name, x in (("q", q), ("k", k), ("v", v))]
+    views = [described(x) for x in arrays]
     scores = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed)
     request = describe(views[0], scores, (causal, window, align, scale, precision, kernel, "starpu"))
     spec, values = request.of(views[0], views[1], views[2])
     scoring, offsets = None if request.scores is None else values, request.offsets
-    _check(spec, kernel)
+    check_call(spec, kernel)
     shape, report = views[0].shape[:-1] + views[2].shape[-1:], reporter(progress)
     real = DTYPES[DTYPES[spec.dtype].accumulator].numpy
     with _target(out, shape, views[0].dtype, spec, arrays) as (target, result):
@@ -81,7 +76,7 @@ def attention(
         lse = np.empty(shape[:-1], real)
         whole = (1,) * (4 - len(shape))
         o4, lse4 = target.reshape(whole + target.shape), lse.reshape(whole + lse.shape)
-        q_read, k_read, v_read = (_reader(x, given) for x, given in zip(arrays, (q, k, v), strict=True))
+        q_read, k_read, v_read = (reader(x, given) for x, given in zip(arrays, (q, k, v), strict=True))
         stored = o4.view(DTYPES[spec.dtype].numpy)
         call.run(q_read, k_read, v_read, stored, lse4, lambda part: forget(target, part), report)
     o = result()
@@ -94,8 +89,32 @@ def _streamed(spec: AttentionSpec, limit: int, results: int, offsets: Any, scori
     return Streamed(spec, tile_sizes(spec), limit, results, offsets, scoring)
 
 
-def _check(spec: AttentionSpec, kernel: Any) -> None:
-    family = family_of(spec, kernel)
+def limit_of(memory_limit: Any, engine: Any) -> int:
+    """The limit in bytes, for an engine that keeps one. Raises: SpecError, UnavailableError."""
+    limit = integer(memory_limit)
+    if limit is None or limit < 1:
+        raise wrong("memory_limit", repr(memory_limit), "bytes, a positive integer, or None")
+    if engine not in ("auto", "starpu"):
+        raise wrong("engine", f"{engine!r} with a memory_limit", "'starpu' or 'auto'")
+    pick("starpu")
+    return limit
+
+
+def readable(x: Any, name: str) -> Any:
+    """An array in memory, or mapped, as an ndarray; one in storage as it is. Raises: SpecError for any other."""
+    if is_torch(x):
+        raise wrong(name, "a torch tensor with a memory_limit", "a NumPy array, or one in storage")
+    return x if is_stored(x) else plain(x, name)
+
+
+def described(x: Any) -> Any:
+    """What has the shape and dtype of an array, wherever that lies."""
+    return SimpleNamespace(shape=tuple(x.shape), dtype=np.dtype(x.dtype))
+
+
+def check_call(spec: AttentionSpec, kernel: Any, direction: str = "forward") -> None:
+    """Raise SpecError, or UnavailableError, for a call that is not computed tile by tile."""
+    family = family_of(spec, kernel, direction)
     if family.name != "cpu":
         raise UnavailableError(f"kernel: got {family.name!r} with a memory_limit, expected 'cpu'")
     sizes = {"B": spec.batch, "H": spec.heads, "S_q": spec.q_len, "D": spec.head_size, "D_v": spec.value_size}
@@ -103,12 +122,12 @@ def _check(spec: AttentionSpec, kernel: Any) -> None:
         raise wrong("q", f"{' and '.join(zeros)} of 0 with a memory_limit", "sizes above 0")
 
 
-def _reader(x: Any, given: Any) -> Read:
-    """How rows of a head are read. Pages of a map are forgotten at once."""
-    rank = len(x.shape)
+def reader(x: Any, given: Any, axes: int = 4) -> Read:
+    """How rows of a head are read, of an array that has at most so many axes. Pages of a map are forgotten at once."""
+    missing = axes - len(x.shape)
 
     def read(batch: int, head: int, first: int, into: np.ndarray) -> None:
-        rows = x[(*(batch, head)[4 - rank :], slice(first, first + len(into)))]
+        rows = x[(*(batch, head)[missing:], slice(first, first + len(into)))]
         into[...] = rows.view(np.uint16) if rows.dtype.name == "bfloat16" else rows
         forget(given, rows)
 
@@ -121,13 +140,9 @@ def _target(
 ) -> Iterator[tuple[np.ndarray, Callable[[], Any]]]:
     """(where o goes, what gives the result once it is there)."""
     if isinstance(out, (str, os.PathLike)):
-        path = Path(out)
-        if path.suffix != ".npy" or not path.parent.is_dir():
-            raise wrong("out", repr(str(out)), "an array, or a name that ends in .npy in a folder that exists")
-        with arrayfiles.replacing(path) as temporary:
-            target = arrayfiles.create_npy(temporary, shape, dtype)
+        path = path_of(out, "out")
+        with beside(path, shape, dtype) as target:
             yield target, lambda: arrayfiles.open_npy(path)
-            target.flush()  # type: ignore[attr-defined]  # it is a map
         return
     if out is None:
         target = np.empty(shape, dtype)
@@ -140,3 +155,20 @@ def _target(
         if isinstance(x, np.ndarray) and np.may_share_memory(out, x):
             raise wrong("out", f"an array within the memory that {name} spans", "memory of its own")
     yield out, lambda: out
+
+
+def path_of(out: Any, name: str) -> Path:
+    """The file that an output names. Raises: SpecError for no .npy file in a folder."""
+    path = Path(out)
+    if path.suffix != ".npy" or not path.parent.is_dir():
+        raise wrong(name, repr(str(out)), "an array, or a name that ends in .npy in a folder that exists")
+    return path
+
+
+@contextlib.contextmanager
+def beside(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[np.ndarray]:
+    """The map of a new file, of zeros, that takes the name's place once it is whole."""
+    with arrayfiles.replacing(path) as temporary:
+        target = arrayfiles.create_npy(temporary, shape, dtype)
+        yield target
+        target.flush()  # type: ignore[attr-defined]  # it is a map

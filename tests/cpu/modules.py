@@ -36,8 +36,7 @@ def modules(isa: ISA) -> dict[str, Callable[[], str]]:
     found: dict[str, Callable[[], str]] = {}
     for name, c in configs(isa).items():
         found[f"forward-{name}"] = partial(forward_text, c)
-        if c.product.parts == 1:
-            found[f"backward-{name}"] = partial(backward_text, c)
+        found[f"backward-{name}"] = partial(backward_text, c)
         found[f"merge-{name}"] = partial(merge_text, c)
         found[f"add_parts-{name}"] = partial(add_parts_text, c)
         if c.product is FMA or c.storage == "bfloat" and not c.lands_in_memory:

@@ -1,11 +1,12 @@
-"""Gradients by matrix registers, beyond the suites that run on every machine: many panels, options in pairs, and that
-what a row does not see, or has dropped, changes no bit.
+"""Gradients by matrix registers, beyond the suites that run on every machine: many panels, options in pairs, in one
+bf16 part and in several; that what a row does not see, or has dropped, changes no bit; what parts cannot hold.
 
 On the emulated machine, and on a real one where it is.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -57,7 +58,7 @@ def bits(found: Any) -> list[bytes | None]:
 CASES: dict[str, tuple[list[np.ndarray], dict[str, Any]]] = {
     "dense, two spans": (arrays(600, 300, 72, 40), {}),
     "causal, two spans": (arrays(580, 580, 40, 64), {"causal": True}),
-    "a window, heads that share": (arrays(700, 900, 16, 24, heads=4, kv_heads=2), {"window": (20, 3), "align": 100}),
+    "a window, heads that share": (arrays(540, 300, 16, 24, heads=4, kv_heads=2), {"window": (20, 3), "align": 40}),
     "an offset per batch, softcap": (
         arrays(90, 200, 64, 64, batch=2),
         {"causal": True, "align": np.array([3, 150]), "softcap": 4.0},
@@ -90,9 +91,25 @@ CASES: dict[str, tuple[list[np.ndarray], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_options_in_pairs(name: str, isa: str) -> None:
+# Of products in several parts every run sees what parts make different: dropout in each of them, strips and spans,
+# passes of their own; all else goes through a nightly run.
+EVERY_RUN = {
+    np.float32: {"a window, heads that share", "a stored mask and dropout", "a bias, its gradient and lse's"},
+    np.float16: {"dense, two spans"},
+}
+
+
+def cases() -> Iterator[Any]:
+    for name in CASES:
+        for number in (BF16, np.float16, np.float32):
+            marks = [] if name in EVERY_RUN.get(number, CASES) else [pytest.mark.slow]
+            yield pytest.param(name, number, id=f"{name}-{np.dtype(number).name}", marks=marks)
+
+
+@pytest.mark.parametrize(("name", "number"), list(cases()))
+def test_options_in_pairs(name: str, number: Any, isa: str) -> None:
     inputs, options = CASES[name]
+    inputs = [x.astype(np.float32).astype(number) for x in inputs]
     if (dlse := options.get("dlse")) is not None:
         options = {**options, "dlse": dlse.astype(np.float32)}
     also = [x for x in ("bias", "sinks", "alibi_slopes") if x in options]
@@ -104,31 +121,89 @@ def test_options_in_pairs(name: str, isa: str) -> None:
         right.check(got.captured[array], "captured")
 
 
-@pytest.mark.parametrize("sizes", [(64, 64), (17, 33)], ids=str)
-def test_fp32_multiplied_as_bf16(isa: str, sizes: tuple[int, int]) -> None:
-    do, q, k, v = arrays(70, 150, *sizes, dtype=np.float32)
-    options: dict[str, Any] = {"causal": True, "align": 60, "precision": "bf16"}
-    assert_gradients_accurate(gradients(do, q, k, v, **options), do, q, k, v, **options)
+@pytest.mark.parametrize("precision", ["bf16", "tf32", "fp16"])
+def test_fp32_multiplied_in_fewer_parts(isa: str, precision: str) -> None:
+    for sizes in ((64, 64), (17, 33)):
+        do, q, k, v = arrays(70, 150, *sizes, dtype=np.float32)
+        options: dict[str, Any] = {"causal": True, "align": 60, "precision": precision}
+        assert_gradients_accurate(gradients(do, q, k, v, **options), do, q, k, v, **options)
 
 
 def test_explain_and_doctor_name_the_product(isa: str) -> None:
     shape = (1, 2, 64, 64)
-    dtypes = ("bfloat16", "float32", "float16")
+    dtypes = ("bfloat16", "float32", "float16", "float64")
     said = [flashtile.explain(shape, dtype=x, kernel="cpu", backward=True).product for x in dtypes]
-    assert [x.partition(":")[0] for x in said] == ["tiles", "fma", "fma"]
-    assert "tiles" in flashtile.explain(shape, kernel="cpu", precision="bf16", backward=True).product
+    assert [x.partition(":")[0] for x in said] == ["tiles", "tiles3", "tiles2", "fma"]
+    for precision, name in (("bf16", "tiles:"), ("tf32", "tiles2:"), ("fp16", "tiles2:")):
+        assert flashtile.explain(shape, kernel="cpu", precision=precision, backward=True).product.startswith(name)
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
-@pytest.mark.parametrize("which", ["q", "k", "v", "do"])
-def test_what_is_hidden_changes_no_bit(isa: str, which: str, poison: float) -> None:
+POISON = {
+    BF16: [np.nan, np.inf],
+    np.float16: [np.nan, np.inf],
+    np.float32: [np.nan, -np.inf, 3.4e38, 1e20, 1e-33, 1e-39],
+}
+NUMBERS = pytest.mark.parametrize("number", POISON, ids=lambda x: np.dtype(x).name)
+
+
+@NUMBERS
+def test_what_is_hidden_changes_no_bit(isa: str, number: Any) -> None:
     """Rows without a key and keys without a row; a last panel of a few lanes, which has no row for the others."""
-    inputs = dict(zip(("do", "q", "k", "v"), arrays(101, 150, 40, 24, batch=2), strict=True))
+    inputs = dict(zip(("do", "q", "k", "v"), arrays(101, 150, 40, 24, batch=2, dtype=number), strict=True))
     options = {"causal": True, "align": -20}  # row i sees keys up to i - 20: rows 0 ... 19 none, keys from 81 on nobody
     clean = bits(gradients(**inputs, **options))
-    dirty = {**inputs, which: inputs[which].copy()}
-    dirty[which][:, :, slice(0, 20) if which in ("q", "do") else slice(81, None)] = poison
-    assert bits(gradients(**dirty, **options)) == clean
+    for which, poison in itertools.product(inputs, POISON[number]):
+        dirty = {**inputs, which: inputs[which].copy()}
+        dirty[which][:, :, slice(0, 20) if which in ("q", "do") else slice(81, None)] = poison
+        assert bits(gradients(**dirty, **options)) == clean, (which, poison)
+
+
+@pytest.mark.parametrize("number", [np.float16, np.float32], ids=["fp16", "fp32"])
+def test_what_parts_cannot_hold_concerns_those_that_see_it(isa: str, number: Any) -> None:
+    """One element of a row or a key: rows that do not see it, and keys that only those see, keep every bit; what it
+    reaches is computed as ever."""
+    inputs = dict(zip(("do", "q", "k", "v"), arrays(150, 150, 40, 24, dtype=number), strict=True))
+    options = {"causal": True, "align": -20}
+    clean = gradients(**inputs, **options)
+    for which, poison in itertools.product(inputs, POISON[number]):
+        if poison == 3.4e38 or (poison == 1e20 and which in ("q", "k")):
+            continue  # what they make overflows in fp32, or all of it is the rounding of an lse of 1e20
+        dirty = {**inputs, which: inputs[which].copy()}
+        dirty[which][0, 0, 100, 5] = poison
+        with np.errstate(all="ignore"):
+            got, want = gradients(**dirty, **options), expect_gradients(**dirty, **options)
+        for n in "qkv":
+            getattr(want, n).check(getattr(got, n), f"{n}, {which} has {poison}")
+        rows = np.delete(np.arange(150), 100) if which in ("q", "do") else np.arange(120)
+        assert got.q[:, :, rows].tobytes() == clean.q[:, :, rows].tobytes()
+        if which in ("q", "do"):
+            assert got.q[:, 1].tobytes() == clean.q[:, 1].tobytes()
+            for n in "kv":
+                assert getattr(got, n)[:, :, 81:].tobytes() == getattr(clean, n)[:, :, 81:].tobytes()
+
+
+FAR: dict[str, tuple[tuple[float, float, float, float], dict[str, Any]]] = {  # factors of do, q, k, v
+    "dO 1e-30": ((1e-30, 1, 1, 1), {}),
+    "dO 1e-18": ((1e-18, 1, 1, 1), {}),
+    "dO 1e30": ((1e30, 1, 1, 1), {}),
+    "values 1e-25": ((1, 1, 1, 1e-25), {}),
+    "values 3e-9 and dO 1e-18": ((1e-18, 1, 1, 3e-9), {}),
+    "values 1e30": ((1, 1, 1, 1e30), {}),
+    "keys 1e20": ((1, 1e-20, 1e20, 1), {}),
+    "queries 1e30": ((1, 1e30, 1e-30, 1), {"causal": True, "align": 81}),
+    "a huge scale": ((1, 1e-15, 1e-15, 1), {"scale": 1e29}),
+    "sharp": ((1, 30, 1, 1), {}),
+    "dropout and dO 1e-22": ((1e-22, 1, 1, 1), {"dropout_p": 0.3, "seed": 3}),
+    "a program that enlarges": ((1, 1e-17, 1e-17, 1), {"score_mod": lambda s, b, h, i, j: s * 1e34}),
+}
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_numbers_far_from_1(isa: str, name: str) -> None:
+    factors, options = FAR[name]
+    inputs = arrays(50, 131, 48, 24, dtype=np.float64)
+    inputs = [(x * factor).astype(np.float32) for x, factor in zip(inputs, factors, strict=True)]
+    assert_gradients_accurate(gradients(*inputs, **options), *inputs, **options)
 
 
 def test_a_number_that_bf16_rounds_to_infinity_reaches_no_row_that_does_not_see_it(isa: str) -> None:
@@ -145,9 +220,10 @@ def test_a_number_that_bf16_rounds_to_infinity_reaches_no_row_that_does_not_see_
     assert np.isfinite(dv).all() and (np.abs(dv[0, 0, :50, 3]) > 1e30).any()
 
 
+@NUMBERS
 @pytest.mark.parametrize("which", ["q", "k", "v", "do"])
-def test_a_visible_nan_stays_where_the_reference_has_it(isa: str, which: str) -> None:
-    inputs = dict(zip(("do", "q", "k", "v"), arrays(99, 140, 24, 40), strict=True))
+def test_a_visible_nan_stays_where_the_reference_has_it(isa: str, number: Any, which: str) -> None:
+    inputs = dict(zip(("do", "q", "k", "v"), arrays(99, 140, 24, 40, dtype=number), strict=True))
     inputs[which][0, 0, 57, 3] = np.nan
     options = {"window": (9, 4), "align": 0}
     o, lse = flashtile.attention(*(inputs[n] for n in "qkv"), return_lse=True, kernel="reference", **options)
@@ -160,9 +236,10 @@ def test_a_visible_nan_stays_where_the_reference_has_it(isa: str, which: str) ->
         np.testing.assert_array_equal(a, b, err_msg=n)
 
 
-def test_lanes_without_a_row_add_nothing_where_dropout_hides_what_a_row_holds(isa: str) -> None:
+@NUMBERS
+def test_lanes_without_a_row_add_nothing_where_dropout_hides_what_a_row_holds(isa: str, number: Any) -> None:
     """The last row's dO is infinite at one column; keys that it has dropped get NaN there and nowhere else."""
-    do, q, k, v = arrays(37, 75, 32, 32, heads=1)
+    do, q, k, v = arrays(37, 75, 32, 32, heads=1, dtype=number)
     options: dict[str, Any] = {"dropout_p": 0.5, "seed": 4}
     do[0, 0, 36, 3] = np.inf
     dv = gradients(do, q, k, v, **options).v
@@ -172,10 +249,12 @@ def test_lanes_without_a_row_add_nothing_where_dropout_hides_what_a_row_holds(is
     assert np.isfinite(np.delete(dv, 3, -1).astype(np.float32)).all()
 
 
+@pytest.mark.parametrize("number", [BF16, np.float32], ids=["bf16", "fp32"])
 def test_only_what_is_asked_for_and_operands_made_ready_at_every_visit(
-    isa: str, monkeypatch: pytest.MonkeyPatch
+    isa: str, number: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs, options = arrays(600, 300, 24, 40), {"causal": True, "align": -200}
+    inputs, options = arrays(600, 300, 24, 40, dtype=number), {"causal": True, "align": -200}
+    inputs[0][:, :, 300, 7] = 1e-30 if number is np.float32 else 1
     whole = bits(gradients(*inputs, **options))
     for n, name in enumerate("qkv"):
         part = bits(gradients(*inputs, wrt=name, **options))
@@ -186,12 +265,15 @@ def test_only_what_is_asked_for_and_operands_made_ready_at_every_visit(
     clear_cache()
 
 
-def test_bits_do_not_depend_on_threads(isa: str, threads: Callable[[int], None]) -> None:
+@pytest.mark.parametrize("number", [BF16, np.float32], ids=["bf16", "fp32"])
+def test_bits_do_not_depend_on_threads(isa: str, number: Any, threads: Callable[[int], None]) -> None:
     """One head of keys and values: parts of the keys, whose dQ are added in order."""
     found = []
+    options = {"dropout_p": 0.1, "seed": 3} if number is BF16 else {}
     for count in (1, 2, 3, 8):
         threads(count)
-        found.append(bits(gradients(*arrays(300, 700, 32, 32), causal=True, align=250, dropout_p=0.1, seed=3)))
+        inputs = arrays(300, 700, 32, 32, dtype=number)
+        found.append(bits(gradients(*inputs, causal=True, align=250, **options)))
     assert all(x == found[0] for x in found)
 
 
@@ -209,24 +291,28 @@ def test_gradients_add_to_what_is_there_at_any_strides(isa: str) -> None:
 
 
 @pytest.mark.slow
+@NUMBERS
 @pytest.mark.parametrize(("rows", "keys"), [(8, 100_000), (100_000, 8)])
-def test_long_sums_keep_to_the_rule(isa: str, rows: int, keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_sums_keep_to_the_rule(
+    isa: str, number: Any, rows: int, keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clear_cache()
     monkeypatch.setattr(backward, "_MOST_PARTS", 1)
-    do, q, k, v = (np.abs(x) for x in arrays(rows, keys, 8, 4, heads=1))
+    do, q, k, v = (np.abs(x) for x in arrays(rows, keys, 8, 4, heads=1, dtype=number))
     assert_gradients_accurate(gradients(do, q, k, v, scale=0.25), do, q, k, v, scale=0.25)
     clear_cache()
 
 
 @pytest.mark.skipif(len(MACHINES) < 2, reason="this machine has no matrix registers of its own")
+@NUMBERS
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 5.0}], ids=["dense", "causal", "softcap"])
 def test_a_real_machine_and_the_emulated_one_give_the_same_bits(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], number: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = []
     for name in MACHINES:
         monkeypatch.setenv("FLASHTILE_ISA", name)
         clear_cache()
-        found.append([bits(gradients(*arrays(200, 200, d, d), **options)) for d in (64, 128)])
+        found.append([bits(gradients(*arrays(200, 200, d, d, dtype=number), **options)) for d in (64, 128)])
     clear_cache()
     assert found[0] == found[1]

@@ -25,7 +25,7 @@ HOT = {
 }
 HOT_TILES = {
     "forward": ("multiply", "accumulate", "softmax", "program"),
-    "backward": ("multiply", "add_product", "exchange", r"derivative_\d_full"),
+    "backward": ("multiply", "accumulate", "exchange", r"derivative_\d_full"),
 }
 MODULES = {
     name: at
@@ -38,7 +38,7 @@ def hot_part(text: str, kernel: str = "forward") -> str:
     """The module's declarations and its hot functions alone: all that needs to be compiled to see their loops."""
     declarations, *definitions = re.split(r"^(?=define )", text, flags=re.MULTILINE)
     names = (HOT_TILES if "@multiply_1(" in text else HOT)[kernel]
-    if "@add_product_1(" in text:  # what accumulates: `accumulate` calls it, and has no loop
+    if "@add_product_" in text:  # what accumulates: `accumulate` calls it, and has no loop
         names = tuple("add_product" if name == "accumulate" else name for name in names)
     hot = [d for d in definitions if re.match(rf"define internal \w+ @(?:{'|'.join(names)})[_(]", d)]
     hot = [d for d in hot if not d.startswith("define internal void @exchange(")]  # it calls tiles, and has none

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from flashtile import cli
+from flashtile.errors import FlashtileError
 from flashtile.kernels.triton import aot, tiles
 from flashtile.kernels.triton.resources import Parameter, of_cubin
 from flashtile.kernels.triton.specialisation import padded
@@ -84,8 +85,38 @@ def test_states_and_alignment_are_chosen(tmp_path: Path) -> None:
     assert not any(one.specialisation.divisible for one in found), "any address will do"
     every = list(aot.choose("sm_80", ["float32", "float16"], [64, 40], kernels=aot.KERNELS))
     names = [one.name for one in every]
-    assert len(names) == len(set(names)) == 2 * 2 * (2 * 3 + 1 + 3 + 1 + 1)
+    of_backward = 2 + 2 * 4  # every band is one there
+    assert len(names) == len(set(names)) == 2 * 2 * (2 * 3 + 1 + of_backward + 3 + 1 + 1)
     assert "softmax-float32-d40" in names and "scores-float16-d64-open" in names
+
+
+def test_gradients_are_chosen() -> None:
+    """By the machine code: names, sizes and offsets of the parameters of the kernels of a call; partial ones, and those
+    of what is not finite, are the same with more."""
+    found = list(aot.choose("sm_90", ["bfloat16"], [128], kernels=["backward"], states=["finished", "partial"]))
+    names = [one.name for one in found if "open" not in one.name]
+    assert names[:4] == [
+        "row_deltas-bfloat16-d128",
+        "row_deltas-bfloat16-d128-dlse",
+        "backward_q-bfloat16-d128-band-finished",
+        "backward_kv-bfloat16-d128-band-finished",
+    ]
+    assert len(names) == 2 + 8 + 1 and names[-1] == "add_parts-bfloat16-d128"
+    for one in found[1:4]:
+        entry, machine_code = aot.compile_one(one, "sm_90")
+        used = of_cubin(machine_code, entry["function"])
+        assert used.parameters == tuple(Parameter(row["offset"], row["size"]) for row in entry["parameters"])
+        assert "query_tiles" in entry["launch"]["grid_x"] or "key_tiles" in entry["launch"]["grid_x"]
+    for arguments, message in (
+        ((["bfloat16"], ["carried"]), "states: got carried, expected finished or partial among them, for gradients"),
+        (
+            (["float64"], ["finished"]),
+            "aot: got gradients of float64 with head size 256, expected what sm_90 has tiles for",
+        ),
+    ):
+        dtypes, states = arguments
+        with pytest.raises(FlashtileError, match=message):
+            list(aot.choose("sm_90", dtypes, [256], kernels=["backward"], states=states))
 
 
 def test_the_command_prints_what_kernels_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

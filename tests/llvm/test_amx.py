@@ -152,21 +152,30 @@ def test_the_real_code_configures_once_and_releases_in_every_entry(storage: str,
         assert len(re.findall(r"\btilestored\b", multiply)) == 2 * registers
 
 
-@pytest.mark.parametrize("storage", ["bfloat", "float"])
-def test_the_real_code_of_the_backward_has_its_instructions_in_their_places(storage: str) -> None:
-    """Sums begin with what is there in two of its products; the exchange streams its right operand."""
-    found = functions(jit.assembly(backward_text(Config(REAL, storage, TILES)), REAL))
+@pytest.mark.parametrize(
+    ("storage", "product", "loads"),
+    [("bfloat", TILES, (1, 1)), ("float", TILES, (1, 1)), ("half", TILES2, (2, 2)), ("float", TILES3, (3, 4))],
+    ids=lambda x: str(x),
+)
+def test_the_real_code_of_the_backward_has_its_instructions_in_their_places(
+    storage: str, product: Tiles, loads: tuple[int, int]
+) -> None:
+    """Sums begin with what is there in two of its products, but that in three parts dQ's land apart; the exchange
+    streams its right operand. ``loads``: of either operand, of a row of registers in a step of depth."""
+    found = functions(jit.assembly(backward_text(Config(REAL, storage, product)), REAL))
     entry = "\n".join(found["backward"])
     assert len(re.findall(r"\bldtilecfg\b", entry)) == len(re.findall(r"\btilerelease\b", entry)) == 1
     assert entry.index("ldtilecfg") < entry.index("callq") and entry.rindex("tilerelease") > entry.rindex("callq")
     assert not any("tilecfg" in line for name, lines in found.items() if name != "backward" for line in lines)
+    assert any(name.startswith("add_product") for name in found) == (product is not TILES3)
     for name, registers in (("multiply", (1, 2)), ("add_product", (2,)), ("exchange", (1, 2))):
-        for n in registers:
+        for n in registers if name != "add_product" or product is not TILES3 else ():
             code = "\n".join(found[f"{name}_{n}"])
-            onto, streamed = name != "multiply", n if name == "exchange" else 2
-            assert len(re.findall(r"\btdpbf16ps\b", code)) == 2 * n
+            operands = 2 * loads[0], n * loads[1]
+            onto, streamed = name != "multiply", operands[name == "exchange"]
+            assert len(re.findall(r"\btdpbf16ps\b", code)) == 2 * n * len(product.terms)
             assert len(re.findall(r"\btileloaddt1\b", code)) == streamed
-            assert len(re.findall(r"\btileloadd\b", code)) == 2 + n - streamed + onto * 2 * n
+            assert len(re.findall(r"\btileloadd\b", code)) == sum(operands) - streamed + onto * 2 * n
             assert len(re.findall(r"\btilezero\b", code)) == (not onto) * 2 * n
             assert len(re.findall(r"\btilestored\b", code)) == 2 * n
 

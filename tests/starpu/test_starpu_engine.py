@@ -21,7 +21,7 @@ from flashtile.dtypes import DTYPES
 from flashtile.engines.starpu import engine, flow, jobs, runtime, session
 from flashtile.errors import KernelError, UnavailableError
 from flashtile.llvm import machines
-from flashtile.testing import assert_accurate, expect
+from flashtile.testing import assert_accurate, assert_gradients_accurate, expect
 
 pytestmark = pytest.mark.usefixtures("starpu")
 
@@ -62,6 +62,10 @@ def test_matrix_registers_of_workers(monkeypatch: pytest.MonkeyPatch, number: st
     dirty = attention(q, k, v, **options)
     assert same_bits(dirty[:, :, :100], clean[:, :, :100]) and same_bits(dirty[:, 2:], clean[:, 2:])
     assert np.isnan(dirty[:, :2, 100:].astype(np.float32)).any()
+    q, k, v = uniform(Shape(1, 4, 2, 150, 290, 24, 40), number)
+    o, lse = attention(q, k, v, return_lse=True, **options)
+    gradients = flashtile.attention_backward(o, q, k, v, o, lse, engine="starpu", **options)
+    assert_gradients_accurate(gradients, o, q, k, v, **options)
 
 
 # The fused codelet, and the three unfused ones.

@@ -17,6 +17,7 @@ import flashtile
 from flashtile.calls import clear_cache
 from flashtile.engines.starpu import engine, outofcore
 from flashtile.errors import SpecError, UnavailableError
+from flashtile.gradients import ByIdentity, Gradients
 
 pytestmark = pytest.mark.usefixtures("starpu")
 
@@ -92,6 +93,68 @@ def test_layouts_ranks_and_stores(tmp_path: Path) -> None:
     assert private[0, 0, 0] == 7.0 != k[0, 0, 0]
 
 
+TABLE = rng.standard_normal(600).astype("float32")
+GRADIENTS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
+    ("float32", {"score_mod": lambda s, b, h, i, j: s + TABLE[i - j + 330]}, ("captured", "q", "k", "v")),
+    ("float16", {"causal": True, "align": 37, "sinks": np.linspace(-1, 2, 4)}, ("q", "k", "v", "sinks")),
+    ("float64", {"mask": MASK, "dropout_p": 0.2, "seed": 9, "bias": np.ones((230, 330))}, ("k", "bias")),
+    ("bfloat16", {"window": (40, 30), "align": np.array([-250, 90])}, ("q", "v")),
+]
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(("element", "options", "wrt"), GRADIENTS, ids=["-".join((e, *o)) for e, o, _ in GRADIENTS])
+def test_bits_of_gradients_are_those_without_a_limit(
+    element: str, options: dict[str, Any], wrt: tuple[str, ...]
+) -> None:
+    """With room for one tile at a time, for a few, for all; with and without a gradient of lse; added to others."""
+    arrays = uniform(Shape(2, 4, 2, 230, 330, 24, 17), element)
+    o, lse = flashtile.attention(*arrays, engine="starpu", return_lse=True, **options)
+    do = uniform(Shape(2, 4, 2, 230, 230, 17, 17), element)[0]
+    given, dlse = (do, *arrays, o, lse), np.sin(np.arange(lse.size)).reshape(lse.shape).astype(lse.dtype)
+    options = {**options, "wrt": wrt}
+    plain, more = (flashtile.attention_backward(*given, engine="starpu", dlse=x, **options) for x in (None, dlse))
+    small = least(lambda limit: flashtile.attention_backward(*given, memory_limit=limit, **options))
+    for limit, x, want in ((small, None, plain), (small + 100_000, dlse, more), (1 << 30, None, plain)):
+        got = flashtile.attention_backward(*given, memory_limit=limit, dlse=x, **options)
+        assert all(same_bits(a, b) for a, b in zip(of(got, wrt), of(want, wrt), strict=True))
+    sums = []
+    for how in ({"memory_limit": small}, {"engine": "starpu"}):
+        ones = {n: np.ones_like(x) for n, x in zip(wrt, of(plain, wrt), strict=True) if n != "captured"}
+        out = Gradients(**ones, captured=ByIdentity([(TABLE, np.ones_like(TABLE))]))
+        flashtile.attention_backward(*given, out=out, accumulate=True, **options, **how)
+        sums.append(of(out, wrt))
+    assert all(same_bits(a, b) for a, b in zip(*sums, strict=True))
+
+
+def of(found: Gradients, wrt: tuple[str, ...]) -> list[np.ndarray]:
+    """The gradients of these names."""
+    return [found.captured[TABLE] if n == "captured" and found.captured else getattr(found, n) for n in wrt]
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_gradients_of_stores_go_to_files_that_are_whole(tmp_path: Path) -> None:
+    """Of three axes, mapped, in storage; into a map, into files; a call that fails leaves those that were there."""
+    q, k, v = (x[0] for x in uniform(Shape(1, 2, 2, 150, 250, 8, 8), "float32"))
+    o, lse = flashtile.attention(q, k, v, engine="starpu", return_lse=True)
+    want = flashtile.attention_backward(q, q, k, v, o, lse, engine="starpu")
+    np.save(tmp_path / "k.npy", k)
+    k_mapped = np.load(tmp_path / "k.npy", mmap_mode="r")
+    names = {n: tmp_path / f"d{n}.npy" for n in "kv"}
+    names["k"].write_bytes(b"older")
+    dq = np.lib.format.open_memmap(tmp_path / "dq.npy", "w+", np.float32, q.shape)
+    out = Gradients(q=dq, **names)
+    with pytest.raises(OSError, match="the disk is gone"):
+        flashtile.attention_backward(q, q, k_mapped, Broken(v, 4), o, lse, memory_limit=1 << 24, out=out)
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["dk.npy", "dq.npy", "k.npy"]
+    assert names["k"].read_bytes() == b"older"
+    stored = Broken(o, 1000), Broken(lse, 1000)
+    got = flashtile.attention_backward(q, Broken(q, 1000), k_mapped, v, *stored, memory_limit=1 << 24, out=out)
+    assert got.q is dq and isinstance(got.k, np.memmap) and not got.k.flags.writeable
+    for n in "qkv":
+        assert same_bits(np.load(tmp_path / f"d{n}.npy"), getattr(want, n)), n
+
+
 class Broken:
     """Storage that fails after some reads."""
 
@@ -136,40 +199,59 @@ def bytes_of(name):
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
 
+def peak_of(call):
+    ctypes.CDLL(None).malloc_trim(0)  # what is free is not to hide what comes
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # from here on the peak is this call's
+    before = bytes_of("VmRSS")
+    call()
+    return bytes_of("VmHWM") - before
+
 def written(name, rows):
     rng = np.random.default_rng(len(name))
-    file = np.lib.format.open_memmap(f"{folder}/{name}.npy", "w+", np.float32, (1, 1, rows, 64))
+    file = np.lib.format.open_memmap(f"{folder}/{name}.npy", "w+", np.float32, (1, 1, rows, 128))
     for first in range(0, rows, 4096):
         file[:, :, first : first + 4096] = rng.standard_normal(file[:, :, first : first + 4096].shape, np.float32)
     file.flush()
 
-for name, rows in (("q", 12288), ("k", keys), ("vv", keys)):
+for name, rows in (("q", 5120), ("k", keys), ("vv", keys)):
     written(name, rows)
 q, k, v = (np.load(f"{folder}/{name}.npy", mmap_mode="r") for name in ("q", "k", "vv"))
-part = np.ones((1, 1, 1500, 64), np.float32)
+part = np.ones((1, 1, 1500, 128), np.float32)
 flashtile.attention(part, part, part, memory_limit=1 << 28)  # compiles, starts StarPU
-ctypes.CDLL(None).malloc_trim(0)  # what is free is not to hide what comes
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")  # from here on the peak is this call's
-before = bytes_of("VmRSS")
-flashtile.attention(q, k, v, memory_limit=limit, out=f"{folder}/o.npy")
-peak = bytes_of("VmHWM") - before
+peak = peak_of(lambda: flashtile.attention(q, k, v, memory_limit=limit, out=f"{folder}/o.npy"))
 o = np.load(f"{folder}/o.npy", mmap_mode="r")
-rows = slice(12200, 12288)
-want = flashtile.attention(np.asarray(q[:, :, rows]), np.asarray(k), np.asarray(v))
-print(json.dumps([k.nbytes + v.nbytes, peak, float(np.abs(o[:, :, rows] - want).max())]))
+rows, whole = slice(5032, 5120), [np.load(f"{folder}/{name}.npy") for name in ("k", "vv")]
+want = flashtile.attention(np.asarray(q[:, :, rows]), *whole)
+off = np.abs(o[:, :, rows] - want).max()
+
+few = np.array(q[:, :, :1024])
+o, lse = flashtile.attention(few, *whole, return_lse=True)
+del whole
+given = few, q[:, :, :1024], k, v, o, lse
+one = np.ones((1, 1, 1500, 128), np.float32)
+flashtile.attention_backward(one, one, one, one, one, one[..., 0], memory_limit=1 << 28)
+out = flashtile.Gradients(*(f"{folder}/{name}.npy" for name in ("dq", "dk", "dv")))
+peak_backward = peak_of(lambda: flashtile.attention_backward(*given, memory_limit=limit, out=out))
+last = np.array(k[:, :, -88:]), np.array(v[:, :, -88:])
+want = flashtile.attention_backward(few, few, *last, o, lse)
+for name in "kv":
+    got = np.load(f"{folder}/d{name}.npy", mmap_mode="r")[:, :, -88:]
+    off = max(off, np.abs(got - getattr(want, name)).max())
+print(json.dumps([k.nbytes + v.nbytes, [peak, peak_backward], float(off)]))
 """
 
 
 def test_the_peak_is_within_the_limit(tmp_path: Path) -> None:
-    """Keys and values of four times the limit, and more queries than fit at once: the resident memory that the call
-    adds, as the system counts it, maps included."""
+    """Keys and values of four times the limit, their gradients of as much again, and more queries, or keys, than fit at
+    once: the resident memory that a call adds, as the system counts it, maps included."""
     limit = 8 << 20
-    done = processes.run([sys.executable, "-c", PEAK, str(tmp_path), "65536", str(limit)])
+    done = processes.run([sys.executable, "-c", PEAK, str(tmp_path), "32768", str(limit)])
     assert done.returncode == 0, done.stderr
-    keys, peak, difference = json.loads(done.stdout)
+    keys, peaks, difference = json.loads(done.stdout)
     assert keys == 4 * limit
-    assert limit // 2 < peak < 1.2 * limit, f"{peak / limit:.2f} of the limit"
+    for peak in peaks:
+        assert limit // 2 < peak < 1.2 * limit, f"{peak / limit:.2f} of the limit"
     assert difference < 1e-5
 
 
@@ -192,3 +274,26 @@ def test_bad_input_is_named(name: str) -> None:
     kind, text, options = BAD[name]
     with pytest.raises(kind, match=text):
         flashtile.attention(Q, K, V, **{"memory_limit": 1 << 24, **options})
+
+
+BAD_GRADIENTS: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
+    "no bytes": (SpecError, "^memory_limit: got 0, expected bytes", {"memory_limit": 0}),
+    "too few": (SpecError, "^memory_limit: got 9 bytes, expected at least .* for a key tile", {"memory_limit": 9}),
+    "another engine": (SpecError, "^engine: got 'direct' with a memory_limit", {"engine": "direct"}),
+    "another kernel": (UnavailableError, "^kernel: got 'vanilla' with a memory_limit", {"kernel": "vanilla"}),
+    "a name": (SpecError, r"^out\.k: got 'k\.npz', expected an array, or a name", {"out": Gradients(Q, "k.npz", V)}),
+    "one file": (SpecError, r"^out\.q: got .*, expected a file of its own", {"out": Gradients(*["x.npy"] * 3)}),
+    "an input": (SpecError, r"^out\.q: got an array that shares memory", {"out": Gradients(Q, "k.npy", "v.npy")}),
+    "a file to add to": (SpecError, r"^out\.q: got 'q\.npy' with accumulate", {
+        "out": Gradients("q.npy", "k.npy", "v.npy"), "accumulate": True}),
+    "do": (SpecError, "^do: got shape", {"do": Q[:, :, 1:]}),
+    "lse": (SpecError, "^lse: got dtype", {"lse": Q[..., 0].astype("float64")}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_GRADIENTS)
+def test_bad_input_for_gradients_is_named(name: str) -> None:
+    kind, text, options = BAD_GRADIENTS[name]
+    given = {"do": Q, "q": Q, "k": K, "v": V, "o": Q, "lse": Q[..., 0], "memory_limit": 1 << 24}
+    with pytest.raises(kind, match=text):
+        flashtile.attention_backward(**{**given, **options})

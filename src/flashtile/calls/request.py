@@ -71,6 +71,10 @@ class Request(NamedTuple):
         return self.offsets if spec.offset is None else spec.offset
 
 
+# Of these types what equals a right option is one.
+_NONE = type(None)
+_ALIGN_TYPES, _SCALE_TYPES, _SIDE_TYPES = frozenset((_NONE, str, int)), frozenset((_NONE, float, int)), {_NONE, int}
+
 _new = tuple.__new__  # past the checks of a NamedTuple's own, which a tiny call would feel
 
 
@@ -88,11 +92,16 @@ def describe(q: Any, scores: tuple[Any, ...], options: tuple[Any, ...]) -> Reque
     chosen: Options = _new(Options, options)
     if chosen[1] is not None and type(chosen[1]) is list:  # as good as a tuple, but no part of a key
         chosen = chosen._replace(window=tuple(chosen.window))
-    if chosen[2] is not None:
+    if type(chosen[2]) not in _ALIGN_TYPES:
         align, offsets = split_align(chosen.align, tuple(q.shape))
         chosen = chosen._replace(align=align)
     causal, window, align, scale = chosen[:4]
-    if type(causal) is not bool or not (window is align is None) or not (scale is None or type(scale) is float):
+    if not (
+        type(causal) is bool
+        and type(align) in _ALIGN_TYPES
+        and type(scale) in _SCALE_TYPES
+        and (window is None or (type(window) is tuple and _SIDE_TYPES.issuperset(map(type, window))))
+    ):
         band_of(causal, window)
         check_align(align)
         scale_of(scale, 1)

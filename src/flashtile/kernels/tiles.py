@@ -66,8 +66,15 @@ class TileSums(Protocol):
     @property
     def sums(self) -> Totals: ...
 
+    def alone(self) -> Totals:
+        """Other sums, zero, of one copy: for tiles that run one after the other, the word `sums` being its address."""
+        ...
+
 
 class Totals(Protocol):
+    @property
+    def address(self) -> int: ...
+
     @property
     def memory(self) -> list[np.ndarray]:
         """All that has been added up."""

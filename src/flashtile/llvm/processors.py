@@ -117,16 +117,15 @@ def choose(
     *,
     forced: bool = False,
     lands: tuple[str, ...] = ("registers", "memory"),
-    parts: int = 3,
 ) -> Choice:
     """The product for a dtype at a precision on a machine; processor: of this machine, if it is None.
 
     forced: FLASHTILE_ISA names the machine. Then what it has is used, whatever its rate.
-    lands, parts: where the caller can take a product's sums from (Product.lands), and the most parts of an operand.
+    lands: where the caller can take a product's sums from (Product.lands).
     """
     able = _beside_fma(dtype, precision)
     plain = f"multiply-adds in {'fp64' if dtype == 'float64' else 'fp32'}"
-    takes = [product for product in able if product.lands in lands and product.parts <= parts]
+    takes = [product for product in able if product.lands in lands]
     there = [product for product in takes if product.unavailable(isa) is None]
     if not there:
         return Choice(FMA, f"{plain}: {PAIRS.unavailable(isa)}" if PAIRS in able else plain)

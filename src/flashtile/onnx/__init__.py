@@ -122,7 +122,7 @@ def _heads_first(name: str, x: Any, heads: Any) -> np.ndarray:
         return x
     if not isinstance(heads, (int, np.integer)) or heads < 1 or x.shape[2] % heads:
         raise wrong(attribute, described(heads), f"a divisor of {x.shape[2]}, the last axis of {name}, which has three")
-    return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+    return x.reshape(*x.shape[:2], heads, x.shape[2] // heads).transpose(0, 2, 1, 3)
 
 
 def _with_past(

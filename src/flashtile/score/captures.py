@@ -79,6 +79,21 @@ class Block:
             words += [n for axis in zip(array.shape, array.strides, strict=True) for n in axis]
         return np.array(words, np.int64)
 
+    def pack_part(
+        self, captures: Sequence[ArrayCapture | ScalarCapture], slot: Slot, part: np.ndarray, first: Sequence[int]
+    ) -> np.ndarray:
+        """The block where an array stands for a part of a captured one, which begins there at `first`: an index for
+        each axis that is longer than one, from (b, h, i, j). Only elements of the part may be read."""
+        found, at = self.pack(captures), self.word(slot)
+        whole = captures[slot.number].array  # type: ignore[union-attr]  # it is an array's
+        address = part.ctypes.data
+        for axis, start in enumerate(first[4 - whole.ndim :]):
+            if whole.shape[axis] > 1:
+                address -= start * part.strides[axis]
+            found[at + 1 + 2 * axis : at + 3 + 2 * axis] = whole.shape[axis], part.strides[axis]
+        found[at] = address
+        return found
+
     # -- emitted code --------------------------------------------------------------------------------
 
     def field(self, at: Site, slot: Slot, type_: str, word: int) -> Value:

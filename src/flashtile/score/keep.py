@@ -50,7 +50,8 @@ class Keep:
         groups, column = np.unique(keys // KEYS_A_CALL, return_inverse=True)
         words = philox.words((groups, rows[:, None], head, 0), self.key)  # (r, groups, 4)
         halves = words.astype("<u4", copy=False).view("<u2")  # (r, groups, 8), the low half of a word first
-        return (halves >= self.threshold).reshape(len(rows), -1)[:, KEYS_A_CALL * column + keys % KEYS_A_CALL]
+        kept = (halves >= self.threshold).reshape(len(rows), KEYS_A_CALL * len(groups))
+        return kept[:, KEYS_A_CALL * column + keys % KEYS_A_CALL]
 
     def drop(self, p: np.ndarray, head: int, rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
         """Weights (r, n) after dropout: 0, or divided by the share that is kept; NaN stays, as 0 * NaN would be."""

@@ -23,6 +23,7 @@ from .evaluate import Evaluation
 from .expr import Expr, node, postorder, rewrite, substitute, text
 from .mask import as_mask, as_score
 from .operations import apply, is_const, variable
+from .remembered import Reading
 from .softcap import is_off
 from .softcap import softcap as softcap_score
 from .window import window as window_mask
@@ -58,7 +59,8 @@ class Program:
         """The program of a call's options: softcap, score_mod, ALiBi, bias, then the masks, which intersect.
 
         `offset` anchors the positional rules: an int or an integer array (B,).  Functions and mask objects are
-        traced at every call, since what they close over may change; built-in options alone are traced once.
+        traced at every call, since what they close over may change, unless all that they see is known to be as before
+        (`remembered`); built-in options alone are traced once.
         A score_mod whose result is ``where(c, x, -inf)`` hides where it says -inf, as a mask does.
         Raises: SpecError for arrays whose shape or dtype does not fit, functions outside the language, and loads
                 that are certain to leave their array.
@@ -75,7 +77,14 @@ class Program:
         }
         if score_mod is None and (mask is None or is_array(mask)):
             return builtin(shape, given, partial(cls, shape), lambda: cls.traced(shape, **given))
-        return cls.traced(shape, score_mod=score_mod, **given)
+        reading = _reading(shape, mask, score_mod, given)
+        found = None if reading is None else reading.find()
+        if found is not None:
+            return cls(shape, *found)
+        program = cls.traced(shape, score_mod=score_mod, **given)
+        if reading is not None and (mask is None or program.mask is not None):  # a constant mask warns, every time
+            reading.keep(program.code, program.captures)
+        return program
 
     @classmethod
     def traced(
@@ -220,6 +229,18 @@ def split_hidden(score: Expr) -> tuple[Expr, list[Expr]]:
         else:
             break
     return score, masks
+
+
+def _reading(shape: Any, mask: Any, score_mod: Any, given: dict[str, Any]) -> Reading | None:
+    """What functions beside options that are numbers read; None where that, or an option, is to be looked at anew."""
+    cap, window, offset = given["softcap"], given["window"], given["offset"]
+    if not given["causal"] and window is None:
+        offset = 0
+    if given["alibi_slopes"] is not None or given["bias"] is not None or type(offset) is not int:
+        return None
+    if cap is not None and type(cap) is not float:
+        return None
+    return Reading.of((shape, given["causal"], window and tuple(window), cap, offset), mask=mask, score_mod=score_mod)
 
 
 def _check_arrays(shape: tuple[int, int, int, int], slopes: Any, bias: Any, mask: Any, offset: Any) -> None:

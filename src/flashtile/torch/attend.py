@@ -14,7 +14,6 @@ from flashtile.hints import check_keywords
 from flashtile.score.keep import Keep, keep_of, threshold_of
 from flashtile.signature import Align, Engine, Kernel, Precision, Progress, Window
 from flashtile.torch import eager, operator
-from flashtile.torch.compiled import attention as attention_in_a_graph
 from flashtile.torch.eager import TENSORS
 from flashtile.torch.operator import draw
 from flashtile.torch.tensors import (
@@ -94,7 +93,10 @@ def attention(
     if unknown:
         check_keywords(attention, unknown)
     if compiling():
-        return attention_in_a_graph(**locals())
+        given = locals()
+        from flashtile.torch import compiled  # not before: it brings the compiler, longer to import than torch itself
+
+        return compiled.attention(**given)
     q, k, v = under_autocast(q, k, v)
     kind = kind_of(q, k, v)
     if kind == OTHER:

@@ -14,7 +14,6 @@ from flashtile.errors import FlashtileError, wrong
 from flashtile.hints import check_keywords
 from flashtile.signature import Window
 from flashtile.torch.attend import attend, drawn
-from flashtile.torch.compiled import attention as attention_in_a_graph
 from flashtile.torch.tensors import OTHER, check_tensors, compiling, kind_of, kind_of_others, under_autocast
 
 Tensor = torch.Tensor
@@ -85,9 +84,11 @@ def scaled_dot_product_attention(
         else:
             mask, bias = _mask_like_torch(attn_mask, query, key, axes)
     if in_graph:
+        from flashtile.torch import compiled  # as in `attention`
+
         given = {"mask": mask, "bias": bias, "causal": is_causal, "window": window, "align": align, "scale": scale}
         given |= {"softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks, "dropout_p": dropout_p}
-        result = attention_in_a_graph(query, key, value, return_lse=return_lse, **given)
+        result = compiled.attention(query, key, value, return_lse=return_lse, **given)
         return _reshaped(result, axes, return_lse)
     scores = mask, bias, None, softcap, alibi_slopes, sinks, keep
     options = is_causal, window, align, number("scale", scale), "ieee", "auto", "auto"
@@ -123,7 +124,8 @@ def _mask_like_torch(
     if axes is not None:  # as one axis; a copy only where those that broadcast stand among others
         whole = attn_mask.reshape((1,) * (len(full) - attn_mask.ndim) + attn_mask.shape)
         last = whole.shape[-3:]
-        attn_mask = (whole if whole.shape[:-3].numel() == 1 else whole.expand(*axes, *last)).reshape(-1, *last)
+        whole = whole if whole.shape[:-3].numel() == 1 else whole.expand(*axes, *last)
+        attn_mask = whole.reshape(whole.shape[:-3].numel(), *last)
     return (attn_mask, None) if attn_mask.dtype is torch.bool else (None, attn_mask)
 
 

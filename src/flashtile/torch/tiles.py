@@ -119,13 +119,13 @@ class Tile:
 
     def product(self, x: Tensor, y: Tensor) -> Tensor:
         """(b, h, r, n) times (b, h_kv, n, m), the heads in groups."""
-        grouped = x.view(x.shape[0], y.shape[1], -1, *x.shape[2:])
+        grouped = x.view(x.shape[0], y.shape[1], x.shape[1] // y.shape[1], *x.shape[2:])
         return (grouped @ y[:, :, None]).view(*x.shape[:3], y.shape[3])
 
     def each_head(self, x: Tensor) -> Tensor:
         """Keys or values (b, h_kv, n, m) of every head: (b, h, n, m)."""
         group = self.shape[1] // x.shape[1]
-        return x[:, :, None].expand(-1, -1, group, -1, -1).reshape(-1, self.shape[1], *x.shape[2:])
+        return x[:, :, None].expand(-1, -1, group, -1, -1).reshape(x.shape[0], self.shape[1], *x.shape[2:])
 
     def scores(self, given: Mapping[Any, Tensor]) -> Tensor:
         """Scores after the program; whatever where nothing is shown."""

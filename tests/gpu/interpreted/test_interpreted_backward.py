@@ -17,6 +17,8 @@ import flashtile.torch
 from flashtile.calls import clear_cache
 from flashtile.dtypes import DTYPES
 from flashtile.kernels import triton
+from flashtile.kernels.triton import backward_parts
+from flashtile.kernels.triton.interpreter import Interpreter
 from flashtile.kernels.triton.specialisation import Tile
 from flashtile.score import dropout_keep
 from flashtile.testing import assert_gradients_accurate
@@ -104,6 +106,36 @@ SIZES = [(Tile(16, 64), Tile(64, 16)), (Tile(64, 16), Tile(16, 64))]
 @pytest.mark.usefixtures("tiled")
 def test_other_tiles(name: str) -> None:
     check(problem(SHAPE, "float32"), **OPTIONS[name], **DROPOUT)
+
+
+@pytest.fixture
+def busy(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[str, int]]]:
+    """A device with many processors, for which short calls are cut into parts; what was launched, and in how many."""
+    monkeypatch.setattr(Interpreter, "processors", lambda self: 64)
+    monkeypatch.setattr(backward_parts, "PART_LENGTH", 8)
+    launched: set[tuple[str, int]] = set()
+    launch = Interpreter.launch
+
+    def spy(device: Interpreter, what: Any, grid: int, values: Any) -> None:
+        launched.add((what.kernel, values.get("splits", 1)))
+        launch(device, what, grid, values)
+
+    monkeypatch.setattr(Interpreter, "launch", spy)
+    clear_cache()
+    yield launched
+    clear_cache()
+
+
+@pytest.mark.parametrize("name", ["window, an offset a batch", "documents", "all together"])
+def test_few_heads_are_computed_in_parts(name: str, busy: set[tuple[str, int]]) -> None:
+    """Of the keys, the rows and the heads that share keys, whatever changes scores; a key holds NaN."""
+    inputs = problem(SHAPE, "float32")
+    inputs[3][1, :, 30, 0] = np.nan
+    with np.errstate(all="ignore"):
+        check(inputs, wrt=["q", "k", "v", *(["bias"] if "bias" in OPTIONS[name] else [])], **OPTIONS[name], **DROPOUT)
+    assert {("backward_q", 2), ("backward_kv", 2 * SHAPE.heads // SHAPE.kv_heads)} < busy
+    assert {("add_parts", parts) for _, parts in busy if parts > 1} < busy
+    assert ("array_sums", 2) in busy or "bias" not in OPTIONS[name]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -4,6 +4,7 @@ work.py      what a task runs: one block of queries on one key tile, in machine 
 operands.py  inputs as blocks: arrays in memory, Dask's, and arrays in storage that are read block by block
 graph.py     the graph of a call: chains of tasks, in the StarPU engine's order of keys
 engine.py    a call on arrays in memory, computed at once
+work_backward.py, graph_backward.py, gradients.py    the same of gradients
 
 `flashtile.lazy` is the way in for Dask's arrays, whose results are computed when they are asked for.
 """
@@ -12,8 +13,8 @@ from __future__ import annotations
 
 import importlib.util
 
-from flashtile.engines import Bound, Engine
-from flashtile.kernels import Family, Layout
+from flashtile.engines import Bound, BoundBackward, Engine
+from flashtile.kernels import ArrayShapes, BackwardLayout, Family, Layout
 from flashtile.spec import AttentionSpec
 
 INSTALL = "pip install 'dask[array]'"
@@ -41,4 +42,11 @@ def bind(spec: AttentionSpec, layout: Layout, family: Family) -> Bound:
     return engine.bind(spec, layout, family)
 
 
-ENGINE = Engine("dask", unavailable, bind, remark=remark)
+def bind_backward(spec: AttentionSpec, layout: BackwardLayout, family: Family, arrays: ArrayShapes) -> BoundBackward:
+    """Its gradients, likewise."""
+    from flashtile.engines.dask import gradients
+
+    return gradients.bind_backward(spec, layout, family, arrays)
+
+
+ENGINE = Engine("dask", unavailable, bind, bind_backward, remark)

@@ -43,7 +43,7 @@ def result(work: Work, cut: Cut, arrays: Sequence[Any], token: str, dtype: Any, 
         of(k, f"flashtile-k-{token}", cut, tile=cut.tile_k, grouped=False),
         of(v, f"flashtile-v-{token}", cut, tile=cut.tile_k, grouped=False),
     ]
-    rows, keys = _sizes(spec.q_len, cut.tile_q), _sizes(spec.kv_len, cut.tile_k)
+    rows, keys = sizes_of(spec.q_len, cut.tile_q), sizes_of(spec.kv_len, cut.tile_k)
     needs = [x.collection for x in operands if x.collection is not None]
     if bias is not None:
         bias = of_bias(bias, cut, rows, keys)
@@ -56,8 +56,8 @@ def result(work: Work, cut: Cut, arrays: Sequence[Any], token: str, dtype: Any, 
     graph = HighLevelGraph.from_collections(name, layer, dependencies=needs)
     chunks = cut.batches, cut.heads, rows
     real = DTYPES[DTYPES[spec.dtype].accumulator].numpy
-    o = _picked(graph, name, "o", {(*at, 0): (getitem, key, 0) for at, key in ends.items()})
-    lse = _picked(graph, name, "lse", {at: (getitem, key, 1) for at, key in ends.items()})
+    o = picked(graph, name, "o", {(*at, 0): (getitem, key, 0) for at, key in ends.items()})
+    lse = picked(graph, name, "lse", {at: (getitem, key, 1) for at, key in ends.items()})
     return Result(
         da.Array(o, f"{name}-o", (*chunks, (spec.value_size,)), dtype=dtype, meta=np.empty((0,) * 4, dtype)),
         da.Array(lse, f"{name}-lse", chunks, dtype=real, meta=np.empty((0,) * 3, real)),
@@ -65,7 +65,7 @@ def result(work: Work, cut: Cut, arrays: Sequence[Any], token: str, dtype: Any, 
     )
 
 
-def _picked(graph: Any, name: str, what: str, tasks: dict[Any, Any]) -> Any:
+def picked(graph: Any, name: str, what: str, tasks: dict[Any, Any]) -> Any:
     """The graph with a layer that takes one result out of each chain's last."""
     from dask.highlevelgraph import HighLevelGraph
 
@@ -74,7 +74,8 @@ def _picked(graph: Any, name: str, what: str, tasks: dict[Any, Any]) -> Any:
     return HighLevelGraph(layers, {**graph.dependencies, own: {name}})
 
 
-def _sizes(length: int, tile: int) -> tuple[int, ...]:
+def sizes_of(length: int, tile: int) -> tuple[int, ...]:
+    """The rows of each tile."""
     return tuple(min(tile, length - first) for first in range(0, length, tile)) or (0,)
 
 
@@ -94,7 +95,7 @@ def _chains(
                 for n, (j, todo) in enumerate(steps):
                     key = (name, b, h, i, n)
                     keys = (None, None) if j < 0 else (k.block(b, h, j), v.block(b, h, j))
-                    extra = () if bias is None or j < 0 else (_bias_key(bias, b, h, i, j),)
+                    extra = () if bias is None or j < 0 else (bias_key(bias, b, h, i, j),)
                     place = batch, head, i, j, todo, n == len(steps) - 1
                     layer[key] = (step, f"{name}-work", *place, state, q.block(b, h, i), *keys, *extra)
                     state = key
@@ -103,7 +104,7 @@ def _chains(
     return ends, count
 
 
-def _bias_key(bias: Any, *numbers: int) -> Any:
+def bias_key(bias: Any, *numbers: int) -> Any:
     """The key of the block of a bias for a block of scores."""
     own = numbers[4 - bias.ndim :]
     return (bias.name, *(n if len(sizes) > 1 else 0 for n, sizes in zip(own, bias.chunks, strict=True)))

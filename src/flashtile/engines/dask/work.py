@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import uuid
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -54,8 +54,7 @@ class Work:
     uid: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        fields = self.spec, self.scoring, self.offsets, self.tile_q, self.tile_k, self.bias, self.uid
-        return _received, fields
+        return _received, (type(self), *(getattr(self, x.name) for x in fields(self)))
 
     @cached_property
     def forward(self) -> tuple[TileKernel, Native]:
@@ -83,9 +82,9 @@ class Work:
         return DTYPES[DTYPES[self.spec.dtype].accumulator].numpy
 
 
-def _received(*fields: Any) -> Work:
+def _received(kind: type[Work], *values: Any) -> Work:
     """The work of these fields; in a process that has it, that one with its compiled kernel."""
-    work = Work(*fields)
+    work = kind(*values)
     with _lock:
         work = _kept.setdefault(work.uid, work)
         _kept.move_to_end(work.uid)
@@ -124,28 +123,28 @@ def step(
     else:
         o, lse = state[0].copy(), state[1].copy()
     row, key = i * work.tile_q, max(j, 0) * work.tile_k
-    captures = {} if bias is None else {"captures": _captures(work, bias, batch, head, row, key)}
+    captures = {} if bias is None else {"captures": captures_of(work, bias, batch, head, row, key)}
     block = kernel.filled(q_s=q.strides[2], o_s=o.strides[2], **{n: address_of(x) for n, x in captures.items()})
-    scratch, sinks = _scratch(kernel.scratch_bytes), int(block[kernel.words["sinks"]])
+    scratch, sinks = scratch_at(kernel.scratch_bytes), int(block[kernel.words["sinks"]])
     todo = np.broadcast_to(visits, sizes[:2])
     for b, h in np.argwhere(todo).tolist():
         of_all = (batch + b) * spec.heads + head + h
         values = {
-            "q": _at(q, b, h, row),
-            "o": _at(o, b, h, row),
+            "q": start_of(q, b, h, row),
+            "o": start_of(o, b, h, row),
             "lse": address_of(lse) + b * lse.strides[0] + h * lse.strides[1] - of_all * spec.q_len * lse.itemsize,
             "carry": int(bool(todo[b, h] & CARRY)),
             "sinks": sinks if todo[b, h] & LAST else 0,
-            "k": _at(q, b, h, row),  # where no key is read the queries stand in
-            "v": _at(q, b, h, row),
+            "k": start_of(q, b, h, row),  # where no key is read the queries stand in
+            "v": start_of(q, b, h, row),
             "kv_len": 0,
         }
         values["lse"] -= row * lse.itemsize
         if not todo[b, h] & NO_KEYS:
             assert k is not None and v is not None
             g = h // spec.group
-            values |= {"k": _at(k, b, g, key), "v": _at(v, b, g, key), "k_s": k.strides[2], "v_s": v.strides[2]}
-            values["kv_len"] = key + k.shape[2]
+            values |= {"k": start_of(k, b, g, key), "v": start_of(v, b, g, key)}
+            values |= {"k_s": k.strides[2], "v_s": v.strides[2], "kv_len": key + k.shape[2]}
         for name, value in values.items():
             block[kernel.words[name]] = value
         item = work.item(of_all, i, max(j, 0))
@@ -162,7 +161,7 @@ def _finished(work: Work, o: np.ndarray, lse: np.ndarray) -> np.ndarray:
     rows = lse.size
     at = {"parts_o": address_of(o), "parts_lse": address_of(lse), "o": address_of(out), "o_s": out.strides[2]}
     block = kernel.filled(**at)
-    if status := native.run(address_of(block), 0, rows, _scratch(kernel.scratch_bytes)):
+    if status := native.run(address_of(block), 0, rows, scratch_at(kernel.scratch_bytes)):
         raise KernelError(f"dask: the cast of a block failed with status {status}")
     return out
 
@@ -181,29 +180,19 @@ def adjacent(x: np.ndarray) -> np.ndarray:
     return x if fits else np.ascontiguousarray(x)
 
 
-def _at(x: np.ndarray, b: int, h: int, row: int) -> int:
+def start_of(x: np.ndarray, b: int, h: int, row: int) -> int:
     """Where the whole array of this head would begin, if the block began at its row `row`."""
     return address_of(x) + b * x.strides[0] + h * x.strides[1] - row * x.strides[2]
 
 
-def _captures(work: Work, bias: np.ndarray, *first: int) -> np.ndarray:
+def captures_of(work: Work, bias: np.ndarray, *first: int) -> np.ndarray:
     """The capture block, where the block of the bias stands for the whole one."""
     assert work.scoring is not None and work.scoring.program is not None and work.bias is not None
     program = work.scoring.program
-    words = Block(program.slots)
-    found = words.pack(program.captures)
-    at = words.word(program.slots[work.bias])
-    whole = program.captures[work.bias].array  # type: ignore[union-attr]  # it is an array's
-    address = bias.ctypes.data
-    for axis, start in enumerate(first[4 - whole.ndim :]):
-        if whole.shape[axis] > 1:
-            address -= start * bias.strides[axis]
-        found[at + 1 + 2 * axis : at + 3 + 2 * axis] = whole.shape[axis], bias.strides[axis]
-    found[at] = address
-    return found
+    return Block(program.slots).pack_part(program.captures, program.slots[work.bias], bias, first)
 
 
-def _scratch(size: int) -> int:
+def scratch_at(size: int) -> int:
     """The address of this thread's scratch memory."""
     kept = getattr(_here, "scratch", None)
     if kept is None or kept.size < size + CACHE_LINE:

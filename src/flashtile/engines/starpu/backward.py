@@ -8,6 +8,7 @@ numbers only, and so do the bits.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
@@ -47,13 +48,17 @@ ADD = ((0, "parts", None), (1, "dq", "dq_s"))
 FIRST = np.iinfo(np.int32).max  # the priority of what others wait for; StarPU's limits cut it down
 
 Tensors = Mapping[str, TiledTensor]
+Part = tuple[range, range, range, range]  # batches, heads, query tiles, key tiles
+NOTHING: Part = (range(0),) * 4
 
 
-def pairs_of(spec: AttentionSpec, coverage: TileCoverage) -> Pairs:
-    """Every task of a call, in the order of submission: head by head, then place by place."""
+def pairs_of(spec: AttentionSpec, coverage: TileCoverage, part: Part | None = None) -> Pairs:
+    """Every task of a call, or of a part of its tiles, in their order: head by head, then place by place."""
     touched = coverage.touched()
     touched = np.broadcast_to(touched, (spec.batch, spec.heads, *touched.shape[2:]))
-    batch, head, i, j = (x.astype(np.int64) for x in np.nonzero(touched))
+    where = part or tuple(map(range, touched.shape))
+    found = np.nonzero(touched[tuple(slice(x.start, x.stop) for x in where)])
+    batch, head, i, j = (x.astype(np.int64) + axis.start for x, axis in zip(found, where, strict=True))
     key_tiles = max(1, touched.shape[3])
     own = np.minimum(i * coverage.tile_q // coverage.tile_k, key_tiles - 1)
     step = (own - j) % key_tiles
@@ -77,6 +82,7 @@ class BackwardFlow:
 
     wanted: names among "q", "k", "v" and "sinks"; arrays: the slots and shapes of captured arrays whose gradients are
     wanted. offsets and scoring as those of flow.Flow. A flow with arrays is submitted once: their sums are its own.
+    part: the tiles that it computes, None: all; see `of`.
     """
 
     def __init__(
@@ -90,6 +96,7 @@ class BackwardFlow:
         offsets: np.ndarray | None = None,
         scoring: Scoring | None = None,
         arrays: ArrayShapes = (),
+        part: Part | None = None,
     ) -> None:
         self.spec, self.tile_q, self.tile_k = spec, tile_q, tile_k
         self.accumulator = DTYPES[DTYPES[spec.dtype].accumulator]
@@ -107,8 +114,20 @@ class BackwardFlow:
         anchors = np.array([spec.offset or 0], np.int64) if offsets is None else offsets
         panel = kernels.rows_at_once(spec, "backward")
         self.coverage = coverage_of(spec, scoring, panel, tile_q, tile_k, anchors)
-        self.pairs = pairs_of(spec, self.coverage)
+        self._plan(part)
+
+    def of(self, part: Part) -> BackwardFlow:
+        """The tasks of a part of the tiles: with the kernels, the coverage and the sums of arrays of this one."""
+        found = copy.copy(self)
+        found._plan(part)
+        return found
+
+    def _plan(self, part: Part | None) -> None:
+        self.pairs = pairs_of(self.spec, self.coverage, part)
         self.tasks = self._backward_tasks()
+        if self.arrays is not None:
+            turns = self.arrays.turn_of(**_places(self.pairs))
+            self._turns, self._turn = np.unique(turns, return_inverse=True)
 
     def submit(self, job: Job, given: Tensors) -> int:
         """Submit the whole pass: gradients are added to those of dq, dk, dv and dsinks that are wanted. Returns the
@@ -147,7 +166,7 @@ class BackwardFlow:
         modes = ["RW" if name in GRADIENTS else "R" for name in self.names]
         if self.arrays is not None:
             assert turns is not None
-            columns.append(turns.handles[0, 0, self.arrays.turn_of(**_places(p))])
+            columns.append(turns.handles[0, 0, self._turn[some]])
             modes.append("RW")
         tasks = self.tasks[some]
         numbers = np.tile([job.runtime.constant(mode) for mode in modes], (len(tasks), 1))
@@ -165,7 +184,7 @@ class BackwardFlow:
 
     def turns(self, job: Job) -> TiledTensor | None:
         """The handles that order tasks which add to the same elements of arrays; None without arrays."""
-        return None if self.arrays is None else self._zeros(job, (1, 1, self.arrays.turns), 1)
+        return None if self.arrays is None else self._zeros(job, (1, 1, len(self._turns)), 1)
 
     def sums_of(self, job: Job, gradient: TiledTensor) -> TiledTensor:
         """The gradient; or sums of its own, if it cannot hold them."""
@@ -207,9 +226,9 @@ class BackwardFlow:
         columns += sum(spec.value_size if x == "dv" else spec.head_size for x in self.gradients)
         return 2.0 * columns
 
-    def submit_deltas(self, job: Job, given: Tensors) -> int:
+    def submit_deltas(self, job: Job, given: Tensors, first: tuple[int, int, int] = (0, 0, 0)) -> int:
         """delta of every query tile, and what its rows give to their sink: one head's sum gets them in their order, or
-        dsinks (B, H, query tiles) has one for each."""
+        dsinks (B, H, query tiles) has one for each. first: batch, head and query tile at which the tensors begin."""
         spec, queries = self.spec, given["lse"]
         grid = queries.grid
         batch, head, tile = (x.ravel().astype(np.int64) for x in np.indices(grid))
@@ -219,12 +238,12 @@ class BackwardFlow:
         columns = [given[x].handles[batch, head, np.minimum(tile, given[x].grid[2] - 1)] for x in words]
         modes = [{"delta": "W", "dsinks": "RW"}.get(x, "R") for x in words]
         tasks = np.zeros(len(tile), TASK)
-        tasks["begin"] = batch * spec.heads + head
+        tasks["begin"] = (batch + first[0]) * spec.heads + head + first[1]
         tasks["end"] = tasks["begin"] + 1
         tasks["values"][:, 0] = np.minimum(queries.rows, queries.shape[2] - tile * queries.rows)
         tasks["flops"] = 2.0 * spec.value_size * tasks["values"][:, 0]
         tasks["footprint"] = footprints(f"{self._deltas.identity} {tuple(words)}", tasks["values"][:, :1])
-        tasks["tile"][:, :3] = np.stack([batch, head, tile], axis=1)
+        tasks["tile"][:, :3] = np.stack([batch, head, tile], axis=1) + first
         tasks["priority"] = FIRST
         numbers = np.tile([job.runtime.constant(mode) for mode in modes], (len(tasks), 1))
         program = Program(job.runtime, self._deltas, bindings, ("row_count",))

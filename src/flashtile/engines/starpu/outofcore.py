@@ -41,33 +41,39 @@ Written = Callable[[np.ndarray], None]  # is told of each part of the output tha
 class Room:
     """How a limit is shared out."""
 
-    group: int  # query tiles that are in memory together, of one key/value head
-    buffers: int  # key tiles, each with its values
+    group: int  # tiles that stay in memory together, of queries as a rule, of one key/value head
+    buffers: int  # tiles that pass by them
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes that a call takes beside its inputs: whatever is cut how, a query tile, a key tile."""
+    """Bytes that a call takes beside its inputs: whatever is cut how, a tile that stays, a tile that passes."""
 
     fixed: int
-    query_tile: int
-    key_tile: int
+    stays: int
+    passes: int
+    names: tuple[str, str] = ("query", "key")  # of what stays, of what passes
 
     @property
     def least(self) -> int:
         """Of the smallest working set."""
-        return self.fixed + self.query_tile + LEAST_BUFFERS * self.key_tile
+        return self.fixed + self.stays + LEAST_BUFFERS * self.passes
 
-    def room(self, limit: int, query_tiles: int, workers: int) -> Room:
-        """The share of a limit. Raises: SpecError for one below the smallest working set."""
+    def check(self, limit: int) -> None:
+        """Raise SpecError for a limit below the smallest working set."""
         if limit < self.least:
-            text = f"at least {self.least} bytes: {self.fixed} for results and workers, {self.query_tile} for a query "
-            text += f"tile, {self.key_tile} for each of {LEAST_BUFFERS} key tiles"
+            stays, passes = self.names
+            text = f"at least {self.least} bytes: {self.fixed} for results and workers, {self.stays} for a {stays} "
+            text += f"tile, {self.passes} for each of {LEAST_BUFFERS} {passes} tiles"
             raise wrong("memory_limit", f"{limit} bytes", text)
-        left = limit - self.fixed - self.query_tile
-        buffers = min(workers + SPARE_BUFFERS, max(LEAST_BUFFERS, left // 2 // self.key_tile))
-        more = (left - buffers * self.key_tile) // self.query_tile
-        return Room(min(query_tiles, 1 + max(0, more)), buffers)
+
+    def room(self, limit: int, tiles: int, workers: int) -> Room:
+        """The share of a limit, of so many tiles that are to stay. Raises: SpecError as `check`."""
+        self.check(limit)
+        left = limit - self.fixed - self.stays
+        buffers = min(workers + SPARE_BUFFERS, max(LEAST_BUFFERS, left // 2 // self.passes))
+        more = (left - buffers * self.passes) // self.stays
+        return Room(min(tiles, 1 + max(0, more)), buffers)
 
 
 def needs_of(spec: AttentionSpec, tile_q: int, tile_k: int, fixed: int) -> Needs:
@@ -181,7 +187,7 @@ class _Pass:
         values: list[TiledTensor | None] = [None] * len(self.buffers)
         try:
             for x, kind in ((queries, call.storage), (state, call.accumulator), (logs, call.accumulator)):
-                tensors.append(_tiled(x, kind, call.tile_q))
+                tensors.append(tiled(x, kind, call.tile_q))
             self._submit(job, tensors, np.flatnonzero(self.flow.pairs.key_tile[self.mine] < 0), None, None)
             for n, (tile, chosen) in enumerate(self._visits()):
                 at = n % len(self.buffers)
@@ -190,12 +196,12 @@ class _Pass:
                         old.unregister()  # waits for the tasks that read it
                         held[at] = None
                 placed[at], values[at] = (
-                    _tiled(self._load(read, buffer, tile), call.storage, call.tile_k)
+                    tiled(self._load(read, buffer, tile), call.storage, call.tile_k)
                     for read, buffer in zip((k, v), self.buffers[at], strict=True)
                 )
                 self._submit(job, tensors, chosen, placed[at], values[at])
             if self.flow.narrow:
-                tensors.append(_tiled(out, call.storage, call.tile_q))
+                tensors.append(tiled(out, call.storage, call.tile_q))
                 submit_finish(job, tensors[1], tensors[2], tensors[3])
             job.wait()
         finally:
@@ -244,7 +250,8 @@ class _Pass:
         self.flow.program.submit(job, name, handles, self.modes[numbers], self.flow.tasks[numbers])
 
 
-def _tiled(x: np.ndarray, kind: Any, rows: int) -> TiledTensor:
+def tiled(x: np.ndarray, kind: Any, rows: int) -> TiledTensor:
+    """An array as tiles of so many rows."""
     return TiledTensor(x.shape, kind, rows, address=x.ctypes.data, strides=x.strides, keep=x)
 
 

@@ -235,7 +235,7 @@ def keys_seen(spec: AttentionSpec, cut: Cut, touched: np.ndarray, rank: int) -> 
     """bool (B, H_kv, key tiles): the keys of which some row of a rank sees some."""
     mine = touched[:, :, cut.tiles(spec.q_len, rank)].any(axis=2)
     seen = np.broadcast_to(mine, (spec.batch, spec.heads, touched.shape[3]))
-    return np.asarray(seen.reshape(spec.batch, spec.kv_heads, spec.group, -1).any(axis=2))
+    return np.asarray(seen.reshape(spec.batch, spec.kv_heads, spec.group, touched.shape[3]).any(axis=2))
 
 
 def queries_seen(spec: AttentionSpec, cut: Cut, touched: np.ndarray, rank: int) -> np.ndarray:

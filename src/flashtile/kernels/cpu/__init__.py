@@ -51,7 +51,6 @@ _STORAGE = {"float64": "double", "float32": "float", "float16": "half", "bfloat1
 _PANELS = (1, 2, 4, 8)  # panels a work item may hold
 _TILED_PANELS = (*_PANELS, 16)  # where products are so fast that making a block ready is felt
 _ANYWHERE, IN_REGISTERS = ("registers", "memory"), ("registers",)  # where sums of a product may be
-_BACKWARD_PARTS = 1  # of operands of the backward's products, at most
 _STRIDES = tuple(strides_of("qkvo"))
 _PART_KEYS = 1024  # a part of one row takes some 0.1 ms: long beside handing it out and merging it
 # Where scores rise from key block to key block, every one of them rescales the sums by a factor that was rounded.
@@ -85,21 +84,21 @@ def config_of(spec: AttentionSpec, *, lands: tuple[str, ...] = _ANYWHERE) -> Con
 
 
 def backward_config(spec: AttentionSpec) -> Config:
-    """That of its backward, which takes operands in one part."""
-    return _configured(*_choosing(spec), _ANYWHERE, _BACKWARD_PARTS)
+    """That of its backward."""
+    return _configured(*_choosing(spec), _ANYWHERE)
 
 
 @functools.lru_cache(maxsize=256)
 def _configured(
-    setting: str, dtype: str, precision: str, code: Code | None, dropout: bool, lands: tuple[str, ...], parts: int = 3
+    setting: str, dtype: str, precision: str, code: Code | None, dropout: bool, lands: tuple[str, ...]
 ) -> Config:
-    product = _choice(setting, dtype, precision, lands, parts).product
+    product = _choice(setting, dtype, precision, lands).product
     return Config(isas.named(setting), _STORAGE[dtype], product=product, code=code, dropout=dropout)
 
 
-def _choice(setting: str, dtype: str, precision: str, lands: tuple[str, ...] = _ANYWHERE, parts: int = 3) -> Choice:
+def _choice(setting: str, dtype: str, precision: str, lands: tuple[str, ...] = _ANYWHERE) -> Choice:
     """The product for a dtype at a precision, and why; `setting`: what names the instruction set, if anything does."""
-    return processors.choose(isas.named(setting), dtype, precision, forced=bool(setting), lands=lands, parts=parts)
+    return processors.choose(isas.named(setting), dtype, precision, forced=bool(setting), lands=lands)
 
 
 def decodes(spec: AttentionSpec) -> bool:
@@ -162,7 +161,7 @@ def _capabilities(
 ) -> Capabilities:
     c = _configured(setting, dtype, precision, code, dropout, lands)
     choice = _choice(setting, dtype, precision, lands)
-    backward = _choice(setting, dtype, precision, parts=_BACKWARD_PARTS)
+    backward = _choice(setting, dtype, precision)
     found = {name: _choice(setting, "float32", name).product for name in ("bf16", "tf32", "fp16")}
     return Capabilities(
         name="cpu",

@@ -120,13 +120,20 @@ class ArraySums:
     words   their block (steps/arrays.py)
     """
 
-    def __init__(self, plan: ArrayPlan | TileArrays) -> None:
+    def __init__(self, plan: ArrayPlan | TileArrays, alone: bool = False) -> None:
+        """alone: without copies, for work that never meets."""
         self._plan = plan
-        self.memory = [np.zeros((copies, *layout.padded), plan.real) for layout, copies in plan.layouts]
+        many = [1 if alone else copies for _, copies in plan.layouts]
+        self.memory = [np.zeros((n, *x.padded), plan.real) for n, (x, _) in zip(many, plan.layouts, strict=True)]
         words: list[int] = []
-        for (layout, copies), memory in zip(plan.layouts, self.memory, strict=True):
-            words += layout.words(memory, own=copies > 1)
+        for n, (layout, _), memory in zip(many, plan.layouts, self.memory, strict=True):
+            words += layout.words(memory, own=n > 1)
         self.words = np.array(words, np.int64)
+
+    @property
+    def address(self) -> int:
+        """Of the words."""
+        return address_of(self.words)
 
     def totals(self) -> dict[int, np.ndarray]:
         """The sums by the numbers of their slots."""
@@ -231,6 +238,10 @@ class TileArrays:
     def copy_of(self, **at: np.ndarray) -> np.ndarray:
         """Which copy a tile at (b, h, i, j) adds to."""
         return self._tiles.number(self._apart, at)
+
+    def alone(self) -> ArraySums:
+        """See TileSums.alone."""
+        return ArraySums(self, alone=True)
 
     def turn_of(self, **at: np.ndarray) -> np.ndarray:
         """Which turn it takes: 0 <= n < `turns`."""

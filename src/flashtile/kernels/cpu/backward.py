@@ -20,6 +20,7 @@ from flashtile.kernels.cpu.passes import add_parts
 from flashtile.kernels.cpu.passes.backward import EXPORTS, backward_text
 from flashtile.kernels.cpu.readings import readings
 from flashtile.kernels.cpu.score_values import NO_SCORES, ScoreValues, score_steps
+from flashtile.kernels.cpu.steps.range import least_of_scores
 from flashtile.llvm import jit
 from flashtile.plan import Plan
 from flashtile.plan.tiling import flops_of
@@ -233,14 +234,15 @@ def ready(c: Config, values: dict[str, int], rows: int) -> dict[str, int]:
     """The words that say whether Q and dO of so many rows are made ready at once."""
     kept = -(-rows // c.panel) * c.panel * _ready_bytes(c, values) <= _KEPT_BYTES
     found = {"kept": int(kept)}
-    found |= {"q_step": kept * values["key_words"] * c.size, "do_step": kept * values["value_words"] * c.size}
+    step = kept * c.size * c.product.parts
+    found |= {"q_step": values["key_words"] * step, "do_step": values["value_words"] * step}
     stay = kept or c.lands_in_memory  # until the exchange of their span (steps/held.py)
     return found | {f"{x}_kept": stay * values[f"pack_{x}"] * values[f"{x}_row"] for x in ("q", "do")}
 
 
 def _ready_bytes(c: Config, values: dict[str, int]) -> int:
     """Bytes of a row of Q and dO that are made ready."""
-    found = (values["key_words"] + values["value_words"]) * c.size
+    found = (values["key_words"] + values["value_words"]) * (c.size * c.product.parts)
     return found + sum(values[f"{x}_row"] // c.per_word for x in ("q", "do") if values[f"pack_{x}"])
 
 
@@ -287,9 +289,12 @@ def _values(c: Config, spec: AttentionSpec, layout: BackwardLayout, splits: int)
         "pack_k_columns": int(unlike_columns("k", spec.head_size, columns)),
         "pack_q": int(unlike_columns("q", spec.head_size, wide)),
         "pack_do": int(unlike_columns("do", spec.value_size, value_wide)),
-        "k_row": depth * c.size,
-        "v_row": value_depth * c.size,
-        **dict.fromkeys(("q_row", "dk_row"), wide * c.size),
-        **dict.fromkeys(("do_row", "dv_row"), value_wide * c.size),
+        "k_row": depth * c.size * c.product.parts,
+        "v_row": value_depth * c.size * c.product.parts,
+        "q_row": wide * c.size * c.product.parts,
+        "do_row": value_wide * c.size * c.product.parts,
+        "dk_row": wide * c.size,
+        "dv_row": value_wide * c.size,
+        "least": least_of_scores(c, spec.scale),
         **dict.fromkeys(("first_row", "row_count", "first_key", "copy", "lse_h"), 0),  # of tiles (tiles.py)
     }

@@ -46,6 +46,8 @@ BACKWARD = Block(
     integers("k_row v_row q_row do_row dk_row dv_row"),
     integers("at_q at_do at_q_rows at_do_rows at_state at_flags at_dq at_k at_v at_k_columns at_words"),
     integers("at_dk at_dv at_dk_totals at_dv_totals at_cursor at_dense at_dsink at_kept"),
+    # least: as above.
+    integers("at_key_flags at_lane_flags at_wide_q at_wide_do least"),
     # Of a tile: its rows, its first key (kv_len is where it ends), and which copy of the accumulators in sums is its.
     # lse_h: bytes from a head's lse and delta to the next one's, where a task has several heads.
     integers("first_row row_count first_key copy lse_h"),

@@ -174,6 +174,16 @@ class Config:
         """Bytes between the parts of weights; those of the largest take the scores' place."""
         return (self.score_lines + self.margin) * self.line.bytes
 
+    @property
+    def held_part(self) -> int:
+        """Bytes between the parts of what a panel of the backward holds for the exchange (steps/held.py)."""
+        return self.key_block * self.weight_line.bytes
+
+    @property
+    def pairs_part(self) -> int:
+        """Bytes between the parts of dS as words of several lines."""
+        return (self.key_block // self.per_word + 1) * self.line.bytes
+
     def padded(self, value_size: int) -> int:
         """Value columns rounded up to whole output tiles."""
         return -(-value_size // self.rows) * self.rows

@@ -100,16 +100,20 @@ def backward(c: Config, values: Mapping[str, int], slots: int, keys: int) -> Are
         "k": block * values["k_row"],
         "v": block * values["v_row"],
         "k_columns": c.value_rows(values["head_size"]) * c.value_row(values["head_size"]),
-        "words": (block // c.per_word + 1) * line if c.per_word > 1 else 0,
+        "words": c.pairs_part * c.product.parts if c.per_word > 1 else 0,
         "cursor": 8 * (panels + 1),
         "dense": (len(c.code.dense_loads) + tiles(c.code, c.arrays)) * dense_bytes(c) if c.code else 0,
         "dsink": SinkSums.LINES * line,
         "kept": Kept.nbytes(c) if c.dropout else 0,
+        "key_flags": block * 4 if c.guarded else 0,
+        "lane_flags": panels * line if c.guarded else 0,
+        "wide_q": values["head_size"] * line if c.guarded else 0,
+        "wide_do": values["value_size"] * line if c.guarded else 0,
     }
     held = Held.areas(c).bytes if c.lands_in_memory else 0
     rows = max(slots, PANELS) if c.lands_in_memory else slots  # those of a span stay (steps/held.py)
     for name, words in (("q", "key_words"), ("do", "value_words")):
-        areas[name] = slots * values[words] * line
+        areas[name] = slots * values[words] * line * c.product.parts
         areas[f"{name}_rows"] = (rows if values[f"pack_{name}"] else 1) * pairs * values[f"{name}_row"]
     for name in ("dk", "dv"):
         areas[name] = (block + TILE_ROWS) * values[f"{name}_row"]

@@ -18,8 +18,10 @@ from typing import Any
 from flashtile.arrays import contiguous
 from flashtile.dtypes import dtype_of
 from flashtile.errors import UnavailableError, wrong
+from flashtile.kernels.triton import backward_forms as forms
 from flashtile.kernels.triton import specialisation as special
 from flashtile.kernels.triton import tiles, too_old
+from flashtile.kernels.triton.backward_tiles import backward_tiles
 from flashtile.kernels.triton.compiler import compiled
 from flashtile.kernels.triton.host import MERGE_ROWS
 from flashtile.kernels.triton.parameters import flat_names, layout_of, size_of
@@ -37,11 +39,16 @@ GRIDS = {
     "forward": "B * H / head_block * query_tiles * splits; query_tiles = ceil(S_q / queries), head_block = 1, or where "
     "packed H / H_kv (and query_tiles = 1)",
     "merge": "B * H * query_tiles; query_tiles = ceil(S_q / queries)",
+    "row_deltas": "B * H * query_tiles; query_tiles = ceil(S_q / queries)",
+    "backward_q": "B * H * query_tiles * splits; query_tiles = ceil(S_q / queries), splits = 1 unless partial",
+    "backward_kv": "B * H_kv * key_tiles * splits; key_tiles = ceil(S_kv / keys), splits = row_parts * "
+    "ceil(H / H_kv / split_heads), 1 unless partial",
+    "add_parts": "B * heads * tiles; tiles = ceil(length / queries)",
     "scores": "B * H * query_tiles * key_tiles; query_tiles = ceil(S_q / queries), key_tiles = ceil(S_kv / keys)",
     "softmax": "B * H * query_tiles; query_tiles = ceil(S_q / queries)",
     "output": "B * H * query_tiles; query_tiles = ceil(S_q / queries)",
 }
-KERNELS = tuple(GRIDS)
+KERNELS = ("forward", "merge", "backward", "scores", "softmax", "output")  # backward: all that gradients take
 # What rows see by their position: a band of which either side may be open; keys up to a bound, in fewer instructions;
 # everything.
 BANDS: dict[str, dict[str, Any]] = {"band": {"window": (1, 1)}, "causal": {"causal": True}, "open": {}}
@@ -72,7 +79,8 @@ def choose(
 
     bands    "band" for causal and windowed calls, "causal" for those without a window alone, "open" for those where
              every row sees every key
-    states   of o and lse before and after: see specialisation.STATES
+    states   of o and lse before and after: see specialisation.STATES. Gradients join what their arrays hold, or of
+             partial calls are sums of parts, which one more kernel adds up
     aligned  addresses are multiples of 16 bytes, and strides of 16 elements
     Raises:  SpecError for a name that is not known, UnavailableError if Triton is too old for the architecture.
     """
@@ -85,6 +93,8 @@ def choose(
         for name in names:
             if name not in known:
                 raise wrong(argument, repr(name), "some of " + ", ".join(known))
+    if "backward" in kernels and not {special.FINISHED, special.PARTIAL} & set(states):
+        raise wrong("states", ", ".join(states), f"{special.FINISHED} or {special.PARTIAL} among them, for gradients")
     if tiles.rows_of(arch) is None:
         raise wrong("arch", repr(arch), "an architecture with tile configurations: sm_80 and newer, gfx942, gfx950")
     if (reason := too_old(arch)) is not None:
@@ -118,6 +128,8 @@ def _kernels(
         for finished in sorted({state == special.FINISHED for state in states}):
             what = special.merge(spec, rows, finished=finished, memory=Memory(memory.contiguous, aligned=False))
             yield Chosen(f"merge-{base}-{special.FINISHED if finished else special.PARTIAL}", what, spec, rows)
+    if "backward" in kernels:
+        yield from _gradients(spec, arch, base, states, memory)
     if "scores" in kernels:
         yield Chosen(f"scores-{base}-{band}", special.scores(spec, unfused, memory=memory), spec, unfused)
     if "softmax" in kernels:
@@ -126,6 +138,30 @@ def _kernels(
         for state in states:
             name = f"output-{base}" + (state != special.FINISHED) * f"-{state}"
             yield Chosen(name, special.output(spec, unfused, state=state, memory=memory), spec, unfused)
+
+
+def _gradients(spec: AttentionSpec, arch: str, base: str, states: tuple[str, ...], memory: Memory) -> Iterator[Chosen]:
+    """The kernels of a backward call, in order; those of a band take every band.
+
+    Raises: UnavailableError where there are no tiles for it.
+    """
+    found = backward_tiles(spec, arch)
+    if found is None:
+        what = f"{tiles.kind_of(spec)} with head size {spec.head_size}"
+        raise UnavailableError(f"aot: got gradients of {what}, expected what {arch} has tiles for")
+    rows, sides = Tile(forms.ROWS, forms.ROWS), "open" if spec.band is None else "band"
+    for dlse in (False, True):
+        yield Chosen(f"row_deltas-{base}" + "-dlse" * dlse, forms.row_deltas(spec, dlse, memory), spec, rows)
+    for parts in sorted({state == special.PARTIAL for state in states if state != special.CARRIED}):
+        end = special.PARTIAL if parts else special.FINISHED
+        for contain in (False, True):
+            last = "-contain" * contain
+            how: dict[str, Any] = {"contain": contain, "parts": parts, "memory": memory}
+            of_q, of_kv = forms.backward_q(spec, found[0], **how), forms.backward_kv(spec, found[1], **how)
+            yield Chosen(f"backward_q-{base}-{sides}-{end}{last}", of_q, spec, found[0])
+            yield Chosen(f"backward_kv-{base}-{sides}-{end}{last}", of_kv, spec, found[1])
+        if parts:
+            yield Chosen(f"add_parts-{base}", forms.add_parts(spec, spec.head_size), spec, rows)
 
 
 def build(folder: Path, arch: str, chosen: Iterable[Chosen]) -> Iterator[dict[str, Any]]:

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from flashtile.kernels.triton.dropout import kept, share_of
 from flashtile.kernels.triton.functions import exp
-from flashtile.kernels.triton.language import LOG2E, MINUS_INF, over, spread
+from flashtile.kernels.triton.language import LOG2E, MINUS_INF, over, rounded, spread
 
 
 @triton.jit
@@ -61,6 +61,44 @@ def sink_sums(lse, delta, sinks, dsinks, first, q_len, TILE_Q: tl.constexpr):
         given = exp(sink - nats) * tl.load(delta + at + start + n, mask=there, other=0.0)
         total -= tl.where(there, given, 0.0)
     tl.store(dsinks + item, tl.where(sink == MINUS_INF, 0.0, tl.sum(total, 0)))
+
+
+@triton.jit
+def add_parts(
+    parts, out, out_b, out_h, out_s, out_d, split,
+    first, heads, length, size, tiles, splits, TILE_Q: tl.constexpr, VALUE: tl.constexpr,
+):  # fmt: skip
+    """out += the sum of partial gradients, in order.
+
+    Shapes:  parts (splits, B, H, S, D), contiguous, `split` elements each; out (B, H, S, D) of any strides. As a kernel
+             of dK or dV takes them, H is H_kv and S is S_kv.
+    """
+    item = first + tl.program_id(0)
+    block, tile = item // tiles, item % tiles
+    row, d = (tile * TILE_Q + tl.arange(0, TILE_Q)).to(tl.int64), tl.arange(0, VALUE)
+    there = (row < length)[:, None] & (d < size)[None, :]
+    parts += (block.to(tl.int64) * length + row)[:, None] * size + d[None, :]
+    total = tl.zeros([TILE_Q, VALUE], parts.dtype.element_ty)
+    for n in range(0, splits):
+        total += tl.load(parts + n * split, mask=there, other=0.0)
+    b, h = (block // heads).to(tl.int64), (block % heads).to(tl.int64)
+    add_to(out + b * out_b + h * out_h + row[:, None] * out_s + d[None, :].to(tl.int64) * out_d, total, there)
+
+
+@triton.jit
+def add_to(out, total, there):
+    """Add sums to what an array holds."""
+    before = tl.load(out, mask=there, other=0.0).to(total.dtype)
+    tl.store(out, rounded(before + total, out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def leave(out, total, there, PARTS: tl.constexpr):
+    """Sums on their way out: added to what the array holds, or, as one of several parts, stored."""
+    if PARTS:
+        tl.store(out, total, mask=there)
+    else:
+        add_to(out, total, there)
 
 
 @triton.jit
@@ -122,9 +160,10 @@ def over_keys(
     SLOPE: tl.constexpr, GIVES: tl.constexpr, PLACE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The sums of STEP over every key tile that some row sees, those that all rows see whole first, as the forward
-    goes. limits: the keys [low, high) of each row; table: of a mask's coverage, see tables.py."""
+    goes. limits: the keys [low, high) of each row, and those [begin, end) of this part, whole tiles; table: of a mask's
+    coverage, see tables.py."""
+    low, high, begin, end = limits
     if MASK is None:
-        low, high = limits
         touched = tl.min(low, 0) // TILE_K * TILE_K
         stop = tl.max(high, 0)
         full_from = tl.cdiv(tl.max(low, 0), TILE_K) * TILE_K
@@ -147,13 +186,17 @@ def over_keys(
     else:
         first, runs = table
         for run in range(tl.load(first), tl.load(first + 1)):
-            for n0 in range(tl.load(runs + 2 * run), tl.load(runs + 2 * run + 1), TILE_K):
+            for n0 in range(
+                tl.maximum(tl.load(runs + 2 * run), begin), tl.minimum(tl.load(runs + 2 * run + 1), end), TILE_K
+            ):
                 sums = STEP(
                     sums, n0, rows, loads, at, where, True, SELECT, TILE_K, WHOLE, OPERAND, PRECISION, SCORE, MASK,
                     SLOPE, GIVES, PLACE, ACC,
                 )  # fmt: skip
         for run in range(tl.load(first + 1), tl.load(first + 2)):
-            for n0 in range(tl.load(runs + 2 * run), tl.load(runs + 2 * run + 1), TILE_K):
+            for n0 in range(
+                tl.maximum(tl.load(runs + 2 * run), begin), tl.minimum(tl.load(runs + 2 * run + 1), end), TILE_K
+            ):
                 sums = STEP(
                     sums, n0, rows, loads, at, where, False, SELECT, TILE_K, WHOLE, OPERAND, PRECISION, SCORE, MASK,
                     SLOPE, GIVES, PLACE, ACC,

@@ -27,7 +27,7 @@ LARGEST_POWER = tl.constexpr(960)  # of two that scales a term: what it leaves i
 def array_sums(
     q, k, v, do, lse, delta, largest, totals, flags,
     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, do_b, do_h, do_s, do_d,
-    first, heads, group, q_len, kv_len, head_size, value_size, query_tiles, elements, terms_bits,
+    first, heads, group, q_len, kv_len, head_size, value_size, query_tiles, splits, split_keys, elements, terms_bits,
     scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, captures, threshold, seed,
     SCORE: tl.constexpr, MASK: tl.constexpr, GIVES: tl.constexpr, PLACE: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr, VALUE: tl.constexpr, WHOLE: tl.constexpr,
@@ -42,9 +42,12 @@ def array_sums(
     """
     ACC: tl.constexpr = lse.dtype.element_ty
     item = first + tl.program_id(0)
+    split, item = item % splits, item // splits  # sums of integers: parts of the keys join as other tiles do
+    begin = split * split_keys
+    end = tl.minimum(begin + split_keys, kv_len)
     tile = item % query_tiles
     b, h, kv, i, inside = locate(item // query_tiles, tile, heads, group, q_len, TILE_Q, False)
-    low, high = key_limits(i, b, tl.zeros_like(kv_len), kv_len, left, right, offset, offsets, BAND)
+    low, high = key_limits(i, b, begin, end, left, right, offset, offsets, BAND)
     high = tl.where(inside, high, low)
     loads, at = tile_of_rows(
         q, k, v, do, q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, do_b, do_h, do_s, do_d,
@@ -58,7 +61,8 @@ def array_sums(
     if totals is not None:
         into = (totals, flags, tl.exp2(power_of(largest, terms_bits)), tl.exp2(_room(terms_bits)), elements)
     most = over_keys(
-        sums, (low, high), table, of_rows, loads, at, (captures, threshold, seed, b * heads + h, into), _key_tile,
+        sums, (low, high, begin, end), table, of_rows, loads, at, (captures, threshold, seed, b * heads + h, into),
+        _key_tile,
         (BY_ROW, BY_KEY, WORDS if totals is not None else 0), TILE_K, WHOLE, OPERAND, PRECISION, SCORE, MASK,
         None, GIVES, PLACE, ACC,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from flashtile.kernels.triton import specialisation as special
@@ -37,42 +38,76 @@ def sink_sums(spec: AttentionSpec) -> Specialisation:
     return special._specialisation("sink_sums", arguments, {"TILE_Q": BLOCK}, Memory(aligned=False), Tile(1, 1, 4, 1))
 
 
-def backward_q(spec: AttentionSpec, tile: Tile, *, contain: bool, memory: Memory) -> Specialisation:
-    """The kernel of dQ (backward_q.py). contain: the second launch of a call, as `specialisation.forward` has it."""
-    element, _ = special._elements(spec)
+def add_parts(spec: AttentionSpec, size: int) -> Specialisation:
+    """The sum of partial gradients with rows of `size`, added to an array of the storage type (backward.py)."""
+    element, accumulator = special._elements(spec)
+    arguments: dict[str, Type | None] = {
+        "parts": f"*{accumulator}",
+        "out": f"*{element}",
+        **{f"out_{axis}": "i64" for axis in "bhsd"},
+        "split": "i64",
+        **special._sizes("first", "heads", "length", "size", "tiles", "splits"),
+    }
+    constants: dict[str, Constant] = {"TILE_Q": ROWS, "VALUE": padded(size)}
+    return special._specialisation("add_parts", arguments, constants, Memory(aligned=False), Tile(ROWS, ROWS, 4, 1))
+
+
+def backward_q(
+    spec: AttentionSpec, tile: Tile, *, contain: bool, parts: bool = False, memory: Memory
+) -> Specialisation:
+    """The kernel of dQ (backward_q.py). contain: the second launch of a call, as `specialisation.forward` has it.
+
+    parts: each work item has a part of the keys, and dq is the parts' sums, in accumulators.
+    """
+    element, accumulator = special._elements(spec)
     arguments = {
         **_inputs(spec),
-        "dq": f"*{element}",
+        "dq": f"*{accumulator if parts else element}",
         "odd": "*i32",
         **special._strides(("q", "k", "v", "do", "dq"), memory),
         **special._sizes("first", "items", "heads", "group", "q_len", "kv_len", "head_size", "value_size"),
         **special._sizes("query_tiles"),
+        **_of_parts(parts, ("splits", "split_keys"), ("dq_split",)),
         **_scores(spec),
     }
-    constants = {**_constants(spec, tile), "CONTAIN": contain}
+    constants = {**_constants(spec, tile), "PARTS": parts, "CONTAIN": contain}
     tile = special.contained(tile) if contain else tile
     return special._specialisation("backward_q", arguments, constants, memory, tile, spec.program)
 
 
 def backward_kv(
-    spec: AttentionSpec, tile: Tile, *, contain: bool, dk: bool = True, dv: bool = True, memory: Memory
+    spec: AttentionSpec,
+    tile: Tile,
+    *,
+    contain: bool,
+    parts: bool = False,
+    dk: bool = True,
+    dv: bool = True,
+    memory: Memory,
 ) -> Specialisation:
-    """The kernel of dK and dV, either of which may be absent (backward_kv.py)."""
-    element, _ = special._elements(spec)
+    """The kernel of dK and dV, either of which may be absent (backward_kv.py). parts: as `backward_q`, of rows."""
+    element, accumulator = special._elements(spec)
+    written = accumulator if parts else element
     strides = special._strides(("q", "k", "v", "do", "dk", "dv"), memory)
     absent = [name for name, there in (("dk", dk), ("dv", dv)) if not there]
     strides = {name: None if name[:2] in absent else t for name, t in strides.items()}
     arguments: dict[str, Type | None] = {
         **_inputs(spec),
-        "dk": f"*{element}" if dk else None,
-        "dv": f"*{element}" if dv else None,
+        "dk": f"*{written}" if dk else None,
+        "dv": f"*{written}" if dv else None,
         "odd": "*i32",
         **strides,
         **special._sizes("first", "items", "heads", "group", "q_len", "kv_len", "head_size", "value_size"),
         **special._sizes("key_tiles"),
+        **_of_parts(
+            parts,
+            ("splits", "row_parts", "split_rows", "split_heads"),
+            [f"{name}_split" for name in ("dk", "dv") if name not in absent],
+        ),
+        **{f"{name}_split": None for name in absent},
         **_scores(spec),
     }
-    constants = {**_constants(spec, tile), "CONTAIN": contain}
+    constants = {**_constants(spec, tile), "PARTS": parts, "CONTAIN": contain}
     tile = special.contained(tile) if contain else tile
     return special._specialisation("backward_kv", arguments, constants, memory, tile, spec.program)
 
@@ -89,6 +124,7 @@ def array_sums(spec: AttentionSpec, tile: Tile, number: int, *, totals: bool, me
         "flags": "*i32" if totals else None,
         **special._strides(("q", "k", "v", "do"), memory),
         **special._sizes("first", "heads", "group", "q_len", "kv_len", "head_size", "value_size", "query_tiles"),
+        **special._sizes("splits", "split_keys"),
         "elements": "i64" if totals else None,
         "terms_bits": "i32" if totals else None,
         **_scores(spec),
@@ -124,6 +160,14 @@ def clear() -> Specialisation:
     """Zeros."""
     arguments: dict[str, Type | None] = {"words": "*i32", "count": "i64", "first": "i32"}
     return special._specialisation("clear", arguments, {"TILE_Q": BLOCK}, Memory(aligned=False), Tile(1, 1, 4, 1))
+
+
+def _of_parts(parts: bool, sizes: Iterable[str], distances: Iterable[str]) -> dict[str, Type | None]:
+    """Arguments that say which part a work item has, and how far parts lie from one another; without parts, none."""
+    return {
+        **{name: "i32" if parts else None for name in sizes},
+        **{name: "i64" if parts else None for name in distances},
+    }
 
 
 def words_of(spec: AttentionSpec) -> int:

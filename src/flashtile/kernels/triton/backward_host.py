@@ -13,6 +13,7 @@ from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import wrong
 from flashtile.kernels import Stage
 from flashtile.kernels.triton import backward_forms as forms
+from flashtile.kernels.triton import backward_parts
 from flashtile.kernels.triton.device import Bound, Device, Pointer
 from flashtile.kernels.triton.host import (
     MOST_TABLES,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 _AXES = "bhsd"
 _OPERANDS = ("q", "k", "v", "o", "do", "dq", "dk", "dv")
+_GRADIENTS = ("dq", "dk", "dv")
 _TIMES_FORWARD = 7, 2  # seven products where the forward has two: S and dP are formed for dQ, and again for dK and dV
 ARRAY_ROWS = 64  # most rows of a tile of those that gradients of arrays walk
 _WORD = 4  # bytes of what `clear` writes
@@ -85,16 +87,33 @@ class Backward:
         self._tile_arrays = replace(tile_q, tile_q=min(tile_q.tile_q, ARRAY_ROWS))  # places take registers, too
         self._key_tiles = -(-spec.kv_len // tile_kv.tile_k)
         heads, kv_heads = spec.batch * spec.heads, spec.batch * spec.kv_heads
-        self._items_q, self._items_kv = heads * -(-spec.q_len // tile_q.tile_q), kv_heads * self._key_tiles
-        self._items_arrays = heads * -(-spec.q_len // self._tile_arrays.tile_q)
-        check_lengths(spec, max(self._items_arrays, self._items_kv))
+        items_q, items_kv = heads * -(-spec.q_len // tile_q.tile_q), kv_heads * self._key_tiles
+        items_arrays = heads * -(-spec.q_len // self._tile_arrays.tile_q)
+        check_lengths(spec, max(items_arrays, items_kv))
+        busy = device.processors()
+        self._keys = backward_parts.parts_of_keys(items_q, spec.kv_len, tile_q.tile_k, busy)
+        self._keys_of_arrays = backward_parts.parts_of_keys(items_arrays, spec.kv_len, tile_q.tile_k, busy)
+        self._rows = backward_parts.parts_of_rows(items_kv, spec.group, spec.q_len, tile_kv.tile_q, busy)
+        self._items_q, self._items_kv = items_q * self._keys.count, items_kv * self._rows.count
+        self._items_arrays = items_arrays * self._keys_of_arrays.count
+        of_keys = spec.kv_heads, spec.kv_len
+        self._shapes = {
+            "dq": (spec.heads, spec.q_len, spec.head_size),
+            "dk": (*of_keys, spec.head_size),
+            "dv": (*of_keys, spec.value_size),
+        }
         self._strides = _strides_of(layout, spec)
         self._element, self._accumulator = ELEMENTS[spec.dtype], ELEMENTS[lse_type(spec)]
         times, over = _TIMES_FORWARD
         self.plan = Plan(1, 1, 1, 1, spec.q_len, spec.kv_len, flops_of(spec) * times // over, at_once=True)
         size = DTYPES[lse_type(spec)].itemsize
-        counts = size * heads * spec.q_len, _WORD * self._items_q, _WORD * self._items_kv
-        self._delta_at, self._odd_q_at, self._odd_kv_at, self._workspace_bytes = places(counts)
+        of_q, of_k, of_v = (
+            0 if count == 1 else size * count * self._elements(name)
+            for name, count in (("dq", self._keys.count), ("dk", self._rows.count), ("dv", self._rows.count))
+        )
+        counts = size * heads * spec.q_len, _WORD * self._items_q, _WORD * self._items_kv, of_q, of_k, of_v
+        self._delta_at, self._odd_q_at, self._odd_kv_at, *parts_at, self._workspace_bytes = places(counts)
+        self._parts_at = dict(zip(("dq", "dk", "dv"), parts_at, strict=True))
         self._bound: dict[Any, Bound] = {}
         self._tables: dict[Any, Table] = {}
 
@@ -133,13 +152,15 @@ class Backward:
         program = None if scoring is None else scoring.program
         if dq:
             marks = Pointer(work.address + self._odd_q_at, "i32", work.keep)
-            given = values | self._table(program, self._tile_q)
-            launches += self._twice(forms.backward_q, self._tile_q, self._items_q, given, marks, memory)
+            given = values | self._table(program, self._tile_q) | {"odd": marks, "items": self._items_q}
+            launches += self._sums(forms.backward_q, self._tile_q, ("dq",), given, work, memory)
         if dk or dv:
             marks = Pointer(work.address + self._odd_kv_at, "i32", work.keep)
-            wanted = {"dk": bool(dk), "dv": bool(dv)}
             given = values | self._table(program, self._tile_kv, keys_first=True)
-            launches += self._twice(forms.backward_kv, self._tile_kv, self._items_kv, given, marks, memory, **wanted)
+            given |= {"odd": marks, "items": self._items_kv}
+            names = tuple(name for name, x in (("dk", dk), ("dv", dv)) if x)
+            wanted = {"dk": bool(dk), "dv": bool(dv)}
+            launches += self._sums(forms.backward_kv, self._tile_kv, names, given, work, memory, **wanted)
         arrays: dict[int, Any] = {}
         if self._arrays:
             values |= self._table(program, self._tile_arrays)
@@ -178,6 +199,7 @@ class Backward:
                 "scale": bits(spec.scale),
                 "key_tiles": self._key_tiles,
                 "query_tiles": -(-spec.q_len // rows),
+                **self._cut(form, how),
             }
             given = parts if form is forms.clear else (spec, *parts)
             specialisation = form(*given, **how)
@@ -191,21 +213,58 @@ class Backward:
         kernel = self._kernel(forms.row_deltas, bool(values["dlse"].address), memory)
         return Launch(kernel, spec.batch * spec.heads * -(-spec.q_len // forms.ROWS), values)
 
-    def _twice(
+    def _cut(self, form: Any, how: Mapping[str, Any]) -> dict[str, int]:
+        """What tells a kernel which part of the keys, or rows, a work item has, and where its sums go."""
+        keys, rows = self._keys_of_arrays if form is forms.array_sums else self._keys, self._rows
+        values = {"splits": rows.count if form is forms.backward_kv else keys.count, "split_keys": keys.length}
+        values |= {"row_parts": rows.row_parts, "split_rows": rows.rows, "split_heads": rows.heads}
+        for name in _GRADIENTS if how.get("parts") else ():
+            heads, length, size = self._shapes[name]
+            values[f"{name}_split"] = self._elements(name)
+            outer = heads * length * size, length * size, size, 1
+            values |= {f"{name}_{axis}": stride for axis, stride in zip(_AXES, outer, strict=True)}
+        return values
+
+    def _elements(self, name: str) -> int:
+        """How many a gradient has."""
+        return self._spec.batch * math.prod(self._shapes[name])
+
+    def _sums(
         self,
         form: Any,
         tile: Tile,
-        items: int,
-        values: Mapping[str, Any],
-        marks: Pointer,
+        names: tuple[str, ...],
+        values: dict[str, Any],
+        work: Pointer,
         memory: Memory,
         **wanted: bool,
     ) -> list[Launch]:
-        """The two launches of a kernel: the second for what is not finite."""
-        given = {**values, "odd": marks, "items": items}
-        both = (self._kernel(form, tile, contain=contain, memory=memory, **wanted) for contain in (False, True))
-        grids = items, min(items, self._device.processors())
-        return [Launch(kernel, grid, given) for kernel, grid in zip(both, grids, strict=True)]
+        """The two launches of a kernel, the second for what is not finite; and where it computes parts, their sums."""
+        parts, sums = (self._rows if form is forms.backward_kv else self._keys).count > 1, []
+        if parts:
+            found = {name: work.address + self._parts_at[name] for name in names}
+            apart = {name: Pointer(at, self._accumulator, work.keep) for name, at in found.items()}
+            sums = [self._joined(name, apart[name], values[name]) for name in names]
+            values = values | apart
+            sizes = (self._shapes[name][2] for name in names)
+            memory = replace(memory, aligned=memory.aligned and not any(size % 16 for size in sizes))
+        how = {"parts": parts, "memory": memory, **wanted}
+        grids = values["items"], min(values["items"], self._device.processors())
+        kernels = (self._kernel(form, tile, contain=contain, **how) for contain in (False, True))
+        return [*(Launch(kernel, grid, values) for kernel, grid in zip(kernels, grids, strict=True)), *sums]
+
+    def _joined(self, name: str, parts: Pointer, out: Pointer) -> Launch:
+        """The launch that adds parts of a gradient up."""
+        heads, length, size = self._shapes[name]
+        tiles = -(-length // forms.ROWS)
+        key = forms.add_parts, name
+        bound = self._bound.get(key)
+        if bound is None:
+            fixed = {f"out_{axis}": self._strides[f"{name}_{axis}"] for axis in _AXES}
+            fixed |= {"first": 0, "heads": heads, "length": length, "size": size, "tiles": tiles}
+            fixed |= {"split": self._elements(name), "splits": (self._keys if name == "dq" else self._rows).count}
+            bound = self._bound[key] = self._device.bind(forms.add_parts(self._spec, size), fixed)
+        return Launch(bound, self._spec.batch * heads * tiles, {"parts": parts, "out": out})
 
     def _array(
         self, number: int, shape: tuple[int, ...], out: Pointer, values: Mapping[str, Any], memory: Memory

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashtile.kernels.triton.backward import load, row_values, weigh
+from flashtile.kernels.triton.backward import leave, load, row_values, weigh
 from flashtile.kernels.triton.containment import add_signed, any_not_finite
 from flashtile.kernels.triton.dropout import share_of
 from flashtile.kernels.triton.language import add_product, number, product, rounded
@@ -22,12 +22,15 @@ def backward_kv(
     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, do_b, do_h, do_s, do_d,
     dk_b, dk_h, dk_s, dk_d, dv_b, dv_h, dv_s, dv_d,
     first, items, heads, group, q_len, kv_len, head_size, value_size, key_tiles,
+    splits, row_parts, split_rows, split_heads, dk_split, dv_split,
     scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, captures, threshold, seed,
     SCORE: tl.constexpr, MASK: tl.constexpr, SLOPE: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     HEAD: tl.constexpr, VALUE: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    BAND: tl.constexpr, CONTAIN: tl.constexpr,
+    BAND: tl.constexpr, PARTS: tl.constexpr, CONTAIN: tl.constexpr,
 ):  # fmt: skip
-    """Work items first, first + 1, ..., tiles of keys: their dK and dV are added to what dk and dv hold.
+    """Work items first, first + 1, ..., tiles of keys: their dK and dV are added to what dk and dv hold. PARTS: each
+    from split_heads of the heads that share them and split_rows of the rows, and dk and dv (splits, B, H_kv, S_kv, D)
+    get what each part gives, dk_split and dv_split elements apart.
 
     Shapes:  as `forward`, do as o, dk as k, dv as v; lse and delta (B, H, S_q). rows and runs: the coverage of a mask
              turned, rows for each tile of keys.
@@ -41,8 +44,10 @@ def backward_kv(
                     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, do_b, do_h, do_s, do_d,
                     dk_b, dk_h, dk_s, dk_d, dv_b, dv_h, dv_s, dv_d,
                     heads, group, q_len, kv_len, head_size, value_size, key_tiles,
+                    splits, row_parts, split_rows, split_heads, dk_split, dv_split,
                     scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, captures, threshold, seed,
-                    SCORE, MASK, SLOPE, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, BAND, CONTAIN,
+                    SCORE, MASK, SLOPE, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, BAND, PARTS,
+                    CONTAIN,
                 )  # fmt: skip
     else:
         _tile(
@@ -50,8 +55,10 @@ def backward_kv(
             q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, do_b, do_h, do_s, do_d,
             dk_b, dk_h, dk_s, dk_d, dv_b, dv_h, dv_s, dv_d,
             heads, group, q_len, kv_len, head_size, value_size, key_tiles,
+            splits, row_parts, split_rows, split_heads, dk_split, dv_split,
             scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, captures, threshold, seed,
-            SCORE, MASK, SLOPE, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, BAND, CONTAIN,
+            SCORE, MASK, SLOPE, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, BAND, PARTS,
+            CONTAIN,
         )  # fmt: skip
 
 
@@ -61,13 +68,24 @@ def _tile(
     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, do_b, do_h, do_s, do_d,
     dk_b, dk_h, dk_s, dk_d, dv_b, dv_h, dv_s, dv_d,
     heads, group, q_len, kv_len, head_size, value_size, key_tiles,
+    splits, row_parts, split_rows, split_heads, dk_split, dv_split,
     scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, captures, threshold, seed,
     SCORE: tl.constexpr, MASK: tl.constexpr, SLOPE: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     HEAD: tl.constexpr, VALUE: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    BAND: tl.constexpr, CONTAIN: tl.constexpr,
+    BAND: tl.constexpr, PARTS: tl.constexpr, CONTAIN: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys: the arguments of `backward_kv`."""
     ACC: tl.constexpr = lse.dtype.element_ty
+    odd += item
+    first_head, heads_here, first_row, last_row = tl.zeros_like(group), group, tl.zeros_like(q_len), q_len
+    if PARTS:
+        split, item = item % splits, item // splits
+        first_head, first_row = split // row_parts * split_heads, split % row_parts * split_rows
+        heads_here, last_row = tl.minimum(split_heads, group - first_head), tl.minimum(first_row + split_rows, q_len)
+        if dk is not None:
+            dk += split.to(tl.int64) * dk_split
+        if dv is not None:
+            dv += split.to(tl.int64) * dv_split
     tile, kv_heads = item % key_tiles, heads // group
     b, kv, n0 = item // key_tiles // kv_heads, item // key_tiles % kv_heads, tile * TILE_K
     batch, kv_head, j = b.to(tl.int64), kv.to(tl.int64), n0 + tl.arange(0, TILE_K)
@@ -79,10 +97,10 @@ def _tile(
     key, value, factor = rounded(key, OPERAND), rounded(value, OPERAND), number(scale, ACC)
 
     m = tl.arange(0, TILE_Q).to(tl.int64)[:, None]
-    rows_at = (n0, kv_len, q_len, head_size, value_size, q_s.to(tl.int64), do_s.to(tl.int64))
+    rows_at = (n0, kv_len, q_len, head_size, value_size, q_s.to(tl.int64), do_s.to(tl.int64), first_row, last_row)
     band = (left, right, offset, offsets)
     sums = tl.zeros([TILE_K, HEAD], ACC), tl.zeros([TILE_K, VALUE], ACC)
-    for g in range(0, group):
+    for g in range(first_head, first_head + heads_here):
         h = kv * group + g
         head = h.to(tl.int64)
         queries = q + batch * q_b + head * q_h + m * q_s + depth * q_d
@@ -100,22 +118,15 @@ def _tile(
             bad = any_not_finite(acc_k)
         if dv is not None:
             bad = bad | any_not_finite(acc_v)
-        tl.store(odd + item, bad)
+        tl.store(odd, bad)
         good = tl.broadcast_to(bad, [TILE_K])[:, None] == 0
         some, some_values = some & good, some_values & good
     if dk is not None:
-        _add(dk + batch * dk_b + kv_head * dk_h + column * dk_s + depth * dk_d, acc_k * factor, some, ACC)
+        leave(dk + batch * dk_b + kv_head * dk_h + column * dk_s + depth * dk_d, acc_k * factor, some, PARTS)
     if dv is not None:
         if threshold is not None:
             acc_v = acc_v / share_of(threshold, ACC)
-        _add(dv + batch * dv_b + kv_head * dv_h + column * dv_s + value_depth * dv_d, acc_v, some_values, ACC)
-
-
-@triton.jit
-def _add(out, total, there, ACC: tl.constexpr):
-    """Add sums to what an array holds."""
-    before = tl.load(out, mask=there, other=0.0).to(ACC)
-    tl.store(out, rounded(before + total, out.dtype.element_ty), mask=there)
+        leave(dv + batch * dv_b + kv_head * dv_h + column * dv_s + value_depth * dv_d, acc_v, some_values, PARTS)
 
 
 @triton.jit
@@ -145,13 +156,17 @@ def _over_rows(
     else:
         first, runs = table
         for run in range(tl.load(first), tl.load(first + 1)):
-            for m0 in range(tl.load(runs + 2 * run), tl.load(runs + 2 * run + 1), TILE_Q):
+            for m0 in range(
+                tl.maximum(tl.load(runs + 2 * run), at[7]), tl.minimum(tl.load(runs + 2 * run + 1), at[8]), TILE_Q
+            ):
                 sums = _row_tile(
                     sums, m0, loads, at, band, place, where, True, CONTAIN, TILE_Q, TILE_K, WHOLE, OPERAND, PRECISION,
                     SCORE, MASK, SLOPE, BAND, ACC,
                 )  # fmt: skip
         for run in range(tl.load(first + 1), tl.load(first + 2)):
-            for m0 in range(tl.load(runs + 2 * run), tl.load(runs + 2 * run + 1), TILE_Q):
+            for m0 in range(
+                tl.maximum(tl.load(runs + 2 * run), at[7]), tl.minimum(tl.load(runs + 2 * run + 1), at[8]), TILE_Q
+            ):
                 sums = _row_tile(
                     sums, m0, loads, at, band, place, where, False, CONTAIN, TILE_Q, TILE_K, WHOLE, OPERAND, PRECISION,
                     SCORE, MASK, SLOPE, BAND, ACC,
@@ -162,21 +177,22 @@ def _over_rows(
 @triton.jit
 def _row_limits(at, place, band, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BAND: tl.constexpr):
     """(touched, stop): tiles of rows that see some of the keys; (full_from, full_to): rows of whole tiles that see all.
+    All of them among the rows of this part, whole tiles.
 
     Row i sees key j iff -left <= j - (i + offset) <= right.
     """
-    n0, kv_len, q_len = at[0], at[1], at[2]
-    low, high = tl.zeros_like(q_len), q_len
+    n0, kv_len = at[0], at[1]
+    low, high = at[7], at[8]
     full_low, full_high = low, high
     if BAND:
         left, right, offset, offsets = band
         first, last = n0.to(tl.int64), tl.minimum(n0 + TILE_K, kv_len).to(tl.int64) - 1
         shift = tl.load(offsets + place[0]) if offsets is not None else offset
-        none, all_rows = tl.zeros_like(first), q_len.to(tl.int64)
-        low = tl.minimum(tl.maximum(first - right - shift, none), all_rows).to(tl.int32)
-        high = tl.minimum(tl.maximum(last + left - shift + 1, none), all_rows).to(tl.int32)
-        full_low = tl.minimum(tl.maximum(last - right - shift, none), all_rows).to(tl.int32)
-        full_high = tl.minimum(tl.maximum(first + left - shift + 1, none), all_rows).to(tl.int32)
+        least, most = low.to(tl.int64), high.to(tl.int64)
+        low = tl.minimum(tl.maximum(first - right - shift, least), most).to(tl.int32)
+        high = tl.minimum(tl.maximum(last + left - shift + 1, least), most).to(tl.int32)
+        full_low = tl.minimum(tl.maximum(last - right - shift, least), most).to(tl.int32)
+        full_high = tl.minimum(tl.maximum(first + left - shift + 1, least), most).to(tl.int32)
     full_high = tl.where(n0 + TILE_K <= kv_len, full_high, 0)
     return low // TILE_Q * TILE_Q, high, tl.cdiv(full_low, TILE_Q) * TILE_Q, full_high // TILE_Q * TILE_Q
 
@@ -190,7 +206,7 @@ def _row_tile(
     """dK += dS^T q and dV += P^T dO of one tile of rows. FULL: every row of it sees every key."""
     acc_k, acc_v = sums
     key, value, queries, slopes, lse, delta = loads
-    n0, kv_len, q_len, head_size, value_size, q_s, do_s = at
+    n0, kv_len, q_len, head_size, value_size, q_s, do_s, _, _ = at
     b, h, factor = place
     row = m0 + tl.arange(0, TILE_Q)
     inside = row < q_len

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashtile.kernels.triton.backward import load, over_keys, row_values, weigh
+from flashtile.kernels.triton.backward import leave, load, over_keys, row_values, weigh
 from flashtile.kernels.triton.containment import add_signed, any_not_finite
 from flashtile.kernels.triton.language import add_product, number, product, rounded
 from flashtile.kernels.triton.rows import key_limits, locate
@@ -15,13 +15,14 @@ from flashtile.kernels.triton.rows import key_limits, locate
 def backward_q(
     q, k, v, do, lse, delta, dq, odd,
     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, do_b, do_h, do_s, do_d, dq_b, dq_h, dq_s, dq_d,
-    first, items, heads, group, q_len, kv_len, head_size, value_size, query_tiles,
+    first, items, heads, group, q_len, kv_len, head_size, value_size, query_tiles, splits, split_keys, dq_split,
     scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, captures, threshold, seed,
     SCORE: tl.constexpr, MASK: tl.constexpr, SLOPE: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     HEAD: tl.constexpr, VALUE: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    BAND: tl.constexpr, CONTAIN: tl.constexpr,
+    BAND: tl.constexpr, PARTS: tl.constexpr, CONTAIN: tl.constexpr,
 ):  # fmt: skip
-    """Work items first, first + 1, ..., tiles of query rows: their dQ is added to what dq holds.
+    """Work items first, first + 1, ..., tiles of query rows: their dQ is added to what dq holds. PARTS: each against
+    split_keys of the keys, and dq (splits, B, H, S_q, D) gets what each part gives, dq_split elements apart.
 
     Shapes:  as `forward`, do as o, dq as q; lse and delta (B, H, S_q).
     Two launches, as the forward's: the second, CONTAIN, computes what the first has marked in odd as not finite.
@@ -33,18 +34,20 @@ def backward_q(
                     item, q, k, v, do, lse, delta, dq, odd,
                     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, do_b, do_h, do_s, do_d,
                     dq_b, dq_h, dq_s, dq_d,
-                    heads, group, q_len, kv_len, head_size, value_size, query_tiles,
+                    heads, group, q_len, kv_len, head_size, value_size, query_tiles, splits, split_keys, dq_split,
                     scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, captures, threshold, seed,
-                    SCORE, MASK, SLOPE, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, BAND, CONTAIN,
+                    SCORE, MASK, SLOPE, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, BAND, PARTS,
+                    CONTAIN,
                 )  # fmt: skip
     else:
         _tile(
             first + tl.program_id(0), q, k, v, do, lse, delta, dq, odd,
             q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, do_b, do_h, do_s, do_d,
             dq_b, dq_h, dq_s, dq_d,
-            heads, group, q_len, kv_len, head_size, value_size, query_tiles,
+            heads, group, q_len, kv_len, head_size, value_size, query_tiles, splits, split_keys, dq_split,
             scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, captures, threshold, seed,
-            SCORE, MASK, SLOPE, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, BAND, CONTAIN,
+            SCORE, MASK, SLOPE, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, BAND, PARTS,
+            CONTAIN,
         )  # fmt: skip
 
 
@@ -52,41 +55,48 @@ def backward_q(
 def _tile(
     item, q, k, v, do, lse, delta, dq, odd,
     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, do_b, do_h, do_s, do_d, dq_b, dq_h, dq_s, dq_d,
-    heads, group, q_len, kv_len, head_size, value_size, query_tiles,
+    heads, group, q_len, kv_len, head_size, value_size, query_tiles, splits, split_keys, dq_split,
     scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, captures, threshold, seed,
     SCORE: tl.constexpr, MASK: tl.constexpr, SLOPE: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     HEAD: tl.constexpr, VALUE: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    BAND: tl.constexpr, CONTAIN: tl.constexpr,
+    BAND: tl.constexpr, PARTS: tl.constexpr, CONTAIN: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows: the arguments of `backward_q`."""
     ACC: tl.constexpr = lse.dtype.element_ty
+    odd += item
+    if PARTS:
+        split, item = item % splits, item // splits
+        begin = split * split_keys
+        end = tl.minimum(begin + split_keys, kv_len)
+        dq += split.to(tl.int64) * dq_split
+    else:
+        begin, end = tl.zeros_like(kv_len), kv_len
     tile = item % query_tiles
     if BAND:  # later rows see more keys of a causal call: start with what takes longest
         tile = query_tiles - 1 - tile
     b, h, kv, i, inside = locate(item // query_tiles, tile, heads, group, q_len, TILE_Q, False)
-    limits = key_limits(i, b, tl.zeros_like(kv_len), kv_len, left, right, offset, offsets, BAND)
+    low, high = key_limits(i, b, begin, end, left, right, offset, offsets, BAND)
     loads, at = tile_of_rows(
         q, k, v, do, q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, do_b, do_h, do_s, do_d,
         b, h, kv, i, inside, kv_len, head_size, value_size, TILE_K, HEAD, VALUE, OPERAND,
     )  # fmt: skip
     factor = number(scale, ACC)
     nats, row_delta = row_values(lse, delta, (b.to(tl.int64) * heads + h) * q_len + i, inside)
-    of_rows = (i[:, None], nats[:, None], row_delta[:, None], limits[0][:, None], limits[1][:, None], factor)
+    of_rows = (i[:, None], nats[:, None], row_delta[:, None], low[:, None], high[:, None], factor)
     table = (rows, runs) if MASK is None else (rows + 2 * (b * rows_b + h * rows_h + tile), runs)
     acc = over_keys(
-        tl.zeros([TILE_Q, HEAD], ACC), limits, table, of_rows, loads, at,
+        tl.zeros([TILE_Q, HEAD], ACC), (low, high, begin, end), table, of_rows, loads, at,
         (captures, threshold, seed, b * heads + h), _key_tile,
         CONTAIN, TILE_K, WHOLE, OPERAND, PRECISION, SCORE, MASK, SLOPE, None, None, ACC,
     )  # fmt: skip
     if not CONTAIN:
         bad = any_not_finite(tl.where(inside[:, None], acc, 0.0))
-        tl.store(odd + item, bad)
+        tl.store(odd, bad)
         inside = inside & (tl.broadcast_to(bad, [TILE_Q]) == 0)
     d, batch, head = tl.arange(0, HEAD), b.to(tl.int64), h.to(tl.int64)
     out = dq + batch * dq_b + head * dq_h + i.to(tl.int64)[:, None] * dq_s + d.to(tl.int64)[None, :] * dq_d
     there = inside[:, None] & (d < head_size)[None, :]
-    before = tl.load(out, mask=there, other=0.0).to(ACC)
-    tl.store(out, rounded(before + acc * factor, dq.dtype.element_ty), mask=there)
+    leave(out, acc * factor, there, PARTS)
 
 
 @triton.jit

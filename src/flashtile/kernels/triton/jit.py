@@ -25,6 +25,7 @@ FUNCTIONS: dict[str, Any] = {
     "softmax": vanilla.softmax,
     "output": vanilla.output,
     "row_deltas": backward.row_deltas,
+    "add_parts": backward.add_parts,
     "sink_sums": backward.sink_sums,
     "backward_q": backward_q.backward_q,
     "backward_kv": backward_kv.backward_kv,

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -39,9 +40,11 @@ from flashtile.kernels.cpu.steps.exchange import emit_exchange_held
 from flashtile.kernels.cpu.steps.held import SLOPES, WEIGHTS
 from flashtile.kernels.cpu.steps.keep import Kept
 from flashtile.kernels.cpu.steps.pack import emit_pack_columns, emit_pack_key_columns, emit_pack_rows, emit_transpose
+from flashtile.kernels.cpu.steps.range import any_lane
 from flashtile.kernels.cpu.steps.spans import PANELS
+from flashtile.kernels.cpu.steps.unheld import Unheld, emit_find
 from flashtile.llvm.ir import Module, Value
-from flashtile.llvm.lines import Panel, Rows, Weights, Words
+from flashtile.llvm.lines import Panel, Rows, Sums, Weights, Words
 from flashtile.llvm.routines import entry
 
 EXPORTS = ("backward",)
@@ -63,6 +66,9 @@ class _Backward:
         self.pack_rows, self.pack_columns = emit_pack_rows(module, c), emit_pack_columns(module, c)
         self.pack_key_columns = emit_pack_key_columns(module, c) if c.lands_in_memory else self.pack_columns
         self.scan = emit_scan(module, c)
+        if c.guarded:
+            self.find, self.find_more = emit_find(module, c), emit_find(module, c, more=True)
+            self.widen = emit_transpose(module, replace(c, product=c.elements), "widen", Sums)
         if c.tile:
             self.known_state = emit_known_state(module, c)
         else:
@@ -146,12 +152,26 @@ class _Backward:
         count = f.minimum(head.rows - panel, c.panel)
         for name, words, sign in (("q", p.key_words, p.sign), ("do", p.value_words, f.const(c.acc, 1.0))):
             rows = call.rows(head, name, panel, count)
-            self.transpose(f, rows=rows, words=words, out=call.panel(name, panel), sign=sign)
+            self.transpose(f, rows=rows, words=words, out=call.panel(name, panel), sign=sign, **call.range_of(name))
             pack = getattr(p, f"pack_{name}").ne(0)
             scan = partial(self.scan, f, values=Words(rows.at, rows.stride), count=count, size=rows.size)
             found = f.value_when(pack.eq(0), scan, f.const("i64", 0))
             found = f.value_when(pack, partial(self._pack, name, rows, call.packed(name, panel)), found)
             f.store(found, call.flag(name, panel))
+        if c.guarded:
+            self._flag_lanes(head, panel, count)
+
+    def _flag_lanes(self, head: QueryHead, panel: Value, count: Value) -> None:
+        """Which rows of a panel have a Q, a dO or a delta that parts cannot hold."""
+        f, c, call = self.f, self.c, self.call
+        flags, bound = call.lane_flags(panel), 2.0**100
+        for j in range(c.registers):
+            delta = call.state(panel).load(2, j)
+            held = (delta > -bound) & (delta < bound)
+            flags.store(f.select(held, f.const(c.words, 0), f.const(c.words, 1)), 0, j)
+        for name, factor in (("q", call.p.sign), ("do", f.const(c.acc, 1.0))):
+            rows = call.rows(head, name, panel, count)
+            self.find_more(f, rows=rows, factor=factor, range=call.range_of(name)["held"], flags=flags.at)
 
     def _pack(self, name: str, rows: Rows, out: Words) -> Value:
         """Rows of Q or dO as words along columns, zeros in place of what is not finite; whether there was any."""
@@ -243,13 +263,15 @@ class _Blocks:
         p, c, count = call.p, call.c, stop - start
         self.start, self.stop = start, stop
         kernel.start_block(count)
+        if c.guarded:
+            self.unheld = self._flag_keys(count)
         beyond = start + (count + (c.rows - 1)) // c.rows * c.rows > p.kv_len  # score tiles read whole
         operands = []
         for name, words in (("k", p.key_words), ("v", p.value_words)):
             rows, row = call.rows(head, name, start, count), getattr(p, f"{name}_row")
             pack, packed = getattr(p, f"pack_{name}").ne(0) | beyond, Words(call.area(name), row)
             with f.when(pack):
-                kernel.pack_rows(f, rows=rows, words=words, out=packed)
+                kernel.pack_rows(f, rows=rows, words=words, out=packed, **call.range_of(name))
             operands.append(Words(f.select(pack, packed.at, rows.at), f.select(pack, row, rows.stride)))
         rows, packed = call.rows(head, "k", start, count), call.key_columns
         pack = p.pack_k_columns.ne(0)
@@ -260,6 +282,35 @@ class _Blocks:
         columns = Words(f.select(copied, packed.at, rows.at), f.select(copied, packed.stride, rows.stride))
         keys, values = operands
         return partial(self._visit, keys, values, columns)
+
+    def _flag_keys(self, count: Value) -> Value:
+        """Which keys of the block have a K or a V that parts cannot hold; returns whether any does."""
+        f, call, found = self.call.f, self.call, self.call.f.const("i64", 0)
+        for name, find in (("k", self.backward.find), ("v", self.backward.find_more)):
+            rows = call.rows(self.head, name, self.start, count)
+            range_, one = call.range_of(name)["held"], f.const(call.c.acc, 1.0)
+            found = found | find(f, rows=rows, factor=one, range=range_, flags=call.area("key_flags"))
+        return found
+
+    def _apart(self, panel: Value) -> dict[str, Any]:
+        """What is known of the pairs that parts cannot hold; if there may be any, Q and dO are made ready in
+        accumulators."""
+        f, call, p, kernel, head = self.call.f, self.call, self.call.p, self.backward, self.head
+        flags, found = call.lane_flags(panel), self.unheld
+        count = f.minimum(head.rows - panel, call.c.panel)
+        for j in range(call.c.registers):
+            found = found | f.cast("zext", any_lane(f, flags.load(0, j).ne(0)), "i64")
+        lying = {name: call.rows(head, name, panel, count) for name in ("q", "do")}
+        with f.when(found.ne(0)):
+            for name, sign in (("q", p.sign), ("do", f.const(call.c.acc, 1.0))):
+                wide = Sums(call.area(f"wide_{name}"), call.c.line)
+                kernel.widen(f, rows=lying[name], words=lying[name].size, out=wide, sign=sign)
+        result: dict[str, Any] = {"lying_queries": lying["q"], "lying_outputs": lying["do"]}
+        for name, keys, lanes in (("unheld", "k", "q"), ("unheld_slopes", "v", "do")):
+            rows = call.rows(head, keys, self.start, count)
+            as_they_lie = rows.at, rows.stride, rows.step, rows.size
+            result[name] = Unheld(found, *as_they_lie, call.area("key_flags"), flags.at, call.area(f"wide_{lanes}"))
+        return result
 
     def end_block(self) -> None:
         f, kernel, head = self.call.f, self.backward, self.head
@@ -293,6 +344,7 @@ class _Blocks:
             if c.dropout:
                 dropout = {"draw": call.draw(head, panel, self.start), "kept": Kept(call.area("kept"), c)}
                 dropout["inverse"] = 1.0 / call.share
+            apart = self._apart(panel) if c.guarded else {"broken": broken}
             held: dict[str, Any] = {}
             if c.lands_in_memory:
                 held = {"held": call.panels_held, "number": panel // c.panel % PANELS}
@@ -312,13 +364,13 @@ class _Blocks:
                 dq=call.dq(panel),
                 dk=call.gradient("dk"),
                 dv=call.gradient("dv"),
-                broken=broken,
                 sizes=Sizes(p.key_words, p.value_words, p.columns, p.key_registers, p.value_registers),
                 wanted=Wanted(*wanted),
                 seen=seen,
                 lanes=lanes,
                 dense=p.at_dense,
                 factors=call.factors,
+                **apart,
                 **dropout,
                 **held,
             )

@@ -10,6 +10,7 @@ from flashtile.kernels.cpu.passes.item import Call, Item
 from flashtile.kernels.cpu.scratch import Work, held_at, work_bytes
 from flashtile.kernels.cpu.steps.differentiate import RowState, SinkSums
 from flashtile.kernels.cpu.steps.held import Held
+from flashtile.kernels.cpu.steps.range import Range
 from flashtile.kernels.cpu.steps.softmax import Factors
 from flashtile.kernels.cpu.steps.spans import PANELS
 from flashtile.llvm.ir import Function, Value
@@ -99,6 +100,12 @@ class BackwardCall(Call):
     def panel(self, name: str, panel: Value) -> Panel:
         """Transposed rows of Q or dO of the panel that begins at this row."""
         return Panel(self.area(name, panel, getattr(self.p, f"{name}_step")), self.c.word_line)
+
+    def range_of(self, name: str) -> dict[str, Range]:
+        """The further argument of what packs Q, K, V or dO, where their parts do not hold every number."""
+        if name in ("q", "k") or not self.c.guarded:
+            return self.held
+        return {"held": Range.of_slopes(self.f, name)}
 
     def packed(self, name: str, panel: Value) -> Words:
         """Rows of Q or dO of a panel as words along columns."""

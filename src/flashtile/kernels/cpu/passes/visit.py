@@ -8,6 +8,7 @@ Nothing here says query or key: lanes and rows. In the backward as in the forwar
     differentiate(scores, slopes, words, state, count, ...)         # P and dS, from here on as words of products;
                                                                     # a score program has derivative.py in its place
     drop(weights, kept, ...)                                        # dropout: zeros in P
+    add_apart(...)                                                  # pairs that parts cannot hold, if there are any
     exchange(sums, lines, rows, ...)                                # dV += P dO, dK += dS Q: sums of rows
     accumulate(sums, alpha, rows, weights, ...)                     # dQ^T += K^T dS: sums of lanes
 """
@@ -22,7 +23,8 @@ from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.passes.panel import BlockScores, lay_out_dense, stretches_of
 from flashtile.kernels.cpu.readings import readings
 from flashtile.kernels.cpu.scratch import Work
-from flashtile.kernels.cpu.steps.accumulate import emit_accumulate
+from flashtile.kernels.cpu.steps.accumulate import emit_accumulate, emit_accumulate_tile
+from flashtile.kernels.cpu.steps.apart import emit_add_apart
 from flashtile.kernels.cpu.steps.band import Seen
 from flashtile.kernels.cpu.steps.dense import emit_dense
 from flashtile.kernels.cpu.steps.derivative import emit_derivative
@@ -30,8 +32,9 @@ from flashtile.kernels.cpu.steps.differentiate import RowState, clear_lanes, cle
 from flashtile.kernels.cpu.steps.exchange import emit_exchange, emit_put_back
 from flashtile.kernels.cpu.steps.held import Held
 from flashtile.kernels.cpu.steps.keep import Draw, Kept, emit_draw, emit_drop
-from flashtile.kernels.cpu.steps.product import emit_multiply, emit_product
+from flashtile.kernels.cpu.steps.product import apart, emit_multiply, emit_product
 from flashtile.kernels.cpu.steps.softmax import Factors
+from flashtile.kernels.cpu.steps.unheld import Unheld, emit_rescore
 from flashtile.llvm.ir import Function, Module, Value
 from flashtile.llvm.lines import Lines, Panel, Rows, Scores, Sums, Weights, Words
 from flashtile.llvm.routines import Operand, Routine
@@ -67,21 +70,32 @@ class Sizes(Operand):
 
 @dataclass(frozen=True)
 class _Shared:
-    """What the visits of panels of every width call: ``exchange`` or, where products land in memory, ``add_product``,
-    that of dQ: of both registers of words, for even lanes and odd ones, however few lanes there are."""
+    """What the visits of panels of every width call: ``exchange`` or, where products land in memory, ``multiply``, by
+    the number of registers, and ``add_tile``, the accumulation of dQ: of both registers of words, for even lanes and
+    odd ones, however few lanes there are. What is not finite is put back or, where products are sums of parts, is among
+    what is added apart."""
 
     exchange: Routine | None
-    add_product: Routine | None
-    put_back: Routine
+    multiply: list[Routine]
+    add_tile: Routine | None
+    put_back: Routine | None
+    add_apart: Routine | None
     dense: list[Routine]
 
 
 def emit_visits(module: Module, c: Config) -> list[Routine]:
     """The functions for panels of up to 1, 2, ... registers of lanes."""
+    multiply = [emit_multiply(module, c, n + 1) for n in range(c.registers)] if c.lands_in_memory else []
+    add_tile = None
+    if c.lands_in_memory:
+        add_product = emit_multiply(module, c, c.registers, onto=True) if c.product.coarse else multiply[-1]
+        add_tile = emit_accumulate_tile(module, c, c.registers, add_product, between=c.pairs_part)
     shared = _Shared(
         None if c.lands_in_memory else emit_exchange(module, c),
-        emit_multiply(module, c, c.registers, onto=True) if c.lands_in_memory else None,
-        emit_put_back(module, c),
+        multiply,
+        add_tile,
+        None if c.guarded else emit_put_back(module, c),
+        emit_add_apart(module, c) if c.guarded else None,
         [emit_dense(module, c, n) for n in range(len(c.code.dense_loads) if c.code else 0)],
     )
     return [_emit_visit(module, c, n + 1, shared) for n in range(c.registers)]
@@ -104,7 +118,6 @@ def _kinds(c: Config) -> dict[str, Any]:
         "dq": Sums.of(c.line),
         "dk": Words.kind(),
         "dv": Words.kind(),
-        "broken": Rows.kind(),
         "sizes": Sizes.kind(),
         "wanted": Wanted.kind(),
         "seen": Seen.kind(),
@@ -116,13 +129,21 @@ def _kinds(c: Config) -> dict[str, Any]:
         kinds |= {"draw": Draw.kind(), "kept": Kept.of(c), "inverse": c.acc}
     if c.lands_in_memory:
         kinds |= {"held": Held.of(c), "number": "i64"}
+    if c.guarded:
+        kinds |= dict.fromkeys(("unheld", "unheld_slopes"), Unheld.kind())
+        kinds |= dict.fromkeys(("lying_queries", "lying_outputs"), Rows.kind())
+    else:
+        kinds["broken"] = Rows.kind()
     return kinds
 
 
 def _emit_visit(module: Module, c: Config, width: int, shared: _Shared) -> Routine:
     exchange, put_back = shared.exchange, shared.put_back
-    weights_and_slopes = (_Landed if c.lands_in_memory else _Derived if c.scored else _Plain)(module, c, width)
-    add_lanes = _AddLanes(module, c, width, shared.add_product)
+    weights_and_slopes: Any = (_Derived if c.scored else _Plain)(module, c, width) if exchange else None
+    if weights_and_slopes is None:
+        weights_and_slopes = _Landed(module, c, width, shared.multiply[width - 1])
+    add_lanes = _AddLanes(module, c, width, shared.add_tile)
+    rescore = emit_rescore(module, c, width) if c.guarded else None
     if c.dropout:
         draw, drop = emit_draw(module, c, width), emit_drop(module, c, width)
     f = Routine(module, f"visit_{width}", **_kinds(c))
@@ -136,6 +157,10 @@ def _emit_visit(module: Module, c: Config, width: int, shared: _Shared) -> Routi
     weights_and_slopes.products(f, v.work, v.queries, v.keys, v.sizes.depth, seen)
     with f.when(sloped):
         weights_and_slopes.slopes.call(f, v.second, v.outputs, v.values, v.sizes.value_depth, seen)
+    if rescore:
+        with f.when(v.unheld.found.ne(0)):
+            for work, unheld in ((v.work, v.unheld), (v.second, v.unheld_slopes)):
+                rescore(f, work=work, unheld=unheld, first=first, last=seen.some_to)
     weights, differences = weights_and_slopes.lines(v)
     among = {"count": count, "reach": reach}
     if c.dropout:
@@ -148,8 +173,12 @@ def _emit_visit(module: Module, c: Config, width: int, shared: _Shared) -> Routi
         lines, sums = Lines(weights.at, weights.shape), v.dv.row(first)
         if exchange:
             exchange(f, sums=sums, lines=lines, rows=v.output_rows, columns=v.sizes.value_registers, **across)
-        with f.when(v.broken.count > 0):
-            put_back(f, sums=sums, lines=lines, rows=v.broken, **among)
+        if put_back:
+            with f.when(v.broken.count > 0):
+                put_back(f, sums=sums, lines=lines, rows=v.broken, **among)
+    if shared.add_apart:
+        with f.when(v.unheld.found.ne(0)):
+            _add_apart(f, v, shared.add_apart, weights, differences)
     if exchange:
         with f.when(v.wanted.k.ne(0)):
             lines, sums = Lines(differences.at, differences.shape), v.dk.row(first)
@@ -162,22 +191,41 @@ def _emit_visit(module: Module, c: Config, width: int, shared: _Shared) -> Routi
     return f
 
 
+def _add_apart(f: Function, v: SimpleNamespace, routine: Routine, weights: Scores, slopes: Scores) -> None:
+    """What the pairs that parts cannot hold add to dQ, dK and dV."""
+    routine(
+        f,
+        unheld=v.unheld,
+        first=v.seen.some_from,
+        last=v.seen.some_to,
+        count=v.lanes,
+        weights=weights,
+        slopes=slopes,
+        words=v.words,
+        dq=v.dq,
+        dk=v.dk,
+        dv=v.dv,
+        queries=v.lying_queries,
+        outputs=v.lying_outputs,
+    )
+
+
 class _AddLanes:
     """dQ: sums of lanes, of all rows that the panel sees."""
 
-    def __init__(self, module: Module, c: Config, width: int, product: Routine | None) -> None:
-        self.c, self.product = c, product
-        if product is None:
+    def __init__(self, module: Module, c: Config, width: int, tile: Routine | None) -> None:
+        self.c, self.tile = c, tile
+        if tile is None:
             self.accumulate = emit_accumulate(module, c, width)
 
     def call(self, f: Function, v: SimpleNamespace, count: Value, reach: Value) -> None:
         c, word = self.c, v.seen.some_from // self.c.per_word
-        if self.product:  # a row of keys for each column
+        if self.tile:  # a row of keys for each column
             rows = Words(v.key_columns.at + word * c.size, v.key_columns.stride)
-            words, depth = Lines(v.words.at, c.word_line), (count + (c.rows - 1)) // c.rows * (c.rows // c.per_word)
+            among = {"count": (count + (c.rows - 1)) // c.rows * c.rows, "landed": v.work.landed}
             with f.range(0, v.sizes.columns, c.rows) as column:
-                out = Lines(v.dq.line(column).at, c.line)
-                self.product(f, left=rows.row(column), right=words, out=out, depth=depth)
+                sums, tile = v.dq.line(column), rows.row(column)
+                self.tile(f, sums=sums, alpha=v.work.alpha, rows=tile, weights=v.words, **among)
             return
         start = v.key_columns.row(word)
         with f.range(0, v.sizes.columns, c.rows) as column:
@@ -250,9 +298,9 @@ class _Landed(_Derived):
     """Products that landed in memory are raw: the pass of derivative.py, with a program or without. What panels leave
     is held for the exchange (held.py)."""
 
-    def __init__(self, module: Module, c: Config, width: int) -> None:
+    def __init__(self, module: Module, c: Config, width: int, multiply: Routine) -> None:
         self.c, self.width = c, width
-        self.multiply = emit_multiply(module, c, width)
+        self.multiply = multiply
         self.slopes = self
         self._emit_passes(module)
 
@@ -261,7 +309,8 @@ class _Landed(_Derived):
         c, words = self.c, Lines(panel.at, panel.shape)
         with f.range(seen.some_from, seen.some_to, c.rows) as row:
             out = Lines(work.scores.at, c.line).line(row - seen.some_from)
-            self.multiply(f, left=rows.row(row), right=words, out=out, depth=depth)
+            between = apart(c, depth * c.size, depth * c.line.bytes)
+            self.multiply(f, left=rows.row(row), right=words, out=out, depth=depth, **between)
 
     products = call
 

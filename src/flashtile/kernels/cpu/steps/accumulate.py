@@ -22,17 +22,20 @@ def _kinds(c: Config) -> dict[str, Any]:
     }
 
 
-def emit_accumulate_tile(module: Module, c: Config, width: int, multiply: Routine) -> Routine:
+def emit_accumulate_tile(
+    module: Module, c: Config, width: int, multiply: Routine, *, between: int | None = None
+) -> Routine:
     """The same where products land in memory: ``rows`` are transposed, a row for each column. Every register of lanes
     takes all ``count`` rows, whole tiles of them: what it does not see weighs 0. Where operands are ``coarse``, sums
-    have been multiplied by alpha before (rescale), and ``multiply`` adds to them."""
+    have been multiplied by alpha before (rescale), and ``multiply`` adds to them. ``between``: bytes between the parts
+    of weights, if not those of the softmax."""
     f = Routine(module, f"accumulate_{width}", **_kinds(c), landed=Lines.of(c.line), count="i64")
     sums, alpha, rows, weights, landed, count = f.parameters
     if c.product.coarse:
         landed = Lines(sums.at, c.line)
-    between = apart(c, f.const("i64", c.value_part), f.const("i64", c.weights_part))
+    bytes_ = apart(c, f.const("i64", c.value_part), f.const("i64", between or c.weights_part))
     words = Lines(weights.at, weights.shape)
-    multiply(f, left=rows, right=words, out=landed, depth=count // c.per_word, **between)
+    multiply(f, left=rows, right=words, out=landed, depth=count // c.per_word, **bytes_)
     if not c.product.coarse:
         factors = [alpha.load(0, j) for j in range(width)]
         with f.range(0, c.rows) as row:

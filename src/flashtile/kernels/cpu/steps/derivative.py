@@ -89,8 +89,9 @@ class _Derivative:
             weights, slopes = self.held
             store_pair(f, c, [[x.weight for x in elements] for elements in rows], weights, line)
             pairs = store_pair(f, c, [[x.slope for x in elements] for elements in rows], slopes, line)
-            for j, words in enumerate(pairs):
-                self.words.store(words, line // k, j)
+            for part, of_part in enumerate(pairs):
+                for j, words in enumerate(of_part):
+                    self.words.store(words, line // k, j, at=part * c.pairs_part)
             return carry
         for j in range(self.width):
             at = f.const("i64", j * c.register)

@@ -8,7 +8,7 @@ Source: Dao 2023, FlashAttention-2, section 3.1.2.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal, localcontext
 from functools import partial
 from typing import Any
@@ -177,7 +177,7 @@ class Weighing:
         # The large terms cancel first, with one rounding; c_low is positive, so -inf stays.
         near = c.isa.multiply_add(f, score, self.c_high, 0.0 - self.high)
         exponent = near + c.isa.multiply_add(f, score, self.c_low, 0.0 - self.low)
-        weight = vmath.weight(f, c.isa, exponent, coarse=c.product.rounds)
+        weight = vmath.weight(f, c.isa, exponent, coarse=c.product.coarse)
         seen = score.ne(-math.inf)
         weight = f.select(seen, weight, zero)
         return weight, f.select(seen, weight * (slope - self.delta), zero), seen
@@ -248,10 +248,11 @@ def store_line(f: Function, c: Config, values: list[Value], lines: Lines, first:
 
 
 def clear_lines(c: Config, lines: Sequence[Lines], words: Weights, first: Value, last: Value) -> None:
-    """0 in the lines [first, last), whole words of them, that tiles read and that no row stands for."""
-    for each in lines:
-        each.line(first).fill(0, last - first)
-    words.line(first // c.per_word).fill(0, (last - first) // c.per_word)
+    """0 in the lines [first, last), whole words of them, that tiles read and that no row stands for; in every part."""
+    for part in range(c.product.parts):
+        for each in lines:
+            each.moved(part * c.held_part).line(first).fill(0, last - first)
+        words.moved(part * c.pairs_part).line(first // c.per_word).fill(0, (last - first) // c.per_word)
 
 
 def clear_lanes(f: Function, c: Config, lines: Sequence[Lines], count: Value, lanes: Value) -> None:
@@ -259,24 +260,36 @@ def clear_lanes(f: Function, c: Config, lines: Sequence[Lines], count: Value, la
     there = f.iota(vector(c.panel, "i16")) < f.splat(f.cast("trunc", lanes, "i16"), c.panel)
     with f.when(lanes < c.panel), f.range(0, count) as row:
         for each in lines:
-            at = each.place(row)
-            halves = f.load(vector(c.panel, "i16"), at, align=c.register)
-            f.store(f.select(there, halves, f.const(halves.type, 0)), at, align=c.register)
+            for part in range(c.product.parts):
+                at = each.place(row, at=part * c.held_part)
+                halves = f.load(vector(c.panel, "i16"), at, align=c.register)
+                f.store(f.select(there, halves, f.const(halves.type, 0)), at, align=c.register)
 
 
 def store_pair(
     f: Function, c: Config, pair: Sequence[Sequence[Value]], lines: Lines, first: Value
-) -> tuple[Value, Value]:
-    """The registers of two lines, rounded, as lines that tiles read. Returns the words that the two lines make for the
-    even lanes, and those for the odd ones: halves are shifted and blended, no lane is moved."""
+) -> list[tuple[Value, Value]]:
+    """The registers of two lines, rounded, as lines that tiles read. Returns, of each part, the words that the two
+    lines make for the even lanes, and those for the odd ones: halves are shifted and blended, no lane is moved."""
     found = []
     for n, registers in enumerate(pair):
         low, high = (*registers, f.const(c.vector, 0.0))[:2]
-        halves = c.isa.narrow_both(f, low, high)
-        f.store(halves, lines.place(first + n), align=c.register)
-        found.append(f.cast("bitcast", halves, c.words))
-    a, b = found
-    return _blend(f, a, b << 16), _blend(f, a >> 16, b)
+        words = []
+        for part, of_part in enumerate(_parts(f, c, [low, high])):
+            halves = c.isa.narrow_both(f, *of_part)
+            f.store(halves, lines.place(first + n, at=part * c.held_part), align=c.register)
+            words.append(f.cast("bitcast", halves, c.words))
+        found.append(words)
+    return [(_blend(f, a, b << 16), _blend(f, a >> 16, b)) for a, b in zip(*found, strict=True)]
+
+
+def _parts(f: Function, c: Config, registers: list[Value]) -> Iterator[list[Value]]:
+    """Registers as sums of so many, the largest first: cut to what a half holds, all but the last, which is rounded."""
+    for _ in range(c.product.parts - 1):
+        tops = [f.bitcast(f.bitcast(x, "i32") & -(1 << 16), "float") for x in registers]
+        yield tops
+        registers = [x - top for x, top in zip(registers, tops, strict=True)]  # exact
+    yield registers
 
 
 def _blend(f: Function, low: Value, high: Value) -> Value:

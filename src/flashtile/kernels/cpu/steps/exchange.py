@@ -125,6 +125,8 @@ def emit_exchange_held(module: Module, c: Config) -> Routine:
             tiles[width - 1](f, **of_strip, sums=target, stride=stride, column=at)
 
         of_strip = {"entries": entries, "count": count}
+        if c.product.parts > 1:
+            of_strip["part"] = columns * c.register
         with f.when(count > 0):
             whole = columns // c.registers * c.registers
             with f.range(0, whole, c.registers) as column:
@@ -136,11 +138,13 @@ def emit_exchange_held(module: Module, c: Config) -> Routine:
 
 
 def _emit_held_tile(module: Module, c: Config, width: int) -> Routine:
-    """A strip's tile of so many registers of columns, from ``column`` bytes on: each panel is one step of its depth."""
+    """A strip's tile of so many registers of columns, from ``column`` bytes on: each panel is one step of its depth.
+    ``part``: bytes between the parts of its rows, where they have several."""
     assert isinstance(c.product, Tiles)
     kinds: dict[str, Any] = {"sums": Words.kind(), "entries": "ptr"}
-    f = Routine(module, f"exchange_{width}", **kinds, count="i64", stride="i64", column="i64")
-    sums, entries, count, stride, column = f.parameters
+    kinds |= dict.fromkeys(("count", "stride", "column", *(["part"] if c.product.parts > 1 else [])), "i64")
+    f = Routine(module, f"exchange_{width}", **kinds)
+    sums, entries, count, stride, column, *part = f.parameters
     words = c.product.words
     lines = f.const("i64", c.weight_line.bytes)
 
@@ -149,7 +153,8 @@ def _emit_held_tile(module: Module, c: Config, width: int) -> Routine:
         left, right = (f.load("ptr", entry + n * WORD) for n in (0, OUTPUT_ROWS - WEIGHTS))
         return Words(left, lines), Words(right + column, stride)
 
-    c.product.multiply(f, c.isa, step, sums, count * words, width, onto=True, streamed="right")
+    bytes_ = (f.const("i64", c.held_part), part[0]) if part else None
+    c.product.multiply(f, c.isa, step, sums, count * words, width, apart=bytes_, onto=True, streamed="right")
     f.ret()
     return f
 

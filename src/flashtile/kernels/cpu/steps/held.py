@@ -44,7 +44,7 @@ class Held(Operand):
 
     @classmethod
     def areas(cls, c: Config) -> Areas:
-        lines = PANELS * c.key_block * c.weight_line.bytes
+        lines = PANELS * c.held_part * c.product.parts
         strips = cls.strips(c)
         sizes = {"weights": lines, "slopes": lines, "counts": strips * WORD, "lists": strips * PANELS * ENTRY}
         return Areas(sizes)
@@ -53,9 +53,10 @@ class Held(Operand):
         return self.at + self.areas(self.c).at[name]
 
     def lines(self, name: str, panel: Value) -> Scores:
-        """The lines of a panel's "weights" or "slopes", one for each row of the block."""
+        """The lines of a panel's "weights" or "slopes", one for each row of the block: of their largest part, each
+        further one `Config.held_part` bytes on."""
         c = self.c
-        return Scores(self._area(name) + panel * (c.key_block * c.weight_line.bytes), c.weight_line)
+        return Scores(self._area(name) + panel * (c.held_part * c.product.parts), c.weight_line)
 
     def _count_at(self, strip: Value) -> Value:
         return self._area("counts") + strip * WORD

@@ -145,10 +145,11 @@ def emit_drop(module: Module, c: Config, width: int) -> Routine:
     with f.range(0, width * c.register, c.register) as at:
         last = words_seen(f, c, reach + at // c.size, count) * k
         with f.range(0, last) as line:
-            place = weights.place(line, at=at // k)
-            weight = f.load(type_, place, align=c.register // k)
-            stays = kept.load(line, at) | weight.eq(0)
-            f.store(f.select(stays, weight, nothing), place, align=c.register // k)
+            for part in range(c.product.parts):
+                place = weights.place(line, at=at // k + part * c.held_part)
+                weight = f.load(type_, place, align=c.register // k)
+                stays = kept.load(line, at) | weight.eq(0)
+                f.store(f.select(stays, weight, nothing), place, align=c.register // k)
     f.ret()
     return f
 

@@ -162,7 +162,8 @@ def emit_pack_values(module: Module, c: Config) -> Routine:
 def emit_pack_columns(module: Module, c: Config) -> Routine:
     """Rows to rows of words along columns: one word holds as many rows' elements of a column. Returns whether any
     element was non-finite. Such elements become 0 (contain.py says why); so do missing columns, up to ``columns``,
-    and rows: up to a panel's, where tiles read them whole, and what is not finite as bf16."""
+    and rows: up to a panel's, where tiles read them whole, and what is not finite as bf16. Where words have several
+    parts, the columns of each follow those of the one before."""
     f = Routine(module, "pack_columns", "i64", rows=Rows.kind(), columns="i64", out=Words.kind())
     rows, columns, out = f.parameters
     adjacent, none = rows.adjacent(c.element), f.const("i64", 0)
@@ -172,12 +173,12 @@ def emit_pack_columns(module: Module, c: Config) -> Routine:
 
     def convert(row: Value, column: Value, count: int, poison: Value, live: Value | None = None) -> Value:
         found, poison = _rows_in_word(f, c, rows, row, column, count, poison, held, live=live)
-        target = out.row(row // c.per_word).at + column * c.size
-        (register,) = words_of(f, c, found)
-        if live is None:
-            f.store(register, target, align=c.size)
-        else:
-            f.store_some(register, target, live)
+        for part, register in enumerate(words_of(f, c, found)):
+            target = out.row(row // c.per_word).at + (columns * part + column) * c.size
+            if live is None:
+                f.store(register, target, align=c.size)
+            else:
+                f.store_some(register, target, live)
         return poison
 
     def one_word(row: Value, poison: list[Value]) -> list[Value]:
@@ -188,14 +189,15 @@ def emit_pack_columns(module: Module, c: Config) -> Routine:
         registers = [rest]
         scalars = f.fold(along, rows.size, 1, poison[1:], lambda col, p: [convert(row, col, 1, p[0])])
         with f.range(rows.size, columns) as column:
-            f.store(f.const(c.word, 0), out.row(row // c.per_word).at + column * c.size)
+            for part in range(c.product.parts):
+                f.store(f.const(c.word, 0), out.row(row // c.per_word).at + (columns * part + column) * c.size)
         return [*registers, *scalars]
 
     clean = [f.const(c.vector, 0.0), f.const(c.acc, 0.0)]
     found = any_nan(f, c, *f.fold(0, rows.count, c.per_word, clean, one_word))
     if c.lands_in_memory:
-        words = (rows.count + (c.per_word - 1)) // c.per_word
-        with f.range(words, c.panel // c.per_word) as word, f.range(0, columns * c.size, c.size) as at:
+        words, nbytes = (rows.count + (c.per_word - 1)) // c.per_word, columns * (c.size * c.product.parts)
+        with f.range(words, c.panel // c.per_word) as word, f.range(0, nbytes, c.size) as at:
             f.store(f.const(c.word, 0), out.row(word).at + at)
     f.ret(found)
     return f

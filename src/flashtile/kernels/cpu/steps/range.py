@@ -27,6 +27,13 @@ class Range(Operand):
         return cls(f.const("i32", bits_of(least)), f.const("i32", LARGEST))
 
     @classmethod
+    def of_slopes(cls, f: Function, name: str) -> Range:
+        """Of V ("v") and dO ("do") where they make dP, whose products by weights are split again: these stay so large
+        that their parts do not vanish. Gradients are often tiny, values seldom."""
+        least = {"v": 2.0**-32, "do": 2.0**-64}[name]
+        return cls(f.const("i32", bits_of(least)), f.const("i32", _MOST))
+
+    @classmethod
     def finite(cls, f: Function) -> Range:
         """What is finite as bf16: enough where a tiny share of a sum may be lost."""
         return cls(f.const("i32", 0), f.const("i32", LARGEST))
@@ -34,7 +41,7 @@ class Range(Operand):
     @classmethod
     def of_scores(cls, f: Function, least: Value) -> Range:
         """Of Q and K: no sum of products overflows, nor do its parts in opposite directions."""
-        return cls(f.cast("trunc", least, "i32"), f.const("i32", bits_of(2.0**56)))
+        return cls(f.cast("trunc", least, "i32"), f.const("i32", _MOST))
 
     def holds(self, x: Value) -> Value:
         """Of a number or a register of them."""
@@ -54,6 +61,7 @@ def bits_of(x: float) -> int:
     return int(struct.unpack("i", struct.pack("f", x))[0])
 
 
+_MOST = bits_of(2.0**56)  # so that no sum of products of two overflows
 LARGEST = 0x7F7F7FFF  # beyond it a number rounded to bf16 is infinite
 
 

@@ -46,9 +46,11 @@ class Unheld(Operand):
     wide: Value
 
 
-def emit_find(module: Module, c: Config) -> Routine:
-    """Which of ``rows``, times a factor, hold what is not in a range: an i32 each. Returns whether any does."""
-    f = Routine(module, "find_unheld", "i64", rows=Rows.kind(), factor=c.acc, range=Range.kind(), flags="ptr")
+def emit_find(module: Module, c: Config, *, more: bool = False) -> Routine:
+    """Which of ``rows``, times a factor, hold what is not in a range: an i32 each. Returns whether any does. ``more``:
+    beside those that are flagged already."""
+    name = "find_more_unheld" if more else "find_unheld"
+    f = Routine(module, name, "i64", rows=Rows.kind(), factor=c.acc, range=Range.kind(), flags="ptr")
     rows, factor, held, flags = f.parameters
     chunks = f.select(rows.adjacent(c.element), rows.size // c.lanes * c.lanes, f.const("i64", 0))
     one, none = f.const("i32", 1), f.const("i32", 0)
@@ -63,7 +65,7 @@ def emit_find(module: Module, c: Config) -> Routine:
         (register,) = f.fold(0, chunks, c.lanes, [f.splat(none, c.lanes)], lambda n, bad: look(n, bad, c.lanes))
         (single,) = f.fold(chunks, rows.size, 1, [none], lambda n, bad: look(n, bad, 1))
         bad = f.cast("zext", any_lane(f, register.ne(0)) | single.ne(0), "i32")
-        f.store(bad, flags + r * 4)
+        f.store(bad | f.load("i32", flags + r * 4) if more else bad, flags + r * 4)
         return [found[0] | bad]
 
     (found,) = f.fold(0, rows.count, 1, [none], of_row)

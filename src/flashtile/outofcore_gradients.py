@@ -1,0 +1,131 @@
+"""Gradients of arrays that are larger than memory: `flashtile.attention_backward(..., memory_limit=...)`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flashtile import arrayfiles
+from flashtile.calls import INPUTS, describe
+from flashtile.dtypes import DTYPES
+from flashtile.engines.starpu.outofcore import forget
+from flashtile.engines.starpu.outofcore_gradients import StreamedBackward, Target
+from flashtile.errors import wrong
+from flashtile.gradients import Gradients, Problem, check_out, check_rows
+from flashtile.kernels.gradients import Sums
+from flashtile.outofcore import beside, check_call, described, limit_of, path_of, readable, reader
+from flashtile.score.capture import capture
+from flashtile.score.keep import keep_of
+
+
+def attention_backward(
+    do: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    o: Any,
+    lse: Any,
+    *,
+    dlse: Any,
+    wrt: Iterable[str],
+    mask: Any,
+    bias: Any,
+    score_mod: Any,
+    causal: bool,
+    window: Any,
+    align: Any,
+    softcap: Any,
+    alibi_slopes: Any,
+    sinks: Any,
+    scale: Any,
+    dropout_p: float,
+    seed: int | None,
+    precision: str,
+    kernel: str,
+    engine: str,
+    out: Any,
+    accumulate: bool,
+    memory_limit: Any,
+) -> Gradients:
+    """`flashtile.attention_backward` with a limit: the same arguments, none left out.
+
+    Shapes:   do, q, k, v, o, lse and dlse NumPy arrays, memory-mapped or not, or arrays in storage (Zarr's, HDF5's).
+    Options:  memory_limit  bytes that the call may take beside its inputs, and beside what its options capture.
+              out  a Gradients; those of q, k and v are arrays, mapped or not, or names of .npy files, which are put in
+                   their places when all are whole.
+    Returns:  Gradients; of a file its map, read only.
+    Raises:   as flashtile.attention_backward; SpecError for a limit below the smallest working set, which it names.
+    """
+    limit = limit_of(memory_limit, engine)
+    given = dict(zip(INPUTS, (do, q, k, v, o, lse, dlse), strict=True))
+    arrays = {name: readable(x, name) for name, x in given.items() if x is not None}
+    views = tuple(described(arrays[name]) for name in "qkv")
+    scores = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed)
+    request = describe(views[0], scores, (causal, window, align, scale, precision, kernel, "starpu"))
+    problem = Problem.of(views, request, wrt)
+    spec, scoring = problem.spec, problem.scoring
+    rest = {name: arrays.get(name) for name in ("do", "o", "lse", "dlse")}
+    check_rows(spec, views[0].shape[:-1], views[2].shape[-1:], **rest)
+    logits = None if sinks is None else capture(sinks, "sinks").array
+    files = _files(problem, out, accumulate)
+    in_memory = replace(problem, sources=[x for x in problem.sources if x[0] not in files])
+    check_out(out, accumulate, in_memory, (*arrays.values(), request.offsets, logits))
+    check_call(spec, kernel, "backward")
+    call = _planned(problem, request.offsets, limit, 0 if out is not None else _bytes(problem))
+    real = DTYPES[DTYPES[spec.dtype].accumulator].numpy
+    dsinks = np.zeros((spec.batch, spec.heads), real) if "sinks" in problem.wanted else None
+    with ExitStack() as stack:
+        made = {name: _made(stack, name, source, out, files) for name, source in problem.sources if name in "qkv"}
+        readers = {n: reader(x, given[n], 3 if n in ("lse", "dlse") else 4) for n, x in arrays.items()}
+        targets = {f"d{name}": _target(x, spec.dtype, not accumulate) for name, x in made.items()}
+        totals = call.run(readers, targets, dsinks)
+    done = made | {name: arrayfiles.open_npy(path) for name, path in files.items()}
+    empty = {n: np.zeros(shape, real) for n, shape in scoring.shapes(problem.wanted).items() if 0 in shape}
+    return problem.gradients(Sums(None, None, None, dsinks, empty | totals), out, accumulate, done)
+
+
+def _bytes(problem: Problem) -> int:
+    """Of the gradients of q, k and v that are wanted."""
+    return sum(int(np.prod(x.shape)) * x.dtype.itemsize for name, x in problem.sources if name in "qkv")
+
+
+def _planned(problem: Problem, offsets: np.ndarray | None, limit: int, results: int) -> StreamedBackward:
+    from flashtile.engines.starpu.engine import tile_sizes
+
+    shapes = sorted(problem.scoring.shapes(problem.wanted).items())
+    kept = tuple((n, shape) for n, shape in shapes if 0 not in shape)
+    spec, tiles = problem.spec, tile_sizes(problem.spec, "backward")
+    return StreamedBackward(spec, tiles, limit, results, offsets, problem.scoring, problem.wanted, kept)
+
+
+def _made(stack: ExitStack, name: str, source: Any, out: Any, files: dict[str, Path]) -> np.ndarray:
+    """Where a gradient goes."""
+    if name in files:
+        return stack.enter_context(beside(files[name], source.shape, source.dtype))
+    found: np.ndarray = np.empty(source.shape, source.dtype) if out is None else getattr(out, name)
+    return found
+
+
+def _files(problem: Problem, out: Any, accumulate: bool) -> dict[str, Path]:
+    """The files that gradients of q, k and v go to. Raises: SpecError."""
+    if not isinstance(out, Gradients):
+        return {}
+    named = {n: getattr(out, n) for n, _ in problem.sources if n in ("q", "k", "v")}
+    files = {n: path_of(x, f"out.{n}") for n, x in named.items() if isinstance(x, (str, os.PathLike))}
+    for name, path in files.items():
+        if accumulate:
+            raise wrong(f"out.{name}", f"{str(path)!r} with accumulate", "an array, which may be the file's map")
+        if list(files.values()).count(path) > 1:
+            raise wrong(f"out.{name}", repr(str(path)), "a file of its own")
+    return files
+
+
+def _target(x: np.ndarray, dtype: str, fresh: bool) -> Target:
+    whole = x.reshape((1,) * (4 - x.ndim) + x.shape)
+    return Target(whole.view(DTYPES[dtype].numpy), fresh, lambda part: forget(x, part))
