@@ -315,7 +315,7 @@ def test_explain_tells_the_kernel_and_the_parts(isa: str) -> None:
 
 @pytest.mark.parametrize("keys", [9, 20])
 def test_a_row_does_not_depend_on_how_keys_and_rows_are_cut_into_tiles(keys: int, dtype: str, isa: str) -> None:
-    """Keys in whole tiles or one by one, the last of them hidden or not there, rows together or alone: the same bits."""
+    """Keys in whole tiles or one by one, the last hidden or not there, rows together or alone: the same bits."""
     rows = 5
     q, k, v = uniform(Shape(1, 2, 1, rows, keys, 24, 24), dtype)
     assert flashtile.explain(q, k, v, kernel="cpu").variant == "decode"
