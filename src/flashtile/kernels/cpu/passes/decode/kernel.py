@@ -34,15 +34,18 @@ from flashtile.llvm.routines import Routine, entry
 
 EXPORTS = ("decode",)
 
+# What changes with the number of keys. Parts of the keys, split_keys each; partial: o takes accumulators, to be merged;
+# bytes between the results of two parts.
+_OF_KEYS = strides_of("kvo") | integers("kv_len offset splits split_keys partial o_split lse_split")
+OF_KEYS = tuple(_OF_KEYS)
+
 CALL = Block(
     # captures: the program's capture block. sinks: accumulators; null where a merge takes them, or there are none.
     pointers("q k v o lse offsets captures sinks"),
-    strides_of("qkvo"),
-    integers("heads kv_heads q_len kv_len head_size value_size"),
-    # Parts of the keys, split_keys each. pack_k, pack_v: rows of K and V must be copied before they are read as slots.
-    integers("splits split_keys offset left right pack_k pack_v"),
-    # partial: o takes accumulators, to be merged; bytes between the results of two parts.
-    integers("partial o_split lse_split sink_b sink_h"),
+    _OF_KEYS,
+    strides_of("q"),
+    # pack_k, pack_v: rows of K and V must be copied before they are read as slots.
+    integers("heads kv_heads q_len head_size value_size left right pack_k pack_v sink_b sink_h"),
     # row_group: rows that walk the keys together.
     integers("row_group at_frame at_mask at_q at_state at_seen at_s at_p at_o at_k at_v"),
     reals("sign scale c_high c_low lse_scale"),
