@@ -152,7 +152,7 @@ def _add_aot_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--precision", default="ieee", help=f"of float32 inputs: {_names(Precision, 'ieee')}")
     for option, default, content in (
         ("--kernels", ["forward", "merge"], "of forward, merge, backward, scores, softmax, output (default: two)"),
-        ("--state", ["finished"], "what o and lse hold: finished (default), partial, carried"),
+        ("--state", ["finished"], "what o and lse hold: finished (default), partial, carried, updated"),
         ("--band", ["band", "causal", "open"], "band: causal and windowed calls; causal alone; open: no mask"),
     ):
         sub.add_argument(option, type=_words, default=default, metavar="A,B", help=content)

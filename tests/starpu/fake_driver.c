@@ -5,10 +5,12 @@
        load CONTEXT
        launch FUNCTION image CHECKSUM context C grid X Y Z cluster N block X Y Z shared N stream S parameters HEX
 
-   $FAKE_DRIVER_CONTEXT is the current context, 0 for none; $FAKE_DRIVER_FAIL = "FUNCTION:STATUS" makes one fail.
+   $FAKE_DRIVER_CONTEXT is the current context, 0 for none, unless the thread has called fake_driver_context;
+   $FAKE_DRIVER_FAIL = "FUNCTION:STATUS" makes one fail. With $FAKE_DRIVER_MEET = N no load ends before N have begun.
    Compiled against NVIDIA's own cuda.h, so that its structs and constants are the real ones. */
 #include <cuda.h>
 #include <elf.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -19,7 +21,12 @@
 
 typedef struct { char name[64]; unsigned checksum; long context, shared_allowed; } kernel; /* one a module */
 static kernel kernels[256];
-static int modules;
+static int modules, loading;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t met = PTHREAD_COND_INITIALIZER;
+static __thread long own_context;
+
+void fake_driver_context(long context) { own_context = context; }
 
 static int failing(const char *name) {
     const char *wanted = getenv("FAKE_DRIVER_FAIL");
@@ -39,7 +46,7 @@ static unsigned checksum(const void *image) {
     return b << 16 | a;
 }
 
-static long current(void) { return atol(getenv("FAKE_DRIVER_CONTEXT")); }
+static long current(void) { return own_context ? own_context : atol(getenv("FAKE_DRIVER_CONTEXT")); }
 static FILE *opened(void) { return fopen(getenv("FAKE_DRIVER_LOG"), "a"); }
 
 CUstream starpu_cuda_get_local_stream(void) { return STREAM; }
@@ -59,11 +66,17 @@ CUresult cuModuleLoadData(CUmodule *module, const void *image) {
     MAY_FAIL("cuModuleLoadData");
     NEED(current() && modules < 255, CUDA_ERROR_INVALID_CONTEXT);
     NEED(!memcmp(image, "\177ELF", 4), CUDA_ERROR_INVALID_IMAGE);
+    pthread_mutex_lock(&lock);
+    const char *meet = getenv("FAKE_DRIVER_MEET");
+    loading++;
+    pthread_cond_broadcast(&met);
+    while (meet && loading < atoi(meet)) pthread_cond_wait(&met, &lock);
     kernels[++modules] = (kernel){"", checksum(image), current(), 48 << 10};
     *module = (CUmodule)(size_t)modules;
     FILE *log = opened();
     fprintf(log, "load %ld\n", current());
     fclose(log);
+    pthread_mutex_unlock(&lock);
     return CUDA_SUCCESS;
 }
 

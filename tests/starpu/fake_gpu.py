@@ -21,7 +21,7 @@ from test_starpu_tasks import spec_of
 
 from flashtile.arrays import contiguous
 from flashtile.dtypes import DTYPES
-from flashtile.engines.starpu import cuda, runtime
+from flashtile.engines.starpu import launches, runtime
 from flashtile.engines.starpu.jobs import Job
 from flashtile.engines.starpu.programs import Program
 from flashtile.kernels.triton import aot
@@ -69,18 +69,19 @@ def build_driver(folder: Path) -> Path:
     assert compiler is not None, "StarPU's binding was compiled by one"
     include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
     target, source = folder / "libcuda.so.1", Path(__file__).parent / "fake_driver.c"
-    subprocess.run([compiler, "-shared", "-fPIC", "-Wall", "-Werror", "-I", include, "-o", target, source], check=True)
+    flags = ["-shared", "-fPIC", "-pthread", "-Wall", "-Werror", "-I", str(include)]
+    subprocess.run([compiler, *flags, "-o", target, source], check=True)
     return target
 
 
 def use_driver(library: Path) -> None:
     """Let the launcher open it, and find in it what a StarPU with CUDA has."""
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    os.environ[cuda.DRIVER_VARIABLE] = str(library)
+    os.environ[launches.DRIVER_VARIABLE] = str(library)
     try:
-        cuda.open_driver(runtime.current())
+        launches.open_driver(runtime.current())
     finally:
-        del os.environ[cuda.DRIVER_VARIABLE]
+        del os.environ[launches.DRIVER_VARIABLE]
 
 
 class Launched(NamedTuple):
@@ -98,11 +99,13 @@ class Launched(NamedTuple):
 
 
 class Buffer(NamedTuple):
-    """A tile on the device: a matrix of ld elements between rows, or a variable where that is 0."""
+    """A tile on the device: a matrix of ld elements between rows, or a variable where that is 0; with ldz between
+    heads, a block."""
 
     address: int
     ld: int = 0
     itemsize: int = 1
+    ldz: int = 0
 
 
 class Recorded(NamedTuple):
@@ -190,7 +193,7 @@ def recording() -> Iterator[list[Recorded]]:
         Program.submit = submit  # type: ignore[method-assign]
 
 
-FIELDS = (("address", "uint64"), ("ld", "uint32"), ("itemsize", "uint64"))
+FIELDS = (("address", "uint64"), ("ld", "uint32"), ("ldz", "uint32"), ("itemsize", "uint64"))
 
 
 def parameters_of(cubin: Path) -> tuple[Parameter, ...]:

@@ -28,13 +28,15 @@ from fake_gpu import (
     state,
     tensors,
 )
+from interpreted_gpu import Anything
 from processes import searched
 
-from flashtile.engines.starpu import manifest, runtime
+from flashtile.engines.starpu import manifest, runtime, session
 from flashtile.engines.starpu.flow import Flow
 from flashtile.engines.starpu.jobs import Job
 from flashtile.errors import KernelError, SpecError, UnavailableError
 from flashtile.kernels.triton import aot, compiler_missing
+from flashtile.kernels.triton.specialisation import Tile
 
 Script = Callable[..., Any]
 REASON = compiler_missing()
@@ -97,6 +99,45 @@ def test_kernels_are_loaded_once_a_context(
     assert gpu.loads() == [CONTEXT] * 4 + [77] * 4
 
 
+def test_no_device_waits_for_what_another_loads(script: Script, folder: Path, driver: Path, tmp_path: Path) -> None:
+    """Two workers load at the same time: the fake driver lets neither go before the other has begun."""
+    script(
+        """
+        import ctypes, threading
+        from pathlib import Path
+        import fake_gpu
+        from fake_gpu import Buffer
+        from flashtile.engines.starpu import runtime
+        from flashtile.engines.starpu.flow import Flow
+        from flashtile.engines.starpu.jobs import Job
+
+        starpu.init(workers=1, cuda_kernels=os.environ["KERNELS"])
+        fake_gpu.use_driver(Path(os.environ["DRIVER"]))
+        given = fake_gpu.tensors(starpu, "float16")
+        flow = Flow(runtime.current(), fake_gpu.spec("float16"), fake_gpu.TILE_Q, fake_gpu.TILE_K)
+        tasks = fake_gpu.recorded(lambda: flow.submit(Job(), *given))["forward"]
+        gpu = fake_gpu.Gpu(Path(os.environ["KERNELS"]), Path(os.environ["LOG"]))
+
+        def work(context):
+            ctypes.CDLL(os.environ["DRIVER"]).fake_driver_context(ctypes.c_long(context))
+            gpu.run(tasks.codelet, tasks.program, tasks.tasks[0], [Buffer(n << 32) for n in range(1, 7)])
+
+        workers = [threading.Thread(target=work, args=(context,)) for context in (5, 6)]
+        for one in workers:
+            one.start()
+        for one in workers:
+            one.join()
+        gpu.job.wait()
+        assert sorted(gpu.loads()) == [5, 5, 6, 6] and sorted(x.context for x in gpu.launches()) == [5, 5, 6, 6]
+        """,
+        KERNELS=str(folder),
+        DRIVER=str(driver),
+        LOG=str(tmp_path / "log"),
+        FAKE_DRIVER_MEET="2",
+        PYTHONPATH=searched(HERE, HERE.parent),
+    )
+
+
 def test_much_shared_memory_is_asked_for(
     machine: Callable[..., Gpu], folder: Path, forward: Any, tmp_path: Path
 ) -> None:
@@ -140,6 +181,27 @@ def test_what_the_driver_refuses_is_raised(
     job.wait()
 
 
+def test_what_the_driver_refuses_of_gradients(
+    machine: Callable[..., Gpu], folder: Path, starpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of the forward, by every codelet of theirs; a codelet has no CUDA function that keeps an error to itself."""
+    gpu = machine(folder)
+    monkeypatch.setattr(runtime.current(), "kernels", Anything(tmp_path / "made", Tile(32, 16)))
+    given = dict(zip(("q", "k", "v", "o", "lse"), tensors(starpu, "float16"), strict=True))
+    given |= {name: starpu.empty(given[name[1:]].shape, "float16", given[name[1:]].rows) for name in ("do", "dq", "dk")}
+    batches = recorded(lambda: starpu.submit_backward(**given, causal=True, align=30))
+    monkeypatch.setenv("FAKE_DRIVER_FAIL", "cuLaunchKernel:701")
+    for operation in ("delta", "backward", "add"):
+        batch, job = batches[operation], Job()
+        buffers = [Buffer(n << 32) for n in range(1, batch.program.data.handles + 2)]
+        assert not gpu.run(batch.codelet, batch.program, batch.tasks[-1], buffers, job)
+        with pytest.raises(
+            KernelError, match=f"codelet flashtile_{operation}_float16 failed on batch 0, head 1, .* 701"
+        ):
+            job.wait()
+    forget([*given.values()])
+
+
 def test_shared_memory_that_the_device_does_not_have(
     machine: Callable[..., Gpu], folder: Path, forward: Any, tmp_path: Path
 ) -> None:
@@ -177,7 +239,7 @@ def test_without_a_driver_or_a_stream(script: Script, folder: Path) -> None:
         from pathlib import Path
         import fake_gpu
         from fake_gpu import Buffer
-        from flashtile.engines.starpu import cuda, runtime
+        from flashtile.engines.starpu import launches, runtime
         from flashtile.engines.starpu.flow import Flow
         from flashtile.engines.starpu.jobs import Job
         from test_starpu_tasks import spec_of
@@ -191,7 +253,7 @@ def test_without_a_driver_or_a_stream(script: Script, folder: Path) -> None:
         print(message(gpu.job.wait))
         for path in ("libcuda.so.1", "/nowhere/libcuda.so.1", os.environ["KERNELS"] + "/manifest.json"):
             os.environ["FLASHTILE_CUDA_DRIVER"] = path
-            print(message(lambda: cuda.open_driver(runtime.current())))
+            print(message(lambda: launches.open_driver(runtime.current())))
         """,
         KERNELS=str(folder),
         PYTHONPATH=searched(HERE, HERE.parent),
@@ -219,9 +281,8 @@ def test_restrict(
         assert tasks.program.data.cuda and gpu.run(tasks.codelet, tasks.program, tasks.tasks[0], PLAIN)
         q = np.zeros((1, 2, 70, 16), np.float16)
         for options, reason in (
-            ({"sinks": np.zeros(2)}, "restricted to cuda: score programs, sinks and dropout, whose values lie"),
-            ({"softcap": 3.0}, "restricted to cuda: score programs, sinks and dropout, whose values lie"),
-            ({"dropout_p": 0.5, "seed": 1}, "restricted to cuda: score programs, sinks and dropout, whose values lie"),
+            ({"sinks": np.zeros(2)}, "restricted to cuda: .* has no kernel forward of"),
+            ({"dropout_p": 0.5, "seed": 1}, "restricted to cuda: tasks with dropout run on CPUs only"),
             ({"precision": "ieee"}, "has no kernel forward of .*bf16.* with .*BAND=False"),
         ):
             dtype = "float16" if len(options) and "precision" not in options else "bfloat16"
@@ -233,6 +294,17 @@ def test_restrict(
     finally:
         monkeypatch.undo()
         starpu.restrict("cpu", "cuda")
+
+
+def test_a_codelet_that_nothing_could_run(starpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused when it is restricted, and as it was then: its tasks would never run."""
+    refused = "restrict: got cuda, expected one with workers; cuda: "
+    one = session.codelet("add", "float16")
+    for workers, reason in ((0, "StarPU runs no such worker"), (1, "no kernels were given")):
+        monkeypatch.setattr(runtime.current(), "workers", lambda architecture=None, n=workers: n)
+        with pytest.raises(UnavailableError, match=refused + reason):
+            one.restrict("cuda")
+        assert one.where == ("cpu", "cuda")
 
 
 @pytest.mark.parametrize(

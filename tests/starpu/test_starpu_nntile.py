@@ -15,8 +15,9 @@ from flashtile.engines.starpu import session
 from flashtile.errors import KernelError, SpecError
 
 
-@pytest.mark.parametrize("mask", [None, "own", "float32", "bool"])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("mask", "causal"), [(None, False), (None, True), ("own", True), ("float32", False), ("bool", True)]
+)
 def test_tasks_give_the_bits_of_arrays(starpu: Any, dtype: str, mask: str | None, causal: bool) -> None:
     on_arrays, on_tiles = (Problem(dtype, mask, causal=causal, align=90) for _ in range(2))
     on_arrays.run(causal=causal, first_query=90)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..dtypes import DTYPES
-from ..errors import described, wrong
+from ..errors import UnavailableError, described, wrong
 from .capture import ArrayCapture, capture, is_array
 from .code import Code
 from .expr import FARTHEST
@@ -132,3 +132,29 @@ def sinks_of(sinks: Any, spec: AttentionSpec) -> np.ndarray | ArrayCapture:
         return found
     values = found.widen(found.array, np.dtype(DTYPES[spec.dtype].accumulator))
     return np.ascontiguousarray(np.broadcast_to(values, (spec.batch, spec.heads)))
+
+
+def masked_by_tile(spec: AttentionSpec, mask: str) -> tuple[AttentionSpec, Scoring]:
+    """The spec with a program that reads a mask of its own size, wherever that will be."""
+    from .bias import bias
+    from .functions import where
+
+    shape = (max(2, spec.q_len), max(2, spec.kv_len))  # an axis of one element would be read as one that broadcasts
+    stand_in = np.broadcast_to(np.zeros((1, 1), numpy_of(mask)), shape)
+    if mask == "bool":
+        shown = Score(lambda offset: lambda s, b, h, i, j: where(stand_in[i, j], s, -np.inf))
+    else:
+        shown = bias(stand_in)
+    program = Program.compose((spec.batch, spec.heads, *shape), [shown.expression()], [])
+    return replace(spec, program=program.code), Scoring(program, None)
+
+
+def numpy_of(name: str) -> np.dtype:
+    """The NumPy dtype of this name; bfloat16 is that of ml_dtypes. Raises: UnavailableError without it."""
+    if name != "bfloat16":
+        return np.dtype(name)
+    try:
+        from ml_dtypes import bfloat16
+    except ImportError as cause:
+        raise UnavailableError("mask: got bfloat16 without ml_dtypes, expected it: pip install ml_dtypes") from cause
+    return np.dtype(bfloat16)

@@ -30,11 +30,11 @@ from flashtile.engines.starpu import runtime, session, states
 from flashtile.engines.starpu.codelets import LABELS
 from flashtile.engines.starpu.flow import COMMUTE, ORDERED, Flow, submit_pair
 from flashtile.engines.starpu.jobs import Job
-from flashtile.engines.starpu.matching import NAMES, check_tensors
+from flashtile.engines.starpu.matching import NAMES, check_heads, check_tensors
 from flashtile.engines.starpu.profile import Profile
 from flashtile.engines.starpu.records import TaskRecord
 from flashtile.engines.starpu.runtime import schedulers, shutdown
-from flashtile.engines.starpu.tiles import Tile, TiledTensor, can_tile
+from flashtile.engines.starpu.tiles import Tile, TiledTensor, can_group, can_tile
 from flashtile.engines.starpu.vanilla import VanillaFlow
 from flashtile.errors import UnavailableError, wrong
 from flashtile.score.keep import keep_of
@@ -139,18 +139,21 @@ def restrict(*where: str, dtype: str | None = None) -> None:
     if len(errors) == len(chosen):
         raise errors[0]
     for one in chosen:
-        one.restrict(*where)
+        one.place(*where)
 
 
-def register(array: Any, rows: int) -> TiledTensor:
+def register(array: Any, rows: int, heads: int = 1) -> TiledTensor:
     """The tiles of a NumPy array, or of a torch tensor in CPU memory, which stays where it is.
 
     It lives at least until unregister() (or the end of a `with` block, or shutdown). While it is registered, read and
     write it through acquire only. To StarPU an array that is registered twice is two: tasks on the one do not wait for
     tasks on the other, so do that only where no task writes either.
 
-    Shapes:   q, k, v or o (B, H, S, D); lse (B, H, S). Tiles are (1, 1, rows, D), the last along S may be short.
+    Shapes:   q, k, v or o (B, H, S, D); lse (B, H, S). Tiles are (1, heads, rows, D), the last along S may be short.
               Rows of D adjacent elements, any distance apart; lse contiguous along S.
+    Options:  heads  of a tile, all of which one task takes: a task costs microseconds, so small tiles want many.
+                     Divides H, or is that of several whole batches; of k and v, so many as the heads of q read.
+                     Results do not depend on it.
     Raises:   SpecError.
     """
     array, dtype = _memory(array)
@@ -164,8 +167,12 @@ def register(array: Any, rows: int) -> TiledTensor:
     if array.size and not fits:
         raise wrong("array", f"strides {array.strides}", "rows of adjacent elements that do not overlap")
     runtime.current()
+    rows, heads = rows_of(rows), heads_of(heads, array.shape)
+    if array.size and not can_group(array.shape, array.strides[:3], rows, heads, dtype.itemsize):
+        got = f"{heads} with shape {array.shape}, strides {array.strides}"
+        raise wrong("heads", got, "1, or planes, or rows, that lie one after the other")
     address = array.ctypes.data
-    return TiledTensor(array.shape, dtype, rows_of(rows), address=address, strides=array.strides[:3], keep=array)
+    return TiledTensor(array.shape, dtype, rows, heads=heads, address=address, strides=array.strides[:3], keep=array)
 
 
 def _memory(array: Any) -> tuple[np.ndarray, DType]:
@@ -184,7 +191,7 @@ def _memory(array: Any) -> tuple[np.ndarray, DType]:
     return array.view(torch.int16).numpy().view(np.uint16), dtype
 
 
-def empty(shape: Sequence[int], dtype: Any, rows: int) -> TiledTensor:
+def empty(shape: Sequence[int], dtype: Any, rows: int, heads: int = 1) -> TiledTensor:
     """Tiles that StarPU owns: allocated where and when a task first writes them, evicted if memory is short.
 
     Shapes as in `register`. The contents are read by acquire, once a task or acquire(..., "W") has written
@@ -193,7 +200,7 @@ def empty(shape: Sequence[int], dtype: Any, rows: int) -> TiledTensor:
     shape = tuple(integer(n) if integer(n) is not None else -1 for n in shape)  # type: ignore[misc]
     if len(shape) not in (3, 4) or min(shape) < 0 or 0 in shape[3:]:
         raise wrong("shape", repr(shape), "(B, H, S, D), or (B, H, S) for lse")
-    return TiledTensor(shape, dtype_of(dtype), rows_of(rows))
+    return TiledTensor(shape, dtype_of(dtype), rows_of(rows), heads=heads_of(heads, shape))
 
 
 def wrap(handles: Any, shape: Sequence[int], dtype: Any, rows: int) -> TiledTensor:
@@ -210,6 +217,16 @@ def rows_of(rows: Any) -> int:
     if number is None or number < 1:
         raise wrong("rows", repr(rows), "a positive integer")
     return number
+
+
+def heads_of(heads: Any, shape: tuple[int, ...]) -> int:
+    """The heads of a tile: a divisor of H, or the heads of several whole batches."""
+    number, (batch, count) = integer(heads), shape[:2]
+    if number is not None and number > 0 and (number == 1 or (count and batch)):
+        several = number > count and not number % count and not batch * count % number
+        if number == 1 or not count % number or several:
+            return number
+    raise wrong("heads", repr(heads), f"a divisor of the {count} heads, or all of batches that divide {batch}")
 
 
 def submit_forward(
@@ -262,6 +279,8 @@ def submit_forward(
         raise wrong("carry" if carry is not None else "last", "a value with whole tensors", "None: it is for tiles")
     if kernel not in FLOWS or (single and kernel != "cpu"):
         raise wrong("kernel", repr(kernel), "'cpu'" if single else " or ".join(map(repr, FLOWS)))
+    if kernel == "vanilla" and tensors[0].heads > 1:
+        raise wrong("kernel", f"'vanilla' with tiles of {tensors[0].heads} heads", "tiles of one")
     if kernel == "vanilla" and accumulate != ORDERED:
         raise wrong("accumulate", repr(accumulate), f"{ORDERED!r} with kernel 'vanilla'")
     keep = keep_of(dropout_p, seed)
@@ -273,6 +292,7 @@ def submit_forward(
     request = describe(tensors[0], scores, (causal, window, align, scale, precision, kernel, "starpu"))
     check_tensors(*tensors, state=single)
     flow = _flow(tensors, request, accumulate)
+    check_heads(tensors[0], flow.heads)
     job = _job()
     if single:
         assert isinstance(flow, Flow)
@@ -317,12 +337,12 @@ def _flow(tensors: list[TiledTensor], request: Request, accumulate: str) -> Flow
     """The flow of these options on tensors of these shapes; remembered, unless it holds values of the call."""
     now = runtime.current()
     fused = request.options.kernel == "cpu" or not tensors[1].shape[2]  # without keys there are no scores to store
-    kind = partial(Flow, accumulate=accumulate) if fused else VanillaFlow
+    kind = partial(Flow, accumulate=accumulate, heads=tensors[0].heads) if fused else VanillaFlow
     q, k, v = (SimpleNamespace(shape=t.shape, dtype=t.dtype.name) for t in tensors[:3])
     tiles = tensors[0].rows, tensors[1].rows
     spec, scoring = request.of(q, k, v)
     if request.scores is not None or spec.offset is None:
         offsets = request.offsets if spec.offset is None else None
         return kind(now, spec, *tiles, offsets=offsets, scoring=scoring if request.scores else None)
-    key = spec, tiles, accumulate, request.options.kernel
+    key = spec, tiles, tensors[0].heads, accumulate, request.options.kernel
     return session.current().flow(key, lambda: kind(now, spec, *tiles))

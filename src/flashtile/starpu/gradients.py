@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ from flashtile.arrays import address_of
 from flashtile.calls import describe
 from flashtile.engines.starpu import runtime, session
 from flashtile.engines.starpu.backward import BackwardFlow
-from flashtile.engines.starpu.matching import check_gradients
+from flashtile.engines.starpu.matching import check_gradients, check_heads
 from flashtile.engines.starpu.tiles import TiledTensor
 from flashtile.errors import UnavailableError, wrong
 from flashtile.gradients import Gradients, Problem
@@ -102,11 +103,13 @@ def submit_backward(
     if problem.spec.empty:
         raise UnavailableError(f"submit_backward: got q {q.shape} and k {k.shape}, expected rows and keys")
     flow = _flow(problem, given, request.offsets)
+    check_heads(q, flow.heads)
     job = session.current().door_job()
     sums = sunk = None
     if flow.sunk:
         sums = np.zeros((*q.shape[:2], 1), flow.accumulator.numpy)
-        sunk = TiledTensor(sums.shape, flow.accumulator, 1, address=address_of(sums), strides=sums.strides, keep=sums)
+        made = partial(TiledTensor, sums.shape, flow.accumulator, 1, heads=q.heads)
+        sunk = made(address=address_of(sums), strides=sums.strides, keep=sums)
         given["dsinks"] = sunk
     try:
         tasks = flow.submit(job, given)
@@ -124,17 +127,18 @@ def _forget(sums: TiledTensor | None) -> None:
 def _flow(problem: Problem, given: dict[str, TiledTensor], offsets: Any) -> BackwardFlow:
     """The flow of these options on tensors of these shapes; remembered, unless it holds values of the call."""
     spec, scoring, now = problem.spec, problem.scoring, runtime.current()
-    tiles = given["q"].rows, given["k"].rows
+    tiles, heads = (given["q"].rows, given["k"].rows), given["q"].heads
     wanted = problem.wanted | {name for name in "qkv" if f"d{name}" in given}
     if scoring.program is scoring.sinks is scoring.keep is None and spec.offset is not None:
-        key = "backward", spec, tiles, wanted
-        return session.current().flow(key, lambda: BackwardFlow(now, spec, *tiles, wanted=wanted))
+        key = "backward", spec, tiles, heads, wanted
+        return session.current().flow(key, lambda: BackwardFlow(now, spec, *tiles, wanted=wanted, heads=heads))
     shapes = tuple(sorted(scoring.shapes(problem.wanted).items()))
     return BackwardFlow(
         now,
         spec,
         *tiles,
         wanted=wanted,
+        heads=heads,
         offsets=offsets if spec.offset is None else None,
         scoring=scoring,
         arrays=tuple((n, shape) for n, shape in shapes if 0 not in shape),

@@ -14,7 +14,10 @@
     records.py      what is known of a task that ran         graph.py      which tasks wait for which
     pictures.py     a profile drawn                          trace.py      a profile for Perfetto
     profile.py      what tasks did, while a block lasts      report.py     StarPU, for doctor
-    cuda.py         what programs launch on GPUs                          manifest.py    kernels compiled ahead of time
+    units.py        which heads a task takes
+    launches.py     what programs launch on GPUs             manifest.py   kernels compiled ahead of time
+    cuda.py         launches of the forward's codelets       made.py       kernels of score programs, compiled here
+    cuda_scores.py  captured values as launches take them    cuda_gradients.py   launches of the gradients' codelets
     launch.h, .c    C that launches them through NVIDIA's driver, without CUDA's headers and without Python
 
 `flashtile.starpu` is the door for programs that hold tiles themselves.

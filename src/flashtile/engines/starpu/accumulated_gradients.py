@@ -7,9 +7,11 @@ from dataclasses import replace
 import numpy as np
 
 from flashtile.dtypes import DTYPES
+from flashtile.engines.starpu import cuda_gradients
 from flashtile.engines.starpu.coverage import BandCoverage
 from flashtile.engines.starpu.footprint import footprints
 from flashtile.engines.starpu.jobs import TASK
+from flashtile.engines.starpu.launches import ANCHOR, HEADS, KEYS, KV_HEADS, ROWS, Launches
 from flashtile.engines.starpu.programs import Program
 from flashtile.engines.starpu.session import Session, current
 from flashtile.engines.starpu.tiles import DROP_LATER, TiledTensor
@@ -50,6 +52,9 @@ def submit(
         task = np.zeros(1, TASK)
         task["tile"][0, :2] = firsts
         task["end"] = spec.heads
+        sizes = {ROWS: spec.q_len, KEYS: spec.kv_len, ANCHOR: offset, HEADS: spec.heads, KV_HEADS: spec.kv_heads}
+        for place, number in sizes.items():
+            task["sizes"][0, place] = number
         task["footprint"] = footprints(programs["delta"].kernel.identity, np.array([[spec.heads, spec.q_len]]))
         _submit(session, "accumulate_delta", spec, programs["delta"], DELTA, given, ("delta",), task)
         task["values"][0, 0] = offset
@@ -58,7 +63,8 @@ def submit(
         for name, tensor in sums.items():
             program = programs[f"add_{_columns(spec, name)}"]
             rows = spec.heads * (spec.q_len if name == "dQ" else spec.kv_len)
-            task["end"], task["flops"] = rows, 0
+            task["end"], task["flops"], task["sizes"] = rows, 0, 0
+            task["sizes"][0, ROWS] = rows
             task["footprint"] = footprints(program.kernel.identity, np.array([[rows]]))
             pair = {"sums": tensor[0, 0, 0].address, "gradient": handles[name]}
             _submit(session, "accumulate_add", spec, program, dict.fromkeys(pair, ""), pair, ("gradient",), task)
@@ -103,11 +109,21 @@ def _programs(session: Session, spec: AttentionSpec, mask: str | None) -> dict[s
     def make() -> dict[str, Program]:
         kernels = tile_kernels().differentiating(spec, mask)
         words = {"delta": list(DELTA.values()), "backward": list(BACKWARD.values())[: None if mask else -1]}
-        made = {}
+        made, now = {}, session.runtime
         for name, kernel in kernels.items():
             bound = words.get(name, ["parts", "dq"])
-            bindings = tuple((n, word, None) for n, word in enumerate(bound))
-            made[name] = Program(session.runtime, kernel, bindings, ("offset",) if name == "backward" else ())
+            at = {word: n for n, word in enumerate(bound)}
+            bindings = tuple((n, word, None) for word, n in at.items())
+            gpu: Launches | str
+            if name == "delta":
+                gpu = cuda_gradients.delta(now, spec, at, spec.heads, whole=True)
+            elif name == "backward":
+                gpu = "gradients with a stored mask are computed on CPUs only"
+                if not mask:
+                    gpu = cuda_gradients.backward(now, spec, at, spec.heads, spec.q_len, spec.kv_len, whole=True)
+            else:
+                gpu = cuda_gradients.add(now, spec.dtype, int(name.removeprefix("add_")))
+            made[name] = Program(now, kernel, bindings, ("offset",) if name == "backward" else (), cuda=gpu)
         return made
 
     return session.flow(("accumulated gradients", spec, mask), make)

@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 
+from flashtile.engines.starpu import cuda
 from flashtile.engines.starpu.coverage import BandCoverage
 from flashtile.engines.starpu.flow import COMMUTE, ORDERED
 from flashtile.engines.starpu.footprint import footprints
 from flashtile.engines.starpu.jobs import TASK
+from flashtile.engines.starpu.launches import ANCHOR, HEADS, KEYS, ROWS
 from flashtile.engines.starpu.programs import Program
 from flashtile.engines.starpu.session import Session, current
 from flashtile.errors import wrong
@@ -42,6 +44,9 @@ def submit(
     task = np.zeros(1, TASK)
     task["end"] = program.kernel.items
     task["values"][0, 0] = offset
+    sizes = {ROWS: spec.q_len, KEYS: spec.kv_len, ANCHOR: offset, HEADS: spec.heads}
+    for place, number in sizes.items():
+        task["sizes"][0, place] = number
     task["tile"][0, :2] = firsts
     zero = np.zeros(1, np.int64)
     anchored = replace(spec, offset=offset)
@@ -62,6 +67,7 @@ def _program(session: Session, spec: AttentionSpec, mask: str | None) -> Program
     def make() -> Program:
         count = len(WORDS) - (mask is None)
         bindings = tuple((n, word, None) for n, word in enumerate(WORDS[:count]))
-        return Program(session.runtime, tile_kernels().accumulating(spec, mask), bindings, ("offset",))
+        gpu = cuda.accumulate(session.runtime, spec, mask)
+        return Program(session.runtime, tile_kernels().accumulating(spec, mask), bindings, ("offset",), cuda=gpu)
 
     return session.flow(("accumulate", spec, mask), make)

@@ -3,26 +3,31 @@
 A query tile i meets its key tiles in the order of the forward: i, i - 1, ..., 0, then from the last down to i + 1. The
 flow goes by places in that order: in each of them every query tile meets another key tile, so that neither dQ nor dK
 and dV make one wait for the other. Tasks that share a gradient run in the order of submission, which depends on tile
-numbers only, and so do the bits.
+numbers only, and so do the bits: heads that share keys come one after the other, so a task has only one of them.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flashtile.dtypes import DTYPES
+from flashtile.engines.starpu import cuda_gradients
 from flashtile.engines.starpu.coverage import coverage_of
-from flashtile.engines.starpu.flow import Handles, Pairs
+from flashtile.engines.starpu.cuda import anchor_of
+from flashtile.engines.starpu.flow import Pairs, together, touched_of
 from flashtile.engines.starpu.footprint import footprints
 from flashtile.engines.starpu.jobs import TASK, Job
+from flashtile.engines.starpu.launches import ANCHOR, KEYS, KV_HEADS, ROWS, Launches
 from flashtile.engines.starpu.programs import Program
 from flashtile.engines.starpu.runtime import Runtime
 from flashtile.engines.starpu.session import codelet
 from flashtile.engines.starpu.tiles import DROP_LATER, TiledTensor
+from flashtile.engines.starpu.units import Handles, of_keys, several, turned_of, unit_of
 from flashtile.kernels import ArrayShapes, tile_kernels
 from flashtile.spec import AttentionSpec
 
@@ -52,19 +57,25 @@ Part = tuple[range, range, range, range]  # batches, heads, query tiles, key til
 NOTHING: Part = (range(0),) * 4
 
 
-def pairs_of(spec: AttentionSpec, coverage: TileCoverage, part: Part | None = None) -> Pairs:
-    """Every task of a call, or of a part of its tiles, in their order: head by head, then place by place."""
-    touched = coverage.touched()
-    touched = np.broadcast_to(touched, (spec.batch, spec.heads, *touched.shape[2:]))
-    where = part or tuple(map(range, touched.shape))
-    found = np.nonzero(touched[tuple(slice(x.start, x.stop) for x in where)])
-    batch, head, i, j = (x.astype(np.int64) + axis.start for x, axis in zip(found, where, strict=True))
-    key_tiles = max(1, touched.shape[3])
+def pairs_of(spec: AttentionSpec, coverage: TileCoverage, part: Part | None = None, heads: int = 1) -> Pairs:
+    """Every task of a call, or of a part of its tiles, in their order: by heads, then place by place. heads: of a task,
+    as `together` has found; with a part, 1."""
+    if part is None:
+        touched = touched_of(spec, coverage, heads)
+        unit, i, j = (x.astype(np.int64) for x in np.nonzero(touched))
+    else:
+        every = coverage.touched()
+        touched = np.broadcast_to(every, (spec.batch, spec.heads, *every.shape[2:]))
+        found = np.nonzero(touched[tuple(slice(x.start, x.stop) for x in part)])
+        batch, head, i, j = (x.astype(np.int64) + axis.start for x, axis in zip(found, part, strict=True))
+        unit = batch * spec.heads + head
+    key_tiles = max(1, touched.shape[-1])
     own = np.minimum(i * coverage.tile_q // coverage.tile_k, key_tiles - 1)
     step = (own - j) % key_tiles
-    order = np.lexsort((i, step, head, batch))
-    batch, head, i, j, step = (x[order] for x in (batch, head, i, j, step))
-    chain = (batch * spec.heads + head) * touched.shape[2] + i
+    order = np.lexsort((i, step, unit))
+    unit, i, j, step = (x[order] for x in (unit, i, j, step))
+    batch, head = np.divmod(unit * heads, max(1, spec.heads))
+    chain = unit * touched.shape[-2] + i
     by_chain = np.lexsort((step, chain))
     length = np.bincount(chain)[chain] if len(chain) else chain
     first = np.flatnonzero(np.diff(chain[by_chain], prepend=-1))
@@ -81,8 +92,9 @@ class BackwardFlow:
     """The tasks of one spec on tiles of one size; made once, submitted on any tensors of that shape.
 
     wanted: names among "q", "k", "v" and "sinks"; arrays: the slots and shapes of captured arrays whose gradients are
-    wanted. offsets and scoring as those of flow.Flow. A flow with arrays is submitted once: their sums are its own.
-    part: the tiles that it computes, None: all; see `of`.
+    wanted. offsets, scoring and heads as those of flow.Flow; where heads share keys, or may add to one element of an
+    array, a task has one. A flow with arrays is submitted once: their sums are its own. part: the tiles that it
+    computes, None: all; see `of`.
     """
 
     def __init__(
@@ -97,6 +109,7 @@ class BackwardFlow:
         scoring: Scoring | None = None,
         arrays: ArrayShapes = (),
         part: Part | None = None,
+        heads: int = 1,
     ) -> None:
         self.spec, self.tile_q, self.tile_k = spec, tile_q, tile_k
         self.accumulator = DTYPES[DTYPES[spec.dtype].accumulator]
@@ -109,11 +122,20 @@ class BackwardFlow:
         self.names, keep = tuple(given), (offsets, scoring, self.arrays)
         handles = len(given) + (self.arrays is not None)
         bindings = tuple((n, *words) for n, words in enumerate(given.values()))
-        self.program = Program(runtime, found.kernel, bindings, VALUES, keep, handles=handles)
         self._deltas = kernels.deltas(spec, scoring=scoring)
         anchors = np.array([spec.offset or 0], np.int64) if offsets is None else offsets
         panel = kernels.rows_at_once(spec, "backward")
+        self.anchors = anchors
         self.coverage = coverage_of(spec, scoring, panel, tile_q, tile_k, anchors)
+        alone = arrays or part is not None or spec.group > 1
+        self.heads = 1 if alone else together(spec, self.coverage, heads)
+        per, places = dict.fromkeys(OF_KEYS, spec.group), {name: n for n, name in enumerate(self.names)}
+        gpu: Launches | str = "gradients of arrays are summed on CPUs only"
+        if not arrays:
+            gpu = cuda_gradients.backward(runtime, spec, places, self.heads, tile_q, tile_k)
+        self.program = Program(
+            runtime, found.kernel, bindings, VALUES, keep, gpu, handles=handles, heads=spec.heads, per=per
+        )
         self._plan(part)
 
     def of(self, part: Part) -> BackwardFlow:
@@ -123,7 +145,7 @@ class BackwardFlow:
         return found
 
     def _plan(self, part: Part | None) -> None:
-        self.pairs = pairs_of(self.spec, self.coverage, part)
+        self.pairs = pairs_of(self.spec, self.coverage, part, self.heads)
         self.tasks = self._backward_tasks()
         if self.arrays is not None:
             turns = self.arrays.turn_of(**_places(self.pairs))
@@ -137,7 +159,7 @@ class BackwardFlow:
         16-bit ones have sums of their own until they are rounded once; dsinks (B, H, 1) in accumulators.
         """
         spec = self.spec
-        delta = TiledTensor((spec.batch, spec.heads, spec.q_len), self.accumulator, self.tile_q)
+        delta = TiledTensor((spec.batch, spec.heads, spec.q_len), self.accumulator, self.tile_q, heads=self.heads)
         sums = {name: self.sums_of(job, given[name]) for name in self.gradients}
         turns = self.turns(job)
         own = [delta, *(x for name, x in sums.items() if x is not given[name]), *([] if turns is None else [turns])]
@@ -160,8 +182,9 @@ class BackwardFlow:
     ) -> None:
         """Submit the tasks of pairs of tiles, or of some of them; gradients are sums in accumulators."""
         p, spec = Pairs(*(x[some] for x in vars(self.pairs).values())), self.spec
-        rows = p.batch, p.head, p.query_tile
-        keys = p.batch, p.head // spec.group, p.key_tile
+        rows = *unit_of(p.batch, p.head, spec.heads, self.heads), p.query_tile
+        of_one = of_keys(self.heads, spec.group)
+        keys = *unit_of(p.batch, p.head // spec.group, spec.kv_heads, of_one), p.key_tile
         columns = [given[name].handles[keys if name in OF_KEYS else rows] for name in self.names]
         modes = ["RW" if name in GRADIENTS else "R" for name in self.names]
         if self.arrays is not None:
@@ -169,6 +192,7 @@ class BackwardFlow:
             columns.append(turns.handles[0, 0, self._turn[some]])
             modes.append("RW")
         tasks = self.tasks[some]
+        tasks["turned"] = turned_of(*(given[name] for name in self.names))
         numbers = np.tile([job.runtime.constant(mode) for mode in modes], (len(tasks), 1))
         handles = np.stack(columns, axis=1)
         self.program.submit(job, codelet("backward", spec.dtype), handles, numbers, tasks)
@@ -190,13 +214,13 @@ class BackwardFlow:
         """The gradient; or sums of its own, if it cannot hold them."""
         if gradient.dtype is self.accumulator:
             return gradient
-        return self._zeros(job, gradient.shape, gradient.rows)
+        return self._zeros(job, gradient.shape, gradient.rows, gradient.heads)
 
-    def _zeros(self, job: Job, shape: tuple[int, ...], rows: int) -> TiledTensor:
+    def _zeros(self, job: Job, shape: tuple[int, ...], rows: int, heads: int = 1) -> TiledTensor:
         memory = np.zeros(shape, self.accumulator.numpy)
         job.hold(memory)  # which outlives the tensor: that is unregistered before its tasks have run
-        at = memory.ctypes.data
-        return TiledTensor(shape, self.accumulator, rows, address=at, strides=memory.strides, keep=memory)
+        made = partial(TiledTensor, shape, self.accumulator, rows, heads=heads)
+        return made(address=memory.ctypes.data, strides=memory.strides, keep=memory)
 
     def _backward_tasks(self) -> np.ndarray:
         spec, p = self.spec, self.pairs
@@ -204,17 +228,22 @@ class BackwardFlow:
         tasks = np.zeros(len(row), TASK)
         tasks["begin"] = p.batch * spec.heads + p.head
         tasks["end"] = tasks["begin"] + 1
+        tasks["heads"], tasks["step"] = self.heads, 1
         for n, name in enumerate(self.names):
             if name in OF_KEYS:
                 tasks["rows"][:, n] = key
         rows, end = np.minimum(self.tile_q, spec.q_len - row), np.minimum(key + self.tile_k, spec.kv_len)
+        anchor, kv_heads = anchor_of(self.anchors, p.batch, row - key), of_keys(self.heads, spec.group)
+        for place, numbers in {ROWS: rows, KEYS: end - key, ANCHOR: anchor, KV_HEADS: kv_heads}.items():
+            tasks["sizes"][:, place] = numbers
         copy = np.zeros_like(row) if self.arrays is None else self.arrays.copy_of(**_places(p))
         tasks["values"][:, : len(VALUES)] = np.stack([row, rows, key, end, copy], axis=1)
         tasks["tile"] = np.stack([p.batch, p.head, p.query_tile, p.key_tile], axis=1)
         tasks["priority"] = p.left
         pairs, cases = self.coverage.amount(p.batch, p.head, p.query_tile, p.key_tile)
-        tasks["flops"] = self._flops_of_pair * pairs
-        tasks["footprint"] = footprints(f"{self.program.kernel.identity} {self.gradients}", cases)
+        tasks["flops"] = self._flops_of_pair * pairs * self.heads
+        identity = several(f"{self.program.kernel.identity} {self.gradients}", self.heads)
+        tasks["footprint"] = footprints(identity, cases)
         return tasks
 
     @property
@@ -231,35 +260,46 @@ class BackwardFlow:
         dsinks (B, H, query tiles) has one for each. first: batch, head and query tile at which the tensors begin."""
         spec, queries = self.spec, given["lse"]
         grid = queries.grid
-        batch, head, tile = (x.ravel().astype(np.int64) for x in np.indices(grid))
+        batches, units, tile = (x.ravel().astype(np.int64) for x in np.indices(grid))
+        batch, head = np.divmod((batches * grid[1] + units) * queries.heads, max(1, queries.shape[1]))
         words = DELTA | ({"dlse": DELTA_MORE["dlse"]} if "dlse" in given else {})
         words |= {"dsinks": DELTA_MORE["dsinks"]} if self.sunk else {}
         bindings = tuple((n, *pair) for n, pair in enumerate(words.values()))
-        columns = [given[x].handles[batch, head, np.minimum(tile, given[x].grid[2] - 1)] for x in words]
+        columns = [given[x].handles[batches, units, np.minimum(tile, given[x].grid[2] - 1)] for x in words]
         modes = [{"delta": "W", "dsinks": "RW"}.get(x, "R") for x in words]
         tasks = np.zeros(len(tile), TASK)
         tasks["begin"] = (batch + first[0]) * spec.heads + head + first[1]
         tasks["end"] = tasks["begin"] + 1
+        tasks["heads"], tasks["step"] = queries.heads, 1
+        tasks["turned"] = turned_of(*(given[x] for x in words))
         tasks["values"][:, 0] = np.minimum(queries.rows, queries.shape[2] - tile * queries.rows)
-        tasks["flops"] = 2.0 * spec.value_size * tasks["values"][:, 0]
-        tasks["footprint"] = footprints(f"{self._deltas.identity} {tuple(words)}", tasks["values"][:, :1])
+        tasks["sizes"][:, ROWS] = tasks["values"][:, 0]
+        tasks["flops"] = 2.0 * spec.value_size * tasks["values"][:, 0] * queries.heads
+        identity = several(f"{self._deltas.identity} {tuple(words)}", queries.heads)
+        tasks["footprint"] = footprints(identity, tasks["values"][:, :1])
         tasks["tile"][:, :3] = np.stack([batch, head, tile], axis=1) + first
         tasks["priority"] = FIRST
         numbers = np.tile([job.runtime.constant(mode) for mode in modes], (len(tasks), 1))
-        program = Program(job.runtime, self._deltas, bindings, ("row_count",))
+        gpu = cuda_gradients.delta(job.runtime, spec, {x: n for n, x in enumerate(words)}, queries.heads)
+        program = Program(job.runtime, self._deltas, bindings, ("row_count",), cuda=gpu, heads=spec.heads)
         program.submit(job, codelet("delta", spec.dtype), np.stack(columns, axis=1), numbers, tasks)
         return len(tasks)
 
     def submit_add(self, job: Job, sums: TiledTensor, gradient: TiledTensor) -> int:
         """Sums, rounded once, to the gradient, tile by tile."""
-        batch, head, tile = (x.ravel() for x in np.indices(gradient.grid))
+        *unit, tile = (x.ravel() for x in np.indices(gradient.grid))
+        batch, head = np.divmod((unit[0] * gradient.grid[1] + unit[1]) * gradient.heads, max(1, gradient.shape[1]))
         kernel = tile_kernels().adding(self.spec, gradient.shape[3])
         tasks = np.zeros(len(tile), TASK)
         tasks["end"] = np.minimum(gradient.rows, gradient.shape[2] - tile * gradient.rows)
         tasks["tile"][:, :3] = np.stack([batch, head, tile], axis=1)
-        tasks["footprint"] = footprints(kernel.identity, tasks["end"][:, None])
+        tasks["heads"], tasks["turned"] = gradient.heads, turned_of(sums, gradient)
+        tasks["footprint"] = footprints(several(kernel.identity, gradient.heads), tasks["end"][:, None])
         tasks["priority"] = FIRST
         handles = np.stack([sums.handles.ravel(), gradient.handles.ravel()], axis=1)
         numbers = np.tile([job.runtime.constant(mode) for mode in ("R", "RW")], (len(tasks), 1))
-        Program(job.runtime, kernel, ADD, ()).submit(job, codelet("add", self.spec.dtype), handles, numbers, tasks)
+        tasks["sizes"][:, ROWS] = tasks["end"]
+        gpu = cuda_gradients.add(job.runtime, self.spec.dtype, gradient.shape[3], gradient.heads)
+        program = Program(job.runtime, kernel, ADD, (), cuda=gpu, heads=gradient.shape[1])
+        program.submit(job, codelet("add", self.spec.dtype), handles, numbers, tasks)
         return len(tasks)

@@ -24,9 +24,6 @@ LABELS: dict[str, tuple[str, ...]] = {
     "accumulate_add": ("first query", "first key"),
 }
 
-# Operations that have kernels for CPUs only. Of the others each program says whether it has one for GPUs (cuda.py).
-CPU_ONLY = ("accumulate", "accumulate_delta", "accumulate_backward", "accumulate_add", "delta", "backward", "add")
-
 
 def name_of(operation: str, dtype: str) -> str:
     """What StarPU calls the codelet."""
@@ -53,26 +50,29 @@ class Codelet:
         self.pointer: Any = self.runtime.lib.ft_codelet_new(self.name.encode())
         if self.pointer == self.runtime.ffi.NULL:
             raise MemoryError(f"no memory for codelet {self.name}")
-        self.architectures: tuple[str, ...] = ("cpu",) if operation in CPU_ONLY else runtime.ARCHITECTURES
-        self.where: tuple[str, ...] = self.architectures
-        self._tell("ft_codelet_implement", self.architectures)
+        self.where: tuple[str, ...] = runtime.ARCHITECTURES
+        self._tell("ft_codelet_implement", self.where)  # each program says whether it has a kernel for GPUs (cuda.py)
 
     def restrict(self, *where: str) -> None:
-        """Let tasks submitted from now on run on "cpu", on "cuda" or on both only; `check` says whether they can."""
+        """Let tasks submitted from now on run on "cpu", on "cuda" or on both only. Raises: as `check`; nothing is
+        changed then."""
+        self.check(*where)
+        self.place(*where)
+
+    def place(self, *where: str) -> None:
+        """The same unchecked: tasks that nothing can run are refused when they are submitted (programs.py)."""
         self.where = where
-        self._tell("ft_codelet_where", tuple(name for name in where if name in self.architectures))
+        self._tell("ft_codelet_where", where)
 
     def check(self, *where: str) -> None:
-        """Raise SpecError for an unknown name, UnavailableError if no worker remains that has an implementation."""
+        """Raise SpecError for an unknown name, UnavailableError if no worker remains that has kernels."""
         runtime.current()
         for name in where or ("nothing",):
             if name not in runtime.ARCHITECTURES:
                 raise wrong("restrict", repr(name), "one of " + ", ".join(map(repr, runtime.ARCHITECTURES)))
         reasons = []
         for name in where:
-            if name not in self.architectures:
-                reasons.append(f"{name}: codelet {self.name} has no implementation")
-            elif not self.runtime.workers(name):
+            if not self.runtime.workers(name):
                 reasons.append(f"{name}: StarPU runs no such worker")
             elif name == "cuda" and self.runtime.kernels is None:
                 reasons.append(f"{name}: no kernels were given, init(cuda_kernels=...)")

@@ -1,85 +1,47 @@
-"""Kernels of the codelets for GPUs: machine code that `flashtile aot` made, told to the launcher (launch.h).
-
-A kernel of Triton works on arrays; to a task, its tile is the whole array: one batch, one head, rows and keys counted
-from the tile's first. What anchors a band moves along, so a mask cuts the tile as it cuts the whole. Nothing of Triton
-is needed here, and no Python runs in a worker.
-"""
+"""Launches of the forward's codelets on GPUs; those of gradients are in cuda_gradients.py."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import replace
+from itertools import product
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flashtile.arrays import contiguous
 from flashtile.dtypes import DTYPES
-from flashtile.engines.starpu.manifest import SCRATCH, Entry, Kernels
-from flashtile.errors import UnavailableError, wrong
+from flashtile.engines.starpu.cuda_scores import captured
+from flashtile.engines.starpu.launches import (
+    ANY_TILE,
+    COLUMN,
+    COLUMNS,
+    KEYS,
+    NO_DROPOUT,
+    NO_KERNELS,
+    QUERY_TILES,
+    ROWS,
+    SINK,
+    Launches,
+    Source,
+    Stage,
+    Value,
+    bands,
+    changes,
+    counts,
+    launches,
+    marks_of,
+    memories,
+    one_tile,
+    strides,
+)
 from flashtile.kernels.triton import specialisation as special
-from flashtile.kernels.triton.host import OPEN, bits
-from flashtile.kernels.triton.specialisation import Memory, Specialisation, Tile
-from flashtile.spec import AttentionSpec, Band
+from flashtile.kernels.triton.host import OPEN
+from flashtile.kernels.triton.specialisation import Memory
+from flashtile.score.options import Scoring, masked_by_tile
+from flashtile.spec import AttentionSpec
 
 if TYPE_CHECKING:
     from flashtile.engines.starpu.runtime import Runtime
-
-DRIVER = "libcuda.so.1"
-DRIVER_VARIABLE = "FLASHTILE_CUDA_DRIVER"  # names another file
-# A task's `sizes`: rows and keys of its tiles, what anchors the band in them; where its keys stand in a row of stored
-# scores, in bytes, and how many with their padding.
-ROWS, KEYS, ANCHOR, COLUMN, COLUMNS = range(5)
-ANY_TILE = Tile(16, 16)  # the manifest's kernel says which it has
-OF_THE_HOST = "score programs, sinks and dropout, whose values lie in the memory of the host, run on CPUs only"
-NO_AXIS = (-1, "")
-QUERY_TILES = ((ROWS, "queries"),)  # a grid of one program a tile of rows
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a launch finds an argument: one of the FT_ constants of launch.h, and its numbers."""
-
-    kind: str
-    index: int = 0
-    other: int = -1
-    unit: int = 1
-    otherwise: int = 0  # in the block, where the launcher leaves it
-
-
-Value = int | Source
-
-
-@dataclass(frozen=True)
-class Launches:
-    """What a program launches on a GPU: an ft_kernels, what it points to, and the bytes of scratch that it writes."""
-
-    data: Any
-    keep: Any
-    scratch_bytes: int
-
-
-class Stage(NamedTuple):
-    """One kernel of a task: what it must be compiled for, its arguments by name, and what its grid counts."""
-
-    what: Specialisation
-    values: Mapping[str, Value]
-    grid: tuple[tuple[int, str], ...]  # (one of `sizes`, "queries" or "keys" of the kernel's tile: the unit)
-
-
-def open_driver(runtime: Runtime) -> None:
-    """Open NVIDIA's driver for the launcher; a second time does nothing.
-
-    Raises: SpecError for a FLASHTILE_CUDA_DRIVER that is no file's absolute path; UnavailableError if it is no driver.
-    """
-    path = os.environ.get(DRIVER_VARIABLE, DRIVER)
-    if DRIVER_VARIABLE in os.environ and not (os.path.isabs(path) and os.path.isfile(path)):
-        raise wrong(DRIVER_VARIABLE, repr(path), "the absolute path of a library that is there")
-    why = runtime.ffi.new("char[256]")
-    if runtime.lib.ft_driver_open(path.encode(), why, 256):
-        text = runtime.ffi.string(why).decode(errors="replace")
-        raise UnavailableError(f"starpu: NVIDIA's driver cannot be loaded: {text}")
 
 
 def anchor_of(offsets: np.ndarray, batch: np.ndarray, shift: np.ndarray) -> np.ndarray:
@@ -87,48 +49,93 @@ def anchor_of(offsets: np.ndarray, batch: np.ndarray, shift: np.ndarray) -> np.n
     return np.clip(offsets[np.minimum(batch, len(offsets) - 1)], -OPEN, OPEN) + shift
 
 
-def forward(runtime: Runtime, spec: AttentionSpec, tile_q: int) -> Launches | str:
-    """Of the codelet `forward`: the state starts, or where values[0] says so continues; else why there is none."""
-    if spec.program is not None or spec.sinks or spec.dropout:
-        return OF_THE_HOST
-    spec = _one_tile(spec)
-    wide = DTYPES[DTYPES[spec.dtype].accumulator].itemsize
-    values: dict[str, Value] = {
-        "q": Source("ADDRESS", 0),
-        "k": Source("ADDRESS", 1),
-        "v": Source("ADDRESS", 2),
-        "o": Source("ADDRESS", 3),
-        "lse": Source("ADDRESS", 4),
+def forward(
+    runtime: Runtime, spec: AttentionSpec, tile_q: int, heads: int = 1, scoring: Scoring | None = None
+) -> Launches | str:
+    """Of the codelet `forward`, for so many heads: the state starts, or where values[0] says so continues, and takes
+    the sinks in where values[2] is not 0; else why there is none."""
+    if runtime.kernels is None:  # before arrays are looked at
+        return NO_KERNELS
+    if spec.dropout:
+        return NO_DROPOUT
+    found = captured(scoring, 5, more=int(spec.sinks))
+    if isinstance(found, str):
+        return found
+    wide, arrays = DTYPES[DTYPES[spec.dtype].accumulator].itemsize, found.arrays
+    values = _forward_values(spec, {"q": 0, "k": 1, "v": 2}, 3, 4, heads) | found.values
+    values |= strides(spec, {"o": 3}, wide)
+    if spec.sinks:
+        if scoring is None or not isinstance(scoring.sinks, np.ndarray):
+            return "sinks lie on a GPU already"
+        values["sinks"] = Source("ADDRESS", 5 + len(arrays), SINK)
+        arrays = *arrays, np.ascontiguousarray(scoring.sinks)
+    cases = [
+        _twice(spec, values, QUERY_TILES, state=state, last=last)
+        for last, state in product((False, True)[: 1 + spec.sinks], (special.PARTIAL, special.CARRIED))
+    ]
+    which = (0, 2) if spec.sinks else (0, -1)
+    return launches(runtime, cases, which=which, scratch=marks_of(heads, tile_q), packed={4: wide}, arrays=arrays)
+
+
+def accumulate(runtime: Runtime, spec: AttentionSpec, mask: str | None) -> Launches | str:
+    """Of the codelet `accumulate`: handles are arrays of all heads, and a mask (rows, keys) of such a dtype comes
+    last."""
+    if runtime.kernels is None:
+        return NO_KERNELS
+    scoring = None
+    if mask is not None:
+        spec, scoring = masked_by_tile(spec, mask)
+    found = captured(scoring, 5, itself=True)
+    if isinstance(found, str):
+        return found
+    values = _forward_values(spec, {"k": 0, "q": 1, "v": 3}, 4, 2, spec.heads, whole=True) | found.values
+    values |= strides(spec, {"o": 4}, whole=True)
+    narrow = DTYPES[spec.dtype].accumulator != spec.dtype
+    cases = [_twice(spec, values, QUERY_TILES, state=special.UPDATED if narrow else special.CARRIED)]
+    return launches(runtime, cases, scratch=marks_of(spec.heads, spec.q_len))
+
+
+def _forward_values(
+    spec: AttentionSpec, read: dict[str, int], o: int, lse: int, heads: int, whole: bool = False
+) -> dict[str, Value]:
+    """What both have. read: the handles of q, k and v by name."""
+    return {
+        **{name: Source("ADDRESS", handle) for name, handle in (read | {"o": o, "lse": lse}).items()},
         "odd": Source("SCRATCH"),
-        **_rows(spec, {"q": 0, "k": 1, "v": 2}),
-        **_rows(spec, {"o": 3}, wide),
+        **strides(spec, read, whole=whole),
         "o_split": 0,
         "lse_split": 0,
         "splits": 1,
         "split_keys": Source("SIZE", KEYS),
-        **_counts(spec),
-        **_changes(spec),
-        "items": Source("TILES", ROWS),
-        "blocks": 1,
-        "together": 1,
+        **counts(spec, heads),
+        **changes(spec),
+        "items": Source("PROGRAMS"),
+        "blocks": heads,
+        "together": heads,
         "query_tiles": Source("TILES", ROWS),
     }
-    memory = _memories(spec)
-    cases = [
+
+
+def _twice(
+    spec: AttentionSpec, values: dict[str, Value], grid: tuple[tuple[int, str], ...], *, state: str, last: bool = False
+) -> list[list[Stage]]:
+    """The two launches of the forward kernel, the second for what is not finite."""
+    return [
         [
-            [
-                Stage(special.forward(s, ANY_TILE, state=state, contain=contain, memory=m), values, QUERY_TILES)
-                for s in _bands(spec)
-                for m in memory
-            ]
-            for contain in (False, True)
+            Stage(
+                special.forward(s, ANY_TILE, state=state, contain=contain, part=True, last=last, memory=m),
+                values,
+                grid,
+                s if spec.program is not None else None,
+            )
+            for s in bands(one_tile(spec))
+            for m in memories(spec)
         ]
-        for state in (special.PARTIAL, special.CARRIED)
+        for contain in (False, True)
     ]
-    return _launches(runtime, cases, which=0, scratch=lambda entry: 4 * -(-tile_q // entry.queries))
 
 
-def merge(runtime: Runtime, dtype: str, value_size: int) -> Launches | str:
+def merge(runtime: Runtime, dtype: str, value_size: int, heads: int = 1) -> Launches | str:
     """Of the codelet `merge`, in a dtype of accumulators."""
     spec, size = _of_size(dtype, value_size), DTYPES[dtype].itemsize
     values: dict[str, Value] = {
@@ -137,20 +144,21 @@ def merge(runtime: Runtime, dtype: str, value_size: int) -> Launches | str:
         "o": Source("ADDRESS", 0),
         "lse": Source("ADDRESS", 1),
         "o_b": 0,
-        "o_h": 0,
+        "o_h": Source("PLANE", 0, 1, size),
         "o_s": value_size,
         "o_split": Source("APART", 2, 0, size),
         "lse_split": Source("APART", 3, 1, size),
-        **_counts(spec),
+        **counts(_heads(spec, heads), heads),
         "query_tiles": Source("TILES", ROWS),
         "splits": 2,
     }
     what = special.merge(spec, ANY_TILE, finished=False, memory=Memory(aligned=False))
     dense = {0: value_size * size, 2: value_size * size}
-    return _launches(runtime, [[[Stage(what, values, QUERY_TILES)]]], dense=dense)
+    packed = dense | {1: size, 3: size}
+    return launches(runtime, [[[Stage(what, values, QUERY_TILES)]]], dense=dense, packed=packed)
 
 
-def finish(runtime: Runtime, dtype: str, value_size: int, tile_q: int) -> Launches | str:
+def finish(runtime: Runtime, dtype: str, value_size: int, rows: int, heads: int = 1) -> Launches | str:
     """Of the codelet `finish`: the merge of one part. Its lse, the state's bits again, goes into scratch memory."""
     spec, size = _of_size(dtype, value_size), DTYPES[DTYPES[dtype].accumulator].itemsize
     values: dict[str, Value] = {
@@ -158,33 +166,36 @@ def finish(runtime: Runtime, dtype: str, value_size: int, tile_q: int) -> Launch
         "parts_lse": Source("ADDRESS", 1),
         "o": Source("ADDRESS", 2),
         "lse": Source("SCRATCH"),
-        **_rows(spec, {"o": 2}),
+        **strides(spec, {"o": 2}),
         "o_split": 0,
         "lse_split": 0,
-        **_counts(spec),
+        **counts(_heads(spec, heads), heads),
         "query_tiles": Source("TILES", ROWS),
         "splits": 1,
     }
     what = special.merge(spec, ANY_TILE, finished=True, memory=Memory(aligned=False))
     dense = {0: value_size * size}
-    return _launches(runtime, [[[Stage(what, values, QUERY_TILES)]]], dense=dense, scratch=lambda entry: tile_q * size)
+    packed = dense | {1: size}
+    stages = [[[Stage(what, values, QUERY_TILES)]]]
+    return launches(runtime, stages, dense=dense, packed=packed, scratch=lambda entry: heads * rows * size)
 
 
 def unfused(runtime: Runtime, spec: AttentionSpec, row: int) -> dict[str, Launches | str]:
     """Of the codelets `scores`, `softmax` and `output`, whose stored scores have rows of so many elements; padding, and
     weights of hidden keys, are told as kernels/cpu/passes/unfused.py does."""
     if spec.program is not None or spec.sinks:
-        return dict.fromkeys(("scores", "softmax", "output"), OF_THE_HOST)
-    spec = _one_tile(spec)
+        reason = "score programs and sinks of the unfused stages run on CPUs only"
+        return dict.fromkeys(("scores", "softmax", "output"), reason)
+    spec = one_tile(spec)
     wide = DTYPES[DTYPES[spec.dtype].accumulator].itemsize
-    shared = {**_counts(spec), "query_tiles": Source("TILES", ROWS), "s_s": row, "p_s": row}
+    shared = {**counts(spec, 1), "query_tiles": Source("TILES", ROWS), "s_s": row, "p_s": row}
     scores: dict[str, Value] = {
         "q": Source("ADDRESS", 0),
         "k": Source("ADDRESS", 1),
         "s": Source("ADDRESS", 2, COLUMN),
         **shared,
-        **_rows(spec, {"q": 0, "k": 1}),
-        **_changes(spec),
+        **strides(spec, {"q": 0, "k": 1}),
+        **changes(spec),
         "columns": Source("SIZE", COLUMNS),
         "key_tiles": Source("TILES", COLUMNS),
     }
@@ -200,33 +211,21 @@ def unfused(runtime: Runtime, spec: AttentionSpec, row: int) -> dict[str, Launch
         "v": Source("ADDRESS", 1),
         "o": Source("ADDRESS", 2),
         **shared,
-        **_rows(spec, {"v": 1}),
-        **_rows(spec, {"o": 2}, wide),
+        **strides(spec, {"v": 1}),
+        **strides(spec, {"o": 2}, wide),
     }
-    memories, grid = _memories(spec), (*QUERY_TILES, (COLUMNS, "keys"))
-    first = [Stage(special.scores(s, ANY_TILE, memory=m), scores, grid) for s in _bands(spec) for m in memories]
+    known, grid = memories(spec), (*QUERY_TILES, (COLUMNS, "keys"))
+    first = [Stage(special.scores(s, ANY_TILE, memory=m), scores, grid) for s in bands(spec) for m in known]
     second = [Stage(special.softmax(spec, ANY_TILE), softmax, QUERY_TILES)]
     third = [
-        [[Stage(special.output(spec, ANY_TILE, state=state, memory=m), output, QUERY_TILES) for m in memories]]
+        [[Stage(special.output(spec, ANY_TILE, state=state, memory=m), output, QUERY_TILES) for m in known]]
         for state in (special.PARTIAL, special.CARRIED)
     ]
     return {
-        "scores": _launches(runtime, [[first]]),
-        "softmax": _launches(runtime, [[second]]),
-        "output": _launches(runtime, third, which=0),
+        "scores": launches(runtime, [[first]]),
+        "softmax": launches(runtime, [[second]]),
+        "output": launches(runtime, third, which=(0, -1)),
     }
-
-
-def _one_tile(spec: AttentionSpec) -> AttentionSpec:
-    return replace(spec, batch=1, heads=1, kv_heads=1, offset=0)
-
-
-def _bands(spec: AttentionSpec) -> list[AttentionSpec]:
-    """The spec whose kernel is best, then one whose kernel takes every band: with both sides, however far they are."""
-    if spec.band is None or None not in (spec.band.left, spec.band.right):
-        return [spec]
-    left, right = (OPEN if side is None else side for side in (spec.band.left, spec.band.right))
-    return [spec, replace(spec, band=Band(left, right))]
 
 
 def _of_size(dtype: str, value_size: int) -> AttentionSpec:
@@ -234,109 +233,5 @@ def _of_size(dtype: str, value_size: int) -> AttentionSpec:
     return AttentionSpec.of(view, view, view)
 
 
-def _memories(spec: AttentionSpec) -> list[Memory]:
-    """What may be said of tiles on a device, the better first: StarPU allocates them aligned, row upon row."""
-    whole = spec.head_size % 16 == 0 and spec.value_size % 16 == 0
-    return [Memory(aligned=True), Memory(aligned=False)] if whole else [Memory(aligned=False)]
-
-
-def _rows(spec: AttentionSpec, handles: Mapping[str, int], itemsize: int = 0) -> dict[str, Value]:
-    """Strides of tensors that are one tile: between rows as the handle has it."""
-    unit, values = itemsize or DTYPES[spec.dtype].itemsize, dict[str, Value]()
-    for name, handle in handles.items():
-        length = spec.head_size if name in "qk" else spec.value_size
-        values |= {f"{name}_b": 0, f"{name}_h": 0, f"{name}_s": Source("ROW", handle, -1, unit, length)}
-    return values
-
-
-def _counts(spec: AttentionSpec) -> dict[str, Value]:
-    return {
-        "first": 0,
-        "heads": 1,
-        "group": 1,
-        "q_len": Source("SIZE", ROWS),
-        "kv_len": Source("SIZE", KEYS),
-        "head_size": spec.head_size,
-        "value_size": spec.value_size,
-    }
-
-
-def _changes(spec: AttentionSpec) -> dict[str, Value]:
-    """Scale and band."""
-    values: dict[str, Value] = {"scale": bits(spec.scale), "offset": Source("SIZE", ANCHOR)}
-    if spec.band is not None:
-        sides = {"left": spec.band.left, "right": spec.band.right}
-        values |= {name: OPEN if side is None else min(side, OPEN) for name, side in sides.items()}
-    return values
-
-
-def _launches(
-    runtime: Runtime,
-    cases: list[list[list[Stage]]],
-    *,
-    which: int = -1,
-    dense: Mapping[int, int] | None = None,
-    scratch: Any = lambda entry: 0,
-) -> Launches | str:
-    """Cases of launches of alternatives: of each launch the first alternative that the manifest has."""
-    if runtime.kernels is None:
-        return "no kernels for GPUs were given: flashtile.starpu.init(cuda_kernels=...)"
-    if runtime.workers("cuda"):
-        open_driver(runtime)
-    ffi, most, keep = runtime.ffi, 0, []
-    data = ffi.new("ft_kernels *")
-    data.which = which
-    for handle, row_bytes in (dense or {}).items():
-        data.dense[handle] = row_bytes
-    for case, launches in enumerate(cases):
-        data.launches[case] = len(launches)
-        for n, alternatives in enumerate(launches):
-            found = _first(runtime.kernels, alternatives)
-            if isinstance(found, str):
-                return found
-            stage, entry = found
-            kernel, image = _kernel(runtime, stage, entry)
-            data.kernel[case][n] = kernel
-            keep += [kernel, image]
-            most = max(most, scratch(entry))
-    return Launches(data, keep, most)
-
-
-def _first(kernels: Kernels, alternatives: list[Stage]) -> tuple[Stage, Entry] | str:
-    for stage in alternatives:
-        entry = kernels.find(stage.what)
-        if entry is not None:
-            return (stage, entry) if entry.refusal is None else entry.refusal
-    what = alternatives[-1].what
-    types = ", ".join(sorted({t for t in what.flat_types() if t[:2] in ("*f", "*b")}))
-    constants = ", ".join(f"{name}={value}" for name, value in what.constants if name.isupper() and value is not None)
-    return f"{kernels.folder} has no kernel {what.kernel} of {types} with {constants}"
-
-
-def _kernel(runtime: Runtime, stage: Stage, entry: Entry) -> tuple[Any, Any]:
-    """(ft_kernel, image) of a stage."""
-    ffi, lib = runtime.ffi, runtime.lib
-    image = ffi.from_buffer(entry.image())
-    data = ffi.new("ft_kernel *")
-    data.id, data.image, data.function = entry.id, int(ffi.cast("uintptr_t", image)), entry.function.encode()
-    data.threads, data.cluster, data.shared, data.bytes = entry.threads, entry.cluster, entry.shared, entry.nbytes
-    units = {"queries": entry.queries, "keys": entry.keys, "": 1}
-    for n, (size, counted) in enumerate((*stage.grid, NO_AXIS)[:2]):
-        data.grid_size[n], data.grid_unit[n] = size, units[counted]
-    block, number = bytearray(entry.nbytes), 0
-    for parameter in entry.parameters:
-        value = 0 if parameter.name in SCRATCH else stage.values[parameter.name]
-        fixed = value if isinstance(value, int) else value.otherwise
-        block[parameter.offset : parameter.offset + parameter.size] = fixed.to_bytes(
-            parameter.size, "little", signed=fixed < 0
-        )
-        if isinstance(value, Source):
-            a, unit = data.argument[number], value.unit
-            if value.kind == "TILES":
-                unit = entry.queries if value.index == ROWS else entry.keys
-            a.offset, a.size, a.source = parameter.offset, parameter.size, getattr(lib, f"FT_{value.kind}")
-            a.index, a.other, a.unit, a.multiple = value.index, value.other, unit, parameter.multiple
-            number += 1
-    data.arguments = number
-    ffi.memmove(data.block, bytes(block), len(block))
-    return data, image
+def _heads(spec: AttentionSpec, heads: int) -> AttentionSpec:
+    return replace(spec, heads=heads, kv_heads=heads)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from flashtile.arrays import view
+from flashtile.arrays import contiguous, view
 from flashtile.dtypes import DTYPES
 from flashtile.engines import Bound
-from flashtile.engines.starpu import runtime
+from flashtile.engines.starpu import runtime, units
 from flashtile.engines.starpu.flow import Flow
 from flashtile.engines.starpu.jobs import Job
-from flashtile.engines.starpu.tiles import TiledTensor, can_tile
+from flashtile.engines.starpu.tiles import TiledTensor, can_group, can_tile
 from flashtile.engines.starpu.vanilla import VanillaFlow
 from flashtile.errors import UnavailableError
 from flashtile.kernels import Family, Layout, Strides, tile_kernels
@@ -95,19 +97,48 @@ class Arrays:
         """The address; or a copy, where no matrix handle describes how the rows lie."""
         return address if self._fits(name) else np.ascontiguousarray(self._view(name, address))
 
-    def _tiles(self, name: str, where: np.ndarray | int) -> TiledTensor:
-        tile = self.tile_k if name[-1] in "kv" else self.tile_q
-        dtype, shape = DTYPES[self.spec.dtype], self.shapes[name]
-        if isinstance(where, np.ndarray):
-            return TiledTensor(shape, dtype, tile, address=where.ctypes.data, strides=where.strides, keep=where)
-        strides: Strides = getattr(self.layout, name)
-        return TiledTensor(shape, dtype, tile, address=where, strides=strides)
+    def _heads(self, rt: runtime.Runtime, names: Iterable[str], products: float) -> int:
+        """How many heads a task should have: of those that lie well in the arrays of these names. products: as many
+        FLOPs a pair of elements and head size as so many products of queries and keys."""
+        spec = self.spec
+        keys = min(self.tile_k, max(1, spec.kv_len))
+        flops = products * (spec.head_size + spec.value_size) * self.tile_q * keys
+        most = units.most(rt, spec, -(-spec.q_len // self.tile_q), flops)
+        found = 1
+        for n in units.sizes(spec):
+            if n > most:
+                break
+            if all(self._can_group(name, n) for name in names):
+                found = n
+        return found
 
-    def _of_rows(self, address: int) -> TiledTensor:
+    def _can_group(self, name: str, heads: int) -> bool:
+        shape, size = self.shapes[name], DTYPES[self.spec.dtype].itemsize
+        strides: tuple[int, ...] = getattr(self.layout, name)
+        if not self._fits(name):  # a copy will be made
+            strides = contiguous(shape, self.spec.dtype).strides
+        return can_group(shape, strides[:3], self._rows(name), self._heads_of(name, heads), size)
+
+    def _rows(self, name: str) -> int:
+        return self.tile_k if name[-1] in "kv" else self.tile_q
+
+    def _heads_of(self, name: str, heads: int) -> int:
+        """Of a tile of an array, where tasks have so many."""
+        return units.of_keys(heads, self.spec.group) if name[-1] in "kv" else heads
+
+    def _tiles(self, name: str, where: np.ndarray | int, heads: int) -> TiledTensor:
+        dtype, shape = DTYPES[self.spec.dtype], self.shapes[name]
+        made = partial(TiledTensor, shape, dtype, self._rows(name), heads=self._heads_of(name, heads))
+        if isinstance(where, np.ndarray):
+            return made(address=where.ctypes.data, strides=where.strides, keep=where)
+        strides: Strides = getattr(self.layout, name)
+        return made(address=where, strides=strides)
+
+    def _of_rows(self, address: int, heads: int) -> TiledTensor:
         """lse, or a state that goes by this name where it is not wanted; or dlse."""
         shape, size = self.shapes["o"][:3], self.accumulator.itemsize
         strides = (shape[1] * shape[2] * size, shape[2] * size, size)
-        return TiledTensor(shape, self.accumulator, self.tile_q, address=address, strides=strides)
+        return TiledTensor(shape, self.accumulator, self.tile_q, heads=heads, address=address, strides=strides)
 
 
 class _Call(Arrays):
@@ -129,9 +160,9 @@ class _Call(Arrays):
             job = Job()
             try:
                 for name in "qkv":
-                    tensors.append(self._tiles(name, self._reachable(name, getattr(params, name))))
+                    tensors.append(self._tiles(name, self._reachable(name, getattr(params, name)), flow.heads))
                 o = self._output(params)
-                tensors += [self._tiles("o", o), self._of_rows(params.lse)]
+                tensors += [self._tiles("o", o, flow.heads), self._of_rows(params.lse, flow.heads)]
                 total = flow.submit(job, *tensors)
                 job.wait(report, total)
             finally:
@@ -143,11 +174,13 @@ class _Call(Arrays):
 
     def _flow_of(self, rt: runtime.Runtime, call: Addresses) -> Flow | VanillaFlow:
         spec = self.spec
+        make: Callable[..., Flow | VanillaFlow] = partial(self.flow, rt, spec, self.tile_q, self.tile_k)
+        if self.flow is Flow:
+            make = partial(make, heads=self._heads(rt, "qkvo", 2))
         if spec.offset is None or call.scoring is not None:  # values that may differ from call to call
-            offsets = self._offsets(call.offsets)
-            return self.flow(rt, spec, self.tile_q, self.tile_k, offsets=offsets, scoring=call.scoring)
+            return make(offsets=self._offsets(call.offsets), scoring=call.scoring)
         if self._flow is None or self._flow[0] is not rt:
-            self._flow = rt, self.flow(rt, spec, self.tile_q, self.tile_k)
+            self._flow = rt, make()
         return self._flow[1]
 
     def _output(self, call: Addresses) -> np.ndarray | int:

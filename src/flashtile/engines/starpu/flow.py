@@ -8,7 +8,7 @@ number of workers and any scheduler. Key tiles that no row of the query tile see
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,11 +17,13 @@ from flashtile.engines.starpu import cuda
 from flashtile.engines.starpu.coverage import TileCoverage, coverage_of
 from flashtile.engines.starpu.footprint import footprint_of, footprints
 from flashtile.engines.starpu.jobs import TASK, Job
+from flashtile.engines.starpu.launches import ANCHOR, FIRSTS, KEYS, ROWS, SINK
 from flashtile.engines.starpu.programs import Program
 from flashtile.engines.starpu.runtime import Runtime
 from flashtile.engines.starpu.session import codelet
 from flashtile.engines.starpu.states import submit_finish
 from flashtile.engines.starpu.tiles import DROP_LATER, Tile, TiledTensor
+from flashtile.engines.starpu.units import Handles, of_keys, several, turned_of, unit_of
 from flashtile.errors import UnavailableError, wrong
 from flashtile.kernels import tile_kernels
 from flashtile.spec import AttentionSpec
@@ -36,18 +38,10 @@ FORWARD = ((0, "q", "q_s"), (1, "k", "k_s"), (2, "v", "v_s"), (3, "o", "o_s"), (
 FORWARD_VALUES = ("carry", "kv_len", "sinks")
 
 
-class Handles(Protocol):
-    """A TiledTensor, or what stands for one of which some tiles are elsewhere."""
-
-    @property
-    def handles(self) -> np.ndarray:
-        """uint64 (B, H, tiles along S); 0 where there is none."""
-        ...
-
-
 @dataclass(frozen=True)
 class Pairs:
-    """The tasks of a flow, chain by chain: int64 arrays (n,). A chain without a key is one task with key tile -1."""
+    """The tasks of a flow, chain by chain: int64 arrays (n,). A chain without a key is one task with key tile -1. head:
+    the first of those that a task has."""
 
     batch: np.ndarray
     head: np.ndarray
@@ -57,20 +51,35 @@ class Pairs:
     left: np.ndarray  # tasks of its chain that follow: the critical path
 
 
-def pairs_of(spec: AttentionSpec, coverage: TileCoverage, rows: np.ndarray | None = None) -> Pairs:
-    """Every task of a call, in the order of submission; of query tiles `rows` only, if that is not None."""
-    tile_q, tile_k = coverage.tile_q, coverage.tile_k
+def together(spec: AttentionSpec, coverage: TileCoverage, heads: int) -> int:
+    """How many heads, of so many at most, a task may have: those for which the same tiles meet."""
+    batches, each = coverage.touched().shape[:2]
+    return 1 if each > 1 else min(heads, spec.heads) if batches > 1 else heads
+
+
+def touched_of(spec: AttentionSpec, coverage: TileCoverage, heads: int) -> np.ndarray:
+    """Which tiles meet, by tasks of so many heads, as `together` has found: bool (units, query tiles, key tiles)."""
     touched = coverage.touched()
-    touched = np.broadcast_to(touched, (spec.batch, spec.heads, *touched.shape[2:]))
-    mine = np.ones(touched.shape[2], bool) if rows is None else np.isin(np.arange(touched.shape[2]), rows)
-    batch, head, i, j = np.nonzero(touched & mine[:, None])
-    none = np.nonzero(~touched.any(axis=3) & mine)
-    batch, head, i = (np.concatenate(x) for x in zip((batch, head, i), none, strict=True))
+    every = np.broadcast_to(touched, (spec.batch, spec.heads, *touched.shape[2:]))
+    firsts = np.divmod(np.arange(0, spec.batch * spec.heads, heads), max(1, spec.heads))
+    return np.asarray(every[firsts])
+
+
+def pairs_of(spec: AttentionSpec, coverage: TileCoverage, rows: np.ndarray | None = None, heads: int = 1) -> Pairs:
+    """Every task of a call, in the order of submission; of query tiles `rows` only, if that is not None; of so many
+    heads each, as `together` has found."""
+    tile_q, tile_k = coverage.tile_q, coverage.tile_k
+    touched = touched_of(spec, coverage, heads)
+    mine = np.ones(touched.shape[1], bool) if rows is None else np.isin(np.arange(touched.shape[1]), rows)
+    unit, i, j = np.nonzero(touched & mine[:, None])
+    none = np.nonzero(~touched.any(axis=2) & mine)
+    unit, i = (np.concatenate(x) for x in zip((unit, i), none, strict=True))
     j = np.append(j, np.full(len(none[0]), -1))
-    own = np.minimum(i * tile_q // tile_k, max(touched.shape[3] - 1, 0))
-    order = np.lexsort((-j, j > own, i, head, batch))
-    batch, head, i, j = (x[order].astype(np.int64) for x in (batch, head, i, j))
-    chain = (batch * spec.heads + head) * touched.shape[2] + i
+    own = np.minimum(i * tile_q // tile_k, max(touched.shape[2] - 1, 0))
+    order = np.lexsort((-j, j > own, i, unit))
+    unit, i, j = (x[order].astype(np.int64) for x in (unit, i, j))
+    batch, head = np.divmod(unit * heads, max(1, spec.heads))
+    chain = unit * touched.shape[1] + i
     first = np.flatnonzero(np.diff(chain, prepend=-1))
     length = np.diff(np.append(first, len(chain)))
     place = np.arange(len(chain)) - np.repeat(first, length)
@@ -81,7 +90,8 @@ class Flow:
     """The tasks of one spec on tiles of one size; made once, submitted on any tensors of that shape.
 
     offsets: int64 (B,), where spec.offset is None; scoring: the values of the spec's program and sinks. With either,
-    the flow is good for these values only. rows: numbers of the query tiles that it computes, None: all.
+    the flow is good for these values only. rows: numbers of the query tiles that it computes, None: all. heads: how
+    many a task has, fewer where a mask shows them different tiles.
     """
 
     def __init__(
@@ -95,6 +105,7 @@ class Flow:
         offsets: np.ndarray | None = None,
         scoring: Scoring | None = None,
         rows: np.ndarray | None = None,
+        heads: int = 1,
     ) -> None:
         if accumulate not in (ORDERED, COMMUTE):
             raise wrong("accumulate", repr(accumulate), f"{ORDERED!r} or {COMMUTE!r}")
@@ -105,12 +116,23 @@ class Flow:
         kernels = tile_kernels()
         kernel = kernels.forward(spec, tile_q, tile_k, offsets=at, scoring=scoring)
         self.sinks = int(kernel.block[kernel.words["sinks"]])
-        gpu = cuda.forward(runtime, spec, tile_q)
-        self.program = Program(runtime, kernel, FORWARD, FORWARD_VALUES, (offsets, scoring), gpu)
         self.narrow = DTYPES[spec.dtype].accumulator != spec.dtype
         self.anchors = np.array([spec.offset or 0], np.int64) if offsets is None else offsets  # (B,), or (1,): shared
         self.coverage = coverage_of(spec, scoring, kernels.rows_at_once(spec), tile_q, tile_k, self.anchors)
-        self.pairs = pairs_of(spec, self.coverage, rows)
+        self.heads = together(spec, self.coverage, heads)
+        self.pairs = pairs_of(spec, self.coverage, rows, self.heads)
+        gpu = cuda.forward(runtime, spec, tile_q, self.heads, scoring)
+        self.program = Program(
+            runtime,
+            kernel,
+            FORWARD,
+            FORWARD_VALUES,
+            (offsets, scoring),
+            gpu,
+            heads=spec.heads,
+            per=dict.fromkeys("kv", spec.group),
+            moves={"lse": spec.q_len * DTYPES[DTYPES[spec.dtype].accumulator].itemsize},
+        )
         self.tasks = self._forward_tasks()
         self.number = np.full((spec.batch, spec.heads, -(-spec.q_len // tile_q), -(-spec.kv_len // tile_k)), -1)
         some = self.pairs.key_tile >= 0
@@ -121,7 +143,7 @@ class Flow:
         """Submit the whole pass; returns how many tasks. 16-bit outputs have a state of their own until the cast."""
         state = o
         if self.narrow:
-            state = TiledTensor(o.shape, DTYPES[DTYPES[self.spec.dtype].accumulator], self.tile_q)
+            state = TiledTensor(o.shape, DTYPES[DTYPES[self.spec.dtype].accumulator], self.tile_q, heads=self.heads)
         try:
             self.submit_forward(job, q, k, v, state, lse)
             return len(self.tasks) + (submit_finish(job, state, lse, o) if self.narrow else 0)
@@ -131,15 +153,17 @@ class Flow:
 
     def submit_forward(self, job: Job, q: Handles, k: Handles, v: Handles, o: Handles, lse: Handles) -> None:
         """Submit the tasks that meet keys; o is the state, in the accumulator's dtype."""
-        p = self.pairs
-        rows = p.batch, p.head, p.query_tile
+        p, spec = self.pairs, self.spec
+        rows = *unit_of(p.batch, p.head, spec.heads, self.heads), p.query_tile
         queries = q.handles[rows]
         read = [queries, queries]
         if k.handles.size:
-            keys = p.batch, p.head // self.spec.group, np.maximum(p.key_tile, 0)
+            of_one = of_keys(self.heads, spec.group)
+            keys = *unit_of(p.batch, p.head // spec.group, spec.kv_heads, of_one), np.maximum(p.key_tile, 0)
             # Where no key is read the queries stand in.
             read = [np.where(p.key_tile < 0, queries, x.handles[keys]) for x in (k, v)]
         handles = np.stack([queries, *read, o.handles[rows], lse.handles[rows]], axis=1)
+        self.tasks["turned"] = turned_of(q, k, v, o, lse)
         self.program.submit(job, codelet("forward", self.spec.dtype), handles, self._modes(job.runtime), self.tasks)
 
     def _modes(self, runtime: Runtime) -> np.ndarray:
@@ -159,11 +183,14 @@ class Flow:
         tasks = np.zeros(len(row), TASK)
         tasks["begin"] = (head * query_tiles + p.query_tile) * key_tiles + seen
         tasks["end"] = tasks["begin"] + 1
+        tasks["heads"], tasks["step"] = self.heads, query_tiles * key_tiles
         tasks["rows"][:, :4] = np.stack([row, key, key, row], axis=1)
         tasks["bytes"][:, 4] = (head * spec.q_len + row) * DTYPES[DTYPES[spec.dtype].accumulator].itemsize
         tasks["values"][:, :3] = np.stack([p.place > 0, end, np.where(p.left == 0, self.sinks, 0)], axis=1)
         anchor = cuda.anchor_of(self.anchors, p.batch, row - key)
-        sizes = {cuda.ROWS: np.minimum(self.tile_q, spec.q_len - row), cuda.KEYS: end - key, cuda.ANCHOR: anchor}
+        firsts = dict(zip(FIRSTS, (p.batch, p.head, row, key), strict=True))
+        sizes = {ROWS: np.minimum(self.tile_q, spec.q_len - row), KEYS: end - key, ANCHOR: anchor, **firsts}
+        sizes[SINK] = head * DTYPES[DTYPES[spec.dtype].accumulator].itemsize
         for place, numbers in sizes.items():
             tasks["sizes"][:, place] = numbers
         tasks["tile"] = np.stack([p.batch, p.head, p.query_tile, p.key_tile], axis=1)
@@ -173,10 +200,10 @@ class Flow:
 
     def _add_costs(self, tasks: np.ndarray) -> None:
         """FLOPs of the two products over visible pairs, and footprints."""
-        p, spec, identity = self.pairs, self.spec, self.program.kernel.identity
+        p, spec, identity = self.pairs, self.spec, several(self.program.kernel.identity, self.heads)
         some = p.key_tile >= 0
         pairs, cases = self.coverage.amount(*(x[some] for x in (p.batch, p.head, p.query_tile, p.key_tile)))
-        tasks["flops"][some] = 2.0 * (spec.head_size + spec.value_size) * pairs
+        tasks["flops"][some] = 2.0 * (spec.head_size + spec.value_size) * pairs * self.heads
         carried = np.concatenate([cases, p.place[some, None] > 0], axis=1)
         tasks["footprint"][some] = footprints(identity, carried)
         rows = np.minimum(self.tile_q, spec.q_len - p.query_tile[~some] * self.tile_q)
@@ -186,8 +213,10 @@ class Flow:
 def submit_pair(flow: Flow, job: Job, q: Tile, k: Tile, v: Tile, o: Tile, lse: Tile, *, carry: bool, last: bool) -> int:
     """Submit one pair of tiles; returns 0 if the mask keeps them apart, else 1. Raises: SpecError for tiles that do not
     belong together."""
-    (b, h, i), j = q.index, k.index[2]
-    own = b, h // flow.spec.group, j
+    spec, i, j = flow.spec, q.index[2], k.index[2]
+    b, h = divmod((q.index[0] * q.tensor.grid[1] + q.index[1]) * flow.heads, spec.heads)
+    kv, of_one = h // spec.group, of_keys(flow.heads, spec.group)
+    own = *unit_of(b, kv, spec.kv_heads, of_one), j
     for name, tile, index in (("k", k, own), ("v", v, own), ("o", o, q.index), ("lse", lse, q.index)):
         if tile.index != index:
             raise wrong(name, f"tile {tile.index}", f"tile {index}, to go with tile {q.index} of q")
@@ -197,6 +226,7 @@ def submit_pair(flow: Flow, job: Job, q: Tile, k: Tile, v: Tile, o: Tile, lse: T
     task = flow.tasks[number : number + 1].copy()
     task["values"][0, 0], task["values"][0, 2] = carry, flow.sinks if last else 0
     r, w, rw, commute = (job.runtime.constant(name) for name in ("R", "W", "RW", "COMMUTE"))
+    task["turned"] = turned_of(*(x.tensor for x in (q, k, v, o, lse)))
     state = w if not carry else rw | commute if flow.accumulate == COMMUTE else rw
     handles = np.array([[x.address for x in (q, k, v, o, lse)]], np.uint64)
     flow.program.submit(job, codelet("forward", flow.spec.dtype), handles, np.array([[r, r, r, state, state]]), task)

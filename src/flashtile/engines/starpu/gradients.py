@@ -69,17 +69,17 @@ class _Call(Arrays):
             job = Job()
             try:
                 for name in ("q", "k", "v", "o", "do"):
-                    tensors[name] = self._tiles(name, self._reachable(name, getattr(params, name)))
+                    tensors[name] = self._tiles(name, self._reachable(name, getattr(params, name)), flow.heads)
                 for name in ("lse", "dlse"):
                     if address := getattr(params, name):
-                        tensors[name] = self._of_rows(address)
+                        tensors[name] = self._of_rows(address, flow.heads)
                 for name in flow.gradients:
                     where = getattr(params, name)
                     if not self._fits(name):
                         where = beside[name] = np.ascontiguousarray(self._view(name, where))
-                    tensors[name] = self._tiles(name, where)
+                    tensors[name] = self._tiles(name, where, flow.heads)
                 if params.dsinks:
-                    tensors["dsinks"] = self._sinks(params.dsinks)
+                    tensors["dsinks"] = self._sinks(params.dsinks, flow.heads)
                 total = flow.submit(job, tensors)
                 job.wait(report, total)
             finally:
@@ -98,14 +98,17 @@ class _Call(Arrays):
         scoring = call.scoring
         if scoring is not None and scoring.program is scoring.sinks is scoring.keep is None:
             scoring = None
+        names = ("q", "k", "v", "o", "do", *(f"d{name}" for name in wanted if name in "qkv"))
+        heads = self._heads(rt, names, 5)
+        make = partial(BackwardFlow, rt, self.spec, self.tile_q, self.tile_k, wanted=wanted, heads=heads)
         if self.spec.offset is None or scoring is not None:  # values that may differ from call to call
-            made = partial(BackwardFlow, offsets=self._offsets(call.offsets), scoring=scoring, arrays=self.arrays)
-            return made(rt, self.spec, self.tile_q, self.tile_k, wanted=wanted)
+            return make(offsets=self._offsets(call.offsets), scoring=scoring, arrays=self.arrays)
         kept = self._kept.get(wanted)
         if kept is None or kept[0] is not rt:
-            kept = self._kept[wanted] = rt, BackwardFlow(rt, self.spec, self.tile_q, self.tile_k, wanted=wanted)
+            kept = self._kept[wanted] = rt, make()
         return kept[1]
 
-    def _sinks(self, address: int) -> TiledTensor:
+    def _sinks(self, address: int, heads: int) -> TiledTensor:
         shape, size = (self.spec.batch, self.spec.heads, 1), self.accumulator.itemsize
-        return TiledTensor(shape, self.accumulator, 1, address=address, strides=(shape[1] * size, size, size))
+        strides = shape[1] * size, size, size
+        return TiledTensor(shape, self.accumulator, 1, heads=heads, address=address, strides=strides)

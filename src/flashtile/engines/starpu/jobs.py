@@ -12,7 +12,7 @@ from flashtile.engines.starpu.codelets import Codelet, labels_of
 from flashtile.errors import KernelError, UnavailableError, wrong
 from flashtile.progress import Report
 
-BUFFERS, VALUES, SIZES = 12, 6, 5  # of shim.h
+BUFFERS, VALUES, SIZES = 12, 6, 12  # of shim.h
 POLL_MILLISECONDS = 50  # between looks at Ctrl-C and at the progress
 
 # ft_task of shim.h
@@ -21,6 +21,7 @@ TASK = np.dtype(
         ("program", np.uint64),
         ("begin", np.int64),
         ("end", np.int64),
+        ("step", np.int64),
         ("rows", np.int64, BUFFERS),
         ("bytes", np.int64, BUFFERS),
         ("values", np.int64, VALUES),
@@ -29,6 +30,8 @@ TASK = np.dtype(
         ("flops", np.float64),
         ("footprint", np.uint32),
         ("priority", np.int32),
+        ("heads", np.int32),
+        ("turned", np.uint32),
     ],
     align=True,
 )

@@ -51,16 +51,23 @@ static const struct { void **place; const char *name; int needed; } symbols[] = 
 	{(void **)&driver.error_name, "cuGetErrorName", 1},
 };
 
-/* What is loaded where. Kernels are few, and a list is as long as they are. */
+/* What is loaded on a device. Kernels are few, and a list is as long as they are. */
 typedef struct loaded {
 	struct loaded *next;
 	uint64_t id;
-	context where;
 	function function;
 } loaded;
 
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static loaded *first;
+/* A device, by its worker's context. Loading takes long, so each has a lock of its own: none waits for another's. */
+typedef struct device {
+	struct device *next;
+	context where;
+	pthread_mutex_t lock;
+	loaded *first;
+} device;
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* of the two that follow */
+static device *devices;
 static int opened;
 
 int ft_driver_open(const char *path, char *why, int size)
@@ -87,10 +94,16 @@ int ft_driver_open(const char *path, char *why, int size)
 void ft_driver_forget(void)
 {
 	pthread_mutex_lock(&lock);
-	while (first) {
-		loaded *next = first->next;
-		free(first);
-		first = next;
+	while (devices) {
+		device *d = devices;
+		devices = d->next;
+		while (d->first) {
+			loaded *next = d->first->next;
+			free(d->first);
+			d->first = next;
+		}
+		pthread_mutex_destroy(&d->lock);
+		free(d);
 	}
 	pthread_mutex_unlock(&lock);
 }
@@ -105,7 +118,7 @@ static status checked(status s, const char *call, const ft_kernel *kernel, char 
 	return s;
 }
 
-static status load(const ft_kernel *kernel, context here, function *found, char *detail)
+static status load(const ft_kernel *kernel, device *d, function *found, char *detail)
 {
 	module m;
 	status s = checked(driver.module_load(&m, (const void *)kernel->image), "cuModuleLoadData", kernel, detail);
@@ -114,9 +127,23 @@ static status load(const ft_kernel *kernel, context here, function *found, char 
 		s = checked(driver.function_set(*found, MAX_DYNAMIC_SHARED, kernel->shared), "cuFuncSetAttribute", kernel, detail);
 	if (s) return s;
 	loaded *l = malloc(sizeof *l);
-	*l = (loaded){first, kernel->id, here, *found};
-	first = l;
+	*l = (loaded){d->first, kernel->id, *found};
+	d->first = l;
 	return 0;
+}
+
+static device *device_of(context here)
+{
+	pthread_mutex_lock(&lock);
+	device *d = devices;
+	while (d && d->where != here) d = d->next;
+	if (!d) {
+		d = malloc(sizeof *d);
+		*d = (device){devices, here, PTHREAD_MUTEX_INITIALIZER, NULL};
+		devices = d;
+	}
+	pthread_mutex_unlock(&lock);
+	return d;
 }
 
 /* The kernel in the context of the calling worker, loaded at its first launch there. */
@@ -125,19 +152,20 @@ static status find(const ft_kernel *kernel, function *found, char *detail)
 	context here;
 	status s = checked(driver.context_current(&here), "cuCtxGetCurrent", kernel, detail);
 	if (s) return s;
-	pthread_mutex_lock(&lock);
-	loaded *l = first;
-	while (l && !(l->id == kernel->id && l->where == here)) l = l->next;
+	device *d = device_of(here);
+	pthread_mutex_lock(&d->lock);
+	loaded *l = d->first;
+	while (l && l->id != kernel->id) l = l->next;
 	if (l) *found = l->function;
-	else s = load(kernel, here, found, detail);
-	pthread_mutex_unlock(&lock);
+	else s = load(kernel, d, found, detail);
+	pthread_mutex_unlock(&d->lock);
 	return s;
 }
 
 static int64_t tiles(int64_t size, int64_t unit) { return (size + unit - 1) / unit; }
 
 /* Fills in the block of parameters of one launch. */
-static int fill(const ft_kernel *kernel, const ft_place *place, int64_t *block, char *detail)
+static int fill(const ft_kernel *kernel, const ft_place *place, int64_t programs, int64_t *block, char *detail)
 {
 	memcpy(block, kernel->block, kernel->bytes);
 	for (int n = 0; n < kernel->arguments; n++) {
@@ -149,10 +177,15 @@ static int fill(const ft_kernel *kernel, const ft_place *place, int64_t *block, 
 			if (!place->row_bytes[a->index]) continue;
 			value = place->row_bytes[a->index] / a->unit;
 			break;
+		case FT_PLANE:
+			if (!place->plane_bytes[a->index]) continue;
+			value = place->plane_bytes[a->index] * a->other / a->unit;
+			break;
 		case FT_APART: value = (place->address[a->index] - place->address[a->other]) / a->unit; break;
 		case FT_SIZE: value = place->sizes[a->index]; break;
 		case FT_TILES: value = tiles(place->sizes[a->index], a->unit); break;
 		case FT_SCRATCH: value = place->scratch; break;
+		case FT_PROGRAMS: value = programs; break;
 		}
 		if (value % a->multiple) {
 			snprintf(detail, FT_DETAIL, "kernel %s: got %lld for the argument at byte %d, expected a multiple of %d",
@@ -171,9 +204,9 @@ static status launch(const ft_kernel *kernel, const ft_place *place, void *strea
 	size_t size = kernel->bytes;
 	void *parameters[] = {PARAMETERS_POINTER, block, PARAMETERS_SIZE, &size, PARAMETERS_END};
 	int64_t grid = 1;
-	status s = fill(kernel, place, block, detail);
-	for (int n = 0; n < 2; n++)
+	for (int n = 0; n < 3; n++)
 		if (kernel->grid_size[n] >= 0) grid *= tiles(place->sizes[kernel->grid_size[n]], kernel->grid_unit[n]);
+	status s = fill(kernel, place, grid, block, detail);
 	if (s || !grid) return s;
 	if ((s = find(kernel, &f, detail))) return s;
 	if (kernel->cluster == 1)
@@ -190,15 +223,20 @@ static status launch(const ft_kernel *kernel, const ft_place *place, void *strea
 
 int ft_launch(const ft_kernels *kernels, const ft_place *place, const int64_t *values, void *stream, char *detail)
 {
-	int variant = kernels->which < 0 ? 0 : values[kernels->which] != 0;
+	int variant = 0;
+	for (int n = 0; n < 2; n++)
+		if (kernels->which[n] >= 0 && values[kernels->which[n]]) variant |= 1 << n;
 	if (!opened) {
 		snprintf(detail, FT_DETAIL, "NVIDIA's driver was not opened");
 		return FT_NO_DRIVER;
 	}
 	for (int n = 0; n < FT_HANDLES; n++) {
-		if (!kernels->dense[n] || !place->row_bytes[n] || place->row_bytes[n] == kernels->dense[n]) continue;
-		snprintf(detail, FT_DETAIL, "got rows of handle %d that lie %lld bytes apart, expected %lld", n,
-			(long long)place->row_bytes[n], (long long)kernels->dense[n]);
+		int64_t rows = place->row_bytes[n], heads = place->plane_bytes[n];
+		int64_t packed = kernels->packed[n] * place->sizes[FT_ROWS];
+		int apart = kernels->dense[n] && rows && rows != kernels->dense[n];
+		if (!apart && !(packed && heads && heads != packed)) continue;
+		snprintf(detail, FT_DETAIL, "got %s of handle %d that lie %lld bytes apart, expected %lld", apart ? "rows" : "heads", n,
+			(long long)(apart ? rows : heads), (long long)(apart ? kernels->dense[n] : packed));
 		return FT_ROWS_APART;
 	}
 	for (int n = 0; n < kernels->launches[variant]; n++) {

@@ -3,10 +3,10 @@
 
 #define FT_HANDLES 12
 
-/* Where a task's data lies: address and bytes between the rows (0: adjacent) of each handle, sizes that its launches
-   need, and the worker's scratch memory. */
+/* Where a task's data lies: address, bytes between the rows (0: adjacent) and between the heads (0: one, or as the kernel
+   has it) of each handle, sizes that its launches need, and the worker's scratch memory. */
 typedef struct {
-	int64_t address[FT_HANDLES], row_bytes[FT_HANDLES], sizes[FT_SIZES], scratch;
+	int64_t address[FT_HANDLES], row_bytes[FT_HANDLES], plane_bytes[FT_HANDLES], sizes[FT_SIZES], scratch;
 } ft_place;
 
 /* Puts a task's launches into the stream and returns. 0, a status of the driver, or one of launch.h's with the reason in

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flashtile.engines.starpu import made
 from flashtile.errors import UnavailableError, wrong
-from flashtile.kernels.triton.aot import FORMAT, MANIFEST, parameters_of
+from flashtile.kernels.triton.aot import FORMAT, MANIFEST, parameters_of, program_of
 from flashtile.kernels.triton.specialisation import Specialisation
+from flashtile.spec import AttentionSpec
 
 TILES = ("TILE_Q", "TILE_K")  # constants that are the folder's own choice
 BLOCK_BYTES = 512  # FT_BLOCK of launch.h
@@ -70,6 +72,7 @@ class Kernels:
             told = json.loads(path.read_text())
             kind, self.arch = told["format"], str(told["arch"])
             self._entries = {_key_of(row): self._entry(row) for row in told["kernels"]} if kind == FORMAT else {}
+            self._compiled: dict[Specialisation, Entry | None] = {}
         except OSError as cause:
             got = f"{self.folder}: {path.name}: {cause.strerror}"
             raise wrong("cuda_kernels", got, "the folder of an architecture, made by flashtile aot") from cause
@@ -84,7 +87,15 @@ class Kernels:
     def find(self, what: Specialisation) -> Entry | None:
         """The kernel of a specialisation, with tiles and warps of the folder's choice; None if it is not there."""
         rows = [(row["name"], row["type"], row.get("multiple_of", 1)) for row in parameters_of(what)]
-        return self._entries.get(_key(what.kernel, dict(what.constants), rows))
+        return self._entries.get(_key(what.kernel, dict(what.constants), rows, program_of(what)))
+
+    def compiled(self, what: Specialisation, spec: AttentionSpec) -> Entry | None:
+        """A kernel of the kind that no folder has: compiled now, or found where another process has kept it; None
+        without Triton's compiler."""
+        if what not in self._compiled:
+            found = made.folder_of(what, spec, self.arch)
+            self._compiled[what] = None if found is None else Kernels(found).find(what)
+        return self._compiled[what]
 
     def _entry(self, row: dict[str, Any]) -> Entry:
         launch, name = row["launch"], row["file"]
@@ -113,10 +124,10 @@ class Kernels:
 
 def _key_of(row: dict[str, Any]) -> str:
     parameters = [(p["name"], p["type"], p.get("multiple_of", 1)) for p in row["parameters"]]
-    return _key(row["kernel"], row["constants"], parameters)
+    return _key(row["kernel"], row["constants"], parameters, row.get("program"))
 
 
-def _key(kernel: str, constants: dict[str, Any], parameters: list[tuple[str, str, int]]) -> str:
+def _key(kernel: str, constants: dict[str, Any], parameters: list[tuple[str, str, int]], program: str | None) -> str:
     """What makes two kernels the same, but for the tiles."""
     kept = {name: value for name, value in constants.items() if name not in TILES}
-    return json.dumps([kernel, kept, parameters], sort_keys=True)
+    return json.dumps([kernel, kept, parameters, program], sort_keys=True)

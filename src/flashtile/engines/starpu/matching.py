@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flashtile.dtypes import DTYPES, DType
 from flashtile.engines.starpu.tiles import TiledTensor
+from flashtile.engines.starpu.units import of_keys
 from flashtile.errors import wrong
 
 NAMES = ("q", "k", "v", "o", "lse")
@@ -39,8 +40,26 @@ def check_tensors(
             raise wrong(name, f"dtype {x.dtype.name}", dtype.name)
         if x.rows != rows:
             raise wrong(name, f"tiles of {x.rows} rows", f"{rows} as in {'k' if name == 'v' else 'q'}")
+    group, rest = divmod(q.shape[1], max(1, k.shape[1]))
+    if not rest:  # else it is no attention, and refused as such
+        if q.heads % max(1, group) and group % q.heads:
+            raise wrong("q", f"tiles of {q.heads} heads", f"a multiple or a divisor of {group}, which share one of k")
+        ofkeys = of_keys(q.heads, max(1, group))
+        for name, x, heads in (("o", o, q.heads), ("lse", lse, q.heads), ("k", k, ofkeys), ("v", v, ofkeys)):
+            if x.heads != heads:
+                raise wrong(name, f"tiles of {x.heads} heads", f"{heads}, to go with {q.heads} of q")
     if written:
         check_apart({"o": o, "lse": lse}, {"q": q, "k": k, "v": v, "o": o, "lse": lse})
+
+
+def check_heads(q: TiledTensor, heads: int) -> None:
+    """Raise SpecError unless tasks may have the heads of q's tiles together; heads: so many they may."""
+    if q.heads > heads:
+        raise wrong(
+            "q",
+            f"tiles of {q.heads} heads, which differ by options, share keys, or add to arrays",
+            f"tiles of {heads}",
+        )
 
 
 def check_apart(outputs: dict[str, TiledTensor], every: dict[str, TiledTensor]) -> None:
@@ -69,6 +88,6 @@ def check_gradients(given: dict[str, TiledTensor]) -> None:
         dtypes = (model.dtype, accumulator) if name in ("dq", "dk", "dv") else (model.dtype,)
         if x.dtype not in dtypes:
             raise wrong(name, f"dtype {x.dtype.name}", " or ".join(dict.fromkeys(d.name for d in dtypes)))
-        if x.rows != model.rows:
-            raise wrong(name, f"tiles of {x.rows} rows", f"{model.rows} as in {like}")
+        if (x.rows, x.heads) != (model.rows, model.heads):
+            raise wrong(name, f"tiles of {x.cut}", f"{model.cut} as in {like}")
     check_apart({name: given[name] for name in ("dq", "dk", "dv") if name in given}, given)

@@ -40,6 +40,7 @@ class Placed(NamedTuple):
     """The handles of the tiles that are in memory, where they stand in the whole."""
 
     handles: np.ndarray
+    turned: bool = False
 
 
 @dataclass(frozen=True)

@@ -163,8 +163,8 @@ void ft_job_clear(ft_job *job)
 	pthread_mutex_unlock(&lock);
 }
 
-/* detail: the reason in words, where there is more to say than the status. */
-static void record(const argument *a, int32_t status, const char *detail)
+/* head: which one of the task's; detail: the reason in words, where there is more to say than the status. */
+static void record(const argument *a, int head, int32_t status, const char *detail)
 {
 	pthread_mutex_lock(&lock);
 	if (!a->job->first.status) {
@@ -172,6 +172,11 @@ static void record(const argument *a, int32_t status, const char *detail)
 		first->status = status;
 		first->worker = starpu_worker_get_id();
 		memcpy(first->tile, a->task.tile, sizeof first->tile);
+		if (a->task.program->heads) {
+			int64_t heads = a->task.program->heads, at = first->tile[0] * heads + first->tile[1] + head;
+			first->tile[0] = at / heads;
+			first->tile[1] = at % heads;
+		}
 		snprintf(first->codelet, sizeof first->codelet, "%s", a->codelet->name);
 		snprintf(first->detail, sizeof first->detail, "%s", detail);
 	}
@@ -204,43 +209,61 @@ int ft_profiling(int on)
 
 /* ---- codelets ---- */
 
-/* Address and bytes between rows of the tile behind one interface. */
-static uintptr_t locate(void *interface, int64_t *row_bytes)
+/* Where a tile lies: bytes between its rows, 0 where they are adjacent, and between its heads, 0 where it has but one. */
+typedef struct { uintptr_t address; int64_t row_bytes, plane_bytes; } where;
+
+/* The tile behind one interface; turned: in a block, heads are the axis in the middle. */
+static where locate(void *interface, int turned)
 {
 	enum starpu_data_interface_id id = *(enum starpu_data_interface_id *)interface;
 	if (id == STARPU_MATRIX_INTERFACE_ID) {
-		*row_bytes = (int64_t)STARPU_MATRIX_GET_LD(interface) * STARPU_MATRIX_GET_ELEMSIZE(interface);
-		return STARPU_MATRIX_GET_PTR(interface);
+		int64_t row = (int64_t)STARPU_MATRIX_GET_LD(interface) * STARPU_MATRIX_GET_ELEMSIZE(interface);
+		return (where){STARPU_MATRIX_GET_PTR(interface), row, 0};
 	}
-	*row_bytes = 0;
-	return STARPU_VARIABLE_GET_PTR(interface);
+	if (id == STARPU_BLOCK_INTERFACE_ID) {
+		int64_t size = STARPU_BLOCK_GET_ELEMSIZE(interface);
+		int64_t y = size * STARPU_BLOCK_GET_LDY(interface), z = size * STARPU_BLOCK_GET_LDZ(interface);
+		return (where){STARPU_BLOCK_GET_PTR(interface), turned ? z : y, turned ? y : z};
+	}
+	return (where){STARPU_VARIABLE_GET_PTR(interface), 0, 0};
+}
+
+static where locate_of(const argument *a, void *buffers[], int handle)
+{
+	return locate(buffers[handle], a->task.turned >> handle & 1);
 }
 
 static uintptr_t cache_line(uintptr_t address) { return (address + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE; }
 
-/* Fills in a parameter block; returns the address of the scratch buffer, which follows the program's own handles. */
-static char *bind(const argument *a, void *buffers[], int64_t *block)
+/* The scratch buffer, which follows the program's own handles. */
+static uintptr_t scratch_of(const argument *a, void *buffers[])
+{
+	int n = a->task.program->handles;
+	return a->buffers <= n ? 0 : cache_line(locate(buffers[n], 0).address);
+}
+
+/* Fills in a parameter block for one head of the task. */
+static void bind(const argument *a, void *buffers[], int64_t *block, int head)
 {
 	const ft_task *task = &a->task;
 	const ft_program *p = task->program;
 	uintptr_t address[FT_BUFFERS];
-	int64_t row_bytes;
 	memcpy(block, p->block, p->words * sizeof *block);
 	for (int n = 0; n < p->bindings; n++) {
 		int h = p->handle[n];
-		address[n] = locate(buffers[h], &row_bytes);
+		where tile = locate_of(a, buffers, h);
+		address[n] = tile.address + head / p->per[n] * tile.plane_bytes;
 		if (p->stride_word[n] >= 0) {
 			int64_t *word = &block[p->stride_word[n]];
-			if (row_bytes) *word = row_bytes;
+			if (tile.row_bytes) *word = tile.row_bytes;
 			address[n] -= task->rows[h] * *word;
 		}
-		address[n] -= task->bytes[h];
+		address[n] -= task->bytes[h] + head * p->moves[n];
 		block[p->address_word[n]] = address[n] - (p->from[n] < 0 ? 0 : address[p->from[n]]);
 	}
 	for (int n = 0; n < p->values; n++)
 		block[p->value_word[n]] = task->values[n];
 	if (p->inner_word >= 0) block[p->inner_word] = (intptr_t)&block[p->inner_at];
-	return a->buffers <= p->handles ? NULL : (char *)cache_line(locate(buffers[p->handles], &row_bytes));
 }
 
 static void run_cpu(void *buffers[], void *cl_arg)
@@ -248,10 +271,17 @@ static void run_cpu(void *buffers[], void *cl_arg)
 	const argument *a = cl_arg;
 	int64_t block[FT_WORDS];
 	if (a->job->stopped || !a->task.program) return; /* stopped: an earlier task failed, its results are void */
-	char *scratch = bind(a, buffers, block);
-	int32_t status = ((cpu_kernel)a->task.program->cpu)((const char *)block, a->task.begin, a->task.end, scratch);
+	cpu_kernel kernel = (cpu_kernel)a->task.program->cpu;
+	char *scratch = (char *)scratch_of(a, buffers);
+	int32_t status = 0;
+	int head = 0;
+	do {
+		int64_t further = head * a->task.step;
+		bind(a, buffers, block, head);
+		status = kernel((const char *)block, a->task.begin + further, a->task.end + further, scratch);
+	} while (!status && ++head < a->task.heads && !a->job->stopped);
 	if (a->event) { a->event->ran = 1; a->event->status = status; }
-	if (status) record(a, status, "");
+	if (status) record(a, head, status, "");
 }
 
 /* The stream of the calling CUDA worker. Only a StarPU with CUDA has the function, so the binding is not linked to it. */
@@ -270,17 +300,21 @@ static void run_cuda(void *buffers[], void *cl_arg)
 	const ft_program *p = a->task.program;
 	char detail[FT_DETAIL] = "this StarPU has no starpu_cuda_get_local_stream";
 	int status = FT_NO_STREAM;
-	int64_t row_bytes;
 	void *stream;
 	ft_place place = {0};
 	if (a->job->stopped || !p) return;
-	for (int h = 0; h < p->handles; h++)
-		place.address[h] = locate(buffers[h], &place.row_bytes[h]);
-	if (a->buffers > p->handles) place.scratch = cache_line(locate(buffers[p->handles], &row_bytes));
+	for (int h = 0; h < p->handles; h++) {
+		where tile = locate_of(a, buffers, h);
+		place.address[h] = tile.address;
+		place.row_bytes[h] = tile.row_bytes;
+		place.plane_bytes[h] = tile.plane_bytes;
+	}
+	place.scratch = scratch_of(a, buffers);
 	memcpy(place.sizes, a->task.sizes, sizeof place.sizes);
+	if (!place.sizes[FT_HEADS]) place.sizes[FT_HEADS] = a->task.heads > 1 ? a->task.heads : 1;
 	if (local_stream(&stream)) status = ft_launch((const ft_kernels *)p->cuda, &place, a->task.values, stream, detail);
 	if (a->event) { a->event->ran = 1; a->event->status = status; }
-	if (status) record(a, status, detail);
+	if (status) record(a, 0, status, detail);
 }
 
 /* StarPU asks for each worker: a task goes where its program has a kernel. Without a program it is empty, for tests. */
@@ -399,6 +433,17 @@ void ft_register_variables(int64_t n, const uint64_t *address, const uint64_t *n
 	}
 }
 
+/* Of several heads each: nz planes of ny rows, or turned the other way round, of nx elements. */
+void ft_register_blocks(int64_t n, const uint64_t *address, const uint32_t *ldy, const uint32_t *ldz, const uint32_t *nx,
+	const uint32_t *ny, const uint32_t *nz, uint64_t itemsize, uint64_t *handles)
+{
+	for (int64_t i = 0; i < n; i++) {
+		starpu_data_handle_t handle;
+		starpu_block_data_register(&handle, NODE_OF(address[i]), address[i], ldy[i], ldz[i], nx[i], ny[i], nz[i], itemsize);
+		handles[i] = (uintptr_t)handle;
+	}
+}
+
 /* how: 0 waits and brings the contents home, 1 waits and drops them, 2 drops them when the last task is done. */
 void ft_unregister(int64_t n, const uint64_t *handles, int how)
 {
@@ -418,10 +463,13 @@ int ft_acquire(uint64_t handle, int mode)
 
 void ft_release(uint64_t handle) { starpu_data_release((starpu_data_handle_t)(uintptr_t)handle); }
 
-uintptr_t ft_pointer(uint64_t handle, int64_t *row_bytes)
+uintptr_t ft_pointer(uint64_t handle, int turned, int64_t *row_bytes, int64_t *plane_bytes)
 {
 	void *interface = starpu_data_get_interface_on_node((starpu_data_handle_t)(uintptr_t)handle, STARPU_MAIN_RAM);
-	return locate(interface, row_bytes);
+	where tile = locate(interface, turned);
+	*row_bytes = tile.row_bytes;
+	*plane_bytes = tile.plane_bytes;
+	return tile.address;
 }
 
 /* Bytes of a tile of the matrix, vector or variable interface; -1 for any other, -2 for what cannot be a handle's
@@ -448,19 +496,28 @@ double ft_expected_length(ft_codelet *codelet, uint64_t *handles, const int32_t 
 }
 
 /* Calls the codelet's CUDA implementation as a worker would, on n handles that stand for tiles on a device: matrices of
-   ld[n] elements between rows, or variables where that is 0. For tests, which have no device and no worker of one. */
+   ld[n] elements between rows, or variables where that is 0; where ldz[n] is not, blocks with so many between planes.
+   For tests, which have no device and no worker of one. */
 void ft_run_cuda(ft_job *job, ft_codelet *codelet, const ft_task *task, int n, const uint64_t *address,
-	const uint32_t *ld, const uint64_t *itemsize)
+	const uint32_t *ld, const uint32_t *ldz, const uint64_t *itemsize)
 {
 	union {
 		struct starpu_matrix_interface matrix;
+		struct starpu_block_interface block;
 		struct starpu_variable_interface variable;
 	} interfaces[FT_BUFFERS + 1] = {0};
 	void *buffers[FT_BUFFERS + 1];
 	argument a = {*task, job, NULL, codelet, n};
 	for (int h = 0; h < n; h++) {
 		buffers[h] = &interfaces[h];
-		if (ld[h]) {
+		if (ldz[h]) {
+			struct starpu_block_interface *b = &interfaces[h].block;
+			b->id = STARPU_BLOCK_INTERFACE_ID;
+			b->ptr = address[h];
+			b->ldy = ld[h];
+			b->ldz = ldz[h];
+			b->elemsize = itemsize[h];
+		} else if (ld[h]) {
 			struct starpu_matrix_interface *m = &interfaces[h].matrix;
 			m->id = STARPU_MATRIX_INTERFACE_ID;
 			m->ptr = address[h];

@@ -13,26 +13,32 @@ typedef struct ft_job ft_job;
    -1; its bytes between rows go to block[stride_word[n]], unless that is -1. Where inner_word is not -1, that word
    becomes the address of word inner_at of the task's own copy of the block.
 
+   A task of several heads runs once for each: head m is plane m / per[n] of the handle, and m * moves[n] bytes from where
+   its kernel, which counts heads itself, would look. heads: of a batch, to name the one that failed; 0 if there are none.
+
    cpu: int32_t (const char *params, int64_t begin, int64_t end, char *scratch), cuda: a ft_kernels (launch.h); either is 0
    where there is none. A task goes only where its program has a kernel. */
 typedef struct {
 	uintptr_t cpu, cuda;
-	int32_t words, handles, bindings, values, inner_word, inner_at;
-	int32_t handle[FT_BUFFERS], address_word[FT_BUFFERS], stride_word[FT_BUFFERS], from[FT_BUFFERS];
+	int32_t words, handles, bindings, values, inner_word, inner_at, heads;
+	int32_t handle[FT_BUFFERS], address_word[FT_BUFFERS], stride_word[FT_BUFFERS], from[FT_BUFFERS], per[FT_BUFFERS];
+	int64_t moves[FT_BUFFERS];
 	int32_t value_word[FT_VALUES];
 	int64_t block[FT_WORDS];
 } ft_program;
 
-/* One task: work items [begin, end) of a program. Handle n stands rows[n] rows and bytes[n] bytes into the whole that
-   a CPU's kernel believes it works on; sizes are what a GPU's kernels need (cuda.py). tile: the numbers by which an error
-   names the task. */
+/* One task: work items [begin, end) of a program, and with several heads those of each, `step` further on. Handle n stands
+   rows[n] rows and bytes[n] bytes into the whole that a CPU's kernel believes it works on; sizes are what a GPU's kernels
+   need (cuda.py). tile: the numbers by which an error names the task. Bit n of turned: in the block of handle n heads lie
+   closer together than rows. */
 typedef struct {
 	const ft_program *program;
-	int64_t begin, end;
+	int64_t begin, end, step;
 	int64_t rows[FT_BUFFERS], bytes[FT_BUFFERS], values[FT_VALUES], sizes[FT_SIZES], tile[4];
 	double flops;
 	uint32_t footprint;
-	int32_t priority;
+	int32_t priority, heads;
+	uint32_t turned;
 } ft_task;
 
 typedef struct {
@@ -77,12 +83,14 @@ int ft_profiling(int on);
 void ft_register_matrices(int64_t n, const uint64_t *address, const uint32_t *ld, const uint32_t *columns,
 	const uint32_t *rows, uint64_t itemsize, uint64_t *handles);
 void ft_register_variables(int64_t n, const uint64_t *address, const uint64_t *nbytes, uint64_t *handles);
+void ft_register_blocks(int64_t n, const uint64_t *address, const uint32_t *ldy, const uint32_t *ldz, const uint32_t *nx,
+	const uint32_t *ny, const uint32_t *nz, uint64_t itemsize, uint64_t *handles);
 void ft_unregister(int64_t n, const uint64_t *handles, int how);
 int ft_acquire(uint64_t handle, int mode);
 void ft_release(uint64_t handle);
-uintptr_t ft_pointer(uint64_t handle, int64_t *row_bytes);
+uintptr_t ft_pointer(uint64_t handle, int turned, int64_t *row_bytes, int64_t *plane_bytes);
 int64_t ft_nbytes(uint64_t handle);
 
 double ft_expected_length(ft_codelet *codelet, uint64_t *handles, const int32_t *modes, int n, const ft_task *task);
 void ft_run_cuda(ft_job *job, ft_codelet *codelet, const ft_task *task, int n, const uint64_t *address,
-	const uint32_t *ld, const uint64_t *itemsize);
+	const uint32_t *ld, const uint32_t *ldz, const uint64_t *itemsize);

@@ -60,7 +60,8 @@ class TiledTensor:
 
     The handles of a tensor with columns are matrices (StarPU's matrix interface, a row apart by `stride` bytes),
     those of lse are variables; so are those of a tensor that StarPU owns, which exists tile by tile, from the first
-    task that writes it.
+    task that writes it. Tiles of several heads are blocks: of planes, one a head, or of rows, where the heads of a row
+    lie closer together than the rows of a head (`turned`).
     """
 
     def __init__(
@@ -69,13 +70,17 @@ class TiledTensor:
         dtype: DType,
         rows: int,
         *,
+        heads: int = 1,
         address: int = 0,
         strides: tuple[int, ...] = (0, 0, 0),
         keep: Any = None,
     ) -> None:
-        """address 0: StarPU owns the memory. strides: bytes along B, H, S, and more. keep: what owns the memory."""
+        """address 0: StarPU owns the memory. strides: bytes along B, H, S, and more. keep: what owns the memory. heads:
+        of a tile, so many as `can_group` finds to lie well."""
         self.runtime = runtime.current()
-        self.shape, self.dtype, self.rows = shape, dtype, rows
+        self.shape, self.dtype, self.rows, self.heads = shape, dtype, rows, heads
+        if heads > 1 and shape[1] == 1:  # heads of a tile are batches; no head lies a stride from the only one
+            strides = strides[0], strides[0], strides[2]
         self.owned, self._keep, self._strides = address == 0, keep, strides
         self.columns = shape[3] if len(shape) == 4 else None
         self.extent, self.writable = (0, 0), True  # bytes of memory that it spans, if it is not StarPU's
@@ -83,25 +88,29 @@ class TiledTensor:
             described = view_of(keep)._replace(dtype=dtype.name)  # bfloat16 may come as its bits
             self.extent = tuple(address + end for end in described.extent())  # type: ignore[assignment]
             self.writable = keep.flags.writeable and not described.may_overlap_itself()
-        batch, heads, length = shape[:3]
-        self.grid = batch, heads, -(-length // rows)
-        count = np.minimum(rows, length - rows * np.arange(self.grid[2]))
-        starts = sum(
-            step * np.arange(n).reshape([-1 if axis == a else 1 for a in range(3)])
-            for axis, (n, step) in enumerate(zip(self.grid, (*strides[:2], strides[2] * rows), strict=True))
-        )
+        batch, count, length = shape[:3]
+        units = (batch, count // heads) if heads <= count else (batch * count // heads, 1)
+        self.grid = *units, -(-length // rows)
+        self.turned = heads > 1 and address != 0 and self.columns is not None and strides[1] < strides[2]
+        height = np.minimum(rows, length - rows * np.arange(self.grid[2]))
+        first = np.divmod(np.arange(units[0] * units[1]) * heads, max(1, count))
+        starts = (first[0] * strides[0] + first[1] * strides[1]).reshape(*units, 1)
+        starts = starts + np.arange(self.grid[2]) * (strides[2] * rows)
         self.handles = np.empty(self.grid, np.uint64)
         self.live, self.foreign = True, False
         if address == FOREIGN:
             return
         where = np.zeros(self.grid) if self.owned else address + np.broadcast_to(starts, self.grid)
-        self._register(where.astype(np.uint64), np.broadcast_to(count, self.grid))
+        self._register(where.astype(np.uint64), np.broadcast_to(height, self.grid))
         if self.owned:
             self.runtime.unwritten.update(self.handles.ravel().tolist())
         self.runtime.handles.update(dict.fromkeys(self.handles.ravel().tolist(), self))
 
     def _register(self, where: np.ndarray, count: np.ndarray) -> None:
         size = self.dtype.itemsize
+        if self.heads > 1:
+            self._register_blocks(where, count)
+            return
         if self.columns is None or self.owned:
             self.handles[...] = self.runtime.register(where, count * (size * (self.columns or 1))).reshape(self.grid)
             return
@@ -110,6 +119,27 @@ class TiledTensor:
         matrices = [at("uint32_t[]", np.ascontiguousarray(np.broadcast_to(x, self.grid), np.uint32)) for x in numbers]
         self.runtime.lib.ft_register_matrices(
             where.size, at("uint64_t[]", where), *matrices, size, at("uint64_t[]", self.handles)
+        )
+
+    def _register_blocks(self, where: np.ndarray, count: np.ndarray) -> None:
+        size = self.dtype.itemsize
+        nx: Any = count
+        ny: Any = np.ones_like(count)
+        if self.columns is not None:
+            nx, ny = np.full_like(count, self.columns), count
+        row, plane = (nx, nx * ny) if self.owned else (self._strides[2] // size, self._strides[1] // size)
+        nz: Any = self.heads
+        if self.columns is None:
+            row = nx
+        if self.turned:
+            ny, nz, row, plane = self.heads, count, plane, row
+        at = self.runtime.ffi.from_buffer
+        sizes = [
+            at("uint32_t[]", np.ascontiguousarray(np.broadcast_to(x, self.grid), np.uint32))
+            for x in (row, plane, nx, ny, nz)
+        ]
+        self.runtime.lib.ft_register_blocks(
+            where.size, at("uint64_t[]", where), *sizes, size, at("uint64_t[]", self.handles)
         )
 
     @classmethod
@@ -139,10 +169,15 @@ class TiledTensor:
         """Whether the rows of a tile lie without gaps."""
         return self.owned or self.columns is None or self._strides[2] == self.columns * self.dtype.itemsize
 
+    @property
+    def cut(self) -> str:
+        """What a tile has of it."""
+        return f"{self.rows} rows" + (f" of {self.heads} heads" if self.heads > 1 else "")
+
     def __repr__(self) -> str:
         grid = " x ".join(map(str, self.grid))
         state = "" if self.live and not self.runtime.over else ", unregistered"
-        return f"<TiledTensor {self.shape} {self.dtype.name}, {grid} tiles of {self.rows} rows{state}>"
+        return f"<TiledTensor {self.shape} {self.dtype.name}, {grid} tiles of {self.cut}{state}>"
 
     def __getitem__(self, index: Any) -> Tile:
         """The tile (batch, head, tile along S). Raises: SpecError outside the grid."""
@@ -154,7 +189,8 @@ class TiledTensor:
 
     @contextmanager
     def acquire(self, index: tuple[int, int, int], mode: str = "R") -> Iterator[np.ndarray]:
-        """The contents of one tile, once every task submitted on it before is done: (rows, D), or (rows,) of lse.
+        """The contents of one tile, once every task submitted on it before is done: (rows, D), or (rows,) of lse; of a
+        tile of several heads (heads, rows, D), or (heads, rows).
 
         Mode R, W (what is there may be lost) or RW. While a tile is held no task can be submitted on it; release
         it by leaving the block. bfloat16 comes as its bits, uint16.
@@ -181,14 +217,14 @@ class TiledTensor:
                 self.runtime.release(handle)
 
     def _contents(self, tile: Tile, handle: int, mode: str) -> np.ndarray:
-        row_bytes = self.runtime.ffi.new("int64_t *")
-        address = int(self.runtime.lib.ft_pointer(handle, row_bytes))
-        size = self.dtype.itemsize
-        inner = () if self.columns is None else (self.columns,)
-        row = row_bytes[0] or size * (self.columns or 1)
-        return view(
-            address, (tile.height, *inner), (row, size)[: 1 + len(inner)], self.dtype.numpy, writable=mode != "R"
-        )
+        between = self.runtime.ffi.new("int64_t[2]")
+        address = int(self.runtime.lib.ft_pointer(handle, self.turned, between, between + 1))
+        size, shape, strides = self.dtype.itemsize, [tile.height], [self.dtype.itemsize]
+        if self.columns is not None:
+            shape, strides = [tile.height, self.columns], [between[0] or size * self.columns, size]
+        if self.heads > 1:
+            shape, strides = [self.heads, *shape], [between[1], *strides]
+        return view(address, tuple(shape), tuple(strides), self.dtype.numpy, writable=mode != "R")
 
     def check(self) -> None:
         """Raise SpecError if the tensor was unregistered, UnavailableError if StarPU does not run in this process."""
@@ -229,3 +265,22 @@ def can_tile(strides: tuple[int, ...], columns: int, itemsize: int) -> bool:
     row, inner = strides
     step, rest = divmod(row, itemsize)
     return inner == itemsize and not rest and columns <= step <= LARGEST
+
+
+def can_group(shape: tuple[int, ...], strides: tuple[int, ...], rows: int, heads: int, itemsize: int) -> bool:
+    """Whether blocks describe tiles of so many heads and rows, with strides of (B, H, S) in bytes."""
+    batch, count, length, *columns = shape
+    between_batches, plane, row = strides[:3]
+    if heads == 1:
+        return True
+    if count == 1:
+        plane = between_batches
+    if heads > count and (heads % count or batch * count % heads or between_batches != count * plane):
+        return False
+    if (heads <= count and count % heads) or plane % itemsize or not 0 < plane <= LARGEST * itemsize:
+        return False
+    if not columns:
+        return plane >= min(rows, length) * itemsize
+    if plane < row:
+        return plane >= columns[0] * itemsize and row >= heads * plane
+    return plane >= min(rows, length) * row

@@ -14,6 +14,7 @@ from flashtile.dtypes import DTYPES
 from flashtile.engines.starpu import cuda
 from flashtile.engines.starpu.footprint import footprints
 from flashtile.engines.starpu.jobs import TASK, Job
+from flashtile.engines.starpu.launches import ANCHOR, COLUMN, COLUMNS, KEYS, ROWS
 from flashtile.engines.starpu.programs import Program
 from flashtile.engines.starpu.runtime import Runtime
 from flashtile.engines.starpu.session import codelet
@@ -36,6 +37,8 @@ VALUES = {"scores": (), "softmax": (), "output": ("carry",)}
 
 class VanillaFlow:
     """The three stages of one spec on tiles of one size; arguments as those of flow.Flow."""
+
+    heads = 1  # of a task
 
     def __init__(
         self,
@@ -136,7 +139,9 @@ class VanillaFlow:
         rows = np.minimum(self.tile_q, spec.q_len - row)
         keys = np.minimum(self.tile_k, spec.kv_len - key) if stage != "softmax" else np.full_like(row, spec.kv_len)
         anchor = cuda.anchor_of(self.anchors, batch, row - key)
-        for place, numbers in enumerate((rows, keys, anchor, j * self.columns * self._itemsize, self.columns)):
+        at = j * self.columns * self._itemsize
+        sizes = {ROWS: rows, KEYS: keys, ANCHOR: anchor, COLUMN: at, COLUMNS: self.columns}
+        for place, numbers in sizes.items():
             tasks["sizes"][:, place] = numbers
         tasks["flops"] = 2.0 * rows * keys
         cases = np.stack([rows, keys, j > 0], axis=1)

@@ -99,6 +99,7 @@ class Placed(NamedTuple):
     """The handles of a tensor of which some tiles are elsewhere."""
 
     handles: np.ndarray
+    turned: bool = False
 
 
 class Exchange:

@@ -18,9 +18,9 @@ import numpy as np
 from flashtile.dtypes import DTYPES, DType
 from flashtile.engines.starpu import runtime
 from flashtile.engines.starpu.backward import BackwardFlow
-from flashtile.engines.starpu.flow import Handles
 from flashtile.engines.starpu.jobs import Job
 from flashtile.engines.starpu.tiles import DROP, TiledTensor
+from flashtile.engines.starpu.units import Handles
 from flashtile.engines.starpu_mpi.collective import Cut, Exchange, agree, keys_seen, queries_seen
 from flashtile.engines.starpu_mpi.link import Link
 from flashtile.errors import UnavailableError

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 _STORAGE = {"float64": "double", "float32": "float", "float16": "half", "bfloat16": "bfloat"}
 _PANELS = (1, 2, 4, 8)  # panels a work item may hold
-_TILED_PANELS = (*_PANELS, 16)  # where products are so fast that making a block ready is felt
+_TILED_PANELS = (*_PANELS, 16, 32)  # where products are so fast that making a block ready is felt
 _ANYWHERE, IN_REGISTERS = ("registers", "memory"), ("registers",)  # where sums of a product may be
 _STRIDES = tuple(strides_of("qkvo"))
 _PART_KEYS = 1024  # a part of one row takes some 0.1 ms: long beside handing it out and merging it

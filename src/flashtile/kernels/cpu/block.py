@@ -27,7 +27,7 @@ CALL = Block(
     integers("carry offset left right pack_k pack_v k_row v_row segment_b segment_h sink_b sink_h"),
     integers("at_q at_o at_state at_earlier_o at_earlier_state at_lost_o at_lost_state at_k at_v at_extra at_cursor"),
     # least: of Q and K, the smallest magnitude that the parts of products hold (steps/range.py).
-    integers("at_dense at_key_flags at_lane_flags at_wide least"),
+    integers("at_dense at_key_flags at_lane_flags at_wide at_tiny_lanes at_tiny least"),
     reals("sign scale c_high c_low lse_scale"),
 )
 

@@ -96,6 +96,11 @@ class Config:
         return self.product.lands == "memory"
 
     @property
+    def tiles_add(self) -> bool:
+        """Matrix registers add to a panel's sums, and take what is not normal for 0 (steps/tiny.py)."""
+        return self.lands_in_memory and self.product.coarse
+
+    @property
     def guarded(self) -> bool:
         """Products are sums of products of parts, which cannot hold every number (steps/unheld.py)."""
         return self.product.parts > 1

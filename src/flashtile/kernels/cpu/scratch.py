@@ -138,5 +138,7 @@ def sized(c: Config, head_size: int, value_size: int, panels: int) -> Areas:
         "key_flags": c.key_block * 4 if c.guarded else 0,
         "lane_flags": panels * line if c.guarded else 0,
         "wide": head_size * line if c.guarded else 0,
+        "tiny_lanes": panels * line if c.tiles_add else 0,
+        "tiny": columns * line if c.tiles_add else 0,
     }
     return Areas({f"at_{name}": size for name, size in areas.items()}, start=fixed(c).bytes)

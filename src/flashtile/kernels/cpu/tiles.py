@@ -16,7 +16,7 @@ import numpy as np
 
 from flashtile.arrays import address_of
 from flashtile.dtypes import DTYPES
-from flashtile.errors import UnavailableError, wrong
+from flashtile.errors import wrong
 from flashtile.kernels import BackwardLayout, Layout, cpu
 from flashtile.kernels.cpu import backward as gradients
 from flashtile.kernels.cpu import parts, scratch
@@ -32,6 +32,7 @@ from flashtile.llvm import jit
 from flashtile.llvm import machines as isas
 from flashtile.llvm.products import FMA
 from flashtile.plan import Plan
+from flashtile.score.options import masked_by_tile
 
 if TYPE_CHECKING:
     from flashtile.kernels import ArrayShapes
@@ -164,7 +165,7 @@ def differentiating(spec: AttentionSpec, mask: str | None = None) -> dict[str, T
     """See TileKernels.differentiating."""
     scoring = None
     if mask is not None:
-        spec, scoring = _masked_by_tile(spec, mask)
+        spec, scoring = masked_by_tile(spec, mask)
     found = backward(spec, max(1, spec.q_len), max(1, spec.kv_len), scoring=scoring).kernel
     block, words, inner = _with_mask(found.block, found.words, spec, scoring)
     step, wide = DTYPES[spec.dtype].itemsize, DTYPES[DTYPES[spec.dtype].accumulator].itemsize
@@ -195,7 +196,7 @@ def accumulating(spec: AttentionSpec, mask: str | None = None) -> TileKernel:
     """See TileKernels.accumulating."""
     scoring = None
     if mask is not None:
-        spec, scoring = _masked_by_tile(spec, mask)
+        spec, scoring = masked_by_tile(spec, mask)
     c = cpu.config_of(spec)
     tile_q = max(1, min(spec.q_len, ACCUMULATED_ROWS // c.panel * c.panel or c.panel))
     kernel = forward(spec, tile_q, max(1, spec.kv_len), in_place=True, scoring=scoring)
@@ -232,35 +233,6 @@ def _with_mask(
 
 
 ACCUMULATED_ROWS = 256  # of an item of `accumulating`: its queries and outputs stay in the second-level cache
-
-
-def _masked_by_tile(spec: AttentionSpec, mask: str) -> tuple[AttentionSpec, Scoring]:
-    """The spec with a program that reads a mask of its own size, wherever that will be."""
-    from flashtile.score.bias import bias
-    from flashtile.score.functions import where
-    from flashtile.score.mask import Score
-    from flashtile.score.options import Scoring
-    from flashtile.score.program import Program
-
-    shape = (max(2, spec.q_len), max(2, spec.kv_len))  # an axis of one element would be read as one that broadcasts
-    stand_in = np.broadcast_to(np.zeros((1, 1), numpy_of(mask)), shape)
-    if mask == "bool":
-        shown = Score(lambda offset: lambda s, b, h, i, j: where(stand_in[i, j], s, -np.inf))
-    else:
-        shown = bias(stand_in)
-    program = Program.compose((spec.batch, spec.heads, *shape), [shown.expression()], [])
-    return replace(spec, program=program.code), Scoring(program, None)
-
-
-def numpy_of(name: str) -> np.dtype:
-    """The NumPy dtype of this name; bfloat16 is that of ml_dtypes. Raises: UnavailableError without it."""
-    if name != "bfloat16":
-        return np.dtype(name)
-    try:
-        from ml_dtypes import bfloat16
-    except ImportError as cause:
-        raise UnavailableError("mask: got bfloat16 without ml_dtypes, expected it: pip install ml_dtypes") from cause
-    return np.dtype(bfloat16)
 
 
 def finish(dtype: str, value_size: int) -> TileKernel:

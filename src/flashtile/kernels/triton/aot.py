@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ def _kernels(
     if "softmax" in kernels:
         yield Chosen(f"softmax-{base}", special.softmax(spec, unfused), spec, unfused)
     if "output" in kernels:
-        for state in states:
+        for state in (x for x in states if x != special.UPDATED):  # its sums are in accumulators
             name = f"output-{base}" + (state != special.FINISHED) * f"-{state}"
             yield Chosen(name, special.output(spec, unfused, state=state, memory=memory), spec, unfused)
 
@@ -152,7 +152,7 @@ def _gradients(spec: AttentionSpec, arch: str, base: str, states: tuple[str, ...
     rows, sides = Tile(forms.ROWS, forms.ROWS), "open" if spec.band is None else "band"
     for dlse in (False, True):
         yield Chosen(f"row_deltas-{base}" + "-dlse" * dlse, forms.row_deltas(spec, dlse, memory), spec, rows)
-    for parts in sorted({state == special.PARTIAL for state in states if state != special.CARRIED}):
+    for parts in sorted({state == special.PARTIAL for state in states if state in (special.FINISHED, special.PARTIAL)}):
         end = special.PARTIAL if parts else special.FINISHED
         for contain in (False, True):
             last = "-contain" * contain
@@ -217,6 +217,7 @@ def entry_of(chosen: Chosen, file: str, machine_code: bytes, meta: Any, used: Re
         "dtype": spec.dtype,
         "accumulator": dtype_of(spec.dtype).accumulator,
         "precision": spec.precision,
+        "program": program_of(what),
         "head_size": spec.head_size,
         "value_size": spec.value_size,
         "queries": chosen.tile.tile_q,
@@ -250,6 +251,30 @@ def entry_of(chosen: Chosen, file: str, machine_code: bytes, meta: Any, used: Re
         "tensor_instructions": used.tensor,
         "instructions": used.instructions,
     }
+
+
+def program_of(what: Specialisation) -> str | None:
+    """By which a manifest knows a score program: a digest of its structure; None without one."""
+    return None if what.code is None else hashlib.sha256(what.code.structure.encode()).hexdigest()
+
+
+def laid_out(what: Specialisation, spec: AttentionSpec, arch: str) -> Chosen:
+    """A kernel of the forward or of gradients as it is compiled for an architecture, whatever its tile was.
+
+    Raises: UnavailableError where there are no tiles for it.
+    """
+    constants, found = dict(what.constants), backward_tiles(spec, arch)
+    if what.kernel in ("row_deltas", "add_parts"):
+        return Chosen(what.kernel, what, spec, Tile(forms.ROWS, forms.ROWS))
+    if what.kernel != "forward" and found is None:
+        raise UnavailableError(f"aot: got {what.kernel} of {tiles.kind_of(spec)}, for which {arch} has no tiles")
+    by_kernel = {} if found is None else dict(zip(("backward_q", "backward_kv"), found, strict=True))
+    tile = by_kernel.get(what.kernel) or tiles.forward_tile(spec, arch)
+    if constants["CONTAIN"]:
+        tile = special.contained(tile)
+    sized = tuple((constants | {"TILE_Q": tile.tile_q, "TILE_K": tile.tile_k}).items())
+    made = replace(what, constants=sized, num_warps=tile.num_warps, num_stages=tile.num_stages)
+    return Chosen(what.kernel, made, spec, tile)
 
 
 def parameters_of(what: Specialisation) -> list[dict[str, Any]]:

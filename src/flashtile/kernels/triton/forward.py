@@ -29,7 +29,7 @@ def forward(
     o_split, lse_split,
     first, items, blocks, together, heads, group, q_len, kv_len, head_size, value_size,
     query_tiles, splits, split_keys,
-    scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, sinks, captures, threshold, seed,
+    scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, sinks, captures, origin, threshold, seed,
     SCORE: tl.constexpr, MASK: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr,
     VALUE: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr,
     BAND: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, CONTAIN: tl.constexpr, SPAN: tl.constexpr,
@@ -43,6 +43,8 @@ def forward(
     Two launches make a call. The first, one item a program, marks in odd (work items,) those whose sums are not all
     finite, and leaves their o and lse as they were. The second, CONTAIN, computes just these (containment.py); it has
     as many programs as the device has processors or more, which look through the marks of all `items`.
+    origin: of tiles of larger arrays, the first batch, head, row and key, by which the program knows them. A mask
+    without a table (rows) is looked at everywhere.
     """
     if CONTAIN:
         for item in range(first + tl.program_id(0), first + items, tl.num_programs(0)):
@@ -53,7 +55,8 @@ def forward(
                     o_split, lse_split,
                     blocks, together, heads, group, q_len, kv_len, head_size, value_size,
                     query_tiles, splits, split_keys,
-                    scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, sinks, captures, threshold, seed,
+                    scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, sinks, captures, origin,
+                    threshold, seed,
                     SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE,
                     BAND, STATE, PACKED, CONTAIN, SPAN, DESCRIBED,
                 )  # fmt: skip
@@ -65,7 +68,7 @@ def forward(
             o_split, lse_split,
             blocks, together, heads, group, q_len, kv_len, head_size, value_size,
             query_tiles, splits, split_keys,
-            scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, sinks, captures, threshold, seed,
+            scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, sinks, captures, origin, threshold, seed,
             SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE,
             BAND, STATE, PACKED, CONTAIN, SPAN, DESCRIBED,
         )  # fmt: skip
@@ -78,7 +81,7 @@ def _work_item(
     o_split, lse_split,
     blocks, together, heads, group, q_len, kv_len, head_size, value_size,
     query_tiles, splits, split_keys,
-    scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, sinks, captures, threshold, seed,
+    scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, sinks, captures, origin, threshold, seed,
     SCORE: tl.constexpr, MASK: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr,
     VALUE: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr,
     BAND: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, CONTAIN: tl.constexpr, SPAN: tl.constexpr,
@@ -122,11 +125,11 @@ def _work_item(
     factor = number(scale, ACC)
     if SCORE is None:
         factor *= tl.full((), LOG2E, ACC)
-    table_row = 0 if MASK is None else 2 * (b * rows_b + _head_of_table(h, rows_h, PACKED) + tile)
+    table_row = 0 if rows is None else 2 * (b * rows_b + _head_of_table(h, rows_h, PACKED) + tile)
     inputs = (query, keys, values, factor, low, high, begin, end, b, h, i, left, right)
     number_of_head = b * heads + h
     draw = (threshold, seed, number_of_head[:, None] if PACKED else number_of_head)
-    where = (rows, runs, table_row, captures, draw)
+    where = (rows, runs, table_row, captures, draw, origin)
     sizes = (k_s.to(tl.int64), v_s.to(tl.int64), kv_len, head_size, value_size)
     sums = _start(o_rows, lse_rows, o_d, inside, columns, threshold, STATE, TILE_Q, VALUE, ACC)
     top, total, acc = _sweep(
@@ -181,7 +184,7 @@ def _start(
     if STATE == "carried":
         before = tl.load(lse, mask=inside, other=MINUS_INF)
         at = o[:, None] + tl.arange(0, VALUE)[None, :].to(tl.int64) * o_d
-        acc = tl.load(at, mask=inside[:, None] & columns[None, :], other=0.0)
+        acc = tl.load(at, mask=inside[:, None] & columns[None, :], other=0.0).to(ACC)
         if threshold is not None:  # it is divided by what is kept at the end
             acc *= share_of(threshold, ACC)
         return before * tl.full((), LOG2E, ACC), tl.where(before == MINUS_INF, 0.0, 1.0).to(ACC), acc
@@ -232,6 +235,13 @@ def _sweep(
                     DESCRIBED,
                 )  # fmt: skip
         sums = top, total, acc
+    elif where[0] is None:  # any tile may be cut
+        touched, stop = reach[0] // TILE_K * TILE_K, reach[3]
+        sums, earlier, tiles = _stretch(
+            sums, earlier, tiles, touched, stop, inputs, where, sizes, False,
+            SCORE, MASK, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, NEGATIVE, PACKED, ACC, CONTAIN, SPAN,
+            DESCRIBED,
+        )  # fmt: skip
     else:  # the plan's table says where, see tables.py
         begin, end = inputs[6], inputs[7]
         rows, runs = where[0] + where[2], where[1]
@@ -337,6 +347,10 @@ def _key_tile(
         place_b, place_i, place_j = spread(b), i[:, None], j[None, :]
         if not FULL:  # the program reads its arrays within their bounds
             place_j = tl.minimum(place_j, kv_len - 1)
+        origin = where[5]
+        if origin is not None:
+            place_b, place_h = place_b + origin[0], place_h + origin[1]
+            place_i, place_j = place_i + origin[2], place_j + origin[3]
         if SCORE is not None:
             s = SCORE(s, place_b, place_h, place_i, place_j, where[3], ACC) * tl.full((), LOG2E, ACC)
         if not FULL:

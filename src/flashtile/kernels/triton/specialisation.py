@@ -29,7 +29,8 @@ OPERANDS = {"ieee": "fp32", "tf32": "fp32", "bf16": "bf16", "fp16": "fp16"}
 FINISHED = "finished"  # the result: o in the storage type, sinks included
 PARTIAL = "partial"  # (o normalised, lse) in accumulators, of one part of the keys or of several
 CARRIED = "carried"  # the same, continuing the state that o and lse already hold
-STATES = (FINISHED, PARTIAL, CARRIED)
+UPDATED = "updated"  # carried, with o in the storage type: rounded at every launch
+STATES = (FINISHED, PARTIAL, CARRIED, UPDATED)
 
 SPAN = 128  # key tiles whose sums are accumulated separately
 
@@ -162,17 +163,21 @@ def forward(
     packed: bool = False,
     contain: bool = False,
     spans: bool = False,
+    part: bool = False,
+    last: bool = False,
     memory: Memory = Memory(),
 ) -> Specialisation:
     """The flash forward kernel (forward.py) of a call.
 
-    state    FINISHED, PARTIAL or CARRIED: what o and lse hold before and after
+    state    one of STATES: what o and lse hold before and after
     packed   a tile of queries holds the rows of all query heads that share a key/value head
     contain  the second launch of a call, which computes the work items that the first has marked as not finite
     spans    the sums of every SPAN key tiles are accumulated separately: see `has_spans`
+    part     the arrays are tiles of larger ones: a program knows them by an origin, and no table tells what it shows
+    last     no key follows, so that sinks are counted in a state, too
     """
     element, accumulator = _elements(spec)
-    written = element if state == FINISHED else accumulator
+    written = element if state in (FINISHED, UPDATED) else accumulator
     arguments: dict[str, Type | None] = {
         "q": f"*{element}",
         "k": f"*{element}",
@@ -189,9 +194,10 @@ def forward(
         **_sizes("query_tiles", "splits", "split_keys"),
         "scale": "i64",
         **_sides(spec),
-        **_tables(spec),
-        "sinks": f"*{accumulator}" if spec.sinks and state == FINISHED else None,
+        **(dict.fromkeys(_tables(spec)) if part else _tables(spec)),
+        "sinks": f"*{accumulator}" if spec.sinks and (last or state == FINISHED) else None,
         "captures": _captures(spec.program),
+        "origin": ("i32",) * 4 if part and spec.program is not None else None,
         "threshold": "i32" if spec.dropout else None,
         "seed": "i64" if spec.dropout else None,
     }
@@ -200,7 +206,7 @@ def forward(
         **_shapes(spec, tile),
         "NEGATIVE": spec.scale < 0,
         "BAND": spec.band is not None,
-        "STATE": state,
+        "STATE": CARRIED if state == UPDATED else state,
         "PACKED": packed,
         "CONTAIN": contain,
         "SPAN": SPAN if spans else 0,

@@ -24,10 +24,17 @@ class Pairs(Product):
 
     def join(self, f: Function, isa: ISA, elements: Sequence[Value], *, exact: bool = False) -> Value:
         even, odd = elements
-        if even.type[0] == "<" and not exact:
+        if exact:
+            return upper_halves(f, even, odd)
+        if even.type[0] == "<":
             return isa.narrow_pairs(f, even, odd)
         low, high = (f.cast("zext", isa.narrow(f, x, "bfloat"), like(x.type, "i32")) for x in (even, odd))
         return low | (high << 16)
+
+
+def upper_halves(f: Function, even: Value, odd: Value) -> Value:
+    """Those of two floats as a word: a bf16 each, cut off."""
+    return (f.bitcast(even, "i32") >> 16) | (f.bitcast(odd, "i32") & -(1 << 16))
 
 
 PRODUCT = Pairs("pairs", depth=2, operand="bfloat")

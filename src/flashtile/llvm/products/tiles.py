@@ -15,7 +15,7 @@ from typing import Literal
 from flashtile.llvm.ir import Function, Value
 from flashtile.llvm.lines import Words
 from flashtile.llvm.machines.base import ISA
-from flashtile.llvm.products.pairs import Pairs
+from flashtile.llvm.products.pairs import Pairs, upper_halves
 
 _SIDE = 16  # rows, lanes and words of depth of one register
 _ROW = 4 * _SIDE  # bytes of a row of one
@@ -91,16 +91,11 @@ class Tiles(Pairs):
             return super().split(f, isa, elements, exact=exact, cut=cut)
         words, rest = [], list(elements)
         while True:
-            words.append(_cut(f, *rest) if cut else self.join(f, isa, rest))
+            words.append(upper_halves(f, *rest) if cut else self.join(f, isa, rest))
             if len(words) == self.parts:
                 return words
             parts = words[-1] << 16, words[-1] & _UPPER
             rest = [x - f.bitcast(part, "float") for x, part in zip(rest, parts, strict=True)]  # exact
-
-
-def _cut(f: Function, even: Value, odd: Value) -> Value:
-    """The upper halves of both as a word."""
-    return (f.bitcast(even, "i32") >> 16) | (f.bitcast(odd, "i32") & _UPPER)
 
 
 PRODUCT = Tiles(

@@ -98,6 +98,8 @@ class _Forward:
                 flags.fill(0, 1)
                 self.find(f, rows=rows, factor=p.sign, range=held, flags=flags.at)
             self._clear(*call.sums(panel))
+            if c.tiles_add:
+                call.tiny(panel).lines(c).fill(0, 1)
             with f.when(call.spans):
                 earlier = call.sums(panel, "earlier_")
                 self._clear(*earlier)
@@ -219,6 +221,8 @@ class _Attend:
         }
         if c.guarded:
             arguments["unheld"] = self._unheld(k, unheld, panel)
+        if c.tiles_add:
+            arguments["tiny"] = call.tiny(panel)
         if c.dropout:
             arguments["draw"] = call.draw(self.item, panel, start)
         count = (lanes + (c.lanes - 1)) // c.lanes

@@ -15,6 +15,7 @@ from flashtile.kernels.cpu.steps.keep import Draw
 from flashtile.kernels.cpu.steps.range import Range
 from flashtile.kernels.cpu.steps.softmax import Factors
 from flashtile.kernels.cpu.steps.spans import BLOCKS, LEVELS
+from flashtile.kernels.cpu.steps.tiny import Tiny
 from flashtile.llvm.ir import Function, Value
 from flashtile.llvm.lines import Lines, Panel, Rows, State, Sums
 from flashtile.score.keep import STEPS
@@ -109,6 +110,11 @@ class Call:
         """Which queries of the panel that begins at this row hold what parts cannot: a word each."""
         c = self.c
         return Lines(self.work.at + (self.p.at_lane_flags + panel * c.size), c.word_line)
+
+    def tiny(self, panel: Value) -> Tiny:
+        """Which queries of a panel saw tiny values, and room for what tiles would take for 0."""
+        p, at = self.p, self.work.at
+        return Tiny(at + (p.at_tiny_lanes + panel * self.c.size), at + p.at_tiny)
 
     def query_rows(self, item: Item, panel: Value) -> Rows:
         """The queries of a panel as they lie."""

@@ -19,6 +19,7 @@ from flashtile.kernels.cpu.steps.keep import Draw, emit_keep
 from flashtile.kernels.cpu.steps.product import apart, emit_multiply, emit_product
 from flashtile.kernels.cpu.steps.program import emit_program
 from flashtile.kernels.cpu.steps.softmax import Factors, emit_softmax
+from flashtile.kernels.cpu.steps.tiny import Tiny, emit_add_aside, emit_set_aside
 from flashtile.kernels.cpu.steps.unheld import Unheld, emit_add_unheld, emit_rescore
 from flashtile.llvm.ir import Function, Module, Value
 from flashtile.llvm.lines import Lines, Panel, State, Sums, Words
@@ -29,10 +30,13 @@ def emit_panels(module: Module, c: Config) -> list[Routine]:
     """The functions that add one block to a panel of up to 1, 2, ... registers of lanes."""
     containment = [emit(module, c) for emit in (emit_collect, emit_add, *([emit_add_unheld] * c.lands_in_memory))]
     dense = [emit_dense(module, c, n) for n in range(len(c.code.dense_loads) if c.code else 0)]
-    return [_emit_panel(module, c, n + 1, containment, dense) for n in range(c.registers)]
+    aside = [emit_set_aside(module, c), emit_add_aside(module, c)] if c.tiles_add else []
+    return [_emit_panel(module, c, n + 1, containment, dense, aside) for n in range(c.registers)]
 
 
-def _emit_panel(module: Module, c: Config, width: int, contain: list[Routine], dense: list[Routine]) -> Routine:
+def _emit_panel(
+    module: Module, c: Config, width: int, contain: list[Routine], dense: list[Routine], aside: list[Routine]
+) -> Routine:
     collect, add, *add_unheld = contain
     scores = BlockScores(module, c, width, guarded=c.guarded)
     softmax = emit_softmax(module, c, width)
@@ -41,10 +45,11 @@ def _emit_panel(module: Module, c: Config, width: int, contain: list[Routine], d
     else:
         multiply = emit_multiply(module, c, width, onto=True) if c.product.coarse else scores.multiply
         accumulate = emit_accumulate_tile(module, c, width, multiply)
-    rescale = emit_rescale(module, c, width) if c.lands_in_memory and c.product.coarse else None
+    rescale = emit_rescale(module, c, width) if c.tiles_add else None
     keep = emit_keep(module, c, width) if c.dropout else None
     drawn: dict[str, Any] = {"draw": Draw.kind()} if c.dropout else {}
     parts: dict[str, Any] = {"unheld": Unheld.kind()} if c.guarded else {}
+    noted: dict[str, Any] = {"tiny": Tiny.kind()} if c.tiles_add else {}
     f = Routine(
         module,
         f"panel_{width}",
@@ -62,11 +67,14 @@ def _emit_panel(module: Module, c: Config, width: int, contain: list[Routine], d
         dense="i64",
         factors=Factors.of(c),
         **parts,
+        **noted,
         **drawn,
     )
     work, panel, sums, state, rows, values, depth, columns, seen, nonfinite, lanes, dense_at, factors, *more = (
         f.parameters
     )
+    if noted:
+        noted = {"tiny": more.pop(len(parts))}
     for draw in more[len(parts) :]:
         drawn = {"draw": draw.further(seen.some_from)}  # from the first line on
     tops, alpha, lines = work.tops, work.alpha, work.scores
@@ -96,14 +104,21 @@ def _emit_panel(module: Module, c: Config, width: int, contain: list[Routine], d
         extent = {"count": count, "reach": reach}
     if rescale is not None:
         rescale(f, sums=sums, alpha=alpha, columns=columns)
+    tiny_before = noted["tiny"].some(c) if noted else f.const("i1", 0)
+    for set_aside in aside[:1]:
+        with f.when(tiny_before):
+            set_aside(f, sums=sums, columns=columns, **noted)
     with f.range(0, columns, c.rows) as column:
         target = sums.line(column)
         tile = first.row(column) if c.lands_in_memory else Words(first.at + column * c.size, first.stride)
         accumulate(f, sums=target, alpha=alpha, rows=tile, weights=weights, **extent)
+    for add_aside in aside[1:]:
+        with f.when(tiny_before):
+            add_aside(f, sums=sums, columns=columns, **noted)
     with f.when(broken):
         add(f, sums=sums, collected=collected, columns=columns)
         for also in add_unheld:
-            also(f, weights=weights, values=raw, sums=sums)
+            also(f, weights=weights, values=raw, sums=sums, **noted)
     f.ret()
     return f
 

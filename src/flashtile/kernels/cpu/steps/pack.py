@@ -236,6 +236,21 @@ def _rows_in_word(
     return found, poison
 
 
+def _as_they_lie(
+    f: Function, c: Config, rows: Rows, row: Value, column: Value, poison: Value, held: Range
+) -> tuple[Value, Value]:
+    """The same for a register of columns of elements that words hold in just that form, of rows that are all there."""
+    bits = []
+    for u in range(c.per_word):
+        at = rows.at + ((row + u) * rows.stride + column * rows.step)
+        half = f.load(vector(c.lanes, c.memory), at, align=1)
+        bits.append(f.cast("zext", half, c.words) << 16 * u)
+    word = bits[0] | bits[1]
+    halves = f.cast("bitcast", word, c.isa.vector_of("i16"))
+    kept = f.cast("bitcast", f.select(held.holds_halves(halves), halves, f.const(halves.type, 0)), c.words)
+    return kept, f.select(kept.ne(word), f.const(poison.type, math.nan), poison)
+
+
 def emit_pack_key_columns(module: Module, c: Config) -> Routine:
     """Keys as tiles sum them for dQ: likewise, but that only what is not finite as bf16 becomes 0."""
     return _emit_pack_transposed(module, c, ranged=False)
@@ -250,15 +265,21 @@ def _emit_pack_transposed(module: Module, c: Config, *, ranged: bool = True) -> 
     n, words = c.lanes, (rows.count + (c.per_word - 1)) // c.per_word
     whole = (rows.count + (c.rows - 1)) // c.rows * c.rows // c.per_word
     chunks = f.select(rows.adjacent(c.element), rows.size // n * n, f.const("i64", 0))
-    square = words // n * n  # squares of columns by words go through registers, the rest goes word by word
+    # Squares of columns by words that have all their rows go through registers, the rest goes word by word.
+    square = rows.count // c.per_word // n * n
     clean = [f.const(c.vector, 0.0), f.const(c.acc, 0.0)]
     held = Range.of_values(f, c) if ranged else Range.finite(f)
 
     def one_square(word: Value, column: Value, poison: Value) -> Value:
         registers = []
         for t in range(n):
-            found, poison = _rows_in_word(f, c, rows, (word + t) * c.per_word, column, n, poison, held)
-            registers.append(words_of(f, c, found))
+            row = (word + t) * c.per_word
+            if c.product.rounds and c.storage == c.product.operand:
+                one, poison = _as_they_lie(f, c, rows, row, column, poison, held)
+                registers.append([one])
+            else:
+                found, poison = _rows_in_word(f, c, rows, row, column, n, poison, held)
+                registers.append(words_of(f, c, found))
         for part, of_part in enumerate(zip(*registers, strict=True)):
             for t, line in enumerate(f.transpose(of_part)):
                 f.store(line, out.row(column + t).at + (word * c.size + part * c.value_part), align=c.size)

@@ -52,6 +52,14 @@ class Range(Operand):
         magnitude = f.bitcast(x, "i32") & 0x7FFFFFFF
         return (magnitude - least).ult(steps) | magnitude.eq(0)
 
+    def holds_halves(self, x: Value) -> Value:
+        """Of a register of bf16, where the bounds are constants: two numbers at once."""
+        least, most = self.least.number, self.most.number
+        assert least is not None and most is not None and least % (1 << 16) == 0
+        magnitude = x & 0x7FFF
+        inside = (magnitude - (least >> 16)).ult((most >> 16) - (least >> 16) + 1)
+        return inside | magnitude.eq(0) if least else inside
+
     def or_zero(self, x: Value) -> Value:
         """What is held, 0 in the place of all else."""
         return self.function.select(self.holds(x), x, 0.0)

@@ -9,12 +9,13 @@ all this costs is a look at each element, while it is packed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.scratch import Work
 from flashtile.kernels.cpu.steps.pack import read
 from flashtile.kernels.cpu.steps.range import Range, any_lane
+from flashtile.kernels.cpu.steps.tiny import Tiny
 from flashtile.llvm.ir import Module, Value
 from flashtile.llvm.lines import Lines, Rows, Sums, Weights
 from flashtile.llvm.routines import Operand, Routine
@@ -102,8 +103,11 @@ def emit_rescore(module: Module, c: Config, width: int) -> Routine:
 
 def emit_add_unheld(module: Module, c: Config) -> Routine:
     """Weights times those values that are finite and not held, to the sums; for contain.py's are the rest."""
-    f = Routine(module, "add_unheld", weights=Weights.of(c.word_line), values=Rows.kind(), sums=Sums.of(c.line))
-    weights, values, sums = f.parameters
+    kinds: dict[str, Any] = {"weights": Weights.of(c.word_line), "values": Rows.kind(), "sums": Sums.of(c.line)}
+    if c.tiles_add:
+        kinds["tiny"] = Tiny.kind()
+    f = Routine(module, "add_unheld", **kinds)
+    weights, values, sums, *tiny = f.parameters
     held, type_ = Range.of_values(f, c), vector(c.lanes, "i32")
     with f.range(0, values.count) as row:
         # A word holds two rows: the second one's bits are in their place, the first one's 16 further down.
@@ -121,5 +125,7 @@ def emit_add_unheld(module: Module, c: Config) -> Routine:
                     old = sums.load(column, j)
                     new = c.isa.multiply_add(f, f.splat(value, c.lanes), total, old)
                     sums.store(f.select(total.ne(0.0), new, old), column, j)
+                    for noted in tiny:
+                        noted.note(c, j, total.ne(0.0))
     f.ret()
     return f
