@@ -310,7 +310,30 @@ def test_explain_tells_the_kernel_and_the_parts(isa: str) -> None:
     assert (told.variant, told.isa, told.plan.head_block) == ("decode", isa, 4)
     assert f"cpu, decode, {isa}" in str(told) and "keys in 4 parts of 2048, merged in order" in str(told)
     assert told.workspace_bytes == 4 * 32 * (128 + 1) * 4
-    assert flashtile.explain((1, 32, 15, 128), (1, 8, 8192, 128), kernel="cpu").variant == "forward"
+    assert flashtile.explain((1, 32, 16, 128), (1, 8, 8192, 128), kernel="cpu").variant == "forward"
+
+
+@pytest.mark.parametrize("keys", [9, 20])
+def test_a_row_does_not_depend_on_how_keys_and_rows_are_cut_into_tiles(keys: int, dtype: str, isa: str) -> None:
+    """Keys in whole tiles or one by one, the last hidden or not there, rows together or alone: the same bits."""
+    rows = 5
+    q, k, v = uniform(Shape(1, 2, 1, rows, keys, 24, 24), dtype)
+    assert flashtile.explain(q, k, v, kernel="cpu").variant == "decode"
+    together = flashtile.attention(q, k, v, causal=True, align="bottom_right", kernel="cpu")
+    for row in range(rows):
+        n = keys - rows + 1 + row
+        alone = flashtile.attention(q[:, :, row : row + 1], k[:, :, :n], v[:, :, :n], kernel="cpu")
+        assert alone.tobytes() == together[:, :, row : row + 1].tobytes(), row
+
+
+@pytest.mark.parametrize("sizes", [(17, 17), (5, 5), (8, 3), (3, 8), (9, 9)], ids=str)
+def test_short_calls_take_the_kernel_for_few_queries(sizes: tuple[int, int], isa: str) -> None:
+    """Where padding to whole tiles and registers would cost more than the products."""
+    q_len, kv_len = sizes
+    on = isas.known()[isa]
+    told = flashtile.explain((1, 8, q_len, 128), (1, 8, kv_len, 128), kernel="cpu")
+    wide = on.vector_bytes == 64 and not told.product.startswith("tiles")
+    assert not wide or told.variant == "decode"
 
 
 @pytest.mark.parametrize("kv_len", [1, 1023, 1024, 2048, 100_000, 10_000_000])

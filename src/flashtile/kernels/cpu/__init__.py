@@ -61,11 +61,13 @@ _NARROW_QUERIES = 12  # the most where nobody has measured more
 # Measured at D = 128, in keys of one row: what 1, 2, ... registers cost for each key; what a row costs before its first
 # key, and what forward.py costs, which works on whole tiles of keys, too many by half of one.
 _PACES = {
-    (64, 16): ((14, 28), 40, 120),  # by bytes and lanes of a register
-    (64, 8): ((9, 18, 27), 31, 72),
-    (32, 8): ((11, 12, 16), 29, 100),
+    (64, 16): ((15, 29), 15, 150),  # by bytes and lanes of a register
+    (64, 8): ((8, 15, 22), 11, 70),
+    (32, 8): ((11, 12, 16), 12, 100),
     (32, 4): ((8, 8, 10, 18, 18), 22, 70),
 }
+# Where products land in matrix registers nobody has measured since rows of passes/decode start faster.
+_TILED_PACE = ((14, 28), 40, 120)
 
 
 def unavailable() -> str | None:
@@ -110,12 +112,12 @@ def _decodes_from(q_len: int, *choosing: Any) -> float:
     c = _configured(*choosing, _ANYWHERE)
     if c.dropout:
         return math.inf
-    pace = _PACES.get((c.isa.vector_bytes, c.lanes))
+    pace = _TILED_PACE if c.lands_in_memory else _PACES.get((c.isa.vector_bytes, c.lanes))
     if pace is None:
         return 0 if q_len <= _NARROW_QUERIES else math.inf
     of_registers, row_starts, starts = pace
     registers = -(-max(q_len, 1) // c.lanes)
-    if q_len > _MOST_QUERIES or (c.per_word > 1 and registers > 1):  # forward.py takes two keys a step
+    if q_len > _MOST_QUERIES or (c.lands_in_memory and registers > 1):
         return math.inf
     rows = of_registers[registers - 1]
     # The least n of which q_len (row_starts + n) <= starts + rows (half a tile + n).

@@ -14,7 +14,7 @@ from flashtile.kernels.cpu.steps.band import OPEN
 from flashtile.llvm.blocks import Block, integers, pointers, reals, strides_of
 
 if TYPE_CHECKING:
-    from flashtile.spec import AttentionSpec
+    from flashtile.spec import AttentionSpec, Band
 
 CALL = Block(
     # captures: the program's capture block. rows, segments: which keys each panel of queries sees (plan/segments.py).
@@ -75,15 +75,17 @@ FRAME = Block(
 
 def band_of(spec: AttentionSpec) -> dict[str, int]:
     """A spec's band as the words of a block."""
-    left, right = (spec.band.left, spec.band.right) if spec.band else (None, None)
-    return {
-        "offset": _bounded(spec.offset or 0),
-        "left": OPEN if left is None else _bounded(left),
-        "right": OPEN if right is None else _bounded(right),
-    }
+    return {"offset": bounded(spec.offset or 0), **sides_of(spec.band)}
 
 
-def _bounded(distance: int) -> int:
+def sides_of(band: Band | None) -> dict[str, int]:
+    """How far it reaches from its diagonal."""
+    left, right = (band.left, band.right) if band else (None, None)
+    return {"left": OPEN if left is None else bounded(left), "right": OPEN if right is None else bounded(right)}
+
+
+def bounded(distance: int) -> int:
+    """An offset or a side as kernels take it: no sum of several overflows."""
     return max(-OPEN, min(OPEN, distance))
 
 

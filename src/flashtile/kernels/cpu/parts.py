@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,27 +13,26 @@ import numpy as np
 
 from flashtile.arrays import address_of
 from flashtile.kernels import Layout, Stage, Strides
-from flashtile.kernels.cpu.block import band_of, scores_in_nats, split_scale
+from flashtile.kernels.cpu.block import bounded, scores_in_nats, sides_of, split_scale
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.passes import merge
 from flashtile.kernels.cpu.passes.decode import kernel as decode
 from flashtile.kernels.cpu.passes.decode.rows import slot_width
 from flashtile.kernels.cpu.score_values import NO_SCORES, ScoreValues, sink_steps
 from flashtile.llvm import jit
-from flashtile.llvm.blocks import strides_of
+from flashtile.llvm.blocks import WORD, strides_of
 from flashtile.llvm.products import FMA
 
 if TYPE_CHECKING:
     from flashtile.llvm.jit import Library
     from flashtile.plan import Plan
     from flashtile.score.options import Scoring
-    from flashtile.spec import AttentionSpec
+    from flashtile.spec import AttentionSpec, Band
 
 _MODULES: dict[str, tuple[Callable[[Config], str], tuple[str, ...]]] = {
     "decode": (decode.decode_text, decode.EXPORTS),
     "merge": (merge.merge_text, merge.EXPORTS),
 }
-_STRIDES = tuple(strides_of("qkvo"))
 MERGE_WORK = 4  # operations an output element and part, beside 2 * D of the products that made it
 
 
@@ -122,20 +122,15 @@ class Decode:
         self.run, self.merge_stage = entry("decode", c), None
         self._merge = Merge(c, spec, plan, layout.o) if plan.splits > 1 else None
         sizes = spec.heads, spec.kv_heads, spec.q_len, spec.head_size, spec.value_size
-        fixed, self.scratch_bytes = _fixed(c, sizes, spec.scale, layout.k[3], layout.v[3])
+        k, v, o = layout.k, layout.v, layout.o
+        fixed, self.scratch_bytes = _fixed(c, sizes, spec.scale, spec.band, layout.q, k[3], v[3])
+        parts = 1, spec.kv_len, 0, 0, 0
         if self._merge is not None:
+            o, steps = self._merge.strides, self._merge.steps
+            parts = plan.splits, plan.split_keys, 1, steps["o_split"], steps["lse_split"]
             self.scratch_bytes = max(self.scratch_bytes, self._merge.scratch_bytes)
             self.run, self.merge_stage = first_stage(self.run), self._merge.stage
-        o = self._merge.strides if self._merge else layout.o
-        self._tail = decode.CALL.tail(
-            {
-                **dict(zip(_STRIDES, (*layout.q, *layout.k, *layout.v, *o), strict=True)),
-                **fixed,
-                **_parts(spec, plan, self._merge),
-                **band_of(spec),
-                "kv_len": spec.kv_len,
-            }
-        )
+        self._tail = _of_keys(*k, *v, *o, spec.kv_len, bounded(spec.offset or 0), *parts) + fixed
 
     def pack(
         self, q: int, k: int, v: int, o: int, lse: int, offsets: int, scoring: Scoring | None = None
@@ -151,16 +146,28 @@ class Decode:
         return scores.hold(decode.CALL.head(*addresses, scores.captures, scores.sinks) + self._tail)
 
 
+_of_keys = struct.Struct(f"{len(decode.OF_KEYS)}q").pack
+
+
 @functools.lru_cache(maxsize=256)
 def _fixed(
-    c: Config, sizes: tuple[int, int, int, int, int], scale: float, k_step: int, v_step: int
-) -> tuple[dict[str, float], int]:
-    """The words of a decode block that no length of the keys decides, and the bytes of scratch memory."""
+    c: Config,
+    sizes: tuple[int, int, int, int, int],
+    scale: float,
+    band: Band | None,
+    q: Strides,
+    k_step: int,
+    v_step: int,
+) -> tuple[bytes, int]:
+    """The last words of a decode block, which no number of keys decides, and the bytes of scratch memory."""
     heads, kv_heads, q_len, head_size, value_size = sizes
     rows = decode.row_group(heads // kv_heads * q_len)
     areas = decode.areas(c, rows, head_size, value_size)
     words = {
+        **dict.fromkeys(decode.OF_KEYS, 0),
+        **dict(zip(strides_of("q"), q, strict=True)),
         **dict(zip(("heads", "kv_heads", "q_len", "head_size", "value_size"), sizes, strict=True)),
+        **sides_of(band),
         **sink_steps(c, heads),
         **areas.at,
         **(scores_in_nats if c.scored else split_scale)(scale, c.acc),
@@ -168,11 +175,4 @@ def _fixed(
         "pack_v": int(v_step != c.element or value_size < c.lanes),
         "row_group": rows,
     }
-    return words, areas.bytes
-
-
-def _parts(spec: AttentionSpec, plan: Plan, merging: Merge | None) -> dict[str, int]:
-    """Where parts of the keys begin, and the bytes between their results."""
-    if merging is None:
-        return {"splits": 1, "split_keys": spec.kv_len, "partial": 0, "o_split": 0, "lse_split": 0}
-    return {"splits": plan.splits, "split_keys": plan.split_keys, "partial": 1, **merging.steps}
+    return decode.CALL.tail(words)[len(decode.OF_KEYS) * WORD :], areas.bytes

@@ -78,7 +78,7 @@ def _weights(f: Function, c: Config, p: SimpleNamespace, row: Value, sink: Value
         return [total[0] + weight]
 
     (total,) = f.fold(0, p.splits, 1, [zero], weigh)
-    whole = Whole.of(f, c, *(f.splat(x, c.lanes) for x in (top, total, sink)))
+    whole = Whole.of(f, c, f.splat(top, c.lanes), f.splat(total, c.lanes), sink)
     inverse = f.extract(whole.inverse, 0)
     with f.range(0, p.splits) as n:
         f.store(f.load(c.acc, weights + n * c.size) * inverse, weights + n * c.size)

@@ -76,16 +76,25 @@ class Whole:
 
     @classmethod
     def of(cls, f: Function, c: Config, top: Value, total: Value, sink: Value, share: Value | None = None) -> Whole:
-        """From a row's maximum in nats, its sum of weights beside that, a sink, -inf for none, and the share of the
-        weights that dropout keeps.
+        """From a row's maximum in nats, its sum of weights beside that, a sink, one for all lanes, -inf for none, and
+        the share of the weights that dropout keeps.
 
-        Without a sink the larger maximum is the row's own, its weight exp(0) is exactly 1, and nothing changes. The
-        sum compares unequal to 0 when it is NaN, so a poisoned row stays NaN.
+        Without a sink the larger maximum is the row's own, its weight exp(0) is exactly 1, and nothing changes: both
+        exponentials, which take longer than a short row's softmax, are left out. The sum compares unequal to 0 when it
+        is NaN, so a poisoned row stays NaN.
         """
+        there, sink = sink.ne(-math.inf), f.splat(sink, c.lanes)
         highest = f.maximum(sink, top)
         reference = f.select(highest.eq(-math.inf), f.const(c.vector, 0.0), highest)
-        half = vmath.exp_of_difference(f, c.isa, top, reference, 0.5)
-        total = c.isa.multiply_add(f, total * half, half, vmath.exp_of_difference(f, c.isa, sink, reference))
+        half = f.value_when(
+            there, lambda: vmath.exp_of_difference(f, c.isa, top, reference, 0.5), f.const(c.vector, 1.0)
+        )
+        own = total
+
+        def beside() -> Value:
+            return c.isa.multiply_add(f, own * half, half, vmath.exp_of_difference(f, c.isa, sink, reference))
+
+        total = f.value_when(there, beside, own)
         kept = total if share is None else total * share
         inverse = f.select(total.ne(0.0), half / kept, f.const(c.vector, 0.0))
         return cls(half, inverse, total, reference)
@@ -101,10 +110,10 @@ def _reciprocal_and_lse(
     f: Function, c: Config, sums: Sums, columns: Value, state: State, nats: Value, sink: Value, share: Value
 ) -> None:
     """(maximum, sum) in place to (1 / (sum share), lse); a row that saw no key: (0, -inf), or (0, sink)."""
-    sinks, shares = f.splat(sink, c.lanes), f.splat(share, c.lanes)
+    shares = f.splat(share, c.lanes)
     with f.range(0, c.line.bytes, c.register) as at:
         top, total = state.load(0, at=at) * f.splat(nats, c.lanes), state.load(1, at=at)
-        whole = Whole.of(f, c, top, total, sinks, shares)
+        whole = Whole.of(f, c, top, total, sink, shares)
         with f.when(sink.ne(-math.inf)), f.range(0, columns) as column:
             sums.store(sums.load(column, at=at) * whole.half, column, at=at)
         state.store(whole.inverse, 0, at=at)

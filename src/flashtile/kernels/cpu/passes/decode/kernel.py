@@ -34,15 +34,18 @@ from flashtile.llvm.routines import Routine, entry
 
 EXPORTS = ("decode",)
 
+# What changes with the number of keys. Parts of the keys, split_keys each; partial: o takes accumulators, to be merged;
+# bytes between the results of two parts.
+_OF_KEYS = strides_of("kvo") | integers("kv_len offset splits split_keys partial o_split lse_split")
+OF_KEYS = tuple(_OF_KEYS)
+
 CALL = Block(
     # captures: the program's capture block. sinks: accumulators; null where a merge takes them, or there are none.
     pointers("q k v o lse offsets captures sinks"),
-    strides_of("qkvo"),
-    integers("heads kv_heads q_len kv_len head_size value_size"),
-    # Parts of the keys, split_keys each. pack_k, pack_v: rows of K and V must be copied before they are read as slots.
-    integers("splits split_keys offset left right pack_k pack_v"),
-    # partial: o takes accumulators, to be merged; bytes between the results of two parts.
-    integers("partial o_split lse_split sink_b sink_h"),
+    _OF_KEYS,
+    strides_of("q"),
+    # pack_k, pack_v: rows of K and V must be copied before they are read as slots.
+    integers("heads kv_heads q_len head_size value_size left right pack_k pack_v sink_b sink_h"),
     # row_group: rows that walk the keys together.
     integers("row_group at_frame at_mask at_q at_state at_seen at_s at_p at_o at_k at_v"),
     reals("sign scale c_high c_low lse_scale"),
@@ -158,18 +161,25 @@ class _Decode:
         shift = f.value_when(per_batch, lambda: f.load("i64", p.offsets + item.b * 8), p.offset)
         shift = f.clamp(shift, -OPEN, OPEN)
         low, high = shift - p.left, shift + p.right + 1  # keys that the first position sees
-        self._start(item)
         start = f.maximum(low, split * p.split_keys)
         stop = f.minimum(high + p.q_len - 1, f.minimum((split + 1) * p.split_keys, p.kv_len))
+        first = start // c.key_block * c.key_block
+        self._start(item)
+        if c.masked:
+            self._clear(item)
+        else:  # the first block will not look at what is there
+            with f.when(first >= stop):
+                self._clear(item)
         # The first block may begin late, but in step with the lanes: a weight is summed in the lane of its key.
         step = key_step(c)
-        with f.range(start // c.key_block * c.key_block, stop, c.key_block) as block:
+        with f.range(first, stop, c.key_block) as block:
             begin = f.maximum(block, start // step * step)
             end = f.minimum(block + c.key_block, stop)
             if c.masked:
                 self._masked_block(item, begin, end)
             else:
-                self._block(item, begin, end - begin, low - begin, high - begin, self.seen)
+                fresh = f.cast("zext", block.eq(first), "i64")
+                self._block(item, begin, end - begin, low - begin, high - begin, self.seen, fresh)
         self._finish(item, split)
 
     def _masked_block(self, item: _Item, begin: Value, end: Value) -> None:
@@ -188,10 +198,11 @@ class _Decode:
             first = empty[0] * c.lanes // key_step(c) * key_step(c)
             last = f.minimum((64 - empty[1]) * c.lanes, keys)
             low, high = (f.const("i64", side) for side in (-OPEN, OPEN))  # a band is a part of the mask
-            self._block(item, begin + first, last - first, low, high, self.seen.key(c, first))
+            seen, fresh = self.seen.key(c, first), f.const("i64", 0)
+            self._block(item, begin + first, last - first, low, high, seen, fresh)
 
     def _start(self, item: _Item) -> None:
-        """Queries laid out; outputs and sums 0, maxima -inf."""
+        """Queries laid out; sums 0, maxima -inf."""
         f, p, c = self.f, self.p, self.c
 
         def queries(n: int, first: Value) -> None:
@@ -204,6 +215,10 @@ class _Decode:
         zero = f.const(c.acc, 0.0)
         with f.range(0, item.rows) as row:
             self.states.row(row).write(maximum=f.const(c.acc, -math.inf), sum=zero, lost=zero)
+
+    def _clear(self, item: _Item) -> None:
+        """Outputs 0."""
+        f, c = self.f, self.c
         with f.range(0, item.rows * self.outputs.stride, c.register) as at:
             f.store(f.const(c.vector, 0.0), self.outputs.moved(at).at, align=c.register)
 
@@ -225,11 +240,13 @@ class _Decode:
         head, i = self._head_and_position(item, row)
         self.frame.write(h=head, row=i)
 
-    def _block(self, item: _Item, begin: Value, keys: Value, low: Value, high: Value, seen: SeenKeys) -> None:
-        """One key block against all rows: scores, softmax, outputs.  Position i sees keys [low + i, high + i), and of
-        these what a mask shows."""
+    def _block(
+        self, item: _Item, begin: Value, keys: Value, low: Value, high: Value, seen: SeenKeys, fresh: Value
+    ) -> None:
+        """One key block against all rows: scores, softmax, outputs, of which there are none yet if it is ``fresh``.
+        Position i sees keys [low + i, high + i), and of these what a mask shows."""
         f, p, c = self.f, self.p, self.c
-        self._scores(item, item.k.row(begin), p.kv_len - begin, keys)
+        self._scores(item, item.k.row(begin), keys)
         if c.scored:
             self.frame.write(block=begin)
         with f.range(0, item.rows) as row:
@@ -261,27 +278,21 @@ class _Decode:
             weights=self.weights,
             scores=self.scores,
             count=keys,
+            fresh=fresh,
             size=p.value_size,
             rows=item.rows,
         )
 
-    def _scores(self, item: _Item, k: Words, there: Value, keys: Value) -> None:
-        """Scores of a block.  Tiles read whole: keys whose tile would reach beyond the end of K are copied first."""
+    def _scores(self, item: _Item, k: Words, keys: Value) -> None:
+        """Scores of a block."""
         f, p, c = self.f, self.p, self.c
-        tiles = (keys + (KEY_TILE - 1)) // KEY_TILE * KEY_TILE
-        in_place = f.select(tiles <= there, tiles, keys // KEY_TILE * KEY_TILE)
-        in_place = f.select(p.pack_k.ne(0), f.const("i64", 0), in_place)
-        queries = Panel(self.at_q, Line(c.words, 1))
-
-        def score(k: Words, first: Value, count: Value) -> None:
-            block, to = Keys(k.at, k.stride, self.k_slots.padded, self.at_mask), self.scores.lane(first)
-            self.score_tiles(f, queries=queries, keys=block, scores=to, count=count, rows=item.rows)
-
-        score(k, f.const("i64", 0), in_place)
-        with f.when(in_place < keys):
-            left = Rows(k.row(in_place).at, p.k_s, p.k_d, keys - in_place, p.head_size)
-            self.copy_rows(f, rows=left, out=self.at_k, width=self.k_slots.padded)
-            score(Words(self.at_k, self.k_slots.padded * c.element), in_place, keys - in_place)
+        packed, padded = p.pack_k.ne(0), self.k_slots.padded
+        with f.when(packed):
+            rows = Rows(k.at, p.k_s, p.k_d, keys, p.head_size)
+            self.copy_rows(f, rows=rows, out=self.at_k, width=padded)
+        at, stride = f.select(packed, self.at_k, k.at), f.select(packed, padded * c.element, p.k_s)
+        block, queries = Keys(at, stride, padded, self.at_mask), Panel(self.at_q, Line(c.words, 1))
+        self.score_tiles(f, queries=queries, keys=block, scores=self.scores, count=keys, rows=item.rows)
 
     def _finish(self, item: _Item, split: Value) -> None:
         f, p, c = self.f, self.p, self.c
@@ -317,7 +328,7 @@ def emit_store_row(module: Module, c: Config) -> Routine:
     kinds: dict[str, Any] = {"sums": Sums.of(Line(c.vector, 1)), "state": RowState.of(state_line(c)), "size": "i64"}
     f = Routine(module, "store_row", **kinds, out=Row.kind(), partial="i64", lse="ptr", nats=c.acc, sink=c.acc)
     sums, state, size, out, partial, lse, nats, sink = f.parameters
-    top, total, sink = (f.splat(x, c.lanes) for x in (state.read("maximum") * nats, state.read("sum"), sink))
+    top, total = (f.splat(x, c.lanes) for x in (state.read("maximum") * nats, state.read("sum")))
     whole = Whole.of(f, c, top, total, sink)
     half, inverse = f.extract(whole.half, 0), f.extract(whole.inverse, 0)
     with f.when(f.is_null(lse).eq(0)):

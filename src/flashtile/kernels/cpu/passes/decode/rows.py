@@ -74,18 +74,38 @@ def element(f: Function, c: Config, x: Value) -> Value:
 
 
 def emit_query(module: Module, c: Config) -> Routine:
-    """One query in slots of words, scaled by a sign; 0 where an earlier slot has counted an element."""
+    """One query in slots of words, scaled by a sign; 0 where an earlier slot has counted an element. By registers where
+    its elements are adjacent and fill one: a short call spends as long here as on its keys."""
     f = Routine(module, "load_query", query=Row.kind(), size="i64", out=Words.kind(), sign=c.acc)
-    query, size, out, sign = f.parameters
+    query, size, _, _ = f.parameters
     slots = Slots.of_words(c, size)
+    adjacent = query.stride.eq(c.element) & (size >= slots.width)
+    f.either(adjacent, lambda: _query_registers(f, c, slots), lambda: _query_elements(f, c, slots))
+    f.ret()
+    return f
+
+
+def _query_registers(f: Routine, c: Config, slots: Slots) -> None:
+    query, _, out, sign = f.parameters
+    sign = f.splat(sign, c.lanes)
+    with f.range(0, slots.count) as slot:
+        first = f.minimum(slot * slots.width, slots.last)
+        counted = f.splat(f.cast("trunc", slot * slots.width - first, "i32"), c.lanes)
+        for lane in range(0, slots.width, c.lanes):
+            value = read(f, c, query.at + (first + lane) * c.element, c.lanes) * sign
+            there = f.iota(vector(c.lanes, "i32")) + lane >= counted
+            value = element(f, c, f.select(there, value, f.const(c.vector, 0.0)))
+            f.store(value, out.row(slot).at + lane * (c.size // c.per_word))
+
+
+def _query_elements(f: Routine, c: Config, slots: Slots) -> None:
+    query, size, out, sign = f.parameters
     with f.range(0, slots.count) as slot:
         f.store(f.const(c.words, 0), out.row(slot).at, align=c.register)
     with f.range(0, size) as d:
         value, place = read(f, c, query.row(d).at) * sign, slots.place(d)
         at = out.at + (place // slots.width * out.stride + place % slots.width * (c.size // c.per_word))
         f.store(element(f, c, value), at)
-    f.ret()
-    return f
 
 
 def emit_mask(module: Module, c: Config) -> Routine:

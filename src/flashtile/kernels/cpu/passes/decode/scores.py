@@ -18,7 +18,7 @@ from flashtile.llvm.routines import Routine
 from flashtile.llvm.types import lanes
 
 ROW_TILES = (4, 2, 1)
-KEY_TILE = 8  # keys are scored in multiples of this
+KEY_TILE = 8  # keys that are scored together, at most
 SCORED_KEYS = 32  # a piece of so many keys meets every row tile before the next piece is read
 
 
@@ -34,7 +34,7 @@ def _kinds(c: Config, rows: int) -> dict[str, Any]:
 
 
 def emit_scores(module: Module, c: Config, rows: int) -> Routine:
-    """Scores of ``rows`` queries with a multiple of KEY_TILE keys.
+    """Scores of ``rows`` queries with ``count`` keys: whole tiles of them, then one by one.
 
     The keys of a tile are read abreast, a slot of each, so that a slot of the queries is loaded once for them.  A
     single row needs no such reuse, and reads key after key: memory in the order of its addresses is foreseen by
@@ -64,19 +64,21 @@ def emit_scores(module: Module, c: Config, rows: int) -> Routine:
         totals = f.fold(0, slots.whole, 1, [f.const(c.vector, 0.0)] * (rows * len(base)), step)
         return f.fold(slots.whole, slots.count, 1, totals, lambda slot, totals: step(slot, totals, keys.mask))
 
-    with f.range(0, count, tile) as key:
-        base = [keys.row(key).at]
-        while len(base) < tile:
-            base.append(base[-1] + keys.stride)
-        parts = sums(base) if rows > 1 else [part for each in base for part in sums([each])]
-        _store_sums(f, c, parts, tile, scores.lane(key))
+    whole = count // tile * tile
+    for first, last, abreast in ((0, whole, tile), (whole, count, 1)):
+        with f.range(first, last, abreast) as key:
+            base = [keys.row(key).at]
+            while len(base) < abreast:
+                base.append(base[-1] + keys.stride)
+            parts = sums(base) if rows > 1 else [part for each in base for part in sums([each])]
+            _store_sums(f, c, parts, abreast, scores.lane(key))
     f.ret()
     return f
 
 
 def emit_score_tiles(module: Module, c: Config) -> Routine:
-    """Scores of every row with any number of keys; whole tiles of KEY_TILE are read and written. Queries stand tile by
-    tile, each slot by slot. Keys come in pieces that stay in the first-level cache while all row tiles meet them."""
+    """Scores of every row with any number of keys. Queries stand tile by tile, each slot by slot. Keys come in pieces
+    that stay in the first-level cache while all row tiles meet them."""
     tiles = {rows: emit_scores(module, c, rows) for rows in ROW_TILES}
     f = Routine(module, "score_tiles", **_kinds(c, 1), rows="i64")
     queries, keys, scores, count, rows = f.parameters

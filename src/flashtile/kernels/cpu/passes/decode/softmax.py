@@ -72,7 +72,9 @@ def emit_row_softmax(module: Module, c: Config) -> Routine:
     new = f.maximum(f.extract(fold_lanes(f, top, 1, f.maximum), 0), old)
     # A row that has seen no key yet has maximum -inf; 0 in its place keeps -inf - max from being NaN.
     safe = f.splat(f.select(new.eq(-math.inf), f.const(c.acc, 0.0), new), c.lanes)
-    alpha = f.extract(weight(f.splat(old, c.lanes) - safe), 0)  # to the last bit: every block's multiplies the sums
+    # To the last bit, since every block's multiplies the sums; of a row's first block it is exp(-inf).
+    none = f.const(c.acc, 0.0)
+    alpha = f.value_when(old.ne(-math.inf), lambda: f.extract(weight(f.splat(old, c.lanes) - safe), 0), none)
 
     def weigh(key: Value, total: list[Value]) -> list[Value]:
         w = weight(f.load(c.vector, scores.lane(key).at) - safe, coarse=c.product.rounds)

@@ -33,17 +33,28 @@ class Outputs(Words):
     def add(self, c: Config, alpha: Value, block: Value) -> None:
         """A register of a block's sums joins the first of the first row."""
         f = self.function
-        places = self.at, self.at + self.stride // 2
-        before, lost = (f.load(c.vector, place, align=c.register) for place in places)
-        for number, place in zip(add_sum(f, c, before, lost, alpha, block), places, strict=True):
-            f.store(number, place, align=c.register)
+        before, lost = (f.load(c.vector, place, align=c.register) for place in self._places)
+        self._store(c, *add_sum(f, c, before, lost, alpha, block))
+
+    def begin(self, c: Config, block: Value) -> None:
+        """The same where there is nothing yet: as if it joined zeros, whose sum with -0.0 is 0.0."""
+        self._store(c, block + 0.0, self.function.const(c.vector, 0.0))
+
+    @property
+    def _places(self) -> tuple[Value, Value]:
+        return self.at, self.at + self.stride // 2
+
+    def _store(self, c: Config, *numbers: Value) -> None:
+        for number, place in zip(numbers, self._places, strict=True):
+            self.function.store(number, place, align=c.register)
 
 
 def _kinds(c: Config) -> dict[str, Any]:
-    """A block of ``count`` keys joins outputs: values from a tile's first column on, weights and scores of the rows."""
+    """A block of ``count`` keys joins outputs: values from a tile's first column on, weights and scores of the rows.
+    ``fresh``: there are no outputs yet, nor zeros in their place."""
     tile = {"outputs": Outputs.kind(), "states": RowState.of(state_line(c)), "values": Words.kind()}
     weights, scores = Weights.of(Line(c.word, c.key_block)), Scores.of(Line(c.acc, c.key_block))
-    return tile | {"weights": weights, "scores": scores, "count": "i64"}
+    return tile | {"weights": weights, "scores": scores, "count": "i64", "fresh": "i64"}
 
 
 def emit_values(module: Module, c: Config, rows: int, vectors: int, contained: Routine) -> Routine:
@@ -54,7 +65,7 @@ def emit_values(module: Module, c: Config, rows: int, vectors: int, contained: R
     data only, is summed again by ``contained``, which leaves hidden keys out; finite data costs one test a block.
     """
     f = Routine(module, f"values_{rows}_{vectors}", **_kinds(c))
-    outputs, states, values, weights, scores, count = f.parameters
+    outputs, states, values, weights, scores, count, fresh = f.parameters
     totals = _weighted_sums(f, c, rows, vectors)
     broken = _any_nonfinite(f, c, totals)
     row_outputs, row_states = [outputs.row(r) for r in range(rows)], [states.row(r) for r in range(rows)]
@@ -65,10 +76,17 @@ def emit_values(module: Module, c: Config, rows: int, vectors: int, contained: R
             for j in range(vectors):
                 row_outputs[r].moved(j * c.register).add(c, alpha, totals[r * vectors + j])
 
+    def begin() -> None:
+        for r in range(rows):
+            for j in range(vectors):
+                row_outputs[r].moved(j * c.register).begin(c, totals[r * vectors + j])
+
     def contain() -> None:
         for r in range(rows):
             for j in range(vectors):
                 here = row_outputs[r].moved(j * c.register)
+                with f.when(fresh.ne(0)):
+                    here.begin(c, f.const(c.vector, 0.0))
                 columns = Words(values.at + j * (c.lanes * c.element), values.stride)
                 contained(
                     f,
@@ -78,16 +96,17 @@ def emit_values(module: Module, c: Config, rows: int, vectors: int, contained: R
                     weights=weights.line(r),
                     scores=scores.line(r),
                     count=count,
+                    fresh=f.const("i64", 0),
                 )
 
-    f.either(broken, contain, add)
+    f.either(broken, contain, lambda: f.either(fresh.ne(0), begin, add))
     f.ret()
     return f
 
 
 def _weighted_sums(f: Routine, c: Config, rows: int, vectors: int) -> list[Value]:
     """The block's sums of weights times values, row by row."""
-    _, _, values, weights, _, count = f.parameters
+    _, _, values, weights, _, count, _ = f.parameters
     ahead = keys_ahead(c, values.stride, count)
 
     def step(word: Value, totals: list[Value], keys: int = c.per_word) -> list[Value]:
@@ -148,7 +167,7 @@ def emit_contained_values(module: Module, c: Config) -> Routine:
     value that is not finite enters unweighted: its weight is positive, however small it was rounded.
     """
     f = Routine(module, "contained_values", **_kinds(c))
-    outputs, states, values, weights, scores, count = f.parameters
+    outputs, states, values, weights, scores, count, _ = f.parameters
 
     def step(word: Value, totals: list[Value]) -> list[Value]:
         first = word * c.per_word
@@ -180,7 +199,7 @@ def emit_value_tiles(module: Module, c: Config) -> Routine:
     sizes = {(rows, n): None for rows in ROW_TILES for n in (wide[rows], 1)}  # with few registers both are 1
     tiles = {size: emit_values(module, c, *size, contained) for size in sizes}
     f = Routine(module, "value_tiles", **_kinds(c), size="i64", rows="i64")
-    outputs, states, values, weights, scores, count, size, rows = f.parameters
+    outputs, states, values, weights, scores, count, fresh, size, rows = f.parameters
     slots = Slots.of(size, c.lanes)
 
     def row_tile(n: int, row: Value) -> None:
@@ -197,6 +216,7 @@ def emit_value_tiles(module: Module, c: Config) -> Routine:
                 weights=weights.moved(line),
                 scores=scores.moved(line),
                 count=count,
+                fresh=fresh,
             )
 
         edge = slots.whole // wide[n] * wide[n]
