@@ -6,6 +6,7 @@ Nothing here says query or key: lanes and rows. In the forward, lanes are querie
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 from flashtile.kernels.cpu.config import Config
@@ -34,93 +35,112 @@ def emit_panels(module: Module, c: Config) -> list[Routine]:
     return [_emit_panel(module, c, n + 1, containment, dense, aside) for n in range(c.registers)]
 
 
+class _Steps:
+    """What a panel of one width calls for the scores, the weights and the sums."""
+
+    def __init__(self, module: Module, c: Config, width: int) -> None:
+        self.scores = BlockScores(module, c, width, guarded=c.guarded)
+        self.softmax = emit_softmax(module, c, width)
+        if self.scores.multiply is None:
+            self.accumulate = emit_accumulate(module, c, width)
+        else:
+            multiply = emit_multiply(module, c, width, onto=True) if c.product.coarse else self.scores.multiply
+            self.accumulate = emit_accumulate_tile(module, c, width, multiply)
+        self.rescale = emit_rescale(module, c, width) if c.tiles_add else None
+        self.keep = emit_keep(module, c, width) if c.dropout else None
+
+
 def _emit_panel(
     module: Module, c: Config, width: int, contain: list[Routine], dense: list[Routine], aside: list[Routine]
 ) -> Routine:
-    collect, add, *add_unheld = contain
-    scores = BlockScores(module, c, width, guarded=c.guarded)
-    softmax = emit_softmax(module, c, width)
-    if scores.multiply is None:
-        accumulate = emit_accumulate(module, c, width)
-    else:
-        multiply = emit_multiply(module, c, width, onto=True) if c.product.coarse else scores.multiply
-        accumulate = emit_accumulate_tile(module, c, width, multiply)
-    rescale = emit_rescale(module, c, width) if c.tiles_add else None
-    keep = emit_keep(module, c, width) if c.dropout else None
-    drawn: dict[str, Any] = {"draw": Draw.kind()} if c.dropout else {}
-    parts: dict[str, Any] = {"unheld": Unheld.kind()} if c.guarded else {}
-    noted: dict[str, Any] = {"tiny": Tiny.kind()} if c.tiles_add else {}
-    f = Routine(
-        module,
-        f"panel_{width}",
-        work=Work.of(c),
-        panel=Panel.of(c.word_line),
-        sums=Sums.of(c.line),
-        state=State.of(c.line),
-        rows=Words.kind(),
-        values=Words.kind(),
-        depth="i64",
-        columns="i64",
-        seen=Seen.kind(),
-        nonfinite=NonFinite.kind(),
-        lanes="i64",
-        dense="i64",
-        factors=Factors.of(c),
-        **parts,
-        **noted,
-        **drawn,
-    )
-    work, panel, sums, state, rows, values, depth, columns, seen, nonfinite, lanes, dense_at, factors, *more = (
-        f.parameters
-    )
-    if noted:
-        noted = {"tiny": more.pop(len(parts))}
-    for draw in more[len(parts) :]:
-        drawn = {"draw": draw.further(seen.some_from)}  # from the first line on
-    tops, alpha, lines = work.tops, work.alpha, work.scores
-    count = seen.count
-    lay_out_dense(f, c, dense, work, dense_at, seen, lanes)
-    scores.call(f, work, panel, rows, depth, seen, *more[: len(parts)])
-    whole = (count + (c.rows - 1)) // c.rows * c.rows
+    steps = _Steps(module, c, width)
+    f, v = _signature(module, c, width)
+    drawn = {"draw": v.draw.further(v.seen.some_from)} if c.dropout else {}  # from the first line on
+    noted = {"tiny": v.tiny} if c.tiles_add else {}
+    v.tops, v.alpha, v.scores, v.count = v.work.tops, v.work.alpha, v.work.scores, v.seen.count
+    lay_out_dense(f, c, dense, v.work, v.dense, v.seen, v.lanes)
+    steps.scores.call(f, v.work, v.panel, v.rows, v.depth, v.seen, *([v.unheld] if c.guarded else []))
+    v.whole = (v.count + (c.rows - 1)) // c.rows * c.rows
     # Rows that a band shows to the first register of lanes; a program's mask may show any. Tiles are read whole.
-    reach = whole if c.lands_in_memory else count
+    v.reach = v.whole if c.lands_in_memory else v.count
     if not (c.masked or c.lands_in_memory):
-        reach = f.cast("sext", seen.above, "i64") + c.lanes - seen.some_from
-    broken = nonfinite.found.ne(0)
-    collected = Sums(nonfinite.sums, c.line)
-    raw = nonfinite.rows(seen.some_from, count)
+        v.reach = f.cast("sext", v.seen.above, "i64") + c.lanes - v.seen.some_from
+    collect, add, *add_unheld = contain
+    broken = v.nonfinite.found.ne(0)
+    collected = Sums(v.nonfinite.sums, c.line)
+    raw = v.nonfinite.rows(v.seen.some_from, v.count)
     with f.when(broken):
-        collect(f, scores=lines, values=raw, columns=columns, sums=collected, **drawn)
-    softmax(f, state=state, tops=tops, alpha=alpha, scores=lines, count=whole, reach=reach, factors=factors)
-    weights = work.weights
-    if keep is not None:
-        keep(f, weights=weights, count=whole, reach=reach, **drawn)
-    word = seen.some_from // c.per_word
+        collect(f, scores=v.scores, values=raw, columns=v.columns, sums=collected, **drawn)
+    _weigh(f, steps, v, drawn)
+    _accumulate(f, c, steps, v, aside, noted)
+    with f.when(broken):
+        add(f, sums=v.sums, collected=collected, columns=v.columns)
+        for also in add_unheld:
+            also(f, weights=v.weights, values=raw, sums=v.sums, **noted)
+    f.ret()
+    return f
+
+
+def _signature(module: Module, c: Config, width: int) -> tuple[Routine, SimpleNamespace]:
+    """The function of a panel, and what it is given, by name."""
+    kinds: dict[str, Any] = {
+        "work": Work.of(c),
+        "panel": Panel.of(c.word_line),
+        "sums": Sums.of(c.line),
+        "state": State.of(c.line),
+        "rows": Words.kind(),
+        "values": Words.kind(),
+        "depth": "i64",
+        "columns": "i64",
+        "seen": Seen.kind(),
+        "nonfinite": NonFinite.kind(),
+        "lanes": "i64",
+        "dense": "i64",
+        "factors": Factors.of(c),
+    }
+    if c.guarded:
+        kinds["unheld"] = Unheld.kind()
+    if c.tiles_add:
+        kinds["tiny"] = Tiny.kind()
+    if c.dropout:
+        kinds["draw"] = Draw.kind()
+    f = Routine(module, f"panel_{width}", **kinds)
+    return f, SimpleNamespace(**dict(zip(kinds, f.parameters, strict=True)))
+
+
+def _weigh(f: Function, steps: _Steps, v: SimpleNamespace, drawn: dict[str, Any]) -> None:
+    """Scores become weights, of which dropout keeps some."""
+    extent = {"count": v.whole, "reach": v.reach}
+    steps.softmax(f, state=v.state, tops=v.tops, alpha=v.alpha, scores=v.scores, **extent, factors=v.factors)
+    v.weights = v.work.weights
+    if steps.keep is not None:
+        steps.keep(f, weights=v.weights, **extent, **drawn)
+
+
+def _accumulate(
+    f: Function, c: Config, steps: _Steps, v: SimpleNamespace, aside: list[Routine], noted: dict[str, Any]
+) -> None:
+    """The values by their weights, added to the sums; on tiles, around it, what is too small for them (tiny.py)."""
+    word = v.seen.some_from // c.per_word
     if c.lands_in_memory:  # a row of values for each column
-        first = Words(values.at + word * c.size, values.stride)
-        extent = {"count": whole, "landed": work.landed}
+        first = Words(v.values.at + word * c.size, v.values.stride)
+        extent = {"count": v.whole, "landed": v.work.landed}
     else:
-        first = values.row(word)
-        extent = {"count": count, "reach": reach}
-    if rescale is not None:
-        rescale(f, sums=sums, alpha=alpha, columns=columns)
+        first = v.values.row(word)
+        extent = {"count": v.count, "reach": v.reach}
+    if steps.rescale is not None:
+        steps.rescale(f, sums=v.sums, alpha=v.alpha, columns=v.columns)
     tiny_before = noted["tiny"].some(c) if noted else f.const("i1", 0)
     for set_aside in aside[:1]:
         with f.when(tiny_before):
-            set_aside(f, sums=sums, columns=columns, **noted)
-    with f.range(0, columns, c.rows) as column:
-        target = sums.line(column)
+            set_aside(f, sums=v.sums, columns=v.columns, **noted)
+    with f.range(0, v.columns, c.rows) as column:
+        target = v.sums.line(column)
         tile = first.row(column) if c.lands_in_memory else Words(first.at + column * c.size, first.stride)
-        accumulate(f, sums=target, alpha=alpha, rows=tile, weights=weights, **extent)
+        steps.accumulate(f, sums=target, alpha=v.alpha, rows=tile, weights=v.weights, **extent)
     for add_aside in aside[1:]:
         with f.when(tiny_before):
-            add_aside(f, sums=sums, columns=columns, **noted)
-    with f.when(broken):
-        add(f, sums=sums, collected=collected, columns=columns)
-        for also in add_unheld:
-            also(f, weights=weights, values=raw, sums=sums, **noted)
-    f.ret()
-    return f
+            add_aside(f, sums=v.sums, columns=v.columns, **noted)
 
 
 def lay_out_dense(
