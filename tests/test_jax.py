@@ -351,7 +351,7 @@ def test_an_error_of_a_run_is_xlas_with_our_text(error: Exception, monkeypatch: 
     def call(q: Any, k: Any, v: Any) -> Any:  # not by machine code alone
         return ours(q, k, v, softcap=2.0)
 
-    monkeypatch.setattr(flashtile.jax, "lookup", fail)
+    monkeypatch.setattr(flashtile.jax.run, "lookup", fail)
     text = "INVALID_ARGUMENT: q: got this, expected that" if isinstance(error, SpecError) else type(error).__name__
     with pytest.raises(jax.errors.JaxRuntimeError, match=text):
         jax.block_until_ready(jax.jit(call)(*inputs()))

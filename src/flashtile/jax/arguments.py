@@ -1,0 +1,128 @@
+"""The arguments of the door for JAX, checked, and the function of scores as what XLA can carry."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flashtile import score
+from flashtile.checks import integer
+from flashtile.errors import SpecError, described, wrong
+from flashtile.jax.call import LEARNED, READ
+from flashtile.score.capture import capture
+from flashtile.score.frozen import parse
+from flashtile.score.mask import as_score
+
+
+def inputs_of(given: dict[str, Any]) -> tuple[list[Any], bool]:
+    """Query, key and value with four axes, and whether B was added. Raises: SpecError."""
+    arrays = [_array(name, x, ranks=(3, 4)) for name, x in given.items()]
+    if len({x.ndim for x in arrays}) > 1:
+        raise wrong("query, key, value", ", ".join(f"shape {x.shape}" for x in arrays), "as many axes in each")
+    single = arrays[0].ndim == 3
+    return [x[None] if single else x for x in arrays], single
+
+
+class Rule(NamedTuple):
+    """A score function, traced: a text, numbers, and what it captured as operands of the call."""
+
+    text: str | None
+    numbers: tuple[float, ...]
+    operands: dict[str, Any]
+
+    @staticmethod
+    def of(score_mod: Any, shape: tuple[int, int, int, int]) -> Rule:
+        """Of a call of (B, N, T, S). Raises: SpecError for a function outside of the language."""
+        if score_mod is None:
+            return Rule(None, (), {})
+        rule = as_score(score_mod)
+        rule.fits(shape)
+        frozen = score.freeze(rule)
+        program = score.Program.compose(shape, [frozen.expression()], [])
+        learned = {id(program.capture(x.slot).source) for x in program.array_gradients}
+        text, operands = frozen.text, {}
+        slots = [slot for slot in parse(text)[2] if slot.rank >= 0]
+        for slot, source in zip(slots, frozen.arrays, strict=True):
+            # JAX may hold it in fewer bits than it came in: the text says what is read.
+            x = source if isinstance(source, jax.Array) else jnp.asarray(np.asarray(source))
+            text = text.replace(f"[#{slot.number} {slot.element} ", f"[#{slot.number} {capture(x).element} ")
+            operands[f"{LEARNED if id(source) in learned else READ}{slot.number}"] = x
+        return Rule(text, frozen.numbers, operands)
+
+
+def _array(name: str, x: Any, ranks: tuple[int, ...]) -> Any:
+    try:
+        found = jnp.asarray(x)
+    except (TypeError, ValueError) as cause:
+        raise wrong(name, described(x), "an array") from cause
+    if found.ndim not in ranks:
+        raise wrong(name, f"shape {found.shape}", f"{' or '.join(map(str, ranks))} axes")
+    return found
+
+
+def broadcast(name: str, x: Any, shape: tuple[int, int, int, int]) -> Any:
+    """A mask or a bias with four axes, as JAX asks for. Raises: SpecError."""
+    found = _array(name, x, ranks=(0, 1, 2, 3, 4))
+    if (found.dtype == jnp.bool_) != (name == "mask"):
+        raise wrong(name, f"dtype {found.dtype}", "bool (True = attend)" if name == "mask" else "a float dtype")
+    found = found[(None,) * (4 - found.ndim)]
+    if any(n not in (1, m) for n, m in zip(found.shape, shape, strict=True)):
+        raise wrong(name, f"shape {found.shape}", f"one that broadcasts to (B, N, T, S) = {shape}")
+    return found
+
+
+def lengths(name: str, x: Any, shape: tuple[int, int, int, int]) -> Any:
+    if x is None:
+        return None
+    found = _array(name, x, ranks=(1,))
+    if found.shape != shape[:1] or not jnp.issubdtype(found.dtype, jnp.integer):
+        raise wrong(name, f"{found.dtype} of shape {found.shape}", f"integers (B,) = ({shape[0]},)")
+    return found
+
+
+def sinks_of(sinks: Any, shape: tuple[int, int, int, int]) -> Any:
+    if sinks is None:
+        return None
+    found = _array("sinks", sinks, ranks=(1, 2))
+    if found.shape not in (shape[1:2], shape[:2]) or not jnp.issubdtype(found.dtype, jnp.floating):
+        expected = f"floats (N,) = ({shape[1]},) or (B, N) = ({shape[0]}, {shape[1]})"
+        raise wrong("sinks", f"{found.dtype} of shape {found.shape}", expected)
+    return found
+
+
+def number(name: str, value: Any) -> float | None:
+    """A number that is part of the compiled program."""
+    if value is None or isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return None if value is None else float(value)
+    try:
+        return float(value)
+    except (TypeError, ValueError, jax.errors.ConcretizationTypeError) as cause:
+        raise wrong(name, described(value), "a number, known while tracing") from cause
+
+
+def window_of(size: Any) -> tuple[int, int] | None:
+    sides = (size, size) if integer(size) is not None else size
+    if sides is None:
+        return None
+    if (
+        not isinstance(sides, tuple)
+        or len(sides) != 2
+        or any((integer(n) or 0) < 0 or integer(n) is None for n in sides)
+    ):
+        raise wrong("local_window_size", described(size), "a distance, or (left, right)")
+    return int(sides[0]), int(sides[1])
+
+
+_SPELLINGS = {"q": "query", "k": "key", "v": "value", "causal": "is_causal", "window": "local_window_size"}
+
+
+def spell(error: SpecError) -> None:
+    """Call the argument that a message begins with what this signature calls it."""
+    argument, colon, rest = str(error).partition(":")
+    for ours, theirs in (("as in q", "as in query"), ("as in k", "as in key"), ("q's", "query's")):
+        rest = rest.replace(ours, theirs)
+    error.args = (_SPELLINGS.get(argument, argument) + colon + rest,)

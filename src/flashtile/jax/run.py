@@ -1,0 +1,146 @@
+"""What XLA calls, with the buffers of a call where they lie, and the operator that asks for it, with its gradient."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import threading
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flashtile import xla, xla_native
+from flashtile.api import attention
+from flashtile.arrays import View, contiguous
+from flashtile.calls import Call, lookup, prepare
+from flashtile.errors import FlashtileError
+from flashtile.gradients import ByIdentity, Gradients, attention_backward
+from flashtile.jax.call import BACKWARD, FORWARD, LEARNED, DescribedCall
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(call: DescribedCall, operands: tuple[Any, ...]) -> tuple[Any, Any]:
+    """o and lse (B, N, T)."""
+    q, v = operands[0], operands[2]
+    accumulator = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+    shapes = (
+        jax.ShapeDtypeStruct((*q.shape[:-1], v.shape[-1]), q.dtype),
+        jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), accumulator),
+    )
+    o, lse = jax.ffi.ffi_call(call.target, shapes, vmap_method="expand_dims")(*operands, call=call.text)
+    return o, lse
+
+
+def _recorded(call: DescribedCall, operands: tuple[Any, ...]) -> Any:
+    o, lse = attend(call, operands)
+    return (o, lse), (operands, o, lse)
+
+
+def _differentiate(call: DescribedCall, kept: Any, given: Any) -> Any:
+    operands, o, lse = kept
+    places = [0, 1, 2, *(3 + n for n, name in enumerate(call.operands) if name in call.differentiable)]
+    shapes = [jax.ShapeDtypeStruct(operands[n].shape, operands[n].dtype) for n in places]
+    found = jax.ffi.ffi_call(BACKWARD, shapes, vmap_method="expand_dims")(given[0], o, lse, *operands, call=call.text)
+    gradients = dict(zip(places, found, strict=True))
+    return (tuple(gradients.get(n) for n in range(len(operands))),)
+
+
+attend.defvjp(_recorded, _differentiate)
+
+
+def _forward(text: str, arguments: list[xla.Argument], results: list[xla.Argument]) -> None:
+    """The handler of FORWARD: axes that vmap added stand first, in every buffer, of length 1 where it added none."""
+    key = text, *((x.shape, x.element) for x in arguments)
+    prepared = lookup(key)
+    if prepared is None:
+        prepared = _prepare(key, DescribedCall.of(text), arguments, results)
+    if prepared is not None:
+        q_at, k_at, v_at, o_at, lse_at = (x.address for x in (*arguments, *results))
+        prepared.run(prepared.pack(q_at, k_at, v_at, o_at, lse_at, 0, None), None)
+        return
+    call = DescribedCall.of(text)
+    inputs, outputs = ([x.array() for x in given] for given in (arguments, results))
+    for mapped in np.ndindex(outputs[0].shape[:-4]):
+        q, k, v, *others = (_at(x, mapped) for x in inputs)
+        o, lse = (x[mapped] for x in outputs)
+        _, lse[...] = attention(
+            *(x.swapaxes(1, 2) for x in (q, k, v)), out=o.swapaxes(1, 2), return_lse=True, **call.keywords(others)
+        )
+
+
+def _prepare(key: Any, call: DescribedCall, arguments: list[xla.Argument], results: list[xla.Argument]) -> Call | None:
+    """A call that depends on nothing but shapes and addresses, kept under the key; None for any other."""
+    if not call.plain or len(arguments[0].shape) != 4:
+        return None
+    q, k, v, o = (x.array().swapaxes(1, 2) for x in (*arguments, results[0]))
+    return prepare(key, q, k, v, o, call.options)
+
+
+def _backward(text: str, arguments: list[xla.Argument], results: list[xla.Argument]) -> None:
+    """The handler of BACKWARD."""
+    call = DescribedCall.of(text)
+    names = ["q", "k", "v", *call.differentiable]
+    wrt = [name for name in names if not name.startswith(LEARNED)]
+    wrt += ["captured"] if len(wrt) < len(names) else []
+    inputs, outputs = ([x.array() for x in given] for given in (arguments, results))
+    for mapped in np.ndindex(outputs[0].shape[: outputs[0].ndim - 4]):
+        do, o, lse, *operands = (_at(x, mapped) for x in inputs)
+        do, q, k, v, o = (x.swapaxes(1, 2) for x in (do, *operands[:3], o))
+        targets: dict[str, Any] = {name: x[(*mapped, ...)] for name, x in zip(names, outputs, strict=True)}
+        for name in "qkv":
+            targets[name] = targets[name].swapaxes(1, 2)
+        given = dict(zip(call.operands, operands[3:], strict=True))
+        learned = ByIdentity((x, targets.pop(name)) for name, x in given.items() if name.startswith(LEARNED))
+        out = Gradients(**targets, captured=learned)
+        attention_backward(do, q, k, v, o, lse, wrt=wrt, out=out, **call.keywords(operands[3:]))
+
+
+def _at(x: np.ndarray, mapped: tuple[int, ...]) -> np.ndarray:
+    at: tuple[Any, ...] = tuple(n if size > 1 else 0 for n, size in zip(mapped, x.shape, strict=False))
+    return x[(*at, ...)]
+
+
+@functools.cache
+def register() -> list[Any]:
+    """Tell XLA of the handlers, once, and keep them."""
+    kept = []
+    for name, work in ((FORWARD, _forward), (BACKWARD, _backward)):
+        function = xla.handler(work)
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform="cpu")
+        kept.append(function)
+    return kept
+
+
+@functools.lru_cache(maxsize=1024)
+def target_of(call: DescribedCall, arrays: tuple[tuple[tuple[int, ...], Any], ...]) -> str:
+    """The function for a plain call of these shapes and dtypes: one that needs no Python, if the call is small enough,
+    by a name that says what it computes, since compiled programs may be kept on disk."""
+    (q, dtype), _, (v, _) = arrays
+    shapes = [*(shape for shape, _ in arrays), (*q[:-1], v[-1])]
+    try:
+        q_view, k_view, v_view, o_view = (_swapped(x, dtype) for x in shapes)
+        ready = prepare(("jax", call, arrays), q_view, k_view, v_view, o_view, call.options)
+        found = xla_native.handler(ready, shapes, register()[0])
+    except FlashtileError:  # of this machine: the run tells of it
+        found = None
+    if found is None:
+        return FORWARD
+    name = f"{FORWARD}_{hashlib.blake2b(f'{call.text} {arrays}'.encode(), digest_size=12).hexdigest()}"
+    with _lock:
+        if name not in _native:
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(found), platform="cpu")
+            _native[name] = found
+    return name
+
+
+_native: dict[str, Any] = {}  # functions that XLA may call, for good
+_lock = threading.Lock()
+
+
+def _swapped(shape: tuple[int, ...], dtype: Any) -> View:
+    """A row-major array of JAX's order of the axes, in flashtile's."""
+    view = contiguous(shape, dtype)
+    (b, t, n, h), strides = view.shape, view.strides
+    return view._replace(shape=(b, n, t, h), strides=(strides[0], strides[2], strides[1], strides[3]))
