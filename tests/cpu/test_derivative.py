@@ -115,8 +115,8 @@ def test_what_is_hidden_gives_nothing_whatever_it_holds(isa):
             np.testing.assert_array_equal(clean.view(np.uint32), other.view(np.uint32))
 
 
-def plan_of(score, items, shape=(B, H, S, T)):
-    program = Program.of(shape, score_mod=score)
+def plan_of(score, items, shape=(B, H, S, T), mask=None):
+    program = Program.of(shape, score_mod=score, mask=mask)
     wanted = {g.slot.number for g in program.array_gradients}
     c = Config(isas.current(), "float", code=program.code)
     return ArrayPlan(readings(program.code, wanted), {n: program.captures[n].array.shape for n in wanted}, c, items)
@@ -137,6 +137,14 @@ def test_an_array_has_one_accumulator_or_small_copies():
         12,
         1,
     )
+    # They meet in the last element of an array that is shorter than the keys: what is hidden past it adds 0 there. So
+    # do heads.
+    short, few = np.zeros(1100, np.float32), np.zeros(2, np.float32)
+    keys, heads = (lambda s, b, h, i, j: s + short[j]), (lambda s, b, h, i, j: s + few[h])
+    shown = plan_of(keys, Items(1, 1, 4), (1, 1, 1200, 1200), mask=lambda b, h, i, j: j < 1100)
+    assert shown.layouts[0][1] == 4 and plan_of(keys, Items(1, 1, 4), (1, 1, 1200, 1100)).layouts[0][1] == 1
+    assert plan_of(heads, Items(1, H, 1), mask=lambda b, h, i, j: h < 2).layouts[0][1] == H
+    assert plan_of(heads, Items(1, 2, 1), (1, 2, S, T)).layouts[0][1] == 1
     skew = np.broadcast_to(np.float32(0), (1200, 2400))
     assert plan_of(lambda s, b, h, i, j: s + skew[i, j + h], Items(1, 1, 2), (1, 2, 1200, 1200)).chains.shape == (1, 2)
 

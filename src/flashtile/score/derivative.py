@@ -23,7 +23,12 @@ class ArrayGradient:
     slot: Slot
     index: tuple[Expr, ...]
     value: Expr
-    certain: bool  # that every index is in bounds
+    clamp: tuple[bool, ...]  # for each index whether it may be out of bounds
+
+    @property
+    def certain(self) -> bool:
+        """Whether every index is in bounds."""
+        return not any(self.clamp)
 
 
 def derivative(score: Expr, seed: Expr) -> Expr:
@@ -47,5 +52,5 @@ def array_gradients(score: Expr) -> tuple[ArrayGradient, ...]:
             value = derivative(score, x)
             if not is_const(value, 0.0):
                 within = apply("where", inside(x), value, const(0.0))
-                found.append(ArrayGradient(x.data.source, x.args, within, not any(x.data.clamp)))
+                found.append(ArrayGradient(x.data.source, x.args, within, x.data.clamp))
     return tuple(found)

@@ -103,9 +103,12 @@ class Layout:
 
 
 def _apart(reads: Sequence[Reading], axis: str) -> bool:
-    """Whether items that differ along an axis never meet: one index of every load says which of them it is."""
+    """Whether items that differ along an axis never meet: one index of every load says which of them it is. An index
+    that may leave the array does not: out there items add 0 to the last element, all to the same (steps/arrays.py)."""
 
     def tells(x: Reading, n: int) -> bool:
+        if x.gradient.clamp[n]:
+            return False
         if axis != "j":
             return x.gradient.index[n] is variable(axis)
         place = x.axes[n]
@@ -251,10 +254,10 @@ class TileArrays:
 def _meet(reads: Sequence[Reading], shape: tuple[int, ...], c: Config, tiles: Tiles) -> frozenset[str]:
     """The axes along which tiles meet in one element: all but those of which one index of every load is the very
     variable, within the array. Registers of lanes reach into the next tile of rows that are no whole panels."""
-    lengths = {"i": tiles.q_len, "j": tiles.kv_len}
+    lengths = {"b": tiles.batch, "h": tiles.heads, "i": tiles.q_len, "j": tiles.kv_len}
 
     def tells(n: int, axis: str) -> bool:
-        return shape[n] >= lengths.get(axis, 1) and all(x.gradient.index[n] is variable(axis) for x in reads)
+        return shape[n] >= lengths[axis] and all(x.gradient.index[n] is variable(axis) for x in reads)
 
     def apart(axis: str) -> bool:
         if axis == "i" and tiles.tile_q % c.panel:
