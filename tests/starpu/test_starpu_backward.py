@@ -307,12 +307,12 @@ def test_a_codelet_that_no_worker_can_run(starpu: Any) -> None:
     arrays, (do, dlse) = uniform(Shape(), "float32"), arrived(Shape(), "float32")
     expected = backward(*arrays, do, dlse)
     codelet = session.current().codelets["flashtile_backward_float32"]
-    codelet.restrict("cuda")
+    codelet.place("cuda")  # as a fault may leave it: restrict refuses
     try:
         with pytest.raises(UnavailableError, match="flashtile_backward_float32"):
             backward(*arrays, do, dlse)
     finally:
-        codelet.restrict("cpu")
+        codelet.place("cpu")
     assert all(same_bits(x, y) for x, y in zip(parts(backward(*arrays, do, dlse)), parts(expected), strict=True))
 
 
