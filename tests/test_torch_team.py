@@ -69,6 +69,14 @@ def test_every_item_runs_once(team: Any, threads: Callable[[int], None], n: int,
     assert len(set(addresses)) == len(addresses) <= n and all(x % 64 == 0 for x in addresses)
 
 
+def test_parameters_may_be_an_address(team: Any, threads: Callable[[int], None]) -> None:
+    """As NNTile's arrays give them."""
+    threads(2)
+    parameters, kernel = ctypes.create_string_buffer(b"parameters"), Counting(7)
+    prepared(kernel)(ctypes.addressof(parameters))
+    assert kernel.counts == [1] * 7
+
+
 def test_a_status_names_the_place(team: Any, threads: Callable[[int], None]) -> None:
     threads(2)
     with pytest.raises(

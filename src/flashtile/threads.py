@@ -43,11 +43,11 @@ class Team(Protocol):
     """Threads of another library that stay awake, for calls that do not last."""
 
     def __call__(
-        self, function: Any, params: bytes, items: int, share: int, scratch: int, step: int, members: int
+        self, function: Any, params: bytes | int, items: int, share: int, scratch: int, step: int, members: int
     ) -> tuple[int, int]:
         """Call function(params, begin, end, scratch of its own) on each of as many members, `share` items at a time,
-        until all are done or one fails: (from which item, its status); a status of 0 is none. scratch: `step` bytes
-        for each member."""
+        until all are done or one fails: (from which item, its status); a status of 0 is none. params: bytes, or an
+        address. scratch: `step` bytes for each member."""
         ...
 
 

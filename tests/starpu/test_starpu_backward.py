@@ -382,7 +382,7 @@ def test_errors_of_the_door(starpu: Any) -> None:
     cases = [
         ({"dq": more["short"]}, r"dq: got shape \(1, 2, 19, 8\), expected \(1, 2, 20, 8\) as q"),
         ({"dk": more["wide"]}, "dk: got dtype float64, expected float16 or float32"),
-        ({"dv": more["other rows"]}, "dv: got tiles of 15 rows, expected 16 as in v"),
+        ({"dv": more["other rows"]}, "dv: got tiles of 15 rows, expected 16 rows as in v"),
         ({"dk": tensors["k"]}, "dk: got an array within the memory that k spans"),
         ({"do": np.zeros(3)}, "do: got a ndarray, expected a registered tensor"),
         ({"wrt": ("q",)}, "wrt: got 'q', expected names among bias, sinks, alibi_slopes, captured"),

@@ -100,7 +100,7 @@ def prepare(plan: Plan, kernel: Runnable) -> Run:
     return run
 
 
-def _give_away(lent: Team, plan: Plan, run_items: Any, scratch_bytes: int, params: bytes, members: int) -> None:
+def _give_away(lent: Team, plan: Plan, run_items: Any, scratch_bytes: int, params: bytes | int, members: int) -> None:
     """All items of a native kernel on the threads of another library."""
     step = -(-scratch_bytes // CACHE_LINE) * CACHE_LINE
     scratch = _scratch(step * members)

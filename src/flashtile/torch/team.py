@@ -97,11 +97,11 @@ class Team:
         self._parallel = parallel
         self._library = jit.load(lambda: _TEXT, f"team {_TEXT}", isas.current(), ("team",))
         pointer, word, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-        given = pointer, pointer, ctypes.c_char_p, word, word, pointer, word, number
+        given = pointer, pointer, pointer, word, word, pointer, word, number
         self._run: Any = self._library.function("team", word, *given)
 
     def __call__(
-        self, function: Any, params: bytes, items: int, share: int, scratch: int, step: int, members: int
+        self, function: Any, params: bytes | int, items: int, share: int, scratch: int, step: int, members: int
     ) -> tuple[int, int]:
         failed = self._run(self._parallel, function, params, items, share, scratch, step, members)
         return (failed >> 32) - 1, failed & 0xFFFFFFFF
