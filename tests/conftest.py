@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 
-# Test workers share the cores; BLAS threads of each would wait for one another, busily. Before NumPy is loaded.
+# Test workers share the cores; BLAS threads of each would wait for one another, busily, and so do torch's, which took
+# half of the processor's time. Before NumPy and torch are loaded; programs that tests start inherit it.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # ruff: noqa: E402
 from collections.abc import Callable, Iterator
