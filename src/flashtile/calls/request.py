@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,8 +71,6 @@ class Request(NamedTuple):
         return self.offsets if spec.offset is None else spec.offset
 
 
-PLAIN_REQUESTS = 256  # that are kept: a program has few
-_plain: dict[tuple[Any, ...], Request] = {}
 # Of these types what equals a right option is one.
 _NONE = type(None)
 _ALIGN_TYPES, _SCALE_TYPES, _SIDE_TYPES = frozenset((_NONE, str, int)), frozenset((_NONE, float, int)), {_NONE, int}
@@ -90,16 +87,7 @@ def describe(q: Any, scores: tuple[Any, ...], options: tuple[Any, ...]) -> Reque
     """
     given = offsets = None
     mask, bias, score_mod, softcap, alibi_slopes, sinks, keep = scores
-    if mask is bias is score_mod is softcap is alibi_slopes is sinks is keep is None:
-        try:  # most calls are like one before, and of the same types: 1 is no flag, though it equals True
-            found = _plain[options]
-            causal, window, align, scale = found[0][:4]
-            alike = options[0] is causal and type(options[2]) is type(align) and type(options[3]) is type(scale)
-            if alike and window is None:
-                return found
-        except (KeyError, TypeError):  # another call, or an option that is no key
-            pass
-    else:
+    if not (mask is bias is score_mod is softcap is alibi_slopes is sinks is keep is None):
         given = ScoreOptions(*scores)
     chosen: Options = _new(Options, options)
     if chosen[1] is not None and type(chosen[1]) is list:  # as good as a tuple, but no part of a key
@@ -117,11 +105,7 @@ def describe(q: Any, scores: tuple[Any, ...], options: tuple[Any, ...]) -> Reque
         band_of(causal, window)
         check_align(align)
         scale_of(scale, 1)
-    request: Request = _new(Request, (chosen, given, offsets))
-    if given is offsets is None and len(_plain) < PLAIN_REQUESTS:
-        with contextlib.suppress(TypeError):
-            _plain[options] = request
-    return request
+    return _new(Request, (chosen, given, offsets))
 
 
 def as_name(argument: str, value: object) -> str:
