@@ -8,7 +8,7 @@ import numpy as np
 
 from flashtile import kernels
 from flashtile.arrays import View, device_of
-from flashtile.calls import as_name, describe
+from flashtile.calls import as_name, describe, gathered
 from flashtile.current import Here, calling
 from flashtile.devices import gradients, one_library
 from flashtile.dtypes import DTYPES, dtype_of
@@ -17,7 +17,6 @@ from flashtile.gradients import ByIdentity, Gradients, Problem, array_sum
 from flashtile.kernels.gradients import Sums
 from flashtile.owners import Owner, borrow, give_back, hold, library_of, owner_of
 from flashtile.score.capture import is_array
-from flashtile.score.keep import keep_of
 
 
 def attention_backward(
@@ -30,23 +29,9 @@ def attention_backward(
     *,
     dlse: Any,
     wrt: Any,
-    mask: Any,
-    bias: Any,
-    score_mod: Any,
-    causal: bool,
-    window: Any,
-    align: Any,
-    softcap: Any,
-    alibi_slopes: Any,
-    sinks: Any,
-    scale: Any,
-    dropout_p: float,
-    seed: int | None,
-    precision: str,
-    kernel: str,
-    engine: str,
     out: Any,
     accumulate: bool,
+    **keywords: Any,
 ) -> Gradients:
     """The same arguments, none left out; `out` is not taken.
 
@@ -58,20 +43,19 @@ def attention_backward(
         raise wrong("out", "an array to write to", "None for arrays on a GPU: they are new")
     library = one_library(q, k, v, None)
     owner = owner_of(library)
-    given = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed)
-    scores = tuple(borrow(owner, x) if is_array(x) else x for x in given)
-    request = describe(q, scores, (causal, window, align, scale, precision, kernel, engine))
+    given, options = gathered(**keywords)
+    request = describe(q, tuple(borrow(owner, x) if is_array(x) else x for x in given), options)
     arrays = {name: borrow(owner, x) for name, x in (("q", q), ("k", k), ("v", v))}
     problem = Problem.of(tuple(owner.view(x) for x in arrays.values()), request, wrt)  # type: ignore[arg-type]
     for name, x in (("do", do), ("o", o), ("lse", lse), ("dlse", dlse)):
         if x is not None or name != "dlse":
             arrays[name] = _checked(owner, library, problem, name, x, q, v)
     with calling(owner, arrays["q"]) as place:
-        family = kernels.pick(problem.spec, as_name("kernel", kernel), "backward")
+        family = kernels.pick(problem.spec, as_name("kernel", options.kernel), "backward")
         results = {f"d{n}": _like(place, x) for n, x in problem.sources if n in ("q", "k", "v")}
         call = problem.spec, arrays | results, problem.offset, problem.scoring, problem.wanted
         try:
-            sums = gradients(owner, family, *call, engine=as_name("engine", engine))
+            sums = gradients(owner, family, *call, engine=as_name("engine", options.engine))
             return _finished(owner, place, library, problem, results, sums)
         finally:
             if library != "torch":

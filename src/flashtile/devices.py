@@ -8,14 +8,14 @@ uses it has yet to run.
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from flashtile import calls
 from flashtile.arrays import View, device_of
-from flashtile.calls import Call, Options, Request, Scored, describe
+from flashtile.calls import Call, Request, Scored, describe, gathered
 from flashtile.calls.backward import Memory
 from flashtile.checks import check_flag
 from flashtile.current import Here, calling
@@ -25,14 +25,11 @@ from flashtile.kernels import Family
 from flashtile.kernels.gradients import Sums
 from flashtile.owners import LENDERS, Owner, borrow, give_back, hold, library_of, owner_of
 from flashtile.score.capture import ArrayCapture, capture, is_array
-from flashtile.score.keep import keep_of
-from flashtile.score.options import ScoreOptions, Scoring
+from flashtile.score.options import Scoring
 from flashtile.spec import AttentionSpec
 
 
-def attention(
-    q: Any, k: Any, v: Any, *, return_lse: bool, progress: Any, out: Any, dropout_p: float, seed: Any, **keywords: Any
-) -> Any:
+def attention(q: Any, k: Any, v: Any, *, return_lse: bool, progress: Any, out: Any, **keywords: Any) -> Any:
     """`flashtile.attention` where an input lies on a GPU: the same arguments, none left out.
 
     Returns:  arrays of the library that q came from, on the device of q, which the launched kernels will have written
@@ -43,9 +40,8 @@ def attention(
     library = one_library(q, k, v, out)
     owner = owner_of(library)
     inputs = borrow(owner, q), borrow(owner, k), borrow(owner, v)
-    given = [keywords[x.name] for x in fields(ScoreOptions) if x.name != "keep"]
-    scores = *(borrow(owner, x) if is_array(x) else x for x in given), keep_of(dropout_p, seed)
-    request = describe(q, scores, tuple(keywords[x] for x in Options._fields))
+    given, options = gathered(**keywords)
+    request = describe(q, tuple(borrow(owner, x) if is_array(x) else x for x in given), options)
     # JAX's memory, lent, and CuPy's, of another stream, might be given to an operation that no one orders behind the
     # kernels; with torch that is the caller's record_stream.
     held = () if library == "torch" else (*inputs, request.scores)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flashtile.arrays import is_dask, is_lazy, is_stored, is_torch, plain
-from flashtile.calls import Request, describe, family_of
+from flashtile.calls import Request, describe, family_of, gathered
 from flashtile.checks import check_flag
 from flashtile.dtypes import dtype_of
 from flashtile.engines import pick
@@ -20,7 +20,6 @@ from flashtile.errors import UnavailableError, wrong
 from flashtile.gradients import ByIdentity, Gradients, Problem, check_rows, slots_of
 from flashtile.kernels import tile_kernels
 from flashtile.score.capture import ArrayCapture
-from flashtile.score.keep import keep_of
 from flashtile.score.options import Scoring
 from flashtile.spec import AttentionSpec
 
@@ -32,24 +31,10 @@ def attention(
     k: Any,
     v: Any,
     *,
-    mask: Any,
-    bias: Any,
-    score_mod: Any,
-    causal: bool,
-    window: Any,
-    align: Any,
-    softcap: Any,
-    alibi_slopes: Any,
-    sinks: Any,
-    scale: Any,
-    dropout_p: float,
-    seed: int | None,
-    precision: str,
     return_lse: bool,
-    kernel: str,
-    engine: str,
     progress: Any,
     out: Any,
+    **keywords: Any,
 ) -> Any:
     """`flashtile.attention` where q, k or v is lazy: the same arguments, none left out.
 
@@ -60,16 +45,15 @@ def attention(
     Raises:   as flashtile.attention, at the call; KernelError when the result is computed.
     """
     check_flag("return_lse", return_lse)
-    _check(engine, progress, out, {"mask": mask, "alibi_slopes": alibi_slopes, "sinks": sinks, "align": align})
+    _check(progress, out, keywords)
     from flashtile.engines.dask.graph import result
     from flashtile.engines.dask.work import Work
 
     arrays = {name: _array(x, name) for name, x in (("q", q), ("k", k), ("v", v))}
-    scores = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed)
-    call = _Call.of(arrays, scores, (causal, window, align, scale, precision, kernel, "dask"))
+    call = _Call.of(arrays, keywords)
     cut = cut_of(call.spec, *arrays.values())
-    _check_family(call.spec, kernel)
-    token = call.token(cut, q, k, v, bias)
+    _check_family(call.spec, keywords["kernel"])
+    token = call.token(cut, q, k, v, keywords["bias"])
     work = Work(call.spec, call.scoring, call.offsets, cut.tile_q, cut.tile_k, call.slot, token)
     found = result(work, cut, list(arrays.values()), token, call.q.dtype, call.blocks)
     first = (0,) * (4 - len(call.q.shape))
@@ -86,23 +70,9 @@ def attention_backward(
     *,
     dlse: Any,
     wrt: Any,
-    mask: Any,
-    bias: Any,
-    score_mod: Any,
-    causal: bool,
-    window: Any,
-    align: Any,
-    softcap: Any,
-    alibi_slopes: Any,
-    sinks: Any,
-    scale: Any,
-    dropout_p: float,
-    seed: int | None,
-    precision: str,
-    kernel: str,
-    engine: str,
     out: Any,
     accumulate: bool,
+    **keywords: Any,
 ) -> Gradients:
     """`flashtile.attention_backward` where one of the arrays is lazy: the same arguments, none left out.
 
@@ -111,22 +81,21 @@ def attention_backward(
     Raises:   as flashtile.attention_backward, at the call; UnavailableError also for the gradient of a bias that is a
               Dask array, and of captured arrays of more than 4 MB; KernelError when a result is computed.
     """
-    _check(engine, None, out, {"mask": mask, "alibi_slopes": alibi_slopes, "sinks": sinks, "align": align})
+    _check(None, out, keywords)
     if accumulate is not False:
         raise wrong("accumulate", repr(accumulate), "False: the results are Dask arrays")
     given = {"q": q, "k": k, "v": v, "do": do, "o": o, "lse": lse, "dlse": dlse}
     arrays = {name: _array(x, name) for name, x in given.items() if x is not None}
     names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
-    if "bias" in names and is_dask(bias):
+    if "bias" in names and is_dask(keywords["bias"]):
         raise UnavailableError("wrt: got 'bias' with a bias that is a Dask array, expected a NumPy array")
-    scores = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed)
-    call = _Call.of(arrays, scores, (causal, window, align, scale, precision, kernel, "dask"))
+    call = _Call.of(arrays, keywords)
     views = tuple(_view(arrays[n], n) for n in "qkv")
     problem = Problem.of(views, call.request, names)
     rows = {n: arrays.get(n) for n in ("do", "o", "lse", "dlse")}
     check_rows(call.spec, views[0].shape[:-1], views[2].shape[-1:], **rows)
-    _check_family(call.spec, kernel, "backward")
-    return _planned(call, problem, arrays, (*given.values(), bias, *names))
+    _check_family(call.spec, keywords["kernel"], "backward")
+    return _planned(call, problem, arrays, (*given.values(), keywords["bias"], *names))
 
 
 def _planned(call: _Call, problem: Problem, arrays: dict[str, Any], values: tuple[Any, ...]) -> Gradients:
@@ -196,13 +165,13 @@ class _Call(NamedTuple):
     slot: int | None
 
     @classmethod
-    def of(cls, arrays: dict[str, Any], scores: tuple[Any, ...], options: tuple[Any, ...]) -> _Call:
+    def of(cls, arrays: dict[str, Any], keywords: dict[str, Any]) -> _Call:
         """Raises: SpecError."""
         q, k, v = (_view(arrays[n], n) for n in "qkv")
-        bias = scores[1]
+        bias = keywords["bias"]
         blocks = bias if bias is not None and is_dask(bias) else None
         stand_in = bias if blocks is None else _stand_in(bias)
-        request = describe(q, (scores[0], stand_in, *scores[2:]), options)
+        request = describe(q, *gathered(**keywords | {"bias": stand_in, "engine": "dask"}))
         spec, values = request.of(q, k, v)
         scoring = None if request.scores is None else values
         _check_sizes(spec)
@@ -262,8 +231,9 @@ def _tile(arrays: list[Any], length: int, usual: int) -> int:
     return min(usual, max(1, length))
 
 
-def _check(engine: Any, progress: Any, out: Any, small: dict[str, Any]) -> None:
+def _check(progress: Any, out: Any, keywords: dict[str, Any]) -> None:
     """Raise SpecError for what lazy arrays cannot have."""
+    engine = keywords["engine"]
     if engine not in ("auto", "dask"):
         raise wrong("engine", f"{engine!r} with an array that is not in memory", "'dask' or 'auto', or NumPy arrays")
     pick("dask")  # says what is not installed
@@ -271,8 +241,8 @@ def _check(engine: Any, progress: Any, out: Any, small: dict[str, Any]) -> None:
         raise wrong("progress", repr(progress), "None: the result is computed later (see dask.diagnostics.ProgressBar)")
     if out is not None:
         raise wrong("out", f"a {type(out).__name__}", "None: the result is a Dask array (store it with to_zarr)")
-    for name, x in small.items():
-        if is_lazy(x):
+    for name in ("mask", "alibi_slopes", "sinks", "align"):
+        if is_lazy(x := keywords[name]):
             raise wrong(name, f"a {type(x).__module__}.{type(x).__name__}", "NumPy's, which decide what is read")
 
 

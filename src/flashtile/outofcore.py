@@ -13,7 +13,7 @@ import numpy as np
 
 from flashtile import arrayfiles
 from flashtile.arrays import is_stored, is_torch, plain, view_of
-from flashtile.calls import describe, family_of
+from flashtile.calls import describe, family_of, gathered
 from flashtile.calls.prepared import check_out
 from flashtile.checks import check_flag, integer
 from flashtile.dtypes import DTYPES
@@ -21,7 +21,6 @@ from flashtile.engines import pick
 from flashtile.engines.starpu.outofcore import Read, Streamed, forget
 from flashtile.errors import UnavailableError, wrong
 from flashtile.progress import reporter
-from flashtile.score.keep import keep_of
 from flashtile.spec import AttentionSpec
 
 
@@ -31,24 +30,10 @@ def attention(
     v: Any,
     *,
     memory_limit: Any,
-    mask: Any,
-    bias: Any,
-    score_mod: Any,
-    causal: bool,
-    window: Any,
-    align: Any,
-    softcap: Any,
-    alibi_slopes: Any,
-    sinks: Any,
-    scale: Any,
-    dropout_p: float,
-    seed: int | None,
-    precision: str,
     return_lse: bool,
-    kernel: str,
-    engine: str,
     progress: Any,
     out: Any,
+    **keywords: Any,
 ) -> Any:
     """`flashtile.attention` with a limit: the same arguments, none left out.
 
@@ -60,14 +45,13 @@ def attention(
     Raises:   as flashtile.attention; SpecError for a limit below the smallest working set, which it names.
     """
     check_flag("return_lse", return_lse)
-    limit = limit_of(memory_limit, engine)
+    limit = limit_of(memory_limit, keywords["engine"])
     arrays = [readable(x, name) for name, x in (("q", q), ("k", k), ("v", v))]
     views = [described(x) for x in arrays]
-    scores = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed)
-    request = describe(views[0], scores, (causal, window, align, scale, precision, kernel, "starpu"))
+    request = describe(views[0], *gathered(**keywords | {"engine": "starpu"}))
     spec, values = request.of(views[0], views[1], views[2])
     scoring, offsets = None if request.scores is None else values, request.offsets
-    check_call(spec, kernel)
+    check_call(spec, keywords["kernel"])
     shape, report = views[0].shape[:-1] + views[2].shape[-1:], reporter(progress)
     real = DTYPES[DTYPES[spec.dtype].accumulator].numpy
     with _target(out, shape, views[0].dtype, spec, arrays) as (target, result):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from flashtile import arrayfiles
-from flashtile.calls import INPUTS, describe
+from flashtile.calls import INPUTS, describe, gathered
 from flashtile.dtypes import DTYPES
 from flashtile.engines.starpu.outofcore import forget
 from flashtile.engines.starpu.outofcore_gradients import StreamedBackward, Target
@@ -21,7 +21,6 @@ from flashtile.gradients import Gradients, Problem, check_out, check_rows
 from flashtile.kernels.gradients import Sums
 from flashtile.outofcore import beside, check_call, described, limit_of, path_of, readable, reader
 from flashtile.score.capture import capture
-from flashtile.score.keep import keep_of
 
 
 def attention_backward(
@@ -34,24 +33,10 @@ def attention_backward(
     *,
     dlse: Any,
     wrt: Iterable[str],
-    mask: Any,
-    bias: Any,
-    score_mod: Any,
-    causal: bool,
-    window: Any,
-    align: Any,
-    softcap: Any,
-    alibi_slopes: Any,
-    sinks: Any,
-    scale: Any,
-    dropout_p: float,
-    seed: int | None,
-    precision: str,
-    kernel: str,
-    engine: str,
     out: Any,
     accumulate: bool,
     memory_limit: Any,
+    **keywords: Any,
 ) -> Gradients:
     """`flashtile.attention_backward` with a limit: the same arguments, none left out.
 
@@ -62,21 +47,21 @@ def attention_backward(
     Returns:  Gradients; of a file its map, read only.
     Raises:   as flashtile.attention_backward; SpecError for a limit below the smallest working set, which it names.
     """
-    limit = limit_of(memory_limit, engine)
+    limit = limit_of(memory_limit, keywords["engine"])
     given = dict(zip(INPUTS, (do, q, k, v, o, lse, dlse), strict=True))
     arrays = {name: readable(x, name) for name, x in given.items() if x is not None}
     views = tuple(described(arrays[name]) for name in "qkv")
-    scores = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed)
-    request = describe(views[0], scores, (causal, window, align, scale, precision, kernel, "starpu"))
+    request = describe(views[0], *gathered(**keywords | {"engine": "starpu"}))
     problem = Problem.of(views, request, wrt)
     spec, scoring = problem.spec, problem.scoring
     rest = {name: arrays.get(name) for name in ("do", "o", "lse", "dlse")}
     check_rows(spec, views[0].shape[:-1], views[2].shape[-1:], **rest)
+    sinks = keywords["sinks"]
     logits = None if sinks is None else capture(sinks, "sinks").array
     files = _files(problem, out, accumulate)
     in_memory = replace(problem, sources=[x for x in problem.sources if x[0] not in files])
     check_out(out, accumulate, in_memory, (*arrays.values(), request.offsets, logits))
-    check_call(spec, kernel, "backward")
+    check_call(spec, keywords["kernel"], "backward")
     call = _planned(problem, request.offsets, limit, 0 if out is not None else _bytes(problem))
     real = DTYPES[DTYPES[spec.dtype].accumulator].numpy
     dsinks = np.zeros((spec.batch, spec.heads), real) if "sinks" in problem.wanted else None

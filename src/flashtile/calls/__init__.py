@@ -21,7 +21,7 @@ from flashtile.calls.prepared import (
     lookup,
     prepare,
 )
-from flashtile.calls.request import Options, Request, Scored, as_name, as_offsets, describe, split_align
+from flashtile.calls.request import Options, Request, Scored, as_name, as_offsets, describe, gathered, split_align
 
 __all__ = [
     "CACHE_ENTRIES",
@@ -41,6 +41,7 @@ __all__ = [
     "describe",
     "engine_of",
     "family_of",
+    "gathered",
     "lookup",
     "prepare",
     "run_backward",

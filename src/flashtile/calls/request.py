@@ -108,6 +108,15 @@ def describe(q: Any, scores: tuple[Any, ...], options: tuple[Any, ...]) -> Reque
     return _new(Request, (chosen, given, offsets))
 
 
+def gathered(**keywords: Any) -> tuple[tuple[Any, ...], Options]:
+    """The keywords of a public door as `describe` takes them: those that change scores, and those that decide which
+    kernel runs, every one of them and nothing else."""
+    scores = ScoreOptions.taken_from(keywords)
+    options = Options(*(keywords.pop(name) for name in Options._fields))
+    assert not keywords, f"would be lost: {keywords}"
+    return scores, options
+
+
 def as_name(argument: str, value: object) -> str:
     """The name of a kernel or engine, which must be a string."""
     if not isinstance(value, str):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from ..errors import UnavailableError, described, wrong
 from .capture import ArrayCapture, capture, is_array
 from .code import Code
 from .expr import FARTHEST
-from .keep import Keep
+from .keep import Keep, keep_of
 from .mask import Mask, Score
 from .program import Program
 
@@ -56,6 +56,12 @@ class ScoreOptions:
     alibi_slopes: Any = None
     sinks: Any = None
     keep: Keep | None = None
+
+    @classmethod
+    def taken_from(cls, keywords: dict[str, Any]) -> tuple[Any, ...]:
+        """Its values, in their order, taken out of a door's keywords. Raises: as `keep_of`."""
+        names = [x.name for x in fields(cls) if x.name != "keep"]
+        return *(keywords.pop(name) for name in names), keep_of(keywords.pop("dropout_p"), keywords.pop("seed"))
 
     @property
     def positional(self) -> bool:
