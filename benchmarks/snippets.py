@@ -206,6 +206,7 @@ def starpu_submission() -> dict[str, float]:
 
 SNIPPETS: tuple[Callable[..., dict[str, float]], ...] = (
     tiny_call,
+    new_length,
     gpu_host,
     door,
     first_call,
