@@ -70,7 +70,7 @@ WRONG = (
 
 
 def test_right_calls_have_exact_types_and_each_wrong_one_is_an_error(tmp_path: Path) -> None:
-    """As installed packages are checked: by py.typed, flashtile's own errors unseen. One run, as torch takes a while."""
+    """As installed packages are checked: by py.typed, flashtile's own errors unseen. One run: torch takes a while."""
     pytest.importorskip("mypy", reason="mypy is an extra: dev")
     programs = {"right_numpy": NUMPY, "wrong_numpy": NUMPY_HEAD}
     if importlib.util.find_spec("torch"):
