@@ -105,6 +105,8 @@ def test_tiles_of_nntile(interpreted: Callable[[str], None]) -> None:
 from flashtile import nntile
 from nntile_problem import BackwardProblem, Problem
 
+kernels.tile = Tile(64, 128)  # few programs: tiles of several are another test's
+
 with interpreted_gpu.working(folder, log, kernels) as worker:
     problem = Problem("float16", "own", causal=True, align=90)
     a, lse, q = (nntile.register(x) for x in (problem.a, problem.lse, problem.q))
