@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import inspect
 import pathlib
 import re
@@ -263,7 +262,7 @@ def test_a_failure_of_machine_code_is_told_by_python(monkeypatch: pytest.MonkeyP
     failing = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * 4)(lambda *call: told.append(call) or 7)
 
     def broken(call: Any, *rest: Any) -> Any:
-        return make(dataclasses.replace(call, alone=call.alone._replace(function=failing)), *rest)
+        return make(call._replace(alone=call.alone._replace(function=failing)), *rest)
 
     monkeypatch.setattr(xla_native, "handler", broken)
     got = ours(q, k, v)
