@@ -39,9 +39,12 @@ def kernel_params() -> list[Any]:
 
 
 def computes_apart(kernel: Kernel, dtype: str | None) -> bool:
-    """Whether a kernel's machine code for a dtype is its own, rather than another machine's: of matrix registers in
-    all but fp64. None: a test that has no dtype, or one of its own."""
-    return not _on_tiles(kernel) or dtype not in (None, "float64")
+    """Whether a kernel's code for a dtype is its own, rather than another machine's: of matrix registers in all but
+    fp64, of the dot of bf16 pairs in bf16 (tests/cpu/test_alike.py holds it). None: a test that has no dtype, or one
+    of its own."""
+    if _on_tiles(kernel):
+        return dtype not in (None, "float64")
+    return dtype in (None, "bfloat16") or kernel.isa is None or not machines.known()[kernel.isa].bf16_dot
 
 
 def marks_of(kernel: Kernel, dtype: str) -> list[Any]:

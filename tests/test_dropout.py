@@ -59,6 +59,33 @@ def differentiating() -> list[Any]:
 
 
 both_ways = pytest.mark.parametrize("dropping", differentiating(), indirect=True)
+PROGRAMS = "mask", "score"  # options that compile kernels of their own
+
+
+def in_each_dtype(kernels: list[Any]) -> Any:
+    """A test for each kernel and dtype."""
+    cases = [
+        pytest.param(kernel.values[0], dtype, id=f"{kernel.id}-{dtype}")
+        for kernel in kernels
+        for dtype in DTYPES
+        if computes_apart(kernel.values[0], dtype)
+    ]
+    return pytest.mark.parametrize(("dropping", "element"), cases, indirect=["dropping"])
+
+
+def on_each(kernels: list[Any], *names: str) -> Any:
+    """A test for each kernel, option and dtype. Of what is compiled for an option every kernel takes one dtype, another
+    one than its neighbour's; in a nightly run all."""
+    cases = []
+    for n, param in enumerate(kernels):
+        kernel = param.values[0]
+        own = [dtype for dtype in DTYPES if computes_apart(kernel, dtype)]
+        for name in names:
+            usual = own[(n + PROGRAMS.index(name)) % len(own)] if name in PROGRAMS and kernel.isa else None
+            for dtype in own:
+                marks = [] if usual in (None, dtype) else [pytest.mark.slow]
+                cases.append(pytest.param(kernel, name, dtype, id=f"{param.id}-{name}-{dtype}", marks=marks))
+    return pytest.mark.parametrize(("dropping", "name", "element"), cases, indirect=["dropping"])
 
 
 def inputs(dtype: str = "float32", shape: tuple[int, ...] = (2, 4, 2, 37, 75, 16, 24)) -> list[np.ndarray]:
@@ -79,21 +106,22 @@ def read_mask(kernel: Kernel, shape: tuple[int, int, int, int], piece: int, dtyp
     return np.concatenate(parts, axis=-1) * keys
 
 
+@in_each_dtype(knowing())
 @pytest.mark.parametrize(("shape", "piece"), [((2, 3, 70, 150), 64), ((1, 2, 5, 1030), 128), ((1, 1, 33, 7), 7)])
-def test_the_mask_read_out(dropping: Kernel, shape: tuple[int, int, int, int], piece: int, dtype: str) -> None:
+def test_the_mask_read_out(dropping: Kernel, shape: tuple[int, int, int, int], piece: int, element: str) -> None:
     """Whatever the tiles are: bit for bit the mask of the definition, and the weights' size."""
-    weights = read_mask(dropping, shape, piece, dtype, dropout_p=0.25, seed=SEED)
+    weights = read_mask(dropping, shape, piece, element, dropout_p=0.25, seed=SEED)
     mask = dropout_keep(shape, 0.25, SEED)
     np.testing.assert_array_equal(weights != 0, mask)
-    np.testing.assert_allclose(weights[mask].astype(float), 4 / 3, rtol=8 * DTYPES[dtype].eps)
+    np.testing.assert_allclose(weights[mask].astype(float), 4 / 3, rtol=8 * DTYPES[element].eps)
 
 
-@pytest.mark.parametrize("name", ["causal", "window", "mask"])
-def test_the_mask_read_out_of_what_is_seen(dropping: Kernel, name: str, dtype: str) -> None:
+@on_each(knowing(), "causal", "window", "mask")
+def test_the_mask_read_out_of_what_is_seen(dropping: Kernel, name: str, element: str) -> None:
     """Wherever the first key of a panel or a block stands: the mask of the definition, on what the options show."""
     shape = 2, 4, 70, 200
-    seen = read_mask(dropping, shape, 200, dtype, **OPTIONS[name]) != 0
-    kept = read_mask(dropping, shape, 200, dtype, dropout_p=0.25, seed=SEED, **OPTIONS[name]) != 0
+    seen = read_mask(dropping, shape, 200, element, **OPTIONS[name]) != 0
+    kept = read_mask(dropping, shape, 200, element, dropout_p=0.25, seed=SEED, **OPTIONS[name]) != 0
     assert seen.any() and not seen.all()
     np.testing.assert_array_equal(kept, seen & dropout_keep(shape, 0.25, SEED))
 
@@ -156,22 +184,21 @@ def read_mask_backward(
     return {"dV": dv.swapaxes(-1, -2), "dS": dq}
 
 
-@both_ways
-@pytest.mark.parametrize("name", ["dense", "causal", "window", "mask"])
-def test_the_mask_read_out_of_gradients(dropping: Kernel, name: str, dtype: str) -> None:
+@on_each(differentiating(), "dense", "causal", "window", "mask")
+def test_the_mask_read_out_of_gradients(dropping: Kernel, name: str, element: str) -> None:
     """The same in both products that drop, bit for bit, as in the forward."""
     shape = 2, 3, 70, 150
-    seen = read_mask(dropping, shape, 150, dtype, **OPTIONS[name]) != 0
+    seen = read_mask(dropping, shape, 150, element, **OPTIONS[name]) != 0
     dropout = {"dropout_p": 0.25, "seed": SEED}
-    for product, found in read_mask_backward(dropping, shape, dtype, **dropout, **OPTIONS[name]).items():
+    for product, found in read_mask_backward(dropping, shape, element, **dropout, **OPTIONS[name]).items():
         np.testing.assert_array_equal(found != 0, seen & dropout_keep(shape, 0.25, SEED), err_msg=product)
 
 
-@both_ways
-def test_the_mask_read_out_of_gradients_in_parts(dropping: Kernel, dtype: str) -> None:
+@in_each_dtype(differentiating())
+def test_the_mask_read_out_of_gradients_in_parts(dropping: Kernel, element: str) -> None:
     """One head, whose keys are split over work items."""
     shape = 1, 1, 40, 600
-    for product, found in read_mask_backward(dropping, shape, dtype, dropout_p=0.25, seed=SEED).items():
+    for product, found in read_mask_backward(dropping, shape, element, dropout_p=0.25, seed=SEED).items():
         np.testing.assert_array_equal(found != 0, dropout_keep(shape, 0.25, SEED), err_msg=product)
 
 
@@ -186,26 +213,25 @@ def test_nothing_to_drop(shape: tuple[int, int, int, int]) -> None:
     assert_gradients_accurate(found, o, q, k, k, dropout_p=0.25, seed=SEED)
 
 
-@both_ways
-@pytest.mark.parametrize("name", ["dense", "causal", "window", "mask", "score", "sinks"])
-def test_gradients_are_accurate(dropping: Kernel, name: str, dtype: str) -> None:
-    x, options = inputs(dtype), {**OPTIONS[name], "dropout_p": 0.3, "seed": SEED}
+@on_each(differentiating(), "dense", "causal", "window", "mask", "score", "sinks")
+def test_gradients_are_accurate(dropping: Kernel, name: str, element: str) -> None:
+    x, options = inputs(element), {**OPTIONS[name], "dropout_p": 0.3, "seed": SEED}
     o, lse = dropping(*x, return_lse=True, **options)
     rng = np.random.default_rng(1)
-    do, dlse = rng.standard_normal(o.shape).astype(dtype), rng.standard_normal(lse.shape).astype(lse.dtype)
+    do, dlse = rng.standard_normal(o.shape).astype(element), rng.standard_normal(lse.shape).astype(lse.dtype)
     wrt = ["q", "k", "v", *({"alibi_slopes", "sinks"} & set(options))]
     got = flashtile.attention_backward(do, *x, o, lse, dlse=dlse, wrt=wrt, kernel=dropping.name, **options)
     testing.assert_gradients_accurate(got, do, *x, dlse=dlse, wrt=wrt, **options)
     assert flashtile.explain(*x, kernel=dropping.name, backward=True, **options).kernel == dropping.name
 
 
-@both_ways
-def test_gradients_meet_an_infinite_value(dropping: Kernel, dtype: str) -> None:
+@in_each_dtype(differentiating())
+def test_gradients_meet_an_infinite_value(dropping: Kernel, element: str) -> None:
     """What dO holds reaches dV of the keys that its row sees: infinite where kept, 0 times it, NaN, where dropped."""
-    (q, k, v), dropout = inputs(dtype), {"dropout_p": 0.5, "seed": 4}
+    (q, k, v), dropout = inputs(element), {"dropout_p": 0.5, "seed": 4}
     options = {"causal": True, "align": 20, **dropout}
     o, lse = dropping(q, k, v, return_lse=True, **options)
-    do = np.ones(o.shape, dtype)
+    do = np.ones(o.shape, element)
     do[1, 0, 9, 3] = np.inf
     dv = flashtile.attention_backward(do, q, k, v, o, lse, wrt="v", kernel=dropping.name, **options).v
     kept, seen = dropout_keep((2, 4, 37, 75), **dropout)[1, 0, 9], np.arange(75) <= 29
@@ -239,9 +265,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_accurate(dropping: Kernel, name: str, dtype: str) -> None:
-    x, options = inputs(dtype), {**OPTIONS[name], "dropout_p": 0.3, "seed": SEED}
+@on_each(knowing(), *OPTIONS)
+def test_accurate(dropping: Kernel, name: str, element: str) -> None:
+    x, options = inputs(element), {**OPTIONS[name], "dropout_p": 0.3, "seed": SEED}
     o, lse = dropping(*x, return_lse=True, **options)
     testing.assert_accurate(o, *x, **options)
     testing.assert_accurate(lse, *x, kind="lse", **options)
@@ -304,9 +330,10 @@ def test_what_a_mask_hides_stays_hidden(dropping: Kernel) -> None:
     assert (clean[:, :, 4] == 0).all() and np.isfinite(clean).all()
 
 
-def test_an_infinite_value(dropping: Kernel, dtype: str) -> None:
+@in_each_dtype(knowing())
+def test_an_infinite_value(dropping: Kernel, element: str) -> None:
     """Infinite where its weight is kept; 0 times it, which is NaN, where it is dropped; nothing where it is hidden."""
-    q, k, v = inputs(dtype)
+    q, k, v = inputs(element)
     v[:, :, 20, 3] = np.inf
     options = {"causal": True, "align": 0, "dropout_p": 0.5, "seed": 4}
     o = dropping(q, k, v, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tracemalloc
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from inputs import Shape, same_bits, uniform
+from kernel_cases import Kernel, computes_apart
 from option_cases import EACH, SHAPE, SINKS, SLOPES, TOGETHER, coins, numbers
 
 import flashtile
@@ -24,6 +26,20 @@ ONE_DTYPE_EACH = [(name, list(DTYPES)[n % len(DTYPES)]) for n, name in enumerate
 ARRAYS = ("bias", "sinks", "alibi_slopes")
 
 Run = Callable[..., flashtile.Gradients]
+
+
+def on_machines(element: str) -> list[str]:
+    """The instruction sets whose kernels for a dtype are their own."""
+    return [isa for isa in machines.usable() if computes_apart(Kernel("cpu", isa), element)]
+
+
+def each(*cases: tuple[str, str]) -> Any:
+    """A test for each (name, dtype) on every instruction set that computes the dtype apart."""
+    found = [pytest.param(isa, *case, id="-".join((isa, *case))) for case in cases for isa in on_machines(case[1])]
+    return pytest.mark.parametrize(("differentiate", "name", "element"), found, indirect=["differentiate"])
+
+
+on_fp32 = pytest.mark.parametrize("differentiate", on_machines("float32"), indirect=True)
 
 
 @pytest.fixture(params=list(machines.usable()))
@@ -77,16 +93,17 @@ def _check(run: Run, name: str, dtype: str, shape: Shape = SHAPE) -> None:
         right.check(got.captured[array], "captured")
 
 
-@pytest.mark.parametrize("name", TOGETHER)
-def test_options_together(differentiate: Run, dtype: str, name: str) -> None:
-    _check(differentiate, name, dtype)
+@each(*itertools.product(TOGETHER, DTYPES))
+def test_options_together(differentiate: Run, name: str, element: str) -> None:
+    _check(differentiate, name, element)
 
 
-@pytest.mark.parametrize(("name", "element"), ONE_DTYPE_EACH)
+@each(*ONE_DTYPE_EACH)
 def test_each_option(differentiate: Run, name: str, element: str) -> None:
     _check(differentiate, name, element)
 
 
+@on_fp32
 @pytest.mark.parametrize("lengths", [(1, 1), (1, 150), (16, 16), (48, 128), (49, 129), (150, 60)])
 @pytest.mark.parametrize("heads", [(1, 1), (6, 2)])
 def test_ragged_sizes(differentiate: Run, lengths: tuple[int, int], heads: tuple[int, int]) -> None:
@@ -201,9 +218,9 @@ def test_an_array_has_one_accumulator_whatever_the_heads() -> None:
     assert peak < 3 * bias.nbytes + (16 << 20)  # its accumulator, the gradient, and what every backward takes
 
 
-@pytest.mark.parametrize("element", ["float32", "bfloat16"])
-@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
-def test_what_is_hidden_reaches_no_gradient(differentiate: Run, poison: float, element: str) -> None:
+@each(*itertools.product(("nan", "inf", "-inf"), ("float32", "bfloat16")))
+def test_what_is_hidden_reaches_no_gradient(differentiate: Run, name: str, element: str) -> None:
+    poison = float(name)
     shape = Shape(2, 4, 2, 55, 140, 16, 12)
     r = np.random.default_rng(0)
     mask = r.random((2, 1, 55, 140)) > 0.3
@@ -230,6 +247,7 @@ def test_what_is_hidden_reaches_no_gradient(differentiate: Run, poison: float, e
         assert np.isfinite(a.astype(np.float32)).all() and same_bits(a, b)
 
 
+@on_fp32
 def test_a_selection_or_a_saturated_cap_gives_zero_and_not_nan(differentiate: Run) -> None:
     """Where the slope is 0 nothing arrives, however large the rest."""
     shape = Shape(1, 2, 1, 20, 40, 8, 8)
