@@ -58,10 +58,10 @@ def _forward(call: DescribedCall, arrays: Arrays) -> Any:
     """A handler of (q, k, v, operands) -> (o, lse)."""
     (q, dtype), _, (v, _) = arrays[:3]
     o, lse = (*q[:-1], v[-1]), (q[0], q[2], q[1])
-    views = [_swapped(shape, dtype) for shape in (*_shapes(arrays[:3]), o)]
+    q_view, k_view, v_view, o_view = views = [_swapped(shape, dtype) for shape in (*_shapes(arrays[:3]), o)]
     operands = [Unread(shape, str(dtype)) for shape, dtype in arrays[3:]]
     spec, scoring = _scored(call, views, operands)
-    ready = prepare(("jax", call, arrays), *views, call.options, spec)
+    ready = prepare(("jax", call, arrays), q_view, k_view, v_view, o_view, call.options, spec)
     numbers: dict[str | int, int] = {"q": 0, "k": 1, "v": 2, "o": len(arrays), "lse": len(arrays) + 1}
     numbers |= _read(call, scoring, operands, 3)
     return _handler(ready.alone, scoring, Buffers(_shapes(arrays), [o, lse], numbers, {}), FORWARD)
@@ -85,7 +85,8 @@ def _backward(call: DescribedCall, arrays: Arrays) -> Any:
     ready = bind(spec, layout, family, ())
     names = ["do", "o", "lse", "q", "k", "v"]
     gradients = {"dq": q, "dk": k, "dv": v}
-    numbers: dict[str | int, int] = {name: n for n, name in enumerate(names)} | _read(call, scoring, operands, 6)
+    numbers: dict[str | int, int] = {name: n for n, name in enumerate(names)}
+    numbers |= _read(call, scoring, operands, 6)
     given = (*gradients, "dsinks") if call.differentiable else gradients
     numbers |= {name: 3 + len(arrays) + n for n, name in enumerate(given)}
     cleared = {name: bytes_of(shape, np.dtype(dtype).itemsize) for name, shape in gradients.items()}

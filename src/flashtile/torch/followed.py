@@ -84,7 +84,9 @@ def _followed(operator: Any, tx: Any, function: Any, argument: str, q: Any) -> A
         )
     run = _Run(tx, names, {inner.node: outer for outer, inner in lifted.items()})
     text, arrays = run.of(graph)
-    found = [construct_tensor_variable(TensorVariable, tx, x.proxy, x.example, None, {}) for x in arrays]
+    found: list[VariableTracker] = [
+        construct_tensor_variable(TensorVariable, tx, x.proxy, x.example, None, {}) for x in arrays
+    ]
     return TupleVariable([ConstantVariable.create(text), ListVariable(found)])
 
 
@@ -171,7 +173,7 @@ class _Run:
         one = put("call_function", torch.ones, ((),), {"dtype": kinds[type(value.example)]})
         wrap_fx_proxy(self._tx, one)
         proxy = put("call_function", torch.mul, (one, value.proxy), {})  # of few operations torch keeps a number open
-        return _Outside(proxy, wrap_fx_proxy(self._tx, proxy).proxy.node.meta["example_value"])
+        return _Outside(proxy, wrap_fx_proxy(self._tx, proxy).as_proxy().node.meta["example_value"])
 
     def _values_of(self, nodes: Any) -> Any:
         return self._each(lambda x: self._values[x] if isinstance(x, torch.fx.Node) else x, nodes)

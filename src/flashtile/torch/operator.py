@@ -209,12 +209,13 @@ def _differentiate(
     do: Tensor | None, dlse: Tensor | None, tensors: Sequence[Tensor], needed: Sequence[bool], a: Arguments
 ) -> Iterator[Tensor | None]:
     """The gradients of q, k, v and what else was an input, None where none is needed; tensors: q, k, v, o, lse."""
-    given = dlse if do is None else do
+    given: Any = dlse if do is None else do
     if torch._C._functorch.is_legacy_batchedtensor(given):
         raise UnavailableError("is_grads_batched: got True, expected False; torch.vmap of a torch.func.vjp is there")
     wanted = [*needed, *[False] * (3 + len(a.differentiable) - len(needed))]  # of those that were no inputs
     run = BACKWARD if torch.is_grad_enabled() or is_watched() or in_forward_mode() else _compute_backward
-    found = iter(run(do, dlse, *tensors, wanted, *a))
+    q, k, v, o, lse = tensors
+    found = iter(run(do, dlse, q, k, v, o, lse, wanted, *a))
     return (next(found) if asked else None for asked in needed)
 
 
