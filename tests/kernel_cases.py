@@ -40,11 +40,21 @@ def kernel_params() -> list[Any]:
 
 def computes_apart(kernel: Kernel, dtype: str | None) -> bool:
     """Whether a kernel's code for a dtype is its own, rather than another machine's: of matrix registers in all but
-    fp64, of the dot of bf16 pairs in bf16 (tests/cpu/test_alike.py holds it). None: a test that has no dtype, or one
-    of its own."""
+    fp64, of squares and of the dot of bf16 pairs in bf16 (tests/cpu/test_alike.py holds it of these). None: a test that
+    has no dtype, or one of its own."""
+    machine = machines.known().get(kernel.isa or "")
+    if machine is not None and machine.squares:
+        return dtype == "bfloat16"
     if _on_tiles(kernel):
         return dtype not in (None, "float64")
-    return dtype in (None, "bfloat16") or kernel.isa is None or not machines.known()[kernel.isa].bf16_dot
+    return dtype in (None, "bfloat16") or machine is None or not machine.bf16_dot
+
+
+def own_decoding() -> list[str]:
+    """The instruction sets of this machine whose kernels for few queries are their own: those of a machine with matrix
+    registers are the ones of the machine below it, which tests/llvm/test_amx.py holds, but for the polynomial of bf16's
+    weights, which some tests run on every one."""
+    return [name for name in machines.usable() if TILES.unavailable(machines.known()[name])]
 
 
 def marks_of(kernel: Kernel, dtype: str) -> list[Any]:

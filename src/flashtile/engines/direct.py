@@ -65,9 +65,7 @@ class _Binding:
     def bind(self, spec: AttentionSpec, layout: Layout) -> Bound:
         plan = make_plan(spec, self._able)
         kernel = self._family.compile(spec, plan, layout)
-        native = isinstance(kernel.run, _Native) and kernel.merge_stage is None
-        alone = Alone(kernel.run, plan.items, kernel.scratch_bytes) if native and _is_small(plan) else None
-        run = prepare(plan, kernel)
+        run, alone = prepare(plan, kernel), _alone(plan, kernel)
         self._items = plan.items // plan.splits
         self._bound[_shared(plan.splits, plan.flops)] = kernel, run, alone
         return Bound(kernel.pack, run, alone, self.at if self._family.at else None)
@@ -83,8 +81,10 @@ class _Binding:
             alike = self._family.capabilities(spec) is self._able  # families keep theirs
             return self.bind(spec, replace(self._layout, k=keys.k, v=keys.v)) if alike else None
         kernel, run, alone = found
-        pack = self._family.at(kernel, keys, split_keys)
-        return None if pack is None else Bound(pack, run, alone, self.at)
+        other = self._family.at(kernel, keys, split_keys)
+        if other is None:
+            return None
+        return Bound(other.pack, run, alone and alone._replace(template=other.template), self.at)
 
 
 def _shared(splits: int, flops: int) -> tuple[int, ...]:
@@ -96,10 +96,15 @@ def bind_backward(spec: AttentionSpec, layout: BackwardLayout, family: Family, a
     """The same for a backward call, which the kernel itself plans."""
     assert family.compile_backward is not None  # callers look before they bind
     kernel = family.compile_backward(spec, layout, arrays)
-    return BoundBackward(kernel.pack, prepare(kernel.plan, kernel), kernel.totals)
+    return BoundBackward(kernel.pack, prepare(kernel.plan, kernel), kernel.totals, _alone(kernel.plan, kernel))
 
 
 ENGINE = Engine("direct", unavailable, bind, bind_backward)
+
+
+def _alone(plan: Plan, kernel: Runnable) -> Alone | None:
+    template = getattr(kernel, "template", None)
+    return Alone(template, kernel.scratch_bytes) if template is not None and _is_small(plan) else None
 
 
 def _is_small(plan: Plan) -> bool:

@@ -31,11 +31,14 @@ __all__ = [
     "CompiledBackward",
     "CompiledKernel",
     "Family",
+    "Inside",
     "Keys",
     "Layout",
     "Runnable",
     "Stage",
+    "Step",
     "Strides",
+    "Template",
     "complete",
     "families",
     "objection",
@@ -82,6 +85,36 @@ class Stage(NamedTuple):
     workspace_bytes: int  # of the partial results; pack allocates them, the parameters own them
 
 
+class Inside(NamedTuple):
+    """A place within a template's own memory, in bytes."""
+
+    offset: int
+
+
+class Step(NamedTuple):
+    """One native call, of all of its items: function(parameters, 0, items, scratch)."""
+
+    function: Any  # of ctypes
+    items: int
+    offset: int = 0  # of its parameters within a template's memory
+
+
+class Template(NamedTuple):
+    """The parameters of a call whose arrays come later, for those who make it without Python: a copy of `memory`, and
+    as many `zeros` behind it, has addresses stored in its places; then the steps are called, one after the other.
+
+    places   (offset of a word, what it points to): an operand by its name, as in `pack`, the array of a score program's
+             slot by its number, or a place inside the memory
+    kept     what other words point to, which must live as long as the template is used
+    """
+
+    memory: bytes
+    zeros: int
+    places: tuple[tuple[int, str | int | Inside], ...]
+    steps: tuple[Step, ...]
+    kept: object
+
+
 @dataclass(frozen=True, slots=True)
 class BackwardLayout(Layout):
     """Byte strides of the arrays of a backward call: those of the forward one, do, and the gradients."""
@@ -108,6 +141,9 @@ class Runnable(Protocol):
     def run(self, params: Any, begin: int, end: int, scratch: int) -> int:
         """Compute work items [begin, end) of the plan. Returns 0, or an error code of the kernel."""
         ...
+
+    # And maybe `template(scoring)`: a Template of a call on one thread, None if it is more than steps of native code.
+    # The arrays that scoring captured may be unread (score.capture.Unread).
 
 
 class CompiledKernel(Runnable, Protocol):
@@ -178,9 +214,9 @@ class Family:
     backward: Backward | None = None
     compile_backward: Callable[[AttentionSpec, BackwardLayout, ArrayShapes], CompiledBackward] | None = None
     tiles: Callable[[], TileKernels] | None = None  # for engines that hold tiles; imported when they are needed
-    # `pack` of a kernel that it compiled, for other keys, as many parts of them, and so many keys a part (0: all);
-    # None where these take another kernel. Without it, each is compiled by itself.
-    at: Callable[[Any, Keys, int], Callable[..., Any] | None] | None = None
+    # A kernel that it compiled, for other keys, as many parts of them, and so many keys a part (0: all); None where
+    # these take another one. Without it, each is compiled by itself.
+    at: Callable[[Any, Keys, int], Any] | None = None
     only_by_name: str | None = None  # why "auto" does not take it; None: it does
 
 

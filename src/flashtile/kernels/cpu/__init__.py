@@ -27,7 +27,9 @@ from flashtile.kernels import (
     Family,
     Keys,
     Layout,
+    Step,
     Strides,
+    Template,
 )
 from flashtile.kernels.cpu import scratch
 from flashtile.kernels.cpu.block import CALL, band_of, bounded, scores_in_nats, split_scale
@@ -41,8 +43,6 @@ from flashtile.llvm.blocks import WORD, strides_of
 from flashtile.llvm.products import FMA
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from flashtile.kernels.cpu.parts import Decode, InParts
     from flashtile.llvm.jit import Library
     from flashtile.llvm.processors import Choice
@@ -71,7 +71,7 @@ _PACES = {
     (32, 4): ((8, 8, 10, 18, 18), 22, 70),
 }
 # Where products land in matrix registers nobody has measured since rows of passes/decode start faster.
-_TILED_PACE = ((14, 28), 40, 120)
+_TILED_PACES = {(64, 16): ((14, 28), 40, 120)}
 
 
 def unavailable() -> str | None:
@@ -116,7 +116,7 @@ def _decodes_from(q_len: int, *choosing: Any) -> float:
     c = _configured(*choosing, _ANYWHERE)
     if c.dropout:
         return math.inf
-    pace = _TILED_PACE if c.lands_in_memory else _PACES.get((c.isa.vector_bytes, c.lanes))
+    pace = (_TILED_PACES if c.lands_in_memory else _PACES).get((c.isa.vector_bytes, c.lanes))
     if pace is None:
         return 0 if q_len <= _NARROW_QUERIES else math.inf
     of_registers, row_starts, starts = pace
@@ -199,8 +199,8 @@ def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> CompiledKernel:
     return Forward(_partial_config(c) if plan.splits > 1 else c, spec, plan, layout, decodes_from)
 
 
-def at(kernel: Forward | Decode, keys: Keys, split_keys: int) -> Callable[..., bytes | InParts] | None:
-    """`pack` of a kernel of `compile` for other keys; see Family.at."""
+def at(kernel: Forward | Decode, keys: Keys, split_keys: int) -> Forward | Decode | None:
+    """A kernel of `compile` for other keys; see Family.at."""
     return kernel.at(keys, split_keys)
 
 
@@ -262,6 +262,7 @@ class Forward:
         areas = scratch.sized(c, spec.head_size, spec.value_size, panels)
         self.scratch_bytes = areas.bytes
         self.merge_stage, self._merge = None, None
+        self._items = plan.items
         parts = {"splits": 1, "split_keys": spec.kv_len, "o_split": 0, "lse_split": 0}
         if plan.splits > 1:
             from flashtile.kernels.cpu.parts import Merge, first_stage
@@ -286,7 +287,7 @@ class Forward:
         self._words, self._tail = words, CALL.tail(words)
         self._plain = _no_scores + self._tail
 
-    def at(self, keys: Keys, split_keys: int) -> Callable[..., bytes | InParts] | None:
+    def at(self, keys: Keys, split_keys: int) -> Forward | None:
         """See Family.at."""
         if keys.kv_len >= self._until:
             return None
@@ -302,7 +303,7 @@ class Forward:
                 "split_keys": split_keys or keys.kv_len,
             }
         )
-        return other.pack
+        return other
 
     def pack(
         self, q: int, k: int, v: int, o: int, lse: int, offsets: int, scoring: Scoring | None = None
@@ -318,6 +319,15 @@ class Forward:
 
     def _block(self, scores: ScoreValues, *addresses: int) -> bytes:
         return scores.hold(CALL.head(*addresses, *scores.addresses) + self._tail)
+
+    def template(self, scoring: Scoring | None) -> Template | None:
+        """See Runnable; of keys in parts there is none."""
+        from flashtile.kernels.cpu.templates import scores_of, template
+
+        if self._merge is not None:
+            return None
+        scores = scores_of(scoring, self._config)
+        return template(CALL, self._tail, scores, scoring, (Step(self.run, self._items),), ("q", "k", "v", "o", "lse"))
 
 
 def _packed(c: Config, head_size: int, value_size: int, k: Strides, v: Strides) -> dict[str, int]:

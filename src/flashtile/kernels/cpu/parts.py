@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from flashtile.arrays import address_of
-from flashtile.kernels import Keys, Layout, Stage, Strides
+from flashtile.kernels import Keys, Layout, Stage, Step, Strides, Template
 from flashtile.kernels.cpu.block import bounded, scores_in_nats, sides_of, split_scale
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.passes import merge
@@ -120,6 +120,7 @@ class Decode:
 
     def __init__(self, c: Config, spec: AttentionSpec, plan: Plan, layout: Layout, least: float):
         self._config, self._least = c, least
+        self._items = plan.items
         self.run, self.merge_stage = entry("decode", c), None
         self._merge = Merge(c, spec, plan, layout.o) if plan.splits > 1 else None
         sizes = spec.heads, spec.kv_heads, spec.q_len, spec.head_size, spec.value_size
@@ -141,14 +142,14 @@ class Decode:
         parts = self._splits, split_keys or n, *self._between
         self._tail = _of_keys(*k, *v, *self._o, n, bounded(offset) if offset else 0, *parts) + self._fixed
 
-    def at(self, keys: Keys, split_keys: int) -> Callable[..., bytes | InParts] | None:
+    def at(self, keys: Keys, split_keys: int) -> Decode | None:
         """See Family.at."""
         if keys.kv_len < self._least:
             return None
         other = object.__new__(Decode)
         other.__dict__.update(self.__dict__)
         other._set(keys, split_keys)
-        return other.pack
+        return other
 
     def pack(
         self, q: int, k: int, v: int, o: int, lse: int, offsets: int, scoring: Scoring | None = None
@@ -162,6 +163,15 @@ class Decode:
 
     def _block(self, scores: ScoreValues, *addresses: int) -> bytes:
         return scores.hold(decode.CALL.head(*addresses, scores.captures, scores.sinks) + self._tail)
+
+    def template(self, scoring: Scoring | None) -> Template | None:
+        """See kernels.Runnable; of keys in parts there is none."""
+        from flashtile.kernels.cpu.templates import scores_of, template
+
+        if self._merge is not None:
+            return None
+        scores, operands = scores_of(scoring, self._config, mapped=False), ("q", "k", "v", "o", "lse")
+        return template(decode.CALL, self._tail, scores, scoring, (Step(self.run, self._items),), operands)
 
 
 _of_keys = struct.Struct(f"{len(decode.OF_KEYS)}q").pack
