@@ -147,3 +147,25 @@ def test_a_new_length_is_validated() -> None:
         flashtile.attention(q, k[:, :, :5], k[:, :, :6], causal=True)
     with pytest.raises(SpecError, match=r"window: got \(1, \[\]\)"):
         flashtile.attention(q, k[:, :, :5], k[:, :, :5], window=[1, []])
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_what_runs_without_python_is_of_its_own_keys(rows: int) -> None:
+    """The memory that machine code of other libraries calls a kernel with."""
+    q, cache = np.ones((1, 4, rows, 16), np.float32), np.ones((1, 2, 60, 16), np.float32)
+
+    def memory(n: int) -> bytes:
+        k = cache[:, :, :n].copy()
+        flashtile.attention(q, k, k)
+        call = next(call for call in calls.cache.values() if call.spec.kv_len == n)
+        assert call.alone is not None
+        template = call.alone.template(None)
+        assert template is not None
+        return template.memory
+
+    calls.clear_cache()
+    together = [memory(n) for n in (50, 51, 60)]
+    assert len(set(together)) == 3
+    for n, found in zip((50, 51, 60), together, strict=True):
+        calls.clear_cache()
+        assert memory(n) == found
