@@ -204,11 +204,10 @@ def _forward(plan: Plan, network: Network, call: _Call) -> _Run:
 def _backward(plan: Plan, network: Network, call: _Call) -> _Run:
     both = backwards.BackwardPlan(plan)
     seconds, costs = seconds_of_backward(both, call.rate, call.busy)
-    keys, rows = arrivals(both.traffic, network, call.order)
-    times = backwards.run(both, seconds, (keys, rows), call.workers, TASK_SECONDS)
-    there = np.zeros_like(keys), np.zeros_like(rows)
-    free = backwards.run(both, seconds, there, call.workers, TASK_SECONDS).end
-    ideal = float(seconds(backwards.BOTH).sum()) * plan.heads
+    (rows,) = arrivals([both.traffic], network, call.order)
+    times = backwards.run(both, seconds, rows, call.workers, TASK_SECONDS, network)
+    free = backwards.run(both, seconds, np.zeros_like(rows), call.workers, TASK_SECONDS, Network(0.0, math.inf)).end
+    ideal = float(seconds.sum()) * plan.heads
     return _Run(times, free, ideal, both.tasks, both.received_bytes, both.sent_bytes, costs)
 
 

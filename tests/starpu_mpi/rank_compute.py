@@ -32,7 +32,7 @@ for name, case in cases().items():
     parts = [starpu_mpi.part(n, comm.rank, comm.size, **cut) for n in lengths]
     mine = [x[:, :, part] for x, part in zip(arrays, parts, strict=True)]
     if "bias" in options:  # by rows, as q
-        options = {**options, "bias": np.ascontiguousarray(options["bias"][:, :, parts[0]])}
+        options = {**options, "bias": np.ascontiguousarray(options["bias"][..., parts[0], :])}
     o, lse = starpu_mpi.attention(*mine, return_lse=True, **options, **cut)
     gather(f"{name}: o", o, lengths[0], cut)
     gather(f"{name}: lse", lse, lengths[0], cut)

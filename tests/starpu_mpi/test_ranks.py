@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from rank_cases import Ranks, cases
 import flashtile
 from flashtile import starpu_mpi
 from flashtile.engines.starpu_mpi import build
+from flashtile.engines.starpu_mpi.link import share_cpus
 from flashtile.gradients import ByIdentity, Gradients
 from flashtile.testing import assert_gradients_accurate, expect
 
@@ -78,6 +80,17 @@ def test_parts_cover_every_row_once(length: int, ranks: int, tile: int, distribu
 def test_zigzag_shares_causal_work_evenly() -> None:
     pairs = [int((starpu_mpi.part(8192, r, 4, tile=64) + 1).sum()) for r in range(4)]
     assert max(pairs) - min(pairs) < max(pairs) // 1000
+
+
+def test_workers_are_bound_only_where_ranks_have_cpus_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bound ones of two ranks would be on the same CPU, at half of the speed."""
+    for ranks, unbound in (
+        ([("a", {0, 1}), ("a", {2, 3}), ("b", {0, 1})], None),
+        ([("a", {0, 1}), ("b", {0, 1}), ("b", {1, 2})], "1"),
+    ):
+        monkeypatch.setattr(os, "environ", {"STARPU_MPI_NOBIND": "0"})
+        share_cpus([(machine, frozenset(cpus)) for machine, cpus in ranks])
+        assert os.environ.get("STARPU_WORKERS_NOBIND") == unbound and os.environ["STARPU_MPI_NOBIND"] == "0"
 
 
 ERRORS = """

@@ -144,23 +144,25 @@ class Exchange:
 
     def begin(self, own: list[TiledTensor], tensors: list[TiledTensor]) -> list[Placed]:
         """Begin every transfer of tensors that are cut alike; all with the tiles that will have come."""
-        rank, tile = self.comm.Get_rank(), self.cut.tile
-        need = self.needs[rank]
-        far = np.flatnonzero(need.any(axis=(0, 1)))
-        height = len(rows_of(far, self.length, tile))
+        need = self.needs[self.comm.Get_rank()]
         grid = (len(own), *need.shape)
         tags = self.link.take_tags(int(np.prod(grid))).reshape(grid)
-        placed = [self.place(tensor) for tensor in own]
-        self._send(placed, tags)
-        for which, (tensor, found) in enumerate(zip(own, placed, strict=True)):
-            if height:
-                come = TiledTensor((*need.shape[:2], height, *tensor.shape[3:]), tensor.dtype, tile)
-                tensors.append(come)
-                found.handles[:, :, far] = come.handles
-                at = np.nonzero(need)
-                tensor.runtime.unwritten.difference_update(found.handles[at].tolist())
-                self.link.receive(self.comm, found.handles[at], self.owner[at[2]], tags[which][at])
+        self._send([self.place(tensor) for tensor in own], tags)
+        placed = [self.room(tensor, tensors) for tensor in own]
+        at = np.nonzero(need)
+        for tensor, found, numbers in zip(own, placed, tags, strict=True):
+            tensor.runtime.unwritten.difference_update(found.handles[at].tolist())
+            self.link.receive(self.comm, found.handles[at], self.owner[at[2]], numbers[at])
         return placed
+
+    def room(self, own: TiledTensor, tensors: list[TiledTensor]) -> Placed:
+        """A tensor's own tiles, and room for those that this rank reads of others."""
+        need, found = self.needs[self.comm.Get_rank()], self.place(own)
+        far = np.flatnonzero(need.any(axis=(0, 1)))
+        if height := len(rows_of(far, self.length, self.cut.tile)):
+            tensors.append(TiledTensor((*need.shape[:2], height, *own.shape[3:]), own.dtype, self.cut.tile))
+            found.handles[:, :, far] = tensors[-1].handles
+        return found
 
     def _send(self, placed: list[Placed], tags: np.ndarray) -> None:
         """Begin to send: of what receivers meet first, head by head, tensor by tensor."""
