@@ -21,7 +21,7 @@ from .report import OWN, own_failure
 
 ABOVE = 1.5  # times what a neighbour makes expect
 LIMIT = 600.0  # seconds for all shapes
-REPEATS = 3  # of what looks like a cliff
+REPEATS = 10  # of what looks like a cliff: a neighbour of a virtual machine slows one core for seconds on end
 SETTINGS = Settings(rounds=3, sample_seconds=0.008)
 BALANCE = 8  # FLOPs in the time of reading a byte: 2 cores of some 100 GFLOP/s beside 25 GB/s
 

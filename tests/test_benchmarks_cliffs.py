@@ -142,6 +142,7 @@ def test_what_was_slow_by_chance_is_run_again(monkeypatch) -> None:
             yield CaseResult(c, [Measurement(c, "flashtile", 1, seconds=[times.pop(0) if times else 4])], [])
 
     monkeypatch.setattr(cliffs, "run_cases", run_cases)
+    monkeypatch.setattr(cliffs, "REPEATS", 3)
     results = cliffs.measure([line], 1)
     assert asked == [[128, 256, 512, 1024], [1024, 512, 256, 128], [1024, 512]]
     assert {r.case.keys: cliffs._seconds(r, 1) for r in results} == {128: 1, 256: 2, 512: 4, 1024: 60}
