@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -76,9 +77,10 @@ class Place:
             yield self.target
         elif self.path.suffix == NPY and self.target is self.path:
             with arrayfiles.replacing(self.path) as temporary:
-                target = arrayfiles.create_npy(temporary, shape, dtype)
-                yield target
-                target.flush()  # type: ignore[attr-defined]  # it is a map
+                arrayfiles.create_npy(temporary, shape, dtype)
+                with temporary.open("r+b", buffering=0) as file:
+                    yield _Rows(file.fileno(), shape, np.dtype(dtype))
+                    os.fsync(file.fileno())
         else:
             with _replacing_folder(self.path) as temporary:
                 yield self._beside(temporary, shape, dtype)
@@ -103,6 +105,26 @@ class Place:
         if self.path.suffix == NPY:
             return arrayfiles.open_npy(self.path)
         return _zarr(self.name, None).open_array(self.path, mode="r")
+
+
+class _Rows:
+    """An array at the end of a file, to which rows are written; a map of it would take a fault for every page."""
+
+    def __init__(self, file: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self.shape, self.dtype, self._file = shape, dtype, file
+        self._row = shape[-1] * dtype.itemsize
+        self._first = os.fstat(file).st_size - math.prod(shape) * dtype.itemsize
+
+    def __setitem__(self, where: tuple[Any, ...], rows: np.ndarray) -> None:
+        """where: a number for each of the first axes, and a slice of rows."""
+        *heads, part = where
+        number = 0
+        for n, size in zip((*heads, part.start), self.shape[:-1], strict=True):
+            number = number * size + n
+        left, at = rows.view(np.uint8).reshape(-1).data, self._first + number * self._row
+        while len(left):
+            done = os.pwrite(self._file, left, at)
+            left, at = left[done:], at + done
 
 
 @contextlib.contextmanager
@@ -148,7 +170,7 @@ def writer(x: Any) -> Write:
     missing = 4 - len(x.shape)
 
     def write(batch: int, head: int, first: int, rows: np.ndarray) -> None:
-        where = *(batch, head)[missing:], slice(first, first + len(rows))
+        where: tuple[Any, ...] = *(batch, head)[missing:], slice(first, first + len(rows))
         x[where] = rows.view(x.dtype)
         if isinstance(x, np.ndarray):
             forget(x, x[where])

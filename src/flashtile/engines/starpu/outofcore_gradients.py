@@ -108,8 +108,8 @@ class StreamedBackward:
         max((x.needs for x in self.passes), key=lambda x: x.least).check(limit)
         if self.queries.gradients and self.keys.gradients and not arrays and self._once():
             needs = self._needs(self.queries, self.keys, ("query", "key"))
-            tiles = self.queries.tiles
-            if limit >= needs.least and needs.room(limit, tiles, self.workers).group == tiles:
+            every = self.queries.tiles
+            if limit >= needs.least and needs.room(limit, every, self.workers).group == every:
                 with self.runtime.working():
                     flow = made(wanted=wanted & {"q", "k", "v"})
                 self.passes = [_Passes(flow, self.queries, self.keys, needs)]

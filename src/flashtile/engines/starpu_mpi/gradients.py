@@ -61,6 +61,9 @@ class CollectiveBackward:
         with self.runtime.working():
             if self.travels:
                 self.rows = self.keys = made(wanted=for_rows | for_keys)
+                # As submitted, place by place: a rank that first finished its last key tiles, whose chains have most
+                # left, would keep the ranks before it waiting, and so all of them in turn.
+                self.rows.tasks["priority"] = np.arange(len(self.rows.tasks))[::-1]
             else:  # arrays have one accumulator on a rank, to which one flow adds: that of its rows
                 self.rows, self.keys = made(wanted=for_rows, arrays=arrays), made(wanted=for_keys)
         touched = self.rows.coverage.touched()

@@ -127,14 +127,12 @@ def run(
 
 class _Run:
     """Key tiles as slots of their ranks (ranks, slots), each with its next task; query tiles (heads, tiles), each with
-    the place that its sum has come to. Of tasks that can begin, that of the chain with most left is first, as in the
-    engine, then that submitted first."""
+    the place that its sum has come to. Of tasks that can begin, that submitted first is first, as in the engine."""
 
     def __init__(self, plan: BackwardPlan, cost: np.ndarray, arrived: np.ndarray, network: Network) -> None:
         whole, p = plan.plan, plan.pairs
         self.plan, self.cost, self.arrived, self.latency = whole, cost, arrived, network.latency
-        self.query, self.place, self.left = p.query_tile, p.place, p.left
-        self.every = float(whole.heads * len(p.place))
+        self.query, self.place = p.query_tile, p.place
         self.group, tiles = whole.spec.group, len(whole.key_owner)
         self.by_key = np.argsort(p.key_tile, kind="stable")  # pairs, column by column in their order
         self.begins = np.searchsorted(p.key_tile[self.by_key], np.arange(tiles + 1))
@@ -188,7 +186,7 @@ class _Run:
         some = some & (self.come[head, i] == self.place[pair])
         ready = np.maximum(np.maximum(self.there[head, i], self.arrived[rank, head, i]), self.done[rank, slot])
         self.ready[rank, slot] = np.where(some, ready, np.inf)
-        self.turn[rank, slot] = head * len(self.by_key) + pair - self.left[pair] * self.every
+        self.turn[rank, slot] = head * len(self.by_key) + pair
 
     def take(self, rank: np.ndarray, slot: np.ndarray, begin: np.ndarray) -> np.ndarray:
         """A task of each of some ranks begins; returns when they end."""
