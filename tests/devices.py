@@ -48,6 +48,7 @@ class HostOwner:
         self.idle = False  # whether the device has passed every mark
         self.full_at: str | None = None  # what fails for want of memory: "empty" or "upload"
         self.active: int | None = None  # the current device
+        self.recording = False  # whether a graph captures
 
     def view(self, x: DeviceArray) -> View:
         return View(x.shape, x.strides, x.dtype, f"cuda:{x.device.id}")
@@ -89,6 +90,9 @@ class HostOwner:
     def passed(self, like: DeviceArray) -> Any:
         self.diary.append(("mark", like.shape))
         return lambda: self.idle
+
+    def capturing(self) -> bool:
+        return self.recording
 
     def spread(self, x: DeviceArray, shape: tuple[int, ...], dtype: str) -> DeviceArray:
         return DeviceArray(np.ascontiguousarray(np.broadcast_to(x.array.astype(dtype), shape)), x.device.id)

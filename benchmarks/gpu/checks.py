@@ -179,7 +179,7 @@ def run(check: Check, dtype: str, kernel: str, to: To, lengths: tuple[int, int])
 
 
 # Checks whose gradients are held against the reference, too.
-BACKWARD = frozenset(("window", "dropout", "bias", "documents"))
+BACKWARD = frozenset(("window", "dropout", "bias", "documents", "sinks", "one key/value head"))
 
 
 def differentiate(check: Check, dtype: str, kernel: str, to: To, lengths: tuple[int, int]) -> str | None:

@@ -6,9 +6,11 @@ something on Triton's interpreter, at small sizes.
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -255,6 +257,51 @@ def lent() -> str | None:
         wrong += not np.array_equal(np.asarray(o), want)
         del junk
     return f"{wrong} of 30 results were overwritten" if wrong else None
+
+
+@habit("StarPU's CUDA workers")
+def cuda_workers() -> str | None:
+    """Attention and its gradients by tasks of kernels compiled ahead of time, where a StarPU with CUDA is."""
+    import flashtile
+    from flashtile import starpu
+    from flashtile.engines.starpu import unavailable
+    from flashtile.testing import assert_gradients_accurate
+
+    if (reason := unavailable()) is not None:
+        raise ImportError(reason)
+    starpu.init()
+    has_some = starpu.workers("cuda")
+    starpu.shutdown()
+    if not has_some:
+        raise ImportError("this StarPU has no CUDA workers")
+    with tempfile.TemporaryDirectory() as folder:
+        compile_for_tasks(Path(folder))
+        starpu.init(workers=1, cuda_kernels=folder)
+        starpu.restrict("cuda")
+        rng = np.random.default_rng(0)
+        do, q, k, v = (rng.standard_normal((1, 4, 1500, 64)).astype("float32") for _ in range(4))
+        o, lse = flashtile.attention(q, k, v, causal=True, engine="starpu", return_lse=True)
+        found = flashtile.attention_backward(do, q, k, v, o, lse, causal=True, engine="starpu")
+        starpu.shutdown()
+    assert_gradients_accurate(found, do, q, k, v, causal=True)
+    import torch
+
+    return _held(*map(torch.from_numpy, (o, lse, q, k, v)), causal=True)
+
+
+def compile_for_tasks(folder: Path, arch: str = "") -> None:
+    """The kernels of those tasks, for the device at hand."""
+    from flashtile.kernels.triton import aot
+
+    if not arch:
+        import torch
+
+        arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    states = ["partial", "carried"]
+    chosen = aot.choose(arch, ["float32"], [64], kernels=["forward", "backward"], states=states, bands=["causal"])
+    wanted = (one for one in chosen if not one.name.startswith(("add_parts", "backward")) or "carried" in one.name)
+    for _ in aot.build(folder, arch, wanted):
+        pass
 
 
 def every(without_device: bool) -> list[tuple[str, str, str]]:

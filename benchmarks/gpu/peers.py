@@ -19,6 +19,17 @@ class Refused(Exception):
     """The peer is not here, or cannot do the case."""
 
 
+def differentiated(case: Case, peer: Callable[..., Run], q: Any, k: Any, v: Any, do: Any) -> Run:
+    """The gradients of q, k and v alone: the peer's forward has run, and what it keeps for them stays."""
+    import torch
+
+    if peer is triton_vanilla:
+        raise Refused("has no backward")
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    o = peer(case, *leaves)()
+    return lambda: torch.autograd.grad(o, leaves, do, retain_graph=True)
+
+
 def _keywords(case: Case, like: Any) -> dict[str, Any]:
     """Of flashtile's door; arrays on the device of `like`."""
     band = {"window": (case.window - 1, 0), "align": "bottom_right"} if case.window else {"causal": case.causal}

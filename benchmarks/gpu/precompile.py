@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
@@ -10,29 +11,30 @@ from .timing import HEAD_SIZES
 
 
 class Job(NamedTuple):
-    """One kernel."""
+    """One kernel: of the forward, or of dQ, or of dK and dV."""
 
     size: int
     causal: bool
     dtype: str
     contain: bool
+    kernel: str = "forward"
 
 
 def jobs(dtypes: tuple[str, ...] = ("bfloat16", "float16")) -> list[Job]:
-    """The kernels of the timed cases: forward and, for values that are not finite, its second launch."""
-    return [
-        Job(size, causal, t, c)
-        for t in dtypes
-        for size in HEAD_SIZES
-        for causal in (False, True)
-        for c in (False, True)
-    ]
+    """The kernels of the timed cases: forward and, for values that are not finite, its second launch; of the first
+    dtype the same of gradients."""
+    every = tuple(itertools.product(HEAD_SIZES, (False, True), (False, True)))
+    found = [Job(size, causal, t, contain) for t in dtypes for size, causal, contain in every]
+    of_gradients = itertools.product(("backward_q", "backward_kv"), every)
+    return found + [Job(size, causal, dtypes[0], contain, kernel) for kernel, (size, causal, contain) in of_gradients]
 
 
 def compile_one(job: Job, arch: str) -> str:
     """A line that says how it went."""
     from flashtile.arrays import contiguous
+    from flashtile.kernels.triton import backward_forms as forms
     from flashtile.kernels.triton import specialisation, tiles
+    from flashtile.kernels.triton.backward_tiles import backward_tiles
     from flashtile.kernels.triton.compiler import compiled
     from flashtile.spec import AttentionSpec
 
@@ -40,7 +42,14 @@ def compile_one(job: Job, arch: str) -> str:
     view: Any = contiguous((1, 1, 1, job.size), job.dtype)
     spec = AttentionSpec.of(view, view, view, causal=job.causal)
     try:
-        compiled(specialisation.forward(spec, tiles.forward_tile(spec, arch), contain=job.contain), arch)
+        if job.kernel == "forward":
+            what = specialisation.forward(spec, tiles.forward_tile(spec, arch), contain=job.contain)
+        else:
+            of_q, of_kv = backward_tiles(spec, arch) or ()
+            how = {"contain": job.contain, "memory": specialisation.Memory()}
+            first = job.kernel == "backward_q"
+            what = forms.backward_q(spec, of_q, **how) if first else forms.backward_kv(spec, of_kv, **how)
+        compiled(what, arch)
     except Exception as error:
         return f"{job}: {type(error).__name__} {str(error)[:120]}"
     return f"{job}: {time.monotonic() - began:.1f} s"

@@ -21,23 +21,22 @@ WIDTH = 2048  # heads times head size
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 HEAD_SIZES = (64, 128)
 DECODE = (8192, 65536)  # keys
+GRADIENTS = (1024, 4096, 8192)  # of longer ones the reference on the host takes a minute
 MILLISECONDS = 200  # of repetitions, for each peer and case
 
 
 def cases(dtypes: Iterable[str], dry: bool) -> list[Case]:
     """Head sizes, causal and not, lengths at a constant number of tokens; one tiny case of each kind in a dry run.
 
-    The first dtype also decodes, and takes what FlexAttention is for: a window, documents, softcap.
+    The first dtype also decodes, takes what FlexAttention is for: a window, documents, softcap; and is differentiated.
     """
     dtypes = tuple(dtypes)
     found = []
     for dtype in dtypes:
         for size in reversed(HEAD_SIZES):
             for causal in (False, True):
-                for length in (24,) if dry else LENGTHS:
-                    batch, heads = (1, 2) if dry else (TOKENS // length, WIDTH // size)
-                    name = f"{dtype}-d{size}{'-causal' * causal}-{length}"
-                    found.append(Case(name, dtype, batch, heads, heads, length, length, size, causal=causal))
+                if not dry or causal == (size == HEAD_SIZES[0]):
+                    found += [_square(dtype, size, causal, length, dry) for length in ((24,) if dry else LENGTHS)]
     first, size = dtypes[0], HEAD_SIZES[0]
     batch, heads, length, window = (1, 2, 40, 8) if dry else (2, WIDTH // size, 8192, 512)
     common = (first, batch, heads, heads, length, length, size)
@@ -46,7 +45,18 @@ def cases(dtypes: Iterable[str], dry: bool) -> list[Case]:
     for keys in (40,) if dry else DECODE:
         batch, heads, shared = (1, 2, 1) if dry else (8, 32, 8)
         found.append(Case(f"{first}-decode-{keys}", first, batch, heads, shared, 1, keys, HEAD_SIZES[-1]))
+    for size in HEAD_SIZES[:1] if dry else reversed(HEAD_SIZES):
+        for causal, lengths in ((True, GRADIENTS), (False, GRADIENTS[1:2])):
+            some = lengths if not dry else (24,) * causal
+            found += [_square(first, size, causal, length, dry, "backward") for length in some]
     return found
+
+
+def _square(dtype: str, size: int, causal: bool, length: int, dry: bool, direction: str = "forward") -> Case:
+    """As many rows as keys; heads and batches so that tokens and width are the same at every length and head size."""
+    batch, heads = (1, 2) if dry else (TOKENS // length, WIDTH // size)
+    name = f"{dtype}-d{size}{'-causal' * causal}-{length}" + "-backward" * (direction == "backward")
+    return Case(name, dtype, batch, heads, heads, length, length, size, causal=causal, direction=direction)
 
 
 def to_device(x: np.ndarray, device: str) -> Any:
@@ -63,26 +73,28 @@ def measure(case: Case, peers: Sequence[Any], device: str) -> CaseResult:
     arrays = make_inputs(case)
     rows = check.sample_rows(case)
     reference, rounded = (check.expected_rows(case, arrays, rows, rounded=r) for r in (False, True))
-    [allowed] = check.allowed_error(case, reference, rounded)
+    allowed = check.allowed_error(case, reference, rounded)
     tensors = [to_device(x, device) for x in arrays]
     found = []
     for peer in peers:
-        m = Measurement(case, peer.__name__, 1, allowed=float(allowed))
+        m = Measurement(case, peer.__name__, 1, allowed=float(allowed.max()))
         found.append(m)
         if out_of_time():
             m.status, m.why = "refused", "out of time"
             continue
         try:
-            run = peer(case, *tensors)
+            forward = case.direction == "forward"
+            run = peer(case, *tensors) if forward else known.differentiated(case, peer, *tensors)
             began = time.perf_counter()
-            sample = sampled([run().double().cpu().numpy()], rows)
+            given = (run(),) if forward else run()
+            sample = sampled([x.double().cpu().numpy() for x in given], rows)
             m.first_seconds = time.perf_counter() - began
-            m.error, _ = check.worst(sample, reference, np.array([allowed]))
-            if complaint := check.complaint(m.error, allowed):
+            m.error, m.allowed = check.worst(sample, reference, allowed)
+            if complaint := check.complaint(m.error, m.allowed):
                 m.status, m.why = "failed", complaint
             else:
                 m.seconds = timed(run, device)
-                found += graphed(case, peer.__name__, run, device)
+                found += graphed(case, peer.__name__, run, device) if forward else []
         except known.Refused as refusal:
             m.status, m.why = "refused", str(refusal)
         except Exception as error:  # a peer may fail in any way; the others go on
@@ -123,25 +135,26 @@ def graphed(case: Case, peer: str, run: known.Run, device: str, calls: int = 4) 
 
 
 def draw(path: Path, results: Sequence[CaseResult], lines: Sequence[str]) -> None:
-    """TFLOP/s over length: a panel for each dtype, head size and mask."""
+    """TFLOP/s over length: a panel for each direction, dtype, head size and mask."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels: dict[tuple[str, int, bool], list[CaseResult]] = {}
+    panels: dict[tuple[str, str, int, bool], list[CaseResult]] = {}
     for result in results:
-        panels.setdefault((result.case.dtype, result.case.head_size, result.case.causal), []).append(result)
+        case = result.case
+        panels.setdefault((case.direction, case.dtype, case.head_size, case.causal), []).append(result)
     figure, axes = pyplot.subplots(
         -(-len(panels) // 2), 2, figsize=(11, 3.2 * -(-len(panels) // 2)), squeeze=False, layout="constrained"
     )
     peers = list(dict.fromkeys(m.peer for result in results for m in result.measurements))
-    for axis, ((dtype, size, causal), group) in zip(axes.flat, panels.items(), strict=False):
+    for axis, ((direction, dtype, size, causal), group) in zip(axes.flat, panels.items(), strict=False):
         for color, peer in enumerate(peers):
             points = [(r.case.queries, m.rate / 1e3) for r in group if (m := r.of(peer, 1))]
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=peer, color=f"C{color}")
-        axis.set_title(f"{dtype}, head size {size}{', causal' * causal}", fontsize=9)
+        axis.set_title(f"{direction}, {dtype}, head size {size}{', causal' * causal}", fontsize=9)
         axis.set_xscale("log", base=2)
         axis.set_ylabel("TFLOP/s", fontsize=8)
         axis.grid(linewidth=0.3)

@@ -104,7 +104,12 @@ def contiguous(shape: tuple[int, ...], dtype: Any, device: str = "cpu") -> View:
 
 def is_torch(x: object) -> bool:
     """True for a torch tensor or a subclass of it, without importing torch."""
-    return any(base.__module__ == "torch" and base.__name__ == "Tensor" for base in type(x).__mro__)
+    return _is_torch(type(x))  # type: ignore[arg-type]  # types are hashable
+
+
+@functools.lru_cache(maxsize=64)
+def _is_torch(kind: type) -> bool:
+    return any(base.__module__ == "torch" and base.__name__ == "Tensor" for base in kind.__mro__)
 
 
 def is_dask(x: object) -> bool:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
+import sys
 from contextvars import ContextVar
 from typing import Any
 
@@ -59,15 +58,26 @@ class Here:
 _here: ContextVar[Here] = ContextVar("flashtile_device_call")
 
 
-@contextlib.contextmanager
-def calling(owner: Owner, like: Any) -> Iterator[Here]:
-    """Within it, calls run on the device and the current stream of an array."""
-    with owner.current(like):
-        token = _here.set(Here(owner, like))
+class calling:
+    """Within it, calls run on the device and the current stream of an array. Not by a generator: every call has one."""
+
+    def __init__(self, owner: Owner, like: Any) -> None:
+        self._owner, self._like = owner, like
+        self._device = owner.current(like)
+
+    def __enter__(self) -> Here:
+        self._device.__enter__()
         try:
-            yield _here.get()
-        finally:
-            _here.reset(token)
+            here = Here(self._owner, self._like)
+        except BaseException:
+            self._device.__exit__(*sys.exc_info())
+            raise
+        self._token = _here.set(here)
+        return here
+
+    def __exit__(self, *error: Any) -> None:
+        _here.reset(self._token)
+        self._device.__exit__(*error)
 
 
 def here() -> Here:

@@ -160,7 +160,7 @@ def one_library(q: Any, k: Any, v: Any, out: Any) -> str:
     """The library that all arrays come from. Raises: SpecError."""
     library = library_of(q)
     for name, x in (("k", k), ("v", v), ("out", out)):
-        if x is not None and library_of(x) != library:
+        if x is not None and type(x) is not type(q) and library_of(x) != library:
             got, expected = (f"a {type(y).__module__}.{type(y).__qualname__}" for y in (x, q))
             raise wrong(name, f"{got} on {device_of(x)}", f"{expected} on {device_of(q)} as q")
     if out is not None and library in LENDERS:

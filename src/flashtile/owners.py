@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from flashtile.arrays import View, device_of, is_torch, view_of
-from flashtile.dtypes import dtype_of
+from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import UnavailableError, wrong
 
 
@@ -68,6 +68,10 @@ class Owner(Protocol):
         """A mark at the end of the current stream: whether the device has passed it, asked without waiting."""
         ...
 
+    def capturing(self) -> bool:
+        """Whether a CUDA graph records what is put into the current stream, instead of the device running it."""
+        ...
+
     def spread(self, x: Any, shape: tuple[int, ...], dtype: str) -> Any:
         """The array, cast and broadcast, row-major."""
         ...
@@ -83,36 +87,44 @@ class Torch:
     name = "torch"
 
     def __init__(self) -> None:
-        self.torch = importlib.import_module("torch")
+        self.torch = torch = importlib.import_module("torch")
+        self._dtypes = {name: getattr(torch, name) for name in (*DTYPES, "uint8")}
+        self._of_graphs: list[Any] = []
+        # The stream's handle without an object of torch's around it, where this torch was built with CUDA.
+        self._raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
     def view(self, x: Any) -> View:
         return view_of(x)
 
     def key(self, x: Any) -> Hashable:
-        return x.shape, x.stride(), x.dtype, x.device
+        return x.shape, x.stride(), x.dtype, x.get_device()
 
     def number(self, x: Any) -> int:
-        return int(x.device.index or 0)
+        return int(x.get_device())
 
     def address(self, x: Any) -> int:
         return int(x.data_ptr())
 
     def current(self, x: Any) -> AbstractContextManager[Any]:
-        return self.torch.cuda.device(x.device)
+        return self.torch.cuda.device(x.get_device())
 
     def stream(self, x: Any) -> int:
+        if self._raw_stream is not None:
+            return int(self._raw_stream(x.get_device()))
         return int(self.torch.cuda.current_stream(x.device).cuda_stream)
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
-        return self.torch.empty(shape, dtype=getattr(self.torch, dtype), device=like.device)
+        return like.new_empty(shape, dtype=self._dtypes[dtype])
 
     def zeros(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
-        return self.torch.zeros(shape, dtype=getattr(self.torch, dtype), device=like.device)
+        return like.new_zeros(shape, dtype=self._dtypes[dtype])
 
     def upload(self, array: np.ndarray, like: Any) -> Any:
         raw = array.reshape(-1).view(np.uint8)
         host = self.torch.empty(raw.shape, dtype=self.torch.uint8, pin_memory=True)  # a copy from other memory waits
         host.numpy()[:] = raw
+        if self.capturing():  # the graph copies from it at every replay
+            self._of_graphs.append(host)
         return host.to(like.device, non_blocking=True)
 
     def download(self, x: Any) -> np.ndarray:
@@ -122,6 +134,9 @@ class Torch:
         event = self.torch.cuda.Event()
         event.record(self.torch.cuda.current_stream(like.device))
         return event.query
+
+    def capturing(self) -> bool:
+        return bool(self.torch.cuda.is_current_stream_capturing())
 
     def spread(self, x: Any, shape: tuple[int, ...], dtype: str) -> Any:
         return x.to(getattr(self.torch, dtype)).expand(shape).contiguous()
@@ -176,6 +191,9 @@ class CuPy:
         event = self.cupy.cuda.Event(disable_timing=True)
         event.record(self.cupy.cuda.get_current_stream())
         return lambda: bool(event.done)
+
+    def capturing(self) -> bool:
+        return bool(self.cupy.cuda.get_current_stream().is_capturing())
 
     def spread(self, x: Any, shape: tuple[int, ...], dtype: str) -> Any:
         return self.cupy.ascontiguousarray(self.cupy.broadcast_to(x.astype(dtype, copy=False), shape))

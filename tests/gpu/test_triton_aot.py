@@ -108,7 +108,7 @@ def test_gradients_are_chosen() -> None:
         assert used.parameters == tuple(Parameter(row["offset"], row["size"]) for row in entry["parameters"])
         assert "query_tiles" in entry["launch"]["grid_x"] or "key_tiles" in entry["launch"]["grid_x"]
     for arguments, message in (
-        ((["bfloat16"], ["carried"]), "states: got carried, expected finished or partial among them, for gradients"),
+        ((["bfloat16"], ["updated"]), "states: got updated, expected one of finished, partial, carried among them"),
         (
             (["float64"], ["finished"]),
             "aot: got gradients of float64 with head size 256, expected what sm_90 has tiles for",

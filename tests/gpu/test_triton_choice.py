@@ -12,6 +12,8 @@ import pytest
 from flashtile.arrays import contiguous
 from flashtile.errors import KernelError, SpecError
 from flashtile.kernels.triton import choice, selftest, tiles, timed
+from flashtile.kernels.triton.backward_tiles import TIMED, backward_tiles, timed_pairs
+from flashtile.kernels.triton.backward_tiles import row as row_of
 from flashtile.kernels.triton.selftest import Row
 from flashtile.kernels.triton.specialisation import Tile
 from flashtile.spec import AttentionSpec
@@ -125,6 +127,37 @@ def test_the_next_row_fits_where_the_table_s_failed(kind: str, size: int) -> Non
     forget()
     reason = choice.refusal(spec, PLACE._replace(name="Fake GPU 2"), False, False, wrong)
     assert reason is not None and reason.count("failed its self-test") == 2 and str(first) in reason
+
+
+def test_gradients_take_the_pair_that_was_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the table's tiles of dQ, and of dK and dV, and their alternatives, those that are right."""
+    spec, kind = spec_of(64, "float32"), ("sm_90", "float32", 64)
+    ours = backward_tiles(spec, "sm_90")
+    of_q, of_kv = (row_of(16, n, 4, 1, 1, 0, 1) for n in (16, 32))
+    monkeypatch.setitem(TIMED, kind, (of_q, of_kv))
+    assert ours is not None and timed_pairs(spec, "sm_90") == (
+        (of_q.tile, ours[1]), (ours[0], of_kv.tile), (of_q.tile, of_kv.tile)
+    )  # fmt: skip
+    asked: list[Row] = []
+
+    def judge(row: Row) -> None:
+        assert row.tiles != (of_q.tile, of_kv.tile), "it is wrong"
+
+    def stopwatch(row: Row) -> float:
+        asked.append(row)
+        return 2.0 - (row.tiles[0] == of_q.tile) / 2 - (row.tiles[1] == of_kv.tile)
+
+    best = ours[0], of_kv.tile
+    assert choice.usable_backward(spec, PLACE, False, judge, stopwatch) == best
+    assert len({row.tiles for row in asked}) == 3 and {str(row.uses) for row in asked} == {"frozenset({'backward'})"}
+    forget()
+    assert choice.usable_backward(spec, PLACE, False) == best, "it is known to other processes"
+    sunk = replace(spec, sinks=True)
+    assert choice.usable_backward(sunk, PLACE, False, judge, never) == ours, "timed are plain gradients alone"
+    monkeypatch.setitem(TIMED, kind, (None, of_kv))
+    assert timed_pairs(spec, "sm_90") == ((ours[0], of_kv.tile),)
+    monkeypatch.setenv(timed.VARIABLE, "0")
+    assert choice.usable_backward(spec, PLACE, False) == ours
 
 
 def never(row: Row) -> float:

@@ -23,7 +23,7 @@ from flashtile import owners
 from flashtile.calls import clear_cache
 from flashtile.errors import KernelError, UnavailableError
 from flashtile.kernels import triton as family
-from flashtile.kernels.triton import cuda, driver, parameters
+from flashtile.kernels.triton import cuda, driver, kept, parameters
 from flashtile.kernels.triton.compiler import compiled
 from flashtile.kernels.triton.resources import resources_of
 from flashtile.kernels.triton.specialisation import Specialisation
@@ -97,6 +97,7 @@ def gpu(fake_driver: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     for cache in CACHES:
         cache.cache_clear()
     clear_cache()
+    kept.forget()
     yield machine
     clear_cache()
     for cache in CACHES:
@@ -201,7 +202,10 @@ def test_captured_arrays_of_the_host_are_copied_once_as_they_broadcast(gpu: Gpu)
     q, k, v = (DeviceArray(x) for x in uniform(Shape(2, 2, 2, 40, 50, 64, 64), "float32"))
     bias = np.broadcast_to(np.arange(50, dtype=np.float32), (2, 2, 40, 50))
     here = DeviceArray(np.ones((40, 50), bool))
-    flashtile.attention(q, k, v, bias=bias, mask=here, sinks=np.zeros(2, np.float32))
+    for n in range(2):
+        flashtile.attention(q, k, v, bias=bias, mask=here, sinks=np.zeros(2, np.float32))
+        copied = [entry for entry in gpu.owner.diary if entry[0] == "upload"]
+        assert len(copied) == 3 + 2 * n, "the table of what the mask shows is there still"
     values = read(gpu.launches()[0], gpu.specialisations[0])
     addresses = [value for name, value in values.items() if name.startswith("captures[")]
     assert here.data.ptr in addresses, "read where it lies"

@@ -98,9 +98,15 @@ class Anything(manifest.Kernels):
         sizes = {"TILE_Q": self.tile.tile_q, "TILE_K": self.tile.tile_k}
         constants |= {name: size for name, size in sizes.items() if name in constants}
         what = replace(what, constants=tuple(constants.items()))
-        name, code = f"{what.kernel}-{len(self.rows)}", machine_code(len(self.rows))
+        view = contiguous((1, 1, 1, 16), "float32")
+        spec = AttentionSpec.of(view, view, view)
+        return self._entry(self.row_of(aot.Chosen(f"{what.kernel}-{len(self.rows)}", what, spec, self.tile)))
+
+    def row_of(self, one: aot.Chosen) -> dict[str, Any]:
+        """Its row of a manifest, with a file that has no machine code."""
+        code = machine_code(len(self.rows))
         meta = SimpleNamespace(
-            name=what.kernel,
+            name=one.specialisation.kernel,
             warp_size=32,
             num_warps=4,
             num_ctas=1,
@@ -113,12 +119,10 @@ class Anything(manifest.Kernels):
         used = SimpleNamespace(
             registers=0, stack=0, local_stores=0, local_loads=0, static_shared=0, tensor={}, instructions=0
         )
-        view = contiguous((1, 1, 1, 16), "float32")
-        spec = AttentionSpec.of(view, view, view)
-        row: Any = aot.entry_of(aot.Chosen(name, what, spec, self.tile), f"{name}.cubin", code, meta, used)  # type: ignore[arg-type]
+        row: Any = aot.entry_of(one, f"{one.name}.cubin", code, meta, used)  # type: ignore[arg-type]
         (self.folder / row["file"]).write_bytes(code)
-        self.rows[fake_gpu.checksum(code)] = {**row, "what": what}
-        return self._entry(row)
+        self.rows[fake_gpu.checksum(code)] = {**row, "what": one.specialisation}
+        return dict(row)
 
 
 def machine_code(number: int) -> bytes:

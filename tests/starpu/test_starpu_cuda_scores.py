@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_gpu import Buffer, checksum, forget, parameters_of, recorded, tensors
+from fake_gpu import ARCH, Buffer, checksum, forget, parameters_of, recorded, tensors
+from interpreted_gpu import Anything
 from processes import searched
 
 from flashtile.engines.starpu import cuda_scores, made, runtime
 from flashtile.kernels.triton import aot, compiler_missing
+from flashtile.kernels.triton.specialisation import Tile
 
 Script = Callable[..., Any]
 REASON = compiler_missing()
@@ -37,7 +39,7 @@ starpu.init(workers=1)
 fake_gpu.use_driver(driver)
 engine.TILE_Q, engine.TILE_K = (48,), 40
 rng = np.random.default_rng(1)
-kernels = interpreted_gpu.Anything(folder, Tile(32, 16))
+kernels = interpreted_gpu.Anything(folder, Tile(32, 64))
 got = []
 make = flow.Flow.__init__
 
@@ -81,6 +83,7 @@ cases = [
     (4, flat, {"score_mod": mod, "softcap": 3.0, "causal": True, "align": 30}),
     (2, (q, k, v), {"bias": rng.standard_normal((1, 1, 70, 100)).astype("float32"), "sinks": sinks}),
     (1, flat, {"mask": rng.random((2, 2, 70, 100)) < 0.6, "softcap": 2.0}),
+    (4, flat, {"dropout_p": 0.25, "seed": 3 << 62, "causal": True, "align": 30}),
 ]
 units.most = lambda *given: 4
 with interpreted_gpu.working(folder, log, kernels) as worker:
@@ -96,11 +99,13 @@ assert any("sinks" in names for _, names in kinds) and any("origin" in names for
 
 
 def test_tiles_of_nntile(interpreted: Callable[[str], None]) -> None:
-    """All heads of a tile by one task: added to A in its own dtype, with a mask that is one more tile."""
+    """All heads of a tile by one task: added to A in its own dtype, with a mask that is a tile, too; and gradients."""
     interpreted(
         """
 from flashtile import nntile
-from nntile_problem import Problem
+from nntile_problem import BackwardProblem, Problem
+
+kernels.tile = Tile(64, 128)  # few programs: tiles of several are another test's
 
 with interpreted_gpu.working(folder, log, kernels) as worker:
     problem = Problem("float16", "own", causal=True, align=90)
@@ -113,33 +118,90 @@ with interpreted_gpu.working(folder, log, kernels) as worker:
     for tile in tiles:
         tile.unregister()
     problem.check()
-assert {dict(row["what"].signature)["o"] for row in kernels.rows.values()} == {"*fp16"}
+    assert {dict(row["what"].signature)["o"] for row in kernels.rows.values()} == {"*fp16"}
+    problem = BackwardProblem("float32", "own")
+    q, lse, a, da, dq = tiles = [nntile.register(getattr(problem, name)) for name in ("q", "lse", "a", "da", "dq")]
+    pairs = problem.gradient_tiles()
+    for first, read, (dk, dv) in pairs:
+        k, m, v, of_k, of_v = (nntile.register(x) for x in (*read, dk, dv))
+        nntile.flash_sdpa_bwd_async(k, q, m, lse, v, a, da, of_k, dq, of_v, first_key=first)
+        tiles += [k, m, v, of_k, of_v]
+    for tile in tiles:
+        tile.unregister()
+    for first, _, (dk, dv) in pairs:
+        at = slice(first, first + dk.shape[1])
+        problem.dk[:, at], problem.dv[:, at] = dk, dv
+    problem.check()
 """
     )
 
 
 def test_gradients(interpreted: Callable[[str], None]) -> None:
-    """Of all heads of a tile at once, where none share keys; of those that do."""
+    """Of all heads of a tile at once, where none share keys; of those that do. Through masks, score functions and
+    dropout, each of which knows where its tile lies, and to sinks."""
     interpreted(
         """
 from flashtile.testing import assert_gradients_accurate
 
 units.most = lambda *given: 4
+table = rng.standard_normal(130).astype("float32")
+mod = lambda s, b, h, i, j: s * (1 + table[i - j + 59]) + b - h * 0.1
+shown = rng.random((2, 1, 70, 60)) < 0.7
+shown[:, :, 48:, :40] = False
 with interpreted_gpu.working(folder, log, kernels) as worker:
     cases = (
-        (2, "float32", {"causal": True, "align": np.array([-10, 30])}),
-        (1, "float16", {"window": (40, 20), "align": 20}),
+        (2, 40, "float32", {"causal": True, "align": np.array([-10, 30])}),
+        (1, 40, "float16", {"window": (40, 20), "align": 20}),
+        (2, 70, "float32", {"mask": shown, "sinks": np.linspace(-1, 2, 2), "score_mod": mod}),
+        (1, 70, "float32", {"dropout_p": 0.25, "seed": 3 << 62, "softcap": 2.0, "causal": True, "align": 10}),
     )
-    for kv_heads, dtype, options in cases:
-        q, do = (rng.standard_normal((2, 2, 40, 16)).astype(dtype) for _ in "12")
+    for kv_heads, rows, dtype, options in cases:
+        q, do = (rng.standard_normal((2, 2, rows, 16)).astype(dtype) for _ in "12")
         k, v = (rng.standard_normal((2, kv_heads, 60, 16)).astype(dtype) for _ in "12")
-        dlse = rng.standard_normal((2, 2, 40)).astype("float32")
+        given = {"dlse": rng.standard_normal((2, 2, rows)).astype("float32"), **options}
+        wrt = ["q", "k", "v", *(["sinks"] if "sinks" in options else [])]
         o, lse = flashtile.attention(q, k, v, return_lse=True, **options)
-        found = flashtile.attention_backward(do, q, k, v, o, lse, dlse=dlse, engine="starpu", **options)
-        assert_gradients_accurate(found, do, q, k, v, dlse=dlse, **options)
+        found = flashtile.attention_backward(do, q, k, v, o, lse, wrt=wrt, engine="starpu", **given)
+        assert_gradients_accurate(found, do, q, k, v, wrt=wrt, **given)
 ran = {name.split("-")[0] for name in worker.ran}
-assert ran == {"row_deltas", "backward_q", "backward_kv", "add_parts"}, ran
+assert ran == {"row_deltas", "sink_sums", "backward_q", "backward_kv", "add_parts"}, ran
 """
+    )
+
+
+def test_gradients_find_what_was_compiled_ahead(
+    machine: Callable[..., Any], starpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels of `flashtile aot --kernels backward --state carried` are those of the tasks of plain gradients."""
+    kept = Anything(tmp_path / "made", Tile(32, 16))
+    chosen = aot.choose(ARCH, ["float16"], [16], kernels=["backward"], states=["carried"], bands=["band", "open"])
+    rows = [kept.row_of(one) for one in chosen]
+    (kept.folder / aot.MANIFEST).write_text(json.dumps({"format": aot.FORMAT, "arch": ARCH, "kernels": rows}))
+    gpu = machine(kept.folder)
+    gpu.__dict__["manifest"] = kept.rows
+    given = dict(zip(("q", "k", "v", "o", "lse"), tensors(starpu, "float16"), strict=True))
+    given |= {name: starpu.empty(given[name[1:]].shape, "float16", given[name[1:]].rows) for name in ("do", "dq", "dk")}
+    given["dv"] = starpu.empty(given["v"].shape, "float16", given["v"].rows)
+    for options in ({}, {"window": (5, 20), "align": 3}):
+        batches = recorded(lambda o=options: starpu.submit_backward(**given, **o))
+        for operation, kernels in (("delta", 1), ("backward", 4), ("add", 1)):
+            batch = batches[operation]
+            buffers = [Buffer(n << 32) for n in range(1, batch.program.data.handles + 2)]
+            assert len(gpu.run(batch.codelet, batch.program, batch.tasks[-1], buffers)) == kernels
+    forget([*given.values()])
+
+
+def test_the_run_on_hardware_asks_for_cuda_workers(script: Script) -> None:
+    """And says so where StarPU has none; where it has, tests of launches show what the tasks would do."""
+    script(
+        """
+        from benchmarks.gpu import habits
+
+        assert "no CUDA workers" in message(habits.cuda_workers, ImportError)
+        from flashtile.engines.starpu import runtime
+        assert not runtime.running()
+        """,
+        PYTHONPATH=searched(HERE.parent.parent),
     )
 
 

@@ -17,8 +17,6 @@ if not INTERPRETING:
     pytest.skip("run with TRITON_INTERPRET=1 in a process of its own", allow_module_level=True)
 
 # ruff: noqa: E402
-from triton.runtime import interpreter
-
 from flashtile.arrays import view_of
 from flashtile.calls import Options, split_align
 from flashtile.dtypes import DTYPES
@@ -31,18 +29,6 @@ from flashtile.plan import Plan
 from flashtile.score.options import ScoreOptions, Scoring
 from flashtile.spec import AttentionSpec
 from flashtile.testing import expect
-
-_call = interpreter.InterpretedFunction.__call__
-
-
-def _call_without_patching(self: Any, *args: Any, **options: Any) -> Any:
-    """A launch patches Triton's language for interpretation; then each call of one function by another does it again,
-    which takes half of the time of everything. Functions of Triton's own see the language by other names."""
-    ours = not self.fn.__module__.startswith("triton.")
-    return self.rewrite()(*args, **options) if ours else _call(self, *args, **options)
-
-
-interpreter.InterpretedFunction.__call__ = _call_without_patching
 
 SMALL = Tile(16, 16)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -79,8 +80,9 @@ class Faulty(Interpreter):
         self.launched.append(specialisation)
         second = dict(specialisation.constants).get("CONTAIN", False)
         if specialisation.kernel == self.kernel and not second and self.where(specialisation):
-            size = {"fp64": 8, "fp32": 4}.get(values[OUTPUTS[self.kernel]].element, 2)
-            element = (ctypes.c_ubyte * size).from_address(values[OUTPUTS[self.kernel]].address + 5 * size)
+            name = OUTPUTS[self.kernel]
+            size = {"*fp64": 8, "*fp32": 4}.get(str(dict(specialisation.signature)[name]), 2)
+            element = (ctypes.c_ubyte * size).from_address(operator.index(values[name]) + 5 * size)
             element[size - 1] ^= 0x40  # the highest bit of the exponent
 
 
@@ -181,6 +183,21 @@ def test_the_fastest_of_several_rows_is_taken(machine: Machine, monkeypatch: pyt
         machine.forget()
     assert [row.tiles[0].tile_k for row in machine.judged] == [64, 64, 128]
     assert "ms" in family.remark()
+
+
+def test_gradients_are_timed_too(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that counts launches: those of a call, and one call to warm up."""
+    monkeypatch.setattr(problems, "TIMED_SHAPE", (1, 1, 16))
+    monkeypatch.setattr(problems, "TIMED_CALLS", 2)
+    device = Faulty(where=lambda what: False)
+    monkeypatch.setattr(problems, "clock", lambda: float(len(device.launched)))
+    row = rows_of(("backward",), "float16", 64)
+    with current.calling(machine.owner, inputs()[1][0]):
+        assert problems.stopwatch(family.capabilities, device, row) == 5.0
+    kernels = ["row_deltas", "backward_q", "backward_q", "backward_kv", "backward_kv"]
+    assert [what.kernel for what in device.launched] == kernels * 3
+    keys = {dict(what.constants).get("TILE_K") for what in device.launched if what.kernel == "backward_kv"}
+    assert keys == {row.tiles[1].tile_k}
 
 
 def gradients_of(machine: Machine) -> Any:

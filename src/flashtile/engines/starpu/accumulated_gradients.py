@@ -16,6 +16,7 @@ from flashtile.engines.starpu.programs import Program
 from flashtile.engines.starpu.session import Session, current
 from flashtile.engines.starpu.tiles import DROP_LATER, TiledTensor
 from flashtile.kernels import tile_kernels
+from flashtile.score.options import masked_by_tile
 from flashtile.spec import AttentionSpec
 
 # Handles in the order of a task's buffers, and what each sets in the parameter block. The mask comes last because it
@@ -118,9 +119,9 @@ def _programs(session: Session, spec: AttentionSpec, mask: str | None) -> dict[s
             if name == "delta":
                 gpu = cuda_gradients.delta(now, spec, at, spec.heads, whole=True)
             elif name == "backward":
-                gpu = "gradients with a stored mask are computed on CPUs only"
-                if not mask:
-                    gpu = cuda_gradients.backward(now, spec, at, spec.heads, spec.q_len, spec.kv_len, whole=True)
+                masked, scoring = masked_by_tile(spec, mask) if mask else (spec, None)
+                sizes = spec.heads, spec.q_len, spec.kv_len
+                gpu = cuda_gradients.backward(now, masked, at, *sizes, whole=True, scoring=scoring)
             else:
                 gpu = cuda_gradients.add(now, spec.dtype, int(name.removeprefix("add_")))
             made[name] = Program(now, kernel, bindings, ("offset",) if name == "backward" else (), cuda=gpu)

@@ -22,7 +22,7 @@ from flashtile.engines.starpu.cuda import anchor_of
 from flashtile.engines.starpu.flow import Pairs, together, touched_of
 from flashtile.engines.starpu.footprint import footprints
 from flashtile.engines.starpu.jobs import TASK, Job
-from flashtile.engines.starpu.launches import ANCHOR, KEYS, KV_HEADS, ROWS, Launches
+from flashtile.engines.starpu.launches import ANCHOR, FIRSTS, KEYS, KV_HEADS, ROWS, SINK, Launches
 from flashtile.engines.starpu.programs import Program
 from flashtile.engines.starpu.runtime import Runtime
 from flashtile.engines.starpu.session import codelet
@@ -111,7 +111,7 @@ class BackwardFlow:
         part: Part | None = None,
         heads: int = 1,
     ) -> None:
-        self.spec, self.tile_q, self.tile_k = spec, tile_q, tile_k
+        self.spec, self.tile_q, self.tile_k, self.scoring = spec, tile_q, tile_k, scoring
         self.accumulator = DTYPES[DTYPES[spec.dtype].accumulator]
         self.gradients = tuple(f"d{name}" for name in "qkv" if name in wanted)
         self.sunk = "sinks" in wanted
@@ -132,7 +132,7 @@ class BackwardFlow:
         per, places = dict.fromkeys(OF_KEYS, spec.group), {name: n for n, name in enumerate(self.names)}
         gpu: Launches | str = "gradients of arrays are summed on CPUs only"
         if not arrays:
-            gpu = cuda_gradients.backward(runtime, spec, places, self.heads, tile_q, tile_k)
+            gpu = cuda_gradients.backward(runtime, spec, places, self.heads, tile_q, tile_k, scoring=scoring)
         self.program = Program(
             runtime, found.kernel, bindings, VALUES, keep, gpu, handles=handles, heads=spec.heads, per=per
         )
@@ -234,7 +234,9 @@ class BackwardFlow:
                 tasks["rows"][:, n] = key
         rows, end = np.minimum(self.tile_q, spec.q_len - row), np.minimum(key + self.tile_k, spec.kv_len)
         anchor, kv_heads = anchor_of(self.anchors, p.batch, row - key), of_keys(self.heads, spec.group)
-        for place, numbers in {ROWS: rows, KEYS: end - key, ANCHOR: anchor, KV_HEADS: kv_heads}.items():
+        sizes = {ROWS: rows, KEYS: end - key, ANCHOR: anchor, KV_HEADS: kv_heads}
+        sizes |= dict(zip(FIRSTS, (p.batch, p.head, row, key), strict=True))
+        for place, numbers in sizes.items():
             tasks["sizes"][:, place] = numbers
         copy = np.zeros_like(row) if self.arrays is None else self.arrays.copy_of(**_places(p))
         captures = np.full_like(row, self.program.block_word("captures"))
@@ -275,13 +277,15 @@ class BackwardFlow:
         tasks["turned"] = turned_of(*(given[x] for x in words))
         tasks["values"][:, 0] = np.minimum(queries.rows, queries.shape[2] - tile * queries.rows)
         tasks["sizes"][:, ROWS] = tasks["values"][:, 0]
+        tasks["sizes"][:, SINK] = tasks["begin"] * self.accumulator.itemsize
         tasks["flops"] = 2.0 * spec.value_size * tasks["values"][:, 0] * queries.heads
         identity = several(f"{self._deltas.identity} {tuple(words)}", queries.heads)
         tasks["footprint"] = footprints(identity, tasks["values"][:, :1])
         tasks["tile"][:, :3] = np.stack([batch, head, tile], axis=1) + first
         tasks["priority"] = FIRST
         numbers = np.tile([job.runtime.constant(mode) for mode in modes], (len(tasks), 1))
-        gpu = cuda_gradients.delta(job.runtime, spec, {x: n for n, x in enumerate(words)}, queries.heads)
+        places = {x: n for n, x in enumerate(words)}
+        gpu = cuda_gradients.delta(job.runtime, spec, places, queries.heads, scoring=self.scoring)
         program = Program(job.runtime, self._deltas, bindings, ("row_count",), cuda=gpu, heads=spec.heads)
         program.submit(job, codelet("delta", spec.dtype), np.stack(columns, axis=1), numbers, tasks)
         return len(tasks)

@@ -10,13 +10,12 @@ import numpy as np
 
 from flashtile.arrays import contiguous
 from flashtile.dtypes import DTYPES
-from flashtile.engines.starpu.cuda_scores import captured
+from flashtile.engines.starpu.cuda_scores import captured, sinks_of
 from flashtile.engines.starpu.launches import (
     ANY_TILE,
     COLUMN,
     COLUMNS,
     KEYS,
-    NO_DROPOUT,
     NO_KERNELS,
     QUERY_TILES,
     ROWS,
@@ -28,6 +27,7 @@ from flashtile.engines.starpu.launches import (
     bands,
     changes,
     counts,
+    drawn,
     launches,
     marks_of,
     memories,
@@ -50,25 +50,26 @@ def anchor_of(offsets: np.ndarray, batch: np.ndarray, shift: np.ndarray) -> np.n
 
 
 def forward(
-    runtime: Runtime, spec: AttentionSpec, tile_q: int, heads: int = 1, scoring: Scoring | None = None
+    runtime: Runtime, spec: AttentionSpec, tile_q: int, tile_k: int, heads: int = 1, scoring: Scoring | None = None
 ) -> Launches | str:
     """Of the codelet `forward`, for so many heads: the state starts, or where values[0] says so continues, and takes
     the sinks in where values[2] is not 0; else why there is none."""
     if runtime.kernels is None:  # before arrays are looked at
         return NO_KERNELS
-    if spec.dropout:
-        return NO_DROPOUT
-    found = captured(scoring, 5, more=int(spec.sinks))
+    draw, found = drawn(spec, scoring, tile_k), captured(spec, scoring, 5, more=int(spec.sinks))
+    if isinstance(draw, str):
+        return draw
     if isinstance(found, str):
         return found
     wide, arrays = DTYPES[DTYPES[spec.dtype].accumulator].itemsize, found.arrays
-    values = _forward_values(spec, {"q": 0, "k": 1, "v": 2}, 3, 4, heads) | found.values
+    values = _forward_values(spec, {"q": 0, "k": 1, "v": 2}, 3, 4, heads) | found.values | draw
     values |= strides(spec, {"o": 3}, wide)
     if spec.sinks:
-        if scoring is None or not isinstance(scoring.sinks, np.ndarray):
-            return "sinks lie on a GPU already"
+        sinks = sinks_of(scoring)
+        if isinstance(sinks, str):
+            return sinks
         values["sinks"] = Source("ADDRESS", 5 + len(arrays), SINK)
-        arrays = *arrays, np.ascontiguousarray(scoring.sinks)
+        arrays = *arrays, sinks
     cases = [
         _twice(spec, values, QUERY_TILES, state=state, last=last)
         for last, state in product((False, True)[: 1 + spec.sinks], (special.PARTIAL, special.CARRIED))
@@ -85,7 +86,7 @@ def accumulate(runtime: Runtime, spec: AttentionSpec, mask: str | None) -> Launc
     scoring = None
     if mask is not None:
         spec, scoring = masked_by_tile(spec, mask)
-    found = captured(scoring, 5, itself=True)
+    found = captured(spec, scoring, 5, itself=True)
     if isinstance(found, str):
         return found
     values = _forward_values(spec, {"k": 0, "q": 1, "v": 3}, 4, 2, spec.heads, whole=True) | found.values
@@ -120,13 +121,14 @@ def _twice(
     spec: AttentionSpec, values: dict[str, Value], grid: tuple[tuple[int, str], ...], *, state: str, last: bool = False
 ) -> list[list[Stage]]:
     """The two launches of the forward kernel, the second for what is not finite."""
+    rare = spec.program is not None or spec.dropout or last or spec.scale < 0  # kernels that no folder has
     return [
         [
             Stage(
                 special.forward(s, ANY_TILE, state=state, contain=contain, part=True, last=last, memory=m),
                 values,
                 grid,
-                s if spec.program is not None else None,
+                s if rare else None,
             )
             for s in bands(one_tile(spec))
             for m in memories(spec)

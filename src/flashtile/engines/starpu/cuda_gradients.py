@@ -8,25 +8,29 @@ the second for what is not finite. Sums are in accumulators, and each launch add
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from flashtile.arrays import contiguous
 from flashtile.dtypes import DTYPES
+from flashtile.engines.starpu.cuda_scores import captured, sinks_of
 from flashtile.engines.starpu.launches import (
     ANY_TILE,
+    HEADS,
     KEYS,
     KV_HEADS,
-    NO_DROPOUT,
     NO_KERNELS,
     QUERY_TILES,
     ROWS,
+    SINK,
     Launches,
     Source,
     Stage,
     Value,
     changes,
     counts,
+    drawn,
     launches,
     memories,
     one_tile,
@@ -35,23 +39,27 @@ from flashtile.engines.starpu.launches import (
 from flashtile.engines.starpu.manifest import Entry
 from flashtile.engines.starpu.units import of_keys
 from flashtile.kernels.triton import backward_forms as forms
-from flashtile.kernels.triton.specialisation import Specialisation
 from flashtile.spec import AttentionSpec
 
 if TYPE_CHECKING:
     from flashtile.engines.starpu.runtime import Runtime
+    from flashtile.score.options import Scoring
 
 KEY_TILES = ((KV_HEADS, ""), (KEYS, "keys"))  # a grid of one program a tile of keys
 
 
 def delta(
-    runtime: Runtime, spec: AttentionSpec, at: Mapping[str, int], heads: int, whole: bool = False
+    runtime: Runtime,
+    spec: AttentionSpec,
+    at: Mapping[str, int],
+    heads: int,
+    whole: bool = False,
+    scoring: Scoring | None = None,
 ) -> Launches | str:
-    """Of the codelet `delta`. at: the handles of do, o, delta, and maybe dlse, by name; whole: see `strides`."""
+    """Of the codelet `delta`. at: the handles of do, o, lse, delta, and maybe dlse and dsinks, by name; whole: see
+    `strides`. What rows give to their sink is a second launch, which adds to the head's sum."""
     if runtime.kernels is None:
         return NO_KERNELS
-    if "dsinks" in at:
-        return "gradients of sinks are summed on CPUs only"
     wide = DTYPES[DTYPES[spec.dtype].accumulator].itemsize
     values: dict[str, Value] = {
         **_addresses(at),
@@ -60,9 +68,16 @@ def delta(
         "query_tiles": Source("TILES", ROWS),
     }
     tile = one_tile(spec)
-    stages = [Stage(forms.row_deltas(tile, "dlse" in at, m), values, QUERY_TILES, tile) for m in memories(spec)]
-    packed = {at[name]: wide for name in ("delta", "dlse") if name in at}
-    return launches(runtime, [[stages]], packed=packed)
+    stages = [[Stage(forms.row_deltas(tile, "dlse" in at, m), values, QUERY_TILES, tile) for m in memories(spec)]]
+    arrays: tuple[np.ndarray, ...] = ()
+    if "dsinks" in at:
+        sinks = sinks_of(scoring)
+        if isinstance(sinks, str):
+            return sinks
+        arrays, values["sinks"] = (sinks,), Source("ADDRESS", len(at), SINK)
+        stages.append([Stage(forms.sink_sums(tile), values, ((HEADS, ""),), tile)])
+    packed = {at[name]: wide for name in ("lse", "delta", "dlse") if name in at}
+    return launches(runtime, [stages], packed=packed, arrays=arrays)
 
 
 def backward(
@@ -73,14 +88,18 @@ def backward(
     tile_q: int,
     tile_k: int,
     whole: bool = False,
+    scoring: Scoring | None = None,
 ) -> Launches | str:
-    """Of the codelet `backward`. at: the handles of q, k, v, do, lse, delta and of wanted sums, by name."""
+    """Of the codelet `backward`. at: the handles of q, k, v, do, lse, delta and of wanted sums, by name; with `whole`
+    maybe that of a mask, last, whose dtype `scoring` knows."""
     if runtime.kernels is None:
         return NO_KERNELS
-    if spec.dropout:
-        return NO_DROPOUT
-    if spec.program is not None:
-        return "gradients through score programs are computed on CPUs only"
+    draw, first = drawn(spec, scoring, tile_k), at.get("mask", len(at))
+    found = captured(spec, scoring, first, itself="mask" in at)
+    if isinstance(draw, str):
+        return draw
+    if isinstance(found, str):
+        return found
     wide = DTYPES[DTYPES[spec.dtype].accumulator].itemsize
     values: dict[str, Value] = {
         **_addresses(at),
@@ -89,6 +108,8 @@ def backward(
         **strides(spec, {name: at[name] for name in ("dq", "dk", "dv") if name in at}, wide, whole=whole),
         **counts(spec, heads),
         **changes(spec),
+        **found.values,
+        **draw,
         "items": Source("PROGRAMS"),
         "query_tiles": Source("TILES", ROWS),
         "key_tiles": Source("TILES", KEYS),
@@ -98,7 +119,7 @@ def backward(
     if "dq" in at:
         case += [
             [
-                Stage(_summed(forms.backward_q(tile, ANY_TILE, contain=contain, memory=m)), values, QUERY_TILES, tile)
+                Stage(forms.backward_q(tile, ANY_TILE, contain=contain, part=True, memory=m), values, QUERY_TILES, tile)
                 for m in memories(spec)
             ]
             for contain in both
@@ -108,7 +129,7 @@ def backward(
         case += [
             [
                 Stage(
-                    _summed(forms.backward_kv(tile, ANY_TILE, contain=contain, **wanted, memory=m)),
+                    forms.backward_kv(tile, ANY_TILE, contain=contain, part=True, **wanted, memory=m),
                     values,
                     KEY_TILES,
                     tile,
@@ -121,7 +142,8 @@ def backward(
     def marks(entry: Entry) -> int:
         return 4 * max(heads * -(-tile_q // entry.queries), keys * -(-tile_k // entry.keys))
 
-    return launches(runtime, [case], scratch=marks, packed={at["lse"]: wide, at["delta"]: wide})
+    packed = {at["lse"]: wide, at["delta"]: wide}
+    return launches(runtime, [case], scratch=marks, packed=packed, arrays=found.arrays)
 
 
 def add(runtime: Runtime, dtype: str, size: int, heads: int = 1) -> Launches | str:
@@ -151,10 +173,3 @@ def add(runtime: Runtime, dtype: str, size: int, heads: int = 1) -> Launches | s
 
 def _addresses(at: Mapping[str, int]) -> dict[str, Value]:
     return {name: Source("ADDRESS", handle) for name, handle in at.items()}
-
-
-def _summed(what: Specialisation) -> Specialisation:
-    """The kernel whose gradients are sums in accumulators, as lse is."""
-    types = dict(what.signature)
-    sums = {name: types["lse"] for name in ("dq", "dk", "dv") if name in types}
-    return replace(what, signature=tuple((types | sums).items()))

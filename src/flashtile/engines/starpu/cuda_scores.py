@@ -17,6 +17,7 @@ from flashtile.score.capture import ArrayCapture, ScalarCapture
 
 if TYPE_CHECKING:
     from flashtile.score.options import Scoring
+    from flashtile.spec import AttentionSpec
 
 HANDLES = 12  # FT_HANDLES of launch_internal.h
 
@@ -28,13 +29,16 @@ class Captured(NamedTuple):
     arrays: tuple[np.ndarray, ...]
 
 
-def captured(scoring: Scoring | None, first: int, itself: bool = False, more: int = 0) -> Captured | str:
+def captured(
+    spec: AttentionSpec, scoring: Scoring | None, first: int, itself: bool = False, more: int = 0
+) -> Captured | str:
     """A program's captured values, its arrays as handles from number `first` on, and after them so many more; or why a
     GPU cannot have them.
 
     itself: the array is a tile as the others are, of rows and keys without gaps, and a handle already.
     """
     values: dict[str, Value] = {f"origin[{n}]": Source("SIZE", place) for n, place in enumerate(FIRSTS)}
+    values["origin[4]"] = spec.heads
     arrays: list[np.ndarray] = []
     flat: list[Value] = []
     captures: Sequence[ScalarCapture | ArrayCapture] = ()
@@ -57,6 +61,13 @@ def captured(scoring: Scoring | None, first: int, itself: bool = False, more: in
         return f"{len(arrays)} captured arrays are more than a task has handles for"
     values |= {f"captures[{n}]": value for n, value in enumerate(flat)}
     return Captured(values, tuple(arrays))
+
+
+def sinks_of(scoring: Scoring | None) -> np.ndarray | str:
+    """Sinks (B, H) in accumulators, or why a GPU cannot have them."""
+    if scoring is None or not isinstance(scoring.sinks, np.ndarray):
+        return "sinks lie on a GPU already"
+    return np.ascontiguousarray(scoring.sinks)
 
 
 def packed(array: np.ndarray) -> tuple[np.ndarray, tuple[int, ...]]:

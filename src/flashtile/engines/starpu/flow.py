@@ -121,7 +121,7 @@ class Flow:
         self.coverage = coverage_of(spec, scoring, kernels.rows_at_once(spec), tile_q, tile_k, self.anchors)
         self.heads = together(spec, self.coverage, heads)
         self.pairs = pairs_of(spec, self.coverage, rows, self.heads)
-        gpu = cuda.forward(runtime, spec, tile_q, self.heads, scoring)
+        gpu = cuda.forward(runtime, spec, tile_q, tile_k, self.heads, scoring)
         self.program = Program(
             runtime,
             kernel,

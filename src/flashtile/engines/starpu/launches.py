@@ -17,12 +17,14 @@ import numpy as np
 from flashtile.dtypes import DTYPES
 from flashtile.engines.starpu.manifest import SCRATCH, Entry, Kernels
 from flashtile.errors import UnavailableError, wrong
-from flashtile.kernels.triton.host import OPEN, bits
+from flashtile.kernels.triton.host import OPEN, bits, drawing
 from flashtile.kernels.triton.specialisation import Memory, Specialisation, Tile
+from flashtile.score.keep import KEYS_A_CALL
 from flashtile.spec import AttentionSpec, Band
 
 if TYPE_CHECKING:
     from flashtile.engines.starpu.runtime import Runtime
+    from flashtile.score.options import Scoring
 
 DRIVER = "libcuda.so.1"
 DRIVER_VARIABLE = "FLASHTILE_CUDA_DRIVER"  # names another file
@@ -32,7 +34,6 @@ DRIVER_VARIABLE = "FLASHTILE_CUDA_DRIVER"  # names another file
 ROWS, KEYS, ANCHOR, COLUMN, COLUMNS, HEADS, KV_HEADS, *FIRSTS, SINK = range(12)
 ANY_TILE = Tile(16, 16)  # the manifest's kernel says which it has
 NO_KERNELS = "no kernels for GPUs were given: flashtile.starpu.init(cuda_kernels=...)"
-NO_DROPOUT = "tasks with dropout run on CPUs only"
 NO_AXIS = (-1, "")
 QUERY_TILES = ((HEADS, ""), (ROWS, "queries"))  # a grid of one program a tile of rows
 
@@ -147,6 +148,16 @@ def changes(spec: AttentionSpec) -> dict[str, Value]:
         sides = {"left": spec.band.left, "right": spec.band.right}
         values |= {name: OPEN if side is None else min(side, OPEN) for name, side in sides.items()}
     return values
+
+
+def drawn(spec: AttentionSpec, scoring: Scoring | None, tile_k: int) -> dict[str, Value] | str:
+    """What decides which weights dropout keeps; or why a GPU cannot draw them in tiles of so many keys."""
+    if not spec.dropout:
+        return {}
+    if tile_k % KEYS_A_CALL and tile_k < spec.kv_len:
+        return f"dropout in tiles of {tile_k} keys, no multiple of {KEYS_A_CALL}, is drawn on CPUs only"
+    assert scoring is not None and scoring.keep is not None
+    return dict(drawing(scoring.keep))
 
 
 def launches(

@@ -199,7 +199,7 @@ def compile_backward(spec: AttentionSpec, layout: BackwardLayout, arrays: ArrayS
     else:
         from flashtile.kernels.triton import choice
 
-        found = choice.usable_backward(spec, _place(spec), bool(arrays), _trials(spec)[0])
+        found = choice.usable_backward(spec, _place(spec), bool(arrays), *_trials(spec))
     return Backward(spec, layout, arrays, *found, device_of(spec))
 
 

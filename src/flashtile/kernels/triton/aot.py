@@ -40,6 +40,7 @@ GRIDS = {
     "packed H / H_kv (and query_tiles = 1)",
     "merge": "B * H * query_tiles; query_tiles = ceil(S_q / queries)",
     "row_deltas": "B * H * query_tiles; query_tiles = ceil(S_q / queries)",
+    "sink_sums": "B * H",
     "backward_q": "B * H * query_tiles * splits; query_tiles = ceil(S_q / queries), splits = 1 unless partial",
     "backward_kv": "B * H_kv * key_tiles * splits; key_tiles = ceil(S_kv / keys), splits = row_parts * "
     "ceil(H / H_kv / split_heads), 1 unless partial",
@@ -49,6 +50,7 @@ GRIDS = {
     "output": "B * H * query_tiles; query_tiles = ceil(S_q / queries)",
 }
 KERNELS = ("forward", "merge", "backward", "scores", "softmax", "output")  # backward: all that gradients take
+SUMS = (special.FINISHED, special.PARTIAL, special.CARRIED)  # what gradients are: see `choose`
 # What rows see by their position: a band of which either side may be open; keys up to a bound, in fewer instructions;
 # everything.
 BANDS: dict[str, dict[str, Any]] = {"band": {"window": (1, 1)}, "causal": {"causal": True}, "open": {}}
@@ -79,8 +81,8 @@ def choose(
 
     bands    "band" for causal and windowed calls, "causal" for those without a window alone, "open" for those where
              every row sees every key
-    states   of o and lse before and after: see specialisation.STATES. Gradients join what their arrays hold, or of
-             partial calls are sums of parts, which one more kernel adds up
+    states   of o and lse before and after: see specialisation.STATES. Gradients join what their arrays hold, of carried
+             calls sums in accumulators; or of partial ones are sums of parts. One more kernel adds such sums up
     aligned  addresses are multiples of 16 bytes, and strides of 16 elements
     Raises:  SpecError for a name that is not known, UnavailableError if Triton is too old for the architecture.
     """
@@ -93,8 +95,8 @@ def choose(
         for name in names:
             if name not in known:
                 raise wrong(argument, repr(name), "some of " + ", ".join(known))
-    if "backward" in kernels and not {special.FINISHED, special.PARTIAL} & set(states):
-        raise wrong("states", ", ".join(states), f"{special.FINISHED} or {special.PARTIAL} among them, for gradients")
+    if "backward" in kernels and not set(SUMS) & set(states):
+        raise wrong("states", ", ".join(states), f"one of {', '.join(SUMS)} among them, for gradients")
     if tiles.rows_of(arch) is None:
         raise wrong("arch", repr(arch), "an architecture with tile configurations: sm_80 and newer, gfx942, gfx950")
     if (reason := too_old(arch)) is not None:
@@ -152,16 +154,16 @@ def _gradients(spec: AttentionSpec, arch: str, base: str, states: tuple[str, ...
     rows, sides = Tile(forms.ROWS, forms.ROWS), "open" if spec.band is None else "band"
     for dlse in (False, True):
         yield Chosen(f"row_deltas-{base}" + "-dlse" * dlse, forms.row_deltas(spec, dlse, memory), spec, rows)
-    for parts in sorted({state == special.PARTIAL for state in states if state in (special.FINISHED, special.PARTIAL)}):
-        end = special.PARTIAL if parts else special.FINISHED
+    for state in (x for x in SUMS if x in states):
         for contain in (False, True):
             last = "-contain" * contain
-            how: dict[str, Any] = {"contain": contain, "parts": parts, "memory": memory}
+            how: dict[str, Any] = {"contain": contain, "memory": memory}
+            how |= {"parts": state == special.PARTIAL, "part": state == special.CARRIED}
             of_q, of_kv = forms.backward_q(spec, found[0], **how), forms.backward_kv(spec, found[1], **how)
-            yield Chosen(f"backward_q-{base}-{sides}-{end}{last}", of_q, spec, found[0])
-            yield Chosen(f"backward_kv-{base}-{sides}-{end}{last}", of_kv, spec, found[1])
-        if parts:
-            yield Chosen(f"add_parts-{base}", forms.add_parts(spec, spec.head_size), spec, rows)
+            yield Chosen(f"backward_q-{base}-{sides}-{state}{last}", of_q, spec, found[0])
+            yield Chosen(f"backward_kv-{base}-{sides}-{state}{last}", of_kv, spec, found[1])
+    if {special.PARTIAL, special.CARRIED} & set(states):
+        yield Chosen(f"add_parts-{base}", forms.add_parts(spec, spec.head_size), spec, rows)
 
 
 def build(folder: Path, arch: str, chosen: Iterable[Chosen]) -> Iterator[dict[str, Any]]:
@@ -264,7 +266,7 @@ def laid_out(what: Specialisation, spec: AttentionSpec, arch: str) -> Chosen:
     Raises: UnavailableError where there are no tiles for it.
     """
     constants, found = dict(what.constants), backward_tiles(spec, arch)
-    if what.kernel in ("row_deltas", "add_parts"):
+    if what.kernel in ("row_deltas", "sink_sums", "add_parts"):
         return Chosen(what.kernel, what, spec, Tile(forms.ROWS, forms.ROWS))
     if what.kernel != "forward" and found is None:
         raise UnavailableError(f"aot: got {what.kernel} of {tiles.kind_of(spec)}, for which {arch} has no tiles")

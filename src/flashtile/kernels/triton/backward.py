@@ -49,7 +49,7 @@ def row_deltas(
 
 @triton.jit
 def sink_sums(lse, delta, sinks, dsinks, first, q_len, TILE_Q: tl.constexpr):
-    """The gradient of a head's sink, -sum exp(sink - lse) delta over its rows; a sink of -inf is none, and has 0."""
+    """dsinks += the gradient of a head's sink, -sum exp(sink - lse) delta over its rows; of -inf, which is none, 0."""
     ACC: tl.constexpr = delta.dtype.element_ty
     item = first + tl.program_id(0)
     sink = tl.load(sinks + item)
@@ -60,7 +60,7 @@ def sink_sums(lse, delta, sinks, dsinks, first, q_len, TILE_Q: tl.constexpr):
         nats = tl.load(lse + at + start + n, mask=there, other=float("inf"))
         given = exp(sink - nats) * tl.load(delta + at + start + n, mask=there, other=0.0)
         total -= tl.where(there, given, 0.0)
-    tl.store(dsinks + item, tl.where(sink == MINUS_INF, 0.0, tl.sum(total, 0)))
+    tl.store(dsinks + item, tl.load(dsinks + item) + tl.where(sink == MINUS_INF, 0.0, tl.sum(total, 0)))
 
 
 @triton.jit
@@ -117,29 +117,34 @@ def weigh(
     of s = q k^T, dp = dO v^T. SLOPE: of what dS is multiplied with to be the second.
 
     Shapes:  all (m, n), or KEYS_FIRST (n, m). rows is (i, lse, delta, low, high, factor), each but the last (m, 1), or
-             (1, m); j, keys n0, n0 + 1, ..., is (1, n), or (n, 1).
+             (1, m); j, keys n0, n0 + 1, ..., is (1, n), or (n, 1). where is (captures, threshold, seed, number of the
+             head, origin), as in the forward.
     What is hidden has weights of 0, and so has dS, unless something there is not finite; SELECT: always.
     Dropout's division by the share that is kept is left to who sums up the weights; dS has it.
     """
     i, lse, row_delta, low, high, factor = rows
-    captures, threshold, seed, head = where[0], where[1], where[2], where[3]
+    captures, threshold, seed, head, origin = where[0], where[1], where[2], where[3], where[4]
     raw = s * factor
     place_b, place_h, place_j = spread(b), spread(h), j
     if not FULL:  # the program reads its arrays within their bounds
         place_j = tl.minimum(j, kv_len - 1)
+    place_i, first_key = i, n0
+    if origin is not None:  # where they are in the arrays that these are tiles of
+        place_b, place_h = place_b + origin[0], place_h + origin[1]
+        place_i, place_j, first_key = i + origin[2], place_j + origin[3], n0 + origin[3]
     s = raw
     if SCORE is not None:
-        s = over(SCORE(raw, place_b, place_h, i, place_j, captures, ACC), raw)
+        s = over(SCORE(raw, place_b, place_h, place_i, place_j, captures, ACC), raw)
     if not FULL:
         shown = (j >= low) & (j < high)
         if MASK is not None:
-            shown = shown & MASK(raw, place_b, place_h, i, place_j, captures, ACC)
+            shown = shown & MASK(raw, place_b, place_h, place_i, place_j, captures, ACC)
         s = tl.where(shown, s, MINUS_INF)
     seen = s != MINUS_INF
     p = tl.exp2((s - lse) * tl.full((), LOG2E, ACC))
     weight = p
     if threshold is not None:  # NaN stays, as 0 times NaN would be
-        keep = kept(n0, i, head, threshold, seed, KEYS, KEYS_FIRST)
+        keep = kept(first_key, place_i, head, threshold, seed, KEYS, KEYS_FIRST)
         weight = tl.where(keep | (p != p), p, 0.0)
         dp = tl.where(keep | (dp != dp), dp * (1.0 / share_of(threshold, ACC)), 0.0)
     ds = p * (dp - row_delta)
@@ -148,7 +153,7 @@ def weigh(
     before = ds
     if SLOPE is not None:
         # A slope of 0 comes from a selection or a saturated cap: the score does not depend on q and k there.
-        slope = over(SLOPE(raw, place_b, place_h, i, place_j, captures, ACC), raw)
+        slope = over(SLOPE(raw, place_b, place_h, place_i, place_j, captures, ACC), raw)
         before = tl.where(seen & (slope != 0.0), ds * slope, 0.0)
     return weight, ds, before, seen, raw
 
@@ -161,7 +166,7 @@ def over_keys(
 ):  # fmt: skip
     """The sums of STEP over every key tile that some row sees, those that all rows see whole first, as the forward
     goes. limits: the keys [low, high) of each row, and those [begin, end) of this part, whole tiles; table: of a mask's
-    coverage, see tables.py."""
+    coverage, see tables.py; of tiles of larger arrays there is none."""
     low, high, begin, end = limits
     if MASK is None:
         touched = tl.min(low, 0) // TILE_K * TILE_K
@@ -179,6 +184,12 @@ def over_keys(
         after = tl.cdiv(tl.maximum(stop - resume, 0), TILE_K)
         for t in range(0, before + after):
             n0 = tl.where(t < before, touched + t * TILE_K, resume + (t - before) * TILE_K)
+            sums = STEP(
+                sums, n0, rows, loads, at, where, False, SELECT, TILE_K, WHOLE, OPERAND, PRECISION, SCORE, MASK, SLOPE,
+                GIVES, PLACE, ACC,
+            )  # fmt: skip
+    elif table[0] is None:  # any tile may be cut
+        for n0 in range(tl.min(low, 0) // TILE_K * TILE_K, tl.max(high, 0), TILE_K):
             sums = STEP(
                 sums, n0, rows, loads, at, where, False, SELECT, TILE_K, WHOLE, OPERAND, PRECISION, SCORE, MASK, SLOPE,
                 GIVES, PLACE, ACC,

@@ -16,7 +16,7 @@ import triton.language as tl
 from flashtile.kernels.triton.backward import over_keys, row_values
 from flashtile.kernels.triton.backward_q import tile_of_rows, weighed
 from flashtile.kernels.triton.language import number, over, spread
-from flashtile.kernels.triton.rows import key_limits, locate
+from flashtile.kernels.triton.rows import key_limits, locate, number_of_head
 
 NAN, PLUS, MINUS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)  # what an element was given beside numbers
 WORD_BITS = tl.constexpr(62)  # of a sum: one is the sign's, and a term is rounded up by half
@@ -28,7 +28,7 @@ def array_sums(
     q, k, v, do, lse, delta, largest, totals, flags,
     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, do_b, do_h, do_s, do_d,
     first, heads, group, q_len, kv_len, head_size, value_size, query_tiles, splits, split_keys, elements, terms_bits,
-    scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, captures, threshold, seed,
+    scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, captures, origin, threshold, seed,
     SCORE: tl.constexpr, MASK: tl.constexpr, GIVES: tl.constexpr, PLACE: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr, VALUE: tl.constexpr, WHOLE: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, BAND: tl.constexpr, BY_ROW: tl.constexpr, BY_KEY: tl.constexpr,
@@ -55,14 +55,14 @@ def array_sums(
     )  # fmt: skip
     nats, row_delta = row_values(lse, delta, (b.to(tl.int64) * heads + h) * q_len + i, inside)
     of_rows = (i[:, None], nats[:, None], row_delta[:, None], low[:, None], high[:, None], number(scale, ACC))
-    table = (rows, runs) if MASK is None else (rows + 2 * (b * rows_b + h * rows_h + tile), runs)
+    table = (rows, runs) if rows is None else (rows + 2 * (b * rows_b + h * rows_h + tile), runs)
     sums = tl.zeros([TILE_Q if BY_ROW else 1, TILE_K if BY_KEY else 1], ACC)
     into = largest  # not read
     if totals is not None:
         into = (totals, flags, tl.exp2(power_of(largest, terms_bits)), tl.exp2(_room(terms_bits)), elements)
     most = over_keys(
-        sums, (low, high, begin, end), table, of_rows, loads, at, (captures, threshold, seed, b * heads + h, into),
-        _key_tile,
+        sums, (low, high, begin, end), table, of_rows, loads, at,
+        (captures, threshold, seed, number_of_head(b, h, heads, origin), origin, into), _key_tile,
         (BY_ROW, BY_KEY, WORDS if totals is not None else 0), TILE_K, WHOLE, OPERAND, PRECISION, SCORE, MASK,
         None, GIVES, PLACE, ACC,
     )  # fmt: skip
@@ -104,7 +104,7 @@ def _key_tile(
     if HOW[2] == 0:
         return tl.maximum(most, tl.abs(clean))
     else:
-        totals, flags, unit, rest_unit, elements = where[4]
+        totals, flags, unit, rest_unit, elements = where[5]
         i, j = rows[0], n0 + tl.arange(0, TILE_K)[None, :]
         if not FULL:
             j = tl.minimum(j, at[4] - 1)

@@ -53,22 +53,23 @@ def add_parts(spec: AttentionSpec, size: int) -> Specialisation:
 
 
 def backward_q(
-    spec: AttentionSpec, tile: Tile, *, contain: bool, parts: bool = False, memory: Memory
+    spec: AttentionSpec, tile: Tile, *, contain: bool, parts: bool = False, part: bool = False, memory: Memory
 ) -> Specialisation:
     """The kernel of dQ (backward_q.py). contain: the second launch of a call, as `specialisation.forward` has it.
 
-    parts: each work item has a part of the keys, and dq is the parts' sums, in accumulators.
+    parts: each work item has a part of the keys, and dq is the parts' sums, in accumulators. part: as that of the
+    forward, the arrays are tiles of larger ones; dq is then a sum in accumulators that this one joins.
     """
     element, accumulator = special._elements(spec)
     arguments = {
         **_inputs(spec),
-        "dq": f"*{accumulator if parts else element}",
+        "dq": f"*{accumulator if parts or part else element}",
         "odd": "*i32",
         **special._strides(("q", "k", "v", "do", "dq"), memory),
         **special._sizes("first", "items", "heads", "group", "q_len", "kv_len", "head_size", "value_size"),
         **special._sizes("query_tiles"),
         **_of_parts(parts, ("splits", "split_keys"), ("dq_split",)),
-        **_scores(spec),
+        **_scores(spec, part),
     }
     constants = {**_constants(spec, tile), "PARTS": parts, "CONTAIN": contain}
     tile = special.contained(tile) if contain else tile
@@ -81,13 +82,17 @@ def backward_kv(
     *,
     contain: bool,
     parts: bool = False,
+    part: bool = False,
     dk: bool = True,
     dv: bool = True,
     memory: Memory,
 ) -> Specialisation:
-    """The kernel of dK and dV, either of which may be absent (backward_kv.py). parts: as `backward_q`, of rows."""
+    """The kernel of dK and dV, either of which may be absent (backward_kv.py).
+
+    parts: as `backward_q`, of rows; part: as `backward_q`.
+    """
     element, accumulator = special._elements(spec)
-    written = accumulator if parts else element
+    written = accumulator if parts or part else element
     strides = special._strides(("q", "k", "v", "do", "dk", "dv"), memory)
     absent = [name for name, there in (("dk", dk), ("dv", dv)) if not there]
     strides = {name: None if name[:2] in absent else t for name, t in strides.items()}
@@ -105,7 +110,7 @@ def backward_kv(
             [f"{name}_split" for name in ("dk", "dv") if name not in absent],
         ),
         **{f"{name}_split": None for name in absent},
-        **_scores(spec),
+        **_scores(spec, part),
     }
     constants = {**_constants(spec, tile), "PARTS": parts, "CONTAIN": contain}
     tile = special.contained(tile) if contain else tile
@@ -183,13 +188,14 @@ def _inputs(spec: AttentionSpec) -> dict[str, Type | None]:
     }
 
 
-def _scores(spec: AttentionSpec) -> dict[str, Type | None]:
+def _scores(spec: AttentionSpec, part: bool = False) -> dict[str, Type | None]:
     """The arguments of everything that changes scores or weights, as the forward has them, but for sinks."""
     return {
         "scale": "i64",
         **special._band(spec),
-        **special._tables(spec),
+        **(dict.fromkeys(special._tables(spec)) if part else special._tables(spec)),
         "captures": special._captures(spec.program),
+        "origin": special._origin(spec, part),
         "threshold": "i32" if spec.dropout else None,
         "seed": "i64" if spec.dropout else None,
     }

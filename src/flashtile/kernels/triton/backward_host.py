@@ -26,6 +26,7 @@ from flashtile.kernels.triton.host import (
     places,
     sinks_at,
     sizes_of,
+    table_values,
 )
 from flashtile.kernels.triton.specialisation import ELEMENTS, Memory, Tile
 from flashtile.kernels.triton.tables import Table, table_of, turned
@@ -323,10 +324,7 @@ class Backward:
         """The coverage of a mask as dQ's kernel walks it, or, keys first, as that of dK and dV does."""
         if program is None or program.mask is None:
             return {}
-        table = self._coverage(program, tile, keys_first)
-        place = self._device.place(table.both, "i32").pointer
-        runs = place._replace(address=place.address + 4 * table.rows.size)
-        return {"rows": place, "runs": runs, "rows_b": table.rows_b, "rows_h": table.rows_h}
+        return table_values(self._coverage(program, tile, keys_first), self._device)
 
     def _coverage(self, program: Program, tile: Tile, keys_first: bool) -> Table:
         """Kept where it follows from captured numbers, without arrays, whose values may be other ones now."""

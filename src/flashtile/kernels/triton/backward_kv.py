@@ -13,7 +13,7 @@ from flashtile.kernels.triton.backward import leave, load, row_values, weigh
 from flashtile.kernels.triton.containment import add_signed, any_not_finite
 from flashtile.kernels.triton.dropout import share_of
 from flashtile.kernels.triton.language import add_product, number, product, rounded
-from flashtile.kernels.triton.rows import key_limits
+from flashtile.kernels.triton.rows import key_limits, number_of_head
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def backward_kv(
     dk_b, dk_h, dk_s, dk_d, dv_b, dv_h, dv_s, dv_d,
     first, items, heads, group, q_len, kv_len, head_size, value_size, key_tiles,
     splits, row_parts, split_rows, split_heads, dk_split, dv_split,
-    scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, captures, threshold, seed,
+    scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, captures, origin, threshold, seed,
     SCORE: tl.constexpr, MASK: tl.constexpr, SLOPE: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     HEAD: tl.constexpr, VALUE: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BAND: tl.constexpr, PARTS: tl.constexpr, CONTAIN: tl.constexpr,
@@ -45,7 +45,7 @@ def backward_kv(
                     dk_b, dk_h, dk_s, dk_d, dv_b, dv_h, dv_s, dv_d,
                     heads, group, q_len, kv_len, head_size, value_size, key_tiles,
                     splits, row_parts, split_rows, split_heads, dk_split, dv_split,
-                    scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, captures, threshold, seed,
+                    scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, captures, origin, threshold, seed,
                     SCORE, MASK, SLOPE, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, BAND, PARTS,
                     CONTAIN,
                 )  # fmt: skip
@@ -56,7 +56,7 @@ def backward_kv(
             dk_b, dk_h, dk_s, dk_d, dv_b, dv_h, dv_s, dv_d,
             heads, group, q_len, kv_len, head_size, value_size, key_tiles,
             splits, row_parts, split_rows, split_heads, dk_split, dv_split,
-            scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, captures, threshold, seed,
+            scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, captures, origin, threshold, seed,
             SCORE, MASK, SLOPE, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, BAND, PARTS,
             CONTAIN,
         )  # fmt: skip
@@ -69,7 +69,7 @@ def _tile(
     dk_b, dk_h, dk_s, dk_d, dv_b, dv_h, dv_s, dv_d,
     heads, group, q_len, kv_len, head_size, value_size, key_tiles,
     splits, row_parts, split_rows, split_heads, dk_split, dv_split,
-    scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, captures, threshold, seed,
+    scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, captures, origin, threshold, seed,
     SCORE: tl.constexpr, MASK: tl.constexpr, SLOPE: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     HEAD: tl.constexpr, VALUE: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BAND: tl.constexpr, PARTS: tl.constexpr, CONTAIN: tl.constexpr,
@@ -106,9 +106,10 @@ def _tile(
         queries = q + batch * q_b + head * q_h + m * q_s + depth * q_d
         slopes = do + batch * do_b + head * do_h + m * do_s + value_depth * do_d
         loads = (key, value, queries, slopes, lse + (batch * heads + h) * q_len, delta + (batch * heads + h) * q_len)
-        table = (rows, runs) if MASK is None else (rows + 2 * (b * rows_b + h * rows_h + tile), runs)
+        table = (rows, runs) if rows is None else (rows + 2 * (b * rows_b + h * rows_h + tile), runs)
+        where = (captures, threshold, seed, number_of_head(b, h, heads, origin), origin)
         sums = _over_rows(
-            sums, table, loads, rows_at, band, (b, h, factor), (captures, threshold, seed, b * heads + h),
+            sums, table, loads, rows_at, band, (b, h, factor), where,
             CONTAIN, TILE_Q, TILE_K, WHOLE, OPERAND, PRECISION, SCORE, MASK, SLOPE, BAND, ACC,
         )  # fmt: skip
     acc_k, acc_v = sums
@@ -149,6 +150,13 @@ def _over_rows(
         after = tl.cdiv(tl.maximum(stop - resume, 0), TILE_Q)
         for t in range(0, before + after):
             m0 = tl.where(t < before, touched + t * TILE_Q, resume + (t - before) * TILE_Q)
+            sums = _row_tile(
+                sums, m0, loads, at, band, place, where, False, CONTAIN, TILE_Q, TILE_K, WHOLE, OPERAND, PRECISION,
+                SCORE, MASK, SLOPE, BAND, ACC,
+            )  # fmt: skip
+    elif table[0] is None:  # any tile may be cut
+        touched, stop, _, _ = _row_limits(at, place, band, TILE_Q, TILE_K, BAND)
+        for m0 in range(touched, stop, TILE_Q):
             sums = _row_tile(
                 sums, m0, loads, at, band, place, where, False, CONTAIN, TILE_Q, TILE_K, WHOLE, OPERAND, PRECISION,
                 SCORE, MASK, SLOPE, BAND, ACC,

@@ -8,7 +8,7 @@ import triton.language as tl
 from flashtile.kernels.triton.backward import leave, load, over_keys, row_values, weigh
 from flashtile.kernels.triton.containment import add_signed, any_not_finite
 from flashtile.kernels.triton.language import add_product, number, product, rounded
-from flashtile.kernels.triton.rows import key_limits, locate
+from flashtile.kernels.triton.rows import key_limits, locate, number_of_head
 
 
 @triton.jit
@@ -16,7 +16,7 @@ def backward_q(
     q, k, v, do, lse, delta, dq, odd,
     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, do_b, do_h, do_s, do_d, dq_b, dq_h, dq_s, dq_d,
     first, items, heads, group, q_len, kv_len, head_size, value_size, query_tiles, splits, split_keys, dq_split,
-    scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, captures, threshold, seed,
+    scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, captures, origin, threshold, seed,
     SCORE: tl.constexpr, MASK: tl.constexpr, SLOPE: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     HEAD: tl.constexpr, VALUE: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BAND: tl.constexpr, PARTS: tl.constexpr, CONTAIN: tl.constexpr,
@@ -35,7 +35,7 @@ def backward_q(
                     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, do_b, do_h, do_s, do_d,
                     dq_b, dq_h, dq_s, dq_d,
                     heads, group, q_len, kv_len, head_size, value_size, query_tiles, splits, split_keys, dq_split,
-                    scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, captures, threshold, seed,
+                    scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, captures, origin, threshold, seed,
                     SCORE, MASK, SLOPE, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, BAND, PARTS,
                     CONTAIN,
                 )  # fmt: skip
@@ -45,7 +45,7 @@ def backward_q(
             q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, do_b, do_h, do_s, do_d,
             dq_b, dq_h, dq_s, dq_d,
             heads, group, q_len, kv_len, head_size, value_size, query_tiles, splits, split_keys, dq_split,
-            scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, captures, threshold, seed,
+            scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, captures, origin, threshold, seed,
             SCORE, MASK, SLOPE, TILE_Q, TILE_K, HEAD, VALUE, WHOLE, OPERAND, PRECISION, BAND, PARTS,
             CONTAIN,
         )  # fmt: skip
@@ -56,7 +56,7 @@ def _tile(
     item, q, k, v, do, lse, delta, dq, odd,
     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, do_b, do_h, do_s, do_d, dq_b, dq_h, dq_s, dq_d,
     heads, group, q_len, kv_len, head_size, value_size, query_tiles, splits, split_keys, dq_split,
-    scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, captures, threshold, seed,
+    scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, captures, origin, threshold, seed,
     SCORE: tl.constexpr, MASK: tl.constexpr, SLOPE: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     HEAD: tl.constexpr, VALUE: tl.constexpr, WHOLE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BAND: tl.constexpr, PARTS: tl.constexpr, CONTAIN: tl.constexpr,
@@ -83,10 +83,10 @@ def _tile(
     factor = number(scale, ACC)
     nats, row_delta = row_values(lse, delta, (b.to(tl.int64) * heads + h) * q_len + i, inside)
     of_rows = (i[:, None], nats[:, None], row_delta[:, None], low[:, None], high[:, None], factor)
-    table = (rows, runs) if MASK is None else (rows + 2 * (b * rows_b + h * rows_h + tile), runs)
+    table = (rows, runs) if rows is None else (rows + 2 * (b * rows_b + h * rows_h + tile), runs)
     acc = over_keys(
         tl.zeros([TILE_Q, HEAD], ACC), (low, high, begin, end), table, of_rows, loads, at,
-        (captures, threshold, seed, b * heads + h), _key_tile,
+        (captures, threshold, seed, number_of_head(b, h, heads, origin), origin), _key_tile,
         CONTAIN, TILE_K, WHOLE, OPERAND, PRECISION, SCORE, MASK, SLOPE, None, None, ACC,
     )  # fmt: skip
     if not CONTAIN:

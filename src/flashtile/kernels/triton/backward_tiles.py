@@ -108,6 +108,9 @@ TABLE: dict[tuple[str, str], tuple[Rows, Rows]] = {
 ALIKE = {"float16": "bfloat16", "float32 fp16": "float32 bf16"}
 
 
+# Another row of dQ, and of dK and dV, which a short timing on the device may prefer; None: there is none.
+TIMED: dict[tuple[str, str, int], tuple[Row | None, Row | None]] = {}
+
 # Rows of dK and dV in place of the table's where the Triton at hand is older than a version and kernels would spill;
 # of the other rows of sm_80 and sm_90 for 16 bits none does with 3.6.
 OLDER: dict[tuple[str, str, int], tuple[tuple[int, int], Row]] = {
@@ -127,6 +130,20 @@ def rows_for(arch: str, kind: str, head_size: int) -> tuple[Row, Row] | None:
     if instead is not None and installed() < older:
         of_kv = instead
     return None if of_q is None or of_kv is None else (of_q, of_kv)
+
+
+def timed_pairs(spec: AttentionSpec, arch: str) -> tuple[tuple[Tile, Tile], ...]:
+    """Tiles of dQ, and of dK and dV, that may be faster than the table's: one other, or both."""
+    found = backward_tiles(spec, arch)
+    size = max(padded(spec.head_size), padded(spec.value_size))
+    head = next((most for most in HEADS if size <= most), 0)
+    kind = ALIKE.get(kind_of(spec), kind_of(spec))
+    other = TIMED.get((str(rows_of(arch)), kind, head))
+    if found is None or other is None:
+        return ()
+    of_q, of_kv = (found[n] if row is None else row.tile for n, row in enumerate(other))
+    pairs = (of_q, found[1]), (found[0], of_kv), (of_q, of_kv)
+    return tuple(pair for pair in dict.fromkeys(pairs) if pair != found)
 
 
 def cautious_tiles(spec: AttentionSpec) -> tuple[Tile, Tile]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from flashtile.errors import UnavailableError
 from flashtile.kernels.triton import tiles, timed
 from flashtile.kernels.triton.backward_parts import parts_of_keys
-from flashtile.kernels.triton.backward_tiles import backward_tiles, cautious_tiles
+from flashtile.kernels.triton.backward_tiles import backward_tiles, cautious_tiles, timed_pairs
 from flashtile.kernels.triton.selftest import Judge, Row, failure
 from flashtile.kernels.triton.specialisation import Tile, has_spans, padded
 from flashtile.spec import AttentionSpec
@@ -68,8 +68,15 @@ def described_rows(spec: AttentionSpec, place: Place, few: bool, plain: Row) -> 
     return tuple(_row(spec, plain.uses, tile) for tile in (best, *others))
 
 
-def usable_backward(spec: AttentionSpec, place: Place, arrays: bool, judge: Judge | None = None) -> tuple[Tile, Tile]:
-    """The tiles of dQ, and of dK and dV, of a call: the first that are right, judged in turn.
+def usable_backward(
+    spec: AttentionSpec,
+    place: Place,
+    arrays: bool,
+    judge: Judge | None = None,
+    stopwatch: timed.Stopwatch | None = None,
+) -> tuple[Tile, Tile]:
+    """The tiles of dQ, and of dK and dV, of a call: the first that are right, judged in turn; of a call without more to
+    it, those among the table's and their alternatives that take least time.
 
     arrays: gradients of captured arrays are among those wanted. Raises: UnavailableError if none are.
     """
@@ -88,7 +95,10 @@ def usable_backward(spec: AttentionSpec, place: Place, arrays: bool, judge: Judg
             "kernel: got a backward on a GPU, expected one that is right; "
             + "; ".join(f"triton: {reason}" for reason in _reasons(rows, place))
         )
-    return usable.tiles[0], usable.tiles[1]
+    plain = usable is rows[0] and uses == {"backward"} and timed.enabled()
+    others = (_row(spec, uses, *pair) for pair in timed_pairs(spec, place.arch)) if plain else ()
+    of_q, of_kv = _fastest([usable, *(row for row in others if not _failed(row, place, judge))], place, stopwatch).tiles
+    return of_q, of_kv
 
 
 def _usable(rows: Iterable[Row], place: Place, judge: Judge | None = None) -> Row | None:
@@ -97,7 +107,7 @@ def _usable(rows: Iterable[Row], place: Place, judge: Judge | None = None) -> Ro
 
 def _fastest(rows: list[Row], place: Place, stopwatch: timed.Stopwatch | None = None) -> Row:
     """The first, or a faster one: what is timed is plain attention, which tells nothing of other uses."""
-    return rows[0] if rows[0].uses else timed.fastest(place.name, place.version, rows, stopwatch)
+    return rows[0] if rows[0].uses - {"backward"} else timed.fastest(place.name, place.version, rows, stopwatch)
 
 
 def _reasons(rows: Iterable[Row], place: Place) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flashtile import current
-from flashtile.kernels.triton import driver
+from flashtile.kernels.triton import driver, kept
 from flashtile.kernels.triton.compiler import compiled
 from flashtile.kernels.triton.device import Bound, Placed, Pointer
 from flashtile.kernels.triton.parameters import Template
@@ -45,6 +45,9 @@ class Gpu:
         given = zip(array.strides, once.strides, strict=True)
         strides = tuple(0 if own == 0 else step // once.itemsize for own, step in given)
         return Placed(Pointer(here.owner.address(memory), element, memory), strides)
+
+    def keep(self, array: np.ndarray, element: str) -> Pointer:
+        return kept.find(current.here(), array, element)
 
     def processors(self) -> int:
         return driver.device(current.here().number).processors

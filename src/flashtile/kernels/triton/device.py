@@ -11,11 +11,15 @@ from flashtile.kernels.triton.specialisation import Specialisation
 
 
 class Pointer(NamedTuple):
-    """An address on the device, the Triton name of what lies there, and whoever owns the memory."""
+    """An address on the device, the Triton name of what lies there, and whoever owns the memory. As an integer, in a
+    block of parameters, it is the address."""
 
     address: int
     element: str
     keep: Any = None
+
+    def __index__(self) -> int:
+        return self.address
 
 
 class Placed(NamedTuple):
@@ -32,8 +36,8 @@ class Bound(Protocol):
     def specialisation(self) -> Specialisation: ...
 
     def __call__(self, grid: int, values: Mapping[str, Any]) -> None:
-        """Run `grid` programs. values: for each other name of the signature an int, a Pointer, or a tuple of these;
-        names that the kernel does not take are passed over."""
+        """Run `grid` programs. values: for each other name of the signature an int, which of a pointer is the address,
+        a Pointer, or a tuple of these; names that the kernel does not take are passed over."""
         ...
 
 
@@ -50,6 +54,11 @@ class Device(Protocol):
 
     def place(self, array: np.ndarray, element: str) -> Placed:
         """An array of the host where kernels can read it: itself, or a copy. Axes of stride 0 keep it."""
+        ...
+
+    def keep(self, array: np.ndarray, element: str) -> Pointer:
+        """A row-major array of the host where kernels can read it: one that was kept for an earlier call on this
+        stream, with the same contents, or a copy that later calls may find."""
         ...
 
     def processors(self) -> int:

@@ -19,7 +19,7 @@ from flashtile.kernels.triton.containment import add_contained, add_signed, any_
 from flashtile.kernels.triton.dropout import kept, share_of
 from flashtile.kernels.triton.functions import exp_of_difference
 from flashtile.kernels.triton.language import LN2, LOG2E, MINUS_INF, add_product, number, product, rounded, spread
-from flashtile.kernels.triton.rows import key_limits, locate, longest_first, rows_of_tile
+from flashtile.kernels.triton.rows import key_limits, locate, longest_first, number_of_head, rows_of_tile
 
 
 @triton.jit
@@ -43,8 +43,8 @@ def forward(
     Two launches make a call. The first, one item a program, marks in odd (work items,) those whose sums are not all
     finite, and leaves their o and lse as they were. The second, CONTAIN, computes just these (containment.py); it has
     as many programs as the device has processors or more, which look through the marks of all `items`.
-    origin: of tiles of larger arrays, the first batch, head, row and key, by which the program knows them. A mask
-    without a table (rows) is looked at everywhere.
+    origin: of tiles of larger arrays, the first batch, head, row and key, and the heads of those, by which the program
+    and dropout know them. A mask without a table (rows) is looked at everywhere.
     """
     if CONTAIN:
         for item in range(first + tl.program_id(0), first + items, tl.num_programs(0)):
@@ -127,8 +127,8 @@ def _work_item(
         factor *= tl.full((), LOG2E, ACC)
     table_row = 0 if rows is None else 2 * (b * rows_b + _head_of_table(h, rows_h, PACKED) + tile)
     inputs = (query, keys, values, factor, low, high, begin, end, b, h, i, left, right)
-    number_of_head = b * heads + h
-    draw = (threshold, seed, number_of_head[:, None] if PACKED else number_of_head)
+    head_number = number_of_head(b, h, heads, origin)
+    draw = (threshold, seed, head_number[:, None] if PACKED else head_number)
     where = (rows, runs, table_row, captures, draw, origin)
     sizes = (k_s.to(tl.int64), v_s.to(tl.int64), kv_len, head_size, value_size)
     sums = _start(o_rows, lse_rows, o_d, inside, columns, threshold, STATE, TILE_Q, VALUE, ACC)
@@ -373,9 +373,12 @@ def _key_tile(
     else:
         value = _load(values + n0 * v_s, (j < kv_len)[:, None], (dv < value_size)[None, :], FULL, WHOLE)
     value = rounded(value, OPERAND)
-    threshold, seed, number_of_head = where[4]
+    threshold, seed, head_number = where[4]
     if threshold is not None:  # the sum of the weights, and with it lse, is taken without dropout
-        keep = kept(n0, i[:, None], number_of_head, threshold, seed, TILE_K, False)
+        first_key, row = n0, i[:, None]
+        if where[5] is not None:
+            first_key, row = n0 + where[5][3], row + where[5][2]
+        keep = kept(first_key, row, head_number, threshold, seed, TILE_K, False)
         p = tl.where(keep, p, 0.0)
     if CONTAIN:
         seen = s != MINUS_INF

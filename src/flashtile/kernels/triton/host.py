@@ -42,9 +42,11 @@ class Launches(NamedTuple):
 
 
 class Call(NamedTuple):
-    """The launches of one call, in order, by stage: over the plan's work items, and over the tiles of a merge."""
+    """The launches of one call, in order, by stage: over the plan's work items, and over the tiles of a merge; and the
+    memory that they have beside the arrays."""
 
     stages: tuple[Launches, ...]
+    work: Any = None
 
 
 class Forward:
@@ -69,7 +71,7 @@ class Forward:
         self._packed = plan.head_block > 1
         self._split = plan.splits > 1
         self._rows = spec.batch * spec.heads * spec.q_len
-        self._element, self._accumulator = ELEMENTS[spec.dtype], ELEMENTS[DTYPES[spec.dtype].accumulator]
+        self._accumulator = ELEMENTS[DTYPES[spec.dtype].accumulator]
         self._merge_tiles = -(-spec.q_len // MERGE_ROWS)
         self._kernels: dict[bool, tuple[tuple[Bound, ...], ...]] = {}  # by whether the arrays are aligned
         self._tables: dict[tuple[Any, ...], Table] = {}
@@ -86,16 +88,16 @@ class Forward:
         if kernels is None:
             kernels = self._kernels[aligned] = self._bind(aligned)
         work = device.empty(self.workspace_bytes, "u8")
-        at, keep, element, accumulator = work.address, work.keep, self._element, self._accumulator
-        out, wanted = Pointer(o, element), Pointer(lse or at + self._lse_at, accumulator, keep)
+        at = work.address
+        wanted = lse or at + self._lse_at
         values: dict[str, Any] = {
-            "q": Pointer(q, element),
-            "k": Pointer(k, element),
-            "v": Pointer(v, element),
-            "o": out,
+            "q": q,
+            "k": k,
+            "v": v,
+            "o": o,
             "lse": wanted,
-            "odd": Pointer(at + self._odd_at, "i32", keep),
-            "offsets": Pointer(offsets, "i64"),
+            "odd": at + self._odd_at,
+            "offsets": offsets,
         }
         sinks = None
         if scoring is not None:
@@ -103,14 +105,13 @@ class Forward:
             if scoring.keep is not None:
                 values.update(drawing(scoring.keep))
             if scoring.sinks is not None:
-                sinks = values["sinks"] = sinks_at(scoring.sinks, accumulator, device)
+                sinks = values["sinks"] = sinks_at(scoring.sinks, self._accumulator, device)
         if not self._split:
-            return Call((Launches(kernels[0], values),))
-        parts_o = Pointer(at + self._parts_o_at, accumulator, keep)
-        parts_lse = Pointer(at + self._parts_lse_at, accumulator, keep)
-        merging = {"parts_o": parts_o, "parts_lse": parts_lse, "o": out, "lse": wanted, "sinks": sinks}
+            return Call((Launches(kernels[0], values),), work)
+        parts_o, parts_lse = at + self._parts_o_at, at + self._parts_lse_at
+        merging = {"parts_o": parts_o, "parts_lse": parts_lse, "o": o, "lse": wanted, "sinks": sinks}
         values.update({"o": parts_o, "lse": parts_lse})
-        return Call((Launches(kernels[0], values), Launches(kernels[1], merging)))
+        return Call((Launches(kernels[0], values), Launches(kernels[1], merging)), work)
 
     def run(self, params: Call, begin: int, end: int, scratch: int) -> int:
         """Launch work items [begin, end), and after the last of them the merge."""
@@ -169,10 +170,7 @@ class Forward:
             return {}
         values: dict[str, Any] = {"captures": captured(program.captures, self._device)}
         if program.mask is not None:
-            table = self._table(program)
-            place = self._device.place(table.both, "i32").pointer
-            values["rows"], values["runs"] = place, place._replace(address=place.address + 4 * table.rows.size)
-            values["rows_b"], values["rows_h"] = table.rows_b, table.rows_h
+            values |= table_values(self._table(program), self._device)
         return values
 
     def _table(self, program: Program) -> Table:
@@ -191,6 +189,13 @@ class Forward:
                     self._tables.clear()
                 self._tables[numbers] = table
         return table
+
+
+def table_values(table: Table, device: Device) -> dict[str, Any]:
+    """A coverage table as kernels take it, on the device."""
+    place = device.keep(table.both, "i32")
+    runs = place._replace(address=place.address + 4 * table.rows.size)
+    return {"rows": place, "runs": runs, "rows_b": table.rows_b, "rows_h": table.rows_h}
 
 
 def places(counts: Iterable[int]) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import inspect
+import operator
 import re
 import threading
 import warnings
@@ -62,8 +63,21 @@ def mend_index(runtime: Any) -> None:
     runtime._patch_lang_tensor = mended
 
 
+def mend_calls(runtime: Any) -> None:
+    """Patch Triton's language once a launch of ours, not again for each call of one function by another, which takes
+    half of the time of everything. Functions of Triton's own see the language by other names."""
+    patch = runtime.InterpretedFunction.__call__
+
+    def mended(function: Any, *arguments: Any, **options: Any) -> Any:
+        ours = function.fn.__module__.startswith("flashtile.")
+        return function.rewrite()(*arguments, **options) if ours else patch(function, *arguments, **options)
+
+    runtime.InterpretedFunction.__call__ = mended
+
+
 _SPELLED = re.compile(r"int\(self\.handle\.data\)")
-mend_index(importlib.import_module("triton.runtime.interpreter"))
+mend_index(_runtime := importlib.import_module("triton.runtime.interpreter"))
+mend_calls(_runtime)
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,9 @@ class Interpreter:
         strides = tuple(stride // array.itemsize for stride in array.strides)
         return Placed(Pointer(array.ctypes.data, element, array), strides)
 
+    def keep(self, array: np.ndarray, element: str) -> Pointer:
+        return self.place(array, element).pointer
+
     def processors(self) -> int:
         return PROCESSORS
 
@@ -106,20 +123,21 @@ class Interpreter:
 
     def launch(self, specialisation: Specialisation, grid: int, values: Mapping[str, Any]) -> None:
         arguments = jit.constants(specialisation)
-        for name in specialisation.names:
+        for name, types in specialisation.signature:
             value = values[name]
-            arguments[name] = tuple(map(_argument, value)) if type(value) is tuple else _argument(value)
+            one = _argument(value, types) if isinstance(types, str) else tuple(map(_argument, value, types))
+            arguments[name] = one
         # inf and NaN are answers here, and int32 wraps.
         with _one_at_a_time, np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             jit.FUNCTIONS[specialisation.kernel][(grid,)](**arguments)
 
 
-def _argument(value: int | Pointer) -> Any:
+def _argument(value: int | Pointer, type_: str) -> Any:
     """A pointer as the interpreter takes it: a tensor that begins there. It never looks beyond the address."""
-    if not isinstance(value, Pointer):
+    if type_[0] != "*":
         return value
-    dtype = _TORCH[value.element]
-    if not value.address:  # an empty array of no memory
+    address, dtype = operator.index(value), _TORCH[type_[1:]]
+    if not address:  # an empty array of no memory
         return torch.empty(1, dtype=dtype)
-    return torch.frombuffer((ctypes.c_char * dtype.itemsize).from_address(value.address), dtype=dtype)
+    return torch.frombuffer((ctypes.c_char * dtype.itemsize).from_address(address), dtype=dtype)

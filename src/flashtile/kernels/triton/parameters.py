@@ -6,11 +6,11 @@ Triton appends two pointers of its own, to scratch memory that a kernel may have
 from __future__ import annotations
 
 import functools
+import operator
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from flashtile.kernels.triton.device import Pointer
 from flashtile.kernels.triton.specialisation import Specialisation
 
 # A type's letter in `struct`; its size is also its alignment.
@@ -58,27 +58,31 @@ class Template:
                 end = struct.calcsize(letters)
                 offset = end - size_of(type_)
                 if name in fixed:
-                    struct.pack_into("@" + letters[-1], self._start, offset, _element(fixed, *place))
+                    struct.pack_into("@" + letters[-1], self._start, offset, *_reader([place])(fixed))
                 elif holes and offset == holes[-1][0] + struct.calcsize("=" + holes[-1][1]):
                     holes[-1] = holes[-1][0], holes[-1][1] + letters[-1], [*holes[-1][2], place]
                 else:
                     holes.append((offset, letters[-1], [place]))
-        self._holes = tuple((at, struct.Struct("=" + form).pack_into, tuple(which)) for at, form, which in holes)
+        self._holes = tuple((at, struct.Struct("=" + form).pack_into, _reader(which)) for at, form, which in holes)
 
     def fill(self, values: Mapping[str, Any], scratch: int = 0) -> bytearray:
         """The block of a launch. scratch is the address of what the kernel asked for, 0 if it asked for nothing."""
         block = self._start.copy()
-        for offset, pack_into, places in self._holes:
-            pack_into(block, offset, *[_element(values, name, n) for name, n in places])
+        for offset, pack_into, read in self._holes:
+            pack_into(block, offset, *read(values))
         if scratch:
             struct.pack_into(POINTER, block, self._scratch, scratch)
         return block
 
 
-def _element(values: Mapping[str, Any], name: str, n: int) -> int:
-    """An argument as a number, or of a tuple its element n."""
-    value = values[name] if n < 0 else values[name][n]
-    return value if type(value) is int else value.address if type(value) is Pointer else int(value)
+def _reader(places: list[tuple[str, int]]) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
+    """Of arguments by name, those at these places: whole ones, or of a tuple its element n."""
+    names = [name for name, n in places if n < 0]
+    if len(names) < len(places):
+        return lambda values: tuple(values[name] if n < 0 else values[name][n] for name, n in places)
+    if len(names) == 1:
+        return lambda values: (values[names[0]],)
+    return operator.itemgetter(*names)
 
 
 def block(specialisation: Specialisation, values: Mapping[str, Any], scratch: int) -> bytes:

@@ -6,6 +6,7 @@ brings the kernels of that use about. A second of work or a few, most of which i
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -91,25 +92,45 @@ def judge(capabilities: Callable[[AttentionSpec], Capabilities], device: Device,
 
 
 def stopwatch(capabilities: Callable[[AttentionSpec], Capabilities], device: Device, row: Row) -> float:
-    """Seconds of a row's kernel in a causal call that fills the device, which this waits for."""
+    """Seconds of a row's kernels in a causal call that fills the device, which this waits for: of gradients, those of
+    dQ, dK and dV together."""
     here, shape = current.here(), (*TIMED_SHAPE, row.size)
     view = contiguous(shape, row.dtype, here.device)
     spec = AttentionSpec.of(view, view, view, causal=True, precision=row.precision)
-    (tile,), strides = row.tiles, view.strides4()
-    plan = make_plan(spec, replace(capabilities(spec), tile_q=(tile.tile_q,), tile_k=(tile.tile_k,)))
-    kernel = Forward(spec, plan, Layout(strides, strides, strides, strides), tile, device)
     values = np.random.default_rng(0).standard_normal(shape, np.float32)
-    stored = round_to_bf16(values) if row.dtype == "bfloat16" else values.astype(row.dtype)
-    at, o = here.owner.address(x := _upload(stored)), _zeros(row.dtype, shape)
-    call, seconds = kernel.pack(at, at, at, here.owner.address(o), 0, 0), []
+    x = _upload(round_to_bf16(values) if row.dtype == "bfloat16" else values.astype(row.dtype))
+    made = _timed_gradients if "backward" in row.uses else _timed_forward
+    run, result, *held = made(spec, row, here.owner.address(x), device, capabilities)
+    seconds = []
     for repeats in (1, TIMED_CALLS):  # the first compiles and warms up
         began = clock()
         for _ in range(repeats):
-            _run(kernel, call, plan.items)
-        here.owner.download(o[:1])  # waits
+            run()
+        here.owner.download(result[:1])  # waits
         seconds.append((clock() - began) / repeats)
-    del x
+    del x, held
     return seconds[-1]
+
+
+def _timed_forward(spec: AttentionSpec, row: Row, at: int, device: Device, capabilities: Any) -> tuple[Any, ...]:
+    """What launches the forward of arrays that all lie at one address, and its result."""
+    (tile,), shape = row.tiles, (*TIMED_SHAPE, row.size)
+    plan = make_plan(spec, replace(capabilities(spec), tile_q=(tile.tile_q,), tile_k=(tile.tile_k,)))
+    kernel = Forward(spec, plan, Layout(*(_strides(spec, shape) for _ in "qkvo")), tile, device)
+    o = _zeros(row.dtype, shape)
+    call = kernel.pack(at, at, at, current.here().owner.address(o), 0, 0)
+    return functools.partial(_run, kernel, call, plan.items), o
+
+
+def _timed_gradients(spec: AttentionSpec, row: Row, at: int, device: Device, capabilities: Any) -> tuple[Any, ...]:
+    """The same of gradients, and what else must live as long: weights are not those of a softmax, but finite."""
+    shape, address = (*TIMED_SHAPE, row.size), current.here().owner.address
+    kernel = Backward(spec, BackwardLayout(*[_strides(spec, shape)] * 8), (), row.tiles[0], row.tiles[1], device)
+    lse, *sums = _zeros(DTYPES[row.dtype].accumulator, TIMED_SHAPE), *(_zeros(row.dtype, shape) for _ in "qkv")
+    given: dict[str, Any] = dict.fromkeys(("q", "k", "v", "o", "do"), at)
+    into: dict[str, Any] = dict(zip(("dq", "dk", "dv"), map(address, sums), strict=True))
+    call = kernel.pack(**given, **into, lse=address(lse), dlse=0, offsets=0)
+    return functools.partial(_run, kernel, call, 1), sums[0], lse, sums
 
 
 def _forward(row: Row, problem: Problem, device: Device, able: Capabilities) -> None:

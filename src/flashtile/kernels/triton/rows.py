@@ -26,6 +26,15 @@ def locate(block, tile, heads, group, q_len, TILE_Q: tl.constexpr, PACKED: tl.co
 
 
 @triton.jit
+def number_of_head(b, h, heads, origin):
+    """b * H + h, by which dropout knows a head; origin: of tiles of larger arrays, in those."""
+    if origin is None:
+        return b * heads + h
+    else:
+        return (b + origin[0]) * origin[4] + h + origin[1]
+
+
+@triton.jit
 def longest_first(place, query_tiles, blocks, together):
     """(block, tile of queries) of a place in the order of work where later rows see more keys: the last tiles first, of
     `together` blocks at a time, whose keys and values the device's cache holds."""

@@ -197,7 +197,7 @@ def forward(
         **(dict.fromkeys(_tables(spec)) if part else _tables(spec)),
         "sinks": f"*{accumulator}" if spec.sinks and (last or state == FINISHED) else None,
         "captures": _captures(spec.program),
-        "origin": ("i32",) * 4 if part and spec.program is not None else None,
+        "origin": _origin(spec, part),
         "threshold": "i32" if spec.dropout else None,
         "seed": "i64" if spec.dropout else None,
     }
@@ -329,6 +329,12 @@ def _tables(spec: AttentionSpec) -> dict[str, Type | None]:
     masked = spec.program is not None and spec.program.mask is not None
     types = {"rows": "*i32", "runs": "*i32", "rows_b": "i32", "rows_h": "i32"}
     return {name: t if masked else None for name, t in types.items()}
+
+
+def _origin(spec: AttentionSpec, part: bool) -> Type | None:
+    """Where a part of larger arrays begins, batch, head, row and key, and how many heads those have: what a program, or
+    dropout, knows its scores by."""
+    return ("i32",) * 5 if part and (spec.program is not None or spec.dropout) else None
 
 
 def _captures(code: Code | None) -> Type | None:

@@ -1,9 +1,9 @@
 """A short timed choice at the first use on a device: it may overrule the order of the table.
 
-The table was chosen by what kernels use, not by their speed. Where it has several rows for arrays that tensor
-descriptors can cut, those that passed their self-test are timed on a problem that fills the device, in turn; the
-fastest is kept on disk for that device, Triton and version of the kernels. `FLASHTILE_GPU_TIMING=0` leaves the choice
-to the table.
+The tables were chosen by what kernels use, not by their speed. Where they have several rows, forward for arrays that
+tensor descriptors can cut, and backward, those that passed their self-test are timed on a problem that fills the
+device, in turn; the fastest is kept on disk for that device, Triton and version of the kernels.
+`FLASHTILE_GPU_TIMING=0` leaves the choice to the tables.
 """
 
 from __future__ import annotations
