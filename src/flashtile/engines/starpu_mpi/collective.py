@@ -7,6 +7,7 @@ ranks. A key tile goes once to each rank of which some query sees some of it, an
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,12 +22,14 @@ from flashtile.engines.starpu.jobs import Job
 from flashtile.engines.starpu.states import submit_finish
 from flashtile.engines.starpu.tiles import DROP, TiledTensor
 from flashtile.engines.starpu_mpi.bias import ROWS, RowsOfBias, blocks_of, point
-from flashtile.engines.starpu_mpi.link import Link
+from flashtile.engines.starpu_mpi.link import POLL_SECONDS, Link
 from flashtile.engines.starpu_mpi.parts import rows_of, tiles_of
 from flashtile.errors import FlashtileError, KernelError, wrong
 from flashtile.score.capture import ArrayCapture
 from flashtile.score.options import Scoring
 from flashtile.spec import AttentionSpec
+
+SHORTEST_PAUSE = 2e-5  # seconds
 
 T = TypeVar("T")
 
@@ -47,6 +50,7 @@ def agree(comm: Any, what: Callable[[], T]) -> list[T]:
         raised = error
         kind = type(error) if isinstance(error, FlashtileError) else KernelError
         mine = _Failure(kind, " ".join(str(error).split()) or type(error).__name__)
+    _meet(comm)
     found = comm.allgather(mine)
     if raised is not None:
         raise raised
@@ -54,6 +58,15 @@ def agree(comm: Any, what: Callable[[], T]) -> list[T]:
         if isinstance(other, _Failure):
             raise other.kind(f"rank {rank}: {other.text}")
     return found
+
+
+def _meet(comm: Any) -> None:
+    """Return when all ranks are here. A collective call of MPI would wait with a core to itself, of which another rank,
+    or a worker of this one, may have use."""
+    arrived, pause = comm.Ibarrier(), SHORTEST_PAUSE
+    while not arrived.Test():
+        time.sleep(pause)
+        pause = min(2 * pause, POLL_SECONDS)
 
 
 def same(every: list[dict[str, Any]], apart: int = 1) -> None:
