@@ -11,7 +11,7 @@ from benchmarks.cases import Case
 def test_every_contestant_is_checked_and_timed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "CASES", (Case("tiny", "f32", 1, 2, 1, 300, 300, 16, causal=True),))
+    monkeypatch.setattr(command, "ALL_CASES", (Case("tiny", "f32", 1, 2, 1, 300, 300, 16, causal=True),))
     monkeypatch.setattr(command, "CASE", "tiny")
     assert command.main(["--rounds", "1", "--threads", "1", "--parts", "engines", "--case", "tiny"]) == 0
     shown = capsys.readouterr().out
