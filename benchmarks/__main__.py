@@ -124,6 +124,7 @@ def run_fixed_costs(options: argparse.Namespace, run: str) -> None:
     verdicts: list[report.Verdict] = []
     if "overheads" in options.parts:
         verdicts += overheads.tiny_call(options.threads)
+        verdicts += overheads.new_length(options.threads)
         verdicts += overheads.gpu_host(options.threads)
         verdicts += first_calls(options.threads, repeats=1 if options.quick else 5)
     if "memory" in options.parts:

@@ -24,6 +24,8 @@ TINY_TARGET = 10.0  # microseconds
 # Microseconds; with options; beside the time of the trace, where there is a function.
 GPU_HOST_TARGETS = {"plain": 30.0, "causal": 30.0, "mask function": 40.0}
 GPU_HOST_OPTIONS = 60.0
+STEP_TARGET = 20.0  # microseconds, where one thread computes the step
+STEPS = {100: STEP_TARGET, 400: STEP_TARGET, 1100: None}  # by the first number of keys
 FIRST_TARGETS = {"cold": 1.0, "warm": 0.060}  # seconds
 FIRST_ON_TILES = {"cold": 0.7, "warm": 0.060}  # of kernels for matrix registers, in every dtype that they compute
 
@@ -56,6 +58,21 @@ def tiny_call(threads: int) -> list[Verdict]:
         note = found.get("error", "for comparison" if target is None else "")
         measure = f"us, {door.replace('scaled_dot_product_attention', 'sdpa')}"
         verdicts.append(Verdict("tiny call", measure, found.get("microseconds"), target, note, at_most=True))
+    return verdicts
+
+
+def new_length(threads: int) -> list[Verdict]:
+    """A decoder's step, one key more than the last, beyond the same call again; the cache allocated once or anew."""
+    verdicts = []
+    for begin, target in STEPS.items():
+        for layout in ("part", "own"):
+            found = run_snippet("new_length", str(begin), layout, threads=threads)
+            note = found.get("error", f"the repeat: {found.get('repeat', 0.0):.0f} us")
+            measure = (
+                f"us beyond a repeat, {layout} of the cache" if layout == "part" else "us beyond a repeat, own arrays"
+            )
+            subject = f"a step at {begin} to {begin + 300} keys"
+            verdicts.append(Verdict(subject, measure, found.get("microseconds"), target, note, at_most=True))
     return verdicts
 
 

@@ -36,6 +36,33 @@ def tiny_call(door: str) -> dict[str, float]:
     return {"microseconds": statistics.median(batches) * 1e6}
 
 
+def new_length(begin: str, layout: str) -> dict[str, float]:
+    """Median microseconds that one query on n keys, (1, 32/8, 1, n, 128) fp32, takes beyond its repeat where no call
+    has had n keys yet, as at a decoder's steps: for 300 n, from `begin` on. layout: "part" of a longer cache, or
+    arrays of their "own"."""
+    import flashtile
+
+    from .cases import Case
+    from .data import make_inputs
+
+    flashtile.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    first, lengths = int(begin), 300
+    q, k, v = make_inputs(Case("step", "f32", 1, 32, 8, 1, first + lengths, 128))
+    beyond, repeats = [], []
+    for n in range(first, first + lengths):
+        arrays = q, k[:, :, :n], v[:, :, :n]
+        if layout == "own":
+            arrays = q, arrays[1].copy(), arrays[2].copy()
+        times = []
+        for _ in range(3):  # of the three the second repeats, as the first does, what the caches hold
+            start = time.perf_counter()
+            flashtile.attention(*arrays)
+            times.append(time.perf_counter() - start)
+        beyond.append(times[0] - times[1])
+        repeats.append(times[1])
+    return {"microseconds": statistics.median(beyond) * 1e6, "repeat": statistics.median(repeats) * 1e6}
+
+
 def gpu_host(option: str, rounds: str = "60") -> dict[str, float]:
     """Least microseconds of a GPU call's host side: see gpu/host.py."""
     from .gpu import host
@@ -186,6 +213,7 @@ def starpu_submission() -> dict[str, float]:
 
 SNIPPETS: tuple[Callable[..., dict[str, float]], ...] = (
     tiny_call,
+    new_length,
     gpu_host,
     door,
     first_call,

@@ -15,9 +15,8 @@ import pytest
 from inputs import Shape, numpy_dtype, same_bits, uniform
 
 import flashtile
-from flashtile import calls, kernels
+from flashtile import calls
 from flashtile.arrays import _ask_address, address_of
-from flashtile.errors import SpecError
 
 pytestmark = pytest.mark.core
 
@@ -230,65 +229,7 @@ def _affinity() -> str:
     return str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
 
 
-def test_a_new_length_neither_picks_nor_lists_anything_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a decoder's next step adds is a plan and a block of parameters, not the choice of a kernel."""
-    q, cache = np.ones((1, 4, 1, 16), np.float32), np.ones((1, 2, 200, 16), np.float32)
-    calls.clear_cache()
-    picked = []
-    honest = kernels.pick
-    monkeypatch.setattr(kernels, "pick", lambda *given: picked.append(given) or honest(*given))
-    for n in range(1, 200):
-        o = flashtile.attention(q, cache[:, :, :n], cache[:, :, :n])
-        assert o.shape == q.shape
-    assert len(picked) == 1
-    assert len(calls.cache) == 199
-
-
-def test_many_lengths_keep_a_bounded_number_of_calls() -> None:
-    q, cache = np.ones((1, 1, 1, 4), np.float32), np.ones((1, 1, 3000, 4), np.float32)
-    for n in range(1, 3000):
-        flashtile.attention(q, cache[:, :, :n], cache[:, :, :n])
-    assert len(calls.cache) <= calls.CACHE_ENTRIES
-
-
 @pytest.mark.parametrize("off", [None, 0, 0.0, np.float32(0), np.int64(0)])
 def test_a_softcap_of_zero_is_none(off: Any) -> None:
     q = np.linspace(-1, 1, 24, dtype=np.float32).reshape(3, 8)
     assert (flashtile.attention(q, q, q, softcap=off) == flashtile.attention(q, q, q)).all()
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"causal": True, "align": "bottom_right"}, {"window": (40, 3), "align": 17}, {"scale": -0.5, "out": True}],
-    ids=["dense", "causal", "window", "out"],
-)
-def test_a_new_length_is_what_it_would_be_alone(kernel: Any, dtype: str, options: dict[str, Any]) -> None:
-    """Over lengths where keys begin to be split, rows begin to be few, and the cache has other strides."""
-    q, k, v = uniform(Shape(1, 4, 2, 2, 1400, 16), dtype)
-    options = dict(options)
-    if options.pop("out", False):
-        options["out"] = np.empty((*q.shape[:3], v.shape[-1]), q.dtype)
-    lengths = (1399, 1, 2, 2, 1040, 30, 1400)
-    calls.clear_cache()
-    grown = [np.array(kernel(q, *(_part(x, n) for x in (k, v)), return_lse=True, **options)[0]) for n in lengths]
-    specs = [call.spec for call in calls.cache.values()]
-    for n, o in zip(lengths, grown, strict=True):
-        calls.clear_cache()
-        assert same_bits(kernel(q, *(_part(x, n) for x in (k, v)), return_lse=True, **options)[0], o)
-        assert next(iter(calls.cache.values())).spec in specs
-
-
-def _part(x: np.ndarray, n: int) -> np.ndarray:
-    """The first n keys: a part of a longer cache, or an array of its own."""
-    return x[:, :, :n] if n % 2 else np.ascontiguousarray(x[:, :, :n])
-
-
-def test_a_new_length_is_validated() -> None:
-    q, k = np.ones((1, 2, 5, 16), np.float32), np.ones((1, 2, 9, 16), np.float32)
-    flashtile.attention(q, k[:, :, :5], k[:, :, :5], causal=True)
-    with pytest.raises(SpecError, match=r"align: got None with 5 queries and 6 keys"):
-        flashtile.attention(q, k[:, :, :6], k[:, :, :6], causal=True)
-    with pytest.raises(SpecError, match=r"v: got length 6, expected 5 as in k"):
-        flashtile.attention(q, k[:, :, :5], k[:, :, :6], causal=True)
-    with pytest.raises(SpecError, match=r"window: got \(1, \[\]\)"):
-        flashtile.attention(q, k[:, :, :5], k[:, :, :5], window=[1, []])

@@ -129,7 +129,7 @@ def test_a_part_alone_leaves_the_files_of_the_others(tmp_path: Path, monkeypatch
     before = (tmp_path / records.PEERS).read_text()
     monkeypatch.setattr(command, "ALL_CASES", (ONE, TWO, BASED))
     monkeypatch.setattr(overheads, "tiny_call", lambda threads: [Verdict("tiny call", "us", 5.0, 10.0, at_most=True)])
-    for other in ("gpu_host", "first_call"):
+    for other in ("new_length", "gpu_host", "first_call"):
         monkeypatch.setattr(overheads, other, lambda *_, **__: [])
     assert command.main(["--parts", "overheads", "--threads", "1", "--peers", "numpy", "--output", str(tmp_path)]) == 0
     assert (tmp_path / records.PEERS).read_text() == before

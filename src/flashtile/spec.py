@@ -37,7 +37,7 @@ class Band:
     right: int | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AttentionSpec:
     """Everything that decides which kernel runs and how, except where the arrays lie.
 
@@ -99,33 +99,25 @@ class AttentionSpec:
         named = (("band", self.band), ("program", self.program), ("sinks", self.sinks), ("dropout", self.dropout))
         return frozenset(name for name, value in named if value)
 
-    def with_keys(self, kv_len: int, align: object) -> AttentionSpec:
-        """This spec for another number of keys, `align` being the option that it was made with. A decoder asks at every
-        step, and dataclasses.replace takes several times as long.
+    def with_keys(self, kv_len: int, align: object, positional: bool = False) -> AttentionSpec:
+        """This spec for another number of keys, `align` and `positional` being what it was made with (`of`).
 
-        Raises: SpecError where the band needs an align now.
+        Raises: SpecError where a rule needs an align now.
         """
         if kv_len == self.kv_len:
             return self
-        offset = offset_of(align, self.band is not None, self.q_len, kv_len)
-        return AttentionSpec(
-            self.batch,
-            self.heads,
-            self.kv_heads,
-            self.q_len,
-            kv_len,
-            self.head_size,
-            self.value_size,
-            self.dtype,
-            self.precision,
-            self.band,
-            offset,
-            self.scale,
-            self.program,
-            self.sinks,
-            self.dropout,
-            self.device,
-        )
+        return self.changed(kv_len=kv_len, offset=self.offset_at(kv_len, align, positional))
+
+    def offset_at(self, kv_len: int, align: object, positional: bool = False) -> int | None:
+        """The offset of `with_keys`. Raises: as it does."""
+        return offset_of(align, positional or self.band is not None, self.q_len, kv_len)
+
+    def changed(self, **fields: Any) -> AttentionSpec:
+        """This spec with other values in some fields, like dataclasses.replace, which takes ten times as long: decoders
+        ask at every step."""
+        found = object.__new__(AttentionSpec)
+        found.__dict__.update(self.__dict__, **fields)
+        return found
 
     @classmethod
     def of(

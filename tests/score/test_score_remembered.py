@@ -6,13 +6,15 @@ import contextlib
 import math
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from flashtile.errors import SpecError
-from flashtile.score import remembered
+from flashtile.score import padding, remembered
+from flashtile.score.mask import Mask
 from flashtile.score.program import Program
 
 pytestmark = pytest.mark.core
@@ -58,10 +60,12 @@ def less(x: Any, most: Any = 5) -> Any:
     [
         {"mask": lambda b, h, i, j: (i >= j) & (j > LIMIT)},
         {"mask": closing_over(np.arange(8, dtype=np.int32) // 3)},
+        {"mask": padding(np.array([5]))},
+        {"mask": Mask(lambda offset: lambda b, h, i, j: j <= i + offset, positional=True), "offset": 2},
         {"score_mod": lambda s, b, h, i, j: np.tanh(s / 20.0) * less(j) + np.pi},
         {"score_mod": lambda s, b, h, i, j: np.where(j > i, -np.inf, -s), "softcap": 2.0, "causal": True, "offset": 2},
     ],
-    ids=["a global number", "an array", "a function of a function", "beside other options"],
+    ids=["a global number", "an array", "padding", "an offset", "a function of a function", "beside other options"],
 )
 def test_what_follows_from_code_and_closure_is_traced_once(entries: dict[Any, Any], options: dict[str, Any]) -> None:
     check(entries, True, **options)
@@ -118,6 +122,25 @@ def test_values_are_those_of_the_call(entries: dict[Any, Any], monkeypatch: pyte
         assert [math.copysign(1, x.value) for x in program.captures] == (
             [] if limit is True else [math.copysign(1, limit)]
         )
+
+
+def test_a_mask_object_is_read_and_checked_at_every_call(entries: dict[Any, Any]) -> None:
+    """Its arrays as they are now, the call's offset, what was computed when its rule was made, and whether it fits."""
+    lengths = np.array([5])
+    shown = []
+    for lengths[0] in (5, 2):
+        shown.append(np.isfinite(values(Program.of(SHAPE, mask=padding(lengths)))).sum() / 12)
+    assert shown == [5, 2] and len(entries) == 1
+    first = Mask(lambda offset: (lambda n: lambda b, h, i, j: j < n + offset)(int(lengths[0])), positional=True)
+    for lengths[0], offset in ((3, 0), (4, 0), (4, 1)):
+        program = Program.of(SHAPE, mask=first, offset=offset)
+        assert np.isfinite(values(program)).sum() == (lengths[0] + offset) * 12
+
+    def fits(shape: Any) -> None:
+        raise SpecError("too long")
+
+    with pytest.raises(SpecError, match="too long"):
+        Program.of(SHAPE, mask=replace(padding(lengths), fits=fits))
 
 
 def test_a_longer_call_is_checked_again(entries: dict[Any, Any]) -> None:

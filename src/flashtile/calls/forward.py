@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from flashtile.arrays import View, address_of, addresses_of, view_of
-from flashtile.calls.prepared import Call, cache, check_apart, find, keep, prepare, specs
+from flashtile.calls.prepared import Call, cache, check_apart, find, keep, prepare, specs, validated
 from flashtile.calls.request import Request, Scored
 from flashtile.progress import reporter
 from flashtile.score.options import Scoring
@@ -98,7 +98,7 @@ def scored(arrays: Arrays, q: Any, k: Any, v: Any, request: Request) -> Scored:
     key = arrays.key(q, k, v, None), options, positional
     spec = find(specs, key)
     if spec is None:
-        spec = keep(specs, key, options.spec(arrays.view(q), arrays.view(k), arrays.view(v), positional))
+        spec = keep(specs, key, validated(arrays.view(q), arrays.view(k), arrays.view(v), options, positional))
     if scores is None:
         return Scored(spec, _PLAIN)
     return Scored(*scores.scoring(spec, options.causal, options.window, request.offset(spec)))

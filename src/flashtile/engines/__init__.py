@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from flashtile import rooms
 from flashtile.errors import UnavailableError, wrong
-from flashtile.kernels import ArrayShapes, BackwardLayout, Family, Layout, Template
+from flashtile.kernels import ArrayShapes, BackwardLayout, Family, Keys, Layout, Template
 from flashtile.progress import Report
 from flashtile.spec import AttentionSpec
 
@@ -47,11 +47,13 @@ class Alone(NamedTuple):
 
 
 class Bound(NamedTuple):
-    """A forward call made ready. Both may be called from any thread, many times at once."""
+    """A forward call made ready. All of it may be called from any thread, many times at once."""
 
     pack: Pack
     run: Run
     alone: Alone | None = None  # None where it is more than that
+    # The same call on other keys; None where these take another kernel. Without it, every length is bound by itself.
+    at: Callable[[Keys], Bound | None] | None = None
 
 
 class PackBackward(Protocol):

@@ -13,14 +13,15 @@ import ctypes
 import os
 import threading
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flashtile.engines import Alone, Bound, BoundBackward, Engine, Run
 from flashtile.errors import KernelError
-from flashtile.kernels import ArrayShapes, BackwardLayout, Family, Layout, Runnable, Stage
-from flashtile.plan import Plan, make_plan
+from flashtile.kernels import ArrayShapes, BackwardLayout, CompiledKernel, Family, Keys, Layout, Runnable, Stage
+from flashtile.plan import Plan, flops_of_pair, make_plan, parts_of, visible_pairs
 from flashtile.progress import Report
 from flashtile.spec import AttentionSpec
 from flashtile.threads import Team, get_num_threads, team
@@ -49,24 +50,60 @@ def unavailable() -> str | None:
 
 def bind(spec: AttentionSpec, layout: Layout, family: Family) -> Bound:
     """Plan a call, compile its kernel, and bind the two."""
-    plan = make_plan(spec, family.capabilities(spec))
-    kernel = family.compile(spec, plan, layout)
-    return Bound(kernel.pack, prepare(plan, kernel), _alone(plan, kernel))
+    return _Binding(spec, layout, family).bind(spec, layout)
+
+
+class _Binding:
+    """A call, on any number of keys: planned, compiled and bound once for each way of sharing out its work."""
+
+    def __init__(self, spec: AttentionSpec, layout: Layout, family: Family) -> None:
+        self._spec, self._layout, self._family, self._able = spec, layout, family, family.capabilities(spec)
+        self._flops = flops_of_pair(spec) * spec.batch
+        self._bound: dict[tuple[int, ...], tuple[CompiledKernel, Run, bool]] = {}
+        self._items = 0  # of whole ranges of keys
+
+    def bind(self, spec: AttentionSpec, layout: Layout) -> Bound:
+        plan = make_plan(spec, self._able)
+        kernel = self._family.compile(spec, plan, layout)
+        run, small = prepare(plan, kernel), _is_small(plan)
+        self._items = plan.items // plan.splits
+        self._bound[_shared(plan.splits, plan.flops)] = kernel, run, small
+        return Bound(kernel.pack, run, _alone(small, kernel), self.at if self._family.at else None)
+
+    def at(self, keys: Keys) -> Bound | None:
+        """See Bound.at."""
+        assert self._family.at is not None
+        splits, split_keys = parts_of(self._spec, self._able, self._items, keys.kv_len)
+        flops = self._flops * visible_pairs(self._spec, keys.offset, keys.kv_len)
+        found = self._bound.get(_shared(splits, flops))
+        if found is None:
+            spec = self._spec.changed(kv_len=keys.kv_len, offset=keys.offset)
+            alike = self._family.capabilities(spec) is self._able  # families keep theirs
+            return self.bind(spec, replace(self._layout, k=keys.k, v=keys.v)) if alike else None
+        kernel, run, small = found
+        other = self._family.at(kernel, keys, split_keys)
+        return None if other is None else Bound(other.pack, run, _alone(small, other), self.at)
+
+
+def _shared(splits: int, flops: int) -> tuple[int, ...]:
+    """All that `prepare` goes by, of a call on any number of keys."""
+    return splits, flops > SMALL_FOR_TEAM, flops > SMALL_FLOPS, flops > SHORT_FLOPS
 
 
 def bind_backward(spec: AttentionSpec, layout: BackwardLayout, family: Family, arrays: ArrayShapes) -> BoundBackward:
     """The same for a backward call, which the kernel itself plans."""
     assert family.compile_backward is not None  # callers look before they bind
     kernel = family.compile_backward(spec, layout, arrays)
-    return BoundBackward(kernel.pack, prepare(kernel.plan, kernel), kernel.totals, _alone(kernel.plan, kernel))
+    run, alone = prepare(kernel.plan, kernel), _alone(_is_small(kernel.plan), kernel)
+    return BoundBackward(kernel.pack, run, kernel.totals, alone)
 
 
 ENGINE = Engine("direct", unavailable, bind, bind_backward)
 
 
-def _alone(plan: Plan, kernel: Runnable) -> Alone | None:
+def _alone(small: bool, kernel: Runnable) -> Alone | None:
     template = getattr(kernel, "template", None)
-    return Alone(template, kernel.scratch_bytes) if template is not None and _is_small(plan) else None
+    return Alone(template, kernel.scratch_bytes) if small and template is not None else None
 
 
 def _is_small(plan: Plan) -> bool:

@@ -32,6 +32,7 @@ __all__ = [
     "CompiledKernel",
     "Family",
     "Inside",
+    "Keys",
     "Layout",
     "Runnable",
     "Stage",
@@ -63,6 +64,16 @@ class Layout:
     k: Strides
     v: Strides
     o: Strides
+
+
+class Keys(NamedTuple):
+    """In what a decoder's next call differs from its last: how many keys there are, and where row 0 stands among them
+    (as in AttentionSpec), and the byte strides of K and V."""
+
+    kv_len: int
+    offset: int | None
+    k: Strides
+    v: Strides
 
 
 class Stage(NamedTuple):
@@ -203,6 +214,9 @@ class Family:
     backward: Backward | None = None
     compile_backward: Callable[[AttentionSpec, BackwardLayout, ArrayShapes], CompiledBackward] | None = None
     tiles: Callable[[], TileKernels] | None = None  # for engines that hold tiles; imported when they are needed
+    # A kernel that it compiled, for other keys, as many parts of them, and so many keys a part (0: all); None where
+    # these take another kernel. Without it, each is compiled by itself.
+    at: Callable[[Any, Keys, int], CompiledKernel | None] | None = None
     only_by_name: str | None = None  # why "auto" does not take it; None: it does
 
 

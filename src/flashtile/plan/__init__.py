@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from flashtile.plan.capabilities import Capabilities
-from flashtile.plan.coverage import Coverage, coverage_of
+from flashtile.plan.coverage import Coverage, coverage_of, visible_pairs
 from flashtile.plan.items import Plan
-from flashtile.plan.tiling import make_plan
+from flashtile.plan.tiling import flops_of_pair, make_plan, parts_of
 
-__all__ = ["Capabilities", "Coverage", "Plan", "coverage_of", "make_plan"]
+__all__ = [
+    "Capabilities",
+    "Coverage",
+    "Plan",
+    "coverage_of",
+    "flops_of_pair",
+    "make_plan",
+    "parts_of",
+    "visible_pairs",
+]

@@ -46,17 +46,21 @@ def coverage_of(spec: AttentionSpec, plan: Plan, offsets: Iterable[int] | None =
     return Coverage(empty, full, partial, visible * spec.heads, pairs)
 
 
-def visible_pairs(spec: AttentionSpec, offset: int | None) -> int:
-    """Visible (row, key) pairs of one head, exactly; for offset None the most that any offset gives."""
+def visible_pairs(spec: AttentionSpec, offset: int | None, kv_len: int | None = None) -> int:
+    """Visible (row, key) pairs of one head, exactly; for offset None the most that any offset gives. kv_len: of a call
+    with another number of keys."""
+    keys = spec.kv_len if kv_len is None else kv_len
     if spec.band is None:
-        return spec.q_len * spec.kv_len
+        return spec.q_len * keys
     left, right = _closed(spec.band)
     if offset is None:
-        return spec.q_len * min(spec.kv_len, left + right + 1)
+        return spec.q_len * min(keys, left + right + 1)
+    if spec.q_len == 1:  # as at a decoder's steps
+        return max(0, min(keys, offset + right + 1) - max(0, offset - left))
 
     def below(shift: int) -> int:
-        """Sum over rows of clamp(row + shift, 0, kv_len), the keys to the left of a line."""
-        return _ramp(spec.q_len + shift, spec.kv_len) - _ramp(shift, spec.kv_len)
+        """Sum over rows of clamp(row + shift, 0, keys), the keys to the left of a line."""
+        return _ramp(spec.q_len + shift, keys) - _ramp(shift, keys)
 
     return below(offset + right + 1) - below(offset - left)
 

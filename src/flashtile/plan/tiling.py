@@ -22,16 +22,15 @@ def make_plan(spec: AttentionSpec, capabilities: Capabilities) -> Plan:
     for candidate in _up_to(capabilities.tile_q, spec.q_len):
         if heads * -(-spec.q_len // candidate) >= ENOUGH_ITEMS:
             tile_q = candidate
-    tile_k = max(_up_to(capabilities.tile_k, spec.kv_len))
     query_tiles = -(-spec.q_len // tile_q)
-    split_keys = _keys_of_a_part(spec, capabilities, heads * query_tiles, tile_k)
+    splits, split_keys = parts_of(spec, capabilities, heads * query_tiles, spec.kv_len)
     return Plan(
         batch=spec.batch,
         heads=spec.heads,
         query_tiles=query_tiles,
-        splits=-(-spec.kv_len // split_keys) if split_keys else 1,
+        splits=splits,
         tile_q=tile_q,
-        tile_k=tile_k,
+        tile_k=_tile_of_keys(capabilities, spec.kv_len),
         flops=flops_of(spec),
         split_keys=split_keys,
         head_block=capabilities.head_block,
@@ -39,37 +38,47 @@ def make_plan(spec: AttentionSpec, capabilities: Capabilities) -> Plan:
     )
 
 
-def _keys_of_a_part(spec: AttentionSpec, capabilities: Capabilities, items: int, tile_k: int) -> int:
-    """How many keys a work item attends; 0: all of them.
+def parts_of(spec: AttentionSpec, capabilities: Capabilities, items: int, kv_len: int) -> tuple[int, int]:
+    """In how many parts so many keys are attended, in a call that is like `spec` but for their number, and how many
+    keys a part has; (1, 0): they are not parted. items: work items of whole ranges of keys.
 
-    Not all where few items on long keys would leave threads idle, or where the kernel would not sum so many accurately.
+    They are where few items on long keys would leave threads idle, or where the kernel would not sum all accurately.
     """
     if capabilities.part_keys is None or items == 0:
-        return 0
-    seen = keys_seen(spec)
+        return 1, 0
+    seen = _keys_seen(spec, kv_len)
     parts = min(-(-(capabilities.enough_items or ENOUGH_ITEMS) // items), seen // capabilities.part_keys)
     if capabilities.longest_part is not None:
         parts = max(parts, -(-seen // capabilities.longest_part))
     if parts < 2:
-        return 0
+        return 1, 0
     # A window sees a few of many parts, and the merge reads all: their number is bounded.
-    keys = max(-(-seen // parts), -(-spec.kv_len // MOST_PARTS))
-    return -(-keys // tile_k) * tile_k
+    tile_k, keys = _tile_of_keys(capabilities, kv_len), max(-(-seen // parts), -(-kv_len // MOST_PARTS))
+    split_keys = -(-keys // tile_k) * tile_k
+    return -(-kv_len // split_keys), split_keys
 
 
-def keys_seen(spec: AttentionSpec) -> int:
-    """The most keys that the rows of one head can see between them, whatever the offset."""
+def _keys_seen(spec: AttentionSpec, kv_len: int) -> int:
+    """The most of so many keys that the rows of one head can see between them, whatever the offset."""
     if spec.band is None or spec.band.left is None or spec.band.right is None:
-        return spec.kv_len
-    return min(spec.kv_len, max(0, spec.band.left + spec.band.right + spec.q_len))
+        return kv_len
+    return min(kv_len, max(0, spec.band.left + spec.band.right + spec.q_len))
+
+
+def _tile_of_keys(capabilities: Capabilities, kv_len: int) -> int:
+    return max(_up_to(capabilities.tile_k, kv_len))
 
 
 def flops_of(spec: AttentionSpec, offsets: Iterable[int] | None = None) -> int:
     """Floating-point operations of the two products over visible pairs: 2 (D + D_v) each, softmax not counted."""
-    per_pair = 2 * spec.heads * (spec.head_size + spec.value_size)
     if offsets is not None:
-        return per_pair * sum(visible_pairs(spec, offset) for offset in offsets)
-    return per_pair * spec.batch * visible_pairs(spec, spec.offset)
+        return flops_of_pair(spec) * sum(visible_pairs(spec, offset) for offset in offsets)
+    return flops_of_pair(spec) * spec.batch * visible_pairs(spec, spec.offset)
+
+
+def flops_of_pair(spec: AttentionSpec) -> int:
+    """The same of one query and one key, in all heads."""
+    return 2 * spec.heads * (spec.head_size + spec.value_size)
 
 
 def _up_to(menu: tuple[int, ...], length: int) -> tuple[int, ...]:

@@ -98,7 +98,7 @@ class ScoreOptions:
         scoring = Scoring(None if program.is_identity else program, sinks, self.keep)
         band = None if program.mask is not None else spec.band
         dropout = self.keep is not None
-        return replace(spec, band=band, program=scoring.code, sinks=sinks is not None, dropout=dropout), scoring
+        return spec.changed(band=band, program=scoring.code, sinks=sinks is not None, dropout=dropout), scoring
 
 
 def check_reach(offset: Any) -> None:

@@ -21,7 +21,7 @@ from .code import Code
 from .derivative import ArrayGradient
 from .evaluate import Evaluation
 from .expr import Expr, node, postorder, rewrite, substitute, text
-from .mask import as_mask, as_score
+from .mask import Mask, Score, as_mask, as_score
 from .operations import apply, is_const, variable
 from .remembered import Reading
 from .softcap import is_off
@@ -80,6 +80,9 @@ class Program:
         reading = _reading(shape, mask, score_mod, given)
         found = None if reading is None else reading.find()
         if found is not None:
+            for rule in (mask, score_mod):
+                if isinstance(rule, (Mask, Score)):
+                    rule.fits(shape)
             return cls(shape, *found)
         program = cls.traced(shape, score_mod=score_mod, **given)
         if reading is not None and (mask is None or program.mask is not None):  # a constant mask warns, every time
@@ -240,7 +243,11 @@ def _reading(shape: Any, mask: Any, score_mod: Any, given: dict[str, Any]) -> Re
         return None
     if cap is not None and type(cap) is not float:
         return None
-    return Reading.of((shape, given["causal"], window and tuple(window), cap, offset), mask=mask, score_mod=score_mod)
+    functions = [("mask", mask), ("score_mod", score_mod)]
+    for n, (_, rule) in enumerate(functions):
+        if type(rule) in (Mask, Score):  # made anew for this call, it is read as a user's function is
+            functions[n] = rule.name, rule.build(given["offset"])
+    return Reading.of((shape, given["causal"], window and tuple(window), cap, offset), *functions)
 
 
 def _check_arrays(shape: tuple[int, int, int, int], slopes: Any, bias: Any, mask: Any, offset: Any) -> None:

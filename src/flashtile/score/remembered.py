@@ -51,15 +51,15 @@ class Reading:
         self.key, self.arrays = key, arrays
 
     @classmethod
-    def of(cls, rest: tuple[Hashable, ...], **functions: Any) -> Reading | None:
-        """What these functions read, by the arguments of their names, None among them; rest: of the key. None if it
-        cannot be told.
+    def of(cls, rest: tuple[Hashable, ...], *functions: tuple[str, Any]) -> Reading | None:
+        """What these functions read, each with what its captures are named by, None among them; rest: of the key. None
+        if it cannot be told.
 
         Raises: SpecError for an array that the language does not read, as tracing does.
         """
         arrays: list[ArrayCapture] = []
         try:
-            key = rest + tuple(None if f is None else _Reader(n, arrays).function(f, 0) for n, f in functions.items())
+            key = rest + tuple(None if f is None else (n, _Reader(n, arrays).function(f, 0)) for n, f in functions)
         except Unsettled:
             return None
         return cls(key, tuple(arrays))

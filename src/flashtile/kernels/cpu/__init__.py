@@ -25,12 +25,14 @@ from flashtile.kernels import (
     CompiledBackward,
     CompiledKernel,
     Family,
+    Keys,
     Layout,
     Step,
+    Strides,
     Template,
 )
 from flashtile.kernels.cpu import scratch
-from flashtile.kernels.cpu.block import CALL, band_of, scores_in_nats, split_scale
+from flashtile.kernels.cpu.block import CALL, band_of, bounded, scores_in_nats, split_scale
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.score_values import NO_SCORES, ScoreValues, score_steps
 from flashtile.kernels.cpu.steps.range import least_of_scores
@@ -41,7 +43,7 @@ from flashtile.llvm.blocks import WORD, strides_of
 from flashtile.llvm.products import FMA
 
 if TYPE_CHECKING:
-    from flashtile.kernels.cpu.parts import InParts
+    from flashtile.kernels.cpu.parts import Decode, InParts
     from flashtile.llvm.jit import Library
     from flashtile.llvm.processors import Choice
     from flashtile.plan import Plan
@@ -53,7 +55,7 @@ _STORAGE = {"float64": "double", "float32": "float", "float16": "half", "bfloat1
 _PANELS = (1, 2, 4, 8)  # panels a work item may hold
 _TILED_PANELS = (*_PANELS, 16, 32)  # where products are so fast that making a block ready is felt
 _ANYWHERE, IN_REGISTERS = ("registers", "memory"), ("registers",)  # where sums of a product may be
-_STRIDES = tuple(strides_of("qkvo"))
+_STRIDES, _STRIDES_KV = tuple(strides_of("qkvo")), tuple(strides_of("kv"))
 _PART_KEYS = 1024  # a part of one row takes some 0.1 ms: long beside handing it out and merging it
 # Where scores rise from key block to key block, every one of them rescales the sums by a factor that was rounded.
 _LONGEST_PART = 16384
@@ -188,12 +190,18 @@ def _capabilities(
 def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> CompiledKernel:
     """The kernel of this spec; machine code is shared by all specs with the same configuration."""
     choosing = _choosing(spec)
-    if spec.kv_len >= _decodes_from(spec.q_len, *choosing):
+    decodes_from = _decodes_from(spec.q_len, *choosing)
+    if spec.kv_len >= decodes_from:
         from flashtile.kernels.cpu.parts import Decode
 
-        return Decode(_decode_config(*choosing), spec, plan, layout)
+        return Decode(_decode_config(*choosing), spec, plan, layout, decodes_from)
     c = _configured(*choosing, _ANYWHERE)
-    return Forward(_partial_config(c) if plan.splits > 1 else c, spec, plan, layout)
+    return Forward(_partial_config(c) if plan.splits > 1 else c, spec, plan, layout, decodes_from)
+
+
+def at(kernel: Forward | Decode, keys: Keys, split_keys: int) -> Forward | Decode | None:
+    """A kernel of `compile` for other keys; see Family.at."""
+    return kernel.at(keys, split_keys)
 
 
 @functools.lru_cache(maxsize=256)
@@ -221,7 +229,7 @@ def tile_kernels() -> TileKernels:
     return tiles
 
 
-FAMILY = Family("cpu", unavailable, capabilities, compile, compile_backward=compile_backward, tiles=tile_kernels)
+FAMILY = Family("cpu", unavailable, capabilities, compile, compile_backward=compile_backward, tiles=tile_kernels, at=at)
 
 
 @functools.cache
@@ -239,13 +247,15 @@ def _entry(c: Config):  # type: ignore[no-untyped-def]  # a ctypes function type
 
 
 _six_words = struct.Struct("6q").pack
+_no_scores = CALL.head(*[0] * 6, *NO_SCORES.addresses)[6 * WORD :]
 
 
 class Forward:
-    """A compiled forward kernel with the parameter block of one plan and layout."""
+    """A compiled forward kernel with the parameter block of one plan and layout; `until`: from so many keys on
+    passes/decode is the faster one."""
 
-    def __init__(self, c: Config, spec: AttentionSpec, plan: Plan, layout: Layout):
-        self._config = c
+    def __init__(self, c: Config, spec: AttentionSpec, plan: Plan, layout: Layout, until: float = math.inf):
+        self._config, self._until = c, until
         self._library = library_of(c)  # keeps the code in memory
         self.run = _entry(c)
         panels = plan.tile_q // c.panel
@@ -262,16 +272,38 @@ class Forward:
             parts = {"splits": plan.splits, "split_keys": plan.split_keys, **merge.steps}
             self.run, self.merge_stage = first_stage(self.run), merge.stage
             self.scratch_bytes = max(self.scratch_bytes, merge.scratch_bytes)
-        self._tail = CALL.tail(
+        self._set(
             {
                 **dict(zip(_STRIDES, (*layout.q, *layout.k, *layout.v, *layout.o), strict=True)),
-                **_sizes(c, spec, plan, layout),
+                **_sizes(c, spec, plan),
+                **_packed(c, spec.head_size, spec.value_size, layout.k, layout.v),
                 **parts,
                 **areas.at,
                 **(scores_in_nats if c.scored else split_scale)(spec.scale, c.acc),
             }
         )
-        self._plain = CALL.head(*[0] * 6, *NO_SCORES.addresses)[6 * WORD :] + self._tail
+
+    def _set(self, words: dict[str, Any]) -> None:
+        self._words, self._tail = words, CALL.tail(words)
+        self._plain = _no_scores + self._tail
+
+    def at(self, keys: Keys, split_keys: int) -> Forward | None:
+        """See Family.at."""
+        if keys.kv_len >= self._until:
+            return None
+        words, other = self._words, object.__new__(Forward)
+        other.__dict__.update(self.__dict__)
+        other._set(
+            {
+                **words,
+                **dict(zip(_STRIDES_KV, (*keys.k, *keys.v), strict=True)),
+                **_packed(self._config, words["head_size"], words["value_size"], keys.k, keys.v),
+                "kv_len": keys.kv_len,
+                "offset": bounded(keys.offset or 0),
+                "split_keys": split_keys or keys.kv_len,
+            }
+        )
+        return other
 
     def pack(
         self, q: int, k: int, v: int, o: int, lse: int, offsets: int, scoring: Scoring | None = None
@@ -298,13 +330,21 @@ class Forward:
         return template(CALL, self._tail, scores, scoring, (Step(self.run, self._items),), ("q", "k", "v", "o", "lse"))
 
 
-def _sizes(c: Config, spec: AttentionSpec, plan: Plan, layout: Layout) -> dict[str, int]:
-    """Lengths, band, and whether K and V must be converted before the kernels can read them."""
-    columns, words = c.padded(spec.value_size), c.key_words(spec.head_size)
-    step = c.element
+def _packed(c: Config, head_size: int, value_size: int, k: Strides, v: Strides) -> dict[str, int]:
+    """Whether K and V of these strides must be converted before the kernels can read them."""
     foreign = c.memory != c.acc  # elements that the multiply-add cannot read from memory
-    loose_k, loose_v = layout.k[3] != step, layout.v[3] != step
-    in_words = c.storage == c.product.operand and words * c.per_word == spec.head_size  # a row of K is words already
+    loose_k, loose_v = k[3] != c.element, v[3] != c.element
+    # a row of K is words already
+    in_words = c.storage == c.product.operand and c.key_words(head_size) * c.per_word == head_size
+    return {
+        "pack_k": int(loose_k or (not in_words if c.product.operand else foreign)),
+        "pack_v": int(loose_v or c.per_word > 1 or foreign or c.padded(value_size) != value_size),
+    }
+
+
+def _sizes(c: Config, spec: AttentionSpec, plan: Plan) -> dict[str, int]:
+    """Lengths and band."""
+    columns, words = c.padded(spec.value_size), c.key_words(spec.head_size)
     return {
         "heads": spec.heads,
         "group": spec.group,
@@ -319,8 +359,6 @@ def _sizes(c: Config, spec: AttentionSpec, plan: Plan, layout: Layout) -> dict[s
         "carry": 0,
         **score_steps(c, spec),
         **band_of(spec),
-        "pack_k": int(loose_k or (not in_words if c.product.operand else foreign)),
-        "pack_v": int(loose_v or c.per_word > 1 or foreign or columns != spec.value_size),
         "k_row": words * c.size * c.product.parts,
         "least": least_of_scores(c, spec.scale),
         "v_row": c.value_row(spec.value_size),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from flashtile.arrays import address_of
-from flashtile.kernels import Layout, Stage, Step, Strides, Template
+from flashtile.kernels import Keys, Layout, Stage, Step, Strides, Template
 from flashtile.kernels.cpu.block import bounded, scores_in_nats, sides_of, split_scale
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.passes import merge
@@ -115,23 +115,40 @@ class Merge:
 
 
 class Decode:
-    """A compiled decode kernel with the parameter blocks of one plan and layout."""
+    """A compiled decode kernel with the parameter blocks of one plan and layout; `least`: of fewer keys another kernel
+    is the faster one."""
 
-    def __init__(self, c: Config, spec: AttentionSpec, plan: Plan, layout: Layout):
-        self._config = c
-        self._items = plan.items
+    def __init__(self, c: Config, spec: AttentionSpec, plan: Plan, layout: Layout, least: float):
+        self._config, self._least, self._items = c, least, plan.items
         self.run, self.merge_stage = entry("decode", c), None
         self._merge = Merge(c, spec, plan, layout.o) if plan.splits > 1 else None
         sizes = spec.heads, spec.kv_heads, spec.q_len, spec.head_size, spec.value_size
-        k, v, o = layout.k, layout.v, layout.o
-        fixed, self.scratch_bytes = _fixed(c, sizes, spec.scale, spec.band, layout.q, k[3], v[3])
-        parts = 1, spec.kv_len, 0, 0, 0
+        self._fixed_for = functools.partial(_fixed, c, sizes, spec.scale, spec.band, layout.q)
+        self._steps = layout.k[3], layout.v[3]
+        self._fixed, self.scratch_bytes = self._fixed_for(*self._steps)
+        self._o, self._splits, self._between = layout.o, plan.splits, (0, 0, 0)
         if self._merge is not None:
-            o, steps = self._merge.strides, self._merge.steps
-            parts = plan.splits, plan.split_keys, 1, steps["o_split"], steps["lse_split"]
+            self._o, steps = self._merge.strides, self._merge.steps
+            self._between = 1, steps["o_split"], steps["lse_split"]
             self.scratch_bytes = max(self.scratch_bytes, self._merge.scratch_bytes)
             self.run, self.merge_stage = first_stage(self.run), self._merge.stage
-        self._tail = _of_keys(*k, *v, *o, spec.kv_len, bounded(spec.offset or 0), *parts) + fixed
+        self._set(Keys(spec.kv_len, spec.offset, layout.k, layout.v), plan.split_keys)
+
+    def _set(self, keys: Keys, split_keys: int) -> None:
+        n, offset, k, v = keys
+        if self._steps != (steps := (k[3], v[3])):
+            self._steps, (self._fixed, _) = steps, self._fixed_for(*steps)
+        parts = self._splits, split_keys or n, *self._between
+        self._tail = _of_keys(*k, *v, *self._o, n, bounded(offset) if offset else 0, *parts) + self._fixed
+
+    def at(self, keys: Keys, split_keys: int) -> Decode | None:
+        """See Family.at."""
+        if keys.kv_len < self._least:
+            return None
+        other = object.__new__(Decode)
+        other.__dict__.update(self.__dict__)
+        other._set(keys, split_keys)
+        return other
 
     def pack(
         self, q: int, k: int, v: int, o: int, lse: int, offsets: int, scoring: Scoring | None = None
