@@ -17,7 +17,7 @@ from flashtile.kernels.triton import backward_forms as forms
 from flashtile.kernels.triton import installed_version, tiles, too_old
 from flashtile.kernels.triton import specialisation as special
 from flashtile.kernels.triton.backward_host import ARRAY_ROWS
-from flashtile.kernels.triton.backward_tiles import ALIKE, TABLE, Row, rows_for
+from flashtile.kernels.triton.backward_tiles import ALIKE, TABLE, TIMED, Row, rows_for
 from flashtile.kernels.triton.compiler import compiled
 from flashtile.kernels.triton.resources import resources_of
 from flashtile.kernels.triton.specialisation import Memory, Specialisation
@@ -73,6 +73,23 @@ def test_kernels_use_what_the_table_says(arch: str, kind: str, size: int, direct
     check_limits(arch, meta, used)
     if str(installed_version()).startswith(TRITON):
         assert used.registers <= row.registers and used.spills <= row.spills and meta.shared <= row.shared
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "kind", "size"), TIMED, ids=str)
+@pytest.mark.parametrize("direction", ["q", "kv"])
+def test_timed_rows_use_what_the_table_says(arch: str, kind: str, size: int, direction: str) -> None:
+    row = TIMED[arch, kind, size][direction == "kv"]
+    if row is None:
+        return
+    view = contiguous((1, 1, 1, size), kind)
+    spec = AttentionSpec.of(view, view, view, causal=True)
+    form: Any = forms.backward_kv if direction == "kv" else forms.backward_q
+    for contain in (False, True):
+        meta, used = compiles(form(spec, row.tile, contain=contain, memory=MEMORY), arch)
+        check_limits(arch, meta, used)
+        if not contain and str(installed_version()).startswith(TRITON):
+            assert used.registers <= row.registers and used.spills <= row.spills and meta.shared <= row.shared
 
 
 SECOND = ("sm_100", "bfloat16", 64, "kv")  # of every run: what Triton 3.9 fails to compile with larger tiles
@@ -143,6 +160,15 @@ def test_the_table_is_whole_and_fits_the_devices() -> None:
             limit = SHARED["sm_86" if arch == "sm_80" else arch]  # smaller devices take these rows, too
             assert row.registers > 0 and 0 < row.shared <= limit and row.spills == 0
             assert row.tile.tile_q % 16 == row.tile.tile_k % 16 == 0
+
+
+def test_timed_rows_are_others_that_fit() -> None:
+    for (arch, kind, size), others in TIMED.items():
+        ours = rows_for(arch, kind, size)
+        assert ours is not None and any(others)
+        for row, table in zip(others, ours, strict=True):
+            assert row is None or row.tile != table.tile and row.spills == 0
+            assert row is None or row.shared <= SHARED["sm_86" if arch == "sm_80" else arch]
 
 
 def test_an_older_triton_has_rows_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

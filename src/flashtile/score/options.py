@@ -97,8 +97,7 @@ class ScoreOptions:
                 check_device(found, spec.device)
         scoring = Scoring(None if program.is_identity else program, sinks, self.keep)
         band = None if program.mask is not None else spec.band
-        dropout = self.keep is not None
-        return replace(spec, band=band, program=scoring.code, sinks=sinks is not None, dropout=dropout), scoring
+        return spec.scored(band, scoring.code, sinks is not None, self.keep is not None), scoring
 
 
 def check_reach(offset: Any) -> None:

@@ -109,7 +109,13 @@ ALIKE = {"float16": "bfloat16", "float32 fp16": "float32 bf16"}
 
 
 # Another row of dQ, and of dK and dV, which a short timing on the device may prefer; None: there is none.
-TIMED: dict[tuple[str, str, int], tuple[Row | None, Row | None]] = {}
+TIMED: dict[tuple[str, str, int], tuple[Row | None, Row | None]] = {
+    ("sm_80", "bfloat16", 64): (row(128, 32, 8, 2, 174, 0, 40960), row(32, 64, 8, 2, 255, 0, 24832)),
+    ("sm_80", "bfloat16", 128): (row(32, 64, 8, 2, 160, 0, 53248), row(32, 64, 8, 2, 255, 0, 53504)),
+    # Of dK and dV at 64 no other tile goes without spills: 64 x 64 has 78, 32 x 64 30, 64 x 128 129.
+    ("sm_90", "bfloat16", 64): (row(64, 64, 4, 2, 206, 0, 49152), None),
+    ("sm_90", "bfloat16", 128): (row(64, 64, 8, 2, 216, 0, 98304), row(16, 64, 8, 2, 226, 0, 49280)),
+}
 
 # Rows of dK and dV in place of the table's where the Triton at hand is older than a version and kernels would spill;
 # of the other rows of sm_80 and sm_90 for 16 bits none does with 3.6.
