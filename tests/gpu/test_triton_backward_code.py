@@ -172,9 +172,12 @@ def test_timed_rows_are_others_that_fit() -> None:
 
 
 def test_an_older_triton_has_rows_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    for version in ((3, 6), (3, 7), (3, 9)):
+    kept = {(3, 6): (0, 0), (3, 7): (0, 0), (3, 8): (0, 1), (3, 9): (1, 1)}  # of float32: which rows are the table's
+    for version, same in kept.items():
         monkeypatch.setattr(sys.modules[rows_for.__module__], "installed", lambda version=version: version)
         for kind in ("bfloat16", "float16"):
             found, table = rows_for("sm_90", kind, 64), TABLE["sm_90", "bfloat16"]
             assert found is not None and found[0] == table[0][0]
             assert (found[1] == table[1][0]) == (version >= (3, 7)) and found[1].spills == 0
+        wide, table = rows_for("sm_90", "float32", 64), TABLE["sm_90", "float32"]
+        assert wide is not None and tuple(x == y[0] for x, y in zip(wide, table, strict=True)) == same
