@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import inspect
 import pathlib
 import re
@@ -224,28 +223,73 @@ def entered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return frames
 
 
-@pytest.mark.parametrize("case", ["plain", "causal", "scale", "window"])
-@pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16"])
+def both_ways(options: dict[str, Any], *arrays: Any) -> Any:
+    """A compiled function: o and lse, and the gradients of all arrays by a cotangent that comes last."""
+
+    def run(*arrays: Any) -> Any:
+        (o, lse), back = jax.vjp(lambda *x: ours(*x, **options, return_residual=True), *arrays[:-1])
+        return o, lse, *back((arrays[-1], jnp.zeros_like(lse)))
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize(
+    ("case", "storage"), [*((case, "float32") for case in CASES), ("lengths", "bfloat16"), ("score_mod", "float16")]
+)
 def test_small_calls_need_no_python(case: str, storage: str, entered: list[int]) -> None:
-    q, k, v = inputs(storage)
+    """Forward and backward, with every option: the same bits as the front door's."""
+    arrays = (*inputs(storage), draw(BATCH, ROWS, HEADS, 8, dtype=storage, seed=5))
     options, same = (make() for make in CASES[case])
-    call = jax.jit(lambda q, k, v: ours(q, k, v, **options, return_residual=True))
-    call(q, k, v)
+    call = both_ways(options, *arrays)
+    jax.block_until_ready(call(*arrays))
     entered.clear()
-    o, lse = call(q, k, v)
+    o, lse, *gradients = call(*arrays)
+    jax.block_until_ready(gradients)
     assert not entered
-    align = {"align": "top_left"} if case in ("causal", "window") else {}
-    want = flashtile.attention(*map(swapped, (q, k, v)), **same, **align, return_lse=True)
+    q, k, v, do = map(swapped, arrays)
+    want = flashtile.attention(q, k, v, **same, align="top_left", return_lse=True)
     np.testing.assert_array_equal(swapped(o), want[0])
     np.testing.assert_array_equal(lse.swapaxes(1, 2), want[1])
+    wanted = flashtile.attention_backward(do, q, k, v, *want, **same, align="top_left")
+    for name, got in zip("qkv", gradients, strict=True):
+        np.testing.assert_array_equal(swapped(got), getattr(wanted, name))
+
+
+def test_a_small_backward_in_parts_needs_no_python(entered: list[int]) -> None:
+    """Two heads are cut by their keys, and the parts of dQ added up; sinks have their gradient."""
+    q, k, do = draw(1, 40, 2, 16), draw(1, 150, 2, 16, seed=1), draw(1, 40, 2, 16, seed=2)
+    sinks = draw(2, seed=3)
+
+    def run(q: Any, k: Any, sinks: Any) -> Any:
+        return jax.vjp(lambda q, k, sinks: ours(q, k, k, sinks=sinks), q, k, sinks)[1](do)
+
+    call = jax.jit(run)
+    jax.block_until_ready(call(q, k, sinks))
+    entered.clear()
+    dq, dk, dsinks = jax.block_until_ready(call(q, k, sinks))
+    assert not entered
+    rows, keys, by = map(swapped, (q, k, do))
+    o, lse = flashtile.attention(rows, keys, keys, sinks=np.asarray(sinks), return_lse=True)
+    given: dict[str, Any] = {"sinks": np.asarray(sinks), "wrt": ("q", "k", "v", "sinks")}
+    want = flashtile.attention_backward(by, rows, keys, keys, o, lse, **given)
+    np.testing.assert_array_equal(swapped(dq), want.q)
+    np.testing.assert_array_equal(swapped(dk), want.k + want.v)
+    np.testing.assert_array_equal(dsinks, want.sinks)
 
 
 def test_what_machine_code_was_not_made_for_goes_to_python(entered: list[int]) -> None:
-    """Axes of vmap, options of the score, calls for several threads."""
+    """Axes of vmap, a gradient of a bias, wide integers, calls for several threads."""
     q, k, v = inputs()
     stacked = [jnp.stack((x, 2 * x)) for x in (q, k, v)]
-    big = draw(1, 512, 8, 64)
-    mapped, others = jax.jit(jax.vmap(ours)), (lambda: ours(q, k, v, softcap=1.0), lambda: ours(big, big, big))
+    big, bias = draw(1, 512, 8, 64), draw(1, 4, 9, 13)
+    mapped = jax.jit(jax.vmap(ours))
+    _, back = jax.vjp(lambda bias: ours(q, k, v, bias=bias), bias)
+    lengths = np.array([6, 13], np.uint32)
+    others = (
+        lambda: back(q),
+        lambda: ours(q, k, v, key_value_seq_lengths=lengths),
+        lambda: ours(big, big, big),
+    )
     for call in (lambda: mapped(*stacked), *others):
         call()
         entered.clear()
@@ -262,8 +306,8 @@ def test_a_failure_of_machine_code_is_told_by_python(monkeypatch: pytest.MonkeyP
     make, told = xla_native.handler, []
     failing = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * 4)(lambda *call: told.append(call) or 7)
 
-    def broken(call: Any, *rest: Any) -> Any:
-        return make(dataclasses.replace(call, alone=call.alone._replace(function=failing)), *rest)
+    def broken(alone: Any, template: Any, *rest: Any) -> Any:
+        return make(alone, template._replace(steps=(template.steps[0]._replace(function=failing),)), *rest)
 
     monkeypatch.setattr(xla_native, "handler", broken)
     got = ours(q, k, v)
@@ -349,7 +393,7 @@ def test_an_error_of_a_run_is_xlas_with_our_text(error: Exception, monkeypatch: 
         raise error
 
     def call(q: Any, k: Any, v: Any) -> Any:  # not by machine code alone
-        return ours(q, k, v, softcap=2.0)
+        return ours(q, k, v, key_value_seq_lengths=np.array([6, 13], np.uint32))
 
     monkeypatch.setattr(flashtile.jax.run, "lookup", fail)
     text = "INVALID_ARGUMENT: q: got this, expected that" if isinstance(error, SpecError) else type(error).__name__
@@ -401,7 +445,7 @@ def test_sharded_arrays_are_replicated(monkeypatch: pytest.MonkeyPatch) -> None:
 LOADED = "import sys, flashtile.{}; print(*sorted({{'torch', 'jax', 'transformers'}} & set(sys.modules)))"
 
 
-@pytest.mark.parametrize(("door", "loads"), [("jax", "jax"), ("torch", "torch"), ("flash_attn", "torch")])
+@pytest.mark.parametrize(("door", "loads"), [("jax", "jax"), ("flash_attn", "torch")])  # flash_attn has torch's
 def test_a_door_loads_its_own_library_alone(door: str, loads: str) -> None:
     pytest.importorskip(loads)
     done = run([sys.executable, "-c", LOADED.format(door)])

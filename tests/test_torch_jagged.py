@@ -94,3 +94,18 @@ def test_what_is_handed_back_is_counted() -> None:
         torch.nn.functional.scaled_dot_product_attention(x, nested(bounds, wide), x)
     assert flashtile.torch.calls().taken == 0 and len(flashtile.torch.calls().handed_back) == 1
     assert torch.nested._internal.ops.jagged_scaled_dot_product_attention is before
+
+
+def test_a_compiled_function_breaks_its_graph_there() -> None:
+    """And says so where it may not."""
+
+    def call(q: Any, bounds: Any) -> Any:
+        x = nested(bounds, q)
+        return rows_of(sdpa(x, x, x)) * 2
+
+    bounds, [q] = tensors(ROWS, (4, 8))
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(call, backend="eager")(q, bounds), call(q, bounds))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="query: got a nested tensor in a compiled function: where its sequences begin"):
+        torch.compile(call, backend="eager", fullgraph=True)(q, bounds)

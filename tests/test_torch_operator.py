@@ -115,40 +115,79 @@ def test_a_function_that_reads_nothing_is_part_of_the_graph() -> None:
     assert torch.equal(torch.compile(flex, fullgraph=True, backend="aot_eager")(Q), flex(Q))
 
 
-HALF = 0.5
+HALF, STEPS = 0.5, np.linspace(-1, 1, 2 * S)
 
 
-def reads(kind: str, q: Any) -> Any:
-    """A call with a function that reads a value, of one of these kinds."""
-    half = HALF
-    if kind == "module":
-        return attention(q, q, q, score_mod=lambda s, b, h, i, j: s * HALF)
-    if kind == "closure":
-        return attention(q, q, q, score_mod=lambda s, b, h, i, j: s * half)
-    if kind == "default":
-        return attention(q, q, q, score_mod=lambda s, b, h, i, j, half=half: s * half)
-    if kind == "decision":
-        return attention(q, q, q, score_mod=lambda s, b, h, i, j: s * 0.5 if HALF else s)
-    total = q.mean()
-    return attention(q, q, q, score_mod=lambda s, b, h, i, j: s * total)
+class Reader(torch.nn.Module):
+    """Functions of scores that read values, one of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reach = 3
+
+    def by_slopes(self, s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+        return s - SLOPES[h] * abs(i - j)
+
+    def forward(self, kind: str, q: Any, k: Any, v: Any) -> Any:
+        half, total, doubled = HALF, q.mean(), SLOPES * 2
+
+        def capped(s: Any) -> Any:
+            return half * torch.tanh(s / half)
+
+        rules: dict[str, Callable[..., Any]] = {
+            "module": lambda s, b, h, i, j: s * HALF,
+            "closure": lambda s, b, h, i, j: capped(s) if HALF else s,
+            "default": lambda s, b, h, i, j, half=half: s * half,
+            "tensor": lambda s, b, h, i, j: s + TABLE[h, j] * torch.where(j <= i, 1.0, -0.5),
+            "made": lambda s, b, h, i, j: torch.where(j <= i, s * total + doubled.exp()[h], float("-inf")),
+            "numpy": lambda s, b, h, i, j: s + STEPS[i - j + S],
+            "method": self.by_slopes,
+        }
+        mask = (lambda b, h, i, j: i - j < self.reach) if kind == "module" else None
+        return attention(q, k, v, score_mod=rules[kind], mask=mask, return_lse=True)
 
 
-@pytest.mark.parametrize("kind", ["module", "closure", "default", "decision", "tensor"])
-def test_a_function_that_reads_values_breaks_the_graph_and_says_so(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No guard would see them change."""
+@pytest.mark.parametrize("kind", ["module", "closure", "default", "tensor", "made", "numpy", "method"])
+def test_a_function_that_reads_values_is_followed(kind: str) -> None:
+    """In one graph, the same bits, and gradients to what it reads."""
+    torch._dynamo.reset()
+    compiled = torch.compile(Reader(), fullgraph=True, backend="aot_eager")
+    assert same(results(lambda *x: compiled(kind, *x)), results(lambda *x: Reader()(kind, *x)))
 
-    def call(q: Any) -> Any:
-        return reads(kind, q)
+
+def test_a_value_that_was_followed_may_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second number makes another graph, the third and what is in arrays do not."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    def call(q: Any, slope: float, reach: int, table: Any) -> Any:
+        score_mod = lambda s, b, h, i, j: s * HALF + slope * (j - i) + table[h, j]  # noqa: E731
+        return attention(q, q, q, score_mod=score_mod, mask=lambda b, h, i, j: abs(i - j) < reach)
 
     torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, backend=counter, fullgraph=True)
+    for n in range(1, 5):
+        given = Q, n / 3, n, n * TABLE.detach()
+        assert torch.equal(compiled(*given), call(*given))
+    assert counter.frame_count == 2
+    monkeypatch.setattr(sys.modules[__name__], "HALF", 0.25)
+    assert torch.equal(compiled(*given), call(*given))
+
+
+def test_a_function_that_cannot_be_followed_breaks_the_graph_and_says_so() -> None:
+    """Outside of the graph the call runs, or says what is wrong."""
+
+    def call(q: Any, mask: Any) -> Any:
+        return attention(q, q, q, mask=mask)
+
+    torch._dynamo.reset()
+    late = score.causal() & (lambda b, h, i, j: i - j < 3)
+    with pytest.raises(Exception, match="flashtile.score.freeze"):
+        torch.compile(call, backend="aot_eager", fullgraph=True)(Q, late)
     compiled = torch.compile(call, backend="aot_eager")
-    for value in (0.5, 0.0):
-        monkeypatch.setattr(sys.modules[__name__], "HALF", value)
-        assert torch.equal(compiled(Q), call(Q))
-    if kind in ("module", "tensor"):
-        torch._dynamo.reset()
-        with pytest.raises(Exception, match="flashtile.score.freeze"):
-            torch.compile(call, backend="aot_eager", fullgraph=True)(Q)
+    assert torch.equal(compiled(Q, late), call(Q, late))
+    with pytest.raises(SpecError, match="bool"):
+        compiled(Q, lambda b, h, i, j: True if i > j else j == i)
 
 
 class Exported(torch.nn.Module):

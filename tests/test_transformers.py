@@ -366,7 +366,7 @@ def test_a_compiled_model() -> None:
     torch._dynamo.reset()
     with torch.no_grad():
         want = model(**given).logits
-        torch.testing.assert_close(torch.compile(model, backend="aot_eager")(**given).logits, want)
+        torch.testing.assert_close(torch.compile(model, backend="eager")(**given).logits, want)
 
 
 @pytest.mark.parametrize("kind", ["boolean", "added"])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from flashtile import rooms
 from flashtile.errors import UnavailableError, wrong
-from flashtile.kernels import ArrayShapes, BackwardLayout, Family, Layout
+from flashtile.kernels import ArrayShapes, BackwardLayout, Family, Layout, Template
 from flashtile.progress import Report
 from flashtile.spec import AttentionSpec
 
@@ -40,11 +40,9 @@ class Pack(Protocol):
 
 
 class Alone(NamedTuple):
-    """A call that is one call of native code on the calling thread, for those who make it without Python:
-    function(params, 0, items, scratch), params being what `pack` returns."""
+    """A call that needs no other thread, for those who make it without Python."""
 
-    function: Any  # of ctypes
-    items: int
+    template: Callable[[Scoring | None], Template | None]  # of the kernel
     scratch_bytes: int  # 64-byte aligned
 
 
@@ -83,6 +81,7 @@ class BoundBackward(NamedTuple):
     pack: PackBackward
     run: Run
     totals: Callable[[Any], dict[int, np.ndarray]]
+    alone: Alone | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,19 +51,22 @@ def bind(spec: AttentionSpec, layout: Layout, family: Family) -> Bound:
     """Plan a call, compile its kernel, and bind the two."""
     plan = make_plan(spec, family.capabilities(spec))
     kernel = family.compile(spec, plan, layout)
-    native = isinstance(kernel.run, _Native) and kernel.merge_stage is None
-    alone = Alone(kernel.run, plan.items, kernel.scratch_bytes) if native and _is_small(plan) else None
-    return Bound(kernel.pack, prepare(plan, kernel), alone)
+    return Bound(kernel.pack, prepare(plan, kernel), _alone(plan, kernel))
 
 
 def bind_backward(spec: AttentionSpec, layout: BackwardLayout, family: Family, arrays: ArrayShapes) -> BoundBackward:
     """The same for a backward call, which the kernel itself plans."""
     assert family.compile_backward is not None  # callers look before they bind
     kernel = family.compile_backward(spec, layout, arrays)
-    return BoundBackward(kernel.pack, prepare(kernel.plan, kernel), kernel.totals)
+    return BoundBackward(kernel.pack, prepare(kernel.plan, kernel), kernel.totals, _alone(kernel.plan, kernel))
 
 
 ENGINE = Engine("direct", unavailable, bind, bind_backward)
+
+
+def _alone(plan: Plan, kernel: Runnable) -> Alone | None:
+    template = getattr(kernel, "template", None)
+    return Alone(template, kernel.scratch_bytes) if template is not None and _is_small(plan) else None
 
 
 def _is_small(plan: Plan) -> bool:

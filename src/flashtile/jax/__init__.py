@@ -14,8 +14,9 @@ from flashtile.checks import check_flag
 from flashtile.errors import SpecError, UnavailableError, described
 from flashtile.hints import check_keywords
 from flashtile.jax.arguments import Rule, broadcast, inputs_of, lengths, number, sinks_of, spell, window_of
-from flashtile.jax.call import DescribedCall
-from flashtile.jax.run import attend, register, target_of
+from flashtile.jax.call import FORWARD, DescribedCall
+from flashtile.jax.native import target_of
+from flashtile.jax.run import attend, kinds_of, register
 
 __all__ = ["dot_product_attention"]
 
@@ -74,10 +75,11 @@ def dot_product_attention(
         "mask": None if mask is None else broadcast("mask", mask, shape),
         "query_seq_lengths": lengths("query_seq_lengths", query_seq_lengths, shape),
         "key_value_seq_lengths": lengths("key_value_seq_lengths", key_value_seq_lengths, shape),
-        "sinks": sinks_of(sinks, shape),
+        "sinks": sinks_of(sinks, shape, q.dtype),
         **rule.operands,
     }
     others = {name: x for name, x in given.items() if x is not None}
+    sources = {"bias": bias, "sinks": sinks, **rule.sources}  # as they came: in a trace jnp has only what it follows
     call = DescribedCall(
         scale=number("scale", scale),
         is_causal=is_causal,
@@ -86,16 +88,17 @@ def dot_product_attention(
         score_mod=rule.text,
         numbers=rule.numbers,
         operands=tuple(others),
+        fixed=tuple(name for name, x in sources.items() if name in others and not isinstance(x, jax.core.Tracer)),
     )
     try:
         call.check(q, k, v, shape)
     except SpecError as e:
         spell(e)
         raise
+    operands = q, k, v, *others.values()
     register()
-    if call.plain:
-        call = replace(call, target=target_of(call, tuple((tuple(x.shape), x.dtype) for x in (q, k, v))))
-    o, lse = attend(call, (q, k, v, *others.values()))
+    call = replace(call, target=target_of(call, kinds_of(operands), FORWARD))
+    o, lse = attend(call, operands)
     lse = jax.lax.stop_gradient(lse).swapaxes(1, 2)
     o, lse = (o[0], lse[0]) if single else (o, lse)
     return (o, lse) if return_residual else o

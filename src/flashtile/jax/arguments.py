@@ -33,25 +33,27 @@ class Rule(NamedTuple):
     text: str | None
     numbers: tuple[float, ...]
     operands: dict[str, Any]
+    sources: dict[str, Any]  # of the operands, as the function has them
 
     @staticmethod
     def of(score_mod: Any, shape: tuple[int, int, int, int]) -> Rule:
         """Of a call of (B, N, T, S). Raises: SpecError for a function outside of the language."""
         if score_mod is None:
-            return Rule(None, (), {})
+            return Rule(None, (), {}, {})
         rule = as_score(score_mod)
         rule.fits(shape)
         frozen = score.freeze(rule)
         program = score.Program.compose(shape, [frozen.expression()], [])
         learned = {id(program.capture(x.slot).source) for x in program.array_gradients}
-        text, operands = frozen.text, {}
+        text, operands, sources = frozen.text, {}, {}
         slots = [slot for slot in parse(text)[2] if slot.rank >= 0]
         for slot, source in zip(slots, frozen.arrays, strict=True):
             # JAX may hold it in fewer bits than it came in: the text says what is read.
             x = source if isinstance(source, jax.Array) else jnp.asarray(np.asarray(source))
             text = text.replace(f"[#{slot.number} {slot.element} ", f"[#{slot.number} {capture(x).element} ")
-            operands[f"{LEARNED if id(source) in learned else READ}{slot.number}"] = x
-        return Rule(text, frozen.numbers, operands)
+            name = f"{LEARNED if id(source) in learned else READ}{slot.number}"
+            operands[name], sources[name] = x, source
+        return Rule(text, frozen.numbers, operands, sources)
 
 
 def _array(name: str, x: Any, ranks: tuple[int, ...]) -> Any:
@@ -84,14 +86,16 @@ def lengths(name: str, x: Any, shape: tuple[int, int, int, int]) -> Any:
     return found
 
 
-def sinks_of(sinks: Any, shape: tuple[int, int, int, int]) -> Any:
+def sinks_of(sinks: Any, shape: tuple[int, int, int, int], dtype: Any) -> Any:
+    """Sinks of a call on arrays of this dtype as (B, N) of its accumulator: what a kernel reads."""
     if sinks is None:
         return None
     found = _array("sinks", sinks, ranks=(1, 2))
     if found.shape not in (shape[1:2], shape[:2]) or not jnp.issubdtype(found.dtype, jnp.floating):
         expected = f"floats (N,) = ({shape[1]},) or (B, N) = ({shape[0]}, {shape[1]})"
         raise wrong("sinks", f"{found.dtype} of shape {found.shape}", expected)
-    return found
+    accumulator = jnp.float64 if dtype == jnp.float64 else jnp.float32
+    return jnp.broadcast_to(found, shape[:2]).astype(accumulator)
 
 
 def number(name: str, value: Any) -> float | None:

@@ -36,6 +36,7 @@ class DescribedCall:
     score_mod: str | None  # as flashtile.score.freeze writes it
     numbers: tuple[float, ...]  # that it captured
     operands: tuple[str, ...]  # after query, key and value
+    fixed: tuple[str, ...] = ()  # those of them that JAX does not follow: they have no gradient
     target: str = FORWARD  # the function that XLA calls
 
     @property
@@ -71,7 +72,8 @@ class DescribedCall:
     @property
     def differentiable(self) -> list[str]:
         """The operands that have gradients."""
-        return [x for x in self.operands if x in DIFFERENTIABLE or x.startswith(LEARNED)]
+        learned = (x for x in self.operands if x in DIFFERENTIABLE or x.startswith(LEARNED))
+        return [x for x in learned if x not in self.fixed]
 
     @staticmethod
     def captured(given: dict[str, Any]) -> tuple[Any, ...]:

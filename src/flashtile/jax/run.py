@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import threading
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flashtile import xla, xla_native
+from flashtile import xla
 from flashtile.api import attention
-from flashtile.arrays import View, contiguous
 from flashtile.calls import Call, lookup, prepare
-from flashtile.errors import FlashtileError
 from flashtile.gradients import ByIdentity, Gradients, attention_backward
 from flashtile.jax.call import BACKWARD, FORWARD, LEARNED, DescribedCall
+from flashtile.jax.native import PYTHON, Arrays, target_of
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -33,6 +30,11 @@ def attend(call: DescribedCall, operands: tuple[Any, ...]) -> tuple[Any, Any]:
     return o, lse
 
 
+def kinds_of(operands: tuple[Any, ...]) -> Arrays:
+    """Their shapes and dtypes."""
+    return tuple((tuple(x.shape), x.dtype) for x in operands)
+
+
 def _recorded(call: DescribedCall, operands: tuple[Any, ...]) -> Any:
     o, lse = attend(call, operands)
     return (o, lse), (operands, o, lse)
@@ -40,9 +42,10 @@ def _recorded(call: DescribedCall, operands: tuple[Any, ...]) -> Any:
 
 def _differentiate(call: DescribedCall, kept: Any, given: Any) -> Any:
     operands, o, lse = kept
+    target = target_of(call, kinds_of(operands), BACKWARD)
     places = [0, 1, 2, *(3 + n for n, name in enumerate(call.operands) if name in call.differentiable)]
     shapes = [jax.ShapeDtypeStruct(operands[n].shape, operands[n].dtype) for n in places]
-    found = jax.ffi.ffi_call(BACKWARD, shapes, vmap_method="expand_dims")(given[0], o, lse, *operands, call=call.text)
+    found = jax.ffi.ffi_call(target, shapes, vmap_method="expand_dims")(given[0], o, lse, *operands, call=call.text)
     gradients = dict(zip(places, found, strict=True))
     return (tuple(gradients.get(n) for n in range(len(operands))),)
 
@@ -92,7 +95,9 @@ def _backward(text: str, arguments: list[xla.Argument], results: list[xla.Argume
         for name in "qkv":
             targets[name] = targets[name].swapaxes(1, 2)
         given = dict(zip(call.operands, operands[3:], strict=True))
-        learned = ByIdentity((x, targets.pop(name)) for name, x in given.items() if name.startswith(LEARNED))
+        # Those that JAX does not follow are computed with the others, if there are others.
+        rest = {name: x for name, x in given.items() if name.startswith(LEARNED)}
+        learned = ByIdentity((x, targets.pop(n) if n in targets else np.empty_like(x)) for n, x in rest.items())
         out = Gradients(**targets, captured=learned)
         attention_backward(do, q, k, v, o, lse, wrt=wrt, out=out, **call.keywords(operands[3:]))
 
@@ -103,44 +108,9 @@ def _at(x: np.ndarray, mapped: tuple[int, ...]) -> np.ndarray:
 
 
 @functools.cache
-def register() -> list[Any]:
+def register() -> None:
     """Tell XLA of the handlers, once, and keep them."""
-    kept = []
     for name, work in ((FORWARD, _forward), (BACKWARD, _backward)):
         function = xla.handler(work)
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform="cpu")
-        kept.append(function)
-    return kept
-
-
-@functools.lru_cache(maxsize=1024)
-def target_of(call: DescribedCall, arrays: tuple[tuple[tuple[int, ...], Any], ...]) -> str:
-    """The function for a plain call of these shapes and dtypes: one that needs no Python, if the call is small enough,
-    by a name that says what it computes, since compiled programs may be kept on disk."""
-    (q, dtype), _, (v, _) = arrays
-    shapes = [*(shape for shape, _ in arrays), (*q[:-1], v[-1])]
-    try:
-        q_view, k_view, v_view, o_view = (_swapped(x, dtype) for x in shapes)
-        ready = prepare(("jax", call, arrays), q_view, k_view, v_view, o_view, call.options)
-        found = xla_native.handler(ready, shapes, register()[0])
-    except FlashtileError:  # of this machine: the run tells of it
-        found = None
-    if found is None:
-        return FORWARD
-    name = f"{FORWARD}_{hashlib.blake2b(f'{call.text} {arrays}'.encode(), digest_size=12).hexdigest()}"
-    with _lock:
-        if name not in _native:
-            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(found), platform="cpu")
-            _native[name] = found
-    return name
-
-
-_native: dict[str, Any] = {}  # functions that XLA may call, for good
-_lock = threading.Lock()
-
-
-def _swapped(shape: tuple[int, ...], dtype: Any) -> View:
-    """A row-major array of JAX's order of the axes, in flashtile's."""
-    view = contiguous(shape, dtype)
-    (b, t, n, h), strides = view.shape, view.strides
-    return view._replace(shape=(b, n, t, h), strides=(strides[0], strides[2], strides[1], strides[3]))
+        PYTHON[name] = function

@@ -31,10 +31,13 @@ __all__ = [
     "CompiledBackward",
     "CompiledKernel",
     "Family",
+    "Inside",
     "Layout",
     "Runnable",
     "Stage",
+    "Step",
     "Strides",
+    "Template",
     "complete",
     "families",
     "objection",
@@ -71,6 +74,36 @@ class Stage(NamedTuple):
     workspace_bytes: int  # of the partial results; pack allocates them, the parameters own them
 
 
+class Inside(NamedTuple):
+    """A place within a template's own memory, in bytes."""
+
+    offset: int
+
+
+class Step(NamedTuple):
+    """One native call, of all of its items: function(parameters, 0, items, scratch)."""
+
+    function: Any  # of ctypes
+    items: int
+    offset: int = 0  # of its parameters within a template's memory
+
+
+class Template(NamedTuple):
+    """The parameters of a call whose arrays come later, for those who make it without Python: a copy of `memory`, and
+    as many `zeros` behind it, has addresses stored in its places; then the steps are called, one after the other.
+
+    places   (offset of a word, what it points to): an operand by its name, as in `pack`, the array of a score program's
+             slot by its number, or a place inside the memory
+    kept     what other words point to, which must live as long as the template is used
+    """
+
+    memory: bytes
+    zeros: int
+    places: tuple[tuple[int, str | int | Inside], ...]
+    steps: tuple[Step, ...]
+    kept: object
+
+
 @dataclass(frozen=True, slots=True)
 class BackwardLayout(Layout):
     """Byte strides of the arrays of a backward call: those of the forward one, do, and the gradients."""
@@ -97,6 +130,9 @@ class Runnable(Protocol):
     def run(self, params: Any, begin: int, end: int, scratch: int) -> int:
         """Compute work items [begin, end) of the plan. Returns 0, or an error code of the kernel."""
         ...
+
+    # And maybe `template(scoring)`: a Template of a call on one thread, None if it is more than steps of native code.
+    # The arrays that scoring captured may be unread (score.capture.Unread).
 
 
 class CompiledKernel(Runnable, Protocol):

@@ -7,6 +7,7 @@ by kernels there alone: to look at it from here would make the device and the ho
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -96,6 +97,21 @@ class ArrayCapture:
 
 
 @dataclass(frozen=True)
+class Unread:
+    """Stands for an array whose elements come later, row-major, when a call runs that was traced before."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def __getitem__(self, index: Any) -> Any:
+        raise SpecError(f"captured array: got index {index!r} while its elements are not known, expected a traced one")
+
+
+@dataclass(frozen=True)
 class Slot:
     """The place of a captured value among a program's run-time parameters: what remains of it in the structure."""
 
@@ -181,7 +197,9 @@ def _torch_storage(tensor: Any, name: str) -> tuple[np.ndarray, str]:
 
 
 def _is_stand_in(value: Any) -> bool:
-    """Whether a tensor has no memory to read: one of a transform of torch.func, or of whoever makes a graph."""
+    """Whether an array has no memory to read: one of a transform of torch.func, or of whoever makes a graph."""
+    if type(value) is Unread:
+        return True
     if "torch" not in sys.modules or not hasattr(value, "data_ptr"):
         return False
     if type(value).__name__ in ("FakeTensor", "FunctionalTensor"):
@@ -197,8 +215,10 @@ def _without_memory(value: Any, name: str, device: str = "cpu") -> ArrayCapture:
     spelled = str(value.dtype).removeprefix("torch.")
     dtype = np.dtype(np.uint16 if spelled == "bfloat16" else spelled)
     element = "bf16" if spelled == "bfloat16" else _element(dtype, name)
-    shape_only = np.broadcast_to(np.zeros((), dtype), tuple(value.shape))
-    return ArrayCapture(shape_only, element, value, name, Place(device, 0, ()))
+    shape = tuple(value.shape)
+    shape_only = np.broadcast_to(np.zeros((), dtype), shape)
+    strides = [dtype.itemsize * math.prod(shape[n + 1 :]) for n in range(len(shape))] if type(value) is Unread else []
+    return ArrayCapture(shape_only, element, value, name, Place(device, 0, tuple(strides)))
 
 
 def _on_device(value: Any, name: str, device: str) -> ArrayCapture:

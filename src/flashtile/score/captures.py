@@ -76,7 +76,8 @@ class Block:
                 continue
             array = value.array
             words.append(array.ctypes.data)
-            words += [n for axis in zip(array.shape, array.strides, strict=True) for n in axis]
+            strides = array.strides if value.place is None else value.place.strides
+            words += [n for axis in zip(array.shape, strides, strict=True) for n in axis]
         return np.array(words, np.int64)
 
     def pack_part(

@@ -153,5 +153,4 @@ def attend(
         return eager.attend_on_gpu(q, k, v, request, return_lse, progress, out)
     if out is not None:
         raise UnavailableError("out: got a tensor while gradients are recorded, expected None, or torch.no_grad()")
-    o, lse = operator.attend(q, k, v, request, kind == WATCHED, progress)
-    return (o, lse) if return_lse else o
+    return operator.attend(q, k, v, request, kind == WATCHED, return_lse, progress)

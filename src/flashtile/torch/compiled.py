@@ -4,33 +4,60 @@ from __future__ import annotations
 
 import inspect
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from flashtile.errors import wrong
 from flashtile.score.frozen import FrozenMask, FrozenScore, freeze
+from flashtile.score.mask import Mask, Score
+from flashtile.torch.dispatch import outside_of_graphs
 from flashtile.torch.operator import ATTENTION, draw
+
+try:
+    from flashtile.torch import followed
+except ImportError:  # a torch whose tracer is another: functions that read values break the graph
+    followed = None  # type: ignore[assignment]
 
 Tensor = torch.Tensor
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, unknown: Any = None, **keywords: Any) -> Any:
-    """The call as one node of a graph, by the keywords of `flashtile.torch.attention`. Functions must be frozen, or
-    read nothing: the tracer cannot run others on symbols, and breaks the graph there."""
+    """The call as one node of a graph, by the keywords of `flashtile.torch.attention`. Where a function can neither be
+    followed nor is frozen, the graph breaks."""
     keywords = {**_DEFAULTS, **keywords}
     score_mod, mask = keywords["score_mod"], keywords["mask"]
-    if _is_alone(score_mod, 5):
-        score_mod = _pure(score_mod)
-    if _is_alone(mask, 4):
-        mask = _pure(mask)
-    if not isinstance(score_mod, FrozenScore | str | None) or not isinstance(mask, FrozenMask | Tensor | str | None):
+    if score_mod is not None and not isinstance(score_mod, Score):
+        score_mod = _traced(score_mod, "score_mod", 5, q)
+    if mask is not None and not isinstance(mask, Mask | Tensor):
+        mask = _traced(mask, "mask", 4, q)
+    if not isinstance(score_mod, FrozenScore | Followed | None):
+        return _outside(q, k, v, **keywords)
+    if not isinstance(mask, FrozenMask | Followed | Tensor | None):
         return _outside(q, k, v, **keywords)
     for name in ("progress", "out"):
         if keywords[name] is not None:
             raise wrong(name, "one in a compiled function", "None there")
     o, lse = ATTENTION(q, k, v, **_rules(score_mod, mask), **_options(**keywords))
     return (o, lse) if keywords["return_lse"] else o
+
+
+class Followed(NamedTuple):
+    """A rule as the tracer has it: a text, and tensors that fill its slots."""
+
+    text: str
+    arrays: list[Tensor]
+    numbers: tuple[float, ...] = ()
+
+
+def _traced(function: Any, argument: str, arguments: int, q: Tensor) -> Followed | bool:
+    """A function of so many arguments as text; False where that cannot be made in a graph."""
+    if _is_alone(function, arguments) and (text := _pure(function)):
+        return Followed(text, [])
+    if followed is None or not callable(function):
+        return False
+    found = followed.rule(function, argument, q)
+    return False if found is None else Followed(*found)
 
 
 def _is_alone(rule: Any, arguments: int) -> bool:
@@ -53,14 +80,14 @@ def _pure(function: Any) -> str | bool:
     return False if found.arrays or found.numbers else found.text
 
 
-def _rules(score_mod: FrozenScore | str | None, mask: FrozenMask | Tensor | str | None) -> dict[str, Any]:
+def _rules(score_mod: FrozenScore | Followed | None, mask: FrozenMask | Followed | Tensor | None) -> dict[str, Any]:
     """A mask, and functions as the schema spells them."""
     stored = mask if isinstance(mask, Tensor) else None
     mask_mod = None if isinstance(mask, Tensor) else mask
     captured: list[Tensor] = []
     numbers: list[float] = []
     for rule in (score_mod, mask_mod):
-        if rule is not None and not isinstance(rule, str):
+        if rule is not None:
             if torch.compiler.is_exporting() and not all(isinstance(x, Tensor) for x in rule.arrays):
                 # torch.export(strict=True) would keep their shapes and lose their elements, without a word.
                 raise wrong("rule", "one that reads NumPy arrays", "tensors in a strict export, or strict=False")
@@ -69,14 +96,10 @@ def _rules(score_mod: FrozenScore | str | None, mask: FrozenMask | Tensor | str 
     return {
         "mask": stored,
         "captured": captured,
-        "score_mod": _text(score_mod),
-        "mask_mod": _text(mask_mod),
+        "score_mod": "" if score_mod is None else score_mod.text,
+        "mask_mod": "" if mask_mod is None else mask_mod.text,
         "numbers": numbers,
     }
-
-
-def _text(rule: Any) -> str:
-    return "" if rule is None else rule if isinstance(rule, str) else rule.text
 
 
 def _options(window: Any, align: Any, dropout_p: float, seed: Any, kernel: str, **rest: Any) -> dict[str, Any]:
@@ -114,9 +137,11 @@ def _uncompiled(*inputs: Tensor, **keywords: Any) -> Any:
 
 
 # torch.compile's own error says so where it may not break the graph.
-_REASON = "a mask or score function that reads values: give one that flashtile.score.freeze made outside of the graph"
-_reason = {"reason": _REASON} if "reason" in inspect.signature(torch.compiler.disable).parameters else {}
-_outside = torch.compiler.disable(_uncompiled, **_reason)
+_REASON = (
+    "a mask or score function that torch.compile cannot follow: give one that flashtile.score.freeze made outside of "
+    "the graph"
+)
+_outside = outside_of_graphs(_REASON)(_uncompiled)
 
 
 def _seed(dropout_p: float, seed: Any) -> Tensor | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -53,6 +55,13 @@ def without_tangents(run: Callable[..., Any], *args: Any) -> Any:
     """The results themselves. What is saved meanwhile keeps its tangents, for those of what is computed from it."""
     with forward_ad._set_fwd_grad_enabled(False):
         return run(*args)
+
+
+def outside_of_graphs(reason: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator of what breaks a graph of torch.compile; its own error gives the reason where it may not, if this
+    torch can say one."""
+    known = "reason" in inspect.signature(torch.compiler.disable).parameters
+    return functools.partial(torch.compiler.disable, **({"reason": reason} if known else {}))
 
 
 def is_recorded(*args: Any) -> bool:

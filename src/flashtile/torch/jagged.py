@@ -7,13 +7,14 @@ from typing import Any
 import torch
 
 from flashtile.errors import wrong
+from flashtile.torch.dispatch import outside_of_graphs
 from flashtile.torch.tensors import is_jagged
 
 Tensor = torch.Tensor
 _EXPECTED = "nested tensors of layout torch.jagged and shape (B, H, ragged, E), without holes"
 
 
-@torch.compiler.disable  # a graph breaks here: where sequences begin is looked at
+@outside_of_graphs("query: got a nested tensor in a compiled function: where its sequences begin is looked at")
 def attention(query: Any, key: Any, value: Any, **options: Any) -> Any:
     """`scaled_dot_product_attention` of nested tensors (B, H, ragged, E), by its own keywords; the result is one.
 

@@ -9,7 +9,7 @@ do elsewhere; beside tensors a call keeps texts and numbers alone, and nothing o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -57,29 +57,19 @@ def draw() -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, request: Request, watched: bool, progress: Any = None
-) -> tuple[Tensor, Tensor]:
-    """o and lse of an eager call whose gradients are recorded, or that transforms and modes of torch must see
+    q: Tensor, k: Tensor, v: Tensor, request: Request, watched: bool, return_lse: bool, progress: Any = None
+) -> Any:
+    """o, or (o, lse), of an eager call whose gradients are recorded, or that transforms and modes of torch must see
     (`watched`): the operator, past a dispatcher that has nothing to add. Raises: as `arguments_of`."""
-    if request.scores is request.offsets is progress is None and not watched:
-        return _attend_plainly(q, k, v, request)
+    alone = request.scores is request.offsets is progress is None and not (watched or return_lse)
+    if alone and request.options.kernel == "auto" and q.is_cpu:
+        return _apply_alone(request, q, k, v)  # no transform is active
     if request.scores is not None:
         check_scores(request.scores)
     given = arguments_of(q, k, v, request)
     with reporting(progress):
-        return ATTENTION(q, k, v, *given) if watched else _record(_unwatched, q, k, v, given)
-
-
-def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor]:
-    """`attend` of a call that nobody looks at, with options alone: half of a small call is the way to it."""
-    a = plain_arguments(q, k, v, request.options)
-    if request.options.kernel != "auto" or not q.is_cpu:
-        return _record(_unwatched, q, k, v, a)
-
-    def run(q: Tensor, k: Tensor, v: Tensor, a: Arguments) -> tuple[Tensor, Tensor]:
-        return calls.attend(TENSORS, q, k, v, request, True)
-
-    return _apply_plainly(run, a, q, k, v)  # no transform is active
+        found = ATTENTION(q, k, v, *given) if watched else _record(_unwatched, q, k, v, given)
+    return found if return_lse else found[0]
 
 
 def _unwatched(q: Tensor, k: Tensor, v: Tensor, a: Arguments) -> tuple[Tensor, Tensor]:
@@ -179,30 +169,54 @@ class _Attention(Function):
         ctx: Any, run: Callable[..., Any], a: Arguments, q: Tensor, k: Tensor, v: Tensor, *rest: Any
     ) -> tuple[Tensor, Tensor]:
         o, lse = run(q, k, v, a)
-        ctx.arguments = a.filled() if rest else a
+        ctx.arguments = a.filled()
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, o, lse, *(a.others if rest else ()), *rest)
+        ctx.save_for_backward(q, k, v, o, lse, *a.others, *rest)
         return o, lse
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[2:]
-        given = dlse if do is None else do
-        if given is None:
+        if do is dlse is None:
             return (None,) * (2 + len(needed))
-        if torch._C._functorch.is_legacy_batchedtensor(given):
-            raise UnavailableError(
-                "is_grads_batched: got True, expected False; torch.vmap of a torch.func.vjp is there"
-            )
-        q, k, v, o, lse, *rest = ctx.saved_tensors
-        a = ctx.arguments.filled(rest[:3], rest[3:]) if rest else ctx.arguments
-        wanted = [*needed] if rest else [*needed, False, False, False]
-        run = BACKWARD if torch.is_grad_enabled() or is_watched() or in_forward_mode() else _compute_backward
-        found = iter(run(do, dlse, q, k, v, o, lse, wanted, *a))
-        return None, None, *(next(found) if asked else None for asked in needed)
+        saved = ctx.saved_tensors
+        a = ctx.arguments.filled(saved[5:8], saved[8:])
+        return None, None, *_differentiate(do, dlse, saved[:5], needed, a)
 
 
-_apply_plainly = super(Function, _Attention).apply
+class _Alone(Function):
+    """o alone, of a call with options alone: half of a small call is the way to it, which each further input and output
+    makes longer. Inputs: the call, q, k, v."""
+
+    @staticmethod
+    def forward(ctx: Any, request: Request, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        o, lse = calls.attend(TENSORS, q, k, v, request, True)
+        ctx.request = request
+        ctx.save_for_backward(q, k, v, o, lse)
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, _, _ = tensors = ctx.saved_tensors
+        a = plain_arguments(q, k, v, ctx.request.options)
+        return None, *_differentiate(do, None, tensors, ctx.needs_input_grad[1:], a)
+
+
+_apply_alone = super(Function, _Alone).apply
+
+
+def _differentiate(
+    do: Tensor | None, dlse: Tensor | None, tensors: Sequence[Tensor], needed: Sequence[bool], a: Arguments
+) -> Iterator[Tensor | None]:
+    """The gradients of q, k, v and what else was an input, None where none is needed; tensors: q, k, v, o, lse."""
+    given: Any = dlse if do is None else do
+    if torch._C._functorch.is_legacy_batchedtensor(given):
+        raise UnavailableError("is_grads_batched: got True, expected False; torch.vmap of a torch.func.vjp is there")
+    wanted = [*needed, *[False] * (3 + len(a.differentiable) - len(needed))]  # of those that were no inputs
+    run = BACKWARD if torch.is_grad_enabled() or is_watched() or in_forward_mode() else _compute_backward
+    q, k, v, o, lse = tensors
+    found = iter(run(do, dlse, q, k, v, o, lse, wanted, *a))
+    return (next(found) if asked else None for asked in needed)
 
 
 def _autograd_backward(*args: Any) -> list[Tensor]:

@@ -26,6 +26,8 @@ from flashtile.kernels import (
     CompiledKernel,
     Family,
     Layout,
+    Step,
+    Template,
 )
 from flashtile.kernels.cpu import scratch
 from flashtile.kernels.cpu.block import CALL, band_of, scores_in_nats, split_scale
@@ -67,7 +69,7 @@ _PACES = {
     (32, 4): ((8, 8, 10, 18, 18), 22, 70),
 }
 # Where products land in matrix registers nobody has measured since rows of passes/decode start faster.
-_TILED_PACE = ((14, 28), 40, 120)
+_TILED_PACES = {(64, 16): ((14, 28), 40, 120)}
 
 
 def unavailable() -> str | None:
@@ -112,7 +114,7 @@ def _decodes_from(q_len: int, *choosing: Any) -> float:
     c = _configured(*choosing, _ANYWHERE)
     if c.dropout:
         return math.inf
-    pace = _TILED_PACE if c.lands_in_memory else _PACES.get((c.isa.vector_bytes, c.lanes))
+    pace = (_TILED_PACES if c.lands_in_memory else _PACES).get((c.isa.vector_bytes, c.lanes))
     if pace is None:
         return 0 if q_len <= _NARROW_QUERIES else math.inf
     of_registers, row_starts, starts = pace
@@ -250,6 +252,7 @@ class Forward:
         areas = scratch.sized(c, spec.head_size, spec.value_size, panels)
         self.scratch_bytes = areas.bytes
         self.merge_stage, self._merge = None, None
+        self._items = plan.items
         parts = {"splits": 1, "split_keys": spec.kv_len, "o_split": 0, "lse_split": 0}
         if plan.splits > 1:
             from flashtile.kernels.cpu.parts import Merge, first_stage
@@ -284,6 +287,15 @@ class Forward:
 
     def _block(self, scores: ScoreValues, *addresses: int) -> bytes:
         return scores.hold(CALL.head(*addresses, *scores.addresses) + self._tail)
+
+    def template(self, scoring: Scoring | None) -> Template | None:
+        """See Runnable; of keys in parts there is none."""
+        from flashtile.kernels.cpu.templates import scores_of, template
+
+        if self._merge is not None:
+            return None
+        scores = scores_of(scoring, self._config)
+        return template(CALL, self._tail, scores, scoring, (Step(self.run, self._items),), ("q", "k", "v", "o", "lse"))
 
 
 def _sizes(c: Config, spec: AttentionSpec, plan: Plan, layout: Layout) -> dict[str, int]:

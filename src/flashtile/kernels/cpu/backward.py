@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from flashtile.arrays import address_of
-from flashtile.kernels import Stage
+from flashtile.kernels import Inside, Stage, Step, Template
 from flashtile.kernels.cpu import backward_config, scratch
 from flashtile.kernels.cpu.array_sums import ArrayPlan, ArraySums, Items
 from flashtile.kernels.cpu.block import BACKWARD, band_of, scores_in_nats, split_scale
@@ -22,6 +22,7 @@ from flashtile.kernels.cpu.readings import readings
 from flashtile.kernels.cpu.score_values import NO_SCORES, ScoreValues, score_steps
 from flashtile.kernels.cpu.steps.range import least_of_scores
 from flashtile.llvm import jit
+from flashtile.llvm.blocks import ALIGNMENT, WORD
 from flashtile.plan import Plan
 from flashtile.plan.tiling import flops_of
 
@@ -120,7 +121,7 @@ class Backward:
         row = spec.head_size * c.size
         rows = spec.batch * spec.heads * spec.q_len
         self._dq = (spec.heads * spec.q_len * row, spec.q_len * row, row, c.size)
-        adding = _adding(replace(c, code=None, partial=False, arrays=(), dropout=False))
+        self._add = adding = _adding(replace(c, code=None, partial=False, arrays=(), dropout=False))
         self.merge_stage = Stage(
             items=rows,
             run=lambda call, begin, end, scratch: adding(call.merge, begin, end, scratch),
@@ -152,22 +153,53 @@ class Backward:
         def block(dq: int) -> bytes:
             return scores.hold(BACKWARD.head(q, k, v, o, lse, do, dlse, dq, dk, dv, offsets, *own) + self._tail)
 
-        stage, spec = self.merge_stage, self._spec
+        stage = self.merge_stage
         if stage is None:
             return Params(block(dq), b"", None, sums) if self._config.arrays else block(dq)
         workspace = np.zeros(stage.workspace_bytes if dq else 0, np.uint8)
         at = address_of(workspace) if dq else 0
-        sizes = {
-            "parts": at,
+        return Params(block(at), add_parts.CALL.pack(self._merge_words(at, dq)), workspace, sums)
+
+    def _merge_words(self, parts: int, dq: int) -> dict[str, int]:
+        """The words of the second stage's block."""
+        spec, splits = self._spec, len(self._parts) - 1
+        assert self.merge_stage is not None
+        return {
+            "parts": parts,
             "dq": dq,
             **{f"dq_{a}": n for a, n in zip(_AXES, self._layout.dq, strict=True)},
             "heads": spec.heads,
             "q_len": spec.q_len,
             "head_size": spec.head_size,
-            "splits": len(self._parts) - 1,
-            "split": stage.workspace_bytes // (len(self._parts) - 1),
+            "splits": splits,
+            "split": self.merge_stage.workspace_bytes // splits,
         }
-        return Params(block(at), add_parts.CALL.pack(sizes), workspace, sums)
+
+    def template(self, scoring: Scoring | None) -> Template | None:
+        """See kernels.Runnable, of the gradients of q, k, v, and of sinks where there are some; of arrays' there is
+        none."""
+        from flashtile.kernels.cpu.templates import scores_of, template
+
+        if self._config.arrays:
+            return None
+        scores, sums = scores_of(scoring, self._config), ArraySums(self._arrays)
+        own = {"parts": address_of(self._parts), "sums": sums.address}
+        operands = ["q", "k", "v", "o", "lse", "do", "dq", "dk", "dv"]
+        operands += ["dsinks"] if scoring is not None and scoring.sinks is not None else []
+        steps = [Step(_entry(self._config), self.plan.items)]
+        stage, behind = self.merge_stage, b""
+        if stage is not None:
+            operands.remove("dq")
+            steps.append(Step(self._add, stage.items, BACKWARD.bytes))
+            behind = add_parts.CALL.pack(self._merge_words(0, 0))
+        found = template(BACKWARD, self._tail, scores, scoring, tuple(steps), operands, behind, own)
+        if stage is not None:
+            memory = found.memory.ljust(-(-len(found.memory) // ALIGNMENT) * ALIGNMENT, b"\0")
+            workspace, at = Inside(len(memory)), BACKWARD.bytes
+            parts, dq = (at + WORD * add_parts.CALL.index[x] for x in ("parts", "dq"))
+            places = (*found.places, (WORD * BACKWARD.index["dq"], workspace), (parts, workspace), (dq, "dq"))
+            found = found._replace(memory=memory, zeros=stage.workspace_bytes, places=places)
+        return found._replace(kept=(scores, sums, self))
 
     def totals(self, params: Any) -> dict[int, np.ndarray]:
         """The gradients of captured arrays, by their slots, when a call is done."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from flashtile.arrays import address_of
-from flashtile.kernels import Layout, Stage, Strides
+from flashtile.kernels import Layout, Stage, Step, Strides, Template
 from flashtile.kernels.cpu.block import bounded, scores_in_nats, sides_of, split_scale
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.passes import merge
@@ -119,6 +119,7 @@ class Decode:
 
     def __init__(self, c: Config, spec: AttentionSpec, plan: Plan, layout: Layout):
         self._config = c
+        self._items = plan.items
         self.run, self.merge_stage = entry("decode", c), None
         self._merge = Merge(c, spec, plan, layout.o) if plan.splits > 1 else None
         sizes = spec.heads, spec.kv_heads, spec.q_len, spec.head_size, spec.value_size
@@ -144,6 +145,15 @@ class Decode:
 
     def _block(self, scores: ScoreValues, *addresses: int) -> bytes:
         return scores.hold(decode.CALL.head(*addresses, scores.captures, scores.sinks) + self._tail)
+
+    def template(self, scoring: Scoring | None) -> Template | None:
+        """See kernels.Runnable; of keys in parts there is none."""
+        from flashtile.kernels.cpu.templates import scores_of, template
+
+        if self._merge is not None:
+            return None
+        scores, operands = scores_of(scoring, self._config, mapped=False), ("q", "k", "v", "o", "lse")
+        return template(decode.CALL, self._tail, scores, scoring, (Step(self.run, self._items),), operands)
 
 
 _of_keys = struct.Struct(f"{len(decode.OF_KEYS)}q").pack

@@ -64,7 +64,8 @@ class ScoreValues:
                 segments = _segments(program, c)
                 rows, keys = segments.rows, segments.keys
         keep = None if scoring.keep is None else np.array([scoring.keep.threshold, scoring.keep.seed], np.uint64)
-        arrays = captures, rows, keys, scoring.sinks, keep
+        sinks = None if isinstance(scoring.sinks, ArrayCapture) else scoring.sinks  # else it comes later
+        arrays = captures, rows, keys, sinks, keep
         return cls((*arrays, scoring), *(0 if x is None else address_of(x) for x in arrays))
 
     def hold(self, block: bytes) -> bytes:
@@ -82,7 +83,7 @@ def _segments(program: Program, c: Config) -> Segments:
     mask = program.mask
     assert mask is not None
     small = program.shape[2] <= c.panel and program.shape[3] <= UNMAPPED_KEYS
-    if program.code.mask_slots and (small or is_stored(mask)):
+    if program.code.mask_slots and (small or is_stored(mask) or _is_unread(program)):
         return _unmapped(program.shape, mask.variables, c.panel, c.key_block)
     values = _contents(program)
     if values is None:
@@ -96,6 +97,12 @@ def _segments(program: Program, c: Config) -> Segments:
                 del _kept[next(iter(_kept))]
         _kept[key] = found
     return found
+
+
+def _is_unread(program: Program) -> bool:
+    """Whether elements that the mask reads come later."""
+    read = (program.captures[n] for n in program.code.mask_slots)
+    return any(isinstance(x, ArrayCapture) and x.place is not None for x in read)
 
 
 # The layers of a model call with one mask: of one that reads little, the map is kept by what it reads.

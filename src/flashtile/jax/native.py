@@ -1,0 +1,133 @@
+"""Calls that need one thread, made ready while JAX traces them: XLA then runs them without Python."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from flashtile import xla_native
+from flashtile.arrays import View, contiguous
+from flashtile.calls import Scored, engine_of, family_of, prepare
+from flashtile.engines import Alone
+from flashtile.errors import SpecError, UnavailableError
+from flashtile.jax.call import BACKWARD, FORWARD, DescribedCall
+from flashtile.kernels import BackwardLayout
+from flashtile.score.capture import ArrayCapture, Unread
+from flashtile.score.options import ScoreOptions, Scoring
+from flashtile.xla_native import Buffers, bytes_of
+
+Arrays = tuple[tuple[tuple[int, ...], Any], ...]  # the shape and dtype of each operand, in JAX's order
+_WIDE = ("int64", "uint32", "uint64")  # whose elements are looked at before they are taken for int32
+
+
+PYTHON: dict[str, Any] = {}  # the handlers in Python, by the names of FORWARD and BACKWARD
+_native: dict[str, Any] = {}  # functions that XLA may call, for good
+_lock = threading.Lock()
+
+
+@functools.lru_cache(maxsize=1024)
+def target_of(call: DescribedCall, arrays: Arrays, direction: str) -> str:
+    """The function for calls of these shapes and dtypes: one that needs no Python, if one thread is enough for them, by
+    a name that says what it computes, since compiled programs may be kept on disk; else that of PYTHON.
+
+    direction: FORWARD or BACKWARD.
+    """
+    if any(str(dtype) in _WIDE for _, dtype in arrays):
+        return direction
+    try:
+        found = {FORWARD: _forward, BACKWARD: _backward}[direction](call, arrays)
+    except (SpecError, UnavailableError):  # the run tells of it
+        found = None
+    if found is None:
+        return direction
+    name = f"{direction}_{hashlib.blake2b(f'{call.text} {arrays}'.encode(), digest_size=12).hexdigest()}"
+    with _lock:
+        if name not in _native:
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(found), platform="cpu")
+            _native[name] = found
+    return name
+
+
+def _forward(call: DescribedCall, arrays: Arrays) -> Any:
+    """A handler of (q, k, v, operands) -> (o, lse)."""
+    (q, dtype), _, (v, _) = arrays[:3]
+    o, lse = (*q[:-1], v[-1]), (q[0], q[2], q[1])
+    q_view, k_view, v_view, o_view = views = [_swapped(shape, dtype) for shape in (*_shapes(arrays[:3]), o)]
+    operands = [Unread(shape, str(dtype)) for shape, dtype in arrays[3:]]
+    spec, scoring = _scored(call, views, operands)
+    ready = prepare(("jax", call, arrays), q_view, k_view, v_view, o_view, call.options, spec)
+    numbers: dict[str | int, int] = {"q": 0, "k": 1, "v": 2, "o": len(arrays), "lse": len(arrays) + 1}
+    numbers |= _read(call, scoring, operands, 3)
+    return _handler(ready.alone, scoring, Buffers(_shapes(arrays), [o, lse], numbers, {}), FORWARD)
+
+
+def _backward(call: DescribedCall, arrays: Arrays) -> Any:
+    """A handler of (do, o, lse, q, k, v, operands) -> gradients of q, k, v and sinks; None where another array has
+    one, whose sums are put together in Python."""
+    if set(call.differentiable) - {"sinks"}:
+        return None
+    (q, dtype), (k, _), (v, _) = arrays[:3]
+    o, lse = (*q[:-1], v[-1]), (q[0], q[2], q[1])
+    views = {name: _swapped(shape, dtype) for name, shape in (("q", q), ("k", k), ("v", v), ("o", o))}
+    operands = [Unread(shape, str(dtype)) for shape, dtype in arrays[3:]]
+    spec, scoring = _scored(call, [views[x] for x in "qkv"], operands)
+    family = family_of(spec, "auto", "backward")
+    bind = engine_of(spec, "auto").bind_backward
+    if family.compile_backward is None or bind is None or spec.empty:
+        return None
+    layout = BackwardLayout(*(views[x].strides4() for x in "qkvooqkv"))
+    ready = bind(spec, layout, family, ())
+    names = ["do", "o", "lse", "q", "k", "v"]
+    gradients = {"dq": q, "dk": k, "dv": v}
+    numbers: dict[str | int, int] = {name: n for n, name in enumerate(names)}
+    numbers |= _read(call, scoring, operands, 6)
+    given = (*gradients, "dsinks") if call.differentiable else gradients
+    numbers |= {name: 3 + len(arrays) + n for n, name in enumerate(given)}
+    cleared = {name: bytes_of(shape, np.dtype(dtype).itemsize) for name, shape in gradients.items()}
+    results = [q, k, v]
+    for shape, kind in (arrays[3 + call.operands.index(x)] for x in call.differentiable):
+        results.append(shape)
+        cleared["dsinks"] = bytes_of(shape, np.dtype(kind).itemsize)
+    return _handler(ready.alone, scoring, Buffers([o, o, lse, *_shapes(arrays)], results, numbers, cleared), BACKWARD)
+
+
+def _scored(call: DescribedCall, views: Sequence[View], operands: list[Any]) -> Scored:
+    """What the call asks for, traced with arrays that are not there yet. Raises: SpecError."""
+    keywords: dict[str, Any] = call.keywords(operands)
+    scores = {name: keywords[name] for name in ("mask", "bias", "score_mod", "softcap", "sinks")}
+    q, k, v = views[:3]
+    if all(x is None for x in scores.values()):
+        return Scored(call.options.spec(q, k, v), Scoring(None, None))
+    return call.options.scored(ScoreOptions(**scores), q, k, v, None)
+
+
+def _read(call: DescribedCall, scoring: Scoring, operands: Sequence[Any], first: int) -> dict[str | int, int]:
+    """The buffers of sinks, and of the arrays that fill a score program's slots; operands begin with the `first`."""
+    place = {id(x): first + n for n, x in enumerate(operands)}
+    captures = () if scoring.program is None else scoring.program.captures
+    found: dict[str | int, int] = {
+        n: place[id(x.source)] for n, x in enumerate(captures) if isinstance(x, ArrayCapture)
+    }
+    return found | ({"sinks": first + call.operands.index("sinks")} if "sinks" in call.operands else {})
+
+
+def _handler(alone: Alone | None, scoring: Scoring, buffers: Buffers, direction: str) -> Any:
+    used = None if scoring.program is scoring.sinks is None else scoring
+    return xla_native.handler(alone, None if alone is None else alone.template(used), buffers, PYTHON[direction])
+
+
+def _shapes(arrays: Arrays) -> list[tuple[int, ...]]:
+    return [shape for shape, _ in arrays]
+
+
+def _swapped(shape: tuple[int, ...], dtype: Any) -> View:
+    """A row-major array of JAX's order of the axes, in flashtile's."""
+    view = contiguous(shape, dtype)
+    (b, t, n, h), strides = view.shape, view.strides
+    return view._replace(shape=(b, n, t, h), strides=(strides[0], strides[2], strides[1], strides[3]))
