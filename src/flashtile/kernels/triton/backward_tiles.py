@@ -118,7 +118,7 @@ TIMED: dict[tuple[str, str, int], tuple[Row | None, Row | None]] = {
 }
 
 # Rows in place of the table's where the Triton at hand is older than a version and kernels would spill, by direction:
-# dQ, or dK and dV. In float32 at 256 nothing helps dK and dV with 3.7: 64 spills at the least, 75 with the table's tile.
+# dQ, or dK and dV. In float32 at 256 nothing helps dK and dV with 3.7: 64 spills at least, 75 by the table's tile.
 OLDER: dict[tuple[str, str, int, str], tuple[tuple[tuple[int, int], Row], ...]] = {
     ("sm_90", "bfloat16", 64, "kv"): (((3, 7), row(32, 128, 8, 1, 206, 0, 40960)),),
     ("sm_90", "float32", 64, "q"): (
