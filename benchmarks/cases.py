@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,8 +28,9 @@ class Case:
     Targets are those of a two-core Zen 4: `ratio` is the time of the best peer, or of `rival`, over flashtile's; where
     there is a `base`, another case's name, flashtile's rate over its rate on the same inputs there. `percent` is
     flashtile's share of what `unit` names: the dot-product peak of one core in a dtype, or the "read" bandwidth.
-    `scaling` is what two threads are to gain over one. `intel` is the ratio on Intel's processors, for gradients
-    (backward.py): `direction` says whether the forward is timed, its gradients of q, k and v, or "both" together.
+    `scaling` is what two threads are to gain over one. `amx`, `amx_percent` and `intel` are the same targets on other
+    kinds of machines (kinds.py); `only` names the one kind that runs the case unasked. `direction` says whether the
+    forward is timed, its gradients of q, k and v, or "both" together.
     """
 
     name: str
@@ -51,6 +53,9 @@ class Case:
     direction: str = "forward"
     scaling: float | None = None
     intel: float | None = None
+    amx: float | None = None
+    amx_percent: float | None = None
+    only: str = ""
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -118,19 +123,35 @@ def _visible_pairs(case: Case) -> int:
 SCALING_TARGET = 1.85  # two threads against one, in every forward case bound by arithmetic
 
 CASES = (
-    Case("f32-1k64", "f32", 1, 8, 8, 1024, 1024, 64, ratio=1.05, percent=80),
-    Case("f32-2k128", "f32", 1, 8, 8, 2048, 2048, 128, ratio=1.2, percent=88),
-    Case("f32-4k64", "f32", 1, 8, 8, 4096, 4096, 64, ratio=1.1, percent=84),
+    Case("f32-1k64", "f32", 1, 8, 8, 1024, 1024, 64, ratio=1.05, percent=80, amx=1.35),
+    Case("f32-2k128", "f32", 1, 8, 8, 2048, 2048, 128, ratio=1.2, percent=88, amx=1.5, amx_percent=100),
+    Case("f32-4k64", "f32", 1, 8, 8, 4096, 4096, 64, ratio=1.1, percent=84, amx=1.5, amx_percent=100),
     Case("f32-512", "f32", 4, 12, 12, 512, 512, 64, ratio=1.05, percent=78),
-    Case("f32-causal-1k64", "f32", 1, 8, 8, 1024, 1024, 64, causal=True, ratio=1.5, percent=74),
-    Case("f32-causal-2k128", "f32", 1, 8, 8, 2048, 2048, 128, causal=True, ratio=1.5, percent=85),
-    Case("f32-causal-4k64", "f32", 1, 8, 8, 4096, 4096, 64, causal=True, ratio=1.5, percent=82),
+    Case("f32-causal-1k64", "f32", 1, 8, 8, 1024, 1024, 64, causal=True, ratio=1.5, percent=74, amx=1.6),
+    Case(
+        "f32-causal-2k128",
+        "f32",
+        1,
+        8,
+        8,
+        2048,
+        2048,
+        128,
+        causal=True,
+        ratio=1.5,
+        percent=85,
+        amx=1.9,
+        amx_percent=100,
+    ),
+    Case(
+        "f32-causal-4k64", "f32", 1, 8, 8, 4096, 4096, 64, causal=True, ratio=1.5, percent=82, amx=1.9, amx_percent=100
+    ),
     Case("f32-causal-512", "f32", 4, 12, 12, 512, 512, 64, causal=True, ratio=1.5, percent=70),
     Case("f32-causal-gqa", "f32", 1, 16, 4, 2048, 2048, 128, causal=True, ratio=1.5),
     Case("f32-window", "f32", 1, 8, 8, 8192, 8192, 64, causal=True, window=512, ratio=15),
-    Case("bf16-2k128", "bf16", 1, 8, 8, 2048, 2048, 128, ratio=1.15, percent=82, unit="bf16"),
-    Case("bf16-causal-4k64", "bf16", 1, 8, 8, 4096, 4096, 64, causal=True, ratio=2, percent=73, unit="bf16"),
-    Case("f16-2k128", "f16", 1, 8, 8, 2048, 2048, 128, ratio=1.05, percent=85),
+    Case("bf16-2k128", "bf16", 1, 8, 8, 2048, 2048, 128, ratio=1.15, percent=82, unit="bf16", amx=2.3),
+    Case("bf16-causal-4k64", "bf16", 1, 8, 8, 4096, 4096, 64, causal=True, ratio=2, percent=73, unit="bf16", amx=3.3),
+    Case("f16-2k128", "f16", 1, 8, 8, 2048, 2048, 128, ratio=1.05, percent=85, amx=3),
     Case("f16-causal-4k64", "f16", 1, 8, 8, 4096, 4096, 64, causal=True, ratio=1.8, percent=80),
     Case("f64-1k64", "f64", 1, 8, 8, 1024, 1024, 64, ratio=1.6, percent=78, unit="f64"),
     Case("f32-decode", "f32", 1, 32, 32, 1, 8192, 128, ratio=2, unit="read"),
@@ -186,7 +207,43 @@ OPTION_CASES = (
     ),
 )
 
-ALL_CASES = (*CASES, *OPTION_CASES)
+AMX = "Intel AMX"
+
+
+def _on_tiles(name: str, dtype: str, heads: int, length: int, size: int, amx: float | None, **fields: object) -> Case:
+    """One sequence, of as many queries as keys unless they are given."""
+    known = {"batch": 1, "kv_heads": heads, "queries": length, "keys": length, **fields}
+    return Case(name, dtype, heads=heads, head_size=size, amx=amx, only=AMX, **known)  # type: ignore[arg-type]
+
+
+def _options_on_tiles() -> Iterator[Case]:
+    """What options cost: the share of the plain kernel's rate over visible pairs. At D = 64 it is recorded."""
+    exact, coarse = (0.85, 0.85, 0.85, 0.65), (0.85, 0.75, 0.75, 0.55)
+    for dtype, targets in (("f32", exact), ("f16", exact), ("bf16", coarse)):
+        for option, target in zip(("padding", "alibi", "alibi by hand", "softcap"), targets, strict=True):
+            for length, size in ((2048, 128), (4096, 64)):
+                shape = f"{length // 1024}k{size}"
+                name = f"{dtype}-{option.replace('alibi by hand', 'own-alibi')}-{shape}"
+                share = target if size == 128 else None
+                yield _on_tiles(name, dtype, 8, length, size, share, option=option, base=f"{dtype}-{shape}")
+
+
+# What matrix registers are held to beside the cases above; other kinds of machines run these where they are named.
+AMX_CASES = (
+    _on_tiles("bf16-4k64", "bf16", 8, 4096, 64, 3.0),
+    _on_tiles("bf16-causal-2k128", "bf16", 8, 2048, 128, 2.5, causal=True),
+    _on_tiles("f16-causal-2k128", "f16", 8, 2048, 128, 3.5, causal=True),
+    _on_tiles("f16-4k64", "f16", 8, 4096, 64, None),
+    _on_tiles("bf16-causal-gqa", "bf16", 16, 2048, 128, 2.2, causal=True, kv_heads=4),
+    _on_tiles("bf16-window", "bf16", 8, 8192, 64, 40.0, causal=True, window=512),
+    _on_tiles("bf16-512", "bf16", 12, 512, 64, 1.8, batch=4),
+    _on_tiles("bf16-causal-ragged", "bf16", 6, 1531, 96, 2.2, batch=2, causal=True),
+    _on_tiles("bf16-few-gqa", "bf16", 32, 16384, 128, 1.3, kv_heads=8, queries=7),
+    _on_tiles("f32-tf32-2k128", "f32", 8, 2048, 128, 2.5, option="tf32"),
+    *_options_on_tiles(),
+)
+
+ALL_CASES = (*CASES, *OPTION_CASES, *AMX_CASES)
 
 QUICK = ("f32-1k64", "f32-2k128", "f32-causal-2k128", "bf16-2k128", "f16-2k128", "f64-1k64", "bf16-decode-gqa")
 

@@ -53,6 +53,16 @@ class Arithmetic:
         self.dtype, self.rounded = numpy_dtype(case.dtype), rounded
         self.wide = np.dtype(np.longdouble if case.dtype == "f64" else np.float64)
         self.compute = max(self.dtype, np.dtype(np.float32), key=lambda kind: kind.itemsize) if rounded else self.wide
+        self.fraction = case.options.fraction if rounded else 0
+
+    def operand(self, x: np.ndarray) -> np.ndarray:
+        """What a product takes."""
+        x = x.astype(self.compute)
+        if not self.fraction:
+            return x
+        parts, exponent = np.frexp(x)
+        steps = 2.0 ** (self.fraction + 1)
+        return np.ldexp(np.rint(parts * steps) / steps, exponent).astype(self.compute)
 
     def settle(self, x: np.ndarray) -> np.ndarray:
         return x.astype(self.dtype).astype(self.compute) if self.rounded else x
@@ -70,8 +80,8 @@ def attend_rows(
     for index, (b, h, i) in enumerate(rows):
         group = h // (case.heads // case.kv_heads)
         seen = visible_keys(case, b, h, i)
-        keys, values = k[b, group, seen].astype(compute), v[b, group, seen].astype(compute)
-        products = _products(q[b, h], i, keys) if rounded else keys @ q[b, h, i].astype(compute)
+        keys, values = how.operand(k[b, group, seen]), how.operand(v[b, group, seen])
+        products = _products(how.operand(q[b, h]), i, keys) if rounded else keys @ q[b, h, i].astype(compute)
         scores = settle(products * compute.type(case.scale))
         if option.softcap:
             scores = settle(compute.type(option.softcap) * np.tanh(scores / compute.type(option.softcap)))
@@ -81,7 +91,7 @@ def attend_rows(
         total = weights.sum()
         if option.sinks is not None:
             total += np.exp(option.sinks(case)[h].astype(compute) - scores.max())
-        out[index] = settle(settle(weights / total) @ values)
+        out[index] = settle(how.operand(settle(weights / total)) @ values)
     return out
 
 
@@ -149,12 +159,17 @@ def _weights(
     return how.settle(weights / np.where(total == 0, 1, total)), slope
 
 
+def epsilon(case: Case) -> float:
+    """Of what operands are rounded to."""
+    return 2.0**-case.options.fraction if case.options.fraction else EPSILON[case.dtype]
+
+
 def allowed_error(case: Case, reference: np.ndarray, rounded: np.ndarray) -> np.ndarray:
     """Of each tensor."""
     axes = tuple(range(1, reference.ndim))
     factor = FACTOR if case.direction == "forward" else GRADIENT_FACTOR
     own, largest = np.abs(rounded - reference).max(axes), np.abs(reference).max(axes)
-    return (factor * own + ULPS * EPSILON[case.dtype] * largest).astype(float)
+    return (factor * own + ULPS * epsilon(case) * largest).astype(float)
 
 
 def worst(sample: np.ndarray, reference: np.ndarray, allowed: np.ndarray) -> tuple[float, float]:

@@ -28,6 +28,13 @@ def core_name() -> str:
     return llvm.get_host_cpu_name()
 
 
+def features() -> frozenset[str]:
+    """What LLVM says that the host has, such as amx-bf16."""
+    import llvmlite.binding as llvm
+
+    return frozenset(name for name, there in llvm.get_host_cpu_features().items() if there)
+
+
 def describe() -> str:
     return f"{cpu_model()} ({core_name()}), {os.cpu_count()} CPUs, {platform.system()} {platform.release()}"
 

@@ -23,6 +23,7 @@ class Option:
     bias      float32 that broadcasts likewise, added to the scores
     softcap   scores become softcap * tanh(score / softcap); 0 is off
     sinks     (heads,) logits that join the denominator only
+    fraction  bits of the fractions of operands, where a precision lets them have fewer than the dtype; 0: all
     """
 
     keywords: Callable[[Case], dict[str, Any]]
@@ -30,6 +31,7 @@ class Option:
     bias: Callable[[Case], np.ndarray] | None = None
     softcap: float = 0.0
     sinks: Callable[[Case], np.ndarray] | None = None
+    fraction: int = 0
 
     @property
     def rescores(self) -> bool:
@@ -121,6 +123,7 @@ def _softcap_alibi_by_hand(case: Case) -> dict[str, Any]:
 
 OPTIONS = {
     "": Option(lambda case: {}),
+    "tf32": Option(lambda case: {"precision": "tf32"} if case.dtype == "f32" else {}, fraction=10),
     "documents": Option(_documents, mask=_same_document),
     "padding": Option(lambda case: {"mask": padding_array(case)}, mask=padding_array),
     "bias": Option(lambda case: {"bias": dense_bias(case)}, bias=dense_bias),

@@ -71,7 +71,7 @@ class ImportClock:
                 self.seconds += time.perf_counter() - start
 
 
-def first_call() -> dict[str, float]:
+def first_call(dtype: str = "f32") -> dict[str, float]:
     """First minus second call of this process at (1, 8, 1024, 64), less what the first spent importing."""
     import flashtile
 
@@ -79,7 +79,7 @@ def first_call() -> dict[str, float]:
     from .data import make_inputs
 
     flashtile.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    q, k, v = make_inputs(Case("first", "f32", 1, 8, 8, 1024, 1024, 64))
+    q, k, v = make_inputs(Case("first", dtype, 1, 8, 8, 1024, 1024, 64))
     clock = ImportClock()
     times = []
     for _ in range(3):
@@ -121,11 +121,11 @@ def starpu_tiles(case_name: str) -> dict[str, float]:
     from flashtile.calls import clear_cache
     from flashtile.engines.starpu import engine
 
-    from .cases import CASES
+    from .cases import ALL_CASES
     from .data import make_inputs
 
     flashtile.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    (case,) = [case for case in CASES if case.name == case_name]
+    (case,) = [case for case in ALL_CASES if case.name == case_name]
     q, k, v = make_inputs(case)
     times: dict[str, list[float]] = {}
     for _ in range(5):

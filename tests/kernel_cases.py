@@ -40,8 +40,18 @@ def kernel_params() -> list[Any]:
 
 def computes_apart(kernel: Kernel, dtype: str | None) -> bool:
     """Whether a kernel's machine code for a dtype is its own, rather than another machine's: of matrix registers in
-    all but fp64. None: a test that has no dtype, or one of its own."""
+    all but fp64, of squares in bf16. None: a test that has no dtype, or one of its own."""
+    machine = machines.known().get(kernel.isa or "")
+    if machine is not None and machine.squares:
+        return dtype == "bfloat16"
     return not _on_tiles(kernel) or dtype not in (None, "float64")
+
+
+def own_decoding() -> list[str]:
+    """The instruction sets of this machine whose kernels for few queries are their own: those of a machine with matrix
+    registers are the ones of the machine below it, which tests/llvm/test_amx.py holds, but for the polynomial of bf16's
+    weights, which some tests run on every one."""
+    return [name for name in machines.usable() if TILES.unavailable(machines.known()[name])]
 
 
 def marks_of(kernel: Kernel, dtype: str) -> list[Any]:

@@ -23,7 +23,7 @@ import flashtile
 ROOT = Path(__file__).resolve().parent.parent
 
 import benchmarks.__main__ as command  # noqa: E402
-from benchmarks import backward, check, driver, machine, peak, peers, report  # noqa: E402
+from benchmarks import backward, check, driver, kinds, machine, peak, peers, report  # noqa: E402
 from benchmarks.cases import ALL_CASES, QUICK, Case, short_cases  # noqa: E402
 from benchmarks.data import load_inputs, make_inputs, sampled, save_inputs, visible_mask  # noqa: E402
 from benchmarks.options import OPTIONS  # noqa: E402
@@ -53,6 +53,13 @@ def prepare(case, q, k, v, threads):
         return {result}
     return counted, to_numpy
 """
+
+
+@pytest.fixture(autouse=True)
+def zen4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this machine is: its files lie in the output's folder itself, its targets are a case's `ratio`."""
+    monkeypatch.setattr(machine, "core_name", lambda: "znver4")
+    monkeypatch.setattr(machine, "features", frozenset)
 
 
 @pytest.fixture
@@ -97,6 +104,10 @@ def test_dry_run_writes_the_documented_columns(tmp_path, monkeypatch, capsys):
     assert [row["measure"] for row in verdicts] == ["times the best peer", "% of f32 peak"]
     assert {row["met"] for row in verdicts} <= {"met", "NOT MET"}
     assert status == 0
+    title, *columns = (tmp_path / "forward.txt").read_text().splitlines()
+    assert "Zen 4" in title and [line.split()[0] for line in columns] == ["tiny", "tiny"]
+    stored = kinds.read(tmp_path / "forward-zen4.csv")
+    assert [row["value"] for row in stored] == [f"{float(row['value']):.4g}" for row in verdicts]
     assert machine.core_name() in (tmp_path / "peers.csv").read_text().splitlines()[0]
     assert "tiny" in capsys.readouterr().out
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import benchmarks.__main__ as command
-from benchmarks import backward, check, driver, machine, peers
+from benchmarks import backward, check, driver, kinds, machine, peers
 from benchmarks.cases import Case
 from benchmarks.data import make_inputs, sampled
 
@@ -96,17 +96,17 @@ def importable(name: str) -> bool:
 
 
 @pytest.fixture
-def one_kind(monkeypatch: pytest.MonkeyPatch) -> backward.Kind:
+def one_kind(monkeypatch: pytest.MonkeyPatch) -> kinds.Kind:
     """This machine as the second of two kinds; the other has measured nothing."""
-    kinds = (backward.Kind("Elsewhere", ("none",), "ratio", True), backward.Kind("Here", ("here",), "intel", False))
+    both = (kinds.Kind("Elsewhere", ("none",), "ratio", "percent"), kinds.Kind("Here", ("here",), "intel"))
     monkeypatch.setattr(machine, "core_name", lambda: "here")
-    monkeypatch.setattr(backward, "KINDS", kinds)
+    monkeypatch.setattr(kinds, "KINDS", both)
     monkeypatch.setattr(backward, "CASES", (TINY, dataclasses.replace(TINY, name="other", percent=None)))
-    return kinds[1]
+    return both[1]
 
 
 def test_a_column_for_each_kind(
-    one_kind: backward.Kind, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    one_kind: kinds.Kind, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run of one case, then of the other: the second keeps the first; no value stands in another kind's column."""
     common = ["--parts", "backward", "--peers", "flashtile", "torch", "--threads", "1", "--rounds", "1"]
@@ -116,18 +116,18 @@ def test_a_column_for_each_kind(
     lines = (tmp_path / "backward.txt").read_text().splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["tiny", "tiny", "other"]
     for line in lines[1:]:
-        assert backward.NOT_MEASURED in line.split("best peer")[-1]
+        assert kinds.NOT_MEASURED in line.split("best peer")[-1]
     ratio = next(line for line in lines if line.startswith("other"))
-    assert f"{backward.NOT_MEASURED} (target 1)" in ratio
+    assert f"{kinds.NOT_MEASURED} (target 1)" in ratio
     if importable("torch"):
-        assert "(target 2)" in ratio and ratio.count(backward.NOT_MEASURED) == 1
-    stored = backward.read(tmp_path / one_kind.file)
+        assert "(target 2)" in ratio and ratio.count(kinds.NOT_MEASURED) == 1
+    stored = kinds.read(tmp_path / one_kind.file("backward"))
     assert {row["subject"] for row in stored} == {"tiny", "other"} and machine.describe() in stored[0]["machine"]
-    assert not (tmp_path / backward.KINDS[0].file).exists()
+    assert not (tmp_path / kinds.KINDS[0].file("backward")).exists()
 
 
 def test_a_machine_of_no_kind_writes_no_column(
-    one_kind: backward.Kind, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    one_kind: kinds.Kind, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "core_name", lambda: "unknown")
     arguments = ["--case", "tiny", "--peers", "flashtile", "--threads", "1", "--rounds", "1"]

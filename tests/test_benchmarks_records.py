@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import benchmarks.__main__ as command
-from benchmarks import door_calls, doors, driver, overheads, records, report, short
+from benchmarks import backward, door_calls, doors, driver, kinds, machine, overheads, records, report, short
 from benchmarks.cases import ALL_CASES, Case
 from benchmarks.report import Verdict
 
@@ -17,6 +17,13 @@ FIRST, SECOND = "2026-01-01 00:00 UTC; here; 2 threads", "2026-01-02 00:00 UTC; 
 ONE = Case("one", "f32", 1, 1, 1, 8, 8, 8, ratio=1.0, percent=50)
 TWO = dataclasses.replace(ONE, name="two")
 BASED = dataclasses.replace(ONE, name="based", base="one", ratio=0.9)
+
+
+@pytest.fixture(autouse=True)
+def zen4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this machine is: its files lie in the output's folder itself, its targets are a case's `ratio`."""
+    monkeypatch.setattr(machine, "core_name", lambda: "znver4")
+    monkeypatch.setattr(machine, "features", frozenset)
 
 
 def result(case: Case, limit: float = 4.0, **seconds: float) -> driver.CaseResult:
@@ -138,6 +145,12 @@ def test_table_of_the_docs_is_what_the_files_say() -> None:
     threads = max(int(row["threads"]) for row in records.read(folder / records.PEERS)[1])
     lines = records.text(folder, ALL_CASES, short_cases(), threads)
     assert (folder / "table.txt").read_text().splitlines() == lines
+
+
+@pytest.mark.parametrize(("direction", "cases"), [("forward", ALL_CASES), ("backward", backward.CASES)])
+def test_columns_of_the_docs_are_what_the_files_say(direction: str, cases: tuple[Case, ...]) -> None:
+    folder = ROOT / "docs" / "benchmarks"
+    assert (folder / f"{direction}.txt").read_text().splitlines() == kinds.columns(folder, direction, cases)
 
 
 @pytest.mark.parametrize("name", [name for name in records.FILES if (ROOT / "docs" / "benchmarks" / name).exists()])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from inputs import Shape, numpy_dtype, same_bits, uniform
+from kernel_cases import own_decoding
 
 import flashtile
 from flashtile.arrays import address_of
@@ -44,9 +45,14 @@ CASES = {
 }
 
 
-@pytest.fixture(params=isas.usable())
+EVERY = pytest.mark.parametrize(
+    "isa", isas.usable(), indirect=True
+)  # those whose kernels for few queries are another's
+
+
+@pytest.fixture(params=own_decoding())
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Every instruction set that this machine runs, in turn."""
+    """Every instruction set that this machine runs and that has kernels of its own for few queries, in turn."""
     monkeypatch.setenv("FLASHTILE_ISA", request.param)
     clear_cache()
     yield request.param
@@ -64,6 +70,7 @@ def same(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> 
     return all(same_bits(x, y) for x, y in zip(a, b, strict=True))
 
 
+@EVERY
 @on_every_isa
 @pytest.mark.parametrize("name", CASES)
 def test_decode_is_accurate(name: str, dtype: str) -> None:
@@ -125,6 +132,7 @@ def test_threads_change_no_bit(options: dict[str, Any], dtype: str, threads: Cal
         assert same(attend(*inputs, **options), alone), f"{n} threads"
 
 
+@EVERY
 @on_every_isa
 def test_rows_together_have_the_bits_of_rows_alone(dtype: str) -> None:
     """Tiles of one, two and four rows do the same arithmetic."""
@@ -244,6 +252,7 @@ def test_a_score_of_minus_infinity_hides_its_value(dtype: str) -> None:
     assert_accurate(o, q, k[..., keep, :], v[..., keep, :])
 
 
+@EVERY
 @on_every_isa
 @pytest.mark.parametrize("options", [{}, BOTTOM_RIGHT], ids=["dense", "causal"])
 def test_many_queries_in_parts(options: dict[str, Any], threads: Callable[[int], None]) -> None:
@@ -305,6 +314,7 @@ def test_merge_kernel(adjacent: bool, sunk: bool, dtype: str) -> None:
     assert np.isnan(want_o[0, 0, 0, 5]) and not o[1, 2, 0].astype(accumulator).any()
 
 
+@EVERY
 def test_explain_tells_the_kernel_and_the_parts(isa: str) -> None:
     told = flashtile.explain((1, 32, 1, 128), (1, 8, 8192, 128), kernel="cpu")
     assert (told.variant, told.isa, told.plan.head_block) == ("decode", isa, 4)
@@ -326,6 +336,7 @@ def test_a_row_does_not_depend_on_how_keys_and_rows_are_cut_into_tiles(keys: int
         assert alone.tobytes() == together[:, :, row : row + 1].tobytes(), row
 
 
+@EVERY
 @pytest.mark.parametrize("sizes", [(17, 17), (5, 5), (8, 3), (3, 8), (9, 9)], ids=str)
 def test_short_calls_take_the_kernel_for_few_queries(sizes: tuple[int, int], isa: str) -> None:
     """Where padding to whole tiles and registers would cost more than the products."""
@@ -352,6 +363,7 @@ def test_parts_cover_the_keys(kv_len: int, heads: int, options: dict[str, Any]) 
     assert [plan.locate(n)[3] for n in range(plan.splits)] == list(range(plan.splits))
 
 
+@EVERY
 def test_queries_that_are_few_beside_their_keys_decode(isa: str, dtype: str) -> None:
     """From some number of keys on, or never; the more queries there are, the later."""
     lengths = [1, 8, 40, 120, 1000, 100_000]

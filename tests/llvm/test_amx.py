@@ -18,7 +18,9 @@ from assembly import functions
 from flashtile.kernels import cpu
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.passes.backward import backward_text
+from flashtile.kernels.cpu.passes.decode.kernel import decode_text
 from flashtile.kernels.cpu.passes.forward import forward_text
+from flashtile.kernels.cpu.passes.merge import merge_text
 from flashtile.llvm import jit
 from flashtile.llvm import machines as isas
 from flashtile.llvm.ir import Function, Module
@@ -189,11 +191,12 @@ def test_the_configuration_says_eight_tiles_of_16_rows_of_64_bytes() -> None:
 
 
 def test_without_tiles_the_kernels_are_those_of_the_machine_below() -> None:
-    """So the suites need not run them again on it."""
+    """So the suites need not run them again on it, nor those of passes/decode, which take no tiles."""
     for name, below in (("amx", "avx512_bf16"), ("amx_emulated", "avx512_bf16_emulated")):
         for storage in ("double", "float", "half"):
-            mine, theirs = (forward_text(Config(isas.known()[x], storage)) for x in (name, below))
-            assert mine == theirs
+            for text in (forward_text, backward_text, decode_text, merge_text):
+                mine, theirs = (text(Config(isas.known()[x], storage)) for x in (name, below))
+                assert mine == theirs
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from flashtile import cli, kernels
 from flashtile.calls import clear_cache
 from flashtile.kernels import cpu
 from flashtile.llvm import machines, processors
-from flashtile.llvm.products import FMA, PAIRS, TILES, TILES2, TILES3, known
+from flashtile.llvm.products import FMA, PAIRS, SQUARES, TILES, TILES2, TILES3, Product, known
 
 pytestmark = pytest.mark.core
 
@@ -25,6 +25,13 @@ flags		: fpu avx512_bf16
 
 processor	: 1
 vendor_id	: somebody else's
+"""
+ARMS = """processor	: 0
+BogoMIPS	: 2100.00
+Features	: fp asimd atomics sve bf16 i8mm
+CPU implementer	: {}
+CPU architecture: 8
+CPU part	: {}
 """
 PROCESSORS = {
     "Zen 4": (("AuthenticAMD", 25, 17), "AMD Zen 4 and 5", PAIRS),
@@ -66,6 +73,40 @@ def test_each_family_gets_the_product_that_it_is_good_at(name: str) -> None:
         assert processors.choose(dot, dtype, precision, processor).product is FMA
         assert processors.choose(dot, dtype, precision, processor, forced=True).product is FMA
         assert processors.choose(matrix, dtype, precision, processor, forced=True).product is in_parts
+
+
+@pytest.mark.parametrize(
+    ("implementer", "part", "family", "product"),
+    [
+        ("0x41", "0xd40", "Arm Neoverse V1 and V2", SQUARES),
+        ("0x41", "0xd4f", "Arm Neoverse V1 and V2", SQUARES),
+        ("0x41", "0xd49", "Arm Neoverse N2", SQUARES),
+        ("0x41", "0xd46", "unknown", FMA),  # Cortex-A510
+        ("0x61", "0x022", "unknown", FMA),
+    ],
+)
+def test_arms_processors_get_squares_where_they_are_known_to_be_fast(
+    implementer: str, part: str, family: str, product: Product
+) -> None:
+    processor = processors.processor_of(ARMS.format(implementer, part))
+    assert processor.name == family
+    machine = machines.known()["neon_bf16"]
+    for dtype, precision in (("bfloat16", "ieee"), ("float32", "bf16")):
+        choice = processors.choose(machine, dtype, precision, processor)
+        assert choice.product is product and processor.name in choice.why
+        few = processors.choose(machine, dtype, precision, processor, lands=("registers",))
+        assert few.product is (PAIRS if product is SQUARES else FMA)
+        assert processors.choose(machine, dtype, precision, processor, forced=True).product is SQUARES
+        assert processors.choose(machines.known()["neon"], dtype, precision, processor).product is FMA
+    for dtype, precision, _ in IN_PARTS:
+        assert processors.choose(machine, dtype, precision, processor).product is FMA
+
+
+def test_what_linux_says_of_arms_processors_is_read(tmp_path: Path) -> None:
+    """LLVM names some of it only."""
+    (tmp_path / "cpuinfo").write_text(ARMS.format("0x41", "0xd40"))
+    assert machines.known()["neon_bf16"].needs - {"aarch64"} <= machines._said_by_linux(tmp_path / "cpuinfo")
+    assert machines._said_by_linux(tmp_path / "none") == set()
 
 
 def test_rates_are_of_products_that_exist_and_every_processor_has_fp32s() -> None:

@@ -14,7 +14,7 @@ from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.passes.forward import forward_text
 from flashtile.llvm import jit, machines, products
 from flashtile.llvm.ir import Function, Module
-from flashtile.llvm.products import FMA, PAIRS, TILES, TILES2, TILES3, Product
+from flashtile.llvm.products import FMA, PAIRS, SQUARES, TILES, TILES2, TILES3, Product
 
 pytestmark = pytest.mark.core
 
@@ -22,7 +22,7 @@ MACHINES = list(machines.known().values())
 
 
 def test_every_product_of_the_folder_is_known() -> None:
-    found = {"fma": FMA, "pairs": PAIRS, "tiles": TILES, "tiles2": TILES2, "tiles3": TILES3}
+    found = {"fma": FMA, "pairs": PAIRS, "squares": SQUARES, "tiles": TILES, "tiles2": TILES2, "tiles3": TILES3}
     assert products.known() == found
     assert all(name == product.name == repr(product) for name, product in products.known().items())
 
@@ -40,6 +40,10 @@ def test_a_tile_is_as_large_as_its_data_say(isa: machines.ISA, product: Product)
     if product.lands == "memory":
         body = re.search(rf"^define internal void @multiply_{c.registers}\(.*?^\}}", text, re.M | re.S)
         assert body is not None
+        if product is SQUARES:  # of 2 rows, 2 lanes and two words
+            squares = len(re.findall(r"call <4 x float> @llvm\.aarch64\.neon\.bfmmla\(", body[0]))
+            assert squares * 2 * 2 * 2 == rows * lanes * product.words
+            return
         products_of_a_step = len(re.findall(r"call void @(?:llvm\.x86\.tdpbf16ps|tile_dot)\(", body[0]))
         assert (
             products_of_a_step * 16 * 16 == rows * lanes * len(product.terms) and c.key_words(1) == product.words == 16

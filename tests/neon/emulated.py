@@ -64,9 +64,9 @@ def _load(generate: Callable[[], str], key: str, isa: ISA, exports: tuple[str, .
 
 
 def pytest_configure() -> None:
-    """Before any test is collected: the only instruction set of this machine is NEON, and one thread calls."""
+    """Before any test is collected: the instruction sets of this machine are NEON's, and one thread calls."""
     ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_long(_ANYONE), 0, 0, 0)  # where only a parent may look
-    isas._host_features = lambda: frozenset(("aarch64",))
+    isas._host_features = lambda: frozenset(("aarch64", "bf16"))
     jit.load = _load
     flashtile.set_num_threads(1)
 

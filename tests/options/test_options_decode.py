@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from inputs import Shape, same_bits, uniform
+from kernel_cases import own_decoding
 from option_cases import EACH, SINKS, TOGETHER, Options, coins, ids, numbers
 
 import flashtile
@@ -28,9 +29,13 @@ NAMES = [name for name in EACH if name != "packed"]
 ONE_DTYPE_EACH = [(name, list(DTYPES)[n % 4], (WHOLE, PARTS)[n // 4 % 2]) for n, name in enumerate(NAMES)]
 
 
-@pytest.fixture(autouse=True, params=isas.usable())
+# Those whose kernels for few queries are another's, too.
+EVERY = pytest.mark.parametrize("isa", isas.usable(), indirect=True)
+
+
+@pytest.fixture(autouse=True, params=own_decoding())
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Every instruction set that this machine runs, in turn."""
+    """Every instruction set that this machine runs and that has kernels of its own for few queries, in turn."""
     monkeypatch.setenv("FLASHTILE_ISA", request.param)
     clear_cache()
     yield request.param
@@ -59,6 +64,7 @@ def _check(name: str, dtype: str, shape: Shape) -> None:
     want_lse.check(lse, "lse")
 
 
+@EVERY
 @pytest.mark.parametrize("shape", [WHOLE, PARTS], ids=["whole", "parts"])
 @pytest.mark.parametrize("name", TOGETHER)
 def test_options_together(name: str, shape: Shape, dtype: str) -> None:
@@ -173,6 +179,7 @@ def test_threads_change_no_bit(name: str, threads: Callable[[int], None]) -> Non
         assert all(map(same_bits, attend(*inputs, **options), alone)), f"{n} threads"
 
 
+@EVERY
 @pytest.mark.parametrize("element", ["float32", "float64"])
 @pytest.mark.parametrize("q_len", [1, 60])
 @pytest.mark.parametrize("sink", [-200.0, 20.0, 60.0, 86.0, 120.0, 700.0])
@@ -188,6 +195,7 @@ def test_a_sink_joins_where_parts_are_merged(element: str, q_len: int, sink: flo
         assert_accurate(lse, q, k, values, kind="lse", **options)
 
 
+@EVERY
 @pytest.mark.parametrize("q_len", [1, 60])
 @pytest.mark.parametrize("kv_len", [70, 2100])
 def test_a_row_that_sees_nothing_has_its_sink(q_len: int, kv_len: int, dtype: str) -> None:

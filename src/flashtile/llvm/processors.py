@@ -10,19 +10,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from flashtile.llvm.machines import ISA
-from flashtile.llvm.products import FMA, PAIRS, TILES, TILES2, TILES3, Product
-
-CPUINFO = Path("/proc/cpuinfo")
+from flashtile.llvm.machines import CPUINFO, ISA
+from flashtile.llvm.products import FMA, PAIRS, SQUARES, TILES, TILES2, TILES3, Product
 
 
 @dataclass(frozen=True)
 class Processor:
     """A family of processors, and the multiply-adds a second of its products over those of fp32 by `fma`.
 
-    vendor, families, models    as /proc/cpuinfo numbers them; no models: every one
+    vendor, families, models    as /proc/cpuinfo numbers them, Arm's by implementer and part; no models: every one
     rates                       by the product's name; what is not named is not known, and not chosen. Of operands in
                                 several parts: of the kernel as a whole, since splitting takes its time, too
     measured                    where the rates are from
@@ -40,6 +37,10 @@ class Processor:
         return 1.0 if product is FMA else self.rates.get(product.name, 0.0)
 
 
+# Of Arm's cores the rates are those of the loops that are emitted, by LLVM's models of the cores (llvm-mca 19): 41, 22
+# and 13 to 15 multiply-adds a cycle, half of each on N2.
+_ARMS = {SQUARES.name: 2.8, PAIRS.name: 1.6}
+_MODELLED = "by LLVM's model of the core, not measured"
 TABLE = (
     Processor(
         "AMD Zen 4 and 5", "AuthenticAMD", (25, 26), rates={PAIRS.name: 2.0}, measured="228 over 114 GFLOP/s a core"
@@ -53,6 +54,8 @@ TABLE = (
         measured="a core: the dot at 98 GFLOP/s, tiles at 2520, fp32 at 215 at best; attention in two and three parts "
         "at 2.9 and 1.5 times its rate in fp32",
     ),
+    Processor("Arm Neoverse V1 and V2", "0x41", models=(0xD40, 0xD4F), rates=_ARMS, measured=_MODELLED),
+    Processor("Arm Neoverse N2", "0x41", models=(0xD49,), rates=_ARMS, measured=_MODELLED),
 )
 # Of processors that nobody has measured, a product is trusted where every one of the vendor's that has it is fast.
 UNKNOWN = (
@@ -67,6 +70,8 @@ def processor_of(cpuinfo: str) -> Processor:
     lines = (line.partition(":") for line in cpuinfo.partition("\n\n")[0].splitlines())
     said = {name.strip(): value.strip() for name, _, value in lines}
     vendor, family, model = (said.get(name, "") for name in ("vendor_id", "cpu family", "model"))
+    if "CPU implementer" in said:
+        vendor, model = said["CPU implementer"], str(int(said.get("CPU part", "0"), 16))
     for known in (*TABLE, *UNKNOWN):
         fits = not known.vendor or known.vendor == vendor
         fits = fits and (not known.families or family in map(str, known.families))
@@ -94,6 +99,7 @@ class Choice:
 
 _SAID: dict[Product, str] = {
     TILES: "tiles of bf16 pairs",
+    SQUARES: "squares of bf16",
     PAIRS: "the dot of bf16 pairs",
     TILES2: "tiles of bf16 pairs, operands in two parts",
     TILES3: "tiles of bf16 pairs, operands in three parts",
@@ -103,7 +109,7 @@ _SAID: dict[Product, str] = {
 def _beside_fma(dtype: str, precision: str) -> tuple[Product, ...]:
     """What else computes a dtype at a precision, the most preferred first where FLASHTILE_ISA names the machine."""
     if dtype == "bfloat16" or precision == "bf16":
-        return TILES, PAIRS
+        return TILES, SQUARES, PAIRS
     if dtype == "float64":
         return ()
     return (TILES2,) if dtype == "float16" or precision in ("tf32", "fp16") else (TILES3,)

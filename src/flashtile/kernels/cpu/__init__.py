@@ -69,7 +69,7 @@ _PACES = {
     (32, 4): ((8, 8, 10, 18, 18), 22, 70),
 }
 # Where products land in matrix registers nobody has measured since rows of passes/decode start faster.
-_TILED_PACE = ((14, 28), 40, 120)
+_TILED_PACES = {(64, 16): ((14, 28), 40, 120)}
 
 
 def unavailable() -> str | None:
@@ -114,7 +114,7 @@ def _decodes_from(q_len: int, *choosing: Any) -> float:
     c = _configured(*choosing, _ANYWHERE)
     if c.dropout:
         return math.inf
-    pace = _TILED_PACE if c.lands_in_memory else _PACES.get((c.isa.vector_bytes, c.lanes))
+    pace = (_TILED_PACES if c.lands_in_memory else _PACES).get((c.isa.vector_bytes, c.lanes))
     if pace is None:
         return 0 if q_len <= _NARROW_QUERIES else math.inf
     of_registers, row_starts, starts = pace

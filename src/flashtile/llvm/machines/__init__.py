@@ -5,6 +5,7 @@
     avx512_bf16               avx512{f,bw,dq,vl}, bf16 dot    avx512
     avx512                    avx512{f,bw,dq,vl}              avx2
     avx2                      avx2, fma, f16c                 generic
+    neon_bf16                 aarch64, bf16                   neon
     neon                      aarch64                         generic
     generic                   nothing
 
@@ -19,11 +20,14 @@ import functools
 import importlib
 import os
 import pkgutil
+from pathlib import Path
 
 from flashtile.errors import UnavailableError
 from flashtile.llvm.machines.base import ISA
 
-__all__ = ["ISA", "current", "known", "named", "setting", "unavailable", "usable"]
+CPUINFO = Path("/proc/cpuinfo")
+
+__all__ = ["CPUINFO", "ISA", "current", "known", "named", "setting", "unavailable", "usable"]
 
 
 @functools.cache
@@ -39,7 +43,17 @@ def _host_features() -> frozenset[str]:
     import llvmlite.binding as llvm
 
     arch = llvm.get_process_triple().split("-")[0]
-    return frozenset((arch, *(name for name, there in llvm.get_host_cpu_features().items() if there)))
+    found = {arch, *(name for name, there in llvm.get_host_cpu_features().items() if there)}
+    return frozenset(found | (_said_by_linux(CPUINFO) if arch == "aarch64" else set()))
+
+
+def _said_by_linux(cpuinfo: Path) -> set[str]:
+    """What Linux says that a processor of Arm's has: LLVM reads some of it only."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        return set()
+    return {name for line in lines if line.startswith("Features") for name in line.partition(":")[2].split()}
 
 
 def unavailable(isa: ISA) -> str | None:

@@ -61,6 +61,7 @@ class ISA:
     half: bool = False  # converts between fp16 and fp32
     bf16_dot: bool = False  # accumulates products of bf16 pairs in fp32
     tiles: bool = False  # has matrix registers, of 16 rows by 16 words of bf16 pairs or sums
+    squares: bool = False  # multiplies 2 rows of four bf16 by 2 lanes of four, sums in one register of fp32
     permutes: bool = False  # picks lanes of a register by numbers in another, as cheaply as it adds: a small table
     scales: bool = False  # takes whole parts off and multiplies by powers of two, as cheaply as it adds
 
@@ -101,6 +102,13 @@ class ISA:
         for take in (lambda w: w & upper, lambda w: w << 16):
             acc = self.multiply_add(f, f.bitcast(take(a), "float"), f.bitcast(take(b), "float"), acc)
         return acc
+
+    def multiply_squares(self, f: Function, acc: Value, a: Value, b: Value) -> Value:
+        """Sums of 2 rows by 2 lanes, of registers of two words a row and two a lane, where the machine has ``squares``.
+
+        NumPy: (acc.reshape(2, 2) + widen(a).reshape(2, 4) @ widen(b).reshape(2, 4).T).ravel()
+        """
+        raise NotImplementedError(self.name)
 
     # -- 16-bit floats live in memory as i16; these convert them to and from fp32 lanes (or scalars) ----
 

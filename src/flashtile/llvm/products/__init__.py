@@ -9,11 +9,12 @@ import pkgutil
 from flashtile.llvm.products.base import Product
 from flashtile.llvm.products.fma import PRODUCT as FMA
 from flashtile.llvm.products.pairs import PRODUCT as PAIRS
+from flashtile.llvm.products.squares import PRODUCT as SQUARES
 from flashtile.llvm.products.tiles import IN_THREE as TILES3
 from flashtile.llvm.products.tiles import IN_TWO as TILES2
 from flashtile.llvm.products.tiles import PRODUCT as TILES
 
-__all__ = ["FMA", "PAIRS", "TILES", "TILES2", "TILES3", "Product", "known"]
+__all__ = ["FMA", "PAIRS", "SQUARES", "TILES", "TILES2", "TILES3", "Product", "known"]
 
 
 @functools.cache

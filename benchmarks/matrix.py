@@ -1,0 +1,176 @@
+"""`python -m benchmarks.matrix`: all that waits for a machine with matrix registers (AMX), in one command.
+
+    machine   whether the system grants them; the products that are chosen, and why
+    bits      the tests of tiles, instruction by instruction and kernel by kernel: the real ones against the emulated
+    suites    the kernels' suites on the real machine, of every dtype, those that run at night included
+    compile   seconds that LLVM takes for each module
+    overlap   what mixing the products of one strip with the weights of another would give (overlap.py)
+    table     forward, options, gradients and first calls beside their targets (python -m benchmarks)
+    starpu    the StarPU engine beside the direct one, in bf16
+
+A step that fails does not stop the next one. What they print goes to matrix.txt in the folder of this kind of machine.
+Elsewhere ``--dry`` goes through every step on the emulated machine, with a few tiny cases: no number means anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from . import kinds, machine
+
+STEPS = ("machine", "bits", "suites", "compile", "overlap", "table", "starpu")
+COMPILE_TARGET = 0.7  # seconds of a kernel, with an empty cache
+TILES = ("tests/llvm/test_amx.py", "tests/llvm/test_products.py", "tests/cpu/test_cpu_tiles.py")
+BITS = (*TILES, "tests/cpu/test_cpu_tiles_backward.py")
+SUITES = ("tests/test_grid.py", "tests/test_adversarial.py", "tests/test_properties.py", "tests/test_many_keys.py")
+SUITES = (*SUITES, "tests/test_determinism.py", "tests/options", "tests/cpu", "tests/starpu/test_starpu_engine.py")
+ON_TILES = "amx and not emulated"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was asked for; ``isa``: the machine that has the tiles."""
+
+    isa: str
+    dry: bool
+    threads: int
+    output: Path
+
+    @property
+    def folder(self) -> Path:
+        return kinds.folder_here(self.output)
+
+
+def command(run: Run, *arguments: str, isa: str = "") -> Iterator[str]:
+    """The lines that a Python program of this checkout prints; at last how it ended, if not well."""
+    env = machine.child_environment(run.threads) | ({"FLASHTILE_ISA": isa} if isa else {})
+    env = {**env, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=machine.ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        yield from (line.rstrip("\n") for line in process.stdout)
+    if process.returncode:
+        yield f"FAILED: {' '.join(arguments)} ended with status {process.returncode}"
+
+
+def on_machine(run: Run) -> Iterator[str]:
+    from flashtile import doctor
+    from flashtile.llvm import machines, processors
+
+    yield f"{machine.describe()}; kind: {kind.name if (kind := kinds.here()) else 'none with targets'}"
+    yield f"processor: {processors.here().name} ({processors.here().measured})"
+    yield from (f"{room:8} {name:16} {why}" for room, name, _, why in doctor.survey() if room in ("isa", "product"))
+    if reason := machines.unavailable(machines.known()[run.isa]):
+        yield f"FAILED: {run.isa}: {reason}"
+
+
+def on_bits(run: Run) -> Iterator[str]:
+    few = ("-k", "rule or parts_add_up") if run.dry else ()
+    yield from command(run, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", *BITS, *few)
+
+
+def on_suites(run: Run) -> Iterator[str]:
+    chosen = ("tests/test_determinism.py",) if run.dry else SUITES
+    which = "amx_emulated and bfloat16" if run.dry else ON_TILES
+    yield from command(run, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", *chosen, "-k", which)
+
+
+def on_compile(run: Run) -> Iterator[str]:
+    """For the real machine, wherever this runs; processor time."""
+    from flashtile.kernels.cpu.config import Config
+    from flashtile.kernels.cpu.passes.backward import backward_text
+    from flashtile.kernels.cpu.passes.forward import forward_text
+    from flashtile.llvm import jit, machines, products
+
+    isa = machines.known()["amx"]
+    plain = {"bf16": ("bfloat", products.TILES), "fp16": ("half", products.TILES2), "fp32": ("float", products.TILES3)}
+    for name, (storage, product) in list(plain.items())[: 1 if run.dry else None]:
+        for dropout in (False, True):
+            c = replace(Config(isa, storage, product), dropout=dropout)
+            for direction, text in (("forward", forward_text), ("backward", backward_text)):
+                times = []
+                for _ in range(1 if run.dry else 3):
+                    start = time.process_time()
+                    jit.object_code(text(c), isa)
+                    times.append(time.process_time() - start)
+                met = "met" if min(times) <= COMPILE_TARGET else "NOT MET"
+                what = f"{direction}, {name}{', dropout' if dropout else ''}"
+                yield f"{what:32} {min(times):6.2f} s  <= {COMPILE_TARGET} {met}"
+
+
+def on_overlap(run: Run) -> Iterator[str]:
+    from flashtile.llvm import machines
+
+    from . import overlap
+
+    isa = machines.known()[run.isa]
+    if isa.name == "amx":
+        yield from overlap.report(isa)
+    else:
+        yield "not measured: emulated tiles branch, and nothing can be mixed with them"
+
+
+def on_table(run: Run) -> Iterator[str]:
+    few = ("--case", "bf16-512", "--rounds", "1", "--peers", "flashtile", "numpy") if run.dry else ()
+    parts = () if run.dry else ("--parts", "table", "backward", "overheads")
+    where = ("--output", str(run.output), "--threads", str(run.threads))
+    yield from command(run, "-m", "benchmarks", *parts, *few, *where, isa=run.isa if run.dry else "")
+
+
+def on_starpu(run: Run) -> Iterator[str]:
+    few = ("--rounds", "1", "--parts", "submission") if run.dry else ("--parts", "engines", "tiles")
+    yield from command(run, "-m", "benchmarks.starpu", "--case", "bf16-4k64", "--threads", str(run.threads), *few)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the steps. 1 where one failed; a missed target is no failure."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.matrix", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dry", action="store_true", help="on the emulated machine, a little of each step")
+    parser.add_argument("--output", type=Path, default=machine.ROOT / "docs" / "benchmarks")
+    options = parser.parse_args(arguments)
+    run = Run("amx_emulated" if options.dry else "amx", options.dry, options.threads, options.output)
+    os.environ.pop("FLASHTILE_ISA", None)
+    steps: dict[str, Callable[[Run], Iterator[str]]] = {name: globals()[f"on_{name}"] for name in options.steps}
+    run.folder.mkdir(parents=True, exist_ok=True)
+    failed = []
+    with (run.folder / "matrix.txt").open("w") as file:
+        for name, step in steps.items():
+            for line in (f"== {name}", *_guarded(name, step, run, failed), ""):
+                print(line, flush=True)
+                file.write(line + "\n")
+                file.flush()
+    print(f"failed: {', '.join(failed)}" if failed else "no step failed")
+    return int(bool(failed))
+
+
+def _guarded(name: str, step: Callable[[Run], Iterator[str]], run: Run, failed: list[str]) -> Iterator[str]:
+    """A step's lines; what it raises is a line as well."""
+    try:
+        for line in step(run):
+            if line.startswith("FAILED"):
+                failed.append(name)
+            yield line
+    except Exception as error:  # the next step is to run whatever this one does
+        failed.append(name)
+        yield f"FAILED: {type(error).__name__}: {error}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
