@@ -377,7 +377,7 @@ def test_what_is_not_there_raises() -> None:
     q, k, v = inputs()
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(lambda q: ours(q, k, v), (q,), (q,))
-    with pytest.raises(ValueError, match="flashtile_attention_backward. cannot be differentiated"):
+    with pytest.raises(ValueError, match=r"flashtile_attention_backward\w*. cannot be differentiated"):
         jax.grad(lambda q: jax.grad(lambda q: ours(q, k, v).sum())(q).sum())(q)
     for implementation in ("xla", "cudnn"):
         with pytest.raises(UnavailableError, match=f"implementation: got '{implementation}', expected None"):
