@@ -287,6 +287,46 @@ def test_a_small_backward_in_parts_needs_no_python(entered: list[int]) -> None:
     np.testing.assert_array_equal(dsinks, want.sinks)
 
 
+@pytest.mark.parametrize(
+    ("options", "storage"),
+    [
+        ({"is_causal": True}, "bfloat16"),
+        ({"mask": np.arange(256 * 256).reshape(1, 1, 256, 256) % 7 > 0, "sinks": np.linspace(-1, 1, 8)}, "float32"),
+        ({"key_value_seq_lengths": np.array([200], np.int32), "bias": np.ones((1, 8, 1, 256), np.float32)}, "float32"),
+    ],
+)
+def test_calls_of_several_threads_are_prepared_once(
+    options: dict[str, Any], storage: str, entered: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They enter Python once each way, and find there what they need: the bits of the front door."""
+    arrays = [draw(1, 256, 8, 32, dtype=storage, seed=n) for n in range(4)]
+    call = both_ways(options, *arrays)
+    for name in ("attention", "attention_backward"):
+        monkeypatch.setattr(flashtile.jax.run, name, None)
+    jax.block_until_ready(call(*arrays))
+    entered.clear()
+    o, lse, *gradients = jax.block_until_ready(call(*arrays))
+    assert len(entered) == 2
+    q, k, v, do = map(swapped, arrays)
+    lengths = options.get("key_value_seq_lengths")
+    same = {"mask": options.get("mask") if lengths is None else flashtile.score.padding(lengths)}
+    same |= {"causal": "is_causal" in options, "bias": options.get("bias"), "sinks": options.get("sinks")}
+    want = flashtile.attention(q, k, v, **same, return_lse=True)
+    np.testing.assert_array_equal(swapped(o), want[0])
+    wanted = flashtile.attention_backward(do, q, k, v, *want, **same)
+    for name, got in zip("qkv", gradients, strict=True):
+        np.testing.assert_array_equal(swapped(got), getattr(wanted, name))
+
+
+def test_places_that_elements_decide_are_looked_at() -> None:
+    """An index out of an array that a call reads is an error, wherever the call runs."""
+    q, k, v = inputs()
+    table, places = draw(4), np.array([4, 1, 2, 3] + [0] * 9, np.int32)
+    call = jax.jit(lambda places: ours(q, k, v, score_mod=lambda s, b, h, i, j: s + table[places[j]]))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT: score_mod: captured array .: got index"):
+        jax.block_until_ready(call(places))
+
+
 def test_what_machine_code_was_not_made_for_goes_to_python(entered: list[int]) -> None:
     """Axes of vmap, a gradient of a bias, wide integers, calls for several threads."""
     q, k, v = inputs()
@@ -405,7 +445,7 @@ def test_an_error_of_a_run_is_xlas_with_our_text(error: Exception, monkeypatch: 
     def call(q: Any, k: Any, v: Any) -> Any:  # not by machine code alone
         return ours(q, k, v, key_value_seq_lengths=np.array([6, 13], np.uint32))
 
-    monkeypatch.setattr(flashtile.jax.run, "lookup", fail)
+    monkeypatch.setattr(flashtile.jax.run, "attention", fail)
     text = "INVALID_ARGUMENT: q: got this, expected that" if isinstance(error, SpecError) else type(error).__name__
     with pytest.raises(jax.errors.JaxRuntimeError, match=text):
         jax.block_until_ready(jax.jit(call)(*inputs()))
