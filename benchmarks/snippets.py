@@ -77,6 +77,13 @@ def door(name: str, *arguments: str) -> dict[str, float]:
     return door_calls.measure(name, *arguments)
 
 
+def larger(queries: str, keys: str, rounds: str) -> dict[str, float]:
+    """Seconds of calls on files within a limit, and in memory: see larger.py."""
+    from . import larger as calls
+
+    return calls.measure(int(queries), int(keys), int(rounds))
+
+
 class ImportClock:
     """Seconds spent in import statements, nested ones counted once."""
 
@@ -213,6 +220,7 @@ SNIPPETS: tuple[Callable[..., dict[str, float]], ...] = (
     long_head,
     starpu_tiles,
     starpu_submission,
+    larger,
 )
 
 if __name__ == "__main__":

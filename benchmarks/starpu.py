@@ -14,6 +14,7 @@ from .report import Verdict, verdict_lines
 
 CASE = "f32-4k64"
 PEERS = ("flashtile", "starpu", "starpu_dmda", "starpu_tasks", "starpu_vanilla", "numpy")
+PARTS = ("engines", "tiles", "submission", "files")
 # subject, the faster, the slower, least ratio of their times
 RATIOS = (
     ("engine starpu", "starpu", "flashtile", 0.95, "direct / starpu"),  # on tiles AMX_TARGET
@@ -24,6 +25,9 @@ RATIOS = (
 )
 AMX_TARGET = 0.9  # of "engine starpu", in bf16 on matrix registers
 SUBMISSION_TARGET = 12.0  # microseconds a task
+# (queries, keys): one whose queries fit in the limit, one whose queries do not
+LARGER = ((1024, 98304), (8192, 24576))
+FILES_TARGET = 0.7  # of the rate in memory
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,10 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--case", default=CASE, choices=[case.name for case in ALL_CASES])
     parser.add_argument("--threads", type=int, default=2, help="workers (default 2)")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--parts", nargs="+", choices=("engines", "tiles", "submission"), help="default: all")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="default: all")
     options = parser.parse_args(arguments)
     (case,) = [case for case in ALL_CASES if case.name == options.case]
-    parts = options.parts or ["engines", "tiles", "submission"]
+    parts = options.parts or PARTS
     print(machine.describe())
     verdicts: list[Verdict] = []
     wrong = False
@@ -64,6 +68,14 @@ def main(arguments: list[str] | None = None) -> int:
         value = found.get("microseconds")
         print("submission of 10,000 empty tasks:", found)
         verdicts.append(Verdict("submission and execution", "us a task", value, SUBMISSION_TARGET, at_most=True))
+    if "files" in parts:
+        for queries, keys in LARGER:
+            sizes = f"{queries} queries, {keys} keys"
+            found = overheads.run_snippet("larger", *map(str, (queries, keys, options.rounds)), threads=options.threads)
+            print(f"files, a fourth of K and V in memory, {sizes}:", found)
+            for what in ("forward", "backward"):
+                ratio = found[f"{what}_memory"] / found[f"{what}_files"] if f"{what}_files" in found else None
+                verdicts.append(Verdict(f"{what}, {sizes}", "in memory / from files", ratio, FILES_TARGET))
     print(*verdict_lines(verdicts), sep="\n")
     return int(wrong)
 

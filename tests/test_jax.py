@@ -255,6 +255,16 @@ def test_small_calls_need_no_python(case: str, storage: str, entered: list[int])
         np.testing.assert_array_equal(swapped(got), getattr(wanted, name))
 
 
+@pytest.mark.parametrize("rows", [1, 20])
+def test_machine_code_of_another_number_of_keys(rows: int) -> None:
+    """A call that was prepared for some keys serves others, machine code with lengths of its own."""
+    q = draw(1, rows, 2, 8)
+    for keys in (5, 6, 40, 7):
+        k = draw(1, keys, 2, 8, seed=keys)
+        got = jax.jit(lambda q, k: ours(q, k, k))(q, k)
+        assert_accurate(swapped(got), *map(swapped, (q, k, k)))
+
+
 def test_a_small_backward_in_parts_needs_no_python(entered: list[int]) -> None:
     """Two heads are cut by their keys, and the parts of dQ added up; sinks have their gradient."""
     q, k, do = draw(1, 40, 2, 16), draw(1, 150, 2, 16, seed=1), draw(1, 40, 2, 16, seed=2)
@@ -275,6 +285,46 @@ def test_a_small_backward_in_parts_needs_no_python(entered: list[int]) -> None:
     np.testing.assert_array_equal(swapped(dq), want.q)
     np.testing.assert_array_equal(swapped(dk), want.k + want.v)
     np.testing.assert_array_equal(dsinks, want.sinks)
+
+
+@pytest.mark.parametrize(
+    ("options", "storage"),
+    [
+        ({"is_causal": True}, "bfloat16"),
+        ({"mask": np.arange(256 * 256).reshape(1, 1, 256, 256) % 7 > 0, "sinks": np.linspace(-1, 1, 8)}, "float32"),
+        ({"key_value_seq_lengths": np.array([200], np.int32), "bias": np.ones((1, 8, 1, 256), np.float32)}, "float32"),
+    ],
+)
+def test_calls_of_several_threads_are_prepared_once(
+    options: dict[str, Any], storage: str, entered: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They enter Python once each way, and find there what they need: the bits of the front door."""
+    arrays = [draw(1, 256, 8, 32, dtype=storage, seed=n) for n in range(4)]
+    call = both_ways(options, *arrays)
+    for name in ("attention", "attention_backward"):
+        monkeypatch.setattr(flashtile.jax.run, name, None)
+    jax.block_until_ready(call(*arrays))
+    entered.clear()
+    o, lse, *gradients = jax.block_until_ready(call(*arrays))
+    assert len(entered) == 2
+    q, k, v, do = map(swapped, arrays)
+    lengths = options.get("key_value_seq_lengths")
+    same = {"mask": options.get("mask") if lengths is None else flashtile.score.padding(lengths)}
+    same |= {"causal": "is_causal" in options, "bias": options.get("bias"), "sinks": options.get("sinks")}
+    want = flashtile.attention(q, k, v, **same, return_lse=True)
+    np.testing.assert_array_equal(swapped(o), want[0])
+    wanted = flashtile.attention_backward(do, q, k, v, *want, **same)
+    for name, got in zip("qkv", gradients, strict=True):
+        np.testing.assert_array_equal(swapped(got), getattr(wanted, name))
+
+
+def test_places_that_elements_decide_are_looked_at() -> None:
+    """An index out of an array that a call reads is an error, wherever the call runs."""
+    q, k, v = inputs()
+    table, places = draw(4), np.array([4, 1, 2, 3] + [0] * 9, np.int32)
+    call = jax.jit(lambda places: ours(q, k, v, score_mod=lambda s, b, h, i, j: s + table[places[j]]))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT: score_mod: captured array .: got index"):
+        jax.block_until_ready(call(places))
 
 
 def test_what_machine_code_was_not_made_for_goes_to_python(entered: list[int]) -> None:
@@ -337,7 +387,7 @@ def test_what_is_not_there_raises() -> None:
     q, k, v = inputs()
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(lambda q: ours(q, k, v), (q,), (q,))
-    with pytest.raises(ValueError, match="flashtile_attention_backward. cannot be differentiated"):
+    with pytest.raises(ValueError, match=r"flashtile_attention_backward\w*. cannot be differentiated"):
         jax.grad(lambda q: jax.grad(lambda q: ours(q, k, v).sum())(q).sum())(q)
     for implementation in ("xla", "cudnn"):
         with pytest.raises(UnavailableError, match=f"implementation: got '{implementation}', expected None"):
@@ -395,7 +445,7 @@ def test_an_error_of_a_run_is_xlas_with_our_text(error: Exception, monkeypatch: 
     def call(q: Any, k: Any, v: Any) -> Any:  # not by machine code alone
         return ours(q, k, v, key_value_seq_lengths=np.array([6, 13], np.uint32))
 
-    monkeypatch.setattr(flashtile.jax.run, "lookup", fail)
+    monkeypatch.setattr(flashtile.jax.run, "attention", fail)
     text = "INVALID_ARGUMENT: q: got this, expected that" if isinstance(error, SpecError) else type(error).__name__
     with pytest.raises(jax.errors.JaxRuntimeError, match=text):
         jax.block_until_ready(jax.jit(call)(*inputs()))

@@ -389,11 +389,7 @@ def test_tensors_on_a_gpu_go_to_their_own_call_with_every_option(
             got = attend(q, k, v, **option)
         for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (got, want)), strict=True):
             assert torch.equal(a, b)
-    assert calls == len(options) + sum(map(_changes_scores, options)), "once to trace, once to run"
-
-
-def _changes_scores(option: dict[str, Any]) -> bool:
-    return not option.keys().isdisjoint(("softcap", "attn_mask"))
+    assert calls == len(options), "to run; tracing asks nothing of the device"
 
 
 def test_a_function_that_reads_a_recorded_tensor_takes_the_operator_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

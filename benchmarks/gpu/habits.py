@@ -6,6 +6,7 @@ something on Triton's interpreter, at small sizes.
 
 from __future__ import annotations
 
+import os
 import tempfile
 import threading
 import time
@@ -257,6 +258,33 @@ def lent() -> str | None:
         wrong += not np.array_equal(np.asarray(o), want)
         del junk
     return f"{wrong} of 30 results were overwritten" if wrong else None
+
+
+@habit("the kernel in Gluon")
+def in_gluon() -> str | None:
+    """On Hopper alone, where no call takes it: whether it is right."""
+    import torch
+
+    from flashtile import current, owners
+    from flashtile.arrays import view_of
+    from flashtile.kernels import Layout
+    from flashtile.kernels.triton import cuda, gluon
+    from flashtile.spec import AttentionSpec
+
+    arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    if arch != "sm_90":
+        raise ImportError(f"is for sm_90, this is {arch}")
+    os.environ[gluon.VARIABLE] = "1"
+    for size, options in ((64, {"causal": True}), (128, {"causal": True, "align": 90}), (128, {})):
+        q, (k, v) = _random(2, 4, 500, size), (_random(2, 2, 590, size) for _ in range(2))
+        o, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device="cuda")
+        spec = AttentionSpec.of(q, k, v, **{"align": "top_left", **options})
+        layout = Layout(*(view_of(x).strides4() for x in (q, k, v, o)))
+        with current.calling(owners.owner_of("torch"), q):
+            gluon.attend(spec, layout, *(x.data_ptr() for x in (q, k, v, o, lse)), cuda.Gpu(), arch)
+        if wrong := _held(o, lse, q, k, v, **{"align": "top_left", **options}):
+            return f"head size {size}, {options}: {wrong}"
+    return None
 
 
 @habit("StarPU's CUDA workers")

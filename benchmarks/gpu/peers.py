@@ -25,6 +25,8 @@ def differentiated(case: Case, peer: Callable[..., Run], q: Any, k: Any, v: Any,
 
     if peer is triton_vanilla:
         raise Refused("has no backward")
+    if peer is flex_attention and not q.is_cuda:
+        raise Refused("has no backward on CPUs")
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     o = peer(case, *leaves)()
     return lambda: torch.autograd.grad(o, leaves, do, retain_graph=True)

@@ -91,7 +91,8 @@ def attention(
               progress  a function (done, total) called on this thread about ten times a second; True shows a bar.
               out       an array for o, that shares no memory with the inputs.
               memory_limit  bytes that a call on arrays in files may take (docs, "Larger than memory"), by
-                        engine="starpu"; out is then also the name of an .npy file.
+                        engine="starpu"; out is then also the name of an .npy or a
+                        .zarr file, or an array in storage.
               mask      which keys a row may see: a boolean array that broadcasts to (B, H, S_q, S_kv), True = attend;
                         a mask of `flashtile.score`, composed with & | ~; or a function (b, h, i, j) -> bool.
               bias      a float array that broadcasts to (B, H, S_q, S_kv), added to the scores; -inf hides.

@@ -164,6 +164,7 @@ def _simulate(options: argparse.Namespace) -> int:
     )
     keywords = {name: getattr(options, name) for name in names} | {"causal": not options.full}
     keywords |= {"bandwidth": options.bandwidth * 1e9, "latency": options.latency * 1e-6}
+    keywords["message"] = options.message * 1e-6
     if keywords["window"] is not None:
         keywords["window"] = tuple(keywords["window"])
 

@@ -75,7 +75,7 @@ def attend(owner: Owner, q: Any, *call: Any, held: tuple[Any, ...] = ()) -> Any:
     held: what lives until the device has read it.
     """
     with calling(owner, q) as place:
-        arrays = OnDevice(place)
+        arrays = OnDevice(owner, place)
         try:
             return calls.attend(arrays, q, *call)
         finally:  # some kernels of a call that failed may be under way
@@ -84,9 +84,8 @@ def attend(owner: Owner, q: Any, *call: Any, held: tuple[Any, ...] = ()) -> Any:
 
 
 def scored(owner: Owner, q: Any, k: Any, v: Any, request: Request) -> Scored:
-    """`calls.scored` of arrays of the owner's."""
-    with calling(owner, q) as place:
-        return calls.scored(OnDevice(place), q, k, v, request)
+    """`calls.scored` of arrays of the owner's, for which nothing is asked of the device."""
+    return calls.scored(OnDevice(owner), q, k, v, request)
 
 
 def gradients(
@@ -101,7 +100,7 @@ def gradients(
 ) -> Sums:
     """`calls.run_backward` of arrays of the owner's, on the current stream: the sums are arrays of the owner's, too."""
     with calling(owner, given["q"]) as place:
-        arrays = OnDevice(place)
+        arrays = OnDevice(owner, place)
         placed = arrays.reach(spec, None, scoring)[1]
         memory = Memory(
             zeros=lambda shape, dtype: place.zeros(shape, dtype.name, "a gradient"),
@@ -112,10 +111,10 @@ def gradients(
 
 
 class OnDevice:
-    """The arrays of one call on a GPU; see `calls.Arrays`."""
+    """The arrays of one call on a GPU; see `calls.Arrays`. place: None for who makes no array and reads none."""
 
-    def __init__(self, place: Here) -> None:
-        self._place, self._owner = place, place.owner
+    def __init__(self, owner: Owner, place: Here | None = None) -> None:
+        self._owner, self._here = owner, place
         self.read = False  # whether kernels may have been told where they lie
         self._kept: Any = None  # what the launched kernels read, until the call's own memory was asked for
 
@@ -128,6 +127,11 @@ class OnDevice:
 
     def strides(self, x: Any) -> Hashable:
         return self._owner.key(x)
+
+    @property
+    def _place(self) -> Here:
+        assert self._here is not None
+        return self._here
 
     def output(self, call: Call, q: Any) -> Any:
         return self._place.empty(call.o_shape, call.spec.dtype, "the output")

@@ -98,7 +98,8 @@ def attention_backward(
     Options: wrt    names among "q", "k", "v", "bias", "sinks", "alibi_slopes", "captured": only these are computed.
              out    a Gradients with a writable array for each of them, written to; accumulate=True adds to it.
              memory_limit  bytes that a call on arrays in files may take (docs, "Larger than memory"), by
-                    engine="starpu"; q, k and v of out are then also names of .npy files.
+                    engine="starpu"; q, k and v of out are then also names of .npy or .zarr files,
+                    or arrays in storage.
              the rest as in `flashtile.attention`.
     Returns: Gradients. `captured[array]` is found by the array's identity: one sum for an array captured twice;
              an array given as bias or alibi_slopes has all of its gradient there.

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from flashtile import arrayfiles
 from flashtile.arrays import is_stored, is_torch, plain, view_of
 from flashtile.calls import describe, family_of, gathered
 from flashtile.calls.prepared import check_out
 from flashtile.checks import check_flag, integer
 from flashtile.dtypes import DTYPES
 from flashtile.engines import pick
-from flashtile.engines.starpu.outofcore import Read, Streamed, forget
+from flashtile.engines.starpu.outofcore import Streamed
 from flashtile.errors import UnavailableError, wrong
+from flashtile.outputs import place_of, reader, writer
 from flashtile.progress import reporter
 from flashtile.spec import AttentionSpec
 
@@ -39,9 +37,8 @@ def attention(
 
     Shapes:   q, k, v NumPy arrays, memory-mapped or not, or arrays in storage (Zarr's, HDF5's).
     Options:  memory_limit  bytes that the call may take beside its inputs, and beside what its options capture.
-              out  an array, mapped or not; or the name of an .npy file, which is put in its place when it is whole:
-                   until then it is beside it, under another name.
-    Returns:  o; of a file its map, read only. lse is in memory.
+              out  an array, mapped or not; the name of a file, .npy or .zarr; or an array in storage: see outputs.py.
+    Returns:  o; of an .npy file its map, of a Zarr array that, read only. lse is in memory.
     Raises:   as flashtile.attention; SpecError for a limit below the smallest working set, which it names.
     """
     check_flag("return_lse", return_lse)
@@ -55,14 +52,12 @@ def attention(
     shape, report = views[0].shape[:-1] + views[2].shape[-1:], reporter(progress)
     real = DTYPES[DTYPES[spec.dtype].accumulator].numpy
     with _target(out, shape, views[0].dtype, spec, arrays) as (target, result):
-        results = (0 if out is not None else target.nbytes) + (target.size // shape[-1] * real.itemsize)
-        call = _streamed(spec, limit, results, offsets, scoring)
         lse = np.empty(shape[:-1], real)
-        whole = (1,) * (4 - len(shape))
-        o4, lse4 = target.reshape(whole + target.shape), lse.reshape(whole + lse.shape)
+        results = lse.nbytes + (target.nbytes if out is None else 0)
+        call = _streamed(spec, limit, results, offsets, scoring)
+        lse4 = lse.reshape((1,) * (4 - len(shape)) + lse.shape)
         q_read, k_read, v_read = (reader(x, given) for x, given in zip(arrays, (q, k, v), strict=True))
-        stored = o4.view(DTYPES[spec.dtype].numpy)
-        call.run(q_read, k_read, v_read, stored, lse4, lambda part: forget(target, part), report)
+        call.run(q_read, k_read, v_read, writer(target), lse4, report)
     o = result()
     return (o, lse) if return_lse else o
 
@@ -106,27 +101,16 @@ def check_call(spec: AttentionSpec, kernel: Any, direction: str = "forward") -> 
         raise wrong("q", f"{' and '.join(zeros)} of 0 with a memory_limit", "sizes above 0")
 
 
-def reader(x: Any, given: Any, axes: int = 4) -> Read:
-    """How rows of a head are read, of an array that has at most so many axes. Pages of a map are forgotten at once."""
-    missing = axes - len(x.shape)
-
-    def read(batch: int, head: int, first: int, into: np.ndarray) -> None:
-        rows = x[(*(batch, head)[missing:], slice(first, first + len(into)))]
-        into[...] = rows.view(np.uint16) if rows.dtype.name == "bfloat16" else rows
-        forget(given, rows)
-
-    return read
-
-
 @contextlib.contextmanager
 def _target(
     out: Any, shape: tuple[int, ...], dtype: np.dtype, spec: AttentionSpec, inputs: list[Any]
-) -> Iterator[tuple[np.ndarray, Callable[[], Any]]]:
+) -> Iterator[tuple[Any, Callable[[], Any]]]:
     """(where o goes, what gives the result once it is there)."""
-    if isinstance(out, (str, os.PathLike)):
-        path = path_of(out, "out")
-        with beside(path, shape, dtype) as target:
-            yield target, lambda: arrayfiles.open_npy(path)
+    place = place_of(out, "out")
+    if place is not None:
+        place.check(shape, dtype, inputs)
+        with place.writing(shape, dtype) as target:
+            yield target, place.result
         return
     if out is None:
         target = np.empty(shape, dtype)
@@ -139,20 +123,3 @@ def _target(
         if isinstance(x, np.ndarray) and np.may_share_memory(out, x):
             raise wrong("out", f"an array within the memory that {name} spans", "memory of its own")
     yield out, lambda: out
-
-
-def path_of(out: Any, name: str) -> Path:
-    """The file that an output names. Raises: SpecError for no .npy file in a folder."""
-    path = Path(out)
-    if path.suffix != ".npy" or not path.parent.is_dir():
-        raise wrong(name, repr(str(out)), "an array, or a name that ends in .npy in a folder that exists")
-    return path
-
-
-@contextlib.contextmanager
-def beside(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[np.ndarray]:
-    """The map of a new file, of zeros, that takes the name's place once it is whole."""
-    with arrayfiles.replacing(path) as temporary:
-        target = arrayfiles.create_npy(temporary, shape, dtype)
-        yield target
-        target.flush()  # type: ignore[attr-defined]  # it is a map

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flashtile import arrayfiles
 from flashtile.calls import INPUTS, describe, gathered
 from flashtile.dtypes import DTYPES
-from flashtile.engines.starpu.outofcore import forget
 from flashtile.engines.starpu.outofcore_gradients import StreamedBackward, Target
 from flashtile.errors import wrong
 from flashtile.gradients import Gradients, Problem, check_out, check_rows
 from flashtile.kernels.gradients import Sums
-from flashtile.outofcore import beside, check_call, described, limit_of, path_of, readable, reader
+from flashtile.outofcore import check_call, described, limit_of, readable
+from flashtile.outputs import Place, place_of, reader, writer
 from flashtile.score.capture import capture
 
 
@@ -42,9 +39,9 @@ def attention_backward(
 
     Shapes:   do, q, k, v, o, lse and dlse NumPy arrays, memory-mapped or not, or arrays in storage (Zarr's, HDF5's).
     Options:  memory_limit  bytes that the call may take beside its inputs, and beside what its options capture.
-              out  a Gradients; those of q, k and v are arrays, mapped or not, or names of .npy files, which are put in
-                   their places when all are whole.
-    Returns:  Gradients; of a file its map, read only.
+              out  a Gradients; those of q, k and v are arrays, mapped or not, names of files, .npy or .zarr, or arrays
+                   in storage: see outputs.py. Files are put in their places when all are whole.
+    Returns:  Gradients; of an .npy file its map, of a Zarr array that, read only.
     Raises:   as flashtile.attention_backward; SpecError for a limit below the smallest working set, which it names.
     """
     limit = limit_of(memory_limit, keywords["engine"])
@@ -58,19 +55,21 @@ def attention_backward(
     check_rows(spec, views[0].shape[:-1], views[2].shape[-1:], **rest)
     sinks = keywords["sinks"]
     logits = None if sinks is None else capture(sinks, "sinks").array
-    files = _files(problem, out, accumulate)
-    in_memory = replace(problem, sources=[x for x in problem.sources if x[0] not in files])
+    places = _places(problem, out, accumulate, tuple(given.values()))
+    in_memory = replace(problem, sources=[x for x in problem.sources if x[0] not in places])
     check_out(out, accumulate, in_memory, (*arrays.values(), request.offsets, logits))
     check_call(spec, keywords["kernel"], "backward")
     call = _planned(problem, request.offsets, limit, 0 if out is not None else _bytes(problem))
     real = DTYPES[DTYPES[spec.dtype].accumulator].numpy
     dsinks = np.zeros((spec.batch, spec.heads), real) if "sinks" in problem.wanted else None
     with ExitStack() as stack:
-        made = {name: _made(stack, name, source, out, files) for name, source in problem.sources if name in "qkv"}
+        made = {name: _made(stack, name, source, out, places) for name, source in problem.sources if name in "qkv"}
         readers = {n: reader(x, given[n], 3 if n in ("lse", "dlse") else 4) for n, x in arrays.items()}
-        targets = {f"d{name}": _target(x, spec.dtype, not accumulate) for name, x in made.items()}
+        older = {name: getattr(out, name) for name in made} if accumulate else {}
+        old = {name: reader(x, x) for name, x in older.items()}
+        targets = {f"d{name}": Target(writer(x), old.get(name)) for name, x in made.items()}
         totals = call.run(readers, targets, dsinks)
-    done = made | {name: arrayfiles.open_npy(path) for name, path in files.items()}
+    done = made | {name: place.result() for name, place in places.items()}
     empty = {n: np.zeros(shape, real) for n, shape in scoring.shapes(problem.wanted).items() if 0 in shape}
     return problem.gradients(Sums(None, None, None, dsinks, empty | totals), out, accumulate, done)
 
@@ -89,28 +88,26 @@ def _planned(problem: Problem, offsets: np.ndarray | None, limit: int, results: 
     return StreamedBackward(spec, tiles, limit, results, offsets, problem.scoring, problem.wanted, kept)
 
 
-def _made(stack: ExitStack, name: str, source: Any, out: Any, files: dict[str, Path]) -> np.ndarray:
+def _made(stack: ExitStack, name: str, source: Any, out: Any, places: dict[str, Place]) -> Any:
     """Where a gradient goes."""
-    if name in files:
-        return stack.enter_context(beside(files[name], source.shape, source.dtype))
-    found: np.ndarray = np.empty(source.shape, source.dtype) if out is None else getattr(out, name)
-    return found
+    if name in places:
+        return stack.enter_context(places[name].writing(source.shape, source.dtype))
+    return np.empty(source.shape, source.dtype) if out is None else getattr(out, name)
 
 
-def _files(problem: Problem, out: Any, accumulate: bool) -> dict[str, Path]:
-    """The files that gradients of q, k and v go to. Raises: SpecError."""
+def _places(problem: Problem, out: Any, accumulate: bool, inputs: tuple[Any, ...]) -> dict[str, Place]:
+    """The files and arrays in storage that gradients of q, k and v go to. Raises: SpecError."""
     if not isinstance(out, Gradients):
         return {}
-    named = {n: getattr(out, n) for n, _ in problem.sources if n in ("q", "k", "v")}
-    files = {n: path_of(x, f"out.{n}") for n, x in named.items() if isinstance(x, (str, os.PathLike))}
-    for name, path in files.items():
-        if accumulate:
-            raise wrong(f"out.{name}", f"{str(path)!r} with accumulate", "an array, which may be the file's map")
-        if list(files.values()).count(path) > 1:
-            raise wrong(f"out.{name}", repr(str(path)), "a file of its own")
-    return files
-
-
-def _target(x: np.ndarray, dtype: str, fresh: bool) -> Target:
-    whole = x.reshape((1,) * (4 - x.ndim) + x.shape)
-    return Target(whole.view(DTYPES[dtype].numpy), fresh, lambda part: forget(x, part))
+    sources = [(n, source) for n, source in problem.sources if n in ("q", "k", "v")]
+    found = {n: place for n, _ in sources if (place := place_of(getattr(out, n), f"out.{n}")) is not None}
+    for name, source in sources:
+        if (place := found.get(name)) is None:
+            continue
+        if accumulate and place.target is place.path:
+            raise wrong(place.name, f"{str(place.path)!r} with accumulate", "an array, which may be the file's map")
+        same = [x for x in found.values() if x.target is place.target or (x.path is not None and x.path == place.path)]
+        if len(same) > 1:
+            raise wrong(place.name, repr(str(place.path or place.target)), "a file of its own")
+        place.check(source.shape, source.dtype, inputs)
+    return found

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Simulation", "plot", "simulate"]
 
 TILE = 960  # as flashtile.starpu_mpi's
+FREE = "latency", "message"  # numbers that may be 0
 TASK_SECONDS = 10e-6  # that StarPU takes for a task (docs/starpu.md)
 
 
@@ -104,6 +105,7 @@ def simulate(
     workers: int = 1,
     bandwidth: float = 12.5e9,
     latency: float = 2e-6,
+    message: float = 0.0,
     rate: float | None = None,
     busy: int | None = None,
     backward: bool = False,
@@ -118,23 +120,24 @@ def simulate(
              exchange  ranks that first exchange heads (Ulysses): each then has all rows of the group and
                        1 / exchange of the heads, and tiles travel between groups only, as with the engine's option.
              workers   of each rank. bandwidth, latency  of a rank's link: bytes a second in each direction, seconds.
+             message   seconds that a message holds a link beside its bytes.
              rate      FLOP/s of a worker, for a machine that is not there; None: tasks are measured here, at once.
              busy      threads that compute while a task is measured, for cores that share caches, memory or clock;
                        None: as many as a rank has workers.
     Returns: Simulation.
     Raises:  SpecError; UnavailableError for what the CPU kernels cannot do.
     Numerics: a link sends and receives one message at a time, in order; the switch between links is ideal. Workers
-              take ready tasks by what is left of their chains, in the backward by when they can be ready; a task
-              costs 10 us beside its kernel. Tasks of delta, and those that cast gradients, cost nothing but that.
+              take ready tasks by what is left of their chains, in the backward as they are submitted; a task costs
+              10 us beside its kernel. Tasks of delta, and those that cast gradients, cost nothing but that.
     """
     spec = _spec(batch, heads, kv_heads, length, head_size, dtype, causal, window)
     check_flag("backward", backward)
     counts = {"ranks": ranks, "tile": tile, "exchange": exchange, "workers": workers}
-    numbers = {"bandwidth": bandwidth, "latency": latency, "rate": 1.0 if rate is None else rate}
+    numbers = {"bandwidth": bandwidth, "latency": latency, "message": message, "rate": 1.0 if rate is None else rate}
     _check({**counts, "busy": 1 if busy is None else busy}, numbers, order)
     tiles_of(0, 0, 1, 1, distribution)
     call = _Call(ranks, exchange, workers, workers if busy is None else busy, order, rate, backward)
-    return call.simulated(spec, tile, distribution, Network(latency, bandwidth))
+    return call.simulated(spec, tile, distribution, Network(latency, bandwidth, message))
 
 
 class _Call(NamedTuple):
@@ -204,11 +207,10 @@ def _forward(plan: Plan, network: Network, call: _Call) -> _Run:
 def _backward(plan: Plan, network: Network, call: _Call) -> _Run:
     both = backwards.BackwardPlan(plan)
     seconds, costs = seconds_of_backward(both, call.rate, call.busy)
-    keys, rows = arrivals(both.traffic, network, call.order)
-    times = backwards.run(both, seconds, (keys, rows), call.workers, TASK_SECONDS)
-    there = np.zeros_like(keys), np.zeros_like(rows)
-    free = backwards.run(both, seconds, there, call.workers, TASK_SECONDS).end
-    ideal = float(seconds(backwards.BOTH).sum()) * plan.heads
+    (rows,) = arrivals([both.traffic], network, call.order)
+    times = backwards.run(both, seconds, rows, call.workers, TASK_SECONDS, network)
+    free = backwards.run(both, seconds, np.zeros_like(rows), call.workers, TASK_SECONDS, Network(0.0, math.inf)).end
+    ideal = float(seconds.sum()) * plan.heads
     return _Run(times, free, ideal, both.tasks, both.received_bytes, both.sent_bytes, costs)
 
 
@@ -218,7 +220,7 @@ def _check(counts: dict[str, Any], numbers: dict[str, Any], order: Any) -> None:
         if integer(n) is None or n < 1:
             raise wrong(name, repr(n), "a positive integer")
     for name, x in numbers.items():
-        if not isinstance(x, (int, float)) or not math.isfinite(x) or x < 0 or (x == 0 and name != "latency"):
+        if not isinstance(x, (int, float)) or not math.isfinite(x) or x < 0 or (x == 0 and name not in FREE):
             raise wrong(name, repr(x), "a finite number above 0")
     if order not in (POSTED, NEEDED):
         raise wrong("order", repr(order), f"{POSTED!r} or {NEEDED!r}")

@@ -11,6 +11,8 @@ tasks from StarPU-MPI and StarPU. Start it with `flashtile mpi run -n 4 script.p
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -28,6 +30,7 @@ from flashtile.engines.starpu_mpi.bias import RowsOfBias
 from flashtile.engines.starpu_mpi.collective import Collective, Cut, agree, identity, same
 from flashtile.engines.starpu_mpi.gradients import CollectiveBackward
 from flashtile.engines.starpu_mpi.heads import Heads
+from flashtile.engines.starpu_mpi.link import share_cpus
 from flashtile.engines.starpu_mpi.parts import ZIGZAG, rows_of, tiles_of
 from flashtile.errors import UnavailableError, wrong
 from flashtile.gradients import Gradients, Problem, slots_of
@@ -106,6 +109,7 @@ def attention(
     comm = _communicator(comm)
     options = causal, window, align, scale, precision, "cpu", "starpu"
     mine = agree(comm, lambda: _described(q, k, v, bias, tile, distribution, exchange))
+    share_cpus([said["cpus"] for said in mine])
     cut = Cut(comm.Get_size(), tile, distribution)
     whole = _whole(mine, cut)
     part = _rows_of_bias(mine, bias)
@@ -175,14 +179,15 @@ def attention_backward(
              sinks, alibi_slopes, captured arrays) the same whole gradient on each.
     Numerics: as `flashtile.attention_backward` by tasks of this tile; the same bits on any number of ranks, but
              of an array without room for copies (4 MB) to whose elements rows of several tiles add: ranks add it up.
-    Memory:  a rank holds, beside its own, keys and values that its rows see, and q, do, lse and a number a row of rows
-             that see its keys.
+    Memory:  a rank holds, beside its own, q, do, lse, a number a row and a sum of dq of rows that see its keys; with
+             gradients of arrays keys and values that its rows see, and no sums.
     Raises:  as `attention`.
     """
     check_keywords(attention_backward, unknown)
     comm = _communicator(comm)
     options = causal, window, align, scale, precision, "cpu", "starpu"
     mine = agree(comm, lambda: _described(q, k, v, bias, tile, distribution, exchange))
+    share_cpus([said["cpus"] for said in mine])
     cut = Cut(comm.Get_size(), tile, distribution)
     whole = _whole(mine, cut)
     part = _rows_of_bias(mine, bias)
@@ -304,6 +309,7 @@ def _described(q: Any, k: Any, v: Any, bias: Any, tile: Any, distribution: Any, 
         said[f"dtype of {name}"] = dtype_of(x.dtype, name).name
         said[f"(B, H, D) of {name}"] = x.shape[:2] + x.shape[3:]
         said[f"rows of {name}"] = x.shape[2]
+    said["cpus"] = socket.gethostname(), frozenset(os.sched_getaffinity(0))
     cuts = isinstance(bias, np.ndarray) and bias.ndim > 1
     said["rows of bias"] = bias.shape[-2] if cuts else None
     return said
@@ -312,7 +318,7 @@ def _described(q: Any, k: Any, v: Any, bias: Any, tile: Any, distribution: Any, 
 def _whole(mine: list[dict[str, Any]], cut: Cut) -> Whole:
     """The whole of what ranks said. Raises: SpecError, on every rank."""
     first, rows = mine[0], [f"rows of {x}" for x in "qkv"]
-    same([{name: x for name, x in said.items() if name not in (*rows, "rows of bias")} for said in mine])
+    same([{name: x for name, x in said.items() if name not in (*rows, "rows of bias", "cpus")} for said in mine])
     whole = []
     for name, x in zip(rows, "qkv", strict=True):
         length = sum(said[name] for said in mine)

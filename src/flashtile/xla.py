@@ -128,14 +128,18 @@ class Argument(NamedTuple):
 
     def array(self) -> np.ndarray:
         """Its memory as an array, writable; bfloat16 as ml_dtypes has it, which comes with JAX."""
-        dtype = ELEMENTS[self.element]
-        memory: Any = (ctypes.c_char * (dtype.itemsize * math.prod(self.shape))).from_address(self.address)
-        found: np.ndarray = np.ndarray(self.shape, dtype, memory)
+        found = self.storage()
         if self.element != BF16:
             return found
         import ml_dtypes
 
         return found.view(ml_dtypes.bfloat16)
+
+    def storage(self) -> np.ndarray:
+        """The same, bfloat16 as its bits."""
+        dtype = ELEMENTS[self.element]
+        memory: Any = (ctypes.c_char * (dtype.itemsize * math.prod(self.shape))).from_address(self.address)
+        return np.ndarray(self.shape, dtype, memory)
 
 
 Work = Callable[[str, list[Argument], list[Argument]], None]

@@ -17,7 +17,7 @@ from flashtile.kernels.triton import backward_forms as forms
 from flashtile.kernels.triton import installed_version, tiles, too_old
 from flashtile.kernels.triton import specialisation as special
 from flashtile.kernels.triton.backward_host import ARRAY_ROWS
-from flashtile.kernels.triton.backward_tiles import ALIKE, TABLE, Row, rows_for
+from flashtile.kernels.triton.backward_tiles import ALIKE, TABLE, TIMED, Row, rows_for
 from flashtile.kernels.triton.compiler import compiled
 from flashtile.kernels.triton.resources import resources_of
 from flashtile.kernels.triton.specialisation import Memory, Specialisation
@@ -73,6 +73,23 @@ def test_kernels_use_what_the_table_says(arch: str, kind: str, size: int, direct
     check_limits(arch, meta, used)
     if str(installed_version()).startswith(TRITON):
         assert used.registers <= row.registers and used.spills <= row.spills and meta.shared <= row.shared
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "kind", "size"), TIMED, ids=str)
+@pytest.mark.parametrize("direction", ["q", "kv"])
+def test_timed_rows_use_what_the_table_says(arch: str, kind: str, size: int, direction: str) -> None:
+    row = TIMED[arch, kind, size][direction == "kv"]
+    if row is None:
+        return
+    view = contiguous((1, 1, 1, size), kind)
+    spec = AttentionSpec.of(view, view, view, causal=True)
+    form: Any = forms.backward_kv if direction == "kv" else forms.backward_q
+    for contain in (False, True):
+        meta, used = compiles(form(spec, row.tile, contain=contain, memory=MEMORY), arch)
+        check_limits(arch, meta, used)
+        if not contain and str(installed_version()).startswith(TRITON):
+            assert used.registers <= row.registers and used.spills <= row.spills and meta.shared <= row.shared
 
 
 SECOND = ("sm_100", "bfloat16", 64, "kv")  # of every run: what Triton 3.9 fails to compile with larger tiles
@@ -145,10 +162,22 @@ def test_the_table_is_whole_and_fits_the_devices() -> None:
             assert row.tile.tile_q % 16 == row.tile.tile_k % 16 == 0
 
 
+def test_timed_rows_are_others_that_fit() -> None:
+    for (arch, kind, size), others in TIMED.items():
+        ours = rows_for(arch, kind, size)
+        assert ours is not None and any(others)
+        for row, table in zip(others, ours, strict=True):
+            assert row is None or row.tile != table.tile and row.spills == 0
+            assert row is None or row.shared <= SHARED["sm_86" if arch == "sm_80" else arch]
+
+
 def test_an_older_triton_has_rows_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    for version in ((3, 6), (3, 7), (3, 9)):
+    kept = {(3, 6): (0, 0), (3, 7): (0, 0), (3, 8): (0, 1), (3, 9): (1, 1)}  # of float32: which rows are the table's
+    for version, same in kept.items():
         monkeypatch.setattr(sys.modules[rows_for.__module__], "installed", lambda version=version: version)
         for kind in ("bfloat16", "float16"):
             found, table = rows_for("sm_90", kind, 64), TABLE["sm_90", "bfloat16"]
             assert found is not None and found[0] == table[0][0]
             assert (found[1] == table[1][0]) == (version >= (3, 7)) and found[1].spills == 0
+        wide, table = rows_for("sm_90", "float32", 64), TABLE["sm_90", "float32"]
+        assert wide is not None and tuple(x == y[0] for x, y in zip(wide, table, strict=True)) == same

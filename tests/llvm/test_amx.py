@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
 import re
+import sys
 from collections.abc import Iterator
 
 import ml_dtypes
 import numpy as np
+import processes
 import pytest
 from assembly import functions
 
@@ -197,6 +200,47 @@ def test_without_tiles_the_kernels_are_those_of_the_machine_below() -> None:
             for text in (forward_text, backward_text, decode_text, merge_text):
                 mine, theirs = (text(Config(isas.known()[x], storage)) for x in (name, below))
                 assert mine == theirs
+
+
+ELSEWHERE = """
+import os, threading
+import numpy as np
+import flashtile
+ready, go, found = threading.Event(), threading.Event(), {}
+def attend():
+    q = np.random.default_rng(0).standard_normal((1, 1, 70, 40), dtype=np.float32)
+    return flashtile.attention(q, q, q, precision="bf16").tobytes()
+def wait():
+    ready.set()
+    go.wait(60)
+    found["thread"] = attend()
+thread = threading.Thread(target=wait)
+thread.start()
+ready.wait(60)
+flashtile.set_num_threads(1)
+found["main"] = attend()  # the first to ask for the registers
+go.set()
+thread.join()
+read, write = os.pipe()
+if os.fork() == 0:
+    with os.fdopen(write, "wb") as pipe:
+        pipe.write(attend())
+    os._exit(0)
+os.close(write)
+with os.fdopen(read, "rb") as pipe:
+    found["child"] = pipe.read()
+assert os.wait()[1] == 0
+assert len(found["main"]) == 70 * 40 * 4 and len(set(found.values())) == 1
+said = flashtile.explain((1, 1, 70, 40), precision="bf16")
+print(said.isa, said.product.partition(":")[0])
+"""
+
+
+@pytest.mark.parametrize("isa", HERE)
+def test_threads_that_were_there_before_and_forked_children_compute_on_tiles(isa: isas.ISA) -> None:
+    environment = {**os.environ, "FLASHTILE_ISA": isa.name}
+    done = processes.run([sys.executable, "-c", ELSEWHERE], env=environment)
+    assert (done.returncode, done.stdout.split()) == (0, [isa.name, "tiles"]), done.stderr
 
 
 @pytest.fixture

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import flashtile
-from flashtile import cli, kernels
+from flashtile import cli, doctor, engines, kernels
 from flashtile.calls import clear_cache
 from flashtile.kernels import cpu
 from flashtile.llvm import machines, processors
@@ -143,6 +145,19 @@ def test_on_a_processor_with_a_slow_dot_bf16_is_computed_in_fp32(monkeypatch: py
         forget()
 
 
+def test_doctor_names_the_product_of_each_dtype_and_precision_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Granite Rapids, whatever this machine is."""
+    granite = processors.processor_of(INFO.format("GenuineIntel", 6, 173))
+    monkeypatch.delenv("FLASHTILE_ISA", raising=False)
+    monkeypatch.setattr(processors, "here", lambda: granite)
+    monkeypatch.setattr(machines, "current", lambda: machines.known()["amx"])
+    said = {name: why for room, name, _, why in doctor.survey() if room == "product"}
+    starts = {"float64": "fma", "float32": "tiles3", "float16": "tiles2", "bfloat16": "tiles"}
+    starts |= {"float32/tf32": "tiles2", "float32/bf16": "tiles", "float32/fp16": "tiles2"}
+    assert {name: why.partition(":")[0] for name, why in said.items()} == starts
+    assert all(granite.name in why and "fp32's" in why for name, why in said.items() if name != "float64")
+
+
 def forget() -> None:
     """What was chosen for the processor as it was."""
     clear_cache()
@@ -176,6 +191,40 @@ def test_a_misspelt_instruction_set_raises_from_tensors(misspelt: None) -> None:
     for door in (flashtile.torch.attention, flashtile.torch.scaled_dot_product_attention):
         with pytest.raises(flashtile.UnavailableError, match=WRONG):
             door(x, x, x)
+
+
+DOORS = {
+    "gradients": "flashtile.attention_backward(x, x, x, x, x, x[..., 0])",
+    "decode": "flashtile.attention(x[:, :, :1], x, x)",
+    "by name": "flashtile.attention(x, x, x, kernel='cpu')",
+    "flash_attn": "flashtile.flash_attn.flash_attn_func(*[torch.ones(1, 3, 1, 4)] * 3)",
+    "flex": "flashtile.torch.flex_attention(t, t, t)",
+    "autograd": "flashtile.torch.attention(t.requires_grad_(), t, t)",
+    "jax": "flashtile.jax.dot_product_attention(x, x, x)",
+    "onnx": "flashtile.onnx.attention(x, x, x)",
+    "dask": "flashtile.attention(x, x, x, engine='dask')",
+    "starpu": "flashtile.attention(x, x, x, engine='starpu')",
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_misspelt_instruction_set_raises_from_every_door(door: str, misspelt: None) -> None:
+    """Rather than leave the call to the unfused kernel in silence."""
+    call, x = DOORS[door], np.ones((1, 1, 3, 4), np.float32)
+    names = {"flashtile": flashtile, "x": x}
+    if "torch" in call or "(t" in call:
+        torch = pytest.importorskip("torch")
+        names |= {"torch": torch, "t": torch.ones(1, 1, 3, 4)}
+    for name in re.findall(r"flashtile\.(torch|jax|onnx|flash_attn)\.", call):
+        pytest.importorskip({"onnx": "numpy"}.get(name, name.replace("flash_attn", "torch")))
+        importlib.import_module(f"flashtile.{name}")
+    if engine := re.search(r"engine='(\w+)'", call):
+        reasons = {name: why for _, name, available, why in engines.survey() if not available}
+        if engine[1] in reasons:
+            pytest.skip(reasons[engine[1]])
+    error = RuntimeError if door == "jax" else flashtile.UnavailableError  # XLA says it in an error of its own
+    with pytest.raises(error, match=WRONG):
+        eval(call, names)
 
 
 @pytest.mark.parametrize("command", [["explain", "--shape", "1,1,3,4"], ["bench", "--shape", "1,1,3,4"]])

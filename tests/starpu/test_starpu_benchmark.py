@@ -11,7 +11,7 @@ from benchmarks.cases import Case
 def test_every_contestant_is_checked_and_timed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "CASES", (Case("tiny", "f32", 1, 2, 1, 300, 300, 16, causal=True),))
+    monkeypatch.setattr(command, "ALL_CASES", (Case("tiny", "f32", 1, 2, 1, 300, 300, 16, causal=True),))
     monkeypatch.setattr(command, "CASE", "tiny")
     assert command.main(["--rounds", "1", "--threads", "1", "--parts", "engines", "--case", "tiny"]) == 0
     shown = capsys.readouterr().out
@@ -20,3 +20,12 @@ def test_every_contestant_is_checked_and_timed(
     assert shown.count("GFLOP/s") == len(command.PEERS) and "failed" not in shown
     for subject, *_ in command.RATIOS:
         assert subject in shown
+
+
+def test_calls_on_files_have_the_bits_of_those_in_memory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "LARGER", ((300, 9000),))
+    assert command.main(["--rounds", "1", "--threads", "1", "--parts", "files"]) == 0
+    shown = capsys.readouterr().out
+    assert "error" not in shown and shown.count("in memory / from files") == 2

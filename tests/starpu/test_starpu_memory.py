@@ -16,6 +16,7 @@ from inputs import Shape, same_bits, uniform
 import flashtile
 from flashtile.calls import clear_cache
 from flashtile.engines.starpu import engine, outofcore
+from flashtile.engines.starpu.outofcore_gradients import StreamedBackward
 from flashtile.errors import SpecError, UnavailableError
 from flashtile.gradients import ByIdentity, Gradients
 
@@ -127,6 +128,28 @@ def test_bits_of_gradients_are_those_without_a_limit(
     assert all(same_bits(a, b) for a, b in zip(*sums, strict=True))
 
 
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("element", ["float32", "bfloat16"])
+def test_keys_pass_queries_that_fit_once(element: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five products: the bits of the call in memory, and 0 for keys that nobody sees."""
+    arrays = uniform(Shape(2, 4, 2, 90, 530, 24, 17), element)
+    options: dict[str, Any] = {"window": (130, 40), "align": np.array([120, 390])}
+    o, lse = flashtile.attention(*arrays, kernel="reference", return_lse=True, **options)
+    given = uniform(Shape(2, 4, 2, 90, 90, 17, 17), element)[0], *arrays, o, lse
+    calls: list[StreamedBackward] = []
+    run = StreamedBackward.run
+    monkeypatch.setattr(StreamedBackward, "run", lambda call, *given: calls.append(call) or run(call, *given))
+    for accumulate in (False, True):
+        found = []
+        for how in ({"engine": "starpu"}, {"memory_limit": 1 << 20}):
+            found.append(Gradients(*(np.full_like(x, 0.5) for x in arrays)))
+            flashtile.attention_backward(*given, out=found[-1], accumulate=accumulate, **how, **options)
+        assert all(same_bits(getattr(found[0], n), getattr(found[1], n)) for n in "qkv")
+        if not accumulate:
+            assert not found[1].k[:, :, :-1].any(axis=(1, 3)).all() and found[1].k.any()
+    assert [len(call.passes) for call in calls] == [1, 1]
+
+
 def of(found: Gradients, wrt: tuple[str, ...]) -> list[np.ndarray]:
     """The gradients of these names."""
     return [found.captured[TABLE] if n == "captured" and found.captured else getattr(found, n) for n in wrt]
@@ -179,6 +202,45 @@ def test_a_call_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     assert [x.name for x in tmp_path.iterdir()] == ["o.npy"] and path.read_bytes() == b"older"
     want = flashtile.attention(q, k, v, engine="starpu")
     assert same_bits(flashtile.attention(q, k, v, memory_limit=1 << 24), want), "the engine stays usable"
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_zarr_arrays_are_replaced_when_they_are_whole(tmp_path: Path) -> None:
+    """A new one by its name, one of a group, one in no folder; a call that fails leaves what was there."""
+    zarr = pytest.importorskip("zarr")
+    q, k, v = uniform(Shape(1, 2, 2, 150, 250, 8, 8), "float32")
+    o, lse = flashtile.attention(q, k, v, engine="starpu", return_lse=True)
+    want = flashtile.attention_backward(q, q, k, v, o, lse, engine="starpu")
+    group = zarr.open_group(tmp_path / "g.zarr", mode="w")
+    size: dict[str, Any] = {"shape": k.shape, "dtype": "float32"}
+    dk = group.create_array("dk", chunks=(1, 2, 70, 8), attributes={"kept": 1}, fill_value=3.0, **size)
+    dv = zarr.create_array(zarr.storage.MemoryStore(), chunks=k.shape, **size)
+    out, limit = Gradients(q=tmp_path / "dq.zarr", k=dk, v=dv), {"memory_limit": 1 << 24}
+
+    def names() -> list[str]:
+        return sorted(str(x.relative_to(tmp_path)) for x in tmp_path.rglob("*") if x.parent.name != "c")
+
+    before = names()
+    with pytest.raises(OSError, match="the disk is gone"):
+        flashtile.attention_backward(q, q, k, Broken(v, 4), o, lse, out=out, **limit)
+    assert names() == before and (dk[:] == 3.0).all()
+    got = flashtile.attention_backward(q, q, k, v, o, lse, out=out, **limit)
+    assert got.k is dk and dk.attrs["kept"] == 1 and dk.chunks == (1, 2, 70, 8) and got.q.read_only
+    assert all(same_bits(getattr(got, n)[:], getattr(want, n)) for n in "qkv")
+    sums = Gradients(zarr.open_array(tmp_path / "dq.zarr", mode="r+"), dk, dv)
+    flashtile.attention_backward(q, q, k, v, o, lse, out=sums, accumulate=True, **limit)
+    twice = Gradients(*(getattr(want, n).copy() for n in "qkv"))
+    flashtile.attention_backward(q, q, k, v, o, lse, out=twice, accumulate=True, engine="starpu")
+    assert all(same_bits(getattr(sums, n)[:], getattr(twice, n)) for n in "qkv")
+    for target in (tmp_path / "dq.zarr", sums.q):
+        assert same_bits(flashtile.attention(q, k, v, out=target, **limit)[:], o)
+    assert {name.split("/")[0] for name in names()} == {"g.zarr", "dq.zarr"}, "nothing is left beside"
+    with pytest.raises(SpecError, match=r"^out: got shape \(1, 2, 250, 8\), expected \(1, 2, 150, 8\)"):
+        flashtile.attention(q, k, v, out=dk, **limit)
+    with pytest.raises(SpecError, match="^out: got an array in storage that is read only"):
+        flashtile.attention(q, k, v, out=zarr.open_array(tmp_path / "dq.zarr", mode="r"), **limit)
+    with pytest.raises(SpecError, match=r"^out\.k: got .*, expected a file of its own"):
+        flashtile.attention_backward(q, q, k, v, o, lse, out=Gradients(sums.q, dk, dk), **limit)
 
 
 def test_progress_comes_to_its_end() -> None:

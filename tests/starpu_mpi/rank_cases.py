@@ -58,6 +58,9 @@ def cases() -> dict[str, Case]:
             tile,
             ("k", "bias"),
         ),
+        "bias, of which no gradient": Case(
+            _arrays(300, 300), {"bias": rng.standard_normal((300, 300)).astype(np.float32)}, tile, QKV
+        ),
         "sinks, softcap, ALiBi": Case(
             _arrays(),
             {"sinks": np.arange(4.0), "softcap": 9.0, "alibi_slopes": np.full(4, 0.1)},

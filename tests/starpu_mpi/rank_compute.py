@@ -1,4 +1,4 @@
-"""Computes every case on its ranks; rank 0 writes o, lse and gradients of the whole: rank_compute.py OUT.npz."""
+"""Computes cases on its ranks; rank 0 writes o, lse and gradients of the whole: rank_compute.py OUT.npz NAMES..."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ def gather(name: str, x: np.ndarray, length: int, cut: dict[str, Any]) -> None:
     results[name] = whole.view(np.uint16) if whole.dtype.name == "bfloat16" else whole
 
 
-for name, case in cases().items():
+every_case = cases()
+for name in sys.argv[2:]:
+    case = every_case[name]
     arrays, options, cut = case.arrays, case.options, case.cut
     lengths = [x.shape[2] for x in arrays]
     parts = [starpu_mpi.part(n, comm.rank, comm.size, **cut) for n in lengths]
     mine = [x[:, :, part] for x, part in zip(arrays, parts, strict=True)]
     if "bias" in options:  # by rows, as q
-        options = {**options, "bias": np.ascontiguousarray(options["bias"][:, :, parts[0]])}
+        options = {**options, "bias": np.ascontiguousarray(options["bias"][..., parts[0], :])}
     o, lse = starpu_mpi.attention(*mine, return_lse=True, **options, **cut)
     gather(f"{name}: o", o, lengths[0], cut)
     gather(f"{name}: lse", lse, lengths[0], cut)

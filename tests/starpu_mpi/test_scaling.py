@@ -15,6 +15,7 @@ from rank_cases import Ranks
 
 from flashtile import scaling
 from flashtile.engines.starpu_mpi import build
+from flashtile.engines.starpu_mpi.journey import stages_of
 from flashtile.engines.starpu_mpi.simulation import backward as backwards
 from flashtile.engines.starpu_mpi.simulation import costs, network, schedule
 from flashtile.engines.starpu_mpi.simulation.backward import BackwardPlan
@@ -89,8 +90,8 @@ def test_tasks_and_bytes_are_those_of_four_ranks(ranks: Ranks) -> None:
         )
         messages = plan.needs.sum(axis=1) * 2 * 2
         if backward:
-            _, rows = BackwardPlan(plan).traffic
-            messages = messages + rows.needs.sum(axis=1) * 4 * 4
+            both = BackwardPlan(plan)
+            messages = both.traffic.needs.sum(axis=1) * 4 * 4 + 4 * np.bincount(both.legs.receiver, minlength=4)
         assert messages.tolist() == [rank[n].get("messages", 0) for rank in every], call
 
 
@@ -158,22 +159,73 @@ def test_workers_take_what_is_ready_and_has_most_left() -> None:
     assert schedule.run(p, seconds, late, 1, 0.5).end.tolist() == [10.0 + 6 * 1.5]
 
 
-def test_tasks_of_gradients_wait_for_tiles_and_for_one_another() -> None:
-    """Two ranks, a tile each, open: each rank has the pair of its own tiles, and both pairs of its and the other's."""
+def test_tasks_of_gradients_wait_for_tiles_and_for_sums() -> None:
+    """Two ranks, a tile each, open: each has the pair of its own tiles, then that of its keys and the other's rows;
+    their sum comes when the other is done with it, and goes home."""
     p = BackwardPlan(plan(2, 200))
-    there = np.zeros((2, 1, 2)), np.zeros((2, 1, 2))
-    costs = {backwards.ROWS: 3.0, backwards.KEYS: 4.0, backwards.BOTH: 5.0}
+    fast, slow = Network(0.0, np.inf), Network(1.0, 5e3)  # a sum of 10 kB takes two seconds, and one to cross
 
-    def end(arrived: Any, workers: int, overhead: float = 0.0) -> list[float]:
-        return backwards.run(p, lambda kind: np.full(4, costs[kind]), arrived, workers, overhead).end.tolist()
+    def end(late: float, workers: int, link: Network, overhead: float = 0.0) -> list[float]:
+        arrived = np.zeros((2, 1, 2))
+        arrived[1, 0, 0] = late  # at rank 1, the rows of rank 0
+        return backwards.run(p, np.full(4, 5.0), arrived, workers, overhead, link).end.tolist()
 
-    assert end(there, 1) == [12.0, 12.0] and p.tasks.tolist() == [4, 4]
-    assert end(there, 1, 0.5) == [14.0, 14.0]
-    assert end(there, 2) == [9.0, 9.0], "both of the others add to what the first does, each to one gradient"
-    late = there[0].copy(), there[1].copy()
-    late[0][0, 0, 1] = 7.0  # rank 0 has the other's keys at 7, and does what it has before
-    late[1][1, 0, 0] = 20.0  # rank 1 has the other's rows at 20
-    assert end(late, 1) == [12.0, 24.0]
+    assert p.tasks.tolist() == [3, 3] and p.received_bytes.tolist() == [100 * (200 + 8) + 2 * 10000] * 2
+    assert end(0, 1, fast) == end(0, 2, fast) == [10.0, 10.0]
+    assert end(0, 1, fast, 0.5) == [11.5, 11.5], "delta first"
+    assert end(0, 1, slow) == [16.0, 16.0]
+    assert end(20, 1, fast) == [25.0, 25.0]
+    assert end(20, 1, slow) == [28.0, 25.0], "rank 0 waits for the sum of its rows"
+
+
+def test_one_rank_of_gradients_is_busy_all_of_the_time() -> None:
+    p = BackwardPlan(plan(1, 700, heads=4, kv_heads=2, causal=True))
+    times = backwards.run(p, np.ones(28), np.zeros((1, 4, 7)), 2, 0.0, Network(0.0, np.inf))
+    assert times.busy.tolist() == [4 * 28] and 2 * 28 <= times.end[0] <= 2 * 28 + 2 and not p.received_bytes.any()
+
+
+@pytest.mark.parametrize("distribution", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("window", [None, (250, 120)])
+def test_sums_meet_their_keys_in_order_on_every_rank(window: Any, distribution: str) -> None:
+    """What each rank posts, run as processes that send and receive: no one waits for ever, and every sum is added to by
+    the pairs of its chain one after the other, wherever they are."""
+    whole = plan(4, 1250, heads=1, window=window, distribution=distribution)
+    p, legs = BackwardPlan(whole).pairs, BackwardPlan(whole).legs
+    found: dict[int, list[int]] = {}
+    at = whole.query_owner.copy()  # where each sum is
+    done = np.zeros(len(legs.sender), bool)
+    posted = []
+    for rank in range(4):
+        stages = stages_of(legs, np.flatnonzero(whole.key_owner[p.key_tile] == rank), rank)
+        mine: dict[int, list[tuple[str, int]]] = {}  # of each sum, in order, as StarPU keeps it
+        for stage in stages:
+            for what, tiles, numbers in (
+                ("come", legs.query_tile, stage.come),
+                ("pair", p.query_tile, stage.pairs),
+                ("go", legs.query_tile, stage.go),
+            ):
+                for n in numbers:
+                    mine.setdefault(int(tiles[n]), []).append((what, int(n)))
+        posted.append(mine)
+    moved = True
+    while moved:
+        moved = False
+        for rank, tile in itertools.product(range(4), range(13)):
+            events = posted[rank].get(tile, [])
+            while events and (events[0][0] != "come" or done[events[0][1]]):
+                what, n = events.pop(0)
+                moved = True
+                if what == "come":
+                    at[tile] = rank
+                elif what == "pair":
+                    assert at[tile] == rank
+                    found.setdefault(tile, []).append(n)
+                else:
+                    assert at[tile] == rank == legs.sender[n]
+                    done[n] = True
+    assert done.all() and not any(events for mine in posted for events in mine.values())
+    assert (at == whole.query_owner).all()
+    assert all(found[i] == np.flatnonzero(p.query_tile == i).tolist() for i in range(13))
 
 
 def test_ranks_simulated_in_blocks_give_what_they_give_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,11 +233,11 @@ def test_ranks_simulated_in_blocks_give_what_they_give_together(monkeypatch: pyt
     monkeypatch.setattr(schedule, "AT_ONCE", 1)
     apart = simulate(8, 3000, heads=2, tile=96, rate=1e9, workers=2)
     assert apart.seconds == whole.seconds and apart.waited == whole.waited
-    monkeypatch.setattr(backwards, "AT_ONCE", 1)
-    apart = simulate(4, 2000, heads=2, kv_heads=1, tile=96, rate=1e9, workers=2, backward=True)
-    monkeypatch.undo()
-    whole = simulate(4, 2000, heads=2, kv_heads=1, tile=96, rate=1e9, workers=2, backward=True)
-    assert apart.seconds == whole.seconds and whole.waited > -0.02 * whole.seconds and 0.5 < whole.efficiency < 1
+
+
+def test_gradients_over_ranks_lose_little() -> None:
+    found = simulate(4, 3000, heads=2, kv_heads=1, tile=96, rate=1e9, workers=2, backward=True)
+    assert found.waited > -0.02 * found.seconds and 0.8 < found.efficiency < 1
 
 
 def test_no_simulation_beats_the_ideal() -> None:
@@ -219,7 +271,7 @@ def test_costs_are_measured_once_a_case(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(costs, "measured", lambda call, busy: ran.append(call) or measured(call, busy))
     seconds, text = costs.seconds_of(plan(1, 1000, causal=True, tile=96, head_size=16), busy=2)
     _, said = costs.seconds_of_backward(BackwardPlan(plan(2, 1000, causal=True, tile=96, head_size=16)))
-    assert said == "12 cases: 0 of StarPU's models, 12 measured here"  # of three kinds: what a task adds to
+    assert said == "4 cases: 0 of StarPU's models, 4 measured here"
     del ran[4:]
     assert len(ran) == len(set(seconds.tolist())) == 4 and (seconds > 0).all()  # a diagonal or full tile, first or last
     assert text == "4 cases: 0 of StarPU's models, 4 measured here"

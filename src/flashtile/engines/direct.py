@@ -59,16 +59,16 @@ class _Binding:
     def __init__(self, spec: AttentionSpec, layout: Layout, family: Family) -> None:
         self._spec, self._layout, self._family, self._able = spec, layout, family, family.capabilities(spec)
         self._flops = flops_of_pair(spec) * spec.batch
-        self._bound: dict[tuple[int, ...], tuple[CompiledKernel, Run, Alone | None]] = {}
+        self._bound: dict[tuple[int, ...], tuple[CompiledKernel, Run, bool]] = {}
         self._items = 0  # of whole ranges of keys
 
     def bind(self, spec: AttentionSpec, layout: Layout) -> Bound:
         plan = make_plan(spec, self._able)
         kernel = self._family.compile(spec, plan, layout)
-        run, alone = prepare(plan, kernel), _alone(plan, kernel)
+        run, small = prepare(plan, kernel), _is_small(plan)
         self._items = plan.items // plan.splits
-        self._bound[_shared(plan.splits, plan.flops)] = kernel, run, alone
-        return Bound(kernel.pack, run, alone, self.at if self._family.at else None)
+        self._bound[_shared(plan.splits, plan.flops)] = kernel, run, small
+        return Bound(kernel.pack, run, _alone(small, kernel), self.at if self._family.at else None)
 
     def at(self, keys: Keys) -> Bound | None:
         """See Bound.at."""
@@ -80,11 +80,9 @@ class _Binding:
             spec = self._spec.changed(kv_len=keys.kv_len, offset=keys.offset)
             alike = self._family.capabilities(spec) is self._able  # families keep theirs
             return self.bind(spec, replace(self._layout, k=keys.k, v=keys.v)) if alike else None
-        kernel, run, alone = found
+        kernel, run, small = found
         other = self._family.at(kernel, keys, split_keys)
-        if other is None:
-            return None
-        return Bound(other.pack, run, alone and alone._replace(template=other.template), self.at)
+        return None if other is None else Bound(other.pack, run, _alone(small, other), self.at)
 
 
 def _shared(splits: int, flops: int) -> tuple[int, ...]:
@@ -96,15 +94,16 @@ def bind_backward(spec: AttentionSpec, layout: BackwardLayout, family: Family, a
     """The same for a backward call, which the kernel itself plans."""
     assert family.compile_backward is not None  # callers look before they bind
     kernel = family.compile_backward(spec, layout, arrays)
-    return BoundBackward(kernel.pack, prepare(kernel.plan, kernel), kernel.totals, _alone(kernel.plan, kernel))
+    run, alone = prepare(kernel.plan, kernel), _alone(_is_small(kernel.plan), kernel)
+    return BoundBackward(kernel.pack, run, kernel.totals, alone)
 
 
 ENGINE = Engine("direct", unavailable, bind, bind_backward)
 
 
-def _alone(plan: Plan, kernel: Runnable) -> Alone | None:
+def _alone(small: bool, kernel: Runnable) -> Alone | None:
     template = getattr(kernel, "template", None)
-    return Alone(template, kernel.scratch_bytes) if template is not None and _is_small(plan) else None
+    return Alone(template, kernel.scratch_bytes) if small and template is not None else None
 
 
 def _is_small(plan: Plan) -> bool:

@@ -40,11 +40,6 @@ class DescribedCall:
     target: str = FORWARD  # the function that XLA calls
 
     @property
-    def plain(self) -> bool:
-        """Whether it depends on nothing but shapes and addresses."""
-        return not self.operands and self.softcap is None and self.score_mod is None
-
-    @property
     def options(self) -> Options:
         return Options(self.is_causal, self.window, "top_left", self.scale)
 

@@ -14,12 +14,14 @@ import numpy as np
 from flashtile import xla_native
 from flashtile.arrays import View, contiguous
 from flashtile.calls import Scored, engine_of, family_of, prepare
-from flashtile.engines import Alone
+from flashtile.engines import Alone, BoundBackward
 from flashtile.errors import SpecError, UnavailableError
 from flashtile.jax.call import BACKWARD, FORWARD, DescribedCall
 from flashtile.kernels import BackwardLayout
-from flashtile.score.capture import ArrayCapture, Unread
+from flashtile.score.capture import Access, ArrayCapture, Unread
+from flashtile.score.expr import postorder
 from flashtile.score.options import ScoreOptions, Scoring
+from flashtile.spec import AttentionSpec
 from flashtile.xla_native import Buffers, bytes_of
 
 Arrays = tuple[tuple[tuple[int, ...], Any], ...]  # the shape and dtype of each operand, in JAX's order
@@ -38,8 +40,6 @@ def target_of(call: DescribedCall, arrays: Arrays, direction: str) -> str:
 
     direction: FORWARD or BACKWARD.
     """
-    if any(str(dtype) in _WIDE for _, dtype in arrays):
-        return direction
     try:
         found = {FORWARD: _forward, BACKWARD: _backward}[direction](call, arrays)
     except (SpecError, UnavailableError):  # the run tells of it
@@ -59,11 +59,14 @@ def _forward(call: DescribedCall, arrays: Arrays) -> Any:
     (q, dtype), _, (v, _) = arrays[:3]
     o, lse = (*q[:-1], v[-1]), (q[0], q[2], q[1])
     q_view, k_view, v_view, o_view = views = [_swapped(shape, dtype) for shape in (*_shapes(arrays[:3]), o)]
-    operands = [Unread(shape, str(dtype)) for shape, dtype in arrays[3:]]
-    spec, scoring = _scored(call, views, operands)
+    operands = unread(arrays[3:])
+    found = scored(call, views, operands)
+    if found is None:
+        return None
+    spec, scoring = found
     ready = prepare(("jax", call, arrays), q_view, k_view, v_view, o_view, call.options, spec)
     numbers: dict[str | int, int] = {"q": 0, "k": 1, "v": 2, "o": len(arrays), "lse": len(arrays) + 1}
-    numbers |= _read(call, scoring, operands, 3)
+    numbers |= places_of(call, scoring, operands, 3)
     return _handler(ready.alone, scoring, Buffers(_shapes(arrays), [o, lse], numbers, {}), FORWARD)
 
 
@@ -75,18 +78,16 @@ def _backward(call: DescribedCall, arrays: Arrays) -> Any:
     (q, dtype), (k, _), (v, _) = arrays[:3]
     o, lse = (*q[:-1], v[-1]), (q[0], q[2], q[1])
     views = {name: _swapped(shape, dtype) for name, shape in (("q", q), ("k", k), ("v", v), ("o", o))}
-    operands = [Unread(shape, str(dtype)) for shape, dtype in arrays[3:]]
-    spec, scoring = _scored(call, [views[x] for x in "qkv"], operands)
-    family = family_of(spec, "auto", "backward")
-    bind = engine_of(spec, "auto").bind_backward
-    if family.compile_backward is None or bind is None or spec.empty:
+    operands = unread(arrays[3:])
+    found = scored(call, [views[x] for x in "qkv"], operands)
+    ready = None if found is None else bound(found.spec, [views[x] for x in "qkvo"])
+    if found is None or ready is None:
         return None
-    layout = BackwardLayout(*(views[x].strides4() for x in "qkvooqkv"))
-    ready = bind(spec, layout, family, ())
+    scoring = found.scoring
     names = ["do", "o", "lse", "q", "k", "v"]
     gradients = {"dq": q, "dk": k, "dv": v}
     numbers: dict[str | int, int] = {name: n for n, name in enumerate(names)}
-    numbers |= _read(call, scoring, operands, 6)
+    numbers |= places_of(call, scoring, operands, 6)
     given = (*gradients, "dsinks") if call.differentiable else gradients
     numbers |= {name: 3 + len(arrays) + n for n, name in enumerate(given)}
     cleared = {name: bytes_of(shape, np.dtype(dtype).itemsize) for name, shape in gradients.items()}
@@ -97,17 +98,37 @@ def _backward(call: DescribedCall, arrays: Arrays) -> Any:
     return _handler(ready.alone, scoring, Buffers([o, o, lse, *_shapes(arrays)], results, numbers, cleared), BACKWARD)
 
 
-def _scored(call: DescribedCall, views: Sequence[View], operands: list[Any]) -> Scored:
-    """What the call asks for, traced with arrays that are not there yet. Raises: SpecError."""
+def bound(spec: AttentionSpec, views: Sequence[View]) -> BoundBackward | None:
+    """The backward of a call on q, k, v and o that lie so; None where there is none that writes to arrays."""
+    family, bind = family_of(spec, "auto", "backward"), engine_of(spec, "auto").bind_backward
+    if family.compile_backward is None or bind is None or spec.empty:
+        return None
+    q, k, v, o = (x.strides4() for x in views)
+    return bind(spec, BackwardLayout(q, k, v, o, o, q, k, v), family, ())
+
+
+def unread(arrays: Arrays) -> list[Unread]:
+    """What stands for operands that are not there yet."""
+    return [Unread(shape, str(dtype)) for shape, dtype in arrays]
+
+
+def scored(call: DescribedCall, views: Sequence[View], operands: list[Any]) -> Scored | None:
+    """What the call asks for, traced with arrays that are not there yet; None where their elements have a say in it: in
+    integers that must fit in 32 bits, or places that may lie outside of an array. Raises: SpecError."""
+    if any(x.dtype in _WIDE for x in operands):
+        return None
     keywords: dict[str, Any] = call.keywords(operands)
     scores = {name: keywords[name] for name in ("mask", "bias", "score_mod", "softcap", "sinks")}
     q, k, v = views[:3]
     if all(x is None for x in scores.values()):
         return Scored(call.options.spec(q, k, v), Scoring(None, None))
-    return call.options.scored(ScoreOptions(**scores), q, k, v, None)
+    found = call.options.scored(ScoreOptions(**scores), q, k, v, None)
+    roots = [] if found.scoring.program is None else found.scoring.program.roots
+    loads = (x.data for x in postorder(roots) if isinstance(x.data, Access))
+    return None if any(any(x.clamp) for x in loads) else found
 
 
-def _read(call: DescribedCall, scoring: Scoring, operands: Sequence[Any], first: int) -> dict[str | int, int]:
+def places_of(call: DescribedCall, scoring: Scoring, operands: Sequence[Any], first: int) -> dict[str | int, int]:
     """The buffers of sinks, and of the arrays that fill a score program's slots; operands begin with the `first`."""
     place = {id(x): first + n for n, x in enumerate(operands)}
     captures = () if scoring.program is None else scoring.program.captures

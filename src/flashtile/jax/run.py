@@ -11,8 +11,8 @@ import numpy as np
 
 from flashtile import xla
 from flashtile.api import attention
-from flashtile.calls import Call, lookup, prepare
 from flashtile.gradients import ByIdentity, Gradients, attention_backward
+from flashtile.jax import ready
 from flashtile.jax.call import BACKWARD, FORWARD, LEARNED, DescribedCall
 from flashtile.jax.native import PYTHON, Arrays, target_of
 
@@ -55,15 +55,9 @@ attend.defvjp(_recorded, _differentiate)
 
 def _forward(text: str, arguments: list[xla.Argument], results: list[xla.Argument]) -> None:
     """The handler of FORWARD: axes that vmap added stand first, in every buffer, of length 1 where it added none."""
-    key = text, *((x.shape, x.element) for x in arguments)
-    prepared = lookup(key)
-    if prepared is None:
-        prepared = _prepare(key, DescribedCall.of(text), arguments, results)
-    if prepared is not None:
-        q_at, k_at, v_at, o_at, lse_at = (x.address for x in (*arguments, *results))
-        prepared.run(prepared.pack(q_at, k_at, v_at, o_at, lse_at, 0, None), None)
-        return
     call = DescribedCall.of(text)
+    if ready.forward((text, *((x.shape, x.element) for x in arguments)), call, arguments, results):
+        return
     inputs, outputs = ([x.array() for x in given] for given in (arguments, results))
     for mapped in np.ndindex(outputs[0].shape[:-4]):
         q, k, v, *others = (_at(x, mapped) for x in inputs)
@@ -73,17 +67,11 @@ def _forward(text: str, arguments: list[xla.Argument], results: list[xla.Argumen
         )
 
 
-def _prepare(key: Any, call: DescribedCall, arguments: list[xla.Argument], results: list[xla.Argument]) -> Call | None:
-    """A call that depends on nothing but shapes and addresses, kept under the key; None for any other."""
-    if not call.plain or len(arguments[0].shape) != 4:
-        return None
-    q, k, v, o = (x.array().swapaxes(1, 2) for x in (*arguments, results[0]))
-    return prepare(key, q, k, v, o, call.options)
-
-
 def _backward(text: str, arguments: list[xla.Argument], results: list[xla.Argument]) -> None:
     """The handler of BACKWARD."""
     call = DescribedCall.of(text)
+    if ready.backward((text, *((x.shape, x.element) for x in arguments)), call, arguments, results):
+        return
     names = ["q", "k", "v", *call.differentiable]
     wrt = [name for name in names if not name.startswith(LEARNED)]
     wrt += ["captured"] if len(wrt) < len(names) else []

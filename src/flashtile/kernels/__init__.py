@@ -215,8 +215,8 @@ class Family:
     compile_backward: Callable[[AttentionSpec, BackwardLayout, ArrayShapes], CompiledBackward] | None = None
     tiles: Callable[[], TileKernels] | None = None  # for engines that hold tiles; imported when they are needed
     # A kernel that it compiled, for other keys, as many parts of them, and so many keys a part (0: all); None where
-    # these take another one. Without it, each is compiled by itself.
-    at: Callable[[Any, Keys, int], Any] | None = None
+    # these take another kernel. Without it, each is compiled by itself.
+    at: Callable[[Any, Keys, int], CompiledKernel | None] | None = None
     only_by_name: str | None = None  # why "auto" does not take it; None: it does
 
 

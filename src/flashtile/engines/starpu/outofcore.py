@@ -9,14 +9,15 @@ it are done: an eviction of our own, by which nothing that is only read is ever 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from flashtile.arrays import address_of
-from flashtile.dtypes import DTYPES
+from flashtile.dtypes import DTYPES, DType
 from flashtile.engines.starpu import runtime
 from flashtile.engines.starpu.flow import Flow
 from flashtile.engines.starpu.jobs import TASK, Job
@@ -34,7 +35,7 @@ LEAST_BUFFERS = 2
 AROUND = 2 << 20  # bytes: the system maps neighbours of a page that is read, up to so far
 
 Read = Callable[[int, int, int, np.ndarray], None]  # (batch, head, first row, where to): fills (rows, columns)
-Written = Callable[[np.ndarray], None]  # is told of each part of the output that is there
+Write = Callable[[int, int, int, np.ndarray], None]  # (batch, head, first row, rows): stores them, bits as they are
 
 
 @dataclass(frozen=True)
@@ -119,23 +120,22 @@ class Streamed:
         q: Read,
         k: Read,
         v: Read,
-        o: np.ndarray,
+        o: Write,
         lse: np.ndarray,
-        written: Written,
         report: Report | None,
     ) -> None:
-        """Compute o (B, H, S_q, D_v), whose bits are stored as they are, and lse (B, H, S_q); `written` hears
-        of every part of o once it is there.
+        """Compute o (B, H, S_q, D_v), and lse (B, H, S_q).
 
-        Raises: KernelError naming codelet and tile; what the readers raise.
+        Raises: KernelError naming codelet and tile; what reading and writing raise.
         """
         spec = self.spec
         heads = [(b, h) for b in range(spec.batch) for h in range(spec.kv_heads)]
         groups = list(range(0, self.query_tiles, self.room.group))
         total, done = len(heads) * len(groups), 0
         with self.runtime.working():
+            sizes = {"k": spec.head_size, "v": spec.value_size}
             buffers = [
-                [np.empty((self.tile_k, n), self.storage.numpy) for n in (spec.head_size, spec.value_size)]
+                {name: np.empty((self.tile_k, n), self.storage.numpy) for name, n in sizes.items()}
                 for _ in range(self.room.buffers if spec.kv_len else 0)
             ]
             for first in groups:
@@ -150,7 +150,7 @@ class Streamed:
                     rows=rows,
                 )
                 for batch, head in heads:
-                    _Pass(self, flow, buffers, batch, head, rows).run(q, k, v, o, lse, written)
+                    _Pass(self, flow, buffers, batch, head, rows).run(q, k, v, o, lse)
                     done += 1
                     if report is not None:
                         report(done, total)
@@ -160,9 +160,10 @@ class _Pass:
     """The keys of one head pass by a group of query tiles."""
 
     def __init__(
-        self, call: Streamed, flow: Flow, buffers: list[list[np.ndarray]], batch: int, head: int, rows: np.ndarray
+        self, call: Streamed, flow: Flow, buffers: list[dict[str, np.ndarray]], batch: int, head: int, rows: np.ndarray
     ) -> None:
-        self.call, self.flow, self.buffers = call, flow, buffers
+        self.call, self.flow = call, flow
+        self.passing = Passing(buffers, dict.fromkeys("kv", call.storage))
         self.batch, self.head, self.rows = batch, head, rows
         spec = call.spec
         self.heads = slice(head * spec.group, (head + 1) * spec.group)
@@ -172,48 +173,38 @@ class _Pass:
         self.mine = np.flatnonzero((p.batch == batch) & (p.head // spec.group == head))
         self.own = p.query_tile * call.tile_q // call.tile_k
 
-    def run(self, q: Read, k: Read, v: Read, o: np.ndarray, lse: np.ndarray, written: Written) -> None:
+    def run(self, q: Read, k: Read, v: Read, o: Write, lse: np.ndarray) -> None:
         call, spec = self.call, self.call.spec
         height, job = self.last - self.first, Job()
         queries = np.empty((1, spec.group, height, spec.head_size), call.storage.numpy)
-        for n, head in enumerate(range(self.heads.start, self.heads.stop)):
-            for row in range(0, height, call.tile_q):  # by tiles, so that no more of a file is in memory
-                q(self.batch, head, self.first + row, queries[0, n, row : row + call.tile_q])
+        heads = range(self.heads.start, self.heads.stop)
+        for n, head in enumerate(heads):
+            by_tiles(q, self.batch, head, self.first, queries[0, n], call.tile_q)
         state = np.empty((1, spec.group, height, spec.value_size), call.accumulator.numpy)
         logs = np.empty(state.shape[:3], call.accumulator.numpy)
         out = np.empty(state.shape, call.storage.numpy) if self.flow.narrow else state
         tensors: list[TiledTensor] = []
-        placed: list[TiledTensor | None] = [None] * len(self.buffers)
-        values: list[TiledTensor | None] = [None] * len(self.buffers)
         try:
             for x, kind in ((queries, call.storage), (state, call.accumulator), (logs, call.accumulator)):
                 tensors.append(tiled(x, kind, call.tile_q))
             self._submit(job, tensors, np.flatnonzero(self.flow.pairs.key_tile[self.mine] < 0), None, None)
-            for n, (tile, chosen) in enumerate(self._visits()):
-                at = n % len(self.buffers)
-                for held in (placed, values):
-                    if (old := held[at]) is not None:
-                        old.unregister()  # waits for the tasks that read it
-                        held[at] = None
-                placed[at], values[at] = (
-                    tiled(self._load(read, buffer, tile), call.storage, call.tile_k)
-                    for read, buffer in zip((k, v), self.buffers[at], strict=True)
+            for tile, chosen in self._visits():
+                first = tile * call.tile_k
+                keys = self.passing.next(
+                    {"k": k, "v": v}, self.batch, self.head, first, min(call.tile_k, spec.kv_len - first)
                 )
-                self._submit(job, tensors, chosen, placed[at], values[at])
+                self._submit(job, tensors, chosen, keys["k"], keys["v"])
             if self.flow.narrow:
                 tensors.append(tiled(out, call.storage, call.tile_q))
                 submit_finish(job, tensors[1], tensors[2], tensors[3])
             job.wait()
         finally:
             job.drain()
-            for tensor in (*tensors, *placed, *values):
-                if tensor is not None:
-                    tensor.unregister()
-        for n, head in enumerate(range(self.heads.start, self.heads.stop)):
-            for row in range(0, height, call.tile_q):
-                part = o[self.batch, head, self.first + row : min(self.first + row + call.tile_q, self.last)]
-                part[...] = out[0, n, row : row + call.tile_q]
-                written(part)
+            self.passing.release()
+            for tensor in tensors:
+                tensor.unregister()
+        for n, head in enumerate(heads):
+            by_tiles(o, self.batch, head, self.first, out[0, n], call.tile_q)
         lse[self.batch, self.heads, self.first : self.last] = logs[0]
 
     def _visits(self) -> Iterator[tuple[int, np.ndarray]]:
@@ -228,14 +219,6 @@ class _Pass:
         for chosen in np.split(order, new):
             yield int(tiles[chosen[0]]), np.sort(chosen)
 
-    def _load(self, read: Read, buffer: np.ndarray, tile: int) -> np.ndarray:
-        """A tile in its buffer, (1, 1, keys, columns)."""
-        begin = tile * self.call.tile_k
-        end = min(begin + self.call.tile_k, self.call.spec.kv_len)
-        filled = buffer[: end - begin]
-        read(self.batch, self.head, begin, filled)
-        return filled[None, None]
-
     def _submit(
         self, job: Job, tensors: list[TiledTensor], chosen: np.ndarray, k: TiledTensor | None, v: TiledTensor | None
     ) -> None:
@@ -248,6 +231,61 @@ class _Pass:
         handles = np.stack([queries, *read, state, logs], axis=1)
         name = codelet("forward", self.call.spec.dtype)
         self.flow.program.submit(job, name, handles, self.modes[numbers], self.flow.tasks[numbers])
+
+
+class Passing:
+    """Tiles that pass through a few buffers: one is filled while workers compute on the others, and filled again when
+    the tasks on it are done."""
+
+    def __init__(self, buffers: Sequence[Mapping[str, np.ndarray]], kinds: Mapping[str, DType]) -> None:
+        """buffers: memory for a tile's operands by name; kinds: their dtypes."""
+        self._buffers, self._kinds, self._turn = buffers, kinds, 0
+        self._held: list[dict[str, TiledTensor]] = [{} for _ in buffers]
+        self._then: list[Callable[[], None] | None] = [None] * len(buffers)
+
+    def next(
+        self,
+        read: Mapping[str, Read],
+        batch: int,
+        head: int,
+        first: int,
+        height: int,
+        then: Callable[[Mapping[str, np.ndarray]], None] | None = None,
+    ) -> Mapping[str, TiledTensor]:
+        """So many rows of a head, in the place of what came first; `then` is called with them when tasks are done."""
+        at = self._turn % len(self._buffers)
+        self._turn += 1
+        self._leave(at)
+        filled = {name: memory[:height] for name, memory in self._buffers[at].items()}
+        for name, rows in filled.items():
+            read[name](batch, head, first, rows)
+            self._held[at][name] = tiled(rows[None, None], self._kinds[name], len(self._buffers[at][name]))
+        self._then[at] = None if then is None else partial(then, filled)
+        return self._held[at]
+
+    def finish(self) -> None:
+        """Wait for the tasks on all of them, and do what comes then."""
+        for at in range(len(self._held)):
+            self._leave(at)
+
+    def release(self) -> None:
+        """Wait for the tasks on all of them, and do no more."""
+        self._then = [None] * len(self._held)
+        self.finish()
+
+    def _leave(self, at: int) -> None:
+        own, then = self._held[at], self._then[at]
+        while own:
+            own.popitem()[1].unregister()  # waits for the tasks that read it
+        self._then[at] = None
+        if then is not None:
+            then()
+
+
+def by_tiles(move: Read | Write, batch: int, head: int, first: int, rows: np.ndarray, tile: int) -> None:
+    """Read rows, or write them, tile by tile, so that no more of a file is in memory."""
+    for row in range(0, len(rows), tile):
+        move(batch, head, first + row, rows[row : row + tile])
 
 
 def tiled(x: np.ndarray, kind: Any, rows: int) -> TiledTensor:

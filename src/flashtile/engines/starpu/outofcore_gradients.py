@@ -1,39 +1,40 @@
-"""Gradients of a call whose arrays are larger than memory: two passes of tiles by tiles.
+"""Gradients of a call whose arrays are larger than memory: tiles pass by tiles that stay.
 
-The first keeps groups of query tiles in memory, with their dQ, while the keys that they see pass by; the second keeps
-groups of key tiles, with their dK and dV, while the queries that see them pass. Every gradient is so written once, and
-no sum ever leaves memory before it is whole; scores and dP are computed in both passes, seven products in place of
-five. Tasks that share a gradient come in the order of one flow (backward.py), and so do its bits.
+Where the queries of a head fit in memory, with their dQ, its keys pass by once, and leave with their dK and dV: five
+products a pair of tiles. Else there are two passes. The first keeps groups of query tiles, with their dQ, while the
+keys that they see pass; the second keeps groups of key tiles, with their dK and dV, while the queries that see them
+pass: scores and dP are computed in both, seven products. Every gradient is so written once, and no sum ever leaves
+memory before it is whole. Tasks that share a gradient come in the order of one flow (backward.py), and so do its bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from flashtile.dtypes import DTYPES
+from flashtile.dtypes import DTYPES, DType
 from flashtile.engines.starpu import runtime
 from flashtile.engines.starpu.backward import NOTHING, OF_KEYS, BackwardFlow
 from flashtile.engines.starpu.jobs import TASK, Job
-from flashtile.engines.starpu.outofcore import Needs, Read, Room, Written, tiled
+from flashtile.engines.starpu.outofcore import Needs, Passing, Read, Room, Write, by_tiles, tiled
 from flashtile.engines.starpu.tiles import TiledTensor
 from flashtile.kernels import ArrayShapes
 from flashtile.score.options import Scoring
 from flashtile.spec import AttentionSpec
 
 LOGS = ("lse", "dlse", "delta")  # a number a row
+SUMS = " sums"  # after the name of a gradient
 
 
 class Target(NamedTuple):
-    """Where a gradient goes, (B, H, S, D), its bits stored as they are; fresh: whatever was there is no part of it."""
+    """Where a gradient goes; read: what it is added to, None for zeros."""
 
-    array: np.ndarray
-    fresh: bool
-    written: Written  # hears of every part that is there
+    write: Write
+    read: Read | None = None
 
 
 class Placed(NamedTuple):
@@ -99,37 +100,55 @@ class StreamedBackward:
         scratch = max(x.program.scratch_bytes for x in (self.of_rows, self.of_keys))
         sums = 0 if self.of_rows.arrays is None else sum(x.nbytes for x in self.of_rows.arrays.sums.memory)
         self.fixed = results + rows + self.workers * scratch + 2 * sums  # rows: delta of each
+        queries, keys = (replace(x, gradients=()) for x in (self.queries, self.keys))
         self.passes = [
-            _Passes(self.of_rows, self.queries, self.keys, self._needs(self.queries, self.keys, ("query", "key"))),
-            _Passes(self.of_keys, self.keys, self.queries, self._needs(self.keys, self.queries, ("key", "query"))),
+            _Passes(self.of_rows, self.queries, keys, self._needs(self.queries, keys, ("query", "key"))),
+            _Passes(self.of_keys, self.keys, queries, self._needs(self.keys, queries, ("key", "query"))),
         ]
         max((x.needs for x in self.passes), key=lambda x: x.least).check(limit)
+        if self.queries.gradients and self.keys.gradients and not arrays and self._once():
+            needs = self._needs(self.queries, self.keys, ("query", "key"))
+            every = self.queries.tiles
+            if limit >= needs.least and needs.room(limit, every, self.workers).group == every:
+                with self.runtime.working():
+                    flow = made(wanted=wanted & {"q", "k", "v"})
+                self.passes = [_Passes(flow, self.queries, self.keys, needs)]
+
+    def _once(self) -> bool:
+        """Whether every key tile passes all queries at once: see _Pass._visits."""
+        touched = self.of_rows.coverage.touched()
+        behind = np.arange(touched.shape[3]) > _own(self, np.arange(touched.shape[2]))[:, None]
+        return not ((touched & behind).any(axis=2) & (touched & ~behind).any(axis=2)).any()
 
     def _needs(self, stays: Side, passes: Side, names: tuple[str, str]) -> Needs:
-        one = sum(self._row_bytes(x) for x in passes.names) * passes.tile
-        row = sum(self._row_bytes(x) for x in stays.names)
-        for name in stays.gradients:
-            row += self._row_bytes(name)
-            if self.accumulator is not self.storage:  # sums of its own
-                row += self._columns(name) * self.accumulator.itemsize
+        one, row = (sum(self._row_bytes(x) for x in (*side.names, *self.with_sums(side))) for side in (passes, stays))
+        one *= passes.tile
         described = 2 * TASK.itemsize * self.spec.group * passes.tiles  # the tasks of a tile, and their copies
         return Needs(self.fixed, stays.heads * stays.tile * row + described, one, names)
 
+    def with_sums(self, side: Side) -> tuple[str, ...]:
+        """Its gradients, and the sums of those that cannot hold them."""
+        narrow = self.accumulator is not self.storage
+        return side.gradients + tuple(x + SUMS for x in side.gradients if narrow)
+
     def _columns(self, name: str) -> int:
-        return self.spec.value_size if name in ("v", "o", "do", "dv") else self.spec.head_size
+        return self.spec.value_size if name.removesuffix(SUMS) in ("v", "o", "do", "dv") else self.spec.head_size
 
     def _row_bytes(self, name: str) -> int:
-        return self.accumulator.itemsize if name in LOGS else self._columns(name) * self.storage.itemsize
+        return self.kind(name).itemsize * (1 if name in LOGS else self._columns(name))
 
     def empty(self, name: str, *sizes: int) -> np.ndarray:
         """Memory for rows of an operand."""
-        if name in LOGS:
-            return np.empty(sizes, self.accumulator.numpy)
-        return np.empty((*sizes, self._columns(name)), self.storage.numpy)
+        columns = () if name in LOGS else (self._columns(name),)
+        return np.empty((*sizes, *columns), self.kind(name).numpy)
 
     def tiled(self, name: str, x: np.ndarray, rows: int) -> TiledTensor:
         """An operand, or a gradient, as tiles."""
-        return tiled(x, self.accumulator if name in LOGS else self.storage, rows)
+        return tiled(x, self.kind(name), rows)
+
+    def kind(self, name: str) -> DType:
+        """An operand's dtype."""
+        return self.accumulator if name in LOGS or name.endswith(SUMS) else self.storage
 
     def run(
         self, given: Mapping[str, Read], targets: Mapping[str, Target], dsinks: np.ndarray | None
@@ -157,7 +176,8 @@ class StreamedBackward:
         flow, stays, passing, needs = passes
         room = needs.room(self.limit, stays.tiles, self.workers) if stays.tiles else Room(1, 0)
         count = min(room.buffers, passing.tiles * passing.heads)
-        buffers = [{name: self.empty(name, passing.tile) for name in passing.names} for _ in range(count)]
+        names = *passing.names, *self.with_sums(passing)
+        buffers = [{name: self.empty(name, passing.tile) for name in names} for _ in range(count)]
         for first in range(0, stays.tiles, room.group):
             tiles = range(first, min(first + room.group, stays.tiles))
             for batch, head in np.ndindex(self.spec.batch, self.spec.kv_heads):
@@ -176,7 +196,7 @@ class StreamedBackward:
                 try:
                     for name in names:
                         x = self.empty(name, 1, 1, height)
-                        self.fill(given[name], batch, head, first, x[0, 0], tile)
+                        by_tiles(given[name], batch, head, first, x[0, 0], tile)
                         tensors[name] = self.tiled(name, x, tile)
                     part = delta[batch : batch + 1, head : head + 1, first : first + height]
                     tensors["delta"] = self.tiled("delta", part, tile)
@@ -189,11 +209,6 @@ class StreamedBackward:
                     job.drain()
                     for tensor in tensors.values():
                         tensor.unregister()
-
-    def fill(self, read: Read, batch: int, head: int, first: int, into: np.ndarray, tile: int) -> None:
-        """Read rows tile by tile, so that no more of a file is in memory."""
-        for row in range(0, len(into), tile):
-            read(batch, head, first + row, into[row : row + tile])
 
 
 class _Pass:
@@ -225,11 +240,12 @@ class _Pass:
         """See StreamedBackward.run."""
         job = Job()
         tensors: list[TiledTensor] = []
-        held: list[dict[str, TiledTensor]] = [{} for _ in buffers]
+        passing = Passing(buffers, {name: self.call.kind(name) for x in buffers for name in x})
         gradients: dict[str, np.ndarray] = {}
         try:
             placed = {name: self._kept(name, given[name], tensors) for name in self.stays.names}
-            placed |= {name: self._placed(name) for name in self.passes.names}
+            placed |= {name: self._placed(name) for name in (*self.passes.names, *self.passes.gradients)}
+            given = {**given, **self._begun_by(targets)}
             adds = []
             for name in self.stays.gradients:
                 gradients[name] = self._begun(name, targets[name])
@@ -239,26 +255,74 @@ class _Pass:
                 placed[name] = self._placed(name, adds[-1][0])
             turns = self.flow.turns(job)
             tensors.extend([] if turns is None else [turns])
-            for n, (head, tile, chosen) in enumerate(self._visits()):
-                self._load(held[n % len(held)], buffers[n % len(held)], given, placed, head, tile)
-                self.flow.submit_backward(job, placed, turns, chosen)
+            unseen = set(range(self.passes.tiles)) if self.passes.gradients else set()
+            for head, tile, chosen in self._visits():
+                self._visit(job, passing, given, targets, placed, turns, head, tile, chosen)
+                unseen.discard(tile)
             for sums, gradient in adds:
                 if sums is not gradient:
                     self.flow.submit_add(job, sums, gradient)
             job.wait()
+            passing.finish()
         finally:
             job.drain()
-            for tensor in (*tensors, *(x for own in held for x in own.values())):
+            passing.release()
+            for tensor in tensors:
                 tensor.unregister()
         for name, x in gradients.items():
-            self._write(targets[name], x)
+            self._move(targets[name].write, x)
+        self._nothing(targets, sorted(unseen))
+
+    def _begun_by(self, targets: Mapping[str, Target]) -> dict[str, Read]:
+        """What gradients of tiles that pass begin with."""
+        found: dict[str, Read] = {}
+        for name in self.call.with_sums(self.passes):
+            older = None if name.endswith(SUMS) else targets[name].read
+            found[name] = older or (lambda batch, head, first, into: into.fill(0))
+        return found
+
+    def _visit(
+        self,
+        job: Job,
+        passing: Passing,
+        given: Mapping[str, Read],
+        targets: Mapping[str, Target],
+        placed: Mapping[str, Placed],
+        turns: TiledTensor | None,
+        head: int,
+        tile: int,
+        chosen: np.ndarray,
+    ) -> None:
+        """A tile passes: its pairs, and what it takes along."""
+        side, first = self.passes, tile * self.passes.tile
+
+        def leave(rows: Mapping[str, np.ndarray]) -> None:
+            for name in side.gradients:
+                targets[name].write(self.batch, head, first, rows[name])
+
+        height = min(side.tile, side.length - first)
+        own = passing.next(given, self.batch, head, first, height, leave if side.gradients else None)
+        for name in (*side.names, *side.gradients):
+            placed[name].handles[self.batch, head, tile] = own.get(name + SUMS, own[name]).handles[0, 0, 0]
+        self.flow.submit_backward(job, placed, turns, chosen)
+        for name in side.gradients:
+            if (sums := own.get(name + SUMS)) is not None:
+                self.flow.submit_add(job, sums, own[name])
+
+    def _nothing(self, targets: Mapping[str, Target], tiles: Sequence[int]) -> None:
+        """Of tiles that nothing that stays sees."""
+        for name in self.passes.gradients:
+            for tile in tiles if targets[name].read is None else ():
+                first = tile * self.passes.tile
+                zeros = self.call.empty(name, min(self.passes.tile, self.passes.length - first))
+                zeros[...] = 0
+                targets[name].write(self.batch, self.kv_head, first, zeros)
 
     def _visits(self) -> Iterator[tuple[int, int, np.ndarray]]:
         """Each tile that passes, with its head and its pairs, in the order of the chains of what stays. A chain comes
         to the last tile after the first, so a tile that is behind some and ahead of others passes twice."""
         p, call = self.flow.pairs, self.call
-        own = np.minimum(p.query_tile * call.queries.tile // call.keys.tile, call.keys.tiles - 1)
-        behind = p.key_tile > own
+        behind = p.key_tile > _own(call, p.query_tile)
         head, tile = (np.full_like(p.head, self.kv_head), p.key_tile) if self.of_rows else (p.head, p.query_tile)
         order = np.lexsort((np.arange(len(tile)), -tile if self.of_rows else tile, behind, head))
         if not len(order):
@@ -267,31 +331,10 @@ class _Pass:
         for chosen in np.split(order, np.flatnonzero(new) + 1):
             yield int(head[chosen[0]]), int(tile[chosen[0]]), chosen
 
-    def _load(
-        self,
-        own: dict[str, TiledTensor],
-        buffer: dict[str, np.ndarray],
-        given: Mapping[str, Read],
-        placed: dict[str, Placed],
-        head: int,
-        tile: int,
-    ) -> None:
-        """A tile in the place of an older one."""
-        while own:
-            own.popitem()[1].unregister()  # waits for the tasks that read it
-        first = tile * self.passes.tile
-        height = min(self.passes.tile, self.passes.length - first)
-        for name, memory in buffer.items():
-            filled = memory[:height]
-            given[name](self.batch, head, first, filled)
-            own[name] = self.call.tiled(name, filled[None, None], self.passes.tile)
-            placed[name].handles[self.batch, head, tile] = own[name].handles[0, 0, 0]
-
     def _kept(self, name: str, read: Read, tensors: list[TiledTensor]) -> Placed:
         """What stays of an operand, (1, heads, rows, ...)."""
         x = self.call.empty(name, 1, len(self.heads), self.height)
-        for n, head in enumerate(self.heads):
-            self.call.fill(read, self.batch, head, self.first, x[0, n], self.stays.tile)
+        self._move(read, x)
         tensors.append(self.call.tiled(name, x, self.stays.tile))
         return self._placed(name, tensors[-1])
 
@@ -309,22 +352,18 @@ class _Pass:
     def _begun(self, name: str, target: Target) -> np.ndarray:
         """What a gradient is added to."""
         x = self.call.empty(name, 1, len(self.heads), self.height)
-        if target.fresh:
+        if target.read is None:
             x[...] = 0
-            return x
-        for part, of_target in self._parts(x, target):
-            part[...] = of_target
-            target.written(of_target)  # what was read need not stay, either
+        else:
+            self._move(target.read, x)
         return x
 
-    def _write(self, target: Target, x: np.ndarray) -> None:
-        for part, of_target in self._parts(x, target):
-            of_target[...] = part
-            target.written(of_target)
-
-    def _parts(self, x: np.ndarray, target: Target) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """What stays, tile by tile, with its place in the target."""
+    def _move(self, move: Read | Write, x: np.ndarray) -> None:
+        """Read what stays of an operand, or write it, (1, heads, rows, ...)."""
         for n, head in enumerate(self.heads):
-            for row in range(0, self.height, self.stays.tile):
-                part = x[0, n, row : row + self.stays.tile]
-                yield part, target.array[self.batch, head, self.first + row : self.first + row + len(part)]
+            by_tiles(move, self.batch, head, self.first, x[0, n], self.stays.tile)
+
+
+def _own(call: StreamedBackward, query_tile: np.ndarray) -> np.ndarray:
+    """The key tile with which the chain of a query tile begins: see backward.py."""
+    return np.asarray(np.minimum(query_tile * call.queries.tile // call.keys.tile, call.keys.tiles - 1))

@@ -7,6 +7,7 @@ ranks. A key tile goes once to each rank of which some query sees some of it, an
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,12 +22,14 @@ from flashtile.engines.starpu.jobs import Job
 from flashtile.engines.starpu.states import submit_finish
 from flashtile.engines.starpu.tiles import DROP, TiledTensor
 from flashtile.engines.starpu_mpi.bias import ROWS, RowsOfBias, blocks_of, point
-from flashtile.engines.starpu_mpi.link import Link
+from flashtile.engines.starpu_mpi.link import POLL_SECONDS, Link
 from flashtile.engines.starpu_mpi.parts import rows_of, tiles_of
 from flashtile.errors import FlashtileError, KernelError, wrong
 from flashtile.score.capture import ArrayCapture
 from flashtile.score.options import Scoring
 from flashtile.spec import AttentionSpec
+
+SHORTEST_PAUSE = 2e-5  # seconds
 
 T = TypeVar("T")
 
@@ -47,6 +50,7 @@ def agree(comm: Any, what: Callable[[], T]) -> list[T]:
         raised = error
         kind = type(error) if isinstance(error, FlashtileError) else KernelError
         mine = _Failure(kind, " ".join(str(error).split()) or type(error).__name__)
+    _meet(comm)
     found = comm.allgather(mine)
     if raised is not None:
         raise raised
@@ -54,6 +58,15 @@ def agree(comm: Any, what: Callable[[], T]) -> list[T]:
         if isinstance(other, _Failure):
             raise other.kind(f"rank {rank}: {other.text}")
     return found
+
+
+def _meet(comm: Any) -> None:
+    """Return when all ranks are here. A collective call of MPI would wait with a core to itself, of which another rank,
+    or a worker of this one, may have use."""
+    arrived, pause = comm.Ibarrier(), SHORTEST_PAUSE
+    while not arrived.Test():
+        time.sleep(pause)
+        pause = min(2 * pause, POLL_SECONDS)
 
 
 def same(every: list[dict[str, Any]], apart: int = 1) -> None:
@@ -144,23 +157,25 @@ class Exchange:
 
     def begin(self, own: list[TiledTensor], tensors: list[TiledTensor]) -> list[Placed]:
         """Begin every transfer of tensors that are cut alike; all with the tiles that will have come."""
-        rank, tile = self.comm.Get_rank(), self.cut.tile
-        need = self.needs[rank]
-        far = np.flatnonzero(need.any(axis=(0, 1)))
-        height = len(rows_of(far, self.length, tile))
+        need = self.needs[self.comm.Get_rank()]
         grid = (len(own), *need.shape)
         tags = self.link.take_tags(int(np.prod(grid))).reshape(grid)
-        placed = [self.place(tensor) for tensor in own]
-        self._send(placed, tags)
-        for which, (tensor, found) in enumerate(zip(own, placed, strict=True)):
-            if height:
-                come = TiledTensor((*need.shape[:2], height, *tensor.shape[3:]), tensor.dtype, tile)
-                tensors.append(come)
-                found.handles[:, :, far] = come.handles
-                at = np.nonzero(need)
-                tensor.runtime.unwritten.difference_update(found.handles[at].tolist())
-                self.link.receive(self.comm, found.handles[at], self.owner[at[2]], tags[which][at])
+        self._send([self.place(tensor) for tensor in own], tags)
+        placed = [self.room(tensor, tensors) for tensor in own]
+        at = np.nonzero(need)
+        for tensor, found, numbers in zip(own, placed, tags, strict=True):
+            tensor.runtime.unwritten.difference_update(found.handles[at].tolist())
+            self.link.receive(self.comm, found.handles[at], self.owner[at[2]], numbers[at])
         return placed
+
+    def room(self, own: TiledTensor, tensors: list[TiledTensor]) -> Placed:
+        """A tensor's own tiles, and room for those that this rank reads of others."""
+        need, found = self.needs[self.comm.Get_rank()], self.place(own)
+        far = np.flatnonzero(need.any(axis=(0, 1)))
+        if height := len(rows_of(far, self.length, self.cut.tile)):
+            tensors.append(TiledTensor((*need.shape[:2], height, *own.shape[3:]), own.dtype, self.cut.tile))
+            found.handles[:, :, far] = tensors[-1].handles
+        return found
 
     def _send(self, placed: list[Placed], tags: np.ndarray) -> None:
         """Begin to send: of what receivers meet first, head by head, tensor by tensor."""

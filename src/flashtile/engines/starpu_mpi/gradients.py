@@ -1,15 +1,16 @@
 """The gradients of one call on all ranks.
 
-Every gradient is summed where its rows are: dQ on the rank that has the query tile, dK and dV on the one that has the
-key tile, each in the order in which one process would. So no sum travels, and the bits do not depend on the number of
-ranks. Keys and values travel to the rows that see them, as in the forward; Q, dO, lse and delta travel to the keys that
-these rows see. A pair of tiles on one rank is one task of five products; on two ranks scores and dP are computed on
-both.
+A pair of tiles is one task of five products, on the rank that has its keys: dK and dV are summed there, the sum of dQ
+goes from rank to rank as its keys lie (journey.py), and Q, dO, lse and delta travel to the keys that these rows see.
+Every sum is made in the order in which one process makes it, so the bits do not depend on the number of ranks.
+
+Gradients of captured arrays stay where their rows are. With them dQ is summed there, too: keys and values travel to the
+rows as in the forward, and scores and dP of a pair are computed on both ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from flashtile.engines.starpu.tiles import DROP, TiledTensor
 from flashtile.engines.starpu.units import Handles
 from flashtile.engines.starpu_mpi.bias import KEYS, ROWS, RowsOfBias, blocks_of, columns_of, point
 from flashtile.engines.starpu_mpi.collective import Cut, Exchange, agree, keys_seen, queries_seen, urgency_of
+from flashtile.engines.starpu_mpi.journey import legs_of, stages_of
 from flashtile.engines.starpu_mpi.link import Link
 from flashtile.engines.starpu_mpi.parts import rows_of
 from flashtile.kernels import ArrayShapes
@@ -55,11 +57,15 @@ class CollectiveBackward:
         offsets = offsets if spec.offset is None else None
         made = partial(BackwardFlow, self.runtime, spec, cut.tile, cut.tile, offsets=offsets, scoring=scoring)
         for_rows, for_keys = wanted & {"q", "sinks"}, wanted & {"k", "v"}
+        self.travels = "q" in wanted and bool(for_keys) and not arrays  # sums of dQ do
         with self.runtime.working():
-            # Arrays have one accumulator on a rank, to which one flow adds: that of its rows.
-            self.rows = made(wanted=for_rows, arrays=arrays)
-            self.keys = made(wanted=for_keys)
-            self.both = None if arrays else made(wanted=for_rows | for_keys)
+            if self.travels:
+                self.rows = self.keys = made(wanted=for_rows | for_keys)
+                # As submitted, place by place: a rank that first finished its last key tiles, whose chains have most
+                # left, would keep the ranks before it waiting, and so all of them in turn.
+                self.rows.tasks["priority"] = np.arange(len(self.rows.tasks))[::-1]
+            else:  # arrays have one accumulator on a rank, to which one flow adds: that of its rows
+                self.rows, self.keys = made(wanted=for_rows, arrays=arrays), made(wanted=for_keys)
         touched = self.rows.coverage.touched()
         of_keys, of_rows = urgency_of(spec, cut, touched)
         seen = partial(keys_seen, spec, cut, touched), partial(queries_seen, spec, cut, touched)
@@ -69,9 +75,8 @@ class CollectiveBackward:
             assert scoring is not None and scoring.program is not None
             bias.check(spec, cut.tile, "backward")
             self._program, self._slot = scoring.program, bias.slot(scoring.program)
-            for flow in (self.rows, self.both):
-                if flow is not None:
-                    self._point(flow, bias.mine, ROWS)
+            if not self.travels:
+                self._point(self.rows, bias.mine, ROWS)
 
     def _point(self, flow: BackwardFlow, part: Array, axis: int) -> None:
         """Let a flow's tasks read a part of the bias, of this rank's tiles along an axis."""
@@ -155,28 +160,41 @@ class CollectiveBackward:
         placed: dict[str, Handles] = {n: self.of_keys.place(x) for n, x in sums.items() if n != "dq"}
         placed |= {n: self.of_rows.place(x) for n, x in sums.items() if n == "dq"}
         transfers: tuple[tuple[Exchange, tuple[str, ...], bool], ...] = (
-            (self.of_keys, ("k", "v"), self.rows.pairwise),
+            (self.of_keys, ("k", "v"), self.rows.pairwise and not self.travels),
             (self.of_rows, ("q", "do", "lse", "delta"), self.keys.pairwise),
         )
         for exchange, names, needed in transfers:
             own = [named[name] for name in names]
             found = exchange.begin(own, tensors) if needed else [exchange.place(x) for x in own]
             placed |= dict(zip(names, found, strict=True))
-        for flow, some in self._runs():
-            flow.submit_backward(job, placed, turns, some)
+        if self.travels:
+            self._submit_stages(job, placed | {"dq": self.of_rows.room(sums["dq"], tensors)})
+        else:
+            for flow, some in self._runs():
+                flow.submit_backward(job, placed, turns, some)
         for name, x in sums.items():
             if x is not named[name]:
                 self.rows.submit_add(job, x, named[name])
 
+    def _submit_stages(self, job: Job, placed: Mapping[str, Handles]) -> None:
+        """The pairs of this rank's keys, and the way of the sums of dQ between them."""
+        p, rank = self.rows.pairs, self.comm.Get_rank()
+        legs = legs_of(p, self.of_rows.owner, self.of_keys.owner)
+        tags = self.link.take_tags(len(legs.sender))
+        handles = placed["dq"].handles[legs.batch, legs.head, legs.query_tile]
+        for stage in stages_of(legs, np.flatnonzero(np.isin(p.key_tile, self.of_keys.mine)), rank):
+            come, go = stage.come, stage.go
+            self.link.receive(self.comm, handles[come], legs.sender[come], tags[come])
+            job.runtime.unwritten.difference_update(handles[come].tolist())
+            if len(stage.pairs):
+                self.rows.submit_backward(job, placed, None, stage.pairs)
+            self.link.send(self.comm, handles[go], legs.receiver[go], tags[go], first=True)
+
     def _runs(self) -> list[tuple[BackwardFlow, np.ndarray]]:
         """Which flow submits which pairs, in their order: several in a row where one flow has them."""
-        p = self.rows.pairs
-        rows, keys = np.isin(p.query_tile, self.of_rows.mine), np.isin(p.key_tile, self.of_keys.mine)
-        flows = [self.rows, self.keys, *([] if self.both is None else [self.both])]
-        uses: list[Callable[[], np.ndarray]] = [lambda: rows, lambda: keys]
-        if self.both is not None:
-            uses = [lambda: rows & ~keys, lambda: keys & ~rows, lambda: rows & keys]
-        which, pair = np.nonzero([use() & flow.pairwise for flow, use in zip(flows, uses, strict=True)])
+        p, flows = self.rows.pairs, [self.rows, self.keys]
+        uses = np.isin(p.query_tile, self.of_rows.mine), np.isin(p.key_tile, self.of_keys.mine)
+        which, pair = np.nonzero([use & flow.pairwise for flow, use in zip(flows, uses, strict=True)])
         order = np.lexsort((which, pair))
         which, pair = which[order], pair[order]
         starts = np.flatnonzero(np.diff(which, prepend=-1))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,17 @@ from flashtile.engines.starpu_mpi import build
 from flashtile.errors import UnavailableError
 
 POLL_SECONDS = 1e-3
+
+
+def share_cpus(ranks: Sequence[tuple[str, frozenset[int]]]) -> None:
+    """Let threads of StarPU that starts from here on go where there is room, if two ranks may use one CPU: bound, as it
+    has them, the workers of each rank would be on the first CPUs that it may use, and so those of all on the same. What
+    the environment says stays. ranks: the machine of each, and its CPUs."""
+    for n, (machine, cpus) in enumerate(ranks):
+        if any(machine == other and cpus & theirs for other, theirs in ranks[:n]):
+            for name in ("STARPU_WORKERS_NOBIND", "STARPU_MPI_NOBIND"):
+                os.environ.setdefault(name, "1")
+            return
 
 
 class Link:
@@ -41,9 +54,9 @@ class Link:
         self._tags += count
         return np.arange(self._tags - count, self._tags)
 
-    def send(self, comm: Any, handles: np.ndarray, ranks: np.ndarray, tags: np.ndarray) -> None:
-        """Begin to send tiles; returns at once. Shapes: all (n,)."""
-        self._begin(self.lib.ftm_send, comm, handles, ranks, tags)
+    def send(self, comm: Any, handles: np.ndarray, ranks: np.ndarray, tags: np.ndarray, *, first: bool = False) -> None:
+        """Begin to send tiles; returns at once. Shapes: all (n,). first: before what else waits to be sent."""
+        self._begin(self.lib.ftm_send_first if first else self.lib.ftm_send, comm, handles, ranks, tags)
 
     def receive(self, comm: Any, handles: np.ndarray, ranks: np.ndarray, tags: np.ndarray) -> None:
         """Begin to receive tiles; tasks submitted later that read them wait for them. Shapes: all (n,)."""

@@ -23,12 +23,24 @@ void ftm_stop(void) { starpu_mpi_shutdown(); }
 /* Transfers that were begun here and are not done. */
 int64_t ftm_pending(void) { return atomic_load(&pending); }
 
-void ftm_send(int64_t n, const uint64_t *handles, const int32_t *ranks, const int64_t *tags, uintptr_t communicator)
+static void send(int64_t n, const uint64_t *handles, const int32_t *ranks, const int64_t *tags, uintptr_t communicator,
+                 int priority)
 {
 	MPI_Comm comm = *(MPI_Comm *)communicator;
 	atomic_fetch_add(&pending, n);
 	for (int64_t i = 0; i < n; i++)
-		starpu_mpi_isend_detached((starpu_data_handle_t)(uintptr_t)handles[i], ranks[i], tags[i], comm, transferred, NULL);
+		starpu_mpi_isend_detached_prio((starpu_data_handle_t)(uintptr_t)handles[i], ranks[i], tags[i], priority, comm,
+		                               transferred, NULL);
+}
+
+void ftm_send(int64_t n, const uint64_t *handles, const int32_t *ranks, const int64_t *tags, uintptr_t communicator)
+{
+	send(n, handles, ranks, tags, communicator, 0);
+}
+
+void ftm_send_first(int64_t n, const uint64_t *handles, const int32_t *ranks, const int64_t *tags, uintptr_t communicator)
+{
+	send(n, handles, ranks, tags, communicator, 1);
 }
 
 void ftm_receive(int64_t n, const uint64_t *handles, const int32_t *ranks, const int64_t *tags, uintptr_t communicator)

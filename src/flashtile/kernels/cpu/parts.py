@@ -119,8 +119,7 @@ class Decode:
     is the faster one."""
 
     def __init__(self, c: Config, spec: AttentionSpec, plan: Plan, layout: Layout, least: float):
-        self._config, self._least = c, least
-        self._items = plan.items
+        self._config, self._least, self._items = c, least, plan.items
         self.run, self.merge_stage = entry("decode", c), None
         self._merge = Merge(c, spec, plan, layout.o) if plan.splits > 1 else None
         sizes = spec.heads, spec.kv_heads, spec.q_len, spec.head_size, spec.value_size

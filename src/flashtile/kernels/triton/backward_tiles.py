@@ -109,12 +109,26 @@ ALIKE = {"float16": "bfloat16", "float32 fp16": "float32 bf16"}
 
 
 # Another row of dQ, and of dK and dV, which a short timing on the device may prefer; None: there is none.
-TIMED: dict[tuple[str, str, int], tuple[Row | None, Row | None]] = {}
+TIMED: dict[tuple[str, str, int], tuple[Row | None, Row | None]] = {
+    ("sm_80", "bfloat16", 64): (row(128, 32, 8, 2, 174, 0, 40960), row(32, 64, 8, 2, 255, 0, 24832)),
+    ("sm_80", "bfloat16", 128): (row(32, 64, 8, 2, 160, 0, 53248), row(32, 64, 8, 2, 255, 0, 53504)),
+    # Of dK and dV at 64 no other tile goes without spills: 64 x 64 has 78, 32 x 64 30, 64 x 128 129.
+    ("sm_90", "bfloat16", 64): (row(64, 64, 4, 2, 206, 0, 49152), None),
+    ("sm_90", "bfloat16", 128): (row(64, 64, 8, 2, 216, 0, 98304), row(16, 64, 8, 2, 226, 0, 49280)),
+}
 
-# Rows of dK and dV in place of the table's where the Triton at hand is older than a version and kernels would spill;
-# of the other rows of sm_80 and sm_90 for 16 bits none does with 3.6.
-OLDER: dict[tuple[str, str, int], tuple[tuple[int, int], Row]] = {
-    ("sm_90", "bfloat16", 64): ((3, 7), row(32, 128, 8, 1, 206, 0, 40960)),
+# Rows in place of the table's where the Triton at hand is older than a version and kernels would spill, by direction:
+# dQ, or dK and dV. In float32 at 256 nothing helps dK and dV with 3.7: 64 spills at least, 75 by the table's tile.
+OLDER: dict[tuple[str, str, int, str], tuple[tuple[tuple[int, int], Row], ...]] = {
+    ("sm_90", "bfloat16", 64, "kv"): (((3, 7), row(32, 128, 8, 1, 206, 0, 40960)),),
+    ("sm_90", "float32", 64, "q"): (
+        ((3, 8), row(32, 16, 8, 1, 80, 0, 24576)),
+        ((3, 9), row(32, 32, 8, 1, 75, 0, 32768)),
+    ),
+    ("sm_90", "float32", 64, "kv"): (((3, 8), row(32, 16, 8, 1, 74, 0, 28672)),),
+    ("sm_90", "float32", 256, "q"): (((3, 9), row(16, 16, 8, 1, 111, 0, 65536)),),
+    ("sm_80", "float32", 64, "q"): (((3, 8), row(32, 16, 8, 1, 76, 0, 24576)),),
+    ("sm_80", "float32", 64, "kv"): (((3, 8), row(32, 16, 8, 1, 80, 6, 28672)),),  # of 62 with the table's
 }
 
 
@@ -126,10 +140,14 @@ def rows_for(arch: str, kind: str, head_size: int) -> tuple[Row, Row] | None:
     if found is None or place < 0:
         return None
     of_q, of_kv = found[0][place], found[1][place]
-    older, instead = OLDER.get((rows, kind, HEADS[place]), ((0, 0), None))
-    if instead is not None and installed() < older:
-        of_kv = instead
-    return None if of_q is None or of_kv is None else (of_q, of_kv)
+    if of_q is None or of_kv is None:
+        return None
+    which = rows, kind, HEADS[place]
+    return _of_version((*which, "q"), of_q), _of_version((*which, "kv"), of_kv)
+
+
+def _of_version(which: tuple[str, str, int, str], table: Row) -> Row:
+    return next((row for below, row in OLDER.get(which, ()) if installed() < below), table)
 
 
 def timed_pairs(spec: AttentionSpec, arch: str) -> tuple[tuple[Tile, Tile], ...]:

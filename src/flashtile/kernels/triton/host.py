@@ -194,8 +194,12 @@ class Forward:
 def table_values(table: Table, device: Device) -> dict[str, Any]:
     """A coverage table as kernels take it, on the device."""
     place = device.keep(table.both, "i32")
-    runs = place._replace(address=place.address + 4 * table.rows.size)
-    return {"rows": place, "runs": runs, "rows_b": table.rows_b, "rows_h": table.rows_h}
+    return {
+        "rows": place,  # which keeps it there
+        "runs": place.address + 4 * table.rows.size,
+        "rows_b": table.rows_b,
+        "rows_h": table.rows_h,
+    }
 
 
 def places(counts: Iterable[int]) -> tuple[int, ...]:

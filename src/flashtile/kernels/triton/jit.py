@@ -12,6 +12,7 @@ from flashtile.kernels.triton import (
     backward_kv,
     backward_q,
     forward,
+    gluon,
     merge,
     program,
     vanilla,
@@ -57,6 +58,10 @@ def source_of(specialisation: Specialisation) -> Any:
     """The `triton.compiler.ASTSource` of a kernel; `triton.compile` takes it with num_warps and num_stages."""
     from triton.compiler import ASTSource
 
+    if specialisation.kernel == gluon.KERNEL:
+        from flashtile.kernels.triton import gluon_forward  # not every Triton in the range has what it needs
+
+        return gluon_forward.source_of(specialisation)
     function = FUNCTIONS[specialisation.kernel]
     known, types = constants(specialisation), dict(specialisation.signature)
     signature = {name: types.get(name, "constexpr") for name in function.arg_names}

@@ -1,13 +1,13 @@
 """The gradients of a call over many ranks: the tasks of engines/starpu_mpi/gradients.py, and when they run.
 
-A pair of tiles is one task on the rank that has both its rows and its keys, of five products; else one on each of two
-ranks. Tasks that add to one gradient follow one another in their order. A worker takes, of the next WINDOW tasks in the
-order in which their tiles can be there, the one that can begin first.
+A pair of tiles is a task of five products on the rank that has its keys. Tasks that add to dK and dV of a key tile
+follow one another, and so do those that add to dQ of a query tile, whose sum goes from rank to rank (journey.py). So
+ranks wait for one another, and are simulated together: in one step each rank whose next task begins before the first
+of all could end begins it, since what it waits for is known by then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,14 +16,10 @@ import numpy as np
 from flashtile.dtypes import DTYPES
 from flashtile.engines.starpu.backward import pairs_of
 from flashtile.engines.starpu.flow import Pairs
-from flashtile.engines.starpu_mpi.simulation.network import Traffic
+from flashtile.engines.starpu_mpi.journey import HOME, Legs, legs_of
+from flashtile.engines.starpu_mpi.simulation.network import Network, Traffic
 from flashtile.engines.starpu_mpi.simulation.plan import Plan
 from flashtile.engines.starpu_mpi.simulation.schedule import Times
-
-ROWS, KEYS, BOTH = 1, 2, 3  # the gradients that a task adds to: dQ, dK and dV, all
-GRADIENTS = {ROWS: ("dq",), KEYS: ("dk", "dv"), BOTH: ("dq", "dk", "dv")}
-AT_ONCE = 1 << 22  # tasks that are simulated together
-WINDOW = 16
 
 
 @dataclass(frozen=True)
@@ -38,163 +34,174 @@ class BackwardPlan:
         return pairs_of(self.plan.coverage.spec, self.plan.coverage)
 
     @cached_property
+    def legs(self) -> Legs:
+        """Of the sums of one head."""
+        return legs_of(self.pairs, self.plan.query_owner, self.plan.key_owner)
+
+    @cached_property
     def wide(self) -> int:
-        """Bytes of a sum."""
+        """Bytes of a sum's element."""
         return DTYPES[DTYPES[self.plan.spec.dtype].accumulator].itemsize
 
     @cached_property
-    def traffic(self) -> tuple[Traffic, Traffic]:
-        """Keys and values to the rows that see them; q, do, lse and delta to the keys that these rows see."""
+    def heights(self) -> np.ndarray:
+        """int64 (query tiles): rows of each."""
+        return np.minimum(self.plan.tile, self.plan.spec.q_len - self.plan.tile * np.arange(len(self.plan.query_owner)))
+
+    @cached_property
+    def traffic(self) -> Traffic:
+        """q, do, lse and delta to the keys that these rows see."""
         plan, spec = self.plan, self.plan.spec
-        own, key = plan.pairs_owners(self.pairs)
+        _, key = plan.pairs_owners(self.pairs)
         needs = np.zeros((plan.ranks, len(plan.query_owner)), bool)
         needs[key, self.pairs.query_tile] = True
         needs[plan.query_owner, np.arange(len(plan.query_owner))] = False
         urgency = np.full(needs.shape, np.iinfo(np.int64).max)
         np.minimum.at(urgency, (key, self.pairs.query_tile), self.pairs.place)
-        heights = np.minimum(plan.tile, spec.q_len - plan.tile * np.arange(len(plan.query_owner)))
         size = DTYPES[spec.dtype].itemsize
         row = np.array([spec.head_size * size, spec.value_size * size, self.wide, self.wide])
-        return plan.traffic, Traffic(needs, plan.query_owner, heights, row, plan.heads, urgency)
-
-    def kinds(self, rank: int) -> np.ndarray:
-        """What a rank's task of each pair adds to; 0 where it has none."""
-        own, key = self.plan.pairs_owners(self.pairs)
-        return ROWS * (own == rank) + KEYS * (key == rank)
+        return Traffic(needs, plan.query_owner, self.heights, row, plan.heads, urgency)
 
     @cached_property
     def tasks(self) -> np.ndarray:
         """int64 (ranks): of delta, of pairs, and those that cast 16-bit gradients."""
         plan, ranks = self.plan, self.plan.ranks
-        own, key = plan.pairs_owners(self.pairs)
+        _, key = plan.pairs_owners(self.pairs)
         rows, keys = np.bincount(plan.query_owner, minlength=ranks), np.bincount(plan.key_owner, minlength=ranks)
-        found = np.bincount(own, minlength=ranks) + np.bincount(key[key != own], minlength=ranks) + rows
         narrow = int(DTYPES[plan.spec.dtype].accumulator != plan.spec.dtype)
-        return plan.heads * (found + narrow * rows) + narrow * 2 * plan.kv_heads * keys
+        found = np.bincount(key, minlength=ranks) + rows + narrow * rows
+        return np.asarray(plan.heads * found + narrow * 2 * plan.kv_heads * keys)
+
+    @cached_property
+    def leg_bytes(self) -> np.ndarray:
+        """int64: of each leg."""
+        return np.asarray(self.heights[self.legs.query_tile] * (self.plan.spec.head_size * self.wide))
 
     @property
     def received_bytes(self) -> np.ndarray:
         """int64 (ranks)."""
-        return self.traffic[0].received_bytes + self.traffic[1].received_bytes
+        return self.traffic.received_bytes + self._of_legs(self.legs.receiver)
 
     @property
     def sent_bytes(self) -> np.ndarray:
         """int64 (ranks)."""
-        return self.traffic[0].sent_bytes + self.traffic[1].sent_bytes
+        return self.traffic.sent_bytes + self._of_legs(self.legs.sender)
 
-    def flops(self, kind: int) -> np.ndarray:
+    def _of_legs(self, ranks: np.ndarray) -> np.ndarray:
+        found = np.bincount(ranks, self.leg_bytes, self.plan.ranks).astype(np.int64)
+        return np.asarray(self.plan.heads * found)
+
+    @cached_property
+    def flops(self) -> np.ndarray:
         """Of a task of each pair."""
         spec, p = self.plan.spec, self.pairs
         visible, _ = self.plan.coverage.amount(p.batch, p.head, p.query_tile, p.key_tile)
-        columns = spec.head_size + spec.value_size
-        columns += sum(spec.value_size if x == "dv" else spec.head_size for x in GRADIENTS[kind])
-        return 2.0 * columns * visible
+        return np.asarray(2.0 * (3 * spec.head_size + 2 * spec.value_size) * visible)
 
 
 def run(
-    plan: BackwardPlan,
-    seconds: Callable[[int], np.ndarray],
-    arrived: tuple[np.ndarray, np.ndarray],
-    workers: int,
-    overhead: float,
+    plan: BackwardPlan, seconds: np.ndarray, arrived: np.ndarray, workers: int, overhead: float, network: Network
 ) -> Times:
-    """seconds: of a task of each pair, by its kind; arrived: of keys (ranks, kv heads, key tiles), of rows (ranks,
-    heads, query tiles). A task takes a worker `overhead` more."""
-    costs = np.stack([np.zeros(len(plan.pairs.place)), *(seconds(kind) for kind in (ROWS, KEYS, BOTH))])
-    ranks = plan.plan.ranks
-    end, busy = np.zeros(ranks), np.zeros(ranks)
-    longest = int(plan.tasks.max(initial=1))
-    block = max(1, AT_ONCE // longest)
-    for first in range(0, ranks, block):
-        some = np.arange(first, min(first + block, ranks))
-        end[some], busy[some] = _run(plan, costs, arrived, workers, overhead, some)
-    return Times(end, busy)
-
-
-def _run(
-    plan: BackwardPlan,
-    costs: np.ndarray,
-    arrived: tuple[np.ndarray, np.ndarray],
-    workers: int,
-    overhead: float,
-    ranks: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Of some ranks, event by event; arrays (ranks, tasks)."""
-    chains, cost, ready = _tasks(plan, costs, arrived, ranks)
-    number, ready = _in_chains(chains, ready)
-    order = np.argsort(ready, axis=1, kind="stable")
-    at, (count, steps) = np.arange(len(ranks)), cost.shape
-    window = np.broadcast_to(np.arange(WINDOW), (count, WINDOW)).copy()  # places in the order that are looked at
-    following = np.full(count, WINDOW)
-    began = plan.plan.heads * np.bincount(plan.plan.query_owner, minlength=plan.plan.ranks)[ranks] * overhead
-    free = np.repeat((began / workers)[:, None], workers, axis=1)  # after the tasks of delta
-    busy = began.copy()
-    most = int(chains.max(initial=0)) + 1
-    done, over = np.zeros((2, count, most)), np.zeros((2, count, most), np.int64)  # the last end, and how many, of each
-    for _ in range(steps):
-        task = order[at[:, None], np.minimum(window, steps - 1)]
-        i, j = (x[at[:, None], task] for x in chains)
-        turn = (number[0, at[:, None], task] == over[0, at[:, None], i]) & (
-            number[1, at[:, None], task] == over[1, at[:, None], j]
-        )
+    """seconds: of a task of each pair; arrived: of rows (ranks, heads, query tiles). A task takes a worker `overhead`
+    more. A sum that leaves waits for sums that its rank sends, and overtakes tiles that wait to be sent."""
+    state = _Run(plan, seconds + overhead, arrived, network)
+    whole = plan.plan
+    began = whole.heads * np.bincount(whole.query_owner, minlength=whole.ranks) * overhead  # the tasks of delta
+    free = np.repeat((began / workers)[:, None], workers, axis=1)
+    busy, every = began.copy(), np.arange(whole.ranks)
+    ahead = float((seconds + overhead).min(initial=np.inf))
+    while True:
         worker = free.argmin(axis=1)
-        start = np.maximum(free[at, worker][:, None], ready[at[:, None], task])
-        start = np.maximum(start, np.maximum(done[0, at[:, None], i], done[1, at[:, None], j]))
-        start = np.where(turn & (window < steps) & (cost[at[:, None], task] >= 0), start, np.inf)
-        first = np.where(start <= start.min(axis=1, keepdims=True), window, steps).argmin(axis=1)
-        found, began_at = task[at, first], start[at, first]
-        here = np.isfinite(began_at)
-        took = np.where(here, cost[at, found] + overhead, 0.0)
-        end = np.where(here, began_at + took, free[at, worker])
-        free[at, worker], busy = end, busy + took
-        for which, chain in enumerate((i[at, first], j[at, first])):
-            done[which, at, chain] = np.where(here & (chain > 0), end, done[which, at, chain])
-            over[which, at, chain] += here & (chain > 0)
-        window[at, first] = np.where(here, following, window[at, first])
-        following = following + here
-    return free.max(axis=1), busy
+        start = np.maximum(free[every, worker], state.ready.min(axis=1, initial=np.inf))
+        first = start.min()
+        if not np.isfinite(first):
+            break
+        rank = np.flatnonzero(start <= first + ahead * (1 - 1e-9))
+        begin = start[rank]
+        slot = np.where(state.ready[rank] <= begin[:, None], state.turn[rank], np.inf).argmin(axis=1)
+        end = state.take(rank, slot, begin)
+        free[rank, worker[rank]] = end
+        busy[rank] += end - begin
+    return Times(np.maximum(free.max(axis=1), state.home), busy)
 
 
-def _in_chains(chains: np.ndarray, ready: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(2, ranks, tasks), (ranks, tasks): which of both its chains each task is, from 0, and when its tiles and those of
-    all before it are there."""
-    count, steps = ready.shape
-    at, most = np.arange(count), int(chains.max(initial=0)) + 1
-    number, ready = np.zeros_like(chains), ready.copy()
-    came, over = np.zeros((2, count, most)), np.zeros((2, count, most), np.int64)
-    for n in range(steps):
-        for which in range(2):
-            number[which, :, n] = over[which, at, chains[which, :, n]]
-            over[which, at, chains[which, :, n]] += 1
-            ready[:, n] = np.maximum(ready[:, n], came[which, at, chains[which, :, n]])
-        for which in range(2):
-            came[which, at, chains[which, :, n]] = ready[:, n]
-        came[:, :, 0], over[:, :, 0] = 0.0, 0  # of no chain
-    return number, ready
+class _Run:
+    """Key tiles as slots of their ranks (ranks, slots), each with its next task; query tiles (heads, tiles), each with
+    the place that its sum has come to. Of tasks that can begin, that submitted first is first, as in the engine."""
 
+    def __init__(self, plan: BackwardPlan, cost: np.ndarray, arrived: np.ndarray, network: Network) -> None:
+        whole, p = plan.plan, plan.pairs
+        self.plan, self.cost, self.arrived, self.latency = whole, cost, arrived, network.latency
+        self.query, self.place = p.query_tile, p.place
+        self.group, tiles = whole.spec.group, len(whole.key_owner)
+        self.by_key = np.argsort(p.key_tile, kind="stable")  # pairs, column by column in their order
+        self.begins = np.searchsorted(p.key_tile[self.by_key], np.arange(tiles + 1))
+        owned = [whole.tiles(whole.spec.kv_len, rank) for rank in range(whole.ranks)]
+        self.width = max(map(len, owned), default=0)
+        held = np.full((whole.ranks, self.width), -1)
+        self.place_of = np.zeros(tiles, np.int64)  # of a key tile, among those of its rank
+        for rank, own in enumerate(owned):
+            held[rank, : len(own)] = own
+            self.place_of[own] = np.arange(len(own))
+        self.key = np.tile(held, whole.kv_heads)
+        self.kv = np.broadcast_to(np.repeat(np.arange(whole.kv_heads), self.width), self.key.shape)
+        self.number = np.zeros(self.key.shape, np.int64)  # of a slot's next task, among all of its heads
+        self.done = np.zeros(self.key.shape)
+        shape = whole.heads, len(whole.query_owner)
+        self.come, self.there = np.zeros(shape, np.int64), np.zeros(shape)
+        self._follow(plan, network)
+        self.ready, self.turn = np.full(self.key.shape, np.inf), np.full(self.key.shape, np.inf)
+        self._look(*(x.ravel() for x in np.indices(self.key.shape)))
 
-def _tasks(
-    plan: BackwardPlan, costs: np.ndarray, arrived: tuple[np.ndarray, np.ndarray], ranks: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(2, ranks, tasks): the chains of dQ and of dK and dV, from 1, 0 for none; and (ranks, tasks): seconds, -1 beyond
-    a rank's last, and when its tiles come."""
-    p, whole = plan.pairs, plan.plan
-    group, queries, tiles = whole.spec.group, len(whole.query_owner), len(whole.key_owner)
-    found = []
-    for rank in ranks:
-        kinds = plan.kinds(int(rank))
-        mine = np.flatnonzero(kinds)
-        # By heads that share keys; in each the pairs one by one, and of a pair the heads.
-        kv = np.repeat(np.arange(whole.kv_heads), len(mine) * group)
-        pair = np.tile(np.repeat(mine, group), whole.kv_heads)
-        head = kv * group + np.tile(np.arange(group), len(mine) * whole.kv_heads)
-        kind, i, j = kinds[pair], p.query_tile[pair], p.key_tile[pair]
-        came = np.maximum(arrived[0][rank, kv, j] * (kind == ROWS), arrived[1][rank, head, i] * (kind == KEYS))
-        dq, dk = (kind & ROWS > 0) * (1 + head * queries + i), (kind & KEYS > 0) * (1 + kv * tiles + j)
-        found.append((dq, dk, costs[kind, pair], came))
-    width = max(len(x[0]) for x in found)
-    filled = []
-    for n, nothing in enumerate((0, 0, -1.0, np.inf)):
-        filled.append(np.stack([np.append(x[n], np.full(width - len(x[n]), nothing)) for x in found]))
-    rows, keys, cost, ready = filled
-    return np.stack([rows, keys]).astype(np.int64), cost, ready
+    def _follow(self, plan: BackwardPlan, network: Network) -> None:
+        """Of each pair, the key tile that its sum meets next, -1 for none, and seconds of the leg after it, if any."""
+        p, legs, whole = plan.pairs, plan.legs, self.plan
+        order = np.lexsort((p.place, p.query_tile))
+        follows = np.diff(p.query_tile[order]) == 0
+        self.next_key = np.full(len(order), -1)
+        self.next_key[order[:-1][follows]] = p.key_tile[order[1:][follows]]
+        self.leg = np.zeros(len(order))
+        took, leaves = network.seconds(plan.leg_bytes), legs.after != HOME
+        self.leg[legs.after[leaves]] = took[leaves]
+        self.moves = np.zeros(len(order), bool)
+        self.moves[legs.after[leaves]] = True
+        self.there[:, legs.query_tile[~leaves]] = network.latency + took[~leaves]
+        self.sending, self.home = np.zeros(whole.ranks), np.zeros(whole.ranks)
+
+    def _task(self, rank: np.ndarray, slot: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(pair, head, whether there is one) of next tasks."""
+        key, number = self.key[rank, slot], self.number[rank, slot]
+        size = np.where(key < 0, 0, self.begins[key + 1] - self.begins[key])
+        some = number < self.group * size
+        turn, at = np.divmod(number, np.maximum(size, 1))
+        pair = self.by_key[np.where(some, self.begins[key] + at, 0)]
+        return pair, np.where(some, self.kv[rank, slot] * self.group + turn, 0), some
+
+    def _look(self, rank: np.ndarray, slot: np.ndarray) -> None:
+        """When the next tasks of some slots can begin, as far as is known; and their turns."""
+        if not len(self.by_key):
+            return
+        pair, head, some = self._task(rank, slot)
+        i = self.query[pair]
+        some = some & (self.come[head, i] == self.place[pair])
+        ready = np.maximum(np.maximum(self.there[head, i], self.arrived[rank, head, i]), self.done[rank, slot])
+        self.ready[rank, slot] = np.where(some, ready, np.inf)
+        self.turn[rank, slot] = head * len(self.by_key) + pair
+
+    def take(self, rank: np.ndarray, slot: np.ndarray, begin: np.ndarray) -> np.ndarray:
+        """A task of each of some ranks begins; returns when they end."""
+        pair, head, _ = self._task(rank, slot)
+        i, end = self.query[pair], begin + self.cost[pair]
+        self.done[rank, slot] = end
+        self.number[rank, slot] += 1
+        moves = self.moves[pair]
+        left = np.maximum(end, self.sending[rank]) + self.leg[pair]
+        self.sending[rank] = np.where(moves, left, self.sending[rank])
+        self.come[head, i] += 1
+        self.there[head, i] = np.where(moves, left + self.latency, end)
+        self._look(rank, slot)
+        more = self.next_key[pair] >= 0
+        np.maximum.at(self.home, self.plan.query_owner[i[~more]], self.there[head, i][~more])
+        key, kv = self.next_key[pair[more]], head[more] // self.group
+        self._look(self.plan.key_owner[key], kv * self.width + self.place_of[key])
+        return end

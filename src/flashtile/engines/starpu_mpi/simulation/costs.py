@@ -21,9 +21,10 @@ import numpy as np
 
 from flashtile.arrays import address_of
 from flashtile.dtypes import DTYPES
+from flashtile.engines.starpu.backward import GRADIENTS as WORDS
 from flashtile.engines.starpu.flow import Pairs
 from flashtile.engines.starpu.footprint import footprints
-from flashtile.engines.starpu_mpi.simulation.backward import GRADIENTS, BackwardPlan
+from flashtile.engines.starpu_mpi.simulation.backward import BackwardPlan
 from flashtile.engines.starpu_mpi.simulation.plan import Plan
 from flashtile.errors import KernelError
 from flashtile.kernels import tile_kernels
@@ -33,7 +34,7 @@ from flashtile.spec import AttentionSpec
 MEASURED_SECONDS = 0.1  # of a case: the median of its runs, of which there are at least RUNS
 RUNS = 5
 CACHE_LINE = 64
-BackwardSeconds = Callable[[int], np.ndarray]  # of a task of each pair, by what it adds to
+GRADIENTS = tuple(WORDS)  # to which a task of the backward adds
 _ENTRY = re.compile(r"^([0-9a-f]{8})((?:\s+[-+0-9.naife]+){7})\s*$", re.MULTILINE)
 
 
@@ -64,23 +65,18 @@ def _said(found: list[float]) -> str:
     return f"{len(found)} cases: {remembered} of StarPU's models, {len(found) - remembered} measured here"
 
 
-def seconds_of_backward(plan: BackwardPlan, rate: float | None = None, busy: int = 1) -> tuple[BackwardSeconds, str]:
-    """Likewise of the backward's tasks, by what they add to."""
+def seconds_of_backward(plan: BackwardPlan, rate: float | None = None, busy: int = 1) -> tuple[np.ndarray, str]:
+    """Likewise of the backward's tasks."""
     if rate is not None:
-        return lambda kind: plan.flops(kind) / rate, f"{rate:.4g} FLOP/s of a worker, as given"
+        return plan.flops / rate, f"{rate:.4g} FLOP/s of a worker, as given"
     p, spec, tile = plan.pairs, plan.plan.coverage.spec, plan.plan.tile
     _, cases = plan.plan.coverage.amount(p.batch, p.head, p.query_tile, p.key_tile)
     kinds, first, which = np.unique(cases, axis=0, return_index=True, return_inverse=True)
-    kernel = tile_kernels().backward(spec, tile, tile).kernel
-    known, every, made = history(spec.dtype, "backward"), [], {}
-    for kind in sorted(set(np.unique([plan.kinds(rank) for rank in range(plan.plan.ranks)]).tolist()) - {0}):
-        found = [known.get(int(x), math.nan) for x in footprints(f"{kernel.identity} {GRADIENTS[kind]}", kinds)]
-        calls = [partial(_backward_call, plan, kernel, int(n), GRADIENTS[kind]) for n in first]
-        times = [t if t == t else measured(call, busy) for t, call in zip(found, calls, strict=True)]
-        made[kind] = np.array(times)[which.reshape(-1)] if len(kinds) else np.zeros(0)
-        every += found
-    nothing = np.zeros(len(p.place))
-    return lambda kind: made.get(kind, nothing), _said(every)
+    kernel, known = tile_kernels().backward(spec, tile, tile).kernel, history(spec.dtype, "backward")
+    found = [known.get(int(x), math.nan) for x in footprints(f"{kernel.identity} {GRADIENTS}", kinds)]
+    calls = [partial(_backward_call, plan, kernel, int(n)) for n in first]
+    times = [t if t == t else measured(call, busy) for t, call in zip(found, calls, strict=True)]
+    return np.array(times)[which.reshape(-1)] if len(kinds) else np.zeros(0), _said(found)
 
 
 def history(dtype: str, operation: str = "forward") -> dict[int, float]:
@@ -132,7 +128,7 @@ def _forward_call(plan: Plan, kernel: TileKernel, number: int) -> Call:
     return Call(kernel, block, item, (q, k, v, o, lse))
 
 
-def _backward_call(plan: BackwardPlan, kernel: TileKernel, number: int, gradients: tuple[str, ...]) -> Call:
+def _backward_call(plan: BackwardPlan, kernel: TileKernel, number: int) -> Call:
     """Likewise."""
     spec = plan.plan.coverage.spec
     row, key, rows, keys = _place(plan.plan, plan.pairs, number)
@@ -140,7 +136,7 @@ def _backward_call(plan: BackwardPlan, kernel: TileKernel, number: int, gradient
     sizes = {"q": (rows, spec.head_size), "do": (rows, spec.value_size)}
     sizes |= {"k": (keys, spec.head_size), "v": (keys, spec.value_size)}
     given = {name: _some(spec, *size) for name, size in sizes.items()}
-    given |= {name: np.zeros(sizes[name[1:]], real) for name in gradients}
+    given |= {name: np.zeros(sizes[name[1:]], real) for name in GRADIENTS}
     where = {n: address_of(x) - (key * x.strides[0] if n[-1] in "kv" else 0) for n, x in given.items()}
     steps = {f"{n}_s": x.strides[0] for n, x in given.items()}
     lse, delta = np.full(rows, 8.0, real), np.zeros(rows, real)

@@ -68,7 +68,7 @@ class _Backward:
         self.scan = emit_scan(module, c)
         if c.guarded:
             self.find, self.find_more = emit_find(module, c), emit_find(module, c, more=True)
-            self.widen = emit_transpose(module, replace(c, product=c.elements), "widen", Sums)
+            self.widen = emit_transpose(module, replace(c, product=c.elements), "widen", Sums, seldom=True)
         if c.tile:
             self.known_state = emit_known_state(module, c)
         else:

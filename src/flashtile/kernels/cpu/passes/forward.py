@@ -54,7 +54,7 @@ class _Forward:
         self.scan = emit_scan(module, c)
         if c.guarded:
             self.find = emit_find(module, c)
-            self.widen = emit_transpose(module, replace(c, product=c.elements), "widen", Sums)
+            self.widen = emit_transpose(module, replace(c, product=c.elements), "widen", Sums, seldom=True)
         self.join_span = emit_join_span(module, c)
         self.finish = emit_finish(module, c.output)
         if c.partial:

@@ -40,15 +40,16 @@ def words_of(f: Function, c: Config, elements: list[Value]) -> list[Value]:
     return c.product.split(f, c.isa, elements, exact=c.storage == c.product.operand)
 
 
-def emit_transpose(module: Module, c: Config, name: str, to: type[Lines]) -> Routine:
+def emit_transpose(module: Module, c: Config, name: str, to: type[Lines], *, seldom: bool = False) -> Routine:
     """Rows as lanes: lane r of line w is word w of row r, times a sign; where words have several parts, lines of one
-    follow those of another. Lanes of the last register without a row repeat the last row."""
+    follow those of another. Lanes of the last register without a row repeat the last row. ``seldom``: word by word, in
+    a tenth of the code."""
     out_kind = Sums.of(c.line) if to is Sums else Panel.of(c.word_line)
     f = Routine(module, name, rows=Rows.kind(), words="i64", out=out_kind, sign=c.acc, **_range_kind(c))
     rows, words, out, sign, *held = f.parameters
     n = c.lanes
     lanes_used, own = (rows.count + (n - 1)) // n * n, _own_words(c, rows, words)
-    whole, along = _in_registers(f, c, rows, own)
+    whole, along = (f.const("i64", 0),) * 2 if seldom else _in_registers(f, c, rows, own)
 
     def square(lane: Value, word: Value, live: Value | None = None) -> None:
         """Of lanes x lanes words, through registers. Past a row's own words its last line is stored, again and again
@@ -61,11 +62,12 @@ def emit_transpose(module: Module, c: Config, name: str, to: type[Lines]) -> Rou
                 place = word + t if live is None else f.minimum(word + t, own - 1)
                 out.store(line, words * part + place, at=lane * c.size)
 
-    with f.range(0, lanes_used, n) as lane:
-        with f.range(0, whole, n) as word:
-            square(lane, word)
-        with f.when(whole < along):
-            square(lane, whole, rows.size - whole * c.per_word)
+    if not seldom:
+        with f.range(0, lanes_used, n) as lane:
+            with f.range(0, whole, n) as word:
+                square(lane, word)
+            with f.when(whole < along):
+                square(lane, whole, rows.size - whole * c.per_word)
     with f.range(0, lanes_used) as lane:
         start = rows.at + f.minimum(lane, rows.count - 1) * rows.stride
         with f.range(along, own) as word:
