@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from inputs import Shape, placed, preset, same_bits, uniform
 
@@ -28,6 +28,7 @@ pytestmark = pytest.mark.usefixtures("starpu")
 Script = Callable[..., Any]
 ELEMENTS = 10_368
 SMALL_TILE = 8  # keys
+LEAST_OUTPUTS = 16  # elements: with fewer, what the baseline happens to err says little of what a kernel may
 
 
 @pytest.fixture
@@ -216,6 +217,7 @@ def test_random_shapes_and_tilings(family: str, data: st.DataObject) -> None:
         draw(st.integers(1, 40)),
         draw(st.integers(1, 40)),
     )
+    assume(shape.batch * shape.heads * shape.q_len * shape.value_size >= LEAST_OUTPUTS)
     options: dict[str, Any] = {"causal": draw(st.booleans()), "align": draw(st.integers(-100, 100))}
     if draw(st.booleans()):
         options["window"] = draw(st.integers(0, 150)), draw(st.integers(0, 150))

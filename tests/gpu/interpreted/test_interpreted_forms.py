@@ -16,6 +16,7 @@ from flashtile.kernels.triton.host import captured
 from flashtile.kernels.triton.interpreter import Interpreter, _argument
 from flashtile.kernels.triton.language import spread
 from flashtile.kernels.triton.program import function_of
+from flashtile.kernels.triton.specialisation import capture_types
 from flashtile.score import Program
 from flashtile.score.expr import postorder
 from flashtile.score.operations import OPERATIONS, inside
@@ -39,7 +40,7 @@ def run(program: Program, root, s: np.ndarray, b: int, h: int, i: np.ndarray, j:
     out = torch.empty(len(s), dtype=getattr(torch, np.dtype(dtype).name))
     s_, i_, j_ = (torch.from_numpy(np.ascontiguousarray(x)) for x in (s, i.astype(np.int32), j.astype(np.int32)))
     values = captured(program.captures, Interpreter())
-    captures = None if values is None else tuple(map(_argument, values))
+    captures = None if values is None else tuple(map(_argument, values, capture_types(program.code.slots)))
     with np.errstate(all="ignore"):
         evaluate[(1,)](out, s_, i_, j_, b, h, captures, function_of("f", root, program.code.slots), len(s))
     return out.numpy()

@@ -167,7 +167,8 @@ def test_continues_a_state(name: str) -> None:
     steps = {"o_split": 0, "lse_split": 0}
     carried = {**places(device, *state), **steps}
     plan = Plan(spec.batch, spec.heads, 2, 4, 16, 16, 0, split_keys=16)
-    launches = Forward(spec, plan, p.layout, SMALL, device).pack(*p.addresses, p.scoring).stages[0]
+    call = Forward(spec, plan, p.layout, SMALL, device).pack(*p.addresses, p.scoring)  # which holds its workspace
+    launches = call.stages[0]
     for part in range(plan.splits):
         for bound, contain in zip(launches.kernels, (False, True), strict=True):
             kernel = special.forward(spec, SMALL, state=special.CARRIED, contain=contain, memory=memory)
