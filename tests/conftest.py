@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 # Test workers share the cores; BLAS threads of each would wait for one another, busily, and so do torch's, which took
@@ -24,6 +25,11 @@ from flashtile.dtypes import DTYPES
 # Compiling a kernel takes half a second inside an example, so no deadline. The examples are the same on every run: the
 # accuracy rule is a statistical one, and some one in 200 tiny problems misses it by a little on a kernel that is right.
 _QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+# They are not where Hypothesis draws constants of the sources that happen to be imported, as its later versions do.
+with contextlib.suppress(ImportError):
+    from hypothesis.internal.conjecture import providers
+
+    providers.is_local_module_file = lambda path: False
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=15, suppress_health_check=_QUIET)
 settings.load_profile("tests")
 
