@@ -465,8 +465,11 @@ def test_init_replaces_a_start_by_a_call(script: Any) -> None:
 def test_messages_of_starpu_are_kept_back_on_request(script: Any, tmp_path: Any, silent: str) -> None:
     """A first start on a machine measures the bus, and says so."""
     done = script(f"""
-        os.environ.pop("STARPU_PERF_MODEL_DIR", None)  # where an earlier start may have left what it measured
-        os.environ.update(STARPU_SILENT="{silent}", STARPU_HOME="{tmp_path}")
+        from flashtile.llvm import cache
+        os.environ["FLASHTILE_CACHE_DIR"] = str(cache.directory())
+        os.environ.pop("STARPU_PERF_MODEL_DIR", None)
+        # StarPU looks into the first before the second for what an earlier start measured.
+        os.environ.update(STARPU_SILENT="{silent}", XDG_CACHE_HOME="{tmp_path}", STARPU_HOME="{tmp_path}")
         starpu.init(workers=1)
         starpu.shutdown()
     """)

@@ -261,6 +261,21 @@ def test_a_wide_machine_with_zigzag_order_is_even() -> None:
     assert even.efficiency > 0.9 > 0.6 > uneven.efficiency
 
 
+@pytest.mark.parametrize("home", ["XDG_CACHE_HOME", "STARPU_HOME", "HOME"])
+def test_models_are_read_where_starpu_keeps_them(home: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("STARPU_PERF_MODEL_DIR", "XDG_CACHE_HOME", "STARPU_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HOME", "STARPU_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+        if name == home:
+            break
+    monkeypatch.setenv("STARPU_HOSTNAME", "here")
+    folder = tmp_path / home / ".starpu" / "sampling" / "codelets" / "45"
+    folder.mkdir(parents=True)
+    (folder / "flashtile_forward_float32.here").write_text("0000000a 12345 0.0 2.5e+03 1e-1 2.5e+04 6.25e+07 10\n")
+    assert costs.history("float32") == {10: 2.5e-3}
+
+
 def test_costs_are_measured_once_a_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Or come from StarPU's models, in the text of its files."""
     monkeypatch.setenv("STARPU_PERF_MODEL_DIR", str(tmp_path))

@@ -82,7 +82,8 @@ def seconds_of_backward(plan: BackwardPlan, rate: float | None = None, busy: int
 def history(dtype: str, operation: str = "forward") -> dict[int, float]:
     """Seconds by footprint, of this machine's models of a codelet; of several versions the newest."""
     root = os.environ.get("STARPU_PERF_MODEL_DIR")
-    home = os.environ.get("STARPU_HOME") or os.environ.get("HOME") or "/nonexistent"
+    homes = (os.environ.get(name) for name in ("XDG_CACHE_HOME", "STARPU_HOME", "HOME"))  # as StarPU looks for its own
+    home = next(filter(None, homes), "/nonexistent")
     folder = Path(root) if root else Path(home) / ".starpu" / "sampling"
     host = os.environ.get("STARPU_HOSTNAME") or socket.gethostname()
     found: dict[int, float] = {}
