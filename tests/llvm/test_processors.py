@@ -216,7 +216,7 @@ def test_a_misspelt_instruction_set_raises_from_every_door(door: str, misspelt: 
         torch = pytest.importorskip("torch")
         names |= {"torch": torch, "t": torch.ones(1, 1, 3, 4)}
     for name in re.findall(r"flashtile\.(torch|jax|onnx|flash_attn)\.", call):
-        pytest.importorskip({"onnx": "numpy"}.get(name, name.replace("flash_attn", "torch")))
+        pytest.importorskip(name.replace("flash_attn", "torch"))
         importlib.import_module(f"flashtile.{name}")
     if engine := re.search(r"engine='(\w+)'", call):
         reasons = {name: why for _, name, available, why in engines.survey() if not available}
