@@ -47,8 +47,6 @@ def environment(ranks: int) -> dict[str, str]:
         "STARPU_SILENT": "1",
         "FLASHTILE_NUM_THREADS": str(share),
     }
-    if ranks * share >= get_num_threads():  # somebody shares a CPU: who waits, yields
-        wanted["OMPI_MCA_mpi_yield_when_idle"] = "1"
     if os.getuid() == 0:  # containers; Open MPI otherwise refuses
         wanted |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return {**wanted, **os.environ}
