@@ -61,6 +61,10 @@ class Link:
         types = ("uint64_t[]", "int32_t[]", "int64_t[]")
         function(len(handles), *map(at, types, arrays), MPI._addressof(comm))
 
+    def last_event(self) -> float:
+        """When a transfer was begun or done last, by time.monotonic()."""
+        return float(self.lib.ftm_last_event()) * 1e-9
+
     def wait(self) -> None:
         """Return when every transfer begun here is done; Ctrl-C comes through."""
         while self.lib.ftm_pending():
