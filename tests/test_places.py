@@ -62,7 +62,7 @@ TABLE: dict[str, Place] = {
     ),
     "package": Place("", "errors arrays score doors"),
     "tools": Place(
-        "cli flags __main__ bench demo doctor launch testing",
+        "cli flags __main__ bench calibration demo doctor launch testing",
         "errors arrays llvm score spec options contract numpy triton engines starpu starpu_mpi calls doors package",
     ),
 }
