@@ -541,16 +541,6 @@ def test_sharded_arrays_are_replicated(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.returncode == 0 and done.stdout.strip() == "same", done.stderr
 
 
-LOADED = "import sys, flashtile.{}; print(*sorted({{'torch', 'jax', 'transformers'}} & set(sys.modules)))"
-
-
-@pytest.mark.parametrize(("door", "loads"), [("jax", "jax"), ("flash_attn", "torch")])  # flash_attn has torch's
-def test_a_door_loads_its_own_library_alone(door: str, loads: str) -> None:
-    pytest.importorskip(loads)
-    done = run([sys.executable, "-c", LOADED.format(door)])
-    assert done.returncode == 0 and done.stdout.split() == [loads], done.stderr
-
-
 def test_arrays_of_jax_at_the_front_door(dtype: str) -> None:
     """flashtile.attention itself, outside of JAX's transformations."""
     with jax.enable_x64(dtype == "float64"):
