@@ -331,24 +331,55 @@ def test_places_that_elements_decide_are_looked_at() -> None:
         jax.block_until_ready(call(places))
 
 
-def test_what_machine_code_was_not_made_for_goes_to_python(entered: list[int]) -> None:
-    """A gradient of a bias, wide integers, an element that is read by a number."""
+def read_twice(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+    """Its index may leave the table, as far as one can tell without the elements."""
+    return s + TABLE[OF_TABLE[j]]
+
+
+OF_TABLE = np.arange(KEYS)
+
+
+def test_what_machine_code_was_not_made_for_goes_to_python(entered: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient of a bias, wide integers, which are prepared there once, and an index that may leave an array."""
     q, k, v = inputs()
     bias = draw(1, 4, 9, 13)
     _, back = jax.vjp(lambda bias: ours(q, k, v, bias=bias), bias)
     lengths = np.array([6, 13], np.uint32)
-    one = q[:, :1], k[:, :1], v[:, :1]
-    others = (
-        lambda: back(q),
-        lambda: ours(q, k, v, key_value_seq_lengths=lengths),
-        lambda: ours(*one, bias=jnp.ones((1, 1, 1, 1))),
-    )
-    for call in others:
-        call()
-        entered.clear()
-        got = call()
+    prepared = (lambda: back(q), lambda: ours(q, k, v, key_value_seq_lengths=lengths))
+    for call in (*prepared, lambda: ours(q, k, v, score_mod=read_twice)):
+        with monkeypatch.context() as patch:
+            for name in ("attention", "attention_backward") if call in prepared else ():
+                patch.setattr(flashtile.jax.run, name, None)
+            call()
+            entered.clear()
+            call()
         assert len(entered) == 1
-    np.testing.assert_array_equal(got, ours(*one))  # a bias of one key
+
+
+def test_a_mask_and_a_bias_of_one_element() -> None:
+    """They are read at a fixed place while JAX traces."""
+    q, k, v = (x[:, :1] for x in inputs())
+    k, v = (jnp.repeat(x, HEADS // SHARED, 2) for x in (k, v))
+    for options in ({"bias": jnp.full((1, 1, 1, 1), 2.0)}, {"mask": jnp.ones((1, 1, 1, 1), bool)}):
+        flashtile.calls.clear_cache()
+        o, lse = jax.jit(lambda o=options: ours(q, k, v, **o, return_residual=True))()
+        np.testing.assert_allclose(o, v, rtol=1e-6)
+        scores = (q * k).sum(-1) / np.sqrt(8) + (2.0 if "bias" in options else 0.0)
+        np.testing.assert_allclose(lse, scores, rtol=1e-5, atol=1e-6)
+
+
+def test_wide_integers_are_looked_at_in_every_call() -> None:
+    q, k, v = inputs()
+    with jax.enable_x64(True):
+        call = jax.jit(lambda n: ours(q, k, v, key_value_seq_lengths=n))
+        for lengths in ([6, 13], [13, 2], [6, 13]):
+            want = ours(q, k, v, key_value_seq_lengths=jnp.array(lengths, jnp.int32))
+            np.testing.assert_array_equal(call(jnp.array(lengths)), want)
+        text = (
+            "INVALID_ARGUMENT: padding: lengths: got integers from 3 to 4294967299, expected values that fit in int32"
+        )
+        with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match=text):
+            jax.block_until_ready(call(jnp.array([3, 2**32 + 3])))
 
 
 @pytest.mark.parametrize("rows", [9, 200])
@@ -492,7 +523,7 @@ def test_an_error_of_a_run_is_xlas_with_our_text(error: Exception, monkeypatch: 
         raise error
 
     def call(q: Any, k: Any, v: Any) -> Any:  # not by machine code alone
-        return ours(q, k, v, key_value_seq_lengths=np.array([6, 13], np.uint32))
+        return ours(q, k, v, score_mod=read_twice)
 
     monkeypatch.setattr(flashtile.jax.run, "attention", fail)
     text = "INVALID_ARGUMENT: q: got this, expected that" if isinstance(error, SpecError) else type(error).__name__

@@ -91,6 +91,11 @@ class ArrayCapture:
     def rank(self) -> int:
         return self.array.ndim
 
+    def read_at(self, storage: np.ndarray) -> ArrayCapture:
+        """The same array where its elements are there. Raises: SpecError for integers that do not fit in int32."""
+        _check_integers(storage, self.element, self.name)
+        return ArrayCapture(storage, self.element, self.source, self.name)
+
     def widen(self, raw: np.ndarray, float_type: np.dtype) -> np.ndarray:
         """Stored elements as bool, int32 or float_type."""
         if self.element == "bf16":
@@ -175,9 +180,13 @@ def capture(value: Any, name: str = "captured array") -> ArrayCapture:
     if "jax" in sys.modules and isinstance(value, sys.modules["jax"].core.Tracer):
         return _without_memory(value, name, TRACED)
     raw, element = _storage(value, name)
+    _check_integers(raw, element, name)
+    return ArrayCapture(raw, element, value, name)
+
+
+def _check_integers(raw: np.ndarray, element: str, name: str) -> None:
     if element in _WIDE and raw.size and not (raw.min() >= INT_MIN and raw.max() <= INT_MAX):
         raise SpecError(f"{name}: got integers from {raw.min()} to {raw.max()}, expected values that fit in int32")
-    return ArrayCapture(raw, element, value, name)
 
 
 def in_graph() -> bool:
