@@ -9,7 +9,6 @@ import numpy as np
 
 from flashtile.kernels.triton.specialisation import Specialisation
 
-
 SCRATCH_ALIGNMENT = 128  # bytes, of tensor descriptors; what a library allocates is aligned to more
 
 

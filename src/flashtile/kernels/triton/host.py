@@ -77,8 +77,8 @@ class Forward:
         self._tables: dict[tuple[Any, ...], Table] = {}
         size = DTYPES[DTYPES[spec.dtype].accumulator].itemsize
         o_split, lse_split = (spec.value_size * self._rows, self._rows) if self._split else (0, 0)
-        # The workspace, bytes from where the first launch's scratch memory ends: marks of the work items, an lse that is
-        # not wanted, partial results.
+        # The workspace, bytes from where the first launch's scratch memory ends: marks of the work items, an lse that
+        # is not wanted, partial results.
         counts = (4 * plan.items, size * self._rows, plan.splits * size * o_split, plan.splits * size * lse_split)
         self._odd_at, self._lse_at, self._parts_o_at, self._parts_lse_at, self.workspace_bytes = places(counts)
 
