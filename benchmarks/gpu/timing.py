@@ -29,7 +29,8 @@ MILLISECONDS = 200  # of repetitions, for each peer and case
 def cases(dtypes: Iterable[str], dry: bool) -> list[Case]:
     """Head sizes, causal and not, lengths at a constant number of tokens; one tiny case of each kind in a dry run.
 
-    In the order of `_later`. The first dtype also decodes, takes what FlexAttention is for: a window, documents, softcap; and is differentiated.
+    In the order of `_later`. The first dtype also decodes, takes what FlexAttention is for: a window, documents,
+    softcap; and is differentiated.
     """
     dtypes = tuple(dtypes)
     found = []
