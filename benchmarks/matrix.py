@@ -4,7 +4,7 @@
     bits      the tests of tiles, instruction by instruction and kernel by kernel: the real ones against the emulated
     suites    the kernels' suites on the real machine, of every dtype, those that run at night included
     compile   seconds that LLVM takes for each module
-    overlap   what mixing the products of one strip with the weights of another would give (overlap.py)
+    overlap   what mixing products with weights gives: of a strip, and of whole kernels with and without (overlap.py)
     table     forward, options, gradients and first calls beside their targets (python -m benchmarks)
     starpu    the StarPU engine beside the direct one, in bf16
 
@@ -18,6 +18,7 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -48,10 +49,11 @@ class Run:
         return kinds.folder_here(self.output)
 
 
-def command(run: Run, *arguments: str, isa: str = "") -> Iterator[str]:
+def command(run: Run, *arguments: str, isa: str = "", **env: str) -> Iterator[str]:
     """The lines that a Python program of this checkout prints; at last how it ended, if not well."""
-    env = machine.child_environment(run.threads) | ({"FLASHTILE_ISA": isa} if isa else {})
-    env = {**env, "PYTHONUNBUFFERED": "1"}
+    env = {**machine.child_environment(run.threads), "PYTHONUNBUFFERED": "1", **env}
+    if isa:
+        env["FLASHTILE_ISA"] = isa
     with subprocess.Popen(
         [sys.executable, *arguments],
         cwd=machine.ROOT,
@@ -120,7 +122,16 @@ def on_overlap(run: Run) -> Iterator[str]:
     if isa.name == "amx":
         yield from overlap.report(isa)
     else:
-        yield "not measured: emulated tiles branch, and nothing can be mixed with them"
+        yield "strips are not measured: emulated tiles branch, and nothing can be mixed with them"
+    small = ("--small",) if run.dry else ()
+    with tempfile.TemporaryDirectory(prefix="flashtile-overlap-") as folder:
+        for n in range(1 if run.dry else 2):  # taking turns
+            for order in ((), ("--apart",)):
+                cache = Path(folder, f"{n}{''.join(order)}")
+                cache.mkdir(mode=0o700)
+                yield from command(
+                    run, "-m", "benchmarks.overlap", *small, *order, isa=run.isa, FLASHTILE_CACHE_DIR=str(cache)
+                )
 
 
 def on_table(run: Run) -> Iterator[str]:

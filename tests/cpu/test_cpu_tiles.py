@@ -291,3 +291,26 @@ def test_dropout_keeps_what_it_says(isa: str, number: Any) -> None:
     v = np.broadcast_to(np.eye(keys).astype(number), (1, 2, keys, keys))
     o = flashtile.attention(q, k, v, dropout_p=0.4, seed=9)
     assert ((o != 0) == dropout_keep((1, 2, rows, keys), 0.4, seed=9)).all()
+
+
+@pytest.mark.parametrize("rise", [1.0, 2.5, 3.0, 40.0], ids=lambda x: f"{x:g} octaves")
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_a_maximum_that_rises_a_little_from_block_to_block(isa: str, kind: str, rise: float) -> None:
+    """Below RISE octaves a row keeps its maximum, and weighs more than 1; the next step is beyond. Half of the rows see
+    scores fall."""
+    dtype, precision = KINDS[kind]
+    q, k, v = arrays(40, 450, 32, 32, dtype)
+    q[..., 0], k[..., 0] = np.where(np.arange(40) % 2, 1, -1), np.arange(450) // 64 * rise * np.log(2)
+    o, lse = attend(q, k, v, scale=1.0, precision=precision, return_lse=True)
+    expected_o, expected_lse = expect(q, k, v, scale=1.0, precision=precision)
+    expected_o.check(o)
+    expected_lse.check(lse)
+
+
+def test_halves_by_turns_give_the_bits_of_one_after_the_other(isa: str) -> None:
+    """A value that is not finite makes a block's halves follow each other; where it is hidden, nothing else is new."""
+    q, k, v = arrays(40, 300, 64, 40)
+    mask = np.arange(300) != 200
+    clean = attend(q, k, v, mask=mask)
+    v[..., 200, 7] = np.nan
+    assert attend(q, k, v, mask=mask).tobytes() == clean.tobytes()

@@ -42,6 +42,8 @@ def hot_part(text: str, kernel: str = "forward") -> str:
         names = tuple("add_product" if name == "accumulate" else name for name in names)
     hot = [d for d in definitions if re.match(rf"define internal \w+ @(?:{'|'.join(names)})[_(]", d)]
     hot = [d for d in hot if not d.startswith("define internal void @exchange(")]  # it calls tiles, and has none
+    # A step of depth with its share of weights has more scalars than registers: test_amx.py looks for vectors there.
+    hot = [d for d in hot if not re.match(r"define internal void @(\w+_beside|softmax_(begin|end))_", d)]
     for prefix in names:
         assert any(re.search(f"@{prefix}", d) for d in hot), f"{prefix} has another name now"
     return declarations + "".join(hot)

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import processes
 import pytest
-from assembly import functions
+from assembly import functions, stack_traffic
 
 from flashtile.kernels import cpu
 from flashtile.kernels.cpu.config import Config
@@ -155,6 +155,21 @@ def test_the_real_code_configures_once_and_releases_in_every_entry(storage: str,
         assert len(re.findall(r"\btdpbf16ps\b", multiply)) == 2 * registers * len(product.terms)
         assert len(re.findall(r"\btileloaddt1\b", multiply)) == 2 * loads
         assert len(re.findall(r"\btilestored\b", multiply)) == 2 * registers
+
+
+@pytest.mark.parametrize(("storage", "product"), [("bfloat", TILES), ("half", TILES2)], ids=lambda x: str(x))
+def test_products_of_one_half_are_emitted_beside_weights_of_the_other(storage: str, product: Tiles) -> None:
+    """A step of depth, then its share of the weights: in the machine code either stands within the loop over the
+    depth, so that a processor that looks 500 instructions ahead has both."""
+    found = functions(jit.assembly(forward_text(Config(REAL, storage, product)), REAL))
+    for name in ("multiply_beside_2", "add_product_beside_2"):
+        code = "\n".join(found[name])
+        products = [place.start() for place in re.finditer(r"\btdpbf16ps\b", code)]
+        assert len(products) == 4 * len(product.terms)
+        weights = [place.start() for place in re.finditer(r"\bvscalefps\b", code)]
+        assert weights and products[-1] < weights[0] and weights[-1] < code.index("tilestored")
+        assert not [line for line in stack_traffic(found[name], found[name]) if "mm" in line]
+        assert f"callq\t{name}" in "\n".join(found["panel_2"])
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,13 @@ class Unread:
         return len(self.shape)
 
     def __getitem__(self, index: Any) -> Any:
-        raise SpecError(f"captured array: got index {index!r} while its elements are not known, expected a traced one")
+        raise ReadTooEarly(
+            f"captured array: got index {index!r} while its elements are not known, expected a traced one"
+        )
+
+
+class ReadTooEarly(SpecError):
+    """An element was asked for, by an index that is a number, of an array that is not there yet."""
 
 
 @dataclass(frozen=True)

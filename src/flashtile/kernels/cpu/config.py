@@ -101,6 +101,17 @@ class Config:
         return self.lands_in_memory and self.product.coarse
 
     @property
+    def interleaved(self) -> bool:
+        """A block is attended to in halves: the products of one run beside the weights of the other, on registers of
+        their own (passes/halves.py)."""
+        return self.tiles_add and self.product.permission is not None
+
+    @property
+    def half(self) -> int:
+        """Keys of a half block."""
+        return self.key_block // 2
+
+    @property
     def guarded(self) -> bool:
         """Products are sums of products of parts, which cannot hold every number (steps/unheld.py)."""
         return self.product.parts > 1

@@ -8,6 +8,7 @@ when a tile is done.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from flashtile.llvm.ir import Function, Value
@@ -39,9 +40,10 @@ class Squares(Tiles):
         apart: tuple[Value, Value] | None = None,
         onto: bool = False,
         streamed: Literal["left", "right"] = "left",
+        beside: Callable[[Value], None] | None = None,
     ) -> None:
         """As tiles do; there are no parts, and nothing can pass by a cache."""
-        assert apart is None
+        assert apart is None and beside is None
         places = [(r, j) for r in range(0, _ROWS, 2) for j in range(registers)]
 
         def lines(r: int, j: int) -> list[Value]:

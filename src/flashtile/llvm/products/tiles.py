@@ -48,13 +48,14 @@ class Tiles(Pairs):
         apart: tuple[Value, Value] | None = None,
         onto: bool = False,
         streamed: Literal["left", "right"] = "left",
+        beside: Callable[[Value], None] | None = None,
     ) -> None:
         """out[row][lane] = sum over depth of left[row][depth] * right[depth][lane]: ``rows`` rows, so many registers of
         lanes, ``depth`` words, a multiple of ``words``. ``step`` says where both operands lie from a word on, ``apart``
         how many bytes the parts of either are apart; ``onto``: what ``out`` holds is added.
 
         Of the operands the larger one, ``streamed``, is read once and then not again for long, and passes by the
-        nearest cache.
+        nearest cache. ``beside`` emits what runs beside the products of a step, given its first word.
         """
         tiles = isa.tile_registers(f)
         assert self.rows is not None
@@ -81,6 +82,8 @@ class Tiles(Pairs):
                 held = term
                 for n, (r, j) in enumerate(pairs):
                     tiles.dot_pairs(n, _LEFT + r, _RIGHT + j)
+            if beside is not None:
+                beside(word)
         for n, at in enumerate(sums):
             tiles.store(n, at, out.stride)
 

@@ -5,11 +5,14 @@ Nothing here says query or key: lanes and rows. In the forward, lanes are querie
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.passes.halves import Halves, emit_halves
 from flashtile.kernels.cpu.scratch import Work, dense_bytes
 from flashtile.kernels.cpu.steps.accumulate import emit_accumulate, emit_accumulate_tile, emit_rescale
 from flashtile.kernels.cpu.steps.band import Seen
@@ -23,7 +26,7 @@ from flashtile.kernels.cpu.steps.softmax import Factors, emit_softmax
 from flashtile.kernels.cpu.steps.tiny import Tiny, emit_add_aside, emit_set_aside
 from flashtile.kernels.cpu.steps.unheld import Unheld, emit_add_unheld, emit_rescore
 from flashtile.llvm.ir import Function, Module, Value
-from flashtile.llvm.lines import Lines, Panel, State, Sums, Words
+from flashtile.llvm.lines import Lines, Panel, State, Sums, Weights, Words
 from flashtile.llvm.routines import Routine
 
 
@@ -38,7 +41,8 @@ def emit_panels(module: Module, c: Config) -> list[Routine]:
 class _Steps:
     """What a panel of one width calls for the scores, the weights and the sums."""
 
-    def __init__(self, module: Module, c: Config, width: int) -> None:
+    def __init__(self, module: Module, c: Config, width: int, dense: list[Routine], aside: list[Routine]) -> None:
+        self.c, self.dense, self.aside = c, dense, aside
         self.scores = BlockScores(module, c, width, guarded=c.guarded)
         self.softmax = emit_softmax(module, c, width)
         if self.scores.multiply is None:
@@ -49,16 +53,64 @@ class _Steps:
         self.rescale = emit_rescale(module, c, width) if c.tiles_add else None
         self.keep = emit_keep(module, c, width) if c.dropout else None
 
+    def lay_out(self, f: Function, v: SimpleNamespace, seen: Seen, line: int = 0) -> None:
+        """Dense arrays beside scores that begin with a line."""
+        at = v.dense + line * self.c.line.bytes if line else v.dense
+        lay_out_dense(f, self.c, self.dense, v.work, at, seen, v.lanes)
+
+    @contextlib.contextmanager
+    def values(self, f: Function, v: SimpleNamespace) -> Iterator[None]:
+        """Around what adds to the sums: alpha, and on tiles what is too small for them (tiny.py)."""
+        if self.rescale is not None:
+            self.rescale(f, sums=v.sums, alpha=v.alpha, columns=v.columns)
+        noted = {"tiny": v.tiny} if self.c.tiles_add else {}
+        tiny_before = noted["tiny"].some(self.c) if noted else f.const("i1", 0)
+        for set_aside in self.aside[:1]:
+            with f.when(tiny_before):
+                set_aside(f, sums=v.sums, columns=v.columns, **noted)
+        yield
+        for add_aside in self.aside[1:]:
+            with f.when(tiny_before):
+                add_aside(f, sums=v.sums, columns=v.columns, **noted)
+
+    def add_values(self, f: Function, v: SimpleNamespace, seen: Seen, weights: Weights, count: Value) -> None:
+        """The values by their weights, added to the sums."""
+        c, word = self.c, seen.some_from // self.c.per_word
+        if c.lands_in_memory:  # a row of values for each column
+            first = Words(v.values.at + word * c.size, v.values.stride)
+            extent = {"count": count, "landed": v.work.landed}
+        else:
+            first = v.values.row(word)
+            extent = {"count": v.count, "reach": v.reach}
+        with f.range(0, v.columns, c.rows) as column:
+            target = v.sums.line(column)
+            tile = first.row(column) if c.lands_in_memory else Words(first.at + column * c.size, first.stride)
+            self.accumulate(f, sums=target, alpha=v.alpha, rows=tile, weights=weights, **extent)
+
 
 def _emit_panel(
     module: Module, c: Config, width: int, contain: list[Routine], dense: list[Routine], aside: list[Routine]
 ) -> Routine:
-    steps = _Steps(module, c, width)
-    f, v = _signature(module, c, width)
+    steps = _Steps(module, c, width, dense, aside)
+    if not c.interleaved:
+        return _emit_attend(module, c, width, steps, contain, "panel")
+    attend = _emit_attend(module, c, width, steps, contain, "attend")
+    halves = Halves(module, c, width, steps) if width == c.registers else None
+    f, v = _signature(module, c, width, "panel")
+    v.tops, v.alpha, v.scores, v.weights = v.work.tops, v.work.alpha, v.work.scores, v.work.weights
+    clean = v.nonfinite.found.eq(0) & (v.unheld.found.eq(0) if c.guarded else f.const("i1", 1))
+    arguments = dict(zip(attend.kinds, f.parameters, strict=True))
+    emit_halves(f, c, v, lambda seen: attend(f, **{**arguments, "seen": seen}), halves, clean)
+    return f
+
+
+def _emit_attend(module: Module, c: Config, width: int, steps: _Steps, contain: list[Routine], name: str) -> Routine:
+    """The steps one after the other."""
+    f, v = _signature(module, c, width, name)
     drawn = {"draw": v.draw.further(v.seen.some_from)} if c.dropout else {}  # from the first line on
     noted = {"tiny": v.tiny} if c.tiles_add else {}
     v.tops, v.alpha, v.scores, v.count = v.work.tops, v.work.alpha, v.work.scores, v.seen.count
-    lay_out_dense(f, c, dense, v.work, v.dense, v.seen, v.lanes)
+    steps.lay_out(f, v, v.seen)
     steps.scores.call(f, v.work, v.panel, v.rows, v.depth, v.seen, *([v.unheld] if c.guarded else []))
     v.whole = (v.count + (c.rows - 1)) // c.rows * c.rows
     # Rows that a band shows to the first register of lanes; a program's mask may show any. Tiles are read whole.
@@ -72,7 +124,8 @@ def _emit_panel(
     with f.when(broken):
         collect(f, scores=v.scores, values=raw, columns=v.columns, sums=collected, **drawn)
     _weigh(f, steps, v, drawn)
-    _accumulate(f, c, steps, v, aside, noted)
+    with steps.values(f, v):
+        steps.add_values(f, v, v.seen, v.weights, v.whole)
     with f.when(broken):
         add(f, sums=v.sums, collected=collected, columns=v.columns)
         for also in add_unheld:
@@ -81,7 +134,7 @@ def _emit_panel(
     return f
 
 
-def _signature(module: Module, c: Config, width: int) -> tuple[Routine, SimpleNamespace]:
+def _signature(module: Module, c: Config, width: int, name: str) -> tuple[Routine, SimpleNamespace]:
     """The function of a panel, and what it is given, by name."""
     kinds: dict[str, Any] = {
         "work": Work.of(c),
@@ -104,7 +157,7 @@ def _signature(module: Module, c: Config, width: int) -> tuple[Routine, SimpleNa
         kinds["tiny"] = Tiny.kind()
     if c.dropout:
         kinds["draw"] = Draw.kind()
-    f = Routine(module, f"panel_{width}", **kinds)
+    f = Routine(module, f"{name}_{width}", **kinds)
     return f, SimpleNamespace(**dict(zip(kinds, f.parameters, strict=True)))
 
 
@@ -115,32 +168,6 @@ def _weigh(f: Function, steps: _Steps, v: SimpleNamespace, drawn: dict[str, Any]
     v.weights = v.work.weights
     if steps.keep is not None:
         steps.keep(f, weights=v.weights, **extent, **drawn)
-
-
-def _accumulate(
-    f: Function, c: Config, steps: _Steps, v: SimpleNamespace, aside: list[Routine], noted: dict[str, Any]
-) -> None:
-    """The values by their weights, added to the sums; on tiles, around it, what is too small for them (tiny.py)."""
-    word = v.seen.some_from // c.per_word
-    if c.lands_in_memory:  # a row of values for each column
-        first = Words(v.values.at + word * c.size, v.values.stride)
-        extent = {"count": v.whole, "landed": v.work.landed}
-    else:
-        first = v.values.row(word)
-        extent = {"count": v.count, "reach": v.reach}
-    if steps.rescale is not None:
-        steps.rescale(f, sums=v.sums, alpha=v.alpha, columns=v.columns)
-    tiny_before = noted["tiny"].some(c) if noted else f.const("i1", 0)
-    for set_aside in aside[:1]:
-        with f.when(tiny_before):
-            set_aside(f, sums=v.sums, columns=v.columns, **noted)
-    with f.range(0, v.columns, c.rows) as column:
-        target = v.sums.line(column)
-        tile = first.row(column) if c.lands_in_memory else Words(first.at + column * c.size, first.stride)
-        steps.accumulate(f, sums=target, alpha=v.alpha, rows=tile, weights=v.weights, **extent)
-    for add_aside in aside[1:]:
-        with f.when(tiny_before):
-            add_aside(f, sums=v.sums, columns=v.columns, **noted)
 
 
 def lay_out_dense(
@@ -192,14 +219,13 @@ class BlockScores:
         """Edge rows up to the first tile that every lane sees whole, full tiles, edge rows to the end. ``unheld``: of a
         guarded one."""
         c, some_from = self.c, seen.some_from
+        if self.multiply is not None:
+            self.products(f, work, panel, rows, depth, seen)
+            self.passes(f, work, seen, *unheld)
+            return
         stretches = stretches_of(f, c, seen)
 
         def tile(row: Value, edge: bool) -> None:
-            if self.multiply is not None:
-                words, out = Lines(panel.at, panel.shape), Lines(work.scores.at, c.line).line(row - some_from)
-                between = apart(c, depth * c.size, depth * c.line.bytes)
-                self.multiply(f, left=rows.row(row), right=words, out=out, depth=depth, **between)
-                return
             arguments = {"work": work, "panel": panel, "rows": rows.row(row), "depth": depth, "line": row - some_from}
             if c.scored or edge and c.code:
                 self.raw(f, **arguments)
@@ -208,19 +234,39 @@ class BlockScores:
             else:
                 self.full(f, **arguments)
 
-        for first, last, edge in stretches if self.multiply is None else [(some_from, seen.some_to, False)]:
+        for first, last, edge in stretches:
             with f.range(first, last, c.rows) as row:
                 tile(row, edge)
+        self._run_program(f, work, seen, stretches)
+
+    def products(self, f: Function, work: Work, panel: Panel, rows: Words, depth: Value, seen: Seen) -> None:
+        """Scores that land in memory, raw."""
+        c = self.c
+        assert self.multiply is not None
+        with f.range(seen.some_from, seen.some_to, c.rows) as row:
+            words, out = Lines(panel.at, panel.shape), Lines(work.scores.at, c.line).line(row - seen.some_from)
+            between = apart(c, depth * c.size, depth * c.line.bytes)
+            self.multiply(f, left=rows.row(row), right=words, out=out, depth=depth, **between)
+
+    def passes(self, f: Function, work: Work, seen: Seen, *unheld: Unheld, line: int = 0) -> None:
+        """What is done to them then, where they begin with a line."""
+        stretches = stretches_of(f, self.c, seen)
         for found in unheld:
             assert self.rescore is not None
             with f.when(found.found.ne(0)):
-                self.rescore(f, work=work, unheld=found, first=some_from, last=seen.some_to)
+                self.rescore(f, work=work, unheld=found, first=seen.some_from, last=seen.some_to)
+        self._run_program(f, work, seen, stretches, line)
+
+    def _run_program(
+        self, f: Function, work: Work, seen: Seen, stretches: list[tuple[Value, Value, bool]], line: int = 0
+    ) -> None:
+        origin = seen.some_from - line if line else seen.some_from
         for first, last, edge in stretches:
             if edge in self.program:
                 with f.when(first < last):
-                    self.program[edge](f, work=work, first=first, last=last, origin=some_from, band=seen.band)
+                    self.program[edge](f, work=work, first=first, last=last, origin=origin, band=seen.band)
         if self.program:
-            self._hide_rest(f, work, seen.count)
+            self._hide_rest(f, work.scores.line(line), seen.count)
 
     def _edge_tile(self, f: Function, seen: Seen, row: Value, arguments: dict[str, object]) -> None:
         """The variant that leaves out every register none of whose lanes sees even the tile's first row."""
@@ -236,10 +282,9 @@ class BlockScores:
 
         skip(len(self.edges) - 1)
 
-    def _hide_rest(self, f: Function, work: Work, count: Value) -> None:
+    def _hide_rest(self, f: Function, scores: Lines, count: Value) -> None:
         """-inf for the lines of the last tile that stand for no row."""
         c, line = self.c, self.c.line.bytes
         end = (count + (c.rows - 1)) // c.rows * c.rows
-        scores = work.scores
         with f.range(count * line, end * line, c.register) as at:
             scores.store(f.const(c.vector, -math.inf), 0, at=at)

@@ -93,23 +93,44 @@ def apart(c: Config, left: Value, right: Value) -> dict[str, Apart]:
     return {"apart": Apart(left, right)} if c.product.parts > 1 else {}
 
 
+def factor_kinds(c: Config) -> dict[str, Any]:
+    """What `emit_multiply`'s functions take."""
+    kinds: dict[str, Any] = {"left": Words.kind(), "right": Lines.of(c.word_line), "out": Lines.of(c.line)}
+    return {**kinds, "depth": "i64", **({"apart": Apart.kind()} if c.product.parts > 1 else {})}
+
+
 def emit_multiply(module: Module, c: Config, width: int, *, onto: bool = False) -> Routine:
     """A tile of a product whose sums land in memory, for a panel ``width`` registers wide: of every product that has
     the panel's lanes. ``onto``: sums begin with what is there."""
-    assert isinstance(c.product, Tiles)
-    kinds: dict[str, Any] = {"left": Words.kind(), "right": Lines.of(c.word_line), "out": Lines.of(c.line)}
-    parts: dict[str, Any] = {"apart": Apart.kind()} if c.product.parts > 1 else {}
-    f = Routine(module, f"{'add_product' if onto else 'multiply'}_{width}", **kinds, depth="i64", **parts)
+    f = Routine(module, f"{'add_product' if onto else 'multiply'}_{width}", **factor_kinds(c))
     left, right, out, depth, *between = f.parameters
+    multiply(f, c, width, left, right, out, depth, *between, onto=onto)
+    f.ret()
+    return f
+
+
+def multiply(
+    f: Function,
+    c: Config,
+    width: int,
+    left: Words,
+    right: Lines,
+    out: Lines,
+    depth: Value,
+    *between: Apart,
+    onto: bool = False,
+    beside: Callable[[Value], None] | None = None,
+) -> None:
+    """What `emit_multiply`'s functions do."""
+    assert isinstance(c.product, Tiles)
     line = f.const("i64", c.line.bytes)
 
     def step(word: Value) -> tuple[Words, Words]:
         return Words(left.at + word * c.size, left.stride), Words(right.place(word), line)
 
     bytes_ = (between[0].left, between[0].right) if between else None
-    c.product.multiply(f, c.isa, step, Words(out.at, line), depth, width, apart=bytes_, onto=onto)
-    f.ret()
-    return f
+    lines = Words(out.at, line)
+    c.product.multiply(f, c.isa, step, lines, depth, width, apart=bytes_, onto=onto, beside=beside)
 
 
 def _contraction(f: Function, c: Config, panel: Panel, rows: Words, depth: Value, live: range) -> list[Value]:

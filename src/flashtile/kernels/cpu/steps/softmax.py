@@ -15,6 +15,8 @@ from flashtile.llvm.routines import Kind, Operand, Routine
 
 # Weights accumulated separately before they join the lane's sum: a short chain of roundings, then another.
 SUM_LINES = 16
+# Octaves by which scores may rise above a row's maximum before it is raised, on tiles that add to their sums.
+RISE = 4.0
 
 
 @dataclass(frozen=True)
@@ -49,41 +51,79 @@ def emit_softmax(module: Module, c: Config, width: int) -> Routine:
     One register of lanes at a time, one word a step: more at once do not fit 16 registers beside the polynomial, and
     the machine overlaps the steps by itself.
     """
-    line = c.line
-    kinds: dict[str, Any] = {
-        "state": State.of(line),
-        "tops": Lines.of(line),
-        "alpha": Lines.of(line),
-        "scores": Scores.of(line),
-    }
-    f = Routine(module, f"softmax_{width}", **kinds, count="i64", reach="i64", factors=Factors.of(c))
+    f = Routine(module, f"softmax_{width}", **softmax_kinds(c), count="i64", reach="i64", factors=Factors.of(c))
     state, tops, alpha, scores, lines, reach, factors = f.parameters
-    weight = factors.weights(c)
+    steps = Softmax(f, c, state, tops, alpha, scores, factors)
     with f.range(0, width * c.register, c.register) as at:
         count = f.minimum(words_seen(f, c, reach + at // c.size, lines) * c.per_word, lines)
-        old = state.load(0, at=at)
-        new = f.maximum(tops.load(0, at=at), old)
-        # A lane that has seen nothing yet has maximum -inf; 0 in its place keeps -inf - max from being NaN.
-        safe = f.select(new.eq(-math.inf), f.const(c.vector, 0.0), new)
-        state.store(new, 0, at=at)
-        alpha.store(weight(old - safe), 0, at=at)  # to the last bit: it multiplies all sums
+        safe = steps.begin(at)
+        with f.range(0, count, SUM_LINES) as first:
+            steps.weigh(safe, at, first, f.minimum(first + SUM_LINES, count))
+        steps.end(at)
+    f.ret()
+    return f
+
+
+def softmax_kinds(c: Config) -> dict[str, Any]:
+    """What every function of the softmax takes first."""
+    line = c.line
+    return {"state": State.of(line), "tops": Lines.of(line), "alpha": Lines.of(line), "scores": Scores.of(line)}
+
+
+class Softmax:
+    """What the softmax does with one register of lanes, ``at`` so many bytes of a line."""
+
+    def __init__(
+        self, f: Function, c: Config, state: State, tops: Lines, alpha: Lines, scores: Scores, factors: Factors
+    ) -> None:
+        self.f, self.c, self.state, self.tops, self.alpha, self.scores = f, c, state, tops, alpha, scores
+        self.weight = factors.weights(c)
+        self.high = factors.high
+
+    def begin(self, at: Value) -> Value:
+        """The new maximum, or where there is none 0, and what older sums are to be multiplied by.
+
+        On tiles that add to their sums a maximum stays where a block rises above it by no more than RISE octaves:
+        weights are then larger than 1, and the sums need no pass of their own to be multiplied by alpha.
+        """
+        f, c = self.f, self.c
+        old = self.state.load(0, at=at)
+        new = f.maximum(self.tops.load(0, at=at), old)
+        if c.tiles_add:  # where nothing was seen before, or what was is infinite, rise is infinite or NaN
+            rise = (new - old) * f.splat(self.high, c.lanes)
+            new = f.select(rise <= RISE, old, new)
+        safe = self.bounded(new)
+        self.state.store(new, 0, at=at)
+        self.alpha.store(self.weight(old - safe), 0, at=at)  # to the last bit: it multiplies all sums
+        # In memory: one more value in registers is one too many for 16.
+        self.tops.store(f.const(c.vector, 0.0), 0, at=at)
+        return safe
+
+    def bounded(self, top: Value) -> Value:
+        """A lane that has seen nothing yet has maximum -inf; 0 in its place keeps -inf - max from being NaN."""
+        return self.f.select(top.eq(-math.inf), self.f.const(self.c.vector, 0.0), top)
+
+    def maximum(self, at: Value) -> Value:
+        """What `begin` found."""
+        return self.bounded(self.state.load(0, at=at))
+
+    def weigh(self, safe: Value, at: Value, first: Value, stop: Value) -> None:
+        """The lines [first, stop)."""
+        f, c = self.f, self.c
 
         def one_word(first: Value, carry: list[Value]) -> list[Value]:
-            differences = [scores.load(first + u, at=at) - safe for u in range(c.per_word)]
-            weights = [weight(x, coarse=c.product.coarse) for x in differences]
-            place = scores.at + (first * (line.bytes // c.per_word) + at)
+            differences = [self.scores.load(first + u, at=at) - safe for u in range(c.per_word)]
+            weights = [self.weight(x, coarse=c.product.coarse) for x in differences]
+            place = self.scores.at + (first * (c.line.bytes // c.per_word) + at)
             for n, word in enumerate(c.product.split(f, c.isa, weights, cut=True)):
                 f.store(word, place + n * c.weights_part, align=c.register)
             return [sum(weights, carry[0])]
 
-        # In memory: one more value in registers is one too many for 16.
-        tops.store(f.const(c.vector, 0.0), 0, at=at)
-        with f.range(0, count, SUM_LINES) as first:
-            stop = f.minimum(first + SUM_LINES, count)
-            (part,) = f.fold(first, stop, c.per_word, [f.const(c.vector, 0.0)], one_word)
-            tops.store(tops.load(0, at=at) + part, 0, at=at)
-        before, rescale, block = state.load(1, at=at), alpha.load(0, at=at), tops.load(0, at=at)
+        (part,) = f.fold(first, stop, c.per_word, [f.const(c.vector, 0.0)], one_word)
+        self.tops.store(self.tops.load(0, at=at) + part, 0, at=at)
+
+    def end(self, at: Value) -> None:
+        f, c, state, tops = self.f, self.c, self.state, self.tops
+        before, rescale, block = state.load(1, at=at), self.alpha.load(0, at=at), tops.load(0, at=at)
         state.store(c.isa.multiply_add(f, before, rescale, block), 1, at=at)
         tops.store(f.const(c.vector, -math.inf), 0, at=at)
-    f.ret()
-    return f
