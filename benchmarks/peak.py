@@ -121,9 +121,8 @@ def dot_peak(kind: str, seconds: float = 0.02, repeats: int = 3, *, factor: floa
     by one that is no power of two sums change in many bits, which may cost power and so the clock."""
     function, work, _ = _compiled(kind)
     size = (ACCUMULATORS + 1) * vector_bytes()
-    memory = (ctypes.c_float * (size // 4))(
-        *[factor] * (size // 4)
-    )  # also an ordinary number when read as fp64 or bf16
+    numbers = [factor] * (size // 4)  # also ordinary ones when read as fp64 or bf16
+    memory = (ctypes.c_float * len(numbers))(*numbers)
     address = (ctypes.addressof(memory) + vector_bytes() - 1) & -vector_bytes()
     count, took = 1000, 0.0
     while took < seconds:
