@@ -126,6 +126,7 @@ def run_fixed_costs(options: argparse.Namespace, run: str) -> None:
         verdicts += overheads.tiny_call(options.threads)
         verdicts += overheads.new_length(options.threads)
         verdicts += overheads.gpu_host(options.threads)
+        verdicts += overheads.xla_entry(options.threads)
         verdicts += first_calls(options.threads, repeats=1 if options.quick else 5)
     if "memory" in options.parts:
         verdicts += memory.long_head(options.threads, 16384 if options.quick else 65536)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import machine
+from . import xla_entry as xla
 from .gpu.host import OPTIONS
 from .report import Verdict
 
@@ -24,6 +25,7 @@ TINY_TARGET = 10.0  # microseconds
 # Microseconds; with options; beside the time of the trace, where there is a function.
 GPU_HOST_TARGETS = {"plain": 30.0, "causal": 30.0, "mask function": 40.0}
 GPU_HOST_OPTIONS = 60.0
+XLA_TARGET = 30.0  # microseconds
 STEP_TARGET = 20.0  # microseconds, where one thread computes the step
 STEPS = {100: STEP_TARGET, 400: STEP_TARGET, 1100: None}  # by the first number of keys
 FIRST_TARGETS = {"cold": 1.0, "warm": 0.060}  # seconds
@@ -85,6 +87,19 @@ def gpu_host(threads: int) -> list[Verdict]:
         note = found.get("error", f"torch's CPU SDPA, tiny: {found.get('torch', 0.0):.1f} us")
         measure = f"us before a launch, {option}"
         verdicts.append(Verdict("gpu call", measure, found.get("microseconds"), target, note, at_most=True))
+    return verdicts
+
+
+def xla_entry(threads: int) -> list[Verdict]:
+    """From XLA's call of the JAX door to its kernel, of a call for several threads, and of its gradient's."""
+    verdicts = []
+    for option in xla.OPTIONS:
+        found = run_snippet("xla_entry", option, threads=threads)
+        for direction in ("forward", "gradient"):
+            how = "in Python" if found.get(f"python {direction}") else "in machine code"
+            note = found.get("error", how + (", its part of the results cleared" if direction == "gradient" else ""))
+            measure = f"us to the kernel, {direction}"
+            verdicts.append(Verdict(f"jax, {option}", measure, found.get(direction), XLA_TARGET, note, at_most=True))
     return verdicts
 
 

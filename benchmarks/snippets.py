@@ -70,6 +70,13 @@ def gpu_host(option: str, rounds: str = "60") -> dict[str, float]:
     return host.measure(option, int(rounds))
 
 
+def xla_entry(option: str) -> dict[str, Any]:
+    """Microseconds from XLA's call to the kernel: see xla_entry.py."""
+    from . import xla_entry as entry
+
+    return entry.measure(option, int(os.environ["OMP_NUM_THREADS"]))
+
+
 def door(name: str, *arguments: str) -> dict[str, float]:
     """Seconds of a door and of what it stands in for: see door_calls.py."""
     from . import door_calls
@@ -211,10 +218,11 @@ def starpu_submission() -> dict[str, float]:
     }
 
 
-SNIPPETS: tuple[Callable[..., dict[str, float]], ...] = (
+SNIPPETS: tuple[Callable[..., dict[str, Any]], ...] = (
     tiny_call,
     new_length,
     gpu_host,
+    xla_entry,
     door,
     first_call,
     long_head,

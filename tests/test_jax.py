@@ -288,17 +288,21 @@ def test_a_small_backward_in_parts_needs_no_python(entered: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "storage"),
+    ("options", "storage", "python"),
     [
-        ({"is_causal": True}, "bfloat16"),
-        ({"mask": np.arange(256 * 256).reshape(1, 1, 256, 256) % 7 > 0, "sinks": np.linspace(-1, 1, 8)}, "float32"),
-        ({"key_value_seq_lengths": np.array([200], np.int32), "bias": np.ones((1, 8, 1, 256), np.float32)}, "float32"),
+        ({"is_causal": True}, "bfloat16", 0),
+        ({"mask": np.arange(256 * 256).reshape(1, 1, 256, 256) % 7 > 0, "sinks": np.linspace(-1, 1, 8)}, "float32", 0),
+        (
+            {"key_value_seq_lengths": np.array([200], np.int32), "bias": np.ones((1, 8, 1, 256), np.float32)},
+            *("float32", 2),  # where whole tiles may be padding
+        ),
     ],
 )
 def test_calls_of_several_threads_are_prepared_once(
-    options: dict[str, Any], storage: str, entered: list[int], monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], storage: str, python: int, entered: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They enter Python once each way, and find there what they need: the bits of the front door."""
+    """They take XLA's threads without Python, or enter it once each way and find there what they need: the bits of the
+    front door."""
     arrays = [draw(1, 256, 8, 32, dtype=storage, seed=n) for n in range(4)]
     call = both_ways(options, *arrays)
     for name in ("attention", "attention_backward"):
@@ -306,7 +310,7 @@ def test_calls_of_several_threads_are_prepared_once(
     jax.block_until_ready(call(*arrays))
     entered.clear()
     o, lse, *gradients = jax.block_until_ready(call(*arrays))
-    assert len(entered) == 2
+    assert len(entered) == python
     q, k, v, do = map(swapped, arrays)
     lengths = options.get("key_value_seq_lengths")
     same = {"mask": options.get("mask") if lengths is None else flashtile.score.padding(lengths)}
@@ -328,25 +332,70 @@ def test_places_that_elements_decide_are_looked_at() -> None:
 
 
 def test_what_machine_code_was_not_made_for_goes_to_python(entered: list[int]) -> None:
-    """Axes of vmap, a gradient of a bias, wide integers, calls for several threads."""
+    """A gradient of a bias, wide integers, an element that is read by a number."""
     q, k, v = inputs()
-    stacked = [jnp.stack((x, 2 * x)) for x in (q, k, v)]
-    big, bias = draw(1, 512, 8, 64), draw(1, 4, 9, 13)
-    mapped = jax.jit(jax.vmap(ours))
+    bias = draw(1, 4, 9, 13)
     _, back = jax.vjp(lambda bias: ours(q, k, v, bias=bias), bias)
     lengths = np.array([6, 13], np.uint32)
+    one = q[:, :1], k[:, :1], v[:, :1]
     others = (
         lambda: back(q),
         lambda: ours(q, k, v, key_value_seq_lengths=lengths),
-        lambda: ours(big, big, big),
+        lambda: ours(*one, bias=jnp.ones((1, 1, 1, 1))),
     )
-    for call in (lambda: mapped(*stacked), *others):
+    for call in others:
         call()
         entered.clear()
-        call()
+        got = call()
         assert len(entered) == 1
-    for n, one in enumerate(zip(*stacked, strict=True)):
-        np.testing.assert_array_equal(mapped(*stacked)[n], ours(*one))
+    np.testing.assert_array_equal(got, ours(*one))  # a bias of one key
+
+
+@pytest.mark.parametrize("rows", [9, 200])
+def test_axes_of_vmap_need_no_python(rows: int, entered: list[int]) -> None:
+    """In front of all arrays or of some, one in the other, forward and backward: the bits of calls one by one."""
+    q, k, v, do = (draw(2, 3, n, 4, 32, seed=m) for m, n in enumerate((rows, 150, 150, rows)))
+    mask = np.arange(rows * 150).reshape(1, 1, rows, 150) % 7 > 0
+
+    def both(q: Any, k: Any, v: Any, do: Any) -> Any:
+        o, back = jax.vjp(lambda *x: ours(*x, mask=mask, softcap=5.0), q[None], k[None], v[None])
+        return o, *(x[0] for x in back(do[None]))
+
+    one = jax.jit(both)
+    inner = jax.vmap(both, (0, None, 0, 0))  # over B, with the keys of its first
+    mapped = jax.jit(jax.vmap(lambda q, k, v, do: inner(q, k[0], v, do), (0, None, 0, 0)))
+    arrays = q, k[0], v, do
+    jax.block_until_ready(mapped(*arrays))
+    entered.clear()
+    got = jax.block_until_ready(mapped(*arrays))
+    assert not entered
+    for a in range(2):
+        for b in range(3):
+            for x, y in zip(got, one(q[a, b], k[0, 0], v[a, b], do[a, b]), strict=True):
+                np.testing.assert_array_equal(x[a, b], y)
+    assert jax.vmap(ours)(*(x[:0] for x in (q, k, v))).shape == (0, *q.shape[1:])
+
+
+@pytest.mark.parametrize("number", [2, 5])
+def test_threads_of_xla_share_a_call(number: int, threads: Callable[[int], None], entered: list[int]) -> None:
+    """Of many shapes, from several threads at once, forward and backward, keys in parts or not: the bits of one thread.
+    Those of XLA's that come late find nothing to do."""
+    shapes = [(1, 200, 300, 4, 2), (1, 1, 900, 4, 4), (2, 64, 1100, 2, 1), (1, 3, 2000, 6, 6)]
+    threads(1)
+    calls = []
+    for n, (batch, rows, keys, heads, kv_heads) in enumerate(shapes):
+        of_q, of_k = (batch, rows, heads, 64), (batch, keys, kv_heads, 64)
+        arrays = [draw(*x, seed=4 * n + m) for m, x in enumerate((of_q, of_k, of_k, of_q))]
+        call = both_ways({"sinks": draw(heads), "is_causal": n == 0}, *arrays)
+        calls.append((call, arrays, [np.asarray(x) for x in call(*arrays)]))
+    entered.clear()
+    threads(number)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda x: jax.block_until_ready(x[0](*x[1])), calls * 12))
+    for (_, _, want), got in zip(calls * 12, found, strict=True):
+        for x, y in zip(got, want, strict=True):
+            np.testing.assert_array_equal(x, y)
+    assert not entered
 
 
 def test_a_failure_of_machine_code_is_told_by_python(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -524,7 +573,7 @@ STRUCTS = {
     name: getattr(xla, name)
     for name in (
         *("Extension_Base", "Api_Version", "Metadata", "Metadata_Extension", "Error_Create_Args", "Api", "Buffer"),
-        *("ByteSpan", "Args", "Rets", "Attrs", "CallFrame", "TypeId"),
+        *("ByteSpan", "Args", "Rets", "Attrs", "CallFrame", "TypeId", "Error_Destroy_Args", "ThreadPool_Schedule_Args"),
     )
 }
 SIZES = {"size_t": 8, "int64_t": 8, "int": 4, "uint32_t": 4}

@@ -158,8 +158,8 @@ def test_what_runs_without_python_is_of_its_own_keys(rows: int) -> None:
         k = cache[:, :, :n].copy()
         flashtile.attention(q, k, k)
         call = next(call for call in calls.cache.values() if call.spec.kv_len == n)
-        assert call.alone is not None
-        template = call.alone.template(None)
+        assert call.native is not None
+        template = call.native.template(None)
         assert template is not None
         return template.memory
 

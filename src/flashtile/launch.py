@@ -47,8 +47,6 @@ def environment(ranks: int) -> dict[str, str]:
         "STARPU_SILENT": "1",
         "FLASHTILE_NUM_THREADS": str(share),
     }
-    if ranks * share >= get_num_threads():  # somebody shares a CPU: who waits, yields
-        wanted["OMPI_MCA_mpi_yield_when_idle"] = "1"
     if os.getuid() == 0:  # containers; Open MPI otherwise refuses
         wanted |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return {**wanted, **os.environ}
@@ -60,20 +58,21 @@ def run(ranks: int, program: list[str]) -> int:
         raise wrong("--ranks", ranks, "at least 1")
     if not Path(program[0]).is_file():
         raise wrong("PROGRAM", program[0], "a file that exists")
-    _require()
+    require()
     return subprocess.run([*command(ranks), *program], env=environment(ranks)).returncode
 
 
 def doctor() -> str:
     """What two ranks of this machine compute, in a line. Raises: UnavailableError, KernelError."""
-    _require()
+    require()
     done = subprocess.run([*command(2), "-c", _CHECK], env=environment(2), capture_output=True, text=True)
     if done.returncode or not done.stdout.startswith("ok"):
         raise KernelError(f"mpi: 2 ranks: {done.stdout.strip()} {' '.join(done.stderr.split())[-400:]}")
     return f"mpi: 2 ranks: {done.stdout.strip()}, {build.package()}"
 
 
-def _require() -> None:
+def require() -> None:
+    """Build what is not built. Raises: UnavailableError with what is missing."""
     if (reason := build.missing()) is not None:
         raise UnavailableError(f"mpi: {reason}")
     build.build()  # once, rather than by every rank

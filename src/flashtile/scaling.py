@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Simulation", "plot", "simulate"]
 
 TILE = 960  # as flashtile.starpu_mpi's
-FREE = "latency", "message"  # numbers that may be 0
+FREE = "latency", "message", "share", "start"  # numbers that may be 0
 TASK_SECONDS = 10e-6  # that StarPU takes for a task (docs/starpu.md)
 
 
@@ -106,6 +106,8 @@ def simulate(
     bandwidth: float = 12.5e9,
     latency: float = 2e-6,
     message: float = 0.0,
+    share: float = 0.0,
+    start: float = 0.0,
     rate: float | None = None,
     busy: int | None = None,
     backward: bool = False,
@@ -121,6 +123,10 @@ def simulate(
                        1 / exchange of the heads, and tiles travel between groups only, as with the engine's option.
              workers   of each rank. bandwidth, latency  of a rank's link: bytes a second in each direction, seconds.
              message   seconds that a message holds a link beside its bytes.
+             share     how much longer tasks take while tiles travel (0.05: 5%), where workers share their CPUs with
+                       the thread that moves them. start  seconds of a call beside its tasks: to compare and plan it.
+                       `flashtile.calibration.calibrate` measures latency, bandwidth, message, share and start of two
+                       ranks on this machine.
              rate      FLOP/s of a worker, for a machine that is not there; None: tasks are measured here, at once.
              busy      threads that compute while a task is measured, for cores that share caches, memory or clock;
                        None: as many as a rank has workers.
@@ -130,13 +136,15 @@ def simulate(
               take ready tasks by what is left of their chains, in the backward as they are submitted; a task costs
               10 us beside its kernel. Tasks of delta, and those that cast gradients, cost nothing but that.
     """
-    spec = _spec(batch, heads, kv_heads, length, head_size, dtype, causal, window)
+    spec = spec_of(batch, heads, kv_heads, length, head_size, dtype, causal, window)
     check_flag("backward", backward)
     counts = {"ranks": ranks, "tile": tile, "exchange": exchange, "workers": workers}
-    numbers = {"bandwidth": bandwidth, "latency": latency, "message": message, "rate": 1.0 if rate is None else rate}
+    numbers = {"bandwidth": bandwidth, "latency": latency, "message": message, "share": share, "start": start}
+    numbers["rate"] = 1.0 if rate is None else rate
     _check({**counts, "busy": 1 if busy is None else busy}, numbers, order)
     tiles_of(0, 0, 1, 1, distribution)
-    call = _Call(ranks, exchange, workers, workers if busy is None else busy, order, rate, backward)
+    busy = workers if busy is None else busy
+    call = _Call(ranks, exchange, workers, busy, order, rate, backward, share, start)
     return call.simulated(spec, tile, distribution, Network(latency, bandwidth, message))
 
 
@@ -150,6 +158,8 @@ class _Call(NamedTuple):
     order: str
     rate: float | None
     backward: bool
+    share: float
+    start: float
 
     def simulated(self, spec: AttentionSpec, tile: int, distribution: str, network: Network) -> Simulation:
         """Of a spec of all heads. Raises: SpecError for an exchange that ranks or heads do not allow."""
@@ -169,7 +179,7 @@ class _Call(NamedTuple):
             length=length,
             tile=tile,
             workers=self.workers,
-            seconds=end + moving,
+            seconds=self.start + end + moving,
             ideal=found.ideal / (plan.ranks * self.workers),
             tasks=np.repeat(found.tasks, share),
             received_bytes=np.repeat(found.received_bytes, share),
@@ -196,9 +206,9 @@ class _Run(NamedTuple):
 def _forward(plan: Plan, network: Network, call: _Call) -> _Run:
     seconds, costs = seconds_of(plan, call.rate, call.busy)
     (arrived,) = arrivals([plan.traffic], network, call.order)
-    times = schedule.run(plan, seconds, arrived, call.workers, TASK_SECONDS)
+    times = schedule.run(plan, seconds, arrived, call.workers, TASK_SECONDS, call.share)
     free = times.busy  # one worker whose tiles are all there never waits
-    if call.workers > 1:
+    if call.workers > 1 or call.share:
         free = schedule.run(plan, seconds, np.zeros_like(arrived), call.workers, TASK_SECONDS).end
     ideal = float(seconds.sum()) * plan.heads
     return _Run(times, free, ideal, plan.tasks, plan.received_bytes, plan.sent_bytes, costs)
@@ -208,7 +218,7 @@ def _backward(plan: Plan, network: Network, call: _Call) -> _Run:
     both = backwards.BackwardPlan(plan)
     seconds, costs = seconds_of_backward(both, call.rate, call.busy)
     (rows,) = arrivals([both.traffic], network, call.order)
-    times = backwards.run(both, seconds, rows, call.workers, TASK_SECONDS, network)
+    times = backwards.run(both, seconds, rows, call.workers, TASK_SECONDS, network, call.share)
     free = backwards.run(both, seconds, np.zeros_like(rows), call.workers, TASK_SECONDS, Network(0.0, math.inf)).end
     ideal = float(seconds.sum()) * plan.heads
     return _Run(times, free, ideal, both.tasks, both.received_bytes, both.sent_bytes, costs)
@@ -226,7 +236,7 @@ def _check(counts: dict[str, Any], numbers: dict[str, Any], order: Any) -> None:
         raise wrong("order", repr(order), f"{POSTED!r} or {NEEDED!r}")
 
 
-def _spec(
+def spec_of(
     batch: Any, heads: Any, kv_heads: Any, length: Any, head_size: Any, dtype: Any, causal: Any, window: Any
 ) -> AttentionSpec:
     check_flag("causal", causal)

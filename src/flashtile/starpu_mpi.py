@@ -11,8 +11,6 @@ tasks from StarPU-MPI and StarPU. Start it with `flashtile mpi run -n 4 script.p
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -25,12 +23,11 @@ from flashtile.checks import integer
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.engines.starpu.engine import OPTIONS
 from flashtile.engines.starpu.tiles import can_tile
-from flashtile.engines.starpu_mpi import build
+from flashtile.engines.starpu_mpi import build, cpus
 from flashtile.engines.starpu_mpi.bias import RowsOfBias
 from flashtile.engines.starpu_mpi.collective import Collective, Cut, agree, identity, same
 from flashtile.engines.starpu_mpi.gradients import CollectiveBackward
 from flashtile.engines.starpu_mpi.heads import Heads
-from flashtile.engines.starpu_mpi.link import share_cpus
 from flashtile.engines.starpu_mpi.parts import ZIGZAG, rows_of, tiles_of
 from flashtile.errors import UnavailableError, wrong
 from flashtile.gradients import Gradients, Problem, slots_of
@@ -109,7 +106,6 @@ def attention(
     comm = _communicator(comm)
     options = causal, window, align, scale, precision, "cpu", "starpu"
     mine = agree(comm, lambda: _described(q, k, v, bias, tile, distribution, exchange))
-    share_cpus([said["cpus"] for said in mine])
     cut = Cut(comm.Get_size(), tile, distribution)
     whole = _whole(mine, cut)
     part = _rows_of_bias(mine, bias)
@@ -118,6 +114,7 @@ def attention(
     plans: list[Collective] = []
 
     def plan() -> dict[str, str]:
+        cpus.start([said["cpus"] for said in mine], comm.Get_rank())
         scores = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed)
         own, (on, over) = whole, (comm, cut)
         if heads is not None:
@@ -187,7 +184,6 @@ def attention_backward(
     comm = _communicator(comm)
     options = causal, window, align, scale, precision, "cpu", "starpu"
     mine = agree(comm, lambda: _described(q, k, v, bias, tile, distribution, exchange))
-    share_cpus([said["cpus"] for said in mine])
     cut = Cut(comm.Get_size(), tile, distribution)
     whole = _whole(mine, cut)
     part = _rows_of_bias(mine, bias)
@@ -197,6 +193,7 @@ def attention_backward(
     plans: list[tuple[CollectiveBackward, Problem, dict[str, np.ndarray]]] = []
 
     def plan() -> dict[str, str]:
+        cpus.start([said["cpus"] for said in mine], comm.Get_rank())
         scores = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed)
         own, (on, over) = whole, (comm, cut)
         if heads is not None:
@@ -309,7 +306,7 @@ def _described(q: Any, k: Any, v: Any, bias: Any, tile: Any, distribution: Any, 
         said[f"dtype of {name}"] = dtype_of(x.dtype, name).name
         said[f"(B, H, D) of {name}"] = x.shape[:2] + x.shape[3:]
         said[f"rows of {name}"] = x.shape[2]
-    said["cpus"] = socket.gethostname(), frozenset(os.sched_getaffinity(0))
+    said["cpus"] = cpus.here()
     cuts = isinstance(bias, np.ndarray) and bias.ndim > 1
     said["rows of bias"] = bias.shape[-2] if cuts else None
     return said

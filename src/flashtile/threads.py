@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ VARIABLE = "FLASHTILE_NUM_THREADS"
 MOST = 4096  # more than any machine has CPUs; systems refuse tens of thousands, in the middle of a call
 
 _chosen: int | None = None
+_told = ctypes.c_int64()  # the same, for machine code
 
 
 def get_num_threads() -> int:
@@ -36,7 +38,13 @@ def set_num_threads(n: int) -> None:
     number = integer(n)
     if number is None or not 1 <= number <= MOST:
         raise wrong("n", repr(n), f"an integer from 1 to {MOST}")
-    _chosen = number
+    _chosen = _told.value = number
+
+
+def address_of_number() -> int:
+    """Of 64 bits that always hold what `get_num_threads` returns."""
+    get_num_threads()
+    return ctypes.addressof(_told)
 
 
 class Team(Protocol):

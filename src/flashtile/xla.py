@@ -74,10 +74,30 @@ class Error_Create_Args(ctypes.Structure):
     _fields_ = [*_HEAD, ("message", ctypes.c_char_p), ("errc", Enum)]
 
 
+class Error_Destroy_Args(ctypes.Structure):
+    _fields_ = [*_HEAD, ("error", Pointer)]
+
+
+class ThreadPool_Schedule_Args(ctypes.Structure):
+    _fields_ = [*_HEAD, ("ctx", Pointer), ("task", Pointer), ("data", Pointer)]
+
+
+_FUNCTIONS = (
+    *("Error_Create", "Error_GetMessage", "Error_Destroy", "Handler_Register", "Stream_Get", "Type_Register"),
+    *("ExecutionContext_Get", "State_Set", "State_Get", "DeviceMemory_Allocate", "DeviceMemory_Free"),
+    "ThreadPool_Schedule",
+)
+
+
 class Api(ctypes.Structure):
     """Its beginning: functions of XLA by their addresses."""
 
-    _fields_ = [*_HEAD, ("api_version", Api_Version), ("internal_api", Pointer), ("XLA_FFI_Error_Create", Pointer)]
+    _fields_ = [
+        *_HEAD,
+        ("api_version", Api_Version),
+        ("internal_api", Pointer),
+        *((f"XLA_FFI_{name}", Pointer) for name in _FUNCTIONS),
+    ]
 
 
 class Buffer(ctypes.Structure):

@@ -15,14 +15,15 @@ from rank_cases import Ranks, cases
 
 import flashtile
 from flashtile import starpu_mpi
-from flashtile.engines.starpu_mpi import build
-from flashtile.engines.starpu_mpi.link import share_cpus
+from flashtile.engines.starpu_mpi import build, cpus
+from flashtile.engines.starpu_mpi.cpus import Place
 from flashtile.gradients import ByIdentity, Gradients
 from flashtile.testing import assert_gradients_accurate, expect
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 
 COUNTS = 1, 2, 4
+ALL = frozenset(range(4))
 # Cases that two ranks compute, too: an exchange of heads, what is cut by rows, what is summed over ranks, few tiles.
 ON_TWO = "causal", "float16", "sinks, softcap, ALiBi", "bias", "own", "documents", "fewer tiles than ranks"
 
@@ -84,15 +85,33 @@ def test_zigzag_shares_causal_work_evenly() -> None:
     assert max(pairs) - min(pairs) < max(pairs) // 1000
 
 
-def test_workers_are_bound_only_where_ranks_have_cpus_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bound ones of two ranks would be on the same CPU, at half of the speed."""
-    for ranks, unbound in (
-        ([("a", {0, 1}), ("a", {2, 3}), ("b", {0, 1})], None),
-        ([("a", {0, 1}), ("b", {0, 1}), ("b", {1, 2})], "1"),
-    ):
-        monkeypatch.setattr(os, "environ", {"STARPU_MPI_NOBIND": "0"})
-        share_cpus([(machine, frozenset(cpus)) for machine, cpus in ranks])
-        assert os.environ.get("STARPU_WORKERS_NOBIND") == unbound and os.environ["STARPU_MPI_NOBIND"] == "0"
+@pytest.mark.parametrize(
+    ("ranks", "expected", "crowded"),
+    [
+        ([Place("a", frozenset({0, 1}), 2), Place("a", frozenset({2, 3}), 2)], [{}, {}], True),
+        ([Place("a", frozenset({0, 1}), 1), Place("b", frozenset({0, 1}), 1)], [{}, {}], False),
+        ([Place("a", ALL, 1)] * 2, [{"STARPU_WORKERS_CPUID": "0"}, {"STARPU_WORKERS_CPUID": "2"}], False),
+        (
+            [Place("a", ALL, 2), Place("a", ALL, 1)],
+            [{"STARPU_WORKERS_CPUID": "0 1"}, {"STARPU_WORKERS_CPUID": "2"}],
+            True,
+        ),
+        ([Place("a", ALL, 3)] * 2, [{"STARPU_WORKERS_NOBIND": "1"}] * 2, True),
+        (
+            [Place("a", frozenset({0, 1}), 1), Place("a", frozenset({1, 2}), 1)],
+            [{"STARPU_WORKERS_NOBIND": "1"}] * 2,
+            True,
+        ),
+    ],
+)
+def test_ranks_that_share_cpus_keep_their_workers_apart(
+    ranks: list[Place], expected: list[dict[str, str]], crowded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bound as StarPU has them, workers of two ranks would be on the same CPU, at half of the speed."""
+    monkeypatch.setattr(os, "cpu_count", lambda: len(ALL))
+    for rank, found in enumerate(expected):
+        assert cpus.settings(ranks, rank) == (found and {**found, "STARPU_MPI_NOBIND": "1"})
+        assert cpus.crowded(ranks, rank) == crowded
 
 
 ERRORS = """
@@ -149,6 +168,7 @@ def test_an_error_of_one_rank_is_raised_on_all(printed: dict[str, list[str]]) ->
 
 GRADIENT_ERRORS = """
 import json
+from pathlib import Path
 import numpy as np
 from mpi4py import MPI
 import flashtile
@@ -186,6 +206,11 @@ def shared():
     off = np.abs(found.captured[large] - want.captured[large]).max()
     assert off < 1e-5 and np.abs(want.captured[large]).max() > 0.1, off
 
+def naps():  # of StarPU-MPI's thread, which otherwise polls
+    for task in Path("/proc/self/task").iterdir():
+        if (task / "comm").read_text() == "MPI\\n":
+            return int((task / "status").read_text().split("voluntary_ctxt_switches:")[1].split()[0])
+
 bias = np.zeros((400, 400), "float32")
 said = {
     "do": text(lambda: call(do=q[:, :, 1:] if second else q)),
@@ -197,6 +222,7 @@ said = {
     "bias": text(lambda: call(bias=bias[: rows - second])),
     "no bias": text(lambda: call(bias=bias[:rows] if second else None)),
     "then": text(call),
+    "naps": naps(),
 }
 every = comm.gather(said)
 if comm.rank == 0:
@@ -217,6 +243,7 @@ def test_an_error_in_gradients_of_one_rank_is_raised_on_all(printed: dict[str, l
         assert first[name] == second[name] and ": bias: got " in first[name], first[name]
     assert first["shared"] == second["shared"] == "no error"
     assert first["then"] == second["then"] == "no error"
+    assert min(first["naps"], second["naps"]) > 20  # ranks that share CPUs leave them to workers
 
 
 UNPLACED = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def test_tasks_and_bytes_are_those_of_four_ranks(ranks: Ranks) -> None:
         assert found.received_bytes.tolist() == [rank[n].get("bytes", 0) for rank in every], call
         assert found.sent_bytes.sum() == found.received_bytes.sum() > 0
         plan = Plan(
-            scaling._spec(1, 4, 2, 1000, 16, call["dtype"], call["causal"], call.get("window")),
+            scaling.spec_of(1, 4, 2, 1000, 16, call["dtype"], call["causal"], call.get("window")),
             4,
             96,
             call["distribution"],
@@ -107,7 +108,7 @@ def plan(ranks: int = 2, length: int = 400, **given: Any) -> Plan:
     }
     options |= given
     tile, distribution = options.pop("tile", 100), options.pop("distribution", "contiguous")
-    return Plan(scaling._spec(length=length, **options), ranks, tile, distribution)
+    return Plan(scaling.spec_of(length=length, **options), ranks, tile, distribution)
 
 
 def test_a_link_sends_and_receives_one_message_at_a_time() -> None:
@@ -176,6 +177,21 @@ def test_tasks_of_gradients_wait_for_tiles_and_for_sums() -> None:
     assert end(0, 1, slow) == [16.0, 16.0]
     assert end(20, 1, fast) == [25.0, 25.0]
     assert end(20, 1, slow) == [28.0, 25.0], "rank 0 waits for the sum of its rows"
+
+
+def test_tasks_take_longer_while_tiles_travel() -> None:
+    p, seconds, arrived = plan(2, 200), np.ones(4), np.zeros((2, 1, 2))
+    arrived[1, 0, 0] = 1.5  # at rank 1: its second task begins after that
+    for share, ends in ((0.0, [2.0, 2.5]), (0.25, [2.0, 2.5])):
+        assert schedule.run(p, seconds, arrived, 1, 0.0, share).end.tolist() == ends
+    arrived[1, 0, 0] = 0.5
+    assert schedule.run(p, seconds, arrived, 1, 0.0, 0.25).end.tolist() == [2.0, 2.25], "the first of the two"
+    both, link = BackwardPlan(p), Network(0.0, np.inf)
+    assert backwards.run(both, seconds, np.zeros((2, 1, 2)), 1, 0.0, link, 0.25).end.tolist() == [2.5, 2.5]
+    alone = BackwardPlan(plan(1, 200))
+    assert backwards.run(alone, seconds, np.zeros((1, 1, 2)), 1, 0.0, link, 0.25).end.tolist() == [4.0]
+    call = {"heads": 2, "tile": 96, "rate": 1e9}
+    assert simulate(2, 900, start=0.5, **call).seconds == pytest.approx(0.5 + simulate(2, 900, **call).seconds)
 
 
 def test_one_rank_of_gradients_is_busy_all_of_the_time() -> None:
@@ -346,6 +362,32 @@ def test_the_command_prints_and_draws(tmp_path: Path) -> None:
         wrong.returncode == 2
         and wrong.stderr == "flashtile starpu: error: rate: got -1.0, expected a finite number above 0\n"
     )
+
+
+@pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+def test_the_command_measures_what_messages_cost_here() -> None:
+    call = [
+        "--ranks",
+        "2",
+        "--seq",
+        "768",
+        "--dim",
+        "16",
+        "--heads",
+        "2",
+        "--tile",
+        "96",
+        "--rate",
+        "1e9",
+        "--calibrate",
+    ]
+    done = processes.run([sys.executable, "-m", "flashtile", "starpu", "simulate", *call])
+    assert done.returncode == 0, done.stderr
+    measured, told = done.stdout.split("\n\n")
+    found = [float(x) for x in re.findall(r"([\d.]+) (?:us|GB|ms)", measured)]
+    assert len(found) == 4 and all(x > 0 for x in (found[0], *found[2:])), measured
+    bare = simulate(2, 768, heads=2, head_size=16, tile=96, rate=1e9)
+    assert float(re.findall(r"time +([\d.]+) s", told)[0]) > bare.seconds + 1e-3 * found[3] / 2
 
 
 def test_plotting_without_matplotlib_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

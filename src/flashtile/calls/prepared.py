@@ -42,7 +42,7 @@ class Call(NamedTuple):
     extents: tuple[tuple[int, int], ...]  # of o, q, k, v where `out` is given; see View.extent
     pack: engines.Pack
     run: engines.Run
-    alone: engines.Alone | None
+    native: engines.Native | None
 
     @property
     def spec(self) -> AttentionSpec:
@@ -83,7 +83,7 @@ def prepare(
     o = choice.o
     extents = () if out is None else tuple(x.extent() for x in (o, *views))
     shapes = o.shape, choice.o_like_q, o.shape[:-1], choice.lse_dtype
-    return keep(cache, key, Call(like, keys, *shapes, extents, bound.pack, bound.run, bound.alone))
+    return keep(cache, key, Call(like, keys, *shapes, extents, bound.pack, bound.run, bound.native))
 
 
 class _Choice(NamedTuple):

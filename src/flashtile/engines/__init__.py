@@ -39,11 +39,12 @@ class Pack(Protocol):
     ) -> Any: ...
 
 
-class Alone(NamedTuple):
-    """A call that needs no other thread, for those who make it without Python."""
+class Native(NamedTuple):
+    """A call of native code, for those who make it without Python."""
 
     template: Callable[[Scoring | None], Template | None]  # of the kernel
-    scratch_bytes: int  # 64-byte aligned
+    scratch_bytes: int  # of each thread, 64-byte aligned
+    shared: bool  # whether it is worth several threads
 
 
 class Bound(NamedTuple):
@@ -51,7 +52,7 @@ class Bound(NamedTuple):
 
     pack: Pack
     run: Run
-    alone: Alone | None = None  # None where it is more than that
+    native: Native | None = None  # None where it is more than that
     # The same call on other keys; None where these take another kernel. Without it, every length is bound by itself.
     at: Callable[[Keys], Bound | None] | None = None
 
@@ -83,7 +84,7 @@ class BoundBackward(NamedTuple):
     pack: PackBackward
     run: Run
     totals: Callable[[Any], dict[int, np.ndarray]]
-    alone: Alone | None = None
+    native: Native | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flashtile.engines import Alone, Bound, BoundBackward, Engine, Run
+from flashtile.engines import Bound, BoundBackward, Engine, Native, Run
 from flashtile.errors import KernelError
 from flashtile.kernels import ArrayShapes, BackwardLayout, CompiledKernel, Family, Keys, Layout, Runnable, Stage
 from flashtile.plan import Plan, flops_of_pair, make_plan, parts_of, visible_pairs
@@ -68,7 +68,7 @@ class _Binding:
         run, small = prepare(plan, kernel), _is_small(plan)
         self._items = plan.items // plan.splits
         self._bound[_shared(plan.splits, plan.flops)] = kernel, run, small
-        return Bound(kernel.pack, run, _alone(small, kernel), self.at if self._family.at else None)
+        return Bound(kernel.pack, run, _native(small, kernel), self.at if self._family.at else None)
 
     def at(self, keys: Keys) -> Bound | None:
         """See Bound.at."""
@@ -82,7 +82,7 @@ class _Binding:
             return self.bind(spec, replace(self._layout, k=keys.k, v=keys.v)) if alike else None
         kernel, run, small = found
         other = self._family.at(kernel, keys, split_keys)
-        return None if other is None else Bound(other.pack, run, _alone(small, other), self.at)
+        return None if other is None else Bound(other.pack, run, _native(small, other), self.at)
 
 
 def _shared(splits: int, flops: int) -> tuple[int, ...]:
@@ -94,16 +94,16 @@ def bind_backward(spec: AttentionSpec, layout: BackwardLayout, family: Family, a
     """The same for a backward call, which the kernel itself plans."""
     assert family.compile_backward is not None  # callers look before they bind
     kernel = family.compile_backward(spec, layout, arrays)
-    run, alone = prepare(kernel.plan, kernel), _alone(_is_small(kernel.plan), kernel)
-    return BoundBackward(kernel.pack, run, kernel.totals, alone)
+    run, native = prepare(kernel.plan, kernel), _native(_is_small(kernel.plan), kernel)
+    return BoundBackward(kernel.pack, run, kernel.totals, native)
 
 
 ENGINE = Engine("direct", unavailable, bind, bind_backward)
 
 
-def _alone(small: bool, kernel: Runnable) -> Alone | None:
+def _native(small: bool, kernel: Runnable) -> Native | None:
     template = getattr(kernel, "template", None)
-    return Alone(template, kernel.scratch_bytes) if small and template is not None else None
+    return None if template is None else Native(template, kernel.scratch_bytes, not small)
 
 
 def _is_small(plan: Plan) -> bool:

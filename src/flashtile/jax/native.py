@@ -1,11 +1,11 @@
-"""Calls that need one thread, made ready while JAX traces them: XLA then runs them without Python."""
+"""Calls made ready while JAX traces them: XLA then runs them without Python."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -14,15 +14,16 @@ import numpy as np
 from flashtile import xla_native
 from flashtile.arrays import View, contiguous
 from flashtile.calls import Scored, engine_of, family_of, prepare
-from flashtile.engines import Alone, BoundBackward
+from flashtile.engines import BoundBackward, Native
 from flashtile.errors import SpecError, UnavailableError
 from flashtile.jax.call import BACKWARD, FORWARD, DescribedCall
 from flashtile.kernels import BackwardLayout
-from flashtile.score.capture import Access, ArrayCapture, Unread
+from flashtile.score.capture import Access, ArrayCapture, ReadTooEarly, Unread
+from flashtile.score.coverage import is_stored
 from flashtile.score.expr import postorder
 from flashtile.score.options import ScoreOptions, Scoring
 from flashtile.spec import AttentionSpec
-from flashtile.xla_native import Buffers, bytes_of
+from flashtile.xla_native import Buffers
 
 Arrays = tuple[tuple[tuple[int, ...], Any], ...]  # the shape and dtype of each operand, in JAX's order
 _WIDE = ("int64", "uint32", "uint64")  # whose elements are looked at before they are taken for int32
@@ -35,8 +36,8 @@ _lock = threading.Lock()
 
 @functools.lru_cache(maxsize=1024)
 def target_of(call: DescribedCall, arrays: Arrays, direction: str) -> str:
-    """The function for calls of these shapes and dtypes: one that needs no Python, if one thread is enough for them, by
-    a name that says what it computes, since compiled programs may be kept on disk; else that of PYTHON.
+    """The function for calls of these shapes and dtypes: where there is one that needs no Python, by a name that says
+    what it computes, since compiled programs may be kept on disk; else that of PYTHON.
 
     direction: FORWARD or BACKWARD.
     """
@@ -67,7 +68,8 @@ def _forward(call: DescribedCall, arrays: Arrays) -> Any:
     ready = prepare(("jax", call, arrays), q_view, k_view, v_view, o_view, call.options, spec)
     numbers: dict[str | int, int] = {"q": 0, "k": 1, "v": 2, "o": len(arrays), "lse": len(arrays) + 1}
     numbers |= places_of(call, scoring, operands, 3)
-    return _handler(ready.alone, scoring, Buffers(_shapes(arrays), [o, lse], numbers, {}), FORWARD)
+    results = [(o, np.dtype(dtype).itemsize), (lse, _accumulator(dtype))]
+    return _handler(ready.native, scoring, Buffers(_sized(arrays), results, numbers), FORWARD)
 
 
 def _backward(call: DescribedCall, arrays: Arrays) -> Any:
@@ -85,17 +87,15 @@ def _backward(call: DescribedCall, arrays: Arrays) -> Any:
         return None
     scoring = found.scoring
     names = ["do", "o", "lse", "q", "k", "v"]
-    gradients = {"dq": q, "dk": k, "dv": v}
     numbers: dict[str | int, int] = {name: n for n, name in enumerate(names)}
     numbers |= places_of(call, scoring, operands, 6)
-    given = (*gradients, "dsinks") if call.differentiable else gradients
+    given = ["dq", "dk", "dv", *(["dsinks"] if call.differentiable else [])]
     numbers |= {name: 3 + len(arrays) + n for n, name in enumerate(given)}
-    cleared = {name: bytes_of(shape, np.dtype(dtype).itemsize) for name, shape in gradients.items()}
-    results = [q, k, v]
-    for shape, kind in (arrays[3 + call.operands.index(x)] for x in call.differentiable):
-        results.append(shape)
-        cleared["dsinks"] = bytes_of(shape, np.dtype(kind).itemsize)
-    return _handler(ready.alone, scoring, Buffers([o, o, lse, *_shapes(arrays)], results, numbers, cleared), BACKWARD)
+    size = np.dtype(dtype).itemsize
+    inputs = [(o, size), (o, size), (lse, _accumulator(dtype)), *_sized(arrays)]
+    results = [(x, size) for x in (q, k, v)]
+    results += _sized(arrays[3 + call.operands.index(x)] for x in call.differentiable)
+    return _handler(ready.native, scoring, Buffers(inputs, results, numbers), BACKWARD)
 
 
 def bound(spec: AttentionSpec, views: Sequence[View]) -> BoundBackward | None:
@@ -114,7 +114,8 @@ def unread(arrays: Arrays) -> list[Unread]:
 
 def scored(call: DescribedCall, views: Sequence[View], operands: list[Any]) -> Scored | None:
     """What the call asks for, traced with arrays that are not there yet; None where their elements have a say in it: in
-    integers that must fit in 32 bits, or places that may lie outside of an array. Raises: SpecError."""
+    integers that must fit in 32 bits, places that may lie outside of an array, or an element that is read by a number.
+    Raises: SpecError."""
     if any(x.dtype in _WIDE for x in operands):
         return None
     keywords: dict[str, Any] = call.keywords(operands)
@@ -122,7 +123,10 @@ def scored(call: DescribedCall, views: Sequence[View], operands: list[Any]) -> S
     q, k, v = views[:3]
     if all(x is None for x in scores.values()):
         return Scored(call.options.spec(q, k, v), Scoring(None, None))
-    found = call.options.scored(ScoreOptions(**scores), q, k, v, None)
+    try:
+        found = call.options.scored(ScoreOptions(**scores), q, k, v, None)
+    except ReadTooEarly:
+        return None
     roots = [] if found.scoring.program is None else found.scoring.program.roots
     loads = (x.data for x in postorder(roots) if isinstance(x.data, Access))
     return None if any(any(x.clamp) for x in loads) else found
@@ -138,13 +142,31 @@ def places_of(call: DescribedCall, scoring: Scoring, operands: Sequence[Any], fi
     return found | ({"sinks": first + call.operands.index("sinks")} if "sinks" in call.operands else {})
 
 
-def _handler(alone: Alone | None, scoring: Scoring, buffers: Buffers, direction: str) -> Any:
+def _handler(native: Native | None, scoring: Scoring, buffers: Buffers, direction: str) -> Any:
+    if native is None or (native.shared and _is_worth_a_map(scoring)):
+        return None
     used = None if scoring.program is scoring.sinks is None else scoring
-    return xla_native.handler(alone, None if alone is None else alone.template(used), buffers, PYTHON[direction])
+    return xla_native.handler(native, native.template(used), buffers, PYTHON[direction])
+
+
+def _is_worth_a_map(scoring: Scoring) -> bool:
+    """Whether a mask may hide whole tiles by values that are not there yet, as lengths do: Python then looks at them
+    first. A stored mask is asked for each pair anyway."""
+    program = scoring.program
+    return program is not None and bool(program.code.mask_slots) and not is_stored(program.mask)
+
+
+def _sized(arrays: Iterable[tuple[tuple[int, ...], Any]]) -> list[tuple[tuple[int, ...], int]]:
+    return [(shape, np.dtype(dtype).itemsize) for shape, dtype in arrays]
 
 
 def _shapes(arrays: Arrays) -> list[tuple[int, ...]]:
     return [shape for shape, _ in arrays]
+
+
+def _accumulator(dtype: Any) -> int:
+    """Bytes of an element of lse."""
+    return 8 if np.dtype(dtype) == np.float64 else 4
 
 
 def _swapped(shape: tuple[int, ...], dtype: Any) -> View:

@@ -99,20 +99,34 @@ class Step(NamedTuple):
     offset: int = 0  # of its parameters within a template's memory
 
 
+class Area(NamedTuple):
+    """Rows of memory: of an operand by its name, or inside of a template's memory; offset, size and stride in bytes."""
+
+    of: str | Inside
+    offset: int
+    rows: int
+    size: int
+    stride: int
+
+
 class Template(NamedTuple):
-    """The parameters of a call whose arrays come later, for those who make it without Python: a copy of `memory`, and
-    as many `zeros` behind it, has addresses stored in its places; then the steps are called, one after the other.
+    """The parameters of a call whose arrays come later, for those who make it without Python: a copy of `memory`, with
+    so many bytes of `room` behind it, has addresses stored in its places; then the steps are called, one after the
+    other, each on its work items as `Runnable.run` is, by as many threads as like.
 
     places   (offset of a word, what it points to): an operand by its name, as in `pack`, the array of a score program's
              slot by its number, or a place inside the memory
     kept     what other words point to, which must live as long as the template is used
+    fresh    of each work item of the first step what it adds to, which must hold zeros when it begins; no other one
+             adds to it in that step
     """
 
     memory: bytes
-    zeros: int
     places: tuple[tuple[int, str | int | Inside], ...]
     steps: tuple[Step, ...]
     kept: object
+    room: int = 0
+    fresh: tuple[tuple[Area, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +156,7 @@ class Runnable(Protocol):
         """Compute work items [begin, end) of the plan. Returns 0, or an error code of the kernel."""
         ...
 
-    # And maybe `template(scoring)`: a Template of a call on one thread, None if it is more than steps of native code.
+    # And maybe `template(scoring)`: a Template of a call, None if it is more than steps of native code.
     # The arrays that scoring captured may be unread (score.capture.Unread).
 
 

@@ -34,6 +34,8 @@ _ELEMENTS = {
     "f8": ("f64", "float"),
 }
 TYPE_OF = {**dict(_ELEMENTS.values()), "bf16": "float"}
+_SPELLED = {np.dtype(code).name: element for code, (element, _) in _ELEMENTS.items()} | {"bfloat16": "bf16"}
+_READ = "expected bool, an integer, float16, bfloat16, float32 or float64"
 _WIDE = ("u32", "i64", "u64")  # may hold what int32 cannot
 
 
@@ -108,7 +110,13 @@ class Unread:
         return len(self.shape)
 
     def __getitem__(self, index: Any) -> Any:
-        raise SpecError(f"captured array: got index {index!r} while its elements are not known, expected a traced one")
+        raise ReadTooEarly(
+            f"captured array: got index {index!r} while its elements are not known, expected a traced one"
+        )
+
+
+class ReadTooEarly(SpecError):
+    """An element was asked for, by an index that is a number, of an array that is not there yet."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,10 @@ class Slot:
     @property
     def type(self) -> str:
         return TYPE_OF.get(self.element, self.element)
+
+    def after(self, others: int) -> Slot:
+        """The slot that it is behind so many others."""
+        return Slot(self.number + others, self.element, self.rank)
 
     def __str__(self) -> str:
         return f"#{self.number} {self.element}" + (f" rank {self.rank}" if self.rank >= 0 else "")
@@ -154,6 +166,8 @@ def capture(value: Any, name: str = "captured array") -> ArrayCapture:
     Raises: SpecError for a device that no kernel reads, an element type that the language has no type for, and
             integers that do not fit in int32; those on a GPU are not looked at, and wrap.
     """
+    if in_graph():
+        return _of_compiler(value, name)
     if (device := device_of(value)).startswith("cuda"):
         return _on_device(value, name, device)
     if _is_stand_in(value):
@@ -164,6 +178,22 @@ def capture(value: Any, name: str = "captured array") -> ArrayCapture:
     if element in _WIDE and raw.size and not (raw.min() >= INT_MIN and raw.max() <= INT_MAX):
         raise SpecError(f"{name}: got integers from {raw.min()} to {raw.max()}, expected values that fit in int32")
     return ArrayCapture(raw, element, value, name)
+
+
+def in_graph() -> bool:
+    """Whether torch.compile reads this call, which then does not run: arrays have kinds and shapes, no elements."""
+    return "torch" in sys.modules and bool(sys.modules["torch"].compiler.is_dynamo_compiling())
+
+
+def _of_compiler(value: Any, name: str) -> ArrayCapture:
+    """A capture as torch.compile can read it: its tracer asks NumPy arrays, too, as tensors."""
+    if not is_array(value):
+        raise SpecError(f"{name}: got a {type(value).__name__}, expected a NumPy array or a torch tensor")
+    tensor = sys.modules["torch"].as_tensor(value)
+    spelled = str(tensor.dtype).removeprefix("torch.")
+    if spelled not in _SPELLED:
+        raise SpecError(f"{name}: got dtype {spelled}, {_READ}")
+    return ArrayCapture(Unread(tuple(tensor.shape), spelled), _SPELLED[spelled], value, name)  # type: ignore[arg-type]
 
 
 def _storage(value: Any, name: str) -> tuple[np.ndarray, str]:
@@ -248,5 +278,5 @@ def _on_device(value: Any, name: str, device: str) -> ArrayCapture:
 def _element(dtype: np.dtype, name: str) -> str:
     found = _ELEMENTS.get(dtype.str[1:])
     if found is None or not dtype.isnative:
-        raise SpecError(f"{name}: got dtype {dtype}, expected bool, an integer, float16, bfloat16, float32 or float64")
+        raise SpecError(f"{name}: got dtype {dtype}, {_READ}")
     return found[0]

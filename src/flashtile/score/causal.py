@@ -22,4 +22,4 @@ def causal() -> Mask:
 
 def anchor(offset: Any, b: Any) -> Any:
     """The offset of batch b: one number for all, or an array (B,)."""
-    return offset[b] if hasattr(offset, "__getitem__") else offset
+    return offset if isinstance(offset, int) or not hasattr(offset, "__getitem__") else offset[b]

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import SpecError, described
-from .capture import Access, ArrayCapture, ScalarCapture, Slot, capture
+from ..errors import SpecError, described, wrong
+from .capture import Access, ArrayCapture, ScalarCapture, Slot, capture, in_graph
 from .code import Code
 from .expr import VARIABLES, Expr, node, rewrite, text
 from .mask import Mask, Score, as_mask, as_score
-from .operations import OPERATIONS, variable
+from .operations import OPERATIONS, apply, variable
 from .program import number_captures
 
 Captured = ArrayCapture | ScalarCapture
@@ -63,6 +63,8 @@ def freeze(rule: Any, align: Any = 0) -> FrozenMask | FrozenScore:
     """
     if isinstance(rule, (FrozenMask, FrozenScore)):
         return rule
+    if in_graph():
+        raise wrong("freeze", "a call in a compiled function", "one outside of it; within, the rule itself is followed")
     found = as_score(rule) if isinstance(rule, Score) or _takes(rule) == 5 else as_mask(rule)
     kind = "score" if isinstance(found, Score) else "mask"
     (root,), captures, _ = number_captures([found.expression(align)])
@@ -80,6 +82,26 @@ def thaw(text: str, arrays: tuple[Any, ...] = (), numbers: tuple[float, ...] = (
         got = f"{len(arrays)} arrays and {len(numbers)} numbers"
         raise SpecError(f"arrays, numbers: got {got}, expected {len(slots) - scalars} and {scalars} as in the text")
     return _frozen(kind, kind, lambda shape: None, text, tuple(arrays), tuple(numbers))
+
+
+def join(operation: str, *texts: str) -> str:
+    """The text of masks put together as `Composed` is: the slots of each follow those of the one before it."""
+    roots: list[Expr] = []
+    before = 0
+
+    def move(x: Expr) -> Expr | None:
+        if isinstance(x.data, Slot):
+            return node(x.operation, (), x.type, x.data.after(before))
+        if isinstance(x.data, Access):
+            source = x.data.source.after(before)  # type: ignore[union-attr]
+            return node(x.operation, x.args, x.type, Access(source, x.data.clamp))
+        return None
+
+    for part in texts:
+        _, root, slots = parse(part)
+        roots += rewrite([root], move)
+        before += len(slots)
+    return f"mask: {text([apply(operation, *roots)])}"
 
 
 def _frozen(kind: str, name: str, fits: Any, *given: Any) -> FrozenMask | FrozenScore:

@@ -45,13 +45,13 @@ class Mask:
         return trace_mask(self.build(offset), self.name)
 
     def __and__(self, other: Any) -> Mask:
-        return _Combined.of("and", self, other)
+        return Composed.of("and", self, other)
 
     def __or__(self, other: Any) -> Mask:
-        return _Combined.of("or", self, other)
+        return Composed.of("or", self, other)
 
     def __invert__(self) -> Mask:
-        return _Combined.of("invert", self)
+        return Composed.of("invert", self)
 
     __rand__, __ror__ = __and__, __or__
 
@@ -60,7 +60,9 @@ class Mask:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class _Combined(Mask):
+class Composed(Mask):
+    """Masks put together by `operation`: "and", "or" of two, "invert" of one."""
+
     operation: str = "and"
     parts: tuple[Mask, ...] = ()
 

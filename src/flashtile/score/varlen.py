@@ -8,6 +8,7 @@ import numpy as np
 
 from ..checks import ALIGNMENTS, check_flag, integer
 from ..errors import SpecError, described, wrong
+from .capture import in_graph
 from .expr import FARTHEST, INT_MAX
 from .mask import Mask
 from .window import sides
@@ -58,6 +59,9 @@ def varlen(
     >>> o.shape
     (5, 8)
     """
+    if in_graph():
+        expected = "the mask made outside of it, and given to it: boundaries are read as numbers, once"
+        raise wrong("varlen", "a call in a compiled function", expected)
     rows, keys = _boundaries(cu_seqlens_q, "cu_seqlens_q"), _boundaries(cu_seqlens_k, "cu_seqlens_k")
     if len(rows) != len(keys):
         raise wrong("cu_seqlens_k", f"{len(keys)} boundaries", f"{len(rows)} as in cu_seqlens_q")
@@ -71,11 +75,13 @@ def varlen(
     # The bounds of what a tile's rows see cannot tell that a gap between two of them is empty; those of its keys can.
     by_key = _spans(keys, rows, -offset, *(None if x is None else -x for x in (high, low)))
 
+    gaps, ends = seen.leave_gaps, (int(rows[-1]), int(keys[-1]))  # of elements, which no graph has
+
     def visible(b: Any, h: Any, i: Any, j: Any) -> Any:
-        return seen.meet(i, j) & by_key.meet(j, i) if seen.leave_gaps else seen.meet(i, j)
+        return seen.meet(i, j) & by_key.meet(j, i) if gaps else seen.meet(i, j)
 
     def fits(shape: tuple[int, int, int, int]) -> None:
-        for name, last, length in (("cu_seqlens_q", rows[-1], shape[2]), ("cu_seqlens_k", keys[-1], shape[3])):
+        for name, last, length in (("cu_seqlens_q", ends[0], shape[2]), ("cu_seqlens_k", ends[1], shape[3])):
             if last != length:
                 raise wrong(name, f"boundaries up to {last}", f"up to the length, {length}")
 

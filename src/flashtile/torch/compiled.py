@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 
 from flashtile.errors import wrong
-from flashtile.score.frozen import FrozenMask, FrozenScore, freeze
-from flashtile.score.mask import Mask, Score
+from flashtile.score.frozen import FrozenMask, FrozenScore, freeze, join
+from flashtile.score.mask import Composed, Mask, Score
+from flashtile.spec import offset_of
 from flashtile.torch.dispatch import outside_of_graphs
 from flashtile.torch.operator import ATTENTION, draw
 
@@ -26,14 +27,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, unknown: Any = None, **keyword
     """The call as one node of a graph, by the keywords of `flashtile.torch.attention`. Where a function can neither be
     followed nor is frozen, the graph breaks."""
     keywords = {**_DEFAULTS, **keywords}
+    shape = _shape(q, k)
     score_mod, mask = keywords["score_mod"], keywords["mask"]
-    if score_mod is not None and not isinstance(score_mod, Score):
-        score_mod = _traced(score_mod, "score_mod", 5, q)
-    if mask is not None and not isinstance(mask, Mask | Tensor):
-        mask = _traced(mask, "mask", 4, q)
-    if not isinstance(score_mod, FrozenScore | Followed | None):
-        return _outside(q, k, v, **keywords)
-    if not isinstance(mask, FrozenMask | Followed | Tensor | None):
+    if score_mod is not None:
+        score_mod = _rule(score_mod, "score_mod", q, shape, keywords["align"])
+    if mask is not None and not isinstance(mask, Tensor):
+        mask = _rule(mask, "mask", q, shape, keywords["align"])
+    if score_mod is False or mask is False:
         return _outside(q, k, v, **keywords)
     for name in ("progress", "out"):
         if keywords[name] is not None:
@@ -50,9 +50,55 @@ class Followed(NamedTuple):
     numbers: tuple[float, ...] = ()
 
 
-def _traced(function: Any, argument: str, arguments: int, q: Tensor) -> Followed | bool:
-    """A function of so many arguments as text; False where that cannot be made in a graph."""
-    if _is_alone(function, arguments) and (text := _pure(function)):
+def _shape(q: Tensor, k: Tensor) -> tuple[int, int, int, int]:
+    """(B, H, S_q, S_kv) of a call; an axis that is not there has one element."""
+    b, h, rows = (1, 1, 1, *q.shape[:-1])[-3:]
+    return b, h, rows, k.shape[-2]
+
+
+def _rule(rule: Any, argument: str, q: Tensor, shape: Any, align: Any) -> FrozenMask | FrozenScore | Followed | bool:
+    """A mask, score or function as text; False where that cannot be made in a graph.
+
+    Raises: SpecError where it does not fit the call.
+    """
+    if not isinstance(rule, Mask | Score):
+        return _traced(rule, argument, q)
+    rule.fits(shape)
+    return _anchored(rule, argument, q, _where(align, rule.positional, shape))
+
+
+def _where(align: Any, positional: bool, shape: Any) -> Any:
+    """Where row 0 stands among the keys, for rules that ask: a number, or integers (B,)."""
+    if align is None or isinstance(align, (int, str)):
+        return offset_of(align, positional, shape[2], shape[3])
+    return align
+
+
+def _anchored(rule: Any, argument: str, q: Tensor, offset: Any) -> FrozenMask | FrozenScore | Followed | bool:
+    """The rule, each part of one that is composed by itself."""
+    if isinstance(rule, FrozenMask | FrozenScore):
+        return rule
+    if not isinstance(rule, Composed):
+        return _traced(rule.build(offset), argument, q)
+    texts: list[str] = []
+    arrays: list[Any] = []
+    numbers: list[float] = []
+    for part in rule.parts:
+        found = _anchored(part, argument, q, offset)
+        if isinstance(found, bool):
+            return False
+        texts.append(found.text)
+        arrays += found.arrays
+        numbers += found.numbers
+    return Followed(_joined(rule.operation, *texts), arrays, tuple(numbers))
+
+
+_joined = torch.compiler.assume_constant_result(join)  # a constant of the texts
+
+
+def _traced(function: Any, argument: str, q: Tensor) -> Followed | bool:
+    """A function as text; False where that cannot be made in a graph."""
+    if _is_alone(function, _ARGUMENTS[argument]) and (text := _pure(function)):
         return Followed(text, [])
     if followed is None or not callable(function):
         return False
@@ -121,6 +167,7 @@ def _options(window: Any, align: Any, dropout_p: float, seed: Any, kernel: str, 
     }
 
 
+_ARGUMENTS = {"score_mod": 5, "mask": 4}
 _DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(("score_mod", "seed", "progress", "out")),
     "precision": "ieee",

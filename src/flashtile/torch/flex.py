@@ -14,6 +14,7 @@ from flashtile.checks import check_flag
 from flashtile.errors import FlashtileError, UnavailableError, described, wrong
 from flashtile.torch.attend import attention
 from flashtile.torch.sdpa import spell
+from flashtile.torch.tensors import compiling
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import AuxRequest, BlockMask
@@ -97,6 +98,8 @@ def mask_of(block_mask: Any, shape: tuple[int, ...]) -> Any:
     for n, size, axis in zip(blocks, shape, ("batches", "heads"), strict=False):
         if n not in (1, size):
             raise wrong("block_mask", f"one of {n} {axis}", f"1 or {size}")
+    if compiling():
+        return _mask_in_graph(block_mask, shape)
     known = _masks.setdefault(block_mask, {})
     if shape not in known:
         known[shape] = _mask_of(block_mask, shape)
@@ -122,19 +125,47 @@ def _mask_of(block_mask: Any, shape: tuple[int, ...]) -> Any:
     return rule if all(x.all() for x in alike) else _by_blocks(full, partial, rule, (rows, columns))
 
 
+def _mask_in_graph(block_mask: Any, shape: tuple[int, ...]) -> Any:
+    """As `_mask_of`, where no block has been looked at yet: the blocks are tensors of the graph, and always read."""
+    from torch.nn.attention.flex_attention import noop_mask
+
+    rows, columns = block_mask.BLOCK_SIZE
+    tiles = -(-shape[2] // rows), -(-shape[3] // columns)
+    partial = _blocks_in_graph(block_mask.kv_num_blocks, block_mask.kv_indices, tiles)
+    full = torch.zeros_like(partial)
+    if block_mask.full_kv_num_blocks is not None:
+        full = _blocks_in_graph(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, tiles)
+    rule = block_mask.mask_mod
+    if rule is noop_mask:
+        return _by_blocks(full | partial, partial, None, (rows, columns))
+    return _by_blocks(full, partial, rule, (rows, columns))
+
+
+def _blocks_in_graph(counts: Tensor, indices: Tensor, tiles: tuple[int, int]) -> Tensor:
+    """As `_blocks`."""
+    _check_blocks(counts, indices, tiles)
+    used = torch.where(torch.arange(indices.shape[3]) < counts[..., None], indices, tiles[1])
+    listed = torch.zeros((*counts.shape, tiles[1] + 1), dtype=torch.bool)
+    return listed.scatter(3, used.long(), True)[..., :-1]
+
+
+def _check_blocks(counts: Any, indices: Any, tiles: tuple[int, int]) -> None:
+    if counts.shape[2] != tiles[0] or indices.shape[3] > tiles[1]:
+        got = f"one of {counts.shape[2]} x {indices.shape[3]} blocks"
+        raise wrong("block_mask", got, f"{tiles[0]} x {tiles[1]} of its BLOCK_SIZE, as query and key have")
+
+
 def _blocks(counts: Tensor, indices: Tensor, tiles: tuple[int, int]) -> np.ndarray:
     """Which blocks are listed: (batches, heads, rows of blocks), (..., columns) -> bool (..., rows, columns)."""
+    _check_blocks(counts, indices, tiles)
     count, index = counts.cpu().numpy(), indices.cpu().numpy()
-    if count.shape[2] != tiles[0] or index.shape[3] > tiles[1]:
-        got = f"one of {count.shape[2]} x {index.shape[3]} blocks"
-        raise wrong("block_mask", got, f"{tiles[0]} x {tiles[1]} of its BLOCK_SIZE, as query and key have")
     listed = np.zeros((*count.shape, tiles[1] + 1), bool)
     used = np.where(np.arange(index.shape[3]) < count[..., None], index, tiles[1])
     np.put_along_axis(listed, used.astype(np.int64), True, axis=3)
     return listed[..., :-1]
 
 
-def _by_blocks(full: np.ndarray, partial: np.ndarray, rule: Any, sizes: tuple[int, int]) -> Any:
+def _by_blocks(full: Any, partial: Any, rule: Any, sizes: tuple[int, int]) -> Any:
     """The mask of blocks: all of those that are full, and what `rule` shows in those that are not."""
     rows, columns = sizes
     batches, heads = full.shape[:2]

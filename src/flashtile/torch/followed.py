@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch._dynamo.exc import ObservedException, TorchRuntimeError, UncapturedHigherOrderOpError, Unsupported, UserError
 from torch._dynamo.utils import set_example_value
@@ -210,8 +211,10 @@ def _plain(target: Any) -> Callable[..., Any]:
     """What a node calls; where the tracer has NumPy's arrays for tensors, the function that it wraps."""
     if type(target).__name__ == "numpy_method_wrapper":
         return lambda x, *args, **keywords: getattr(x, target.method)(*args, **keywords)
-    if type(target).__name__ in ("numpy_operator_wrapper", "numpy_to_tensor_wrapper"):
-        return target.op if hasattr(target, "op") else target.f
+    if type(target).__name__ == "numpy_operator_wrapper":
+        return target.op
+    if type(target).__name__ == "numpy_to_tensor_wrapper":  # of one of torch._numpy
+        return getattr(numpy, target.f.__name__, target.f)
     return target
 
 

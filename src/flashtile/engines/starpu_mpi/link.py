@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import os
 import sys
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,17 +14,6 @@ from flashtile.engines.starpu_mpi import build
 from flashtile.errors import UnavailableError
 
 POLL_SECONDS = 1e-3
-
-
-def share_cpus(ranks: Sequence[tuple[str, frozenset[int]]]) -> None:
-    """Let threads of StarPU that starts from here on go where there is room, if two ranks may use one CPU: bound, as it
-    has them, the workers of each rank would be on the first CPUs that it may use, and so those of all on the same. What
-    the environment says stays. ranks: the machine of each, and its CPUs."""
-    for n, (machine, cpus) in enumerate(ranks):
-        if any(machine == other and cpus & theirs for other, theirs in ranks[:n]):
-            for name in ("STARPU_WORKERS_NOBIND", "STARPU_MPI_NOBIND"):
-                os.environ.setdefault(name, "1")
-            return
 
 
 class Link:
@@ -49,6 +36,10 @@ class Link:
         _end_all_with_an_exception()
         self._tags = 0  # that calls have taken so far: the same on every rank
 
+    def share(self) -> None:
+        """Leave CPUs to workers: from now on who waits in MPI sleeps between polls, where that is Open MPI's."""
+        self.lib.ftm_share()
+
     def take_tags(self, count: int) -> np.ndarray:
         """So many tags that no other call has or had. Ranks that make the same calls get the same ones."""
         self._tags += count
@@ -69,6 +60,10 @@ class Link:
         arrays = [np.ascontiguousarray(x, t) for x, t in ((handles, np.uint64), (ranks, np.int32), (tags, np.int64))]
         types = ("uint64_t[]", "int32_t[]", "int64_t[]")
         function(len(handles), *map(at, types, arrays), MPI._addressof(comm))
+
+    def last_event(self) -> float:
+        """When a transfer was begun or done last, by time.monotonic()."""
+        return float(self.lib.ftm_last_event()) * 1e-9
 
     def wait(self) -> None:
         """Return when every transfer begun here is done; Ctrl-C comes through."""

@@ -321,13 +321,11 @@ class Forward:
         return scores.hold(CALL.head(*addresses, *scores.addresses) + self._tail)
 
     def template(self, scoring: Scoring | None) -> Template | None:
-        """See Runnable; of keys in parts there is none."""
-        from flashtile.kernels.cpu.templates import scores_of, template
+        """See Runnable."""
+        from flashtile.kernels.cpu.templates import in_parts, scores_of
 
-        if self._merge is not None:
-            return None
-        scores = scores_of(scoring, self._config)
-        return template(CALL, self._tail, scores, scoring, (Step(self.run, self._items),), ("q", "k", "v", "o", "lse"))
+        scores, step = scores_of(scoring, self._config), Step(_entry(self._config), self._items)
+        return in_parts(CALL, self._tail, scores, scoring, step, self._merge)
 
 
 def _packed(c: Config, head_size: int, value_size: int, k: Strides, v: Strides) -> dict[str, int]:

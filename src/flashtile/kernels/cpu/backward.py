@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from flashtile.arrays import address_of
-from flashtile.kernels import Inside, Stage, Step, Template
+from flashtile.kernels import Area, Inside, Stage, Step, Strides, Template
 from flashtile.kernels.cpu import backward_config, scratch
 from flashtile.kernels.cpu.array_sums import ArrayPlan, ArraySums, Items
 from flashtile.kernels.cpu.block import BACKWARD, band_of, scores_in_nats, split_scale
@@ -176,11 +176,12 @@ class Backward:
         }
 
     def template(self, scoring: Scoring | None) -> Template | None:
-        """See kernels.Runnable, of the gradients of q, k, v, and of sinks where there are some; of arrays' there is
-        none."""
+        """See kernels.Runnable, of the gradients of q, k, v, and of sinks where there are some, their elements side by
+        side; of arrays' there is none."""
         from flashtile.kernels.cpu.templates import scores_of, template
 
-        if self._config.arrays:
+        given = (self._layout.dq, self._layout.dk, self._layout.dv)
+        if self._config.arrays or any(strides[3] != self._config.element for strides in given):
             return None
         scores, sums = scores_of(scoring, self._config), ArraySums(self._arrays)
         own = {"parts": address_of(self._parts), "sums": sums.address}
@@ -198,12 +199,47 @@ class Backward:
             workspace, at = Inside(len(memory)), BACKWARD.bytes
             parts, dq = (at + WORD * add_parts.CALL.index[x] for x in ("parts", "dq"))
             places = (*found.places, (WORD * BACKWARD.index["dq"], workspace), (parts, workspace), (dq, "dq"))
-            found = found._replace(memory=memory, zeros=stage.workspace_bytes, places=places)
-        return found._replace(kept=(scores, sums, self))
+            found = found._replace(memory=memory, room=stage.workspace_bytes, places=places)
+        fresh = self._fresh("dq" if stage is None else Inside(len(found.memory)), scoring)
+        return found._replace(kept=(scores, sums, self), fresh=fresh)
+
+    def _fresh(self, dq: str | Inside, scoring: Scoring | None) -> tuple[tuple[Area, ...], ...]:
+        """See Template.fresh; dq: an operand, or where its parts are."""
+        c, spec, bounds = self._config, self._spec, self._parts.tolist()
+        splits, group, found = len(bounds) - 1, spec.group, []
+        parts = spec.batch * spec.heads * spec.q_len * spec.head_size * c.size if splits > 1 else 0
+        element = c.element if splits == 1 else c.size
+        for number in range(spec.batch * spec.kv_heads * splits):
+            head, split = divmod(number, splits)
+            b, h = divmod(head, spec.kv_heads)
+            keys = bounds[split + 1] - bounds[split]
+            rows = (b, h * group, 0), group, spec.q_len
+            areas = _rows(dq, self._dq, *rows, spec.head_size * element, split * parts)
+            if splits > 1 and split == 0:  # to which the second step adds
+                areas += _rows("dq", self._layout.dq, *rows, spec.head_size * c.element)
+            for name, size in (("dk", spec.head_size), ("dv", spec.value_size)):
+                areas += _rows(name, getattr(self._layout, name), (b, h, bounds[split]), 1, keys, size * c.element)
+            if scoring is not None and scoring.sinks is not None and split == 0:
+                areas.append(Area("dsinks", (b * spec.heads + h * group) * c.size, 1, group * c.size, 0))
+            found.append(tuple(areas))
+        return tuple(found)
 
     def totals(self, params: Any) -> dict[int, np.ndarray]:
         """The gradients of captured arrays, by their slots, when a call is done."""
         return params.sums.totals() if self._config.arrays else {}
+
+
+def _rows(
+    of: str | Inside, strides: Strides, at: tuple[int, int, int], heads: int, rows: int, size: int, offset: int = 0
+) -> list[Area]:
+    """Rows of `size` bytes of heads from (b, h, row) on."""
+    offset += sum(n * stride for n, stride in zip(at, strides, strict=False))
+    _, of_head, of_row, _ = strides
+    if heads == 1 or of_head == size:
+        heads, size = 1, heads * size
+    if of_row == size:
+        rows, size = 1, rows * size
+    return [Area(of, offset + n * of_head, rows, size, of_row) for n in range(heads)]
 
 
 def _chained(plan: Plan, shared: frozenset[str]) -> Plan:

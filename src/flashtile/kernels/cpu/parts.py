@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from flashtile.arrays import address_of
-from flashtile.kernels import Keys, Layout, Stage, Step, Strides, Template
+from flashtile.kernels import Inside, Keys, Layout, Stage, Step, Strides, Template
 from flashtile.kernels.cpu.block import bounded, scores_in_nats, sides_of, split_scale
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.passes import merge
@@ -20,7 +20,7 @@ from flashtile.kernels.cpu.passes.decode import kernel as decode
 from flashtile.kernels.cpu.passes.decode.rows import slot_width
 from flashtile.kernels.cpu.score_values import NO_SCORES, ScoreValues, sink_steps
 from flashtile.llvm import jit
-from flashtile.llvm.blocks import WORD, strides_of
+from flashtile.llvm.blocks import ALIGNMENT, WORD, Block, strides_of
 from flashtile.llvm.products import FMA
 
 if TYPE_CHECKING:
@@ -63,10 +63,10 @@ def _merge_words(c: Config, o: Strides, heads: int, q_len: int, value_size: int)
 
 
 @functools.lru_cache(maxsize=256)
-def _merge_entry(c: Config) -> Callable[[InParts, int, int, int], int]:
-    """The native function of that merge, taking a call's parameters."""
+def _merge_entry(c: Config) -> tuple[Callable[..., int], Callable[[InParts, int, int, int], int]]:
+    """The native function of that merge, and the same taking a call's parameters."""
     run = entry("merge", _merge_config(c))
-    return lambda call, begin, end, scratch: run(call.merge, begin, end, scratch)
+    return run, lambda call, begin, end, scratch: run(call.merge, begin, end, scratch)
 
 
 class InParts(NamedTuple):
@@ -98,9 +98,10 @@ class Merge:
         self._lse_at = plan.splits * o_split
         words = _merge_words(c, o, spec.heads, spec.q_len, spec.value_size)
         self._tail = merge.CALL.tail({**words, "splits": plan.splits, **self.steps})
+        self._native, run = _merge_entry(c)
         self.stage = Stage(
             items=rows,
-            run=_merge_entry(c),
+            run=run,
             work=MERGE_WORK * rows * spec.value_size * plan.splits,
             workspace_bytes=plan.splits * (o_split + lse_split),
         )
@@ -112,6 +113,23 @@ class Merge:
         parts_lse = parts_o + self._lse_at
         block = merge.CALL.head(parts_o, parts_lse, o, lse, sinks) + self._tail
         return InParts(parts(parts_o, parts_lse), block, memory)
+
+    def template(self, found: Template, block: Block, sinks: bool) -> Template:
+        """That of a call, from the template of its items, which has no places for results; block: theirs."""
+        at = _aligned(len(found.memory))
+        memory = found.memory.ljust(at, b"\0") + merge.CALL.head(*[0] * 5) + self._tail
+        memory = memory.ljust(_aligned(len(memory)), b"\0")
+        o, lse = Inside(len(memory)), Inside(len(memory) + self._lse_at)
+        own: dict[str, str | Inside] = {"parts_o": o, "parts_lse": lse, "o": "o", "lse": "lse"}
+        own |= {"sinks": "sinks"} if sinks else {}
+        places = found.places + tuple((WORD * block.index[name], x) for name, x in (("o", o), ("lse", lse)))
+        places += tuple((at + WORD * merge.CALL.index[name], x) for name, x in own.items())
+        steps = (*found.steps, Step(self._native, self.stage.items, at))
+        return found._replace(memory=memory, places=places, steps=steps, room=self.stage.workspace_bytes)
+
+
+def _aligned(count: int) -> int:
+    return -(-count // ALIGNMENT) * ALIGNMENT
 
 
 class Decode:
@@ -164,13 +182,12 @@ class Decode:
         return scores.hold(decode.CALL.head(*addresses, scores.captures, scores.sinks) + self._tail)
 
     def template(self, scoring: Scoring | None) -> Template | None:
-        """See kernels.Runnable; of keys in parts there is none."""
-        from flashtile.kernels.cpu.templates import scores_of, template
+        """See kernels.Runnable."""
+        from flashtile.kernels.cpu.templates import in_parts, scores_of
 
-        if self._merge is not None:
-            return None
-        scores, operands = scores_of(scoring, self._config, mapped=False), ("q", "k", "v", "o", "lse")
-        return template(decode.CALL, self._tail, scores, scoring, (Step(self.run, self._items),), operands)
+        scores = scores_of(scoring, self._config, mapped=False)
+        step = Step(entry("decode", self._config), self._items)
+        return in_parts(decode.CALL, self._tail, scores, scoring, step, self._merge)
 
 
 _of_keys = struct.Struct(f"{len(decode.OF_KEYS)}q").pack

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from flashtile.kernels import Inside, Step, Template
@@ -12,6 +13,7 @@ from flashtile.score.capture import ArrayCapture
 from flashtile.score.captures import Block as Captures
 
 if TYPE_CHECKING:
+    from flashtile.kernels.cpu.parts import Merge
     from flashtile.score.options import Scoring
 
 _EMPTY: Mapping[str, int] = {}
@@ -41,7 +43,18 @@ def template(
         arrays = (slot for slot, x in zip(program.slots, program.captures, strict=True) if isinstance(x, ArrayCapture))
         places += [(at + WORD * captured.word(slot), slot.number) for slot in arrays]
         memory += captured.pack(program.captures).tobytes()
-    return Template(memory, 0, tuple(places), steps, scores)
+    return Template(memory, tuple(places), steps, scores)
+
+
+def in_parts(
+    layout: Block, tail: bytes, scores: ScoreValues, scoring: Scoring | None, step: Step, merge: Merge | None
+) -> Template:
+    """That of a forward block, whose results `merge` puts together where keys come in parts: sinks join there."""
+    if merge is None:
+        return template(layout, tail, scores, scoring, (step,), ("q", "k", "v", "o", "lse"))
+    parts = None if scoring is None else replace(scoring, sinks=None)
+    found = template(layout, tail, replace(scores, sinks=0), parts, (step,), ("q", "k", "v"))
+    return merge.template(found, layout, scoring is not None and scoring.sinks is not None)
 
 
 def scores_of(scoring: Scoring | None, config: object, mapped: bool = True) -> ScoreValues:

@@ -100,10 +100,20 @@ class BackwardPlan:
 
 
 def run(
-    plan: BackwardPlan, seconds: np.ndarray, arrived: np.ndarray, workers: int, overhead: float, network: Network
+    plan: BackwardPlan,
+    seconds: np.ndarray,
+    arrived: np.ndarray,
+    workers: int,
+    overhead: float,
+    network: Network,
+    share: float = 0.0,
 ) -> Times:
     """seconds: of a task of each pair; arrived: of rows (ranks, heads, query tiles). A task takes a worker `overhead`
-    more. A sum that leaves waits for sums that its rank sends, and overtakes tiles that wait to be sent."""
+    more, and the part `share` of its time on a rank that exchanges tiles. A sum that leaves waits for sums that its
+    rank sends, and overtakes tiles that wait to be sent."""
+    slower = 1 + share * ((plan.received_bytes + plan.sent_bytes) > 0)
+    _, keys = plan.plan.pairs_owners(plan.pairs)
+    seconds = seconds * slower[keys]
     state = _Run(plan, seconds + overhead, arrived, network)
     whole = plan.plan
     began = whole.heads * np.bincount(whole.query_owner, minlength=whole.ranks) * overhead  # the tasks of delta

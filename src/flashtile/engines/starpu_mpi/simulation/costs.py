@@ -10,6 +10,7 @@ import math
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -65,18 +66,28 @@ def _said(found: list[float]) -> str:
     return f"{len(found)} cases: {remembered} of StarPU's models, {len(found) - remembered} measured here"
 
 
-def seconds_of_backward(plan: BackwardPlan, rate: float | None = None, busy: int = 1) -> tuple[np.ndarray, str]:
-    """Likewise of the backward's tasks."""
+def seconds_of_backward(
+    plan: BackwardPlan, rate: float | None = None, busy: int = 1, models: bool = True
+) -> tuple[np.ndarray, str]:
+    """Likewise of the backward's tasks. models: look at StarPU's first."""
     if rate is not None:
         return plan.flops / rate, f"{rate:.4g} FLOP/s of a worker, as given"
     p, spec, tile = plan.pairs, plan.plan.coverage.spec, plan.plan.tile
     _, cases = plan.plan.coverage.amount(p.batch, p.head, p.query_tile, p.key_tile)
     kinds, first, which = np.unique(cases, axis=0, return_index=True, return_inverse=True)
-    kernel, known = tile_kernels().backward(spec, tile, tile).kernel, history(spec.dtype, "backward")
+    kernel, known = tile_kernels().backward(spec, tile, tile).kernel, history(spec.dtype, "backward") if models else {}
     found = [known.get(int(x), math.nan) for x in footprints(f"{kernel.identity} {GRADIENTS}", kinds)]
     calls = [partial(_backward_call, plan, kernel, int(n)) for n in first]
     times = [t if t == t else measured(call, busy) for t, call in zip(found, calls, strict=True)]
     return np.array(times)[which.reshape(-1)] if len(kinds) else np.zeros(0), _said(found)
+
+
+def compute(plan: BackwardPlan, stop: threading.Event) -> None:
+    """Run the kernel of the plan's first pair until told to stop."""
+    spec, tile = plan.plan.coverage.spec, plan.plan.tile
+    call = _backward_call(plan, tile_kernels().backward(spec, tile, tile).kernel, 0)
+    while not stop.is_set():
+        _timed(call, 0.0, 1)
 
 
 def history(dtype: str, operation: str = "forward") -> dict[int, float]:
@@ -160,13 +171,13 @@ def _some(spec: AttentionSpec, height: int, size: int) -> np.ndarray:
     return values.astype(DTYPES[spec.dtype].numpy)
 
 
-def _timed(call: Call) -> list[float]:
+def _timed(call: Call, seconds: float = MEASURED_SECONDS, runs: int = RUNS) -> list[float]:
     scratch = np.empty(call.kernel.scratch_bytes + CACHE_LINE, np.uint8)
     at = -(-address_of(scratch) // CACHE_LINE) * CACHE_LINE
     run, given = Native(call.kernel).run, (address_of(call.block), call.item, call.item + 1, at)
     times: list[float] = []
     begun = time.perf_counter()
-    while len(times) < RUNS or time.perf_counter() - begun < MEASURED_SECONDS:
+    while len(times) < runs or time.perf_counter() - begun < seconds:
         start = time.perf_counter()
         status = run(*given)
         times.append(time.perf_counter() - start)

@@ -23,14 +23,17 @@ class Times:
     busy: np.ndarray
 
 
-def run(plan: Plan, seconds: np.ndarray, arrived: np.ndarray, workers: int, overhead: float) -> Times:
-    """seconds (pairs of one head), arrived (ranks, kv heads, key tiles); a task takes a worker `overhead` more."""
+def run(
+    plan: Plan, seconds: np.ndarray, arrived: np.ndarray, workers: int, overhead: float, share: float = 0.0
+) -> Times:
+    """seconds (pairs of one head), arrived (ranks, kv heads, key tiles); a task takes a worker `overhead` more, and the
+    part `share` of its time where it begins before all tiles of its rank are there."""
     end, busy = np.zeros(plan.ranks), np.zeros(plan.ranks)
     chains = max(len(plan.tiles(plan.spec.q_len, rank)) for rank in range(plan.ranks)) * plan.heads
     block = max(1, AT_ONCE // max(chains, 1))
     for first in range(0, plan.ranks, block):
         ranks = np.arange(first, min(first + block, plan.ranks))
-        end[ranks], busy[ranks] = _run(plan, seconds, arrived, workers, overhead, ranks, chains)
+        end[ranks], busy[ranks] = _run(plan, seconds, arrived, workers, overhead, share, ranks, chains)
     return Times(end, busy)
 
 
@@ -40,6 +43,7 @@ def _run(
     arrived: np.ndarray,
     workers: int,
     overhead: float,
+    share: float,
     ranks: np.ndarray,
     width: int,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -61,7 +65,7 @@ def _run(
     left = stop - at
     free, busy = np.zeros((count, workers)), np.zeros(count)
     ready[left == 0] = np.inf
-    far = 2.0**40
+    far, complete = 2.0**40, arrived[ranks].max(axis=(1, 2), initial=0)
     for _ in range(int(left.sum(axis=1).max(initial=0))):
         worker = free.argmin(axis=1)
         now = free[rows, worker]
@@ -69,7 +73,7 @@ def _run(
         start = np.maximum(now, ready[rows, chain])
         here = np.isfinite(start)  # ranks that are not done
         pair = at[rows, chain]
-        cost = seconds[np.minimum(pair, last)] + overhead
+        cost = seconds[np.minimum(pair, last)] * np.where(start < complete, 1 + share, 1) + overhead
         done = start + cost
         free[rows[here], worker[here]] = done[here]
         busy += np.where(here, cost, 0.0)
