@@ -318,7 +318,7 @@ def _band(function: Any) -> Window | None:
     return None
 
 
-def _rule(function: Any, first_row: int, first_key: int) -> score.Mask:
+def _rule(function: Any, first_row: int, first_key: int) -> Any:
     """A function that is no band, as a mask. Raises: SpecError where it cannot be traced."""
     if _is(function, _PACKED):
         return score.document(_held(function)["packed_sequence_mask"])
@@ -329,10 +329,9 @@ def _rule(function: Any, first_row: int, first_key: int) -> score.Mask:
     name = f"mask_function {getattr(function, '__qualname__', type(function).__name__)}"
     rule = score.Mask(lambda offset: visible, name=name)
     try:
-        rule.expression()
+        return score.freeze(rule)  # all layers use it, and trace it once
     except SpecError:
         raise
     except Exception as cause:
         expected = "one that the score language can trace, or another attn_implementation"
         raise wrong("mask_function", f"{name.partition(' ')[2]}, which does not run on symbols", expected) from cause
-    return rule

@@ -33,6 +33,7 @@ _ELEMENTS = {
     "f4": ("f32", "float"),
     "f8": ("f64", "float"),
 }
+UNNAMED = "captured number"
 TYPE_OF = {**dict(_ELEMENTS.values()), "bf16": "float"}
 _SPELLED = {np.dtype(code).name: element for code, (element, _) in _ELEMENTS.items()} | {"bfloat16": "bf16"}
 _READ = "expected bool, an integer, float16, bfloat16, float32 or float64"
@@ -45,7 +46,7 @@ class ScalarCapture:
 
     value: float
     type: str
-    name: str = "captured number"
+    name: str = UNNAMED
 
 
 class Place(NamedTuple):
