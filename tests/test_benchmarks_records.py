@@ -8,8 +8,8 @@ import os
 import sys
 from pathlib import Path
 
+import processes
 import pytest
-from processes import run
 
 import benchmarks.__main__ as command
 from benchmarks import backward, door_calls, doors, driver, kinds, machine, overheads, records, report, short
@@ -186,7 +186,7 @@ def test_a_door_that_is_wrong_is_not_timed() -> None:
 def test_how_jax_enters_is_measured() -> None:
     """Machine code reads the clock as XLA calls, and as the kernel starts."""
     pytest.importorskip("jax")
-    done = run(
+    done = processes.run(
         [sys.executable, "-m", "benchmarks.snippets", "xla_entry", "causal"],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
