@@ -175,9 +175,10 @@ def attention_backward(
     Returns: Gradients: of q, k and v, and of a bias cut by rows, this rank's rows; of what every rank has whole (bias,
              sinks, alibi_slopes, captured arrays) the same whole gradient on each.
     Numerics: as `flashtile.attention_backward` by tasks of this tile; the same bits on any number of ranks, but
-             of an array without room for copies (4 MB) to whose elements rows of several tiles add: ranks add it up.
-    Memory:  a rank holds, beside its own, q, do, lse, a number a row and a sum of dq of rows that see its keys; with
-             gradients of arrays keys and values that its rows see, and no sums.
+             of an array without room for copies (4 MB) to whose elements keys of several tiles (rows, where neither dk
+             nor dv is wanted) add: ranks add it up.
+    Memory:  a rank holds, beside its own, q, do, lse, a number a row and a sum of dq of rows that see its keys; where
+             not both dq and one of dk and dv are wanted no sums, but for dq keys and values that its rows see.
     Raises:  as `attention`.
     """
     check_keywords(attention_backward, unknown)
@@ -227,8 +228,7 @@ def attention_backward(
         back = heads.scatter([lengths[n.removeprefix("d")] for n in sums], list(sums.values()))
         sums = dict(zip(sums, back, strict=True))
     if part is not None and "bias" in names:
-        rows = cut.numbers(problem.spec.q_len, comm.Get_rank())
-        found = sum(totals[n][..., rows, :] for n in sorted(slots_of(problem.scoring, bias)))
+        found = sum(totals.pop(n) for n in sorted(slots_of(problem.scoring, bias)))
         sums["bias"] = np.asarray(found, part.mine.dtype)
     return _gradients(problem, sums, dsinks, totals)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -169,13 +172,57 @@ for key in keys:
 
 def test_many_processes_fill_one_cache(folder: Path) -> None:
     """Half of them find it damaged all the time: every process always gets the object of its key, and whole."""
-    processes = [subprocess.Popen([sys.executable, "-c", FILL, str(n)]) for n in range(6)]
+    processes = [subprocess.Popen([sys.executable, "-c", FILL, str(n)]) for n in range(4)]
     while any(process.poll() is None for process in processes):
         for path in list(folder.glob("*.o"))[:5]:
             path.write_bytes(path.read_bytes()[:1000])
-    assert [process.wait() for process in processes] == [0] * 6
+    assert [process.wait() for process in processes] == [0] * 4
     assert not list(folder.glob("*.tmp"))
     assert len(list(folder.glob("*.o"))) == 40
+
+
+TOGETHER = """
+import os, signal, sys, time
+from flashtile.llvm import cache
+def build():
+    with open(sys.argv[1], "a") as log:
+        log.write("built\\n")
+    time.sleep(0.3)
+    if sys.argv[2:] == ["dies"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return b"object"
+cache.fetch("ready " + sys.argv[1], lambda: b"")
+print(flush=True)
+sys.stdin.read()
+assert cache.fetch("key", build) == b"object"
+"""
+
+
+@pytest.mark.parametrize("how", [[], ["dies"]])
+def test_what_several_processes_want_is_built_by_one(how: list[str], folder: Path, tmp_path: Path) -> None:
+    """A process that dies while it builds leaves it to the next."""
+    log, pipe = tmp_path / "log", subprocess.PIPE
+    commands = [[sys.executable, "-c", TOGETHER, log], [sys.executable, "-c", TOGETHER, log, *how]]
+    processes = [subprocess.Popen(command, stdin=pipe, stdout=pipe) for command in reversed(commands)]
+    for process in processes:
+        assert process.stdout is not None and process.stdin is not None
+        process.stdout.readline()
+    for n, process in enumerate(processes):
+        process.stdin.close()
+        while how and n == 0 and not log.exists():  # the one that dies has begun
+            time.sleep(0.01)
+    ended = [process.wait() for process in processes]
+    assert ended == [-signal.SIGKILL if how else 0, 0]
+    assert log.read_text() == "built\n" * (2 if how else 1)
+    assert not list(folder.glob("*.lock"))
+
+
+def test_nobody_waits_for_ever(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.fetch("other", lambda: OBJECT)
+    monkeypatch.setattr(cache, "PATIENCE_SECONDS", 0.05)
+    with open(cache.path_of("key").with_suffix(".lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert fetch(2) == 1
 
 
 def test_the_objects_last_used_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ def cases() -> dict[str, Case]:
             _arrays(),
             {"causal": True, "bias": rng.standard_normal((1, 4, 500, 500)).astype(np.float32)},
             tile,
-            ("k", "bias"),
+            (*QKV, "bias"),
         ),
         "bias, of which no gradient": Case(
             _arrays(300, 300), {"bias": rng.standard_normal((300, 300)).astype(np.float32)}, tile, QKV
@@ -65,7 +65,7 @@ def cases() -> dict[str, Case]:
             _arrays(),
             {"sinks": np.arange(4.0), "softcap": 9.0, "alibi_slopes": np.full(4, 0.1)},
             tile,
-            ("v", "q", "sinks", "alibi_slopes"),
+            ("v", "sinks", "alibi_slopes"),
         ),
         "own": Case(
             _arrays(), {"score_mod": lambda s, b, h, i, j: s + table[h, i - j + 499]}, tile, (*QKV, "captured")

@@ -172,7 +172,7 @@ from pathlib import Path
 import numpy as np
 from mpi4py import MPI
 import flashtile
-from flashtile import starpu_mpi
+from flashtile import starpu, starpu_mpi
 from flashtile.errors import FlashtileError
 
 comm = MPI.COMM_WORLD
@@ -212,6 +212,12 @@ def naps():  # of StarPU-MPI's thread, which otherwise polls
             return int((task / "status").read_text().split("voluntary_ctxt_switches:")[1].split()[0])
 
 bias = np.zeros((400, 400), "float32")
+
+def pairs():  # that are computed, of five tiles by five, and two heads
+    with starpu.profile() as seen:
+        call(bias=bias, wrt=("q", "k", "v", "bias"))
+    return comm.allreduce(sum("backward" in x.codelet for x in seen.tasks))
+
 said = {
     "do": text(lambda: call(do=q[:, :, 1:] if second else q)),
     "lse": text(lambda: call(lse=lse.astype("float64") if second else lse)),
@@ -222,6 +228,7 @@ said = {
     "bias": text(lambda: call(bias=bias[: rows - second])),
     "no bias": text(lambda: call(bias=bias[:rows] if second else None)),
     "then": text(call),
+    "pairs": pairs(),
     "naps": naps(),
 }
 every = comm.gather(said)
@@ -243,6 +250,7 @@ def test_an_error_in_gradients_of_one_rank_is_raised_on_all(printed: dict[str, l
         assert first[name] == second[name] and ": bias: got " in first[name], first[name]
     assert first["shared"] == second["shared"] == "no error"
     assert first["then"] == second["then"] == "no error"
+    assert first["pairs"] == 2 * 5 * 5, "each once, wherever its rows are"
     assert min(first["naps"], second["naps"]) > 20  # ranks that share CPUs leave them to workers
 
 

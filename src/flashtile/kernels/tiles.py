@@ -53,7 +53,7 @@ class TileSums(Protocol):
     own, or the same turn: they must run one after the other."""
 
     turns: int  # how many there are
-    apart_by_rows: bool  # whether no element of a copy is added to by several query tiles
+    apart: bool  # whether tiles that differ along the axis of the copies add to no element of one copy
 
     def copy_of(self, **at: np.ndarray) -> np.ndarray:
         """The value of the word `copy` for tiles at b, h, i, j, each (n,): int64 (n,)."""
@@ -142,6 +142,7 @@ class TileKernels(Protocol):
         offsets: int = 0,
         scoring: Scoring | None = None,
         arrays: tuple[tuple[int, tuple[int, ...]], ...] = (),
+        axis: str = "i",
     ) -> TileBackward:
         """The kernel that adds to dQ of a query tile, and to dK and dV of a key tile, what the one gives the other.
 
@@ -150,7 +151,7 @@ class TileKernels(Protocol):
         k_s, v_s, do_s, dq_s, dk_s, dv_s (bytes between rows); first_row and row_count of the query tile; first_key and
         kv_len, where the key tile begins and ends; copy (TileSums).
         Gradients, lse and delta are in accumulators. arrays: slots and shapes of captured arrays whose gradients are
-        wanted. The rest as in `forward`.
+        wanted; axis: "i" or "j", along which tiles have copies of their sums. The rest as in `forward`.
         Raises: SpecError if a mask comes with query tiles that are no multiple of `rows_at_once`.
         """
         ...

@@ -3,7 +3,8 @@
 A file is named by a digest of what the code depends on: the kernel's configuration, the instruction set,
 llvmlite's version, and the sources of the generator itself, so an edited generator never finds an old
 object.  Each file begins with a digest of its contents; one that does not match is rebuilt.  Files appear
-by rename, so many processes can fill the cache at once.
+by rename, so many processes can fill the cache at once; a process that wants what another one builds waits
+for it, on a lock that ends with its holder, and not for ever.
 
 Machine code that another user could have written is never run: the folder and the file are opened without
 following links, and what was opened is examined, so nothing can be swapped between the look and the read.
@@ -19,13 +20,21 @@ import hashlib
 import itertools
 import os
 import stat
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from flashtile.errors import FlashtileError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 KEPT = 512
+PATIENCE_SECONDS = 20.0  # with another process that builds the same; kernels take up to a few
+LOOK_SECONDS = 0.01
 GENERATORS = ("llvm", "kernels/cpu", "score")  # folders whose sources decide what is generated
 
 _MAGIC = b"flashtile object 1\n"
@@ -82,8 +91,13 @@ def peek(key: str) -> bytes | None:
 
 
 def fetch(key: str, build: Callable[[], bytes]) -> bytes:
-    """The object of this key: read if a sound one is there, else built and kept."""
-    return _read(path_of(key)) or rebuild(key, build)
+    """The object of this key: read if a sound one is there, else built and kept; where another process builds it
+    already, read when that is done."""
+    path = path_of(key)
+    if (found := _read(path)) is not None:
+        return found
+    with _turn(path):
+        return _read(path) or rebuild(key, build)
 
 
 def rebuild(key: str, build: Callable[[], bytes]) -> bytes:
@@ -136,21 +150,60 @@ def _write(path: Path, obj: bytes) -> None:
         pass
 
 
+@contextlib.contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """While no other process builds the object of this file, as far as a lock can say and patience lasts."""
+    with contextlib.ExitStack() as held:
+        try:
+            folder = held.enter_context(_folder(path.parent, create=True))
+            lock = path.with_suffix(".lock").name
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=folder)
+            held.callback(os.close, handle)
+            if _locked(handle):
+                held.callback(_remove, lock, folder)
+        except (_Refused, OSError):
+            pass  # then several may build it
+        yield
+
+
+def _locked(handle: int) -> bool:
+    """Whether this process has got the lock in time. It goes with the process that has it, however that ends."""
+    if fcntl is None:
+        return False
+    end = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                return False
+            time.sleep(LOOK_SECONDS)
+        else:
+            return True
+
+
+def _remove(name: str, folder: int) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(name, dir_fd=folder)
+
+
 def _header(obj: bytes) -> bytes:
     return _MAGIC + hashlib.sha256(obj).digest()
 
 
 def _prune(folder: int) -> None:
-    """Remove what was used least recently, down to the limit; files of writers that were killed go the same way."""
+    """Remove what was used least recently, down to the limit; files of writers that were killed go
+    the same way."""
     with os.scandir(folder) as entries:
-        files = [e for e in entries if e.name.endswith((".o", ".tmp"))]
-    if len(files) <= KEPT:
+        files = [e for e in entries if e.name.endswith((".o", ".tmp", ".lock"))]
+    most = KEPT + sum(e.name.endswith(".lock") for e in files)  # of processes at work
+    if len(files) <= most:
         return
     ages = []
     for file in files:
         with contextlib.suppress(FileNotFoundError):  # another process prunes, too
             ages.append((file.stat(follow_symlinks=False).st_mtime_ns, file.name))
-    for _, name in sorted(ages)[: len(ages) - KEPT]:
+    for _, name in sorted(ages)[: len(ages) - most]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=folder)
 

@@ -92,9 +92,9 @@ class BackwardFlow:
     """The tasks of one spec on tiles of one size; made once, submitted on any tensors of that shape.
 
     wanted: names among "q", "k", "v" and "sinks"; arrays: the slots and shapes of captured arrays whose gradients are
-    wanted. offsets, scoring and heads as those of flow.Flow; where heads share keys, or may add to one element of an
-    array, a task has one. A flow with arrays is submitted once: their sums are its own. part: the tiles that it
-    computes, None: all; see `of`.
+    wanted, axis: along which tiles have copies of their sums. offsets, scoring and heads as those of flow.Flow; where
+    heads share keys, or may add to one element of an array, a task has one. A flow with arrays is submitted once: their
+    sums are its own. part: the tiles that it computes, None: all; see `of`.
     """
 
     def __init__(
@@ -108,6 +108,7 @@ class BackwardFlow:
         offsets: np.ndarray | None = None,
         scoring: Scoring | None = None,
         arrays: ArrayShapes = (),
+        axis: str = "i",
         part: Part | None = None,
         heads: int = 1,
     ) -> None:
@@ -116,7 +117,7 @@ class BackwardFlow:
         self.gradients = tuple(f"d{name}" for name in "qkv" if name in wanted)
         self.sunk = "sinks" in wanted
         at, kernels = 0 if offsets is None else offsets.ctypes.data, tile_kernels()
-        found = kernels.backward(spec, tile_q, tile_k, offsets=at, scoring=scoring, arrays=arrays)
+        found = kernels.backward(spec, tile_q, tile_k, offsets=at, scoring=scoring, arrays=arrays, axis=axis)
         self.arrays = found.arrays
         given = READ | {name: GRADIENTS[name] for name in self.gradients}
         self.names, keep = tuple(given), (offsets, scoring, self.arrays)

@@ -1,7 +1,7 @@
 """A bias that is cut by query rows: each rank has the rows of its queries, and tasks read no others.
 
-Where keys are on one rank and the rows that see them on another, the backward computes their scores anew on the first:
-for it ranks exchange rows for columns beforehand, so that each has, beside its rows, the columns of its keys.
+The backward computes scores where the keys are: for it ranks exchange rows for columns beforehand, so that each has,
+beside its rows, the columns of its keys; and the gradient's columns for rows afterwards.
 """
 
 from __future__ import annotations
@@ -100,3 +100,21 @@ def columns_of(comm: Any, cut: Tiles, spec: AttentionSpec, rows: np.ndarray, out
             if n < len(tiles[source]):
                 first = int(tiles[source][n]) * tile
                 out[..., first : first + came.shape[-2], :] = came
+
+
+def from_columns(comm: Any, cut: Tiles, spec: AttentionSpec, columns: np.ndarray, out: np.ndarray) -> None:
+    """The way back: from all rows of this rank's keys to its own rows of all keys, `out`. On all ranks together.
+
+    Shapes:  columns (..., S_q, S_kv), of which this rank has those of its keys; out (..., own rows, S_kv).
+    """
+    rank, ranks, tile = comm.Get_rank(), cut.ranks, cut.tile
+    keys = [rows_of(cut.tiles(spec.kv_len, r), spec.kv_len, tile) for r in range(ranks)]
+    tiles = [cut.tiles(spec.q_len, r) for r in range(ranks)]
+    for distance in range(ranks):
+        to, source = (rank + distance) % ranks, (rank - distance) % ranks
+        for n in range(max(map(len, tiles))):
+            first = int(tiles[to][n]) * tile if n < len(tiles[to]) else spec.q_len
+            block = np.ascontiguousarray(columns[..., first : first + tile, :][..., keys[rank]])
+            came = comm.sendrecv(block, dest=to, source=source) if distance else block
+            if n < len(tiles[rank]):
+                out[..., n * tile : n * tile + came.shape[-2], keys[source]] = came

@@ -4,8 +4,9 @@ A pair of tiles is one task of five products, on the rank that has its keys: dK 
 goes from rank to rank as its keys lie (journey.py), and Q, dO, lse and delta travel to the keys that these rows see.
 Every sum is made in the order in which one process makes it, so the bits do not depend on the number of ranks.
 
-Gradients of captured arrays stay where their rows are. With them dQ is summed there, too: keys and values travel to the
-rows as in the forward, and scores and dP of a pair are computed on both ranks.
+Gradients of captured arrays are summed where pairs are computed; what ranks have is added up at the end. Where not both
+dQ and one of dK and dV are wanted nothing of dQ travels: then it is summed where its rows are, to which keys and values
+travel as in the forward.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from flashtile.engines.starpu.backward import VALUES, BackwardFlow
 from flashtile.engines.starpu.jobs import Job
 from flashtile.engines.starpu.tiles import DROP, TiledTensor
 from flashtile.engines.starpu.units import Handles
-from flashtile.engines.starpu_mpi.bias import KEYS, ROWS, RowsOfBias, blocks_of, columns_of, point
+from flashtile.engines.starpu_mpi.bias import KEYS, ROWS, RowsOfBias, blocks_of, columns_of, from_columns, point
 from flashtile.engines.starpu_mpi.collective import Cut, Exchange, agree, keys_seen, queries_seen, urgency_of
 from flashtile.engines.starpu_mpi.journey import legs_of, stages_of
 from flashtile.engines.starpu_mpi.link import Link
@@ -57,15 +58,19 @@ class CollectiveBackward:
         offsets = offsets if spec.offset is None else None
         made = partial(BackwardFlow, self.runtime, spec, cut.tile, cut.tile, offsets=offsets, scoring=scoring)
         for_rows, for_keys = wanted & {"q", "sinks"}, wanted & {"k", "v"}
-        self.travels = "q" in wanted and bool(for_keys) and not arrays  # sums of dQ do
+        self.by_keys = bool(for_keys)  # gradients of arrays are summed where the keys of a pair are, else its rows
+        self.travels = "q" in wanted and bool(for_keys)  # sums of dQ do
         with self.runtime.working():
             if self.travels:
-                self.rows = self.keys = made(wanted=for_rows | for_keys)
+                self.rows = self.keys = made(wanted=for_rows | for_keys, arrays=arrays, axis="j")
                 # As submitted, place by place: a rank that first finished its last key tiles, whose chains have most
                 # left, would keep the ranks before it waiting, and so all of them in turn.
                 self.rows.tasks["priority"] = np.arange(len(self.rows.tasks))[::-1]
-            else:  # arrays have one accumulator on a rank, to which one flow adds: that of its rows
+            elif for_keys:
+                self.rows, self.keys = made(wanted=for_rows), made(wanted=for_keys, arrays=arrays, axis="j")
+            else:
                 self.rows, self.keys = made(wanted=for_rows, arrays=arrays), made(wanted=for_keys)
+        self.with_arrays = self.keys if self.by_keys else self.rows
         touched = self.rows.coverage.touched()
         of_keys, of_rows = urgency_of(spec, cut, touched)
         seen = partial(keys_seen, spec, cut, touched), partial(queries_seen, spec, cut, touched)
@@ -97,7 +102,8 @@ class CollectiveBackward:
 
     def run(self, given: Mapping[str, Array], sums: Mapping[str, Array]) -> tuple[Array | None, dict[int, Array]]:
         """Add the gradients of this rank's rows to those of dq, dk and dv in sums; given: do, q, k, v, o, lse, possibly
-        dlse, all this rank's. Returns the gradients of sinks, (B, H), and of arrays by their slots: of all ranks.
+        dlse, all this rank's. Returns the gradients of sinks, (B, H), and of arrays by their slots: of all ranks; of a
+        bias cut by rows this rank's rows.
 
         Raises: KernelError on every rank, naming the rank, the codelet and the tile that failed first.
         """
@@ -155,7 +161,7 @@ class CollectiveBackward:
                 sums[name] = self.rows.sums_of(job, named[name])
                 if sums[name] is not named[name]:
                     tensors.append(sums[name])
-        turns = self.rows.turns(job)
+        turns = self.with_arrays.turns(job)
         tensors.extend([] if turns is None else [turns])
         placed: dict[str, Handles] = {n: self.of_keys.place(x) for n, x in sums.items() if n != "dq"}
         placed |= {n: self.of_rows.place(x) for n, x in sums.items() if n == "dq"}
@@ -168,7 +174,7 @@ class CollectiveBackward:
             found = exchange.begin(own, tensors) if needed else [exchange.place(x) for x in own]
             placed |= dict(zip(names, found, strict=True))
         if self.travels:
-            self._submit_stages(job, placed | {"dq": self.of_rows.room(sums["dq"], tensors)})
+            self._submit_stages(job, placed | {"dq": self.of_rows.room(sums["dq"], tensors)}, turns)
         else:
             for flow, some in self._runs():
                 flow.submit_backward(job, placed, turns, some)
@@ -176,7 +182,7 @@ class CollectiveBackward:
             if x is not named[name]:
                 self.rows.submit_add(job, x, named[name])
 
-    def _submit_stages(self, job: Job, placed: Mapping[str, Handles]) -> None:
+    def _submit_stages(self, job: Job, placed: Mapping[str, Handles], turns: Handles | None) -> None:
         """The pairs of this rank's keys, and the way of the sums of dQ between them."""
         p, rank = self.rows.pairs, self.comm.Get_rank()
         legs = legs_of(p, self.of_rows.owner, self.of_keys.owner)
@@ -187,7 +193,7 @@ class CollectiveBackward:
             self.link.receive(self.comm, handles[come], legs.sender[come], tags[come])
             job.runtime.unwritten.difference_update(handles[come].tolist())
             if len(stage.pairs):
-                self.rows.submit_backward(job, placed, None, stage.pairs)
+                self.rows.submit_backward(job, placed, turns, stage.pairs)
             self.link.send(self.comm, handles[go], legs.receiver[go], tags[go], first=True)
 
     def _runs(self) -> list[tuple[BackwardFlow, np.ndarray]]:
@@ -205,17 +211,25 @@ class CollectiveBackward:
         without room for copies to whose elements several ranks add."""
         from mpi4py import MPI
 
-        found, arrays = None, self.rows.arrays
+        found, arrays = None, self.with_arrays.arrays
         if "sinks" in self.wanted:
             whole = np.zeros((*dsinks.shape[:2], len(self.of_rows.owner)), dsinks.dtype)
             whole[:, :, self.of_rows.mine] = dsinks
             self.comm.Allreduce(MPI.IN_PLACE, whole, MPI.SUM)
             found = whole.sum(axis=2, dtype=np.float64).astype(dsinks.dtype)
-        if arrays is not None:
-            for slot, memory in zip(self.slots, arrays.sums.memory, strict=True):
-                if slot == self._slot:  # every rank has its own rows
-                    continue
-                whole = memory if arrays.apart_by_rows else memory.astype(np.float64)
+        if arrays is None:
+            return found, {}
+        # Of a bias cut by rows a rank has its own rows, or the columns of its keys, if it has columns.
+        apart = self._slot if self.bias is not None and (not self.by_keys or self.bias.whole.shape[-1] > 1) else None
+        for slot, memory in zip(self.slots, arrays.sums.memory, strict=True):
+            if slot != apart:
+                whole = memory if arrays.apart else memory.astype(np.float64)
                 self.comm.Allreduce(MPI.IN_PLACE, whole, MPI.SUM)
                 memory[...] = whole
-        return found, self.rows.totals()
+        totals = self.with_arrays.totals()
+        if self._slot in totals:
+            whole, rows = totals[self._slot], rows_of(self.of_rows.mine, self.spec.q_len, self.cut.tile)
+            totals[self._slot] = whole[..., rows, :]
+            if self.by_keys and apart is not None:
+                from_columns(self.comm, self.cut, self.spec, whole, totals[self._slot])
+        return found, totals

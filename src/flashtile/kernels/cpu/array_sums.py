@@ -213,11 +213,16 @@ class TileArrays:
     """The same where the work is a tile of queries on a tile of keys, and what runs when is a matter of tasks.
 
     Tiles that would meet in one element have different copies, along `apart`, where these are small; else they have
-    the same turn, and are to run in their order.
+    the same turn, and are to run in their order. axis: "i" or "j", along which there are copies.
     """
 
     def __init__(
-        self, reads: Sequence[Reading], shapes: Mapping[int, tuple[int, ...]], c: Config, tiles: Tiles
+        self,
+        reads: Sequence[Reading],
+        shapes: Mapping[int, tuple[int, ...]],
+        c: Config,
+        tiles: Tiles,
+        axis: str = "i",
     ) -> None:
         self.real = np.dtype(np.float64 if c.acc == "double" else np.float32)
         self._tiles = tiles
@@ -225,7 +230,7 @@ class TileArrays:
         own = {n: [x for x in reads if x.slot == n] for n in sorted({x.slot for x in reads})}
         meet = {n: _meet(found, shapes[n], c, tiles) for n, found in own.items()}
         layouts = {n: Layout.of(found, shapes[n], c.lanes, meet[n]) for n, found in own.items()}
-        for apart in ("bhi", "hi", "i", ""):
+        for apart in (f"bh{axis}", f"h{axis}", axis, ""):
             copies = {n: math.prod(sizes[x] for x in apart) if meet[n] & set(apart) else 1 for n in own}
             room = sum(n * math.prod(layouts[slot].padded) for slot, n in copies.items() if n > 1)
             if room * self.real.itemsize <= COPIES_BYTES:
@@ -234,7 +239,7 @@ class TileArrays:
         self.layouts = [(layouts[n], copies[n]) for n in own]
         in_turn = frozenset[str]().union(*(meet[n] - set(apart) for n in own))
         self._turn = tuple(axis for axis in sizes if axis not in in_turn)
-        self.apart_by_rows = "i" in self._turn
+        self.apart = axis in self._turn
         self.turns = math.prod(sizes[axis] for axis in self._turn)
         self.sums = ArraySums(self)
 

@@ -100,6 +100,7 @@ def backward(
     offsets: int = 0,
     scoring: Scoring | None = None,
     arrays: ArrayShapes = (),
+    axis: str = "i",
 ) -> TileBackward:
     """See TileKernels.backward."""
     c = replace(_backward_config(spec), arrays=tuple(n for n, _ in arrays))
@@ -125,7 +126,7 @@ def backward(
         tiles = Tiles(
             spec.batch, spec.heads, -(-spec.q_len // tile_q), -(-spec.kv_len // tile_k), tile_q, spec.q_len, spec.kv_len
         )
-        found = TileArrays(readings(c.code, c.arrays), dict(arrays), c, tiles)
+        found = TileArrays(readings(c.code, c.arrays), dict(arrays), c, tiles, axis)
         given["sums"] = address_of(found.sums.words)
     block = np.frombuffer(BACKWARD.pack(given), np.int64).copy()
     library = gradients.library_of(c)
