@@ -48,12 +48,14 @@ def test_the_dry_run_goes_all_the_way(tmp_path: Path) -> None:
 
 
 def test_a_step_that_fails_or_takes_too_long_stops_no_other(tmp_path: Path) -> None:
-    """By a clock of the test's own, but for the one step that is to be ended: it would sleep for an hour."""
+    """By a clock of the test's own, but for the one step that is to be ended: what it started would sleep for an hour,
+    and would hold its output open, as the workers of a pool do."""
     moment = [0.0]
     steps_run = steps.Run(tmp_path, 100, clock=lambda: moment[0])
     steps_run.step(steps.Step("broken", 50, ("-c", "print('half'); raise SystemExit(3)")))
-    steps_run.step(steps.Step("endless", 1, ("-c", "import time; time.sleep(3600)")))
-    steps_run.step(steps.Step("beside", 50, ("-c", "import time; time.sleep(3600)"), beside=True))
+    family = "import subprocess as s, sys; s.run([sys.executable, '-c', 'import time; time.sleep(3600)'])"
+    steps_run.step(steps.Step("endless", 1, ("-c", "print('begun', flush=True);" + family)))
+    steps_run.step(steps.Step("beside", 50, ("-c", family), beside=True))
     steps_run.step(steps.Step("right", 50, ("-c", "print('whole')")))
     moment[0] = 99.5
     steps_run.step(steps.Step("late", 50, ("-c", "print('never')")))
@@ -61,6 +63,7 @@ def test_a_step_that_fails_or_takes_too_long_stops_no_other(tmp_path: Path) -> N
     assert steps_run.failed == ["broken", "endless", "late"]
     summary = (tmp_path / "summary.txt").read_text()
     assert "== broken: 3" in summary and "   half" in summary and "== endless: out of time" in summary
+    assert "   begun" in summary
     assert "== right: ok" in summary and "== late: no time left" in summary and "never" not in summary
 
 
@@ -89,12 +92,15 @@ def test_the_cases_are_those_that_were_asked_for() -> None:
     backward = {(case.head_size, case.causal, case.queries) for case in square if case not in grid}
     assert backward == {(d, c, n) for d in (64, 128) for c, n in ((1, 1024), (1, 4096), (1, 8192), (0, 4096))}
     assert [case.name for case in found if case not in square] == [
+        "bf16-decode-8192",
+        "bf16-decode-65536",
         "bf16-window",
         "bf16-documents",
         "bf16-softcap",
-        "bf16-decode-8192",
-        "bf16-decode-65536",
     ]
+    early = [case.name for case in found[:9]]
+    assert "bf16-d128-causal-16384" in early and "bf16-d128-causal-4096-backward" in early, "before time may end"
+    assert [case.dtype for case in found] == sorted((case.dtype for case in found), key=["bf16", "f16"].index)
     found = grid
     assert {case.batch * case.queries for case in found} == {timing.TOKENS}
     assert {case.heads * case.head_size for case in found} == {timing.WIDTH}

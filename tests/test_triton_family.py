@@ -15,6 +15,7 @@ from flashtile.arrays import contiguous
 from flashtile.errors import SpecError, UnavailableError
 from flashtile.kernels import triton as family
 from flashtile.kernels.triton import driver, tiles
+from flashtile.kernels.triton.backward_tiles import OLDER, TABLE, rows_for
 from flashtile.spec import AttentionSpec
 
 pytestmark = pytest.mark.core
@@ -135,6 +136,18 @@ def test_a_row_that_spills_with_an_older_triton_is_replaced(monkeypatch: pytest.
         for version, chosen in (((3, 6), instead), (below, usual), ((3, 9), usual)):
             monkeypatch.setattr(family, "installed_version", lambda v=version: "{}.{}.0".format(*v))
             assert tiles.row_of(arch, kind, size) == chosen
+
+
+def test_a_row_of_gradients_that_spills_with_an_older_triton_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one that does not, which is another tile or has a limit of registers."""
+    for (arch, kind, size, direction), (below, instead) in OLDER.items():
+        place = ("q", "kv").index(direction)
+        usual = TABLE[arch, kind][place][tiles.HEADS.index(size)]
+        assert usual is not None and instead.tile != usual.tile and not instead.spills
+        for version, chosen in (((3, 6), instead), (below, usual)):
+            monkeypatch.setattr(family, "installed_version", lambda v=version: "{}.{}.0".format(*v))
+            found = rows_for(arch, kind, size)
+            assert found is not None and found[place] == chosen
 
 
 def test_an_architecture_without_tiles_is_refused(monkeypatch: pytest.MonkeyPatch, no_interpreter: None) -> None:

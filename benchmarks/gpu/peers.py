@@ -15,6 +15,9 @@ from ..options import document_ids
 Run = Callable[[], Any]
 
 
+FLEX_LENGTHS = (1024, 4096, 8192)
+
+
 class Refused(Exception):
     """The peer is not here, or cannot do the case."""
 
@@ -136,6 +139,8 @@ def flex_attention(case: Case, q: Any, k: Any, v: Any) -> Run:
     from torch.nn.attention import flex_attention as flex
 
     attend = flex.flex_attention
+    if case.queries not in (1, *FLEX_LENGTHS) and q.is_cuda:
+        raise Refused("takes seconds to compile for each shape: some lengths alone")
     if q.is_cuda:
         torch._dynamo.reset()  # a case is compiled for itself
         attend = torch.compile(attend, dynamic=False, fullgraph=True)

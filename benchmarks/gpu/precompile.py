@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 from .timing import HEAD_SIZES
@@ -58,6 +59,7 @@ def compile_one(job: Job, arch: str) -> str:
 def run(arch: str, processes: int, only: int | None = None) -> None:
     """Compile all jobs, or the first few."""
     chosen = jobs()[:only]
-    with ProcessPoolExecutor(processes) as pool:
+    # Not forked: who asked for the architecture has CUDA's threads, which a fork does not have.
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         for line in pool.map(compile_one, chosen, [arch] * len(chosen)):
             print(line, flush=True)

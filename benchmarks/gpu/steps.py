@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -51,27 +53,24 @@ class Run:
         environment = {**os.environ, **step.environment, "UNTIL": str(time.time() + 0.9 * most)}
         command = [sys.executable, *step.command]
         if step.beside:
-            process = subprocess.Popen(
-                command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-            )
-            self._beside.append((step, process))
+            self._beside.append((step, _start(command, environment)))
             return
         began = self._clock()
+        process = _start(command, environment)
         try:
-            done = subprocess.run(
-                command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=most
-            )
-            code, output = str(done.returncode), done.stdout
-        except subprocess.TimeoutExpired as late:
-            code, output = "out of time", _text(late.stdout)
+            output, _ = process.communicate(timeout=most)
+            code = str(process.returncode)
+        except subprocess.TimeoutExpired:
+            code, output = "out of time", _stop(process)
+        except BaseException:  # Ctrl-C reaches no other group
+            _stop(process)
+            raise
         self._keep(step, code, output, self._clock() - began, most)
 
     def end(self) -> None:
         """Stop what still runs beside, and keep what it said."""
         for step, process in self._beside:
-            if process.poll() is None:
-                process.terminate()
-            output, _ = process.communicate()
+            output = _stop(process)
             with (self.folder / "log.txt").open("a") as file:
                 file.write(f"==== {step.name}\n{output}\n")
         self._beside.clear()
@@ -91,5 +90,15 @@ def out_of_time() -> bool:
     return time.time() > float(os.environ.get("UNTIL", "inf"))
 
 
-def _text(said: str | bytes | None) -> str:
-    return said.decode(errors="replace") if isinstance(said, bytes) else said or ""
+def _start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+    """A process at the head of a group of its own, to which those that it starts belong."""
+    out, err = subprocess.PIPE, subprocess.STDOUT
+    return subprocess.Popen(command, env=environment, text=True, stdout=out, stderr=err, start_new_session=True)
+
+
+def _stop(process: subprocess.Popen[str]) -> str:
+    """End a process and those that it started, which would keep the device busy, and hold what it writes to open: then
+    no one could read it to the end. Returns what it said."""
+    with contextlib.suppress(ProcessLookupError):  # all of them have ended
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.communicate()[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import struct
 import zipfile
@@ -102,6 +103,34 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def write_at(file: int, rows: np.ndarray, at: int, name: str) -> None:
+    """Write contiguous rows at an offset of a file. Raises: OSError that says which, as where a disk is full."""
+    left = rows.view(np.uint8).reshape(-1).data
+    with _saying(name):
+        while len(left):
+            done = os.pwrite(file, left, at)
+            left, at = left[done:], at + done
+
+
+def read_at(file: int, into: np.ndarray, at: int, name: str) -> None:
+    """Fill contiguous rows from an offset of a file. Raises: OSError."""
+    left = into.view(np.uint8).reshape(-1).data
+    with _saying(name):
+        while len(left):
+            done = os.preadv(file, [left], at)
+            if not done:
+                raise OSError(errno.EIO, "it ends before its rows do")
+            left, at = left[done:], at + done
+
+
+@contextlib.contextmanager
+def _saying(name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, name) from e
 
 
 def create_npy(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

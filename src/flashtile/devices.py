@@ -15,7 +15,7 @@ import numpy as np
 
 from flashtile import calls
 from flashtile.arrays import View, device_of
-from flashtile.calls import Call, Request, Scored, describe, gathered
+from flashtile.calls import Call, Request, describe, gathered
 from flashtile.calls.backward import Memory
 from flashtile.checks import check_flag
 from flashtile.current import Here, calling
@@ -83,9 +83,9 @@ def attend(owner: Owner, q: Any, *call: Any, held: tuple[Any, ...] = ()) -> Any:
                 hold(owner, *held)
 
 
-def scored(owner: Owner, q: Any, k: Any, v: Any, request: Request) -> Scored:
-    """`calls.scored` of arrays of the owner's, for which nothing is asked of the device."""
-    return calls.scored(OnDevice(owner), q, k, v, request)
+def traced(owner: Owner, q: Any, k: Any, v: Any, request: Request) -> Request:
+    """`calls.traced` of arrays of the owner's, for which nothing is asked of the device."""
+    return calls.traced(OnDevice(owner), q, k, v, request)
 
 
 def gradients(

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flashtile.calls import INPUTS, describe, gathered
 from flashtile.dtypes import DTYPES
-from flashtile.engines.starpu.outofcore_gradients import StreamedBackward, Target
+from flashtile.engines.starpu.outofcore import Read
+from flashtile.engines.starpu.outofcore_gradients import StreamedBackward
+from flashtile.engines.starpu.outofcore_sums import Target
 from flashtile.errors import wrong
 from flashtile.gradients import Gradients, Problem, check_out, check_rows
 from flashtile.kernels.gradients import Sums
@@ -59,7 +62,8 @@ def attention_backward(
     in_memory = replace(problem, sources=[x for x in problem.sources if x[0] not in places])
     check_out(out, accumulate, in_memory, (*arrays.values(), request.offsets, logits))
     check_call(spec, keywords["kernel"], "backward")
-    call = _planned(problem, request.offsets, limit, 0 if out is not None else _bytes(problem))
+    folder = next((x.path.parent for x in places.values() if x.path is not None), None)
+    call = _planned(problem, request.offsets, limit, 0 if out is not None else _bytes(problem), folder)
     real = DTYPES[DTYPES[spec.dtype].accumulator].numpy
     dsinks = np.zeros((spec.batch, spec.heads), real) if "sinks" in problem.wanted else None
     with ExitStack() as stack:
@@ -67,7 +71,7 @@ def attention_backward(
         readers = {n: reader(x, given[n], 3 if n in ("lse", "dlse") else 4) for n, x in arrays.items()}
         older = {name: getattr(out, name) for name in made} if accumulate else {}
         old = {name: reader(x, x) for name, x in older.items()}
-        targets = {f"d{name}": Target(writer(x), old.get(name)) for name, x in made.items()}
+        targets = {f"d{name}": Target(writer(x), old.get(name), _back(x)) for name, x in made.items()}
         totals = call.run(readers, targets, dsinks)
     done = made | {name: place.result() for name, place in places.items()}
     empty = {n: np.zeros(shape, real) for n, shape in scoring.shapes(problem.wanted).items() if 0 in shape}
@@ -79,13 +83,20 @@ def _bytes(problem: Problem) -> int:
     return sum(int(np.prod(x.shape)) * x.dtype.itemsize for name, x in problem.sources if name in "qkv")
 
 
-def _planned(problem: Problem, offsets: np.ndarray | None, limit: int, results: int) -> StreamedBackward:
+def _planned(
+    problem: Problem, offsets: np.ndarray | None, limit: int, results: int, folder: Path | None
+) -> StreamedBackward:
     from flashtile.engines.starpu.engine import tile_sizes
 
     shapes = sorted(problem.scoring.shapes(problem.wanted).items())
     kept = tuple((n, shape) for n, shape in shapes if 0 not in shape)
     spec, tiles = problem.spec, tile_sizes(problem.spec, "backward")
-    return StreamedBackward(spec, tiles, limit, results, offsets, problem.scoring, problem.wanted, kept)
+    return StreamedBackward(spec, tiles, limit, results, offsets, problem.scoring, problem.wanted, kept, folder)
+
+
+def _back(x: Any) -> Read | None:
+    """How sums return that wait in a result; None where they wait in a file (outofcore_sums.py)."""
+    return reader(x, x) if isinstance(x, np.ndarray) and not isinstance(x, np.memmap) else None
 
 
 def _made(stack: ExitStack, name: str, source: Any, out: Any, places: dict[str, Place]) -> Any:

@@ -79,7 +79,7 @@ class Place:
             with arrayfiles.replacing(self.path) as temporary:
                 arrayfiles.create_npy(temporary, shape, dtype)
                 with temporary.open("r+b", buffering=0) as file:
-                    yield _Rows(file.fileno(), shape, np.dtype(dtype))
+                    yield _Rows(file.fileno(), shape, np.dtype(dtype), str(self.path))
                     os.fsync(file.fileno())
         else:
             with _replacing_folder(self.path) as temporary:
@@ -110,8 +110,8 @@ class Place:
 class _Rows:
     """An array at the end of a file, to which rows are written; a map of it would take a fault for every page."""
 
-    def __init__(self, file: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        self.shape, self.dtype, self._file = shape, dtype, file
+    def __init__(self, file: int, shape: tuple[int, ...], dtype: np.dtype[Any], name: str) -> None:
+        self.shape, self.dtype, self._file, self._name = shape, dtype, file, name
         self._row = shape[-1] * dtype.itemsize
         self._first = os.fstat(file).st_size - math.prod(shape) * dtype.itemsize
 
@@ -121,10 +121,7 @@ class _Rows:
         number = 0
         for n, size in zip((*heads, part.start), self.shape[:-1], strict=True):
             number = number * size + n
-        left, at = rows.view(np.uint8).reshape(-1).data, self._first + number * self._row
-        while len(left):
-            done = os.pwrite(self._file, left, at)
-            left, at = left[done:], at + done
+        arrayfiles.write_at(self._file, rows, self._first + number * self._row, self._name)
 
 
 @contextlib.contextmanager

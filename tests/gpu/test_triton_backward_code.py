@@ -71,8 +71,9 @@ def test_kernels_use_what_the_table_says(arch: str, kind: str, size: int, direct
         assert used.tensor
         assert all(re.fullmatch(expected, name) or re.fullmatch(few, name) for name in used.tensor), used.tensor
     check_limits(arch, meta, used)
+    assert used.spills <= row.spills, "with any Triton: else another row stands in OLDER"
     if str(installed_version()).startswith(TRITON):
-        assert used.registers <= row.registers and used.spills <= row.spills and meta.shared <= row.shared
+        assert used.registers <= row.registers and meta.shared <= row.shared
 
 
 @pytest.mark.slow

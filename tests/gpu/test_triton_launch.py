@@ -163,12 +163,17 @@ def test_what_the_driver_is_told(gpu: Gpu) -> None:
 
 
 def test_the_second_launch_is_small(gpu: Gpu) -> None:
-    """It looks for marks with a program a processor, however many work items there are."""
+    """It looks for marks with a program a processor, however many work items there are. What descriptors are made in
+    is the first one's alone, and a part of the workspace: one allocation."""
     q = DeviceArray(uniform(Shape(2, 16, 16, 1300, 64, 64, 64), "float16")[0])
     k = DeviceArray(uniform(Shape(2, 16, 16, 64, 64, 64, 64), "float16")[0])
     flashtile.attention(q, k, k)
     first, second = gpu.launches()
-    assert first.grid[0] == read(second, gpu.specialisations[1])["items"] > 132 and second.grid == (132, 1, 1)
+    told, again = (read(*both) for both in zip((first, second), gpu.specialisations, strict=True))
+    assert first.grid[0] == again["items"] > 132 and second.grid == (132, 1, 1)
+    own = first.grid[0] * compiled(gpu.specialisations[0], ARCH).metadata.global_scratch_size
+    assert own and told["odd"] == told["global_scratch"] + own and again["global_scratch"] == 0
+    assert sum(entry[0] == "empty" for entry in gpu.owner.diary) == 2, "the output, and the workspace"
 
 
 @pytest.mark.parametrize("device", [0, 1])

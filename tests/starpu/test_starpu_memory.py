@@ -15,8 +15,10 @@ from inputs import Shape, same_bits, uniform
 
 import flashtile
 from flashtile.calls import clear_cache
-from flashtile.engines.starpu import engine, outofcore
+from flashtile.engines.starpu import engine, outofcore, outofcore_sums
+from flashtile.engines.starpu.backward import BackwardFlow
 from flashtile.engines.starpu.outofcore_gradients import StreamedBackward
+from flashtile.engines.starpu.outofcore_sums import Target
 from flashtile.errors import SpecError, UnavailableError
 from flashtile.gradients import ByIdentity, Gradients
 
@@ -147,7 +149,65 @@ def test_keys_pass_queries_that_fit_once(element: str, monkeypatch: pytest.Monke
         assert all(same_bits(getattr(found[0], n), getattr(found[1], n)) for n in "qkv")
         if not accumulate:
             assert not found[1].k[:, :, :-1].any(axis=(1, 3)).all() and found[1].k.any()
-    assert [len(call.passes) for call in calls] == [1, 1]
+    for call in calls:
+        stages, _ = call.order.stages(call.of_head(0, 0), call.limit, call.workers)
+        assert [(len(x.tiles), len(x.heads)) for x in stages] == [(2, 2)] and call.order.of_rows
+        assert call.moved()[0] == call.moved()[1]
+
+
+ORDERS: list[tuple[str, int, int, dict[str, Any], bool]] = [
+    ("float32", 530, 230, {"causal": True, "align": 90}, False),
+    ("bfloat16", 190, 530, {}, True),
+]
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(("element", "rows", "keys", "options", "of_rows"), ORDERS, ids=["keys stay", "rows stay"])
+def test_pairs_are_computed_once_and_bytes_move_as_planned(
+    element: str, rows: int, keys: int, options: dict[str, Any], of_rows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room for a tile or a few: sums leave and return; in files, or where they wait in arrays; added to others."""
+    arrays = uniform(Shape(1, 4, 2, rows, keys, 24, 17), element)
+    o, lse = flashtile.attention(*arrays, kernel="reference", return_lse=True, **options)
+    given = uniform(Shape(1, 4, 2, rows, rows, 17, 17), element)[0], *arrays, o, lse
+    calls: list[StreamedBackward] = []
+    pairs, moved = [0], [0]
+    submit, run = BackwardFlow.submit_backward, StreamedBackward._run
+
+    def counted(flow: BackwardFlow, *args: Any) -> None:
+        pairs[0] += len(flow.tasks[args[3]] if len(args) > 3 else flow.tasks) * flow.heads
+        submit(flow, *args)
+
+    def weighed(move: Any, place: int) -> Any:
+        def wrapped(*args: Any) -> None:
+            moved[0] += args[place].nbytes
+            move(*args)
+
+        return wrapped
+
+    def watched(call: StreamedBackward, given: dict[str, Any], targets: dict[str, Target]) -> None:
+        calls.append(call)
+        targets = {
+            n: x._replace(write=weighed(x.write, 3), back=x.back and weighed(x.back, 3)) for n, x in targets.items()
+        }
+        run(call, {n: weighed(x, 3) for n, x in given.items()}, targets)
+
+    monkeypatch.setattr(BackwardFlow, "submit_backward", counted)
+    monkeypatch.setattr(StreamedBackward, "_run", watched)
+    for way in ("write", "read"):  # of sums in files; in arrays the targets count
+        monkeypatch.setattr(outofcore_sums, f"{way}_at", weighed(getattr(outofcore_sums, f"{way}_at"), 1))
+    small = least(lambda limit: flashtile.attention_backward(*given, memory_limit=limit, **options))
+    for limit, accumulate in ((small, False), (small + 20_000, True)):
+        found, counts = [], []
+        for how in ({"engine": "starpu"}, {"memory_limit": limit}):
+            found.append(Gradients(*(np.full_like(x, 0.5) for x in arrays)))
+            pairs[0] = moved[0] = 0
+            flashtile.attention_backward(*given, out=found[-1], accumulate=accumulate, **how, **options)
+            counts.append(pairs[0])
+        assert all(same_bits(getattr(found[0], n), getattr(found[1], n)) for n in "qkv")
+        assert counts[0] == counts[1] > 0
+        call = calls[-1]
+        assert moved[0] == call.moved()[0] > call.moved()[1] and call.order.of_rows == of_rows
 
 
 def of(found: Gradients, wrt: tuple[str, ...]) -> list[np.ndarray]:

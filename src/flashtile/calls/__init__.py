@@ -9,7 +9,7 @@ backward.py  the same for gradients
 from __future__ import annotations
 
 from flashtile.calls.backward import INPUTS, run_backward
-from flashtile.calls.forward import NUMPY, Arrays, attend, scored
+from flashtile.calls.forward import NUMPY, Arrays, attend, scored, traced
 from flashtile.calls.prepared import (
     CACHE_ENTRIES,
     Call,
@@ -46,5 +46,6 @@ __all__ = [
     "prepare",
     "run_backward",
     "scored",
+    "traced",
     "split_align",
 ]

@@ -61,11 +61,16 @@ def attend(
 
     Raises: as `flashtile.attention`.
     """
-    options, scores, offsets = request
-    key: tuple[Any, ...] = (arrays.key(q, k, v, out), options)
     spec = scoring = None
-    if scores is not None:
-        spec, scoring = scores if type(scores) is Scored else scored(arrays, q, k, v, request)
+    if request.scores is not None:
+        if type(request.scores) is not Scored:
+            request = traced(arrays, q, k, v, request)
+        spec, scoring = request.scores  # type: ignore[misc]
+    options, _, offsets, known = request
+    if known is None or out is not None:
+        known = arrays.key(q, k, v, out)
+    key: tuple[Any, ...] = (known, options)
+    if spec is not None:
         key += spec.program, spec.sinks, spec.dropout
     try:
         call = cache.get(key)
@@ -92,19 +97,26 @@ def attend(
 
 def scored(arrays: Arrays, q: Any, k: Any, v: Any, request: Request) -> Scored:
     """`Request.of`: what its options that change scores mean, read anew at every call; the rest is validated once."""
-    options, scores, _ = request
+    return traced(arrays, q, k, v, request).scores  # type: ignore[return-value]
+
+
+def traced(arrays: Arrays, q: Any, k: Any, v: Any, request: Request) -> Request:
+    """The request of a call on these arrays with its options `scored`, so that nothing of it is traced twice."""
+    options, scores, offsets, _ = request
     assert not isinstance(scores, Scored)
     positional = scores is not None and scores.positional
-    key = arrays.key(q, k, v, None), options, positional
+    views = arrays.key(q, k, v, None)
+    key = views, options, positional
     spec = find(specs, key)
     if spec is None:
         spec = keep(specs, key, validated(arrays.view(q), arrays.view(k), arrays.view(v), options, positional))
-    if scores is None:
-        return Scored(spec, _PLAIN)
-    return Scored(*scores.scoring(spec, options.causal, options.window, request.offset(spec)))
+    offset = offsets if spec.offset is None else spec.offset
+    found = (spec, _PLAIN) if scores is None else scores.scoring(spec, options.causal, options.window, offset)
+    return _new(Request, (options, _new(Scored, found), offsets, views))
 
 
 _PLAIN = Scoring(None, None)
+_new = tuple.__new__  # past the checks of a NamedTuple's own
 
 
 class _NumPy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,11 +53,13 @@ class Scored(NamedTuple):
 
 class Request(NamedTuple):
     """What a call asks for beside its arrays: the options of its kernel, what changes its scores, None if nothing
-    does, and the offsets of batches where `align` was an array."""
+    does, and the offsets of batches where `align` was an array; and, of a traced one, what its kernel depends on of q,
+    k and v (`Arrays.key`), which whoever traced it had to ask."""
 
     options: Options
     scores: ScoreOptions | Scored | None = None
     offsets: np.ndarray | None = None
+    key: Hashable = None
 
     def of(self, q: Any, k: Any, v: Any) -> Scored:
         """Validate the call on these arrays, or what stands for them: its spec, and what changes its scores."""
@@ -105,7 +108,7 @@ def describe(q: Any, scores: tuple[Any, ...], options: tuple[Any, ...]) -> Reque
         band_of(causal, window)
         check_align(align)
         scale_of(scale, 1)
-    return _new(Request, (chosen, given, offsets))
+    return _new(Request, (chosen, given, offsets, None))
 
 
 def gathered(**keywords: Any) -> tuple[tuple[Any, ...], Options]:

@@ -66,8 +66,9 @@ class ScoreOptions:
     @property
     def positional(self) -> bool:
         """Whether a rule among them is anchored by the call's alignment."""
-        rules = (x for x in (self.mask, self.score_mod) if isinstance(x, (Mask, Score)))
-        return self.alibi_slopes is not None or any(rule.positional for rule in rules)
+        if self.alibi_slopes is not None or isinstance(self.mask, Mask) and self.mask.positional:
+            return True
+        return isinstance(self.score_mod, Score) and self.score_mod.positional
 
     def scoring(self, spec: AttentionSpec, causal: bool, window: Any, offset: Any) -> tuple[AttentionSpec, Scoring]:
         """Trace and check the options; the spec that includes them, and their values.

@@ -129,7 +129,7 @@ def _plain(options: Options) -> Arguments:
 def arguments_of(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Arguments:
     """The operator's arguments of a call; its functions are traced. Raises: as `Request.of` for what it looks at before
     there are values: shapes, dtypes, functions."""
-    options, scores, offsets = request
+    options, scores, offsets, _ = request
     plain = options._replace(align=None) if options.align is PER_BATCH else options
     given = plain_arguments(q, k, v, plain)._replace(offsets=None if offsets is None else torch.from_numpy(offsets))
     if scores is None:

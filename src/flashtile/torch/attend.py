@@ -142,11 +142,11 @@ def attend(
     scores = request.scores
     if scores is not None and kind != RECORDED and kind != WATCHED:
         eager.check_scores(scores)
-        scored = eager.scored_on_gpu(q, k, v, request) if kind == ON_GPU else calls.scored(TENSORS, q, k, v, request)
-        if not eager.is_recorded(scored.scoring, scores.sinks):  # type: ignore[union-attr]
-            request = request._replace(scores=scored)  # traced, which happens once
-        else:
+        traced = eager.traced_on_gpu(q, k, v, request) if kind == ON_GPU else calls.traced(TENSORS, q, k, v, request)
+        if eager.is_recorded(traced.scores.scoring, scores.sinks):  # type: ignore[union-attr,arg-type]
             kind = RECORDED
+        else:
+            request = traced
     if kind == READY:
         return calls.attend(TENSORS, q, k, v, request, return_lse, progress, out)
     if kind == ON_GPU:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from flashtile import calls
+from flashtile import calls, devices
 from flashtile.arrays import View, view_of
-from flashtile.calls import Call, Request, Scored
+from flashtile.calls import Call, Request
 from flashtile.errors import wrong
 from flashtile.score.capture import ArrayCapture
 from flashtile.score.options import Scoring
@@ -76,18 +76,13 @@ def _refuse_mode(found: Any) -> None:
 def attend_on_gpu(
     q: Tensor, k: Tensor, v: Tensor, request: Request, return_lse: bool, progress: Any, out: Tensor | None
 ) -> Any:
-    """`calls.attend` of tensors that all lie on one GPU."""
-    from flashtile import devices
-
-    devices.one_library(q, k, v, out)
+    """`calls.attend` of tensors on GPUs, all of them checked; that it is one GPU is seen when they are validated."""
     return devices.attend(devices.owner_of("torch"), q, k, v, request, return_lse, progress, out)
 
 
-def scored_on_gpu(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Scored:
-    """`calls.scored` of such tensors."""
-    from flashtile import devices
-
-    return devices.scored(devices.owner_of("torch"), q, k, v, request)
+def traced_on_gpu(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Request:
+    """`calls.traced` of such tensors."""
+    return devices.traced(devices.owner_of("torch"), q, k, v, request)
 
 
 def is_recorded(scoring: Scoring, sinks: Any) -> bool:
@@ -105,4 +100,6 @@ def is_recorded(scoring: Scoring, sinks: Any) -> bool:
 
 def check_scores(scores: Any) -> None:
     """`check_tensors` of those that came as options; `is_recorded` sees what functions read."""
-    check_tensors(**{name: x for name, x in vars(scores).items() if isinstance(x, Tensor)})
+    for name, x in vars(scores).items():
+        if x is not None and isinstance(x, Tensor):
+            check_tensors(**{name: x})

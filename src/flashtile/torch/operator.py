@@ -22,7 +22,7 @@ from flashtile.calls import Request, Scored
 from flashtile.errors import UnavailableError
 from flashtile.torch.arguments import SCHEMA, Arguments, arguments_of, plain_arguments
 from flashtile.torch.dispatch import LIBRARY, apply, below, is_recorded, register, unpacked, without_tangents
-from flashtile.torch.eager import TENSORS, attend_on_gpu, check_scores, scored_on_gpu
+from flashtile.torch.eager import TENSORS, attend_on_gpu, check_scores, traced_on_gpu
 from flashtile.torch.gradients import gradients
 from flashtile.torch.second import HVP, JVP
 from flashtile.torch.tensors import check_untraced, in_forward_mode, is_watched, under_autocast
@@ -79,7 +79,9 @@ def _unwatched(q: Tensor, k: Tensor, v: Tensor, a: Arguments) -> tuple[Tensor, T
 
 
 def _scored(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Scored:
-    return calls.scored(TENSORS, q, k, v, request) if q.is_cpu else scored_on_gpu(q, k, v, request)
+    if q.is_cpu:
+        return calls.scored(TENSORS, q, k, v, request)
+    return traced_on_gpu(q, k, v, request).scores  # type: ignore[return-value]
 
 
 # -- on a device ----------------------------------------------------------------------------------------

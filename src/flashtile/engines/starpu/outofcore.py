@@ -242,6 +242,7 @@ class Passing:
         self._buffers, self._kinds, self._turn = buffers, kinds, 0
         self._held: list[dict[str, TiledTensor]] = [{} for _ in buffers]
         self._then: list[Callable[[], None] | None] = [None] * len(buffers)
+        self._where: list[tuple[int, int, int] | None] = [None] * len(buffers)
 
     def next(
         self,
@@ -255,7 +256,10 @@ class Passing:
         """So many rows of a head, in the place of what came first; `then` is called with them when tasks are done."""
         at = self._turn % len(self._buffers)
         self._turn += 1
-        self._leave(at)
+        for older, where in enumerate(self._where):  # rows that come back must have left
+            if older == at or where == (batch, head, first):
+                self._leave(older)
+        self._where[at] = batch, head, first
         filled = {name: memory[:height] for name, memory in self._buffers[at].items()}
         for name, rows in filled.items():
             read[name](batch, head, first, rows)
@@ -277,7 +281,7 @@ class Passing:
         own, then = self._held[at], self._then[at]
         while own:
             own.popitem()[1].unregister()  # waits for the tasks that read it
-        self._then[at] = None
+        self._then[at] = self._where[at] = None
         if then is not None:
             then()
 

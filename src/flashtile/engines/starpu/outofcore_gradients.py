@@ -1,17 +1,16 @@
 """Gradients of a call whose arrays are larger than memory: tiles pass by tiles that stay.
 
-Where the queries of a head fit in memory, with their dQ, its keys pass by once, and leave with their dK and dV: five
-products a pair of tiles. Else there are two passes. The first keeps groups of query tiles, with their dQ, while the
-keys that they see pass; the second keeps groups of key tiles, with their dK and dV, while the queries that see them
-pass: scores and dP are computed in both, seven products. Every gradient is so written once, and no sum ever leaves
-memory before it is whole. Tasks that share a gradient come in the order of one flow (backward.py), and so do its bits.
+Groups of query tiles stay, with their dQ, while the keys that they see pass with their dK and dV; or groups of key
+tiles stay while queries pass: whatever moves fewer bytes (outofcore_plan.py). A pair of tiles is computed once, five
+products as in memory; sums that pass leave memory after each group (outofcore_sums.py), as results after the last.
+Tasks that share a gradient come in the order of one flow (backward.py), and so do its bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +19,9 @@ from flashtile.dtypes import DTYPES, DType
 from flashtile.engines.starpu import runtime
 from flashtile.engines.starpu.backward import NOTHING, OF_KEYS, BackwardFlow
 from flashtile.engines.starpu.jobs import TASK, Job
-from flashtile.engines.starpu.outofcore import Needs, Passing, Read, Room, Write, by_tiles, tiled
+from flashtile.engines.starpu.outofcore import Needs, Passing, Read, Write, by_tiles, tiled
+from flashtile.engines.starpu.outofcore_plan import Order, Side, Stage, Visits, chosen
+from flashtile.engines.starpu.outofcore_sums import Sums, Target
 from flashtile.engines.starpu.tiles import TiledTensor
 from flashtile.kernels import ArrayShapes
 from flashtile.score.options import Scoring
@@ -30,42 +31,11 @@ LOGS = ("lse", "dlse", "delta")  # a number a row
 SUMS = " sums"  # after the name of a gradient
 
 
-class Target(NamedTuple):
-    """Where a gradient goes; read: what it is added to, None for zeros."""
-
-    write: Write
-    read: Read | None = None
-
-
 class Placed(NamedTuple):
     """The handles of the tiles that are in memory, where they stand in the whole."""
 
     handles: np.ndarray
     turned: bool = False
-
-
-@dataclass(frozen=True)
-class Side:
-    """The queries of a call, or its keys."""
-
-    names: tuple[str, ...]  # what tasks read of them
-    gradients: tuple[str, ...]  # that are wanted
-    heads: int  # for one key/value head
-    tile: int
-    length: int
-
-    @property
-    def tiles(self) -> int:
-        return -(-self.length // self.tile)
-
-
-class _Passes(NamedTuple):
-    """Groups of tiles of one side, by which the other passes."""
-
-    flow: BackwardFlow
-    stays: Side
-    passes: Side
-    needs: Needs
 
 
 class StreamedBackward:
@@ -81,55 +51,69 @@ class StreamedBackward:
         scoring: Scoring | None,
         wanted: frozenset[str | int],
         arrays: ArrayShapes,
+        folder: Path | None = None,
     ) -> None:
-        """results: bytes of gradients in memory. Raises: SpecError for a limit below the smallest working set."""
-        self.spec, self.limit = spec, limit
+        """results: bytes of gradients in memory; folder: of sums that leave it, None: of temporary files. Raises:
+        SpecError for a limit below the smallest working set."""
+        self.spec, self.limit, self.folder = spec, limit, folder
         self.storage = DTYPES[spec.dtype]
         self.accumulator = DTYPES[self.storage.accumulator]
+        self.narrow = self.accumulator is not self.storage
         self.runtime = runtime.ensure()
         self.workers = max(1, self.runtime.workers("cpu"))
         offsets = offsets if spec.offset is None else None
         made = partial(BackwardFlow, self.runtime, spec, *tiles, offsets=offsets, scoring=scoring, part=NOTHING)
         with self.runtime.working():
-            # Arrays have one accumulator, to which one flow adds: that of the rows.
-            self.of_rows = made(wanted=wanted & {"q", "sinks"}, arrays=arrays)
-            self.of_keys = made(wanted=wanted & {"k", "v"})
-        self.queries = Side(("q", "do", "lse", "delta"), self.of_rows.gradients, spec.group, tiles[0], spec.q_len)
-        self.keys = Side(("k", "v"), self.of_keys.gradients, 1, tiles[1], spec.kv_len)
+            self.flow = made(wanted=wanted & {"q", "k", "v", "sinks"}, arrays=arrays)
+        gradients = self.flow.gradients
+        of_keys = tuple(x for x in gradients if x in OF_KEYS)
+        given = "q", "do", "lse", "delta"
+        self.queries = self._side(given, set(gradients) - set(of_keys), spec.group, tiles[0], spec.q_len)
+        self.keys = self._side(("k", "v"), of_keys, 1, tiles[1], spec.kv_len)
         rows = spec.batch * spec.heads * spec.q_len * self.accumulator.itemsize
-        scratch = max(x.program.scratch_bytes for x in (self.of_rows, self.of_keys))
-        sums = 0 if self.of_rows.arrays is None else sum(x.nbytes for x in self.of_rows.arrays.sums.memory)
-        self.fixed = results + rows + self.workers * scratch + 2 * sums  # rows: delta of each
-        queries, keys = (replace(x, gradients=()) for x in (self.queries, self.keys))
-        self.passes = [
-            _Passes(self.of_rows, self.queries, keys, self._needs(self.queries, keys, ("query", "key"))),
-            _Passes(self.of_keys, self.keys, queries, self._needs(self.keys, queries, ("key", "query"))),
-        ]
-        max((x.needs for x in self.passes), key=lambda x: x.least).check(limit)
-        if self.queries.gradients and self.keys.gradients and not arrays and self._once():
-            needs = self._needs(self.queries, self.keys, ("query", "key"))
-            every = self.queries.tiles
-            if limit >= needs.least and needs.room(limit, every, self.workers).group == every:
-                with self.runtime.working():
-                    flow = made(wanted=wanted & {"q", "k", "v"})
-                self.passes = [_Passes(flow, self.queries, self.keys, needs)]
+        sums = 0 if self.flow.arrays is None else sum(x.nbytes for x in self.flow.arrays.sums.memory)
+        # rows: delta of each
+        self.fixed = results + rows + self.workers * self.flow.program.scratch_bytes + 2 * sums
+        self.own = np.minimum(np.arange(self.queries.tiles) * tiles[0] // tiles[1], self.keys.tiles - 1)
+        self.touched = self.flow.coverage.touched()
+        orders = [self._order(self.queries, self.keys, ("query", "key"))]
+        if not arrays:  # of which one accumulator gets what tiles add in the order of the rows
+            orders.append(self._order(self.keys, self.queries, ("key", "query")))
+        every = self.touched.any(0)
+        every = np.broadcast_to(every.any(0), (spec.group, *every.shape[1:]))
+        self.order = chosen(orders, every, limit, self.workers)
 
-    def _once(self) -> bool:
-        """Whether every key tile passes all queries at once: see _Pass._visits."""
-        touched = self.of_rows.coverage.touched()
-        behind = np.arange(touched.shape[3]) > _own(self, np.arange(touched.shape[2]))[:, None]
-        return not ((touched & behind).any(axis=2) & (touched & ~behind).any(axis=2)).any()
+    def _side(self, names: tuple[str, ...], gradients: Collection[str], heads: int, tile: int, length: int) -> Side:
+        read, written = (sum(self._row_bytes(x) for x in found) for found in (names, gradients))
+        sums = sum(self._row_bytes(x + SUMS) for x in gradients)
+        return Side(names, tuple(gradients), heads, tile, length, read, sums, written)
 
-    def _needs(self, stays: Side, passes: Side, names: tuple[str, str]) -> Needs:
-        one, row = (sum(self._row_bytes(x) for x in (*side.names, *self.with_sums(side))) for side in (passes, stays))
-        one *= passes.tile
-        described = 2 * TASK.itemsize * self.spec.group * passes.tiles  # the tasks of a tile, and their copies
-        return Needs(self.fixed, stays.heads * stays.tile * row + described, one, names)
+    def _order(self, stays: Side, passes: Side, names: tuple[str, str]) -> Order:
+        of_rows = stays is self.queries
+        described = 2 * TASK.itemsize * passes.heads * passes.tiles  # the tasks of a tile, and their copies
+        needs = Needs(self.fixed, stays.memory + described, passes.memory, names)
+        return Order(stays, passes, needs, of_rows, self.own, self.flow.arrays is not None)
+
+    def of_head(self, batch: int, kv_head: int) -> np.ndarray:
+        """Which tiles (heads, query tiles, key tiles) of a key/value head meet."""
+        spec = self.spec
+        heads = slice(kv_head * spec.group, (kv_head + 1) * spec.group)
+        whole = np.broadcast_to(self.touched, (spec.batch, spec.heads, *self.touched.shape[2:]))
+        return np.asarray(whole[batch, heads])
+
+    def moved(self) -> tuple[int, int]:
+        """Bytes of tiles that are read and written, and as few as any order could: those of the step that computes
+        delta, which reads do and o once, are not counted."""
+        found = least = 0
+        for batch, head in np.ndindex(self.spec.batch, self.spec.kv_heads):
+            touched = self.of_head(batch, head)
+            found += self.order.moved(touched, self.limit, self.workers)
+            least += self.order.least(touched)
+        return found, least
 
     def with_sums(self, side: Side) -> tuple[str, ...]:
         """Its gradients, and the sums of those that cannot hold them."""
-        narrow = self.accumulator is not self.storage
-        return side.gradients + tuple(x + SUMS for x in side.gradients if narrow)
+        return side.gradients + tuple(x + SUMS for x in side.gradients if self.narrow)
 
     def _columns(self, name: str) -> int:
         return self.spec.value_size if name.removesuffix(SUMS) in ("v", "o", "do", "dv") else self.spec.head_size
@@ -166,22 +150,30 @@ class StreamedBackward:
 
         with self.runtime.working():
             self._deltas(given, delta, dsinks)
-            given = {**given, "delta": read_delta}
-            for passes in self.passes:
-                if passes.flow.pairwise:
-                    self._run(passes, given, targets)
-        return self.of_rows.totals()
+            if self.flow.pairwise:
+                self._run({**given, "delta": read_delta}, targets)
+        return self.flow.totals()
 
-    def _run(self, passes: _Passes, given: Mapping[str, Read], targets: Mapping[str, Target]) -> None:
-        flow, stays, passing, needs = passes
-        room = needs.room(self.limit, stays.tiles, self.workers) if stays.tiles else Room(1, 0)
-        count = min(room.buffers, passing.tiles * passing.heads)
-        names = *passing.names, *self.with_sums(passing)
-        buffers = [{name: self.empty(name, passing.tile) for name in names} for _ in range(count)]
-        for first in range(0, stays.tiles, room.group):
-            tiles = range(first, min(first + room.group, stays.tiles))
-            for batch, head in np.ndindex(self.spec.batch, self.spec.kv_heads):
-                _Pass(self, flow, stays, passing, batch, head, tiles).run(given, targets, buffers)
+    def _run(self, given: Mapping[str, Read], targets: Mapping[str, Target]) -> None:
+        order, spec = self.order, self.spec
+        passes = order.passes
+        count = min(order.needs.room(self.limit, 1, self.workers).buffers, passes.tiles * passes.heads)
+        names = *passes.names, *self.with_sums(passes)
+        buffers = [{name: self.empty(name, passes.tile) for name in names} for _ in range(count)]
+        shapes = {
+            x: (side.heads, side.length, self._columns(x)) for side in (order.stays, passes) for x in side.gradients
+        }
+        # A result in 16 bits has no room for sums.
+        places = {x: target._replace(back=None) if self.narrow else target for x, target in targets.items()}
+        with Sums(places, shapes, self.accumulator, self.folder) as sums:
+            for batch, head in np.ndindex(spec.batch, spec.kv_heads):
+                touched = self.of_head(batch, head)
+                stages, _ = order.stages(touched, self.limit, self.workers)
+                stages, visits = order.visits(stages, touched)
+                one = _Head(self, batch, head, sums, visits)
+                for stage in stages:
+                    _Pass(one, stage).run(given, targets, buffers)
+                one.rest(targets)
 
     def _deltas(self, given: Mapping[str, Read], delta: np.ndarray, dsinks: np.ndarray | None) -> None:
         """delta of every row, a few tiles at a time, and what sinks get."""
@@ -203,7 +195,7 @@ class StreamedBackward:
                     if dsinks is not None:
                         sink = dsinks[batch : batch + 1, head : head + 1, None]
                         tensors["dsinks"] = tiled(sink, self.accumulator, 1)
-                    self.of_rows.submit_deltas(job, tensors, (batch, head, first // tile))
+                    self.flow.submit_deltas(job, tensors, (batch, head, first // tile))
                     job.wait()
                 finally:
                     job.drain()
@@ -211,28 +203,66 @@ class StreamedBackward:
                         tensor.unregister()
 
 
-class _Pass:
-    """What the tiles of one key/value head that stay get from all that pass."""
+class _Head:
+    """A key/value head: which of its tiles have come, and what became of their gradients."""
 
-    def __init__(
-        self,
-        call: StreamedBackward,
-        flow: BackwardFlow,
-        stays: Side,
-        passes: Side,
-        batch: int,
-        kv_head: int,
-        tiles: range,
-    ) -> None:
-        self.call, self.stays, self.passes, self.batch, self.kv_head = call, stays, passes, batch, kv_head
-        self.of_rows = stays is call.queries
-        group = call.spec.group
-        heads, others = range(kv_head * group, (kv_head + 1) * group), range(passes.tiles)
-        both = (tiles, others) if self.of_rows else (others, tiles)
-        self.flow = flow.of((range(batch, batch + 1), heads, *both))
-        self.heads = heads if self.of_rows else range(kv_head, kv_head + 1)
-        self.tiles, self.first = tiles, tiles.start * stays.tile
-        self.height = min(tiles.stop * stays.tile, stays.length) - self.first
+    def __init__(self, call: StreamedBackward, batch: int, kv_head: int, sums: Sums, visits: Visits) -> None:
+        self.call, self.batch, self.kv_head, self.sums, self.visits = call, batch, kv_head, sums, visits
+        self.seen = Visits(*(np.zeros_like(x) for x in visits))
+
+    def first_head(self, side: Side) -> int:
+        """The number of a side's first head, of all."""
+        return self.kv_head * side.heads
+
+    def comes(self, side: Side, head: int, tile: int) -> tuple[bool, bool]:
+        """A tile of one of the side's heads: (for the first time, for the last)."""
+        at = 0 if side is self.call.order.stays else 1
+        self.seen[at][head, tile] += 1
+        return self.seen[at][head, tile] == 1, self.seen[at][head, tile] == self.visits[at][head, tile]
+
+    def reading(self, name: str, target: Target, first: bool) -> Mapping[str, Read]:
+        """How a gradient begins, and its sums, where these are apart."""
+        older = target.read if first else None
+        begun: Read = partial(self.sums.read, name) if not first else _zeros
+        if not self.call.narrow:
+            return {name: older or begun}
+        return {name: target.read or _zeros, name + SUMS: begun}
+
+    def writing(self, name: str, target: Target, last: bool) -> tuple[str, Write]:
+        """What leaves of a gradient, and how."""
+        if last:
+            return name, target.write
+        return name + SUMS if self.call.narrow else name, partial(self.sums.write, name)
+
+    def rest(self, targets: Mapping[str, Target]) -> None:
+        """Zeros of tiles that none meets."""
+        for side, visits in zip((self.call.order.stays, self.call.order.passes), self.visits, strict=True):
+            for name in side.gradients:
+                for head, tile in np.argwhere(visits == 0).tolist() if targets[name].read is None else ():
+                    first = tile * side.tile
+                    zeros = self.call.empty(name, min(side.tile, side.length - first))
+                    zeros[...] = 0
+                    targets[name].write(self.batch, self.first_head(side) + head, first, zeros)
+
+
+def _zeros(batch: int, head: int, first: int, into: np.ndarray) -> None:
+    into[...] = 0
+
+
+class _Pass:
+    """What the tiles of a stage get from all that pass."""
+
+    def __init__(self, head: _Head, stage: Stage) -> None:
+        self.one, self.call, self.batch, self.stage = head, head.call, head.batch, stage
+        order = self.call.order
+        self.stays, self.passes, self.of_rows, self.tiles = order.stays, order.passes, order.of_rows, stage.tiles
+        first = head.first_head(self.call.queries)
+        heads, others = range(first + stage.heads.start, first + stage.heads.stop), range(self.passes.tiles)
+        both = (stage.tiles, others) if self.of_rows else (others, stage.tiles)
+        self.flow = self.call.flow.of((range(self.batch, self.batch + 1), heads, *both))
+        self.heads = heads if self.of_rows else range(head.kv_head, head.kv_head + 1)
+        self.first = stage.tiles.start * self.stays.tile
+        self.height = min(stage.tiles.stop * self.stays.tile, self.stays.length) - self.first
 
     def run(
         self, given: Mapping[str, Read], targets: Mapping[str, Target], buffers: list[dict[str, np.ndarray]]
@@ -241,27 +271,16 @@ class _Pass:
         job = Job()
         tensors: list[TiledTensor] = []
         passing = Passing(buffers, {name: self.call.kind(name) for x in buffers for name in x})
-        gradients: dict[str, np.ndarray] = {}
         try:
-            placed = {name: self._kept(name, given[name], tensors) for name in self.stays.names}
+            placed = {name: self._kept(name, given[name], tensors)[1] for name in self.stays.names}
             placed |= {name: self._placed(name) for name in (*self.passes.names, *self.passes.gradients)}
-            given = {**given, **self._begun_by(targets)}
-            adds = []
-            for name in self.stays.gradients:
-                gradients[name] = self._begun(name, targets[name])
-                tensors.append(self.call.tiled(name, gradients[name], self.stays.tile))
-                adds.append((self.flow.sums_of(job, tensors[-1]), tensors[-1]))
-                tensors.extend(sums for sums, gradient in adds[-1:] if sums is not gradient)
-                placed[name] = self._placed(name, adds[-1][0])
+            leaving, adds = self._begin(targets, placed, tensors)
             turns = self.flow.turns(job)
             tensors.extend([] if turns is None else [turns])
-            unseen = set(range(self.passes.tiles)) if self.passes.gradients else set()
-            for head, tile, chosen in self._visits():
-                self._visit(job, passing, given, targets, placed, turns, head, tile, chosen)
-                unseen.discard(tile)
+            for head, tile, pairs in self._visits():
+                self._visit(job, passing, given, targets, placed, turns, head, tile, pairs)
             for sums, gradient in adds:
-                if sums is not gradient:
-                    self.flow.submit_add(job, sums, gradient)
+                self.flow.submit_add(job, sums, gradient)
             job.wait()
             passing.finish()
         finally:
@@ -269,17 +288,28 @@ class _Pass:
             passing.release()
             for tensor in tensors:
                 tensor.unregister()
-        for name, x in gradients.items():
-            self._move(targets[name].write, x)
-        self._nothing(targets, sorted(unseen))
+        for write, x in leaving:
+            self._move(write, x)
 
-    def _begun_by(self, targets: Mapping[str, Target]) -> dict[str, Read]:
-        """What gradients of tiles that pass begin with."""
-        found: dict[str, Read] = {}
-        for name in self.call.with_sums(self.passes):
-            older = None if name.endswith(SUMS) else targets[name].read
-            found[name] = older or (lambda batch, head, first, into: into.fill(0))
-        return found
+    def _begin(
+        self, targets: Mapping[str, Target], placed: dict[str, Placed], tensors: list[TiledTensor]
+    ) -> tuple[list[tuple[Write, np.ndarray]], list[tuple[TiledTensor, TiledTensor]]]:
+        """The gradients of what stays: (how they leave, and what; sums to be added to gradients before)."""
+        leaving, adds = [], []
+        base = self.heads.start - self.one.first_head(self.stays)
+        tiles = [(base + head, tile) for head in range(len(self.heads)) for tile in self.tiles]
+        first, last = [self.one.comes(self.stays, *at) for at in tiles][0]
+        for name in self.stays.gradients:
+            kept: dict[str, tuple[np.ndarray, TiledTensor]] = {}
+            for x, read in self.one.reading(name, targets[name], first).items():
+                if x != name or last or not self.call.narrow:
+                    rows, placed[name] = self._kept(x, read, tensors)
+                    kept[x] = rows, tensors[-1]
+            held, write = self.one.writing(name, targets[name], last)
+            leaving.append((write, kept[held][0]))
+            if last and self.call.narrow:
+                adds.append((kept[name + SUMS][1], kept[name][1]))
+        return leaving, adds
 
     def _visit(
         self,
@@ -291,52 +321,48 @@ class _Pass:
         turns: TiledTensor | None,
         head: int,
         tile: int,
-        chosen: np.ndarray,
+        pairs: np.ndarray,
     ) -> None:
         """A tile passes: its pairs, and what it takes along."""
-        side, first = self.passes, tile * self.passes.tile
+        side, one, start = self.passes, self.one, tile * self.passes.tile
+        first, last = one.comes(side, head - one.first_head(side), tile)
+        reads = {x: read for name in side.gradients for x, read in one.reading(name, targets[name], first).items()}
 
         def leave(rows: Mapping[str, np.ndarray]) -> None:
             for name in side.gradients:
-                targets[name].write(self.batch, head, first, rows[name])
+                held, write = one.writing(name, targets[name], last)
+                write(self.batch, head, start, rows[held])
 
-        height = min(side.tile, side.length - first)
-        own = passing.next(given, self.batch, head, first, height, leave if side.gradients else None)
+        height = min(side.tile, side.length - start)
+        then = leave if side.gradients else None
+        own = passing.next({**given, **reads}, self.batch, head, start, height, then)
         for name in (*side.names, *side.gradients):
             placed[name].handles[self.batch, head, tile] = own.get(name + SUMS, own[name]).handles[0, 0, 0]
-        self.flow.submit_backward(job, placed, turns, chosen)
-        for name in side.gradients:
+        self.flow.submit_backward(job, placed, turns, pairs)
+        for name in side.gradients if last else ():
             if (sums := own.get(name + SUMS)) is not None:
                 self.flow.submit_add(job, sums, own[name])
 
-    def _nothing(self, targets: Mapping[str, Target], tiles: Sequence[int]) -> None:
-        """Of tiles that nothing that stays sees."""
-        for name in self.passes.gradients:
-            for tile in tiles if targets[name].read is None else ():
-                first = tile * self.passes.tile
-                zeros = self.call.empty(name, min(self.passes.tile, self.passes.length - first))
-                zeros[...] = 0
-                targets[name].write(self.batch, self.kv_head, first, zeros)
-
     def _visits(self) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Each tile that passes, with its head and its pairs, in the order of the chains of what stays. A chain comes
-        to the last tile after the first, so a tile that is behind some and ahead of others passes twice."""
-        p, call = self.flow.pairs, self.call
-        behind = p.key_tile > _own(call, p.query_tile)
-        head, tile = (np.full_like(p.head, self.kv_head), p.key_tile) if self.of_rows else (p.head, p.query_tile)
+        """Each tile that passes, with its head and its pairs: those that are not behind, then those that are."""
+        p, call, kind = self.flow.pairs, self.call, self.stage.behind
+        behind = p.key_tile > call.own[p.query_tile]
+        head, tile = (np.full_like(p.head, self.one.kv_head), p.key_tile) if self.of_rows else (p.head, p.query_tile)
         order = np.lexsort((np.arange(len(tile)), -tile if self.of_rows else tile, behind, head))
+        if kind is not None:
+            order = order[behind[order] == kind]
         if not len(order):
             return
         new = np.any([np.diff(x[order].astype(np.int64)) != 0 for x in (head, behind, tile)], axis=0)
-        for chosen in np.split(order, np.flatnonzero(new) + 1):
-            yield int(head[chosen[0]]), int(tile[chosen[0]]), chosen
+        for pairs in np.split(order, np.flatnonzero(new) + 1):
+            yield int(head[pairs[0]]), int(tile[pairs[0]]), pairs
 
-    def _kept(self, name: str, read: Read, tensors: list[TiledTensor]) -> Placed:
-        """What stays of an operand, (1, heads, rows, ...)."""
+    def _kept(self, name: str, read: Read, tensors: list[TiledTensor]) -> tuple[np.ndarray, Placed]:
+        """What stays of an operand, (1, heads, rows, ...), and its handles."""
         x = self.call.empty(name, 1, len(self.heads), self.height)
         self._move(read, x)
         tensors.append(self.call.tiled(name, x, self.stays.tile))
-        return self._placed(name, tensors[-1])
+        return x, self._placed(name.removesuffix(SUMS), tensors[-1])
 
     def _placed(self, name: str, tensor: TiledTensor | None = None) -> Placed:
         """Room for the handles of an operand, with those of the tiles that stay."""
@@ -349,21 +375,7 @@ class _Pass:
             handles[self.batch, self.heads.start : self.heads.stop, self.tiles.start : self.tiles.stop] = tensor.handles
         return Placed(handles)
 
-    def _begun(self, name: str, target: Target) -> np.ndarray:
-        """What a gradient is added to."""
-        x = self.call.empty(name, 1, len(self.heads), self.height)
-        if target.read is None:
-            x[...] = 0
-        else:
-            self._move(target.read, x)
-        return x
-
     def _move(self, move: Read | Write, x: np.ndarray) -> None:
         """Read what stays of an operand, or write it, (1, heads, rows, ...)."""
         for n, head in enumerate(self.heads):
             by_tiles(move, self.batch, head, self.first, x[0, n], self.stays.tile)
-
-
-def _own(call: StreamedBackward, query_tile: np.ndarray) -> np.ndarray:
-    """The key tile with which the chain of a query tile begins: see backward.py."""
-    return np.asarray(np.minimum(query_tile * call.queries.tile // call.keys.tile, call.keys.tiles - 1))

@@ -275,7 +275,8 @@ def laid_out(what: Specialisation, spec: AttentionSpec, arch: str) -> Chosen:
     if constants["CONTAIN"]:
         tile = special.contained(tile)
     sized = tuple((constants | {"TILE_Q": tile.tile_q, "TILE_K": tile.tile_k}).items())
-    made = replace(what, constants=sized, num_warps=tile.num_warps, num_stages=tile.num_stages)
+    warps, stages = tile.num_warps, tile.num_stages
+    made = replace(what, constants=sized, num_warps=warps, num_stages=stages, registers=tile.registers)
     return Chosen(what.kernel, made, spec, tile)
 
 

@@ -20,9 +20,11 @@ class Row(NamedTuple):
     shared: int  # bytes
 
 
-def row(queries: int, keys: int, warps: int, stages: int, registers: int, spills: int, shared: int) -> Row:
-    """A row as it stands in the table."""
-    return Row(Tile(queries, keys, warps, stages), registers, spills, shared)
+def row(
+    queries: int, keys: int, warps: int, stages: int, registers: int, spills: int, shared: int, limit: int | None = None
+) -> Row:
+    """A row as it stands in the table; limit: of registers."""
+    return Row(Tile(queries, keys, warps, stages, registers=limit), registers, spills, shared)
 
 
 Rows = tuple[Row | None, ...]  # for head sizes up to 64, 128 and 256; None: no tile leaves room
@@ -118,17 +120,18 @@ TIMED: dict[tuple[str, str, int], tuple[Row | None, Row | None]] = {
 }
 
 # Rows in place of the table's where the Triton at hand is older than a version and kernels would spill, by direction:
-# dQ, or dK and dV. In float32 at 256 nothing helps dK and dV with 3.7: 64 spills at least, 75 by the table's tile.
-OLDER: dict[tuple[str, str, int, str], tuple[tuple[tuple[int, int], Row], ...]] = {
-    ("sm_90", "bfloat16", 64, "kv"): (((3, 7), row(32, 128, 8, 1, 206, 0, 40960)),),
-    ("sm_90", "float32", 64, "q"): (
-        ((3, 8), row(32, 16, 8, 1, 80, 0, 24576)),
-        ((3, 9), row(32, 32, 8, 1, 75, 0, 32768)),
-    ),
-    ("sm_90", "float32", 64, "kv"): (((3, 8), row(32, 16, 8, 1, 74, 0, 28672)),),
-    ("sm_90", "float32", 256, "q"): (((3, 9), row(16, 16, 8, 1, 111, 0, 65536)),),
-    ("sm_80", "float32", 64, "q"): (((3, 8), row(32, 16, 8, 1, 76, 0, 24576)),),
-    ("sm_80", "float32", 64, "kv"): (((3, 8), row(32, 16, 8, 1, 80, 6, 28672)),),  # of 62 with the table's
+# dQ, or dK and dV. Most have the table's tile and a limit: by itself the assembler stops at 128 registers in them.
+OLDER: dict[tuple[str, str, int, str], tuple[tuple[int, int], Row]] = {
+    ("sm_90", "bfloat16", 64, "kv"): ((3, 7), row(32, 128, 8, 1, 206, 0, 40960)),
+    ("sm_90", "float32", 64, "q"): ((3, 9), row(32, 32, 8, 2, 109, 0, 36864, limit=255)),
+    ("sm_90", "float32", 64, "kv"): ((3, 8), row(32, 16, 8, 1, 74, 0, 28672)),
+    ("sm_90", "float32", 256, "q"): ((3, 9), row(32, 16, 8, 1, 172, 0, 98304, limit=255)),
+    ("sm_90", "float32", 256, "kv"): ((3, 8), row(16, 16, 8, 1, 176, 0, 67584, limit=255)),
+    ("sm_90", "float64", 128, "q"): ((3, 8), row(16, 16, 8, 1, 202, 0, 65536)),
+    ("sm_80", "bfloat16", 256, "q"): ((3, 8), row(32, 32, 8, 1, 184, 0, 65536)),
+    ("sm_80", "float32", 64, "q"): ((3, 8), row(32, 32, 8, 2, 124, 0, 36864, limit=255)),
+    ("sm_80", "float32", 64, "kv"): ((3, 8), row(32, 32, 4, 1, 255, 0, 40960, limit=255)),
+    ("sm_80", "float32", 256, "q"): ((3, 8), row(32, 16, 8, 1, 180, 0, 98304, limit=255)),
 }
 
 
@@ -147,7 +150,8 @@ def rows_for(arch: str, kind: str, head_size: int) -> tuple[Row, Row] | None:
 
 
 def _of_version(which: tuple[str, str, int, str], table: Row) -> Row:
-    return next((row for below, row in OLDER.get(which, ()) if installed() < below), table)
+    below, instead = OLDER.get(which, ((0, 0), table))
+    return instead if installed() < below else table
 
 
 def timed_pairs(spec: AttentionSpec, arch: str) -> tuple[tuple[Tile, Tile], ...]:

@@ -43,6 +43,8 @@ def compiled(specialisation: Specialisation, arch: str) -> Any:
         "num_stages": specialisation.num_stages,
         "enable_fp_fusion": specialisation.fuses,
     }
+    if specialisation.registers is not None:
+        options["maxnreg"] = specialisation.registers
     target, what = target_of(arch), f"kernel {specialisation.kernel} for {arch}"
     try:
         kernel = triton.compile(source_of(specialisation), target=target, options=options)

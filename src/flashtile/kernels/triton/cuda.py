@@ -11,7 +11,7 @@ import numpy as np
 from flashtile import current
 from flashtile.kernels.triton import driver, kept
 from flashtile.kernels.triton.compiler import compiled
-from flashtile.kernels.triton.device import Bound, Placed, Pointer
+from flashtile.kernels.triton.device import SCRATCH_ALIGNMENT, Bound, Placed, Pointer
 from flashtile.kernels.triton.parameters import Template
 from flashtile.kernels.triton.specialisation import ELEMENTS, Specialisation
 
@@ -69,19 +69,29 @@ class Ready:
 
     def __call__(self, grid: int, values: Mapping[str, Any]) -> None:
         here = current.here()
-        loaded = self._loaded.get(here.number)
-        if loaded is None:
-            loaded = self._loaded[here.number] = _loaded(here.number, self.specialisation)
+        loaded = self._at(here.number)
         at, scratch = 0, None
         if loaded.scratch:
-            scratch = here.empty((grid * loaded.scratch,), "uint8", "workspace")
-            at = here.owner.address(scratch)
+            at = values.get("scratch", 0)
+            if not at:
+                scratch = here.empty((grid * loaded.scratch,), "uint8", "workspace")
+                at = here.owner.address(scratch)
         if loaded.function is None:
             kernel = loaded.kernel
             arguments = _as_triton_takes_them(kernel, {**self._fixed, **values})
             kernel[(grid, 1, 1)](*arguments, stream=here.stream)
             return
         driver.launch(loaded.function, grid, here.stream, self._template.fill(values, at))
+
+    def scratch_bytes(self, grid: int) -> int:
+        count = grid * self._at(current.here().number).scratch
+        return -(-count // SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
+
+    def _at(self, number: int) -> Loaded:
+        found = self._loaded.get(number)
+        if found is None:
+            found = self._loaded[number] = _loaded(number, self.specialisation)
+        return found
 
 
 class Loaded(NamedTuple):

@@ -9,6 +9,8 @@ import numpy as np
 
 from flashtile.kernels.triton.specialisation import Specialisation
 
+SCRATCH_ALIGNMENT = 128  # bytes, of tensor descriptors; what a library allocates is aligned to more
+
 
 class Pointer(NamedTuple):
     """An address on the device, the Triton name of what lies there, and whoever owns the memory. As an integer, in a
@@ -37,7 +39,12 @@ class Bound(Protocol):
 
     def __call__(self, grid: int, values: Mapping[str, Any]) -> None:
         """Run `grid` programs. values: for each other name of the signature an int, which of a pointer is the address,
-        a Pointer, or a tuple of these; names that the kernel does not take are passed over."""
+        a Pointer, or a tuple of these; names that the kernel does not take are passed over. "scratch" among them: the
+        address of what `scratch_bytes` says, which else is asked for at this launch."""
+        ...
+
+    def scratch_bytes(self, grid: int) -> int:
+        """Bytes that so many programs write for themselves, a multiple of SCRATCH_ALIGNMENT."""
         ...
 
 

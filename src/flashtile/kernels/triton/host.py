@@ -77,7 +77,8 @@ class Forward:
         self._tables: dict[tuple[Any, ...], Table] = {}
         size = DTYPES[DTYPES[spec.dtype].accumulator].itemsize
         o_split, lse_split = (spec.value_size * self._rows, self._rows) if self._split else (0, 0)
-        # The workspace, bytes from its start: marks of the work items, an lse that is not wanted, partial results.
+        # The workspace, bytes from where the first launch's scratch memory ends: marks of the work items, an lse that
+        # is not wanted, partial results.
         counts = (4 * plan.items, size * self._rows, plan.splits * size * o_split, plan.splits * size * lse_split)
         self._odd_at, self._lse_at, self._parts_o_at, self._parts_lse_at, self.workspace_bytes = places(counts)
 
@@ -87,8 +88,9 @@ class Forward:
         kernels = self._kernels.get(aligned)
         if kernels is None:
             kernels = self._kernels[aligned] = self._bind(aligned)
-        work = device.empty(self.workspace_bytes, "u8")
-        at = work.address
+        scratch = kernels[0][0].scratch_bytes(self._plan.items)
+        work = device.empty(scratch + self.workspace_bytes, "u8")
+        at = work.address + scratch
         wanted = lse or at + self._lse_at
         values: dict[str, Any] = {
             "q": q,
@@ -98,6 +100,7 @@ class Forward:
             "lse": wanted,
             "odd": at + self._odd_at,
             "offsets": offsets,
+            "scratch": work.address,
         }
         sinks = None
         if scoring is not None:
@@ -120,6 +123,7 @@ class Forward:
         first, contain = params.stages[0].kernels
         values = {**params.stages[0].values, "first": begin, "items": end - begin}
         first(end - begin, values)
+        values["scratch"] = 0  # which is the first one's
         contain(min(end - begin, self._device.processors()), values)
         if self._split and end == self._plan.items:
             (merge,), merging = params.stages[1]
@@ -176,12 +180,12 @@ class Forward:
     def _table(self, program: Program) -> Table:
         """The coverage of a mask as the kernels walk it: kept where it follows from captured numbers, without arrays,
         whose values may be other ones now."""
-        from flashtile.score.coverage import coverage
-
         numbers = tuple(bits(x.value) for x in program.captures if isinstance(x, ScalarCapture))
         settled = len(numbers) == len(program.captures)
         table = self._tables.get(numbers) if settled else None
         if table is None:
+            from flashtile.score.coverage import coverage
+
             rows = self._spec.q_len if self._packed else self._plan.tile_q
             table = table_of(coverage(program, max(1, rows), self._plan.tile_k, np.dtype(lse_type(self._spec))))
             if settled:

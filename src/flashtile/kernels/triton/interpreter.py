@@ -91,6 +91,9 @@ class Interpreted:
     def __call__(self, grid: int, values: Mapping[str, Any]) -> None:
         self.device.launch(self.specialisation, grid, {**self.fixed, **values})
 
+    def scratch_bytes(self, grid: int) -> int:
+        return 0
+
 
 class Interpreter:
     """A `device.Device` in CPU memory."""

@@ -40,13 +40,18 @@ Constant = bool | int | str | None
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """How a kernel is laid out on a machine: query rows and keys of a tile, warps of a program, pipeline stages."""
+    """How a kernel is laid out on a machine: query rows and keys of a tile, warps of a program, pipeline stages.
+
+    registers  of a thread, at most; None: as many as the assembler likes, which stops at 128 in some versions, and
+               spills what is left
+    """
 
     tile_q: int
     tile_k: int
     num_warps: int = 4
     num_stages: int = 2
     described: bool = False  # tiles of K and V are cut out by tensor descriptors, where the arrays are aligned
+    registers: int | None = None
 
 
 def contained(tile: Tile) -> Tile:
@@ -86,6 +91,7 @@ class Specialisation:
     num_warps: int
     num_stages: int
     code: Code | None = field(default=None)
+    registers: int | None = None  # of a thread, at most; see Tile
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -373,9 +379,8 @@ def _specialisation(
     passed = tuple((name, t) for name, t in arguments.items() if t is not None)
     absent = {name: 1 if name.endswith("_d") else None for name, t in arguments.items() if t is None}
     aligned = tuple(name for name, _ in passed if name in _ALIGNED) if memory.aligned else ()
-    return Specialisation(
-        kernel, passed, (*absent.items(), *constants.items()), aligned, tile.num_warps, tile.num_stages, code
-    )
+    values = (*absent.items(), *constants.items())
+    return Specialisation(kernel, passed, values, aligned, tile.num_warps, tile.num_stages, code, tile.registers)
 
 
 _TENSORS = ("q", "k", "v", "o", "do", "dq", "dk", "dv")
