@@ -145,7 +145,7 @@ class BackwardFlow:
         self.program = Program(
             runtime, found.kernel, bindings, VALUES, keep, gpu, handles=handles, heads=spec.heads, per=per
         )
-        self._steps = None if order is None else order(self.coverage.touched().any(axis=(0, 1)))
+        self._steps = None if order is None else order(np.asarray(self.coverage.touched().any(axis=(0, 1))))
         self._plan(part)
 
     def of(self, part: Part) -> BackwardFlow:

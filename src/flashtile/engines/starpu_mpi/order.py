@@ -16,7 +16,7 @@ import numpy as np
 def steps_of(touched: np.ndarray) -> np.ndarray:
     """int64 (query tiles, key tiles): the steps of pairs, where `touched`, bool, says which there are; of two orders
     that which takes fewer steps if each rank has a tile and its fold. The number of ranks does not matter."""
-    i, j = np.indices(touched.shape)
+    i, j = (np.asarray(x, np.int64) for x in np.indices(touched.shape))
     tiles = max(1, *touched.shape)
     along = (np.minimum(i, max(0, touched.shape[1] - 1)) - j) % max(1, touched.shape[1])
     folded = _folded(i, j, tiles)
