@@ -2,13 +2,15 @@
 
     machine   whether the system grants them; the products that are chosen, and why
     bits      the tests of tiles, instruction by instruction and kernel by kernel: the real ones against the emulated
-    suites    the kernels' suites on the real machine, of every dtype, those that run at night included
     compile   seconds that LLVM takes for each module
     overlap   what mixing products with weights gives: of a strip, and of whole kernels with and without (overlap.py)
+    vectors   the fp32 kernel without tiles, beside forms of it that might suit Intel's caches better (variants.py)
     table     forward, options, gradients and first calls beside their targets (python -m benchmarks)
     starpu    the StarPU engine beside the direct one, in bf16
+    suites    the kernels' suites on the real machine, of every dtype, those that run at night included: the longest
 
-A step that fails does not stop the next one. What they print goes to matrix.txt in the folder of this kind of machine.
+A step that fails does not stop the next one, but where the registers are not there, or refused, no other is begun: an
+instruction on them would end the process. What they print goes to matrix.txt in the folder of this kind of machine.
 Elsewhere ``--dry`` goes through every step on the emulated machine, with a few tiny cases: no number means anything.
 """
 
@@ -18,15 +20,16 @@ import argparse
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import kinds, machine
+from flashtile.llvm import machines
 
-STEPS = ("machine", "bits", "suites", "compile", "overlap", "table", "starpu")
+from . import kinds, machine, variants
+
+STEPS = ("machine", "bits", "compile", "overlap", "vectors", "table", "starpu", "suites")
 COMPILE_TARGET = 0.7  # seconds of a kernel, with an empty cache
 TILES = ("tests/llvm/test_amx.py", "tests/llvm/test_products.py", "tests/cpu/test_cpu_tiles.py")
 BITS = (*TILES, "tests/cpu/test_cpu_tiles_backward.py")
@@ -49,11 +52,10 @@ class Run:
         return kinds.folder_here(self.output)
 
 
-def command(run: Run, *arguments: str, isa: str = "", **env: str) -> Iterator[str]:
+def command(run: Run, *arguments: str, isa: str = "") -> Iterator[str]:
     """The lines that a Python program of this checkout prints; at last how it ended, if not well."""
-    env = {**machine.child_environment(run.threads), "PYTHONUNBUFFERED": "1", **env}
-    if isa:
-        env["FLASHTILE_ISA"] = isa
+    env = machine.child_environment(run.threads) | ({"FLASHTILE_ISA": isa} if isa else {})
+    env = {**env, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         [sys.executable, *arguments],
         cwd=machine.ROOT,
@@ -70,7 +72,7 @@ def command(run: Run, *arguments: str, isa: str = "", **env: str) -> Iterator[st
 
 def on_machine(run: Run) -> Iterator[str]:
     from flashtile import doctor
-    from flashtile.llvm import machines, processors
+    from flashtile.llvm import processors
 
     yield f"{machine.describe()}; kind: {kind.name if (kind := kinds.here()) else 'none with targets'}"
     yield f"processor: {processors.here().name} ({processors.here().measured})"
@@ -95,7 +97,7 @@ def on_compile(run: Run) -> Iterator[str]:
     from flashtile.kernels.cpu.config import Config
     from flashtile.kernels.cpu.passes.backward import backward_text
     from flashtile.kernels.cpu.passes.forward import forward_text
-    from flashtile.llvm import jit, machines, products
+    from flashtile.llvm import jit, products
 
     isa = machines.known()["amx"]
     plain = {"bf16": ("bfloat", products.TILES), "fp16": ("half", products.TILES2), "fp32": ("float", products.TILES3)}
@@ -114,8 +116,6 @@ def on_compile(run: Run) -> Iterator[str]:
 
 
 def on_overlap(run: Run) -> Iterator[str]:
-    from flashtile.llvm import machines
-
     from . import overlap
 
     isa = machines.known()[run.isa]
@@ -123,15 +123,11 @@ def on_overlap(run: Run) -> Iterator[str]:
         yield from overlap.report(isa)
     else:
         yield "strips are not measured: emulated tiles branch, and nothing can be mixed with them"
-    small = ("--small",) if run.dry else ()
-    with tempfile.TemporaryDirectory(prefix="flashtile-overlap-") as folder:
-        for n in range(1 if run.dry else 2):  # taking turns
-            for order in ((), ("--apart",)):
-                cache = Path(folder, f"{n}{''.join(order)}")
-                cache.mkdir(mode=0o700)
-                yield from command(
-                    run, "-m", "benchmarks.overlap", *small, *order, isa=run.isa, FLASHTILE_CACHE_DIR=str(cache)
-                )
+    yield from variants.run("tiles", run.isa, small=run.dry)
+
+
+def on_vectors(run: Run) -> Iterator[str]:
+    yield from variants.run("vectors", small=run.dry)
 
 
 def on_table(run: Run) -> Iterator[str]:
@@ -158,7 +154,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     run = Run("amx_emulated" if options.dry else "amx", options.dry, options.threads, options.output)
     os.environ.pop("FLASHTILE_ISA", None)
-    steps: dict[str, Callable[[Run], Iterator[str]]] = {name: globals()[f"on_{name}"] for name in options.steps}
+    reason = machines.unavailable(machines.known()[run.isa])  # asks for permission, whichever steps there are
+    chosen = ("machine",) if reason else options.steps
+    steps: dict[str, Callable[[Run], Iterator[str]]] = {name: globals()[f"on_{name}"] for name in chosen}
     run.folder.mkdir(parents=True, exist_ok=True)
     failed = []
     with (run.folder / "matrix.txt").open("w") as file:
@@ -167,6 +165,8 @@ def main(arguments: list[str] | None = None) -> int:
                 print(line, flush=True)
                 file.write(line + "\n")
                 file.flush()
+    if reason:
+        print(f"nothing else was begun: {reason}; --dry goes through every step without it")
     print(f"failed: {', '.join(failed)}" if failed else "no step failed")
     return int(bool(failed))
 

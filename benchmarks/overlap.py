@@ -2,19 +2,16 @@
 
 A processor looks some 500 instructions ahead, and a block's weights are thousands. Here is the heart of both alone, for
 32 keys by 32 queries, as straight code: products only, weights only, one after the other, and finely mixed, the same
-instructions in each. Scores land in one of two slots in the nearest cache and are weighed from the other. Then whole
-kernels, `python -m benchmarks.overlap`: halves by turns, as they are, or with ``--apart`` one step of a block after the
-other.
+instructions in each. Scores land in one of two slots in the nearest cache and are weighed from the other. Whole kernels
+with and without it are among variants.py's.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import ml_dtypes
 import numpy as np
 
 from flashtile.kernels.cpu.config import Config
@@ -133,36 +130,6 @@ def measure(isa: ISA, name: str, head_size: int) -> dict[str, float]:
     return {order: min(found) * 1e9 for order, found in times.items()}
 
 
-def kernels(*, apart: bool, small: bool) -> Iterator[str]:
-    """GFLOP/s of whole calls, one thread; the cache of kernels is to be this run's own. ``small``: of almost none."""
-    import flashtile
-
-    if apart:
-        Config.interleaved = property(lambda c: False)  # type: ignore[assignment]
-    flashtile.set_num_threads(1)
-    random = np.random.default_rng(0)
-    for dtype in (ml_dtypes.bfloat16, np.float16):
-        for length, head_size in ((160, 32),) if small else ((2048, 128), (4096, 64)):
-            q, k, v = (random.standard_normal((1, 2, length, head_size)).astype(dtype) for _ in range(3))
-            times = []
-            for _ in range(2 if small else 9):
-                start = time.perf_counter()
-                flashtile.attention(q, k, v, kernel="cpu")
-                times.append(time.perf_counter() - start)
-            rate = 4 * 2 * length**2 * head_size / min(times) / 1e9
-            order = "one after the other" if apart else "halves by turns"
-            yield f"{np.dtype(dtype).name}, (1, 2, {length}, {head_size}), {order}: {rate:.0f} GFLOP/s, one thread"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.overlap", description=kernels.__doc__)
-    parser.add_argument("--apart", action="store_true")
-    parser.add_argument("--small", action="store_true")
-    options = parser.parse_args()
-    for line in kernels(apart=options.apart, small=options.small):
-        print(line)
-
-
 def report(isa: ISA) -> list[str]:
     """A row for each dtype and head size: nanoseconds a strip, and what mixing gives."""
     lines = [f"{'strip of 32 x 32':18}" + "".join(f"{order:>22}" for order in ORDERS) + f"{'mixing gives':>14}"]
@@ -173,7 +140,3 @@ def report(isa: ISA) -> list[str]:
             cells = "".join(f"{found[order]:>19.0f} ns" for order in ORDERS)
             lines.append(f"{f'{name}, D = {head_size}':18}{cells}{gain:>14.2f}")
     return lines
-
-
-if __name__ == "__main__":
-    main()

@@ -116,11 +116,13 @@ def _buffer(size: int) -> tuple[int, object]:
     return (owner.ctypes.data + 63) & ~63, owner
 
 
-def dot_peak(kind: str, seconds: float = 0.02, repeats: int = 3) -> float:
-    """GFLOP/s of dependent-free multiply-adds on this core: the best of a few short loops."""
+def dot_peak(kind: str, seconds: float = 0.02, repeats: int = 3, *, factor: float = 1.0) -> float:
+    """GFLOP/s of dependent-free multiply-adds on this core: the best of a few short loops. ``factor``: of all products;
+    by one that is no power of two sums change in many bits, which may cost power and so the clock."""
     function, work, _ = _compiled(kind)
     size = (ACCUMULATORS + 1) * vector_bytes()
-    memory = (ctypes.c_float * (size // 4))(*[1.0] * (size // 4))  # also an ordinary number when read as fp64 or bf16
+    numbers = [factor] * (size // 4)  # also ordinary ones when read as fp64 or bf16
+    memory = (ctypes.c_float * len(numbers))(*numbers)
     address = (ctypes.addressof(memory) + vector_bytes() - 1) & -vector_bytes()
     count, took = 1000, 0.0
     while took < seconds:

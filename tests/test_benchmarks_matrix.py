@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import backward, cases, kinds, machine, matrix, overlap
+from benchmarks import backward, cases, kinds, machine, matrix, overlap, variants
+from benchmarks.variants import Variant
+from flashtile.kernels.cpu.config import Config
 from flashtile.llvm import jit, machines
 
 REAL = machines.known()["amx"]
@@ -52,6 +54,33 @@ def test_a_step_that_fails_stops_no_other(
     assert "bfloat16" in said, "the products that are chosen"
     (written,) = tmp_path.rglob("matrix.txt")
     assert written.read_text() in said
+
+
+def test_where_the_registers_are_refused_no_step_would_meet_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = "the system refuses matrix registers: arch_prctl: Operation not permitted"
+    monkeypatch.setattr(machines, "unavailable", lambda isa: refused if isa.tiles else None)
+    monkeypatch.setattr(matrix, "on_overlap", lambda run: pytest.fail("would end the process"))
+    assert matrix.main(["--steps", "overlap", "--output", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert f"FAILED: amx: {refused}" in said and f"nothing else was begun: {refused}" in said
+
+
+def test_variants_change_fields_that_there_are() -> None:
+    for group in variants.GROUPS.values():
+        assert group.isa in ("", *machines.known()) and Variant() in group.variants.values()
+        for variant in group.variants.values():
+            assert all(hasattr(Config(REAL, "float"), name) for name in variant.config)
+            assert all(hasattr(REAL, name) for name in variant.isa)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", variants.GROUPS)
+def test_variants_run_and_are_accurate(group: str) -> None:
+    said = list(variants.run(group, "amx_emulated" if group == "tiles" else "", small=True))
+    assert len(said) == len(variants.GROUPS[group].variants) * len(variants.GROUPS[group].dtypes)
+    assert all("GFLOP/s" in line for line in said)
 
 
 def test_what_other_kinds_are_held_to() -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 import benchmarks.__main__ as command
@@ -129,7 +133,7 @@ def test_a_part_alone_leaves_the_files_of_the_others(tmp_path: Path, monkeypatch
     before = (tmp_path / records.PEERS).read_text()
     monkeypatch.setattr(command, "ALL_CASES", (ONE, TWO, BASED))
     monkeypatch.setattr(overheads, "tiny_call", lambda threads: [Verdict("tiny call", "us", 5.0, 10.0, at_most=True)])
-    for other in ("new_length", "gpu_host", "first_call"):
+    for other in ("new_length", "gpu_host", "xla_entry", "first_call"):
         monkeypatch.setattr(overheads, other, lambda *_, **__: [])
     assert command.main(["--parts", "overheads", "--threads", "1", "--peers", "numpy", "--output", str(tmp_path)]) == 0
     assert (tmp_path / records.PEERS).read_text() == before
@@ -177,3 +181,17 @@ def test_a_door_that_is_wrong_is_not_timed() -> None:
     for wrong in (far, exact + torch.nan):
         with pytest.raises(AssertionError, match="result 1: error"):
             door_calls.check([near, wrong], [near, near], [exact, exact])
+
+
+def test_how_jax_enters_is_measured() -> None:
+    """Machine code reads the clock as XLA calls, and as the kernel starts."""
+    pytest.importorskip("jax")
+    done = processes.run(
+        [sys.executable, "-m", "benchmarks.snippets", "xla_entry", "causal"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["forward"] > 0 and found["gradient"] > 0
+    assert not found["python forward"] and not found["python gradient"]

@@ -421,6 +421,25 @@ def test_a_function_that_cannot_be_traced_is_refused() -> None:
         flashtile.transformers.mask(1, 4, 4, mask_function=lambda b, h, i, j: {}["missing"])
     with pytest.raises(UnavailableError, match=r"got an index into a lazy mask of shape \(1, 1, 4, 4\)"):
         flashtile.transformers.mask(1, 4, 4)[..., 1]
+    with pytest.raises(UnavailableError, match=r"got masked_fill of a lazy mask of shape \(1, 1, 4, 4\)"):
+        torch.zeros(4, 4).masked_fill(flashtile.transformers.mask(1, 4, 4), 0.0)  # as MPT's own attention does
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
+def test_padded_labels_count_in_no_gradient() -> None:
+    """Padded on the left, with activations computed twice: gradients are eager's where no padded row is asked for."""
+    given = batch("left")
+    labels = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
+    labels[0, 5] = -100  # a padded row predicts it
+    found = []
+    for name in (NAME, "eager"):
+        model = model_of("llama", name).train()
+        if name == NAME:
+            model.gradient_checkpointing_enable()
+        model(**given, labels=labels).loss.backward()
+        found.append([x.grad for x in model.parameters()])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got / want.abs().max(), want / want.abs().max())
 
 
 TEXT = [

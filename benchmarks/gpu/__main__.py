@@ -62,14 +62,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dry", action="store_true", help="on Triton's interpreter, at tiny sizes: no GPU is needed")
     parser.add_argument("--budget", type=float, default=BUDGET, metavar="S", help="seconds for all of it (default 470)")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
-    parser.add_argument("--dtype", nargs="+", choices=("bf16", "f16", "f32", "f64"), default=["bf16", "f16"])
+    parser.add_argument("--dtype", nargs="+", choices=("bf16", "f16", "f32", "f64"), help="default bf16 f16; dry: bf16")
     known = [peer.__name__ for peer in peers.PEERS]
     parser.add_argument("--peers", nargs="+", choices=known, default=known)
     output = machine.ROOT / "docs" / "benchmarks" / "gpu"
     parser.add_argument("--output", type=Path, default=output, help="folder for the results (default %(default)s)")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)  # inside of one
     parser.add_argument("--share", type=int, nargs=2, help=argparse.SUPPRESS)  # of the checks: number, of how many
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.dtype = options.dtype or ["bf16", "f16"][: 1 if options.dry else 2]
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -173,7 +175,8 @@ def _share_of_checks(options: argparse.Namespace) -> int:
             verdict, why = "not run", absent.get(kernel) or "out of time"
             if not absent.get(kernel) and not out_of_time():
                 began = time.monotonic()
-                found = checks.run(check, dtype, kernel, to, lengths)
+                gradients = checks.DRY_BACKWARD if options.dry else checks.BACKWARD
+                found = checks.run(check, dtype, kernel, to, lengths, gradients)
                 verdict = "ok" if found is None else "WRONG"
                 why = found or f"{time.monotonic() - began:.1f} s"
             wrong += verdict == "WRONG"
@@ -183,7 +186,10 @@ def _share_of_checks(options: argparse.Namespace) -> int:
 
 
 def step_habits(options: argparse.Namespace) -> int:
-    rows = [{"check": n, "dtype": "", "verdict": v, "why": w} for n, v, w in habits.every(options.dry)]
+    rows: list[dict[str, str]] = []
+    for name, verdict, why in habits.every(options.dry):
+        rows.append({"check": name, "dtype": "", "verdict": verdict, "why": why})
+        report.write_rows(options.output / "habits.csv", COLUMNS, rows, heading(options.dry))
     return _summary(options, "habits", rows)
 
 

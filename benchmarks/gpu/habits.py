@@ -1,21 +1,26 @@
 """What only a device shows: that nothing waits, streams, graphs, threads, far addresses, other libraries' arrays.
 
-Each habit is a function without arguments that returns what is wrong, or None. A dry run takes those that mean
-something on Triton's interpreter, at small sizes.
+Each habit is a function without arguments that returns what is wrong, or None. A dry run takes them at small sizes on
+Triton's interpreter, with stand-ins for what is CUDA's own (stand_ins.py), so that their lines have run before; but for
+those that want another machine altogether.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import subprocess
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from . import host, stand_ins
 from .steps import out_of_time
 
 Habit = Callable[[], "str | None"]
@@ -25,7 +30,7 @@ dry = False
 
 
 def habit(name: str, anywhere: bool = False) -> Callable[[Habit], Habit]:
-    """Enter a habit under its name; anywhere: it needs no device."""
+    """Enter a habit under its name; anywhere: stand-ins for a device will do."""
 
     def enter(function: Habit) -> Habit:
         HABITS[name] = function
@@ -68,11 +73,12 @@ def _same(got: Any, want: Any, otherwise: str) -> str | None:
     return None if torch.equal(got, want) else otherwise
 
 
-@habit("nothing waits, and the caller's stream is used")
+@habit("nothing waits, and the caller's stream is used", anywhere=True)
 def nothing_waits() -> str | None:
     import torch
 
-    q, slopes = _random(2, 8, 512, 64), torch.rand(8, device="cuda")
+    q = _random(1, 2, 40, 64) if dry else _random(2, 8, 512, 64)
+    slopes = torch.rand(q.shape[1], device=q.device)
     want = _attend(q, q, q, causal=True, alibi_slopes=slopes)
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
@@ -88,11 +94,11 @@ def nothing_waits() -> str | None:
     return _same(got, want, "other bits than on the default stream")
 
 
-@habit("a stream that is busy orders the launch")
+@habit("a stream that is busy orders the launch", anywhere=True)
 def ordered() -> str | None:
     import torch
 
-    stream, q = torch.cuda.Stream(), _random(1, 4, 700, 64)
+    stream, q = torch.cuda.Stream(), _random(1, 4, 60 if dry else 700, 64)
     late = torch.zeros_like(q)
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
@@ -103,11 +109,11 @@ def ordered() -> str | None:
     return _held(o, lse, q, q, q, causal=True)
 
 
-@habit("a CUDA graph, replayed with other contents")
+@habit("a CUDA graph, replayed with other contents", anywhere=True)
 def graph() -> str | None:
     import torch
 
-    q = _random(2, 4, 513, 64)
+    q = _random(1, 2, 40, 64) if dry else _random(2, 4, 513, 64)
     want, x = _attend(q, q, q, causal=True), torch.zeros_like(q)
     _attend(x, x, x, causal=True)
     torch.cuda.synchronize()
@@ -120,11 +126,12 @@ def graph() -> str | None:
     return _same(o, want, "a replayed graph gave other bits")
 
 
-@habit("a CUDA graph, keys in parts")
+@habit("a CUDA graph, keys in parts", anywhere=True)
 def graph_of_parts() -> str | None:
     import torch
 
-    q, k = _random(1, 32, 1, 64), _random(1, 8, 8192, 64)
+    heads, keys = (2, 1200) if dry else (8, 8192)
+    q, k = _random(1, 4 * heads, 1, 64), _random(1, heads, keys, 64)
     want = _attend(q, k, k)
     torch.cuda.synchronize()
     captured = torch.cuda.CUDAGraph()
@@ -135,28 +142,29 @@ def graph_of_parts() -> str | None:
     return _same(o, want, "a replayed graph gave other bits")
 
 
-@habit("strides of 2^31 elements")
+@habit("strides of 2^31 elements", anywhere=True)
 def far() -> str | None:
     import torch
 
-    memory = torch.empty(2**31 + 2**20, device="cuda", dtype=torch.float16)
-    q = torch.as_strided(memory, (2, 1, 256, 64), (2**31, 64 * 256, 64, 1))
-    q.copy_(_random(2, 1, 256, 64, dtype="float16"))
+    some = _random(2, 1, 40 if dry else 256, 64, dtype="float16")
+    apart = 2**20 if dry else 2**31
+    memory = torch.empty(apart + 2**20, device=some.device, dtype=torch.float16)
+    q = torch.as_strided(memory, some.shape, (apart, 64 * 256, 64, 1)).copy_(some)
     return _held(*_attend(q, q, q, causal=True, return_lse=True), q, q, q, causal=True)
 
 
-@habit("eight threads on eight streams")
+@habit("eight threads on eight streams", anywhere=True)
 def threads() -> str | None:
     import torch
 
-    q = _random(1, 8, 400, 64)
+    q, times = (_random(1, 1, 40, 64), 1) if dry else (_random(1, 8, 400, 64), 50)
     want = _attend(q, q, q, causal=True)
     torch.cuda.synchronize()
     different: list[int] = []
 
     def work() -> None:
         with torch.cuda.stream(torch.cuda.Stream()):
-            for n in range(50):
+            for n in range(times):
                 if not torch.equal(_attend(q, q, q, causal=True), want):
                     different.append(n)
 
@@ -165,7 +173,7 @@ def threads() -> str | None:
         worker.start()
     for worker in workers:
         worker.join()
-    return f"{len(different)} of 400 calls differ" if different else None
+    return f"{len(different)} of {8 * times} calls differ" if different else None
 
 
 @habit("the same bits in every repetition", anywhere=True)
@@ -223,7 +231,7 @@ def cupy_arrays() -> str | None:
     return None
 
 
-@habit("JAX arrays")
+@habit("JAX arrays", anywhere=True)
 def jax_arrays() -> str | None:
     import jax
 
@@ -231,7 +239,8 @@ def jax_arrays() -> str | None:
     from flashtile.testing import expect
 
     for dtype in ("float32", "bfloat16"):
-        q = jax.random.normal(jax.random.key(0), (2, 4, 300, 64)).astype(dtype)
+        shape = (1, 2, 60, 64) if dry else (2, 4, 300, 64)
+        q = jax.random.normal(jax.random.key(0), shape).astype(dtype)
         o, lse = flashtile.attention(q, q, q, causal=True, kernel="triton", return_lse=True)
         x = np.asarray(q)
         for expected, have, name in zip(expect(x, x, x, causal=True), (o, lse), ("output", "lse"), strict=True):
@@ -239,7 +248,7 @@ def jax_arrays() -> str | None:
     return None
 
 
-@habit("JAX arrays that are dropped at once")
+@habit("JAX arrays that are dropped at once", anywhere=True)
 def lent() -> str | None:
     """JAX gives their memory to its next operation; the kernel may still have to read them."""
     import jax
@@ -247,44 +256,18 @@ def lent() -> str | None:
 
     import flashtile
 
-    base = jax.random.normal(jax.random.key(1), (4, 16, 4096, 64)).astype(jnp.bfloat16)
+    shape, times = ((1, 2, 40, 64), 2) if dry else ((4, 16, 4096, 64), 30)
+    base = jax.random.normal(jax.random.key(1), shape).astype(jnp.bfloat16)
     want = np.asarray(flashtile.attention(base + 0, base + 0, base + 0, causal=True, kernel="triton"))
     wrong = 0
-    for n in range(30):
+    for n in range(times):
         x = base + 0
         o = flashtile.attention(x, x, x, causal=True, kernel="triton")
         del x
         junk = [jnp.full_like(base, n) for _ in range(4)]
         wrong += not np.array_equal(np.asarray(o), want)
         del junk
-    return f"{wrong} of 30 results were overwritten" if wrong else None
-
-
-@habit("the kernel in Gluon")
-def in_gluon() -> str | None:
-    """On Hopper alone, where no call takes it: whether it is right."""
-    import torch
-
-    from flashtile import current, owners
-    from flashtile.arrays import view_of
-    from flashtile.kernels import Layout
-    from flashtile.kernels.triton import cuda, gluon
-    from flashtile.spec import AttentionSpec
-
-    arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
-    if arch != "sm_90":
-        raise ImportError(f"is for sm_90, this is {arch}")
-    os.environ[gluon.VARIABLE] = "1"
-    for size, options in ((64, {"causal": True}), (128, {"causal": True, "align": 90}), (128, {})):
-        q, (k, v) = _random(2, 4, 500, size), (_random(2, 2, 590, size) for _ in range(2))
-        o, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device="cuda")
-        spec = AttentionSpec.of(q, k, v, **{"align": "top_left", **options})
-        layout = Layout(*(view_of(x).strides4() for x in (q, k, v, o)))
-        with current.calling(owners.owner_of("torch"), q):
-            gluon.attend(spec, layout, *(x.data_ptr() for x in (q, k, v, o, lse)), cuda.Gpu(), arch)
-        if wrong := _held(o, lse, q, k, v, **{"align": "top_left", **options}):
-            return f"head size {size}, {options}: {wrong}"
-    return None
+    return f"{wrong} of {times} results were overwritten" if wrong else None
 
 
 @habit("StarPU's CUDA workers")
@@ -332,24 +315,82 @@ def compile_for_tasks(folder: Path, arch: str = "") -> None:
         pass
 
 
-def every(without_device: bool) -> list[tuple[str, str, str]]:
-    """(habit, verdict, why) of each: ok, WRONG, or not run with its reason."""
+@habit("the kernel in Gluon", anywhere=True)  # the last: its groups of warps might wait for each other for ever
+def in_gluon() -> str | None:
+    """On Hopper alone, where no call takes it: whether it is right. A dry run launches it on a driver that does
+    nothing, in another process, since nothing of it runs in an interpreter."""
+    import torch
+
+    from flashtile.kernels.triton import gluon, release
+
+    arch = "sm_90" if dry else "sm_{}{}".format(*torch.cuda.get_device_capability())
+    if arch != "sm_90" or (release() or (0,)) < gluon.NEEDS:
+        raise ImportError(f"is for sm_90 and Triton {gluon.NEEDS}, this is {arch} and {release()}")
+    if dry:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        command = [sys.executable, "-c", "from benchmarks.gpu import habits; habits.rehearse_gluon()"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        return done.stderr[-300:] if done.returncode else None
+    for size, options in IN_GLUON:
+        o, lse, *inputs = _launched_in_gluon(size, options)
+        if wrong := _held(o, lse, *inputs, **options):
+            return f"head size {size}, {options}: {wrong}"
+    return None
+
+
+IN_GLUON: tuple[tuple[int, dict[str, Any]], ...] = (
+    (64, {"align": "top_left", "causal": True}),
+    (128, {"align": 90, "causal": True}),
+    (128, {"align": "top_left"}),
+)
+
+
+def _launched_in_gluon(size: int, options: dict[str, Any]) -> tuple[Any, ...]:
+    """o, lse, q, k and v of a launch."""
+    import torch
+
+    from flashtile import current, devices
+    from flashtile.arrays import view_of
+    from flashtile.kernels import Layout
+    from flashtile.kernels.triton import cuda, gluon
+    from flashtile.spec import AttentionSpec
+
+    os.environ[gluon.VARIABLE] = "1"
+    q, (k, v) = _random(2, 4, 500, size), (_random(2, 2, 590, size) for _ in range(2))
+    o, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    spec = AttentionSpec.of(q, k, v, **options)
+    layout = Layout(*(view_of(x).strides4() for x in (q, k, v, o)))
+    with current.calling(devices.owner_of("torch"), q):
+        gluon.attend(spec, layout, *(x.data_ptr() for x in (q, k, v, o, lse)), cuda.Gpu(), "sm_90")
+    return o, lse, q, k, v
+
+
+def rehearse_gluon() -> None:
+    """In a process of its own: one of these launches, on a driver that does nothing."""
+    global dry
+    dry = True
+    host.pretend()
+    if host.launches(lambda: _launched_in_gluon(*IN_GLUON[1])) != 1:
+        raise SystemExit("launched nothing")
+
+
+def every(without_device: bool) -> Iterator[tuple[str, str, str]]:
+    """(habit, verdict, why) of each: ok, WRONG, or not run with its reason; as they come, since one may never end."""
     global dry
     dry = without_device
-    rows = []
     for name, look in HABITS.items():
         if dry and name not in ANYWHERE:
-            rows.append((name, "not run", "needs a device"))
+            yield name, "not run", "needs a device, and no stand-in will do"
             continue
         if out_of_time():
-            rows.append((name, "not run", "out of time"))
+            yield name, "not run", "out of time"
             continue
         began = time.monotonic()
         try:
-            why = look()
-            rows.append((name, "ok" if why is None else "WRONG", why or f"{time.monotonic() - began:.1f} s"))
+            with stand_ins.installed() if dry else contextlib.nullcontext():
+                why = look()
+            yield name, "ok" if why is None else "WRONG", why or f"{time.monotonic() - began:.1f} s"
         except ImportError as missing:
-            rows.append((name, "not run", str(missing)))
+            yield name, "not run", str(missing)
         except Exception as error:  # one that breaks must not hide the others
-            rows.append((name, "WRONG", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))
-    return rows
+            yield name, "WRONG", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

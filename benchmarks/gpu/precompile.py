@@ -30,27 +30,31 @@ def jobs(dtypes: tuple[str, ...] = ("bfloat16", "float16")) -> list[Job]:
     return found + [Job(size, causal, dtypes[0], contain, kernel) for kernel, (size, causal, contain) in of_gradients]
 
 
-def compile_one(job: Job, arch: str) -> str:
-    """A line that says how it went."""
+def specialised(job: Job, arch: str) -> Any:
+    """What calls on aligned arrays compile for it, where heads and rows are many."""
     from flashtile.arrays import contiguous
     from flashtile.kernels.triton import backward_forms as forms
     from flashtile.kernels.triton import specialisation, tiles
     from flashtile.kernels.triton.backward_tiles import backward_tiles
-    from flashtile.kernels.triton.compiler import compiled
     from flashtile.spec import AttentionSpec
 
-    began = time.monotonic()
     view: Any = contiguous((1, 1, 1, job.size), job.dtype)
     spec = AttentionSpec.of(view, view, view, causal=job.causal)
+    if job.kernel == "forward":
+        return specialisation.forward(spec, tiles.forward_tile(spec, arch, described=True), contain=job.contain)
+    of_q, of_kv = backward_tiles(spec, arch) or ()
+    how = {"contain": job.contain, "memory": specialisation.Memory()}
+    first = job.kernel == "backward_q"
+    return forms.backward_q(spec, of_q, **how) if first else forms.backward_kv(spec, of_kv, **how)
+
+
+def compile_one(job: Job, arch: str) -> str:
+    """A line that says how it went."""
+    from flashtile.kernels.triton.compiler import compiled
+
+    began = time.monotonic()
     try:
-        if job.kernel == "forward":
-            what = specialisation.forward(spec, tiles.forward_tile(spec, arch), contain=job.contain)
-        else:
-            of_q, of_kv = backward_tiles(spec, arch) or ()
-            how = {"contain": job.contain, "memory": specialisation.Memory()}
-            first = job.kernel == "backward_q"
-            what = forms.backward_q(spec, of_q, **how) if first else forms.backward_kv(spec, of_kv, **how)
-        compiled(what, arch)
+        compiled(specialised(job, arch), arch)
     except Exception as error:
         return f"{job}: {type(error).__name__} {str(error)[:120]}"
     return f"{job}: {time.monotonic() - began:.1f} s"

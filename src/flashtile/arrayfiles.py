@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import struct
 import zipfile
@@ -108,7 +109,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_at(file: int, rows: np.ndarray, at: int, name: str) -> None:
     """Write contiguous rows at an offset of a file. Raises: OSError that says which, as where a disk is full."""
     left = rows.view(np.uint8).reshape(-1).data
-    with _saying(name):
+    with saying(name):
         while len(left):
             done = os.pwrite(file, left, at)
             left, at = left[done:], at + done
@@ -117,7 +118,7 @@ def write_at(file: int, rows: np.ndarray, at: int, name: str) -> None:
 def read_at(file: int, into: np.ndarray, at: int, name: str) -> None:
     """Fill contiguous rows from an offset of a file. Raises: OSError."""
     left = into.view(np.uint8).reshape(-1).data
-    with _saying(name):
+    with saying(name):
         while len(left):
             done = os.preadv(file, [left], at)
             if not done:
@@ -125,8 +126,56 @@ def read_at(file: int, into: np.ndarray, at: int, name: str) -> None:
             left, at = left[done:], at + done
 
 
+class Behind:
+    """The file behind a memory map, to be read without it: where a file is cut short meanwhile, a read is an error, of
+    which a program knows; a touch of the map is a signal, by which it dies. No page need be mapped and forgotten, too.
+    """
+
+    def __init__(self, file: int, name: str, address: int, offset: int) -> None:
+        self._file, self._name, self._address, self._offset = file, name, address, offset
+
+    @classmethod
+    def of(cls, x: Any) -> Behind | None:
+        """None for an array that is no map, for one's own copy (mode "c"), and where the file cannot be told for sure:
+        its name may lead to another by now, and only Linux says which file is mapped."""
+        base = mapped(x)
+        if base is None:
+            return None
+        start = np.frombuffer(base, np.uint8).ctypes.data
+        with contextlib.suppress(OSError, TypeError), open("/proc/self/maps") as maps:
+            for line in maps:
+                places, _, offset, _, inode, *_ = line.split()
+                first, end = (int(place, 16) for place in places.split("-"))
+                if first <= start < end:
+                    file = os.open(x.filename, os.O_RDONLY | os.O_CLOEXEC)
+                    found = cls(file, str(x.filename), start, int(offset, 16) + start - first)
+                    return found if os.fstat(file).st_ino == int(inode) else None
+        return None
+
+    def read(self, rows: np.ndarray, into: np.ndarray) -> bool:
+        """Fill `into` with a part of the map; False where their bytes do not lie alike. Raises: OSError."""
+        if not rows.flags.c_contiguous or not into.flags.c_contiguous or rows.nbytes != into.nbytes:
+            return False
+        read_at(self._file, into, self._offset + rows.ctypes.data - self._address, self._name)
+        return True
+
+    def __del__(self) -> None:
+        os.close(self._file)
+
+
+def mapped(x: Any) -> mmap.mmap | None:
+    """The map in which an array lies, if that is a file's and not one's own copy of it."""
+    if getattr(x, "mode", None) not in ("r", "r+", "w+") or not x.size:
+        return None
+    base: Any = x
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return base if isinstance(base, mmap.mmap) else None
+
+
 @contextlib.contextmanager
-def _saying(name: str) -> Iterator[None]:
+def saying(name: str) -> Iterator[None]:
+    """Let errors of the system say which file it was."""
     try:
         yield
     except OSError as e:

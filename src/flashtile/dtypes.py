@@ -65,7 +65,8 @@ def dtype_of(dtype: object, argument: str = "dtype") -> DType:
         name = str(dtype).removeprefix("torch.")
     row = DTYPES.get(name)
     if row is None:
-        raise wrong(argument, f"dtype {name}", "one of " + ", ".join(DTYPES))
+        hint = " (np.load reads bfloat16 as this: x.view(ml_dtypes.bfloat16))" if name == "void16" else ""
+        raise wrong(argument, f"dtype {name}", "one of " + ", ".join(DTYPES) + hint)
     _seen[dtype] = row
     return row
 

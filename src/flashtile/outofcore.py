@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from flashtile.arrays import is_stored, is_torch, plain, view_of
+from flashtile.arrays import is_dask, is_stored, is_torch, plain, view_of
 from flashtile.calls import describe, family_of, gathered
 from flashtile.calls.prepared import check_out
 from flashtile.checks import check_flag, integer
@@ -81,8 +82,10 @@ def limit_of(memory_limit: Any, engine: Any) -> int:
 
 def readable(x: Any, name: str) -> Any:
     """An array in memory, or mapped, as an ndarray; one in storage as it is. Raises: SpecError for any other."""
-    if is_torch(x):
-        raise wrong(name, "a torch tensor with a memory_limit", "a NumPy array, or one in storage")
+    expected = 'a NumPy array, or one in storage; of a file np.load(..., mmap_mode="r")'
+    if is_torch(x) or is_dask(x) or isinstance(x, (str, os.PathLike)):
+        kind = "a torch tensor" if is_torch(x) else "a Dask array" if is_dask(x) else f"the name {str(x)!r}"
+        raise wrong(name, f"{kind} with a memory_limit", expected)
     return x if is_stored(x) else plain(x, name)
 
 

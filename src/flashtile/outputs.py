@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import shutil
@@ -31,6 +32,12 @@ def place_of(target: Any, name: str) -> Place | None:
         if path.suffix not in (NPY, ZARR) or not path.parent.is_dir():
             expected = "an array, or a name that ends in .npy or .zarr in a folder that exists"
             raise wrong(name, repr(str(target)), expected)
+        if path.suffix == NPY and path.is_dir():
+            raise wrong(name, f"{str(target)!r}, a folder", "the name of a file, or a new one")
+        if path.suffix == ZARR and path.exists() and not _holds_array(path):
+            raise wrong(
+                name, f"{str(target)!r}, which holds no Zarr array or more than one", "a new name, or an array's"
+            )
         return Place(name, path, path)
     if not is_stored(target):
         return None
@@ -46,6 +53,16 @@ def _folder(x: Any) -> Path | None:
         return None
     found = root / path
     return found if any((found / file).is_file() for file in METADATA) else None
+
+
+def _holds_array(folder: Path) -> bool:
+    """Whether a folder is a Zarr array, or empty: nothing else is lost where it is replaced."""
+    if not folder.is_dir():
+        return False
+    with contextlib.suppress(OSError, ValueError):
+        if (folder / ".zarray").is_file() or json.loads((folder / "zarr.json").read_bytes())["node_type"] == "array":
+            return True
+    return not any(folder.iterdir())
 
 
 @dataclass(frozen=True)
@@ -77,7 +94,8 @@ class Place:
             yield self.target
         elif self.path.suffix == NPY and self.target is self.path:
             with arrayfiles.replacing(self.path) as temporary:
-                arrayfiles.create_npy(temporary, shape, dtype)
+                with arrayfiles.saying(str(self.path)):
+                    arrayfiles.create_npy(temporary, shape, dtype)
                 with temporary.open("r+b", buffering=0) as file:
                     yield _Rows(file.fileno(), shape, np.dtype(dtype), str(self.path))
                     os.fsync(file.fileno())
@@ -151,11 +169,14 @@ def _zarr(name: str, dtype: Any) -> Any:
 
 
 def reader(x: Any, given: Any, axes: int = 4) -> Read:
-    """How rows of a head are read, of an array that has at most so many axes. Pages of a map are forgotten at once."""
-    missing = axes - len(x.shape)
+    """How rows of a head are read, of an array that has at most so many axes. A map's are read from its file; where
+    that cannot be, its pages are forgotten at once."""
+    missing, behind = axes - len(x.shape), arrayfiles.Behind.of(given)
 
     def read(batch: int, head: int, first: int, into: np.ndarray) -> None:
         rows = x[(*(batch, head)[missing:], slice(first, first + len(into)))]
+        if behind is not None and behind.read(rows, into):
+            return
         into[...] = rows.view(np.uint16) if rows.dtype.name == "bfloat16" else rows
         forget(given, rows)
 
@@ -168,7 +189,12 @@ def writer(x: Any) -> Write:
 
     def write(batch: int, head: int, first: int, rows: np.ndarray) -> None:
         where: tuple[Any, ...] = *(batch, head)[missing:], slice(first, first + len(rows))
-        x[where] = rows.view(x.dtype)
+        try:
+            x[where] = rows.view(x.dtype)
+        except OSError as e:  # a full disk, of which storage does not say where it is
+            if e.errno is None or e.filename is not None:
+                raise
+            raise OSError(e.errno, e.strerror, str(x)) from e
         if isinstance(x, np.ndarray):
             forget(x, x[where])
 

@@ -82,10 +82,20 @@ class LazyMask(BlockMask):
         return torch.tensor(program.visible(*(x.numpy() for x in places)))
 
     def __getitem__(self, index: Any) -> Any:
-        raise UnavailableError(
-            f"attention_mask: got an index into a lazy mask of shape {self.shape}, expected a model that hands the "
-            "mask on as it is, or another attn_implementation"
-        )
+        raise _looked_into("an index into", self.shape)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Models with attention of their own compute with the mask."""
+        (mask, *_) = (x for x in (*args, *(kwargs or {}).values()) if isinstance(x, LazyMask))
+        raise _looked_into(f"{getattr(function, '__name__', function)} of", mask.shape)
+
+
+def _looked_into(how: str, shape: tuple[int, ...]) -> UnavailableError:
+    return UnavailableError(
+        f"attention_mask: got {how} a lazy mask of shape {shape}, expected a model that hands the mask on as it is, or "
+        "another attn_implementation"
+    )
 
 
 @torch.compiler.disable  # a graph breaks here, rather than follow a call into its tracing and compiling
@@ -318,7 +328,7 @@ def _band(function: Any) -> Window | None:
     return None
 
 
-def _rule(function: Any, first_row: int, first_key: int) -> score.Mask:
+def _rule(function: Any, first_row: int, first_key: int) -> Any:
     """A function that is no band, as a mask. Raises: SpecError where it cannot be traced."""
     if _is(function, _PACKED):
         return score.document(_held(function)["packed_sequence_mask"])
@@ -329,10 +339,9 @@ def _rule(function: Any, first_row: int, first_key: int) -> score.Mask:
     name = f"mask_function {getattr(function, '__qualname__', type(function).__name__)}"
     rule = score.Mask(lambda offset: visible, name=name)
     try:
-        rule.expression()
+        return score.freeze(rule)  # all layers use it, and trace it once
     except SpecError:
         raise
     except Exception as cause:
         expected = "one that the score language can trace, or another attn_implementation"
         raise wrong("mask_function", f"{name.partition(' ')[2]}, which does not run on symbols", expected) from cause
-    return rule

@@ -67,9 +67,13 @@ def test_explain_names_tiles_and_few_queries_do_without(isa: str) -> None:
     assert [x.product.partition(":")[0] for x in said] == names
 
 
+SIZES = (64, 64), (17, 33), (96, 80), (1, 1)
+# Another precision for the kernel of tf32: it is looked at in one size.
+EVERY_KIND = [(kind, sizes) for kind in KINDS for sizes in SIZES if kind != "fp32 as fp16" or sizes == (64, 64)]
+
+
 @pytest.mark.parametrize("options", [{}, {"causal": True, "align": 30}], ids=["dense", "causal"])
-@pytest.mark.parametrize("sizes", [(64, 64), (17, 33), (96, 80), (1, 1)], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "sizes"), EVERY_KIND, ids=str)
 def test_every_kind_is_accurate(isa: str, kind: str, sizes: tuple[int, int], options: dict[str, Any]) -> None:
     dtype, precision = KINDS[kind]
     q, k, v = arrays(50, 131, *sizes, dtype=dtype)
@@ -85,7 +89,7 @@ def test_keys_in_parts(isa: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("factor", [30.0, 3e3])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "fp32 as fp16"])
 def test_scores_that_lie_far_apart(isa: str, kind: str, factor: float) -> None:
     """Some 24,000 octaves apart by the larger factor."""
     dtype, precision = KINDS[kind]
@@ -293,13 +297,12 @@ def test_dropout_keeps_what_it_says(isa: str, number: Any) -> None:
     assert ((o != 0) == dropout_keep((1, 2, rows, keys), 0.4, seed=9)).all()
 
 
-@pytest.mark.parametrize("rise", [1.0, 2.5, 3.0, 40.0], ids=lambda x: f"{x:g} octaves")
-@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+@pytest.mark.parametrize(("kind", "rise"), [("bf16", 1.0), ("bf16", 3.0), ("fp16", 2.5), ("fp16", 40.0)])
 def test_a_maximum_that_rises_a_little_from_block_to_block(isa: str, kind: str, rise: float) -> None:
     """Below RISE octaves a row keeps its maximum, and weighs more than 1; the next step is beyond. Half of the rows see
     scores fall."""
     dtype, precision = KINDS[kind]
-    q, k, v = arrays(40, 450, 32, 32, dtype)
+    q, k, v = (x[:1, :1] for x in arrays(40, 450, 32, 32, dtype))
     q[..., 0], k[..., 0] = np.where(np.arange(40) % 2, 1, -1), np.arange(450) // 64 * rise * np.log(2)
     o, lse = attend(q, k, v, scale=1.0, precision=precision, return_lse=True)
     expected_o, expected_lse = expect(q, k, v, scale=1.0, precision=precision)

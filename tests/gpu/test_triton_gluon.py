@@ -86,3 +86,9 @@ def test_a_launch(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F
 )
 def test_what_it_refuses(arch: str, spec: AttentionSpec, reason: str) -> None:
     assert reason in str(gluon.refusal(spec, arch))
+
+
+def test_an_older_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gluon, "release", lambda: (3, 6))
+    monkeypatch.setattr(gluon, "installed_version", lambda: "3.6.0")
+    assert gluon.refusal(spec_of(), ARCH) == "wants Triton 3.9, this is 3.6.0"

@@ -19,6 +19,7 @@ from devices import DeviceArray, HostOwner
 from inputs import Shape, uniform
 
 import flashtile
+from benchmarks.gpu import precompile
 from flashtile import owners
 from flashtile.calls import clear_cache
 from flashtile.errors import KernelError, UnavailableError
@@ -173,6 +174,8 @@ def test_the_second_launch_is_small(gpu: Gpu) -> None:
     assert first.grid[0] == again["items"] > 132 and second.grid == (132, 1, 1)
     own = first.grid[0] * compiled(gpu.specialisations[0], ARCH).metadata.global_scratch_size
     assert own and told["odd"] == told["global_scratch"] + own and again["global_scratch"] == 0
+    ahead = [precompile.specialised(precompile.Job(64, False, "float16", contain), ARCH) for contain in (False, True)]
+    assert gpu.specialisations == ahead, "what the run on hardware compiles beside its checks"
     assert sum(entry[0] == "empty" for entry in gpu.owner.diary) == 2, "the output, and the workspace"
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
 
 import ml_dtypes
 import numpy as np
 import pytest
-from inputs import Shape, uniform
+from inputs import Shape, preset, uniform
 
 import flashtile
 from flashtile.calls import clear_cache
@@ -73,6 +74,16 @@ def test_gradients(isa: str, storage: str, shape: str, options: dict) -> None:
     expected = expect_gradients(do, q, k, v, **options)
     for name in "qkv":
         getattr(expected, name).check(getattr(got, name), f"d{name}")
+
+
+@pytest.mark.parametrize("isa", ["neon_bf16"], indirect=True)
+def test_the_grid_of_bf16(isa: str) -> None:
+    """tests/test_grid.py, in the one dtype that this machine computes by itself; its few queries take the dot, so it
+    is there once more with as many as take squares."""
+    for data, more, *sizes in itertools.product((preset, uniform), (0, 16), (1, 2), (1, 2), (4, 8), (4, 8)):
+        batch, heads, length, size = sizes
+        q, k, v = data(Shape(batch, heads, heads, length + more, length, size, size), "bfloat16")
+        expect(q, k, v)[0].check(flashtile.attention(q, k, v, kernel="cpu"))
 
 
 def test_the_instruction_sets_are_neons() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flashtile import score
 from flashtile.errors import SpecError
 from flashtile.score import padding, remembered
 from flashtile.score.mask import Mask
@@ -155,3 +156,73 @@ def test_no_more_programs_are_kept_than_some(entries: dict[Any, Any], monkeypatc
     for n in range(9):
         Program.of((1, 1, 4, n + 1), mask=lambda b, h, i, j: j <= i)
     assert 0 < len(entries) <= 3
+
+
+def rules(random: random.Random, lengths: tuple[int, int]) -> Any:
+    """Masks of the package, of a function and frozen ones, put together by chance; arrays come from a few."""
+    rows, keys = lengths
+    longer = max(lengths)
+    ids = [np.arange(longer, dtype=np.int32) // n for n in (2, 3)]
+    dense = [np.arange(n * m).reshape(n, m) % 3 > 0 for n, m in ((rows, keys), (1, keys), (rows, 1))]
+
+    def one() -> Any:
+        cut = ((x if len(x) == n else x[:n]) for x, n in zip(random.choices(ids, k=2), lengths, strict=True))
+        document = score.document(*cut)
+        few = random.randint(0, keys)
+        choices = [
+            *(score.causal(), score.window(random.choice([None, 2, 3]), random.choice([None, 1])), document),
+            *(score.padding(np.array([few])), score.prefix(few), score.prefix(np.array([few]))),
+            *(score.dense(x) for x in dense),
+        ]
+        if random.random() < 0.2:
+            choices = [Mask(lambda offset: lambda b, h, i, j: j - i < few + offset, positional=True)]
+        if random.random() < 0.2:
+            choices = [score.freeze(document)]
+        return random.choice(choices)
+
+    rule = one()
+    for _ in range(random.randint(0, 2)):
+        rule = random.choice([rule & one(), rule | ~one()])
+    return rule, ids, dense
+
+
+def test_a_remembered_program_is_never_another_ones(entries: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chance rules, lengths, offsets and arrays, shared or not, and changed in place: always what tracing gives."""
+    monkeypatch.setattr(remembered, "_ENTRIES", 1 << 20)
+    chance = random.Random(0)
+    for _ in range(300):
+        lengths = chance.choice([(5, 7), (1, 6), (4, 4), (1, 1), (0, 3)])
+        rule, ids, dense = rules(chance, lengths)
+        causal, offset = chance.random() < 0.3, chance.randint(-2, 3)
+        window = chance.choice([None, None, (1, None), (2, 0)])
+        given = {"mask": rule, "causal": causal, "window": window, "offset": offset}
+        for _ in range(2):
+            ids[0] += np.arange(len(ids[0]), dtype=np.int32) % 2
+            np.logical_not(dense[0], out=dense[0])
+            shape = (1, 2, *lengths)
+            program = Program.of(shape, **given)
+            fresh = Program.traced(shape, softcap=None, alibi_slopes=None, bias=None, **given)
+            assert program.structure == fresh.structure and program.slots == fresh.slots
+            places = np.ogrid[tuple(slice(n) for n in shape)]
+            np.testing.assert_array_equal(program.visible(*places), fresh.visible(*places))
+    assert 100 < len(entries) < 400, "most of 600 are found"
+
+
+def test_rules_of_the_package_serve_every_length_and_offset(entries: dict[Any, Any]) -> None:
+    for keys in range(2, 12):
+        ids = np.arange(keys) // 3
+        rule = score.causal() & score.document(ids) & score.padding(np.array([keys - 1])) | score.window(keys, None)
+        Program.of((1, 2, 1, keys), mask=rule & score.dense(np.ones((1, keys), bool)), offset=keys - 1)
+    assert len(entries) == 1
+
+
+def test_which_arrays_are_the_same_is_remembered(entries: dict[Any, Any]) -> None:
+    first, second = np.arange(8) // 2, np.arange(8) // 3
+    shown = []
+    for other in (first, second, first):
+        rule = score.document(first) & ~score.document(other)
+        shown.append(int(Program.of(SHAPE, mask=rule).visible(*np.ogrid[:1, :2, :6, :8]).sum()))
+    assert shown[0] == shown[2] == 0 < shown[1]
+    low = [score.window(a, None) & ~score.window(b, None) for a, b in ((3, 1), (4, 1), (2, 2))]
+    counts = [int(Program.of(SHAPE, mask=x).visible(*np.ogrid[:1, :2, :6, :8]).sum()) for x in low]
+    assert len(set(counts)) == 3, "two numbers of one name"

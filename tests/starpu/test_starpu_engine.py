@@ -305,13 +305,13 @@ def test_bits_depend_neither_on_workers_nor_on_the_scheduler(script: Script, tmp
     starpu.init(workers=int(os.environ["N"]))
     digest = hashlib.sha256()
     for dtype in ("float32", "float16"):
-        q, k, v, *_ = arrays(q_len=900, kv_len=1100, heads=3, size=32, dtype=dtype)
+        q, k, v, *_ = arrays(q_len=500, kv_len=600, heads=3, size=32, dtype=dtype)
         for options in ({}, dict(causal=True, align="bottom_right"), dict(window=(200, 100), align=0)):
             for x in flashtile.attention(q, k, v, engine="starpu", return_lse=True, **options):
                 digest.update(x.tobytes())
     print(digest.hexdigest())
     """
-    runs = [("1", "eager"), ("2", "lws"), ("3", "random"), ("2", "prio"), ("4", "dmda"), ("2", "ws")]
+    runs = [("1", "eager"), ("2", "lws"), ("3", "random"), ("4", "dmda")]
     models = str(tmp_path / "models")
     printed = {script(body, N=n, STARPU_SCHED=scheduler, STARPU_PERF_MODEL_DIR=models).stdout for n, scheduler in runs}
     assert len(printed) == 1
@@ -394,17 +394,18 @@ def test_a_thousand_calls_do_not_grow(script: Script) -> None:
         """
         import resource
         from flashtile.engines.starpu import runtime
-        q, k, v, *_ = arrays(dtype="float16")
+        q, k, v, *_ = arrays(q_len=100, kv_len=100, dtype="float16")
         align = np.array([3])
         def calls(n):
             for _ in range(n):
                 flashtile.attention(q, k, v, engine="starpu")
                 flashtile.attention(q, k, v, engine="starpu", causal=True, align=align)
-        calls(100)
+        calls(50)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         calls(500)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, len(runtime.current().handles))
-        """
+        """,
+        STARPU_NCPU="1",  # a second worker would poll, and take as much time again
     )
     grown, handles = map(int, done.stdout.split())
     assert grown < 4000 and handles == 0  # KiB

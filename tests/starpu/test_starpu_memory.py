@@ -15,7 +15,7 @@ from inputs import Shape, same_bits, uniform
 
 import flashtile
 from flashtile.calls import clear_cache
-from flashtile.engines.starpu import engine, outofcore, outofcore_sums
+from flashtile.engines.starpu import engine, outofcore, outofcore_sums, runtime
 from flashtile.engines.starpu.backward import BackwardFlow
 from flashtile.engines.starpu.outofcore_gradients import StreamedBackward
 from flashtile.engines.starpu.outofcore_sums import Target
@@ -303,6 +303,76 @@ def test_zarr_arrays_are_replaced_when_they_are_whole(tmp_path: Path) -> None:
         flashtile.attention_backward(q, q, k, v, o, lse, out=Gradients(sums.q, dk, dk), **limit)
 
 
+FILES = """
+import errno, os, resource, sys
+import numpy as np
+import flashtile
+
+os.chdir(sys.argv[1])
+x = np.random.default_rng(0).standard_normal((1, 3, 2000, 8), dtype=np.float32)
+np.save("k.npy", x)
+k = np.load("k.npy", mmap_mode="r")
+
+def fails(number, name, call):
+    try:
+        call()
+    except OSError as e:
+        assert e.errno == number and name in str(e), e
+    else:
+        raise SystemExit("no error")
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, -1))  # as if the disk were full
+fails(errno.EFBIG, "o.npy", lambda: flashtile.attention(x, k, k, memory_limit=1 << 24, out="o.npy"))
+resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+cut = lambda done, total: os.truncate("k.npy", 4096)
+fails(errno.EIO, "k.npy", lambda: flashtile.attention(x, k, k, memory_limit=1 << 24, out="o.npy", progress=cut))
+assert os.listdir() == ["k.npy"]
+np.save("k.npy", x)
+flashtile.attention(x, np.load("k.npy", mmap_mode="r"), x, memory_limit=1 << 24, out="k.npy")
+assert (np.load("k.npy") == flashtile.attention(x, x, x, engine="starpu")).all()
+"""
+
+
+def test_files_that_fill_the_disk_or_are_cut_short_while_they_are_read(tmp_path: Path) -> None:
+    """Errors that name the file, where a touch of a map would end the process."""
+    done = processes.run([sys.executable, "-c", FILES, str(tmp_path)])
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_ctrl_c_at_the_end_of_a_wait_leaves_nothing_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = uniform(Shape(1, 2, 2, 150, 250, 8, 8), "float32")
+    want = flashtile.attention(q, k, v, memory_limit=1 << 24)
+    unregister, calls = runtime.Runtime.unregister, [0]
+
+    def interrupted(*given: Any) -> None:
+        unregister(*given)
+        calls[0] += 1
+        if calls[0] == 2:
+            raise KeyboardInterrupt
+
+    before = len(runtime.current().handles)
+    monkeypatch.setattr(runtime.Runtime, "unregister", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        flashtile.attention(q, k, v, memory_limit=1 << 24)
+    assert len(runtime.current().handles) == before
+    assert same_bits(flashtile.attention(q, k, v, memory_limit=1 << 24), want)
+
+
+def test_nothing_but_an_array_is_replaced(tmp_path: Path) -> None:
+    """A folder that has the name of a result, a group of arrays, a file: refused before anything is computed."""
+    zarr = pytest.importorskip("zarr")
+    zarr.open_group(tmp_path / "group.zarr", mode="w").create_array("x", shape=(3,), dtype="float32")
+    (tmp_path / "folder.npy").mkdir()
+    (tmp_path / "file.zarr").write_bytes(b"of something")
+    for name in ("group.zarr", "folder.npy", "file.zarr"):
+        with pytest.raises(SpecError, match=rf"^out: got '.*{name}', .*expected"):
+            flashtile.attention(Q, K, V, memory_limit=1 << 24, out=tmp_path / name)
+    assert len(sorted(tmp_path.rglob("*"))) == 6 and (tmp_path / "file.zarr").read_bytes() == b"of something"
+    (tmp_path / "empty.zarr").mkdir()
+    assert flashtile.attention(Q, K, V, memory_limit=1 << 24, out=tmp_path / "empty.zarr").shape == Q.shape
+
+
 def test_progress_comes_to_its_end() -> None:
     q, k, v = uniform(Shape(1, 3, 3, 100, 100, 8, 8), "float32")
     seen: list[tuple[int, int]] = []
@@ -387,6 +457,8 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "no folder": (SpecError, "^out: got '/nowhere/o.npy'", {"out": "/nowhere/o.npy"}),
     "another shape": (SpecError, "^out: got shape", {"out": np.empty((1, 2, 96, 7), "float32")}),
     "an input": (SpecError, "^out: got an array within the memory that k spans", {"out": K}),
+    "the name of an input": (SpecError, "^k: got the name 'k.npy' with a memory_limit, .* mmap_mode", {"k": "k.npy"}),
+    "bfloat16 as np.load has it": (SpecError, "^k: got dtype void16, .*bfloat16", {"k": K.view("V2")}),
     "an unknown keyword": (SpecError, "^memory: ", {"memory": 3}),
 }
 
@@ -395,7 +467,7 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
 def test_bad_input_is_named(name: str) -> None:
     kind, text, options = BAD[name]
     with pytest.raises(kind, match=text):
-        flashtile.attention(Q, K, V, **{"memory_limit": 1 << 24, **options})
+        flashtile.attention(**{"q": Q, "k": K, "v": V, "memory_limit": 1 << 24, **options})
 
 
 BAD_GRADIENTS: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {

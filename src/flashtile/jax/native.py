@@ -17,7 +17,7 @@ from flashtile.calls import Scored, engine_of, family_of, prepare
 from flashtile.engines import BoundBackward, Native
 from flashtile.errors import SpecError, UnavailableError
 from flashtile.jax.call import BACKWARD, FORWARD, DescribedCall
-from flashtile.kernels import BackwardLayout
+from flashtile.kernels import ArrayShapes, BackwardLayout
 from flashtile.score.capture import Access, ArrayCapture, ReadTooEarly, Unread
 from flashtile.score.coverage import is_stored
 from flashtile.score.expr import postorder
@@ -98,13 +98,14 @@ def _backward(call: DescribedCall, arrays: Arrays) -> Any:
     return _handler(ready.native, scoring, Buffers(inputs, results, numbers), BACKWARD)
 
 
-def bound(spec: AttentionSpec, views: Sequence[View]) -> BoundBackward | None:
-    """The backward of a call on q, k, v and o that lie so; None where there is none that writes to arrays."""
+def bound(spec: AttentionSpec, views: Sequence[View], arrays: ArrayShapes = ()) -> BoundBackward | None:
+    """The backward of a call on q, k, v and o that lie so, and to captured arrays of these slots and shapes; None where
+    there is none that writes to arrays."""
     family, bind = family_of(spec, "auto", "backward"), engine_of(spec, "auto").bind_backward
     if family.compile_backward is None or bind is None or spec.empty:
         return None
     q, k, v, o = (x.strides4() for x in views)
-    return bind(spec, BackwardLayout(q, k, v, o, o, q, k, v), family, ())
+    return bind(spec, BackwardLayout(q, k, v, o, o, q, k, v), family, arrays)
 
 
 def unread(arrays: Arrays) -> list[Unread]:
@@ -112,11 +113,11 @@ def unread(arrays: Arrays) -> list[Unread]:
     return [Unread(shape, str(dtype)) for shape, dtype in arrays]
 
 
-def scored(call: DescribedCall, views: Sequence[View], operands: list[Any]) -> Scored | None:
+def scored(call: DescribedCall, views: Sequence[View], operands: list[Any], wide: bool = False) -> Scored | None:
     """What the call asks for, traced with arrays that are not there yet; None where their elements have a say in it: in
-    integers that must fit in 32 bits, places that may lie outside of an array, or an element that is read by a number.
-    Raises: SpecError."""
-    if any(x.dtype in _WIDE for x in operands):
+    integers that must fit in 32 bits, but for `wide` (who has them looks), places that may lie outside of an array, or
+    an element that is read by a number. Raises: SpecError."""
+    if not wide and any(x.dtype in _WIDE for x in operands):
         return None
     keywords: dict[str, Any] = call.keywords(operands)
     scores = {name: keywords[name] for name in ("mask", "bias", "score_mod", "softcap", "sinks")}

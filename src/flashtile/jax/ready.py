@@ -1,10 +1,12 @@
-"""Calls that take several threads, made ready when Python is first entered for them, and then given their buffers."""
+"""Calls that machine code leaves to Python, made ready when it is first entered for them, then given their buffers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from flashtile.arrays import view_of
 from flashtile.calls import lookup, prepare
@@ -25,17 +27,22 @@ class _Known(NamedTuple):
     scoring: Scoring
     places: dict[str | int, int]
 
+    def learned(self, call: DescribedCall, first: int) -> dict[int, str]:
+        """The slots of arrays that have a gradient, and the names of these."""
+        names = {first + n: x for n, x in enumerate(call.operands) if x in call.differentiable}
+        return {n: names[at] for n, at in self.places.items() if isinstance(n, int) and at in names}
+
     def filled(self, arguments: Sequence[Argument]) -> Scoring | None:
         """What changes scores, with the arrays of a call; None if nothing does."""
         program, sinks = self.scoring.program, self.scoring.sinks
         if program is sinks is None:
             return None
         if program is not None:
-            captures = tuple(
-                replace(x, array=arguments[self.places[n]].storage(), place=None) if isinstance(x, ArrayCapture) else x
+            read = (
+                x.read_at(arguments[self.places[n]].storage()) if isinstance(x, ArrayCapture) else x
                 for n, x in enumerate(program.captures)
             )
-            program = replace(program, captures=captures)
+            program = replace(program, captures=tuple(read))
         return Scoring(program, None if sinks is None else arguments[self.places["sinks"]].storage())
 
 
@@ -44,13 +51,13 @@ _known: dict[Any, _Known | None] = {}
 
 def _find(key: Any, call: DescribedCall, arguments: list[Argument], first: int) -> _Known | None:
     """Of a call whose operands begin with the `first` argument, q, k and v before them; None where vmap added axes, or
-    elements of arrays have a say in what the call is."""
+    elements of arrays have a say in what the call is beyond whether they fit, which `filled` looks at."""
     if key in _known:
         return _known[key]
     found = None
     operands = unread(tuple((x.shape, x.array().dtype) for x in arguments[first:]))
     views = [view_of(x.array().swapaxes(-3, -2)) for x in arguments[first - 3 : first]]
-    if len(arguments[0].shape) == 4 and (answer := scored(call, views, operands)) is not None:
+    if len(arguments[0].shape) == 4 and (answer := scored(call, views, operands, wide=True)) is not None:
         found = _Known(answer.spec, answer.scoring, places_of(call, answer.scoring, operands, first))
     return keep(_known, key, found)
 
@@ -71,24 +78,32 @@ def forward(key: Any, call: DescribedCall, arguments: list[Argument], results: l
 
 
 def backward(key: Any, call: DescribedCall, arguments: list[Argument], results: list[Argument]) -> bool:
-    """The same for (do, o, lse, q, k, v, operands) and gradients of q, k, v and sinks; False also for those of other
-    arrays."""
-    if set(call.differentiable) - {"sinks"}:
-        return False
+    """The same for (do, o, lse, q, k, v, operands) and the gradients."""
     known = _find(key, call, arguments, 6)
     if known is None:
         return False
     do, o, lse, q, k, v = arguments[:6]
+    into = dict(zip(("q", "k", "v", *call.differentiable), results, strict=True))
+    slots = known.learned(call, 6)
     ready = backwards.get(key)
     if ready is None:
-        ready = bound(known.spec, [view_of(x.array().swapaxes(1, 2)) for x in (q, k, v, o)])
+        shapes = tuple((n, arguments[known.places[n]].shape) for n in sorted(slots))
+        views = [view_of(x.array().swapaxes(1, 2)) for x in (q, k, v, o)]
+        ready = None if any(0 in shape for _, shape in shapes) else bound(known.spec, views, shapes)
         if ready is None:
             return False
         keep(backwards, key, ready)
-    for x in results:  # kernels add to them
-        x.storage()[...] = 0
-    dq, dk, dv, dsinks = (*(x.address for x in results), 0)[:4]
+    for name, x in into.items():
+        if name not in slots.values():
+            x.storage()[...] = 0  # kernels add to them
+    dq, dk, dv = (into[x].address for x in "qkv")
+    dsinks = into["sinks"].address if "sinks" in into else 0
     at_q, at_k, at_v, at_o, at_lse, at_do = (x.address for x in (q, k, v, o, lse, do))
     scoring = known.filled(arguments)
-    ready.run(ready.pack(at_q, at_k, at_v, at_o, at_lse, at_do, 0, dq, dk, dv, 0, scoring, dsinks))
+    params = ready.pack(at_q, at_k, at_v, at_o, at_lse, at_do, 0, dq, dk, dv, 0, scoring, dsinks)
+    ready.run(params)
+    sums = ready.totals(params)
+    with np.errstate(over="ignore", invalid="ignore"):  # what the dtype cannot hold is an infinity there
+        for name in set(slots.values()):
+            into[name].array()[...] = sum(sums[n] for n, of in slots.items() if of == name)
     return True

@@ -33,6 +33,7 @@ _ELEMENTS = {
     "f4": ("f32", "float"),
     "f8": ("f64", "float"),
 }
+UNNAMED = "captured number"
 TYPE_OF = {**dict(_ELEMENTS.values()), "bf16": "float"}
 _SPELLED = {np.dtype(code).name: element for code, (element, _) in _ELEMENTS.items()} | {"bfloat16": "bf16"}
 _READ = "expected bool, an integer, float16, bfloat16, float32 or float64"
@@ -45,7 +46,7 @@ class ScalarCapture:
 
     value: float
     type: str
-    name: str = "captured number"
+    name: str = UNNAMED
 
 
 class Place(NamedTuple):
@@ -90,6 +91,11 @@ class ArrayCapture:
     @property
     def rank(self) -> int:
         return self.array.ndim
+
+    def read_at(self, storage: np.ndarray) -> ArrayCapture:
+        """The same array where its elements are there. Raises: SpecError for integers that do not fit in int32."""
+        _check_integers(storage, self.element, self.name)
+        return ArrayCapture(storage, self.element, self.source, self.name)
 
     def widen(self, raw: np.ndarray, float_type: np.dtype) -> np.ndarray:
         """Stored elements as bool, int32 or float_type."""
@@ -175,9 +181,13 @@ def capture(value: Any, name: str = "captured array") -> ArrayCapture:
     if "jax" in sys.modules and isinstance(value, sys.modules["jax"].core.Tracer):
         return _without_memory(value, name, TRACED)
     raw, element = _storage(value, name)
+    _check_integers(raw, element, name)
+    return ArrayCapture(raw, element, value, name)
+
+
+def _check_integers(raw: np.ndarray, element: str, name: str) -> None:
     if element in _WIDE and raw.size and not (raw.min() >= INT_MIN and raw.max() <= INT_MAX):
         raise SpecError(f"{name}: got integers from {raw.min()} to {raw.max()}, expected values that fit in int32")
-    return ArrayCapture(raw, element, value, name)
 
 
 def in_graph() -> bool:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from .capture import Access, Slot
+from .capture import Access, ArrayCapture, ScalarCapture, Slot
 from .derivative import ArrayGradient, array_gradients, derivative
-from .expr import Expr, postorder
+from .expr import Expr, node, postorder, rewrite
 from .operations import variable
 
 
@@ -87,3 +87,23 @@ def is_along_keys(x: Expr) -> bool:
     rest = [index for index in x.args if index is not j]
     once = len(rest) == len(x.args) - 1
     return once and not x.data.clamp[x.args.index(j)] and all(index.variables <= {"b", "h", "i"} for index in rest)
+
+
+def number_captures(roots: list[Expr]) -> tuple[list[Expr], tuple[Any, ...], tuple[Slot, ...]]:
+    """Captured values replaced by slots, numbered in order of first use."""
+    captures: dict[Any, Slot] = {}
+
+    def slot(source: Any) -> Slot:
+        if source not in captures:
+            kind = (source.element, source.rank) if isinstance(source, ArrayCapture) else (source.type, -1)
+            captures[source] = Slot(len(captures), *kind)
+        return captures[source]
+
+    def replace(x: Expr) -> Expr | None:
+        if isinstance(x.data, ScalarCapture):
+            return node(x.operation, (), x.type, slot(x.data))
+        if isinstance(x.data, Access):
+            return node(x.operation, x.args, x.type, Access(slot(x.data.source), x.data.clamp))
+        return None
+
+    return rewrite(roots, replace), tuple(captures), tuple(captures.values())

@@ -15,11 +15,10 @@ from typing import Any
 
 from ..errors import SpecError, described, wrong
 from .capture import Access, ArrayCapture, ScalarCapture, Slot, capture, in_graph
-from .code import Code
+from .code import Code, number_captures
 from .expr import VARIABLES, Expr, node, rewrite, text
 from .mask import Mask, Score, as_mask, as_score
 from .operations import OPERATIONS, apply, variable
-from .program import number_captures
 
 Captured = ArrayCapture | ScalarCapture
 
@@ -102,6 +101,12 @@ def join(operation: str, *texts: str) -> str:
         roots += rewrite([root], move)
         before += len(slots)
     return f"mask: {text([apply(operation, *roots)])}"
+
+
+def arrays_of(rule: FrozenMask | FrozenScore) -> list[tuple[str, Any]]:
+    """The arrays of a frozen rule, each with what its capture is named by."""
+    slots = (s for s in parse(rule.text)[2] if s.rank >= 0)
+    return [(f"captured array {slot.number}", array) for slot, array in zip(slots, rule.arrays, strict=True)]
 
 
 def _frozen(kind: str, name: str, fits: Any, *given: Any) -> FrozenMask | FrozenScore:

@@ -17,7 +17,7 @@ from .broadcast import check_broadcast
 from .builtin import builtin
 from .capture import Access, ArrayCapture, ScalarCapture, Slot, capture, is_array
 from .causal import causal as causal_mask
-from .code import Code
+from .code import Code, number_captures
 from .derivative import ArrayGradient
 from .evaluate import Evaluation
 from .expr import Expr, node, postorder, rewrite, substitute, text
@@ -60,7 +60,7 @@ class Program:
 
         `offset` anchors the positional rules: an int or an integer array (B,).  Functions and mask objects are
         traced at every call, since what they close over may change, unless all that they see is known to be as before
-        (`remembered`); built-in options alone are traced once.
+        (`remembered`); built-in options, and masks and scores of this package, are traced once.
         A score_mod whose result is ``where(c, x, -inf)`` hides where it says -inf, as a mask does.
         Raises: SpecError for arrays whose shape or dtype does not fit, functions outside the language, and loads
                 that are certain to leave their array.
@@ -243,11 +243,12 @@ def _reading(shape: Any, mask: Any, score_mod: Any, given: dict[str, Any]) -> Re
         return None
     if cap is not None and type(cap) is not float:
         return None
-    functions = [("mask", mask), ("score_mod", score_mod)]
-    for n, (_, rule) in enumerate(functions):
-        if type(rule) in (Mask, Score):  # made anew for this call, it is read as a user's function is
-            functions[n] = rule.name, rule.build(given["offset"])
-    return Reading.of((shape, given["causal"], window and tuple(window), cap, offset), *functions)
+    band = [("causal", causal_mask())] if given["causal"] else []
+    if window is not None:
+        window = tuple(window)
+        band.append(("window", window_mask(*window)))
+    rest = shape, given["causal"], window, offset, cap
+    return Reading.of(given["offset"], rest, band, [("mask", mask), ("score_mod", score_mod)])
 
 
 def _check_arrays(shape: tuple[int, int, int, int], slopes: Any, bias: Any, mask: Any, offset: Any) -> None:
@@ -261,26 +262,6 @@ def _check_arrays(shape: tuple[int, int, int, int], slopes: Any, bias: Any, mask
     if is_array(offset) and (tuple(offset.shape) != (batch,) or capture(offset, "align").type != "int"):
         shown = f"{offset.dtype} of shape {tuple(offset.shape)}"
         raise SpecError(f"align: got {shown}, expected integers of shape (B,) = ({batch},)")
-
-
-def number_captures(roots: list[Expr]) -> tuple[list[Expr], tuple[Any, ...], tuple[Slot, ...]]:
-    """Captured values replaced by slots, numbered in order of first use."""
-    captures: dict[Any, Slot] = {}
-
-    def slot(source: Any) -> Slot:
-        if source not in captures:
-            kind = (source.element, source.rank) if isinstance(source, ArrayCapture) else (source.type, -1)
-            captures[source] = Slot(len(captures), *kind)
-        return captures[source]
-
-    def replace(x: Expr) -> Expr | None:
-        if isinstance(x.data, ScalarCapture):
-            return node(x.operation, (), x.type, slot(x.data))
-        if isinstance(x.data, Access):
-            return node(x.operation, x.args, x.type, Access(slot(x.data.source), x.data.clamp))
-        return None
-
-    return rewrite(roots, replace), tuple(captures), tuple(captures.values())
 
 
 @lru_cache(maxsize=256)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import SpecError
-from .capture import ScalarCapture, capture, is_array
+from .capture import UNNAMED, ScalarCapture, capture, is_array
 from .expr import Expr, check_int32
 from .operations import apply, const, load, scalar
 from .symbol import Symbol, lift, located, refuse
@@ -43,7 +43,7 @@ def _as_parameter(number: Any, type_: str) -> Expr:
     """One parameter an object, however often it is used."""
     if "expr" not in number.__dict__:
         value = (int if type_ == "int" else float)(number)
-        number.expr = scalar(ScalarCapture(value, type_, number.__dict__.get("name", "captured number")))
+        number.expr = scalar(ScalarCapture(value, type_, number.__dict__.get("name", UNNAMED)))
     return number.expr
 
 

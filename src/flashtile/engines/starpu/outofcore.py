@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from flashtile.arrayfiles import mapped
 from flashtile.arrays import address_of
 from flashtile.dtypes import DTYPES, DType
 from flashtile.engines.starpu import runtime
@@ -300,12 +301,8 @@ def tiled(x: np.ndarray, kind: Any, rows: int) -> TiledTensor:
 def forget(x: Any, part: np.ndarray) -> None:
     """Tell the system that a part of a memory map need not stay in memory. What was written to it goes to the file; a
     map of one's own copy (mode "c") is left alone, whose changes would be lost."""
-    if getattr(x, "mode", None) not in ("r", "r+", "w+") or not part.size:
-        return
-    base: Any = part
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if not isinstance(base, mmap.mmap):
+    base = mapped(x)
+    if base is None or not part.size:
         return
     start = np.frombuffer(base, np.uint8).ctypes.data
     low = part.ctypes.data - start

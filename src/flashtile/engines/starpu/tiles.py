@@ -245,12 +245,14 @@ class TiledTensor:
             return
         if how is None:
             how = DROP if self.owned else HOME
-        with self.runtime.working():
-            self.runtime.unregister(self.handles, how)
-        self.runtime.unwritten.difference_update(handles)
-        for handle in handles:
-            self.runtime.handles.pop(handle, None)
-        self._keep = None
+        try:
+            with self.runtime.working():
+                self.runtime.unregister(self.handles, how)
+        finally:  # after Ctrl-C, too, which comes when StarPU has let go
+            self.runtime.unwritten.difference_update(handles)
+            for handle in handles:
+                self.runtime.handles.pop(handle, None)
+            self._keep = None
 
     def __enter__(self) -> TiledTensor:
         return self

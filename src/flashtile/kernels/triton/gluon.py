@@ -13,6 +13,7 @@ from typing import Any
 
 from flashtile.errors import UnavailableError
 from flashtile.kernels import Layout
+from flashtile.kernels.triton import installed_version, release
 from flashtile.kernels.triton.device import Device
 from flashtile.kernels.triton.host import Elements, bits
 from flashtile.kernels.triton.specialisation import ELEMENTS, Specialisation
@@ -23,6 +24,7 @@ KERNEL = "gluon_forward"
 ROWS = 64  # of a group of warps; a program has two groups
 KEYS = 128
 STAGES = {64: 3, 128: 2}  # tiles of keys and of values in shared memory, by head size
+NEEDS = (3, 9)  # the first Triton whose Gluon has all that the kernel is written in
 _POINTERS, _TENSORS = ("q", "k", "v", "o"), "qkvo"
 
 
@@ -31,6 +33,8 @@ def refusal(spec: AttentionSpec, arch: str) -> str | None:
     band = spec.band
     if arch != "sm_90":
         return f"is for sm_90, not for {arch}"
+    if (release() or NEEDS) < NEEDS:
+        return f"wants Triton {'.'.join(map(str, NEEDS))}, this is {installed_version()}"
     if spec.dtype not in ("bfloat16", "float16") or spec.head_size != spec.value_size or spec.head_size not in STAGES:
         return f"takes 16 bits and head sizes 64 and 128, not {spec.dtype} and {spec.head_size}, {spec.value_size}"
     if spec.program is not None or spec.sinks or spec.dropout or spec.offset is None:
