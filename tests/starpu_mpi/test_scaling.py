@@ -17,6 +17,7 @@ from rank_cases import Ranks
 from flashtile import scaling
 from flashtile.engines.starpu_mpi import build
 from flashtile.engines.starpu_mpi.journey import stages_of
+from flashtile.engines.starpu_mpi.order import steps_of
 from flashtile.engines.starpu_mpi.simulation import backward as backwards
 from flashtile.engines.starpu_mpi.simulation import costs, network, schedule
 from flashtile.engines.starpu_mpi.simulation.backward import BackwardPlan
@@ -251,9 +252,27 @@ def test_ranks_simulated_in_blocks_give_what_they_give_together(monkeypatch: pyt
     assert apart.seconds == whole.seconds and apart.waited == whole.waited
 
 
-def test_gradients_over_ranks_lose_little() -> None:
-    found = simulate(4, 3000, heads=2, kv_heads=1, tile=96, rate=1e9, workers=2, backward=True)
-    assert found.waited > -0.02 * found.seconds and 0.8 < found.efficiency < 1
+@pytest.mark.parametrize("heads", [1, 4])
+def test_gradients_over_ranks_lose_little(heads: int) -> None:
+    """Of however few heads: in the order of the forward one head had 67%."""
+    found = simulate(32, 6144, heads=heads, kv_heads=1, tile=96, rate=1e9, backward=True)
+    assert found.waited < 0.02 * found.seconds and 0.97 < found.efficiency < 1
+
+
+@pytest.mark.parametrize("tiles", [1, 4, 9, 12])
+def test_tiles_meet_one_at_a_time(tiles: int) -> None:
+    """In a step no row has two keys, no key two rows, and where tiles fold evenly no rank has two pairs."""
+    square = np.ones((tiles, tiles), bool)
+    for touched, causal in ((np.tril(square), True), (square, False)):
+        steps = np.where(touched, steps_of(touched), -1)
+        for lines in (steps, steps.T):
+            assert all(len(set(x)) == len(x) for x in (line[line >= 0].tolist() for line in lines))
+        if tiles % 2 == 0 and causal:
+            fold = np.minimum(np.arange(tiles), tiles - 1 - np.arange(tiles))[np.nonzero(touched)[1]]
+            _, count = np.unique(np.stack([steps[touched], fold]), axis=1, return_counts=True)
+            assert count.max() == 1 and len(np.unique(steps[touched])) == tiles + 1
+    band = np.tril(square) & ~np.tril(square, -2)
+    assert len(np.unique(steps_of(band)[band])) <= 2, "a narrow band in the order of the forward"
 
 
 def test_no_simulation_beats_the_ideal() -> None:

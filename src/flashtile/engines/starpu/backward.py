@@ -9,7 +9,7 @@ numbers only, and so do the bits: heads that share keys come one after the other
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -57,9 +57,15 @@ Part = tuple[range, range, range, range]  # batches, heads, query tiles, key til
 NOTHING: Part = (range(0),) * 4
 
 
-def pairs_of(spec: AttentionSpec, coverage: TileCoverage, part: Part | None = None, heads: int = 1) -> Pairs:
+def pairs_of(
+    spec: AttentionSpec,
+    coverage: TileCoverage,
+    part: Part | None = None,
+    heads: int = 1,
+    steps: np.ndarray | None = None,
+) -> Pairs:
     """Every task of a call, or of a part of its tiles, in their order: by heads, then place by place. heads: of a task,
-    as `together` has found; with a part, 1."""
+    as `together` has found; with a part, 1. steps (query tiles, key tiles): another order than that of places."""
     if part is None:
         touched = touched_of(spec, coverage, heads)
         unit, i, j = (x.astype(np.int64) for x in np.nonzero(touched))
@@ -71,7 +77,7 @@ def pairs_of(spec: AttentionSpec, coverage: TileCoverage, part: Part | None = No
         unit = batch * spec.heads + head
     key_tiles = max(1, touched.shape[-1])
     own = np.minimum(i * coverage.tile_q // coverage.tile_k, key_tiles - 1)
-    step = (own - j) % key_tiles
+    step = (own - j) % key_tiles if steps is None else steps[i, j]
     order = np.lexsort((i, step, unit))
     unit, i, j, step = (x[order] for x in (unit, i, j, step))
     batch, head = np.divmod(unit * heads, max(1, spec.heads))
@@ -94,7 +100,8 @@ class BackwardFlow:
     wanted: names among "q", "k", "v" and "sinks"; arrays: the slots and shapes of captured arrays whose gradients are
     wanted, axis: along which tiles have copies of their sums. offsets, scoring and heads as those of flow.Flow; where
     heads share keys, or may add to one element of an array, a task has one. A flow with arrays is submitted once: their
-    sums are its own. part: the tiles that it computes, None: all; see `of`.
+    sums are its own. part: the tiles that it computes, None: all; see `of`. order: of `touched` (query tiles, key
+    tiles) the steps of pairs, None: by places.
     """
 
     def __init__(
@@ -111,6 +118,7 @@ class BackwardFlow:
         axis: str = "i",
         part: Part | None = None,
         heads: int = 1,
+        order: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
         self.spec, self.tile_q, self.tile_k, self.scoring = spec, tile_q, tile_k, scoring
         self.accumulator = DTYPES[DTYPES[spec.dtype].accumulator]
@@ -137,6 +145,7 @@ class BackwardFlow:
         self.program = Program(
             runtime, found.kernel, bindings, VALUES, keep, gpu, handles=handles, heads=spec.heads, per=per
         )
+        self._steps = None if order is None else order(np.asarray(self.coverage.touched().any(axis=(0, 1))))
         self._plan(part)
 
     def of(self, part: Part) -> BackwardFlow:
@@ -146,7 +155,7 @@ class BackwardFlow:
         return found
 
     def _plan(self, part: Part | None) -> None:
-        self.pairs = pairs_of(self.spec, self.coverage, part, self.heads)
+        self.pairs = pairs_of(self.spec, self.coverage, part, self.heads, self._steps)
         self.tasks = self._backward_tasks()
         if self.arrays is not None:
             turns = self.arrays.turn_of(**_places(self.pairs))

@@ -112,6 +112,13 @@ class Cut:
         """The numbers of a rank's rows, in its order."""
         return rows_of(self.tiles(length, rank), length, self.tile)
 
+    def owners(self, length: int) -> np.ndarray:
+        """int64 (tiles): the rank that has each."""
+        owner = np.empty(-(-length // self.tile), np.int64)
+        for rank in range(self.ranks):
+            owner[self.tiles(length, rank)] = rank
+        return owner
+
     def rows(self, length: int, rank: int) -> int:
         """How many rows a rank has."""
         return len(self.numbers(length, rank))
@@ -135,9 +142,7 @@ class Exchange:
         self.comm, self.link, self.cut, self.length, self.needs = comm, link, cut, length, needs
         self.urgency = urgency
         self.mine = cut.tiles(length, comm.Get_rank())
-        self.owner = np.empty(needs[0].shape[2], np.int64)
-        for rank in range(cut.ranks):
-            self.owner[cut.tiles(length, rank)] = rank
+        self.owner = cut.owners(length)
 
     @classmethod
     def of(
@@ -219,7 +224,7 @@ class Collective:
             words = self.flow.tasks["values"][:, FORWARD_VALUES.index("captures")]
             point(words, self.flow.pairs.query_tile, self.queries, self._blocks)
         touched = self.flow.coverage.touched()
-        urgency = urgency_of(spec, cut, touched)[0]
+        urgency = urgency_of(spec, cut, touched)
         seen = partial(keys_seen, spec, cut, touched)
         self.of_keys = Exchange.of(comm, self.link, cut, spec.kv_len, seen, urgency)
 
@@ -285,13 +290,13 @@ class Collective:
         return Placed(handles)
 
 
-def urgency_of(spec: AttentionSpec, cut: Cut, touched: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int64 (ranks, key tiles), (ranks, query tiles): the earliest place of a tile in the chains of a rank's queries,
-    of a rank's keys; of tiles that are not in them the last place there is."""
+def urgency_of(spec: AttentionSpec, cut: Cut, touched: np.ndarray) -> np.ndarray:
+    """int64 (ranks, key tiles): the earliest place of a tile in the chains of a rank's queries; of tiles that are not
+    in them the last place there is."""
     meet = touched.any(axis=(0, 1))
     queries, keys = meet.shape
     last = queries + keys
-    found = np.full((cut.ranks, keys), last), np.full((cut.ranks, queries), last)
+    found = np.full((cut.ranks, keys), last)
     if not keys:
         return found
     own = np.minimum(np.arange(queries), keys - 1)
@@ -300,8 +305,7 @@ def urgency_of(spec: AttentionSpec, cut: Cut, touched: np.ndarray) -> tuple[np.n
     np.put_along_axis(place, order, np.take_along_axis(meet, order, 1).cumsum(axis=1) - 1, 1)
     place[~meet] = last
     for rank in range(cut.ranks):
-        found[0][rank] = place[cut.tiles(spec.q_len, rank)].min(axis=0, initial=last)
-        found[1][rank] = place[:, cut.tiles(spec.kv_len, rank)].min(axis=1, initial=last)
+        found[rank] = place[cut.tiles(spec.q_len, rank)].min(axis=0, initial=last)
     return found
 
 

@@ -24,9 +24,10 @@ from flashtile.engines.starpu.jobs import Job
 from flashtile.engines.starpu.tiles import DROP, TiledTensor
 from flashtile.engines.starpu.units import Handles
 from flashtile.engines.starpu_mpi.bias import KEYS, ROWS, RowsOfBias, blocks_of, columns_of, from_columns, point
-from flashtile.engines.starpu_mpi.collective import Cut, Exchange, agree, keys_seen, queries_seen, urgency_of
+from flashtile.engines.starpu_mpi.collective import Cut, Exchange, agree, keys_seen, queries_seen
 from flashtile.engines.starpu_mpi.journey import legs_of, stages_of
 from flashtile.engines.starpu_mpi.link import Link
+from flashtile.engines.starpu_mpi.order import first_use, steps_of
 from flashtile.engines.starpu_mpi.parts import rows_of
 from flashtile.kernels import ArrayShapes
 from flashtile.score.options import Scoring
@@ -56,7 +57,9 @@ class CollectiveBackward:
         self.runtime = runtime.ensure()
         self.link = self.runtime.once(Link)
         offsets = offsets if spec.offset is None else None
-        made = partial(BackwardFlow, self.runtime, spec, cut.tile, cut.tile, offsets=offsets, scoring=scoring)
+        made = partial(
+            BackwardFlow, self.runtime, spec, cut.tile, cut.tile, offsets=offsets, scoring=scoring, order=steps_of
+        )
         for_rows, for_keys = wanted & {"q", "sinks"}, wanted & {"k", "v"}
         self.by_keys = bool(for_keys)  # gradients of arrays are summed where the keys of a pair are, else its rows
         self.travels = "q" in wanted and bool(for_keys)  # sums of dQ do
@@ -72,7 +75,10 @@ class CollectiveBackward:
                 self.rows, self.keys = made(wanted=for_rows, arrays=arrays), made(wanted=for_keys)
         self.with_arrays = self.keys if self.by_keys else self.rows
         touched = self.rows.coverage.touched()
-        of_keys, of_rows = urgency_of(spec, cut, touched)
+        p, ranks = self.rows.pairs, cut.ranks
+        query_owner, key_owner = cut.owners(spec.q_len), cut.owners(spec.kv_len)
+        of_keys = first_use(ranks, query_owner[p.query_tile], p.key_tile, len(key_owner))
+        of_rows = first_use(ranks, key_owner[p.key_tile], p.query_tile, len(query_owner))
         seen = partial(keys_seen, spec, cut, touched), partial(queries_seen, spec, cut, touched)
         self.of_keys = Exchange.of(comm, self.link, cut, spec.kv_len, seen[0], of_keys)
         self.of_rows = Exchange.of(comm, self.link, cut, spec.q_len, seen[1], of_rows)

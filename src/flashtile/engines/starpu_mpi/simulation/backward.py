@@ -17,6 +17,7 @@ from flashtile.dtypes import DTYPES
 from flashtile.engines.starpu.backward import pairs_of
 from flashtile.engines.starpu.flow import Pairs
 from flashtile.engines.starpu_mpi.journey import HOME, Legs, legs_of
+from flashtile.engines.starpu_mpi.order import first_use, steps_of
 from flashtile.engines.starpu_mpi.simulation.network import Network, Traffic
 from flashtile.engines.starpu_mpi.simulation.plan import Plan
 from flashtile.engines.starpu_mpi.simulation.schedule import Times
@@ -31,7 +32,7 @@ class BackwardPlan:
     @cached_property
     def pairs(self) -> Pairs:
         """Of one head, in the order of submission."""
-        return pairs_of(self.plan.coverage.spec, self.plan.coverage)
+        return pairs_of(self.plan.coverage.spec, self.plan.coverage, steps=steps_of(self.plan.touched))
 
     @cached_property
     def legs(self) -> Legs:
@@ -56,8 +57,7 @@ class BackwardPlan:
         needs = np.zeros((plan.ranks, len(plan.query_owner)), bool)
         needs[key, self.pairs.query_tile] = True
         needs[plan.query_owner, np.arange(len(plan.query_owner))] = False
-        urgency = np.full(needs.shape, np.iinfo(np.int64).max)
-        np.minimum.at(urgency, (key, self.pairs.query_tile), self.pairs.place)
+        urgency = first_use(plan.ranks, key, self.pairs.query_tile, len(plan.query_owner))
         size = DTYPES[spec.dtype].itemsize
         row = np.array([spec.head_size * size, spec.value_size * size, self.wide, self.wide])
         return Traffic(needs, plan.query_owner, self.heights, row, plan.heads, urgency)
