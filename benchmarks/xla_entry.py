@@ -63,10 +63,11 @@ class _Native:
 
         library = jit.load(lambda: _TEXT, f"clocks {_TEXT}", isas.current(), ("words", "enter", "start"))
         self.words = (ctypes.c_int64 * 5).from_address(library.address("words"))
-        first = template.steps[0]
         timed = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * 4)(library.address("start"))
-        self.inner = make(native, template._replace(steps=(first._replace(function=timed), *template.steps[1:])), *rest)
-        functions = self.inner, first.function, ctypes.CDLL(None).clock_gettime
+        kernel = template.steps[template.kernel]
+        steps = tuple(x._replace(function=timed) if x is kernel else x for x in template.steps)
+        self.inner = make(native, template._replace(steps=steps), *rest)
+        functions = self.inner, kernel.function, ctypes.CDLL(None).clock_gettime
         for n, function in enumerate(functions, start=2):
             self.words[n] = ctypes.cast(function, ctypes.c_void_p).value or 0
         self.handler = xla.Handler(library.address("enter"))
@@ -120,11 +121,13 @@ def measure(option: str, threads: int) -> dict[str, Any]:
         "bias": {"bias": np.asarray(rng.standard_normal((b, n, t, t)), np.float32)},
         "softcap": {"softcap": 3.0},
         "sinks": {"sinks": jnp.zeros(n)},
-        "lengths": {"key_value_seq_lengths": jnp.full(b, t - 10)},
+        "lengths": {},
     }[option]
+    numbers = [jnp.full(b, t - n) for n in range(CALLS + 10)]  # of keys: others at every call
 
-    def attend(q: Any, k: Any, v: Any) -> Any:
-        return flashtile.jax.dot_product_attention(q, k, v, **given)
+    def attend(q: Any, k: Any, v: Any, n: Any) -> Any:
+        own = {"key_value_seq_lengths": n} if option == "lengths" else {}
+        return flashtile.jax.dot_product_attention(q, k, v, **given, **own)
 
     calls = {
         "forward": jax.jit(attend),
@@ -135,7 +138,7 @@ def measure(option: str, threads: int) -> dict[str, Any]:
         took = []
         for number in range(CALLS + 10):
             python.clear()
-            jax.block_until_ready(call(q, k, v))
+            jax.block_until_ready(call(q, k, v, numbers[number]))
             spans = python or [(x.words[0], x.words[1]) for x in _Native.made]
             took += [spans[-1][1] - spans[-1][0]] if number >= 10 else []
         answer[name] = statistics.median(took) / 1e3

@@ -23,6 +23,7 @@ import jax.numpy as jnp  # noqa: E402  (after JAX is known to be there)
 
 import flashtile.jax  # noqa: E402
 from flashtile import xla  # noqa: E402
+from flashtile.score.mask import as_mask  # noqa: E402
 from flashtile.testing import assert_accurate, assert_gradients_accurate  # noqa: E402
 
 ours, theirs = flashtile.jax.dot_product_attention, jax.nn.dot_product_attention
@@ -290,6 +291,13 @@ def test_a_small_backward_in_parts_needs_no_python(entered: list[int]) -> None:
     np.testing.assert_array_equal(dsinks, want.sinks)
 
 
+def within_documents(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+    return flashtile.score.functions.where(DOCUMENTS[i] == DOCUMENTS[j], s, -float("inf"))
+
+
+DOCUMENTS = np.arange(256) // 100
+
+
 @pytest.mark.parametrize(
     ("options", "storage", "python"),
     [
@@ -297,8 +305,9 @@ def test_a_small_backward_in_parts_needs_no_python(entered: list[int]) -> None:
         ({"mask": np.arange(256 * 256).reshape(1, 1, 256, 256) % 7 > 0, "sinks": np.linspace(-1, 1, 8)}, "float32", 0),
         (
             {"key_value_seq_lengths": np.array([200], np.int32), "bias": np.ones((1, 8, 1, 256), np.float32)},
-            *("float32", 2),  # where whole tiles may be padding
+            *("float32", 0),
         ),
+        ({"score_mod": within_documents}, "float32", 2),  # where whole tiles may be of others
     ],
 )
 def test_calls_of_several_threads_are_prepared_once(
@@ -317,7 +326,7 @@ def test_calls_of_several_threads_are_prepared_once(
     q, k, v, do = map(swapped, arrays)
     lengths = options.get("key_value_seq_lengths")
     same = {"mask": options.get("mask") if lengths is None else flashtile.score.padding(lengths)}
-    same |= {"causal": "is_causal" in options, "bias": options.get("bias"), "sinks": options.get("sinks")}
+    same |= {"causal": "is_causal" in options, **{x: options.get(x) for x in ("bias", "sinks", "score_mod")}}
     want = flashtile.attention(q, k, v, **same, return_lse=True)
     np.testing.assert_array_equal(swapped(o), want[0])
     wanted = flashtile.attention_backward(do, q, k, v, *want, **same)
@@ -429,6 +438,52 @@ def test_threads_of_xla_share_a_call(number: int, threads: Callable[[int], None]
     for (_, _, want), got in zip(calls * 12, found, strict=True):
         for x, y in zip(got, want, strict=True):
             np.testing.assert_array_equal(x, y)
+    assert not entered
+
+
+@pytest.mark.parametrize(
+    ("storage", "options"), [("float32", {"is_causal": True}), ("bfloat16", {"local_window_size": (40, 30)})]
+)
+def test_lengths_that_differ_at_every_call_need_no_python(
+    storage: str, options: dict[str, Any], threads: Callable[[int], None], entered: list[int]
+) -> None:
+    """Of none, of all, beyond either end and ragged, from several threads at once, forward and backward, under vmap:
+    the front door's bits, and the reference's results."""
+    batch, rows, keys = 3, 210, 300
+    shapes = [(batch, n, heads, 32) for n, heads in ((rows, 4), (keys, 2), (keys, 2), (rows, 4))]
+    q, k, v, do = (draw(*shape, dtype=storage, seed=n) for n, shape in enumerate(shapes))
+
+    def both(of_rows: Any, of_keys: Any) -> Any:
+        given = {"query_seq_lengths": of_rows, "key_value_seq_lengths": of_keys, **options}
+        (o, lse), back = jax.vjp(lambda *x: ours(*x, **given, return_residual=True), q, k, v)
+        return o, lse, *back((do, jnp.zeros_like(lse)))
+
+    rng = np.random.default_rng(7)
+    cases: list[Any] = [([0, rows, 1], [keys, 0, keys]), ([rows] * 3, [keys] * 3), ([-3, 900, 129], [-1, 10**6, 129])]
+    cases += [[rng.integers(0, n + 1, batch) for n in (rows, keys)] for _ in range(3)]
+    lengths = [[np.array(x, np.int32) for x in case] for case in cases]
+    wanted = []
+    for m, n in lengths:
+        mask = as_mask(lambda b, h, i, j, m=m: i < m[b]) & flashtile.score.padding(n)
+        seen: dict[str, Any] = {"mask": mask, "align": "top_left", "causal": "is_causal" in options}
+        seen["window"] = options.get("local_window_size")
+        inputs = [swapped(x) for x in (q, k, v)]
+        o, lse = flashtile.attention(*inputs, **seen, return_lse=True)
+        assert_accurate(o, *inputs, **seen)
+        found = flashtile.attention_backward(swapped(do), *inputs, o, lse, **seen)
+        wanted.append([x.swapaxes(1, 2) for x in (o, lse, found.q, found.k, found.v)])
+    call, mapped = jax.jit(both), jax.jit(jax.vmap(both))
+    every = [np.stack(x) for x in zip(*lengths, strict=True)]
+    jax.block_until_ready((call(*lengths[0]), mapped(*every)))
+    entered.clear()
+    for number in (1, 3):
+        threads(number)
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda x: jax.block_until_ready(call(*x)), lengths * 4))
+        answers += zip(*jax.block_until_ready(mapped(*every)), strict=True)
+        for got, want in zip(answers, wanted * 5, strict=True):
+            for x, y in zip(got, want, strict=True):
+                np.testing.assert_array_equal(x, y)
     assert not entered
 
 

@@ -21,12 +21,12 @@ from flashtile.llvm.routines import Routine
 EXPORTS = ("handle", "context")
 # Tables, as words. shapes: of each buffer its rank, bytes and lengths; results: the first of a result. places: (offset,
 # buffer or -1, within it or the memory) of what is stored. steps: (function, offset of its parameters, items). areas:
-# of each item of the first step as many (buffer or -1, within it or memory, rows, bytes, stride).
+# of each item of the kernel as many (buffer or -1, within it or memory, rows, bytes, stride).
 CONTEXT = Block(
     pointers("other memory threads allocate release init_lock init_signal lock unlock wait wake end_lock end_signal"),
     pointers("shapes shape_of_result places steps areas"),
     # bytes: of memory; room: what follows it; most: threads of a call.
-    integers("arguments buffers bytes room scratch most place_count step_count area_count at_states at_memory"),
+    integers("arguments buffers bytes room scratch most place_count step_count area_count kernel at_states at_memory"),
 )
 # The memory of a call. users: who may still come; then a lock, a signal, the addresses of the buffers, and of each step
 # which item is next and how many are done.
@@ -226,7 +226,8 @@ def _work(module: Module, take: Routine, wait: Routine, freshen: Routine) -> Rou
     f = Routine(module, "work", job="ptr", scratch="ptr")
     job, scratch = f.parameters
     end_at = f.emit("ptr", "alloca i64")
-    step_count, steps, at_states, at_memory = _context(f, "step_count", "steps", "at_states", "at_memory")
+    step_count, steps, kernel = _context(f, "step_count", "steps", "kernel")
+    at_states, at_memory = _context(f, "at_states", "at_memory")
     members, failed = _JOB.read(f, job, "members"), _word(f, job, "failed")
     with f.range(0, step_count) as n:
         row, state = steps + n * (3 * WORD), job + at_states + n * STATE
@@ -236,7 +237,7 @@ def _work(module: Module, take: Routine, wait: Routine, freshen: Routine) -> Rou
         def compute(carry: list[Value]) -> list[Value]:
             begin, end = carry[0], f.load("i64", end_at)
             with f.when(_atomic(f, failed).eq(0)):
-                with f.when(n.eq(0)), f.range(begin, end) as item:  # noqa: B023
+                with f.when(n.eq(kernel)), f.range(begin, end) as item:  # noqa: B023
                     freshen(f, job=job, item=item)
                 status = _invoke(f, "i32", function, job + at_memory + offset, begin, end, scratch)  # noqa: B023
                 with f.when(status.ne(0)):
@@ -256,7 +257,7 @@ def _work(module: Module, take: Routine, wait: Routine, freshen: Routine) -> Rou
 
 
 def _freshen(module: Module) -> Routine:
-    """Zeros where an item of the first step adds to."""
+    """Zeros where an item of the kernel adds to."""
     f = Routine(module, "freshen", job="ptr", item="i64")
     job, item = f.parameters
     areas, count, at_memory = _context(f, "areas", "area_count", "at_memory")

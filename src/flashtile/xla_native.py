@@ -1,7 +1,7 @@
 """Calls of XLA that stay in machine code: a handler for buffers of certain shapes, which needs Python for others.
 
 The handler copies the parameters of a prepared call (kernels.Template), stores the addresses of XLA's buffers in them,
-and runs its kernels on the thread that called and on XLA's other threads (xla_call.py). Whatever it was not made for it
+and runs its steps on the thread that called and on XLA's other threads (xla_call.py). Whatever it was not made for it
 hands on to the handler in Python: buffers of other shapes, another stage, and errors, which the second run then tells
 of.
 """
@@ -89,6 +89,7 @@ def handler(native: Native | None, template: Template | None, buffers: Buffers, 
         "most": max(1, *(items for _, _, items in steps)) if native.shared else 1,
         "place_count": len(stored),
         "area_count": most_areas,
+        "kernel": template.kernel,
         "step_count": len(steps),
         "at_states": at_states,
         "at_memory": at_memory,

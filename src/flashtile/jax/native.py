@@ -19,7 +19,6 @@ from flashtile.errors import SpecError, UnavailableError
 from flashtile.jax.call import BACKWARD, FORWARD, DescribedCall
 from flashtile.kernels import ArrayShapes, BackwardLayout
 from flashtile.score.capture import Access, ArrayCapture, ReadTooEarly, Unread
-from flashtile.score.coverage import is_stored
 from flashtile.score.expr import postorder
 from flashtile.score.options import ScoreOptions, Scoring
 from flashtile.spec import AttentionSpec
@@ -144,17 +143,12 @@ def places_of(call: DescribedCall, scoring: Scoring, operands: Sequence[Any], fi
 
 
 def _handler(native: Native | None, scoring: Scoring, buffers: Buffers, direction: str) -> Any:
-    if native is None or (native.shared and _is_worth_a_map(scoring)):
+    if native is None:
         return None
-    used = None if scoring.program is scoring.sinks is None else scoring
-    return xla_native.handler(native, native.template(used), buffers, PYTHON[direction])
-
-
-def _is_worth_a_map(scoring: Scoring) -> bool:
-    """Whether a mask may hide whole tiles by values that are not there yet, as lengths do: Python then looks at them
-    first. A stored mask is asked for each pair anyway."""
-    program = scoring.program
-    return program is not None and bool(program.code.mask_slots) and not is_stored(program.mask)
+    template = native.template(None if scoring.program is scoring.sinks is None else scoring)
+    if native.shared and template is not None and template.blind:  # Python looks at the values first
+        return None
+    return xla_native.handler(native, template, buffers, PYTHON[direction])
 
 
 def _sized(arrays: Iterable[tuple[tuple[int, ...], Any]]) -> list[tuple[tuple[int, ...], int]]:

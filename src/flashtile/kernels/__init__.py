@@ -117,8 +117,10 @@ class Template(NamedTuple):
     places   (offset of a word, what it points to): an operand by its name, as in `pack`, the array of a score program's
              slot by its number, or a place inside the memory
     kept     what other words point to, which must live as long as the template is used
-    fresh    of each work item of the first step what it adds to, which must hold zeros when it begins; no other one
-             adds to it in that step
+    kernel   which of the steps is the kernel; one before it finds what that reads
+    fresh    of each work item of the kernel what it adds to, which must hold zeros when it begins; no other one adds to
+             it in that step
+    blind    whether it computes tiles that a look at arrays may skip: those that a mask hides by their elements
     """
 
     memory: bytes
@@ -126,7 +128,9 @@ class Template(NamedTuple):
     steps: tuple[Step, ...]
     kept: object
     room: int = 0
+    kernel: int = 0
     fresh: tuple[tuple[Area, ...], ...] = ()
+    blind: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ class Segments:
                head and query; a batch or head stands for all where the mask does not depend on it
     keys       int64 (n, 4): some_from, some_to, all_from, all_to.  Keys outside [some_from, some_to) are hidden from
                every query of the panel, those in [all_from, all_to) are seen by every one.  A segment lies in one key
-               block, or covers whole blocks, all seen.
+               block, or covers whole blocks, all seen; but kernels take any, as one for a panel is (cpu/reach.py).
     """
 
     rows: np.ndarray

@@ -7,6 +7,8 @@ steps/       what passes are made of, in terms of lanes and rows: pack, product,
              softmax, keep, accumulate, spans, contain, finish; differentiate, exchange, add
 parts.py     keys split over work items, and merged          tiles.py    for engines that hold tiles
 score_values.py    the addresses of what a score program reads
+reach.py     segments from values that come with a call, found by machine code (passes/reach.py)
+templates.py       the parameters of calls whose arrays come later
 """
 
 from __future__ import annotations

@@ -82,8 +82,7 @@ def _segments(program: Program, c: Config) -> Segments:
     that may be worth its time."""
     mask = program.mask
     assert mask is not None
-    small = program.shape[2] <= c.panel and program.shape[3] <= UNMAPPED_KEYS
-    if program.code.mask_slots and (small or is_stored(mask) or _is_unread(program)):
+    if program.code.mask_slots and (is_small(program, c) or is_stored(mask) or is_unread(program)):
         return _unmapped(program.shape, mask.variables, c.panel, c.key_block)
     values = _contents(program)
     if values is None:
@@ -99,7 +98,12 @@ def _segments(program: Program, c: Config) -> Segments:
     return found
 
 
-def _is_unread(program: Program) -> bool:
+def is_small(program: Program, c: Config) -> bool:
+    """Whether a map takes longer than the pairs that it may save."""
+    return program.shape[2] <= c.panel and program.shape[3] <= UNMAPPED_KEYS
+
+
+def is_unread(program: Program) -> bool:
     """Whether elements that the mask reads come later."""
     read = (program.captures[n] for n in program.code.mask_slots)
     return any(isinstance(x, ArrayCapture) and x.place is not None for x in read)
