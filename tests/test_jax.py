@@ -85,12 +85,16 @@ def test_signature() -> None:
     assert tuple(p.name for p in found[len(wanted) : -1]) == OWN
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_every_option(case: str, dtype: str) -> None:
-    """Forward and backward, compiled, of grouped heads: by the accuracy rule."""
-    with jax.enable_x64(dtype == "float64"):
+@pytest.mark.parametrize(
+    ("case", "storage"),
+    [(case, x) for n, case in enumerate(CASES) for x in ("float32", ("float64", "bfloat16", "float16")[n % 3])],
+)
+def test_every_option(case: str, storage: str) -> None:
+    """Forward and backward, compiled, of grouped heads: by the accuracy rule. Each in float32 and one dtype more, of
+    which each has several."""
+    with jax.enable_x64(storage == "float64"):
         given, options = CASES[case][0](), {**CASES[case][1](), "align": "top_left"}
-        arrays, do = inputs(dtype), draw(BATCH, ROWS, HEADS, 8, dtype=dtype, seed=5)
+        arrays, do = inputs(storage), draw(BATCH, ROWS, HEADS, 8, dtype=storage, seed=5)
         (o, lse), back = jax.vjp(jax.jit(lambda q, k, v: ours(q, k, v, **given, return_residual=True)), *arrays)
         found = flashtile.Gradients(*map(swapped, back((do, jnp.zeros_like(lse)))))
     q, k, v = map(swapped, arrays)
