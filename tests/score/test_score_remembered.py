@@ -102,6 +102,14 @@ def test_what_may_see_more_is_traced_at_every_call(entries: dict[Any, Any], func
 INDEXED = np.array([0, 1, 2, 3, 4, 5, 6, 7])
 
 
+def test_a_function_without_a_module_is_traced(entries: dict[Any, Any]) -> None:
+    """Such as exec makes where there is no __name__: notebooks' and doctests' helpers do."""
+    scope: dict[str, Any] = {}
+    exec("def mask(b, h, i, j): return j <= i", scope)
+    scope["mask"].__module__ = None
+    check(entries, kept=True, mask=scope["mask"])
+
+
 def test_values_are_those_of_the_call(entries: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Other elements, another array, another number, also where Python says that they are equal."""
     groups = np.zeros(8, np.int32)

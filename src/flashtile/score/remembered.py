@@ -181,7 +181,7 @@ class _Function:
     def key(self, function: Any, depth: int) -> Hashable:
         if type(function) is not types.FunctionType or function.__dict__ or depth == _DEPTH:
             raise Unsettled
-        own = function.__module__.startswith(_OWN)
+        own = (function.__module__ or "").startswith(_OWN)  # what exec made may have no module
         if self._reader._own and not own:
             raise _Foreign
         code, scope = function.__code__, function.__globals__
