@@ -423,6 +423,8 @@ def test_a_function_that_cannot_be_traced_is_refused() -> None:
         flashtile.transformers.mask(1, 4, 4)[..., 1]
     with pytest.raises(UnavailableError, match=r"got masked_fill of a lazy mask of shape \(1, 1, 4, 4\)"):
         torch.zeros(4, 4).masked_fill(flashtile.transformers.mask(1, 4, 4), 0.0)  # as MPT's own attention does
+    with pytest.raises(UnavailableError, match=r"got cat of a lazy mask of shape \(1, 1, 4, 4\)"):
+        torch.cat([torch.zeros(1, 1, 4, 4), flashtile.transformers.mask(1, 4, 4)])
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")

@@ -87,8 +87,10 @@ class LazyMask(BlockMask):
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Models with attention of their own compute with the mask."""
-        (mask, *_) = (x for x in (*args, *(kwargs or {}).values()) if isinstance(x, LazyMask))
-        raise _looked_into(f"{getattr(function, '__name__', function)} of", mask.shape)
+        given = (*args, *(kwargs or {}).values())
+        every = (x for y in given for x in (y if isinstance(y, (list, tuple)) else (y,)))  # as torch.cat has them
+        shape = next(x.shape for x in every if isinstance(x, LazyMask))
+        raise _looked_into(f"{getattr(function, '__name__', function)} of", shape)
 
 
 def _looked_into(how: str, shape: tuple[int, ...]) -> UnavailableError:
