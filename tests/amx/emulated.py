@@ -113,7 +113,7 @@ class Library:
                 if greeting == RETURNED:
                     return _take_over(said, addresses, pages)
                 address, *stack = (int.from_bytes(said[i : i + 8], "little") for i in range(0, 24, 8))
-                if address in addresses or not memory.add(address):
+                if address & -image.PAGE in addresses or not memory.add(address):
                     raise RuntimeError(f"{name} faulted at {address:#x}; its stack has {stack[0]:#x}, {stack[1]:#x}")
 
         return call
