@@ -109,36 +109,37 @@ def mask_of(block_mask: Any, shape: tuple[int, ...]) -> Any:
 def _mask_of(block_mask: Any, shape: tuple[int, ...]) -> Any:
     from torch.nn.attention.flex_attention import noop_mask
 
-    rows, columns = block_mask.BLOCK_SIZE
-    tiles = -(-shape[2] // rows), -(-shape[3] // columns)
-    partial = _blocks(block_mask.kv_num_blocks, block_mask.kv_indices, tiles)
-    full = np.zeros_like(partial)
-    if block_mask.full_kv_num_blocks is not None:
-        full = _blocks(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, tiles)
+    sizes = rows, columns = block_mask.BLOCK_SIZE
+    full, partial = _listed(block_mask, shape, _blocks)
     rule = block_mask.mask_mod
     if rule is noop_mask:
         seen = full | partial
-        return None if seen.all() else _by_blocks(seen, np.zeros_like(seen), None, (rows, columns))
+        return None if seen.all() else _by_blocks(seen, np.zeros_like(seen), None, sizes)
     kinds = score.coverage(score.Program.of(shape, mask=rule), rows, columns).tiles()  # type: ignore[arg-type]
     hidden, whole = ~(full | partial), full
     alike = (kinds == score.EMPTY) | ~hidden, (kinds == score.FULL) | ~whole
-    return rule if all(x.all() for x in alike) else _by_blocks(full, partial, rule, (rows, columns))
+    return rule if all(x.all() for x in alike) else _by_blocks(full, partial, rule, sizes)
 
 
 def _mask_in_graph(block_mask: Any, shape: tuple[int, ...]) -> Any:
     """As `_mask_of`, where no block has been looked at yet: the blocks are tensors of the graph, and always read."""
     from torch.nn.attention.flex_attention import noop_mask
 
-    rows, columns = block_mask.BLOCK_SIZE
-    tiles = -(-shape[2] // rows), -(-shape[3] // columns)
-    partial = _blocks_in_graph(block_mask.kv_num_blocks, block_mask.kv_indices, tiles)
-    full = torch.zeros_like(partial)
-    if block_mask.full_kv_num_blocks is not None:
-        full = _blocks_in_graph(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, tiles)
+    full, partial = _listed(block_mask, shape, _blocks_in_graph)
     rule = block_mask.mask_mod
     if rule is noop_mask:
-        return _by_blocks(full | partial, partial, None, (rows, columns))
-    return _by_blocks(full, partial, rule, (rows, columns))
+        return _by_blocks(full | partial, partial, None, block_mask.BLOCK_SIZE)
+    return _by_blocks(full, partial, rule, block_mask.BLOCK_SIZE)
+
+
+def _listed(block_mask: Any, shape: tuple[int, ...], read: Callable[..., Any]) -> tuple[Any, Any]:
+    """Which blocks are full, and which partial."""
+    rows, columns = block_mask.BLOCK_SIZE
+    tiles = -(-shape[2] // rows), -(-shape[3] // columns)
+    partial = read(block_mask.kv_num_blocks, block_mask.kv_indices, tiles)
+    if block_mask.full_kv_num_blocks is None:
+        return partial & False, partial
+    return read(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, tiles), partial
 
 
 def _blocks_in_graph(counts: Tensor, indices: Tensor, tiles: tuple[int, int]) -> Tensor:
