@@ -224,36 +224,45 @@ def _await(module: Module, arch: str) -> Routine:
 def _work(module: Module, take: Routine, wait: Routine, freshen: Routine) -> Routine:
     """What a thread does of a call: of each step what it can get. After a failure the rest counts as done."""
     f = Routine(module, "work", job="ptr", scratch="ptr")
-    job, scratch = f.parameters
-    end_at = f.emit("ptr", "alloca i64")
-    step_count, steps, kernel = _context(f, "step_count", "steps", "kernel")
-    at_states, at_memory = _context(f, "at_states", "at_memory")
-    members, failed = _JOB.read(f, job, "members"), _word(f, job, "failed")
+    job, _ = f.parameters
+    end = f.emit("ptr", "alloca i64")
+    step_count, at_states = _context(f, "step_count", "at_states")
     with f.range(0, step_count) as n:
-        row, state = steps + n * (3 * WORD), job + at_states + n * STATE
-        function, offset, items = f.load("ptr", row), f.load("i64", row + WORD), f.load("i64", row + 2 * WORD)
-        following = functools.partial(take, f, state=state, items=items, members=members, end=end_at)
-
-        def compute(carry: list[Value]) -> list[Value]:
-            begin, end = carry[0], f.load("i64", end_at)
-            with f.when(_atomic(f, failed).eq(0)):
-                with f.when(n.eq(kernel)), f.range(begin, end) as item:  # noqa: B023
-                    freshen(f, job=job, item=item)
-                status = _invoke(f, "i32", function, job + at_memory + offset, begin, end, scratch)  # noqa: B023
-                with f.when(status.ne(0)):
-                    f.put(f"store atomic i64 1, ptr {failed.ref} release, align 8")
-            ready = _atomic_add(f, state + WORD, end - begin) + (end - begin)  # noqa: B023
-            with f.when(ready.eq(items) & (members > 1)):  # noqa: B023
-                lock, unlock, wake = _context(f, "lock", "unlock", "wake")
-                _invoke(f, "i32", lock, job + _LOCK)
-                _invoke(f, "i32", wake, job + _SIGNAL)
-                _invoke(f, "i32", unlock, job + _LOCK)
-            return [following()]  # noqa: B023
-
-        f.repeat([following()], lambda c: c[0] < items, compute)  # noqa: B023
+        state = job + at_states + n * STATE
+        items = _take_part(f, n, state, end, take, freshen)
         wait(f, job=job, state=state, items=items)
     f.ret()
     return f
+
+
+def _take_part(f: Routine, n: Value, state: Value, end_at: Value, take: Routine, freshen: Routine) -> Value:
+    """Compute items of step n as long as some are left; how many there are in all."""
+    job, scratch = f.parameters
+    steps, kernel, at_memory = _context(f, "steps", "kernel", "at_memory")
+    function, offset, items = (
+        f.load(t, steps + n * (3 * WORD) + k * WORD) for k, t in enumerate(("ptr", "i64", "i64"))
+    )
+    members, failed = _JOB.read(f, job, "members"), _word(f, job, "failed")
+    following = functools.partial(take, f, state=state, items=items, members=members, end=end_at)
+
+    def compute(carry: list[Value]) -> list[Value]:
+        begin, end = carry[0], f.load("i64", end_at)
+        with f.when(_atomic(f, failed).eq(0)):
+            with f.when(n.eq(kernel)), f.range(begin, end) as item:
+                freshen(f, job=job, item=item)
+            status = _invoke(f, "i32", function, job + at_memory + offset, begin, end, scratch)
+            with f.when(status.ne(0)):
+                f.put(f"store atomic i64 1, ptr {failed.ref} release, align 8")
+        ready = _atomic_add(f, state + WORD, end - begin) + (end - begin)
+        with f.when(ready.eq(items) & (members > 1)):
+            lock, unlock, wake = _context(f, "lock", "unlock", "wake")
+            _invoke(f, "i32", lock, job + _LOCK)
+            _invoke(f, "i32", wake, job + _SIGNAL)
+            _invoke(f, "i32", unlock, job + _LOCK)
+        return [following()]
+
+    f.repeat([following()], lambda c: c[0] < items, compute)
+    return items
 
 
 def _freshen(module: Module) -> Routine:
