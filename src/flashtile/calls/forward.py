@@ -65,7 +65,7 @@ def attend(
     if request.scores is not None:
         if type(request.scores) is not Scored:
             request = traced(arrays, q, k, v, request)
-        spec, scoring = request.scores  # type: ignore[misc]
+        spec, scoring = request.scores  # type: ignore[misc]  # they are traced
     options, _, offsets, known = request
     if known is None or out is not None:
         known = arrays.key(q, k, v, out)
@@ -97,7 +97,7 @@ def attend(
 
 def scored(arrays: Arrays, q: Any, k: Any, v: Any, request: Request) -> Scored:
     """`Request.of`: what its options that change scores mean, read anew at every call; the rest is validated once."""
-    return traced(arrays, q, k, v, request).scores  # type: ignore[return-value]
+    return traced(arrays, q, k, v, request).scores  # type: ignore[return-value]  # they are traced
 
 
 def traced(arrays: Arrays, q: Any, k: Any, v: Any, request: Request) -> Request:

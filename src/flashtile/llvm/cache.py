@@ -30,7 +30,7 @@ from flashtile.errors import FlashtileError
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # `_locked` asks
 
 KEPT = 512
 PATIENCE_SECONDS = 20.0  # with another process that builds the same; kernels take up to a few
@@ -192,8 +192,7 @@ def _header(obj: bytes) -> bytes:
 
 
 def _prune(folder: int) -> None:
-    """Remove what was used least recently, down to the limit; files of writers that were killed go
-    the same way."""
+    """Remove what was used least recently, down to the limit; files of writers that were killed go the same way."""
     with os.scandir(folder) as entries:
         files = [e for e in entries if e.name.endswith((".o", ".tmp", ".lock"))]
     most = KEPT + sum(e.name.endswith(".lock") for e in files)  # of processes at work

@@ -203,7 +203,8 @@ def _of_compiler(value: Any, name: str) -> ArrayCapture:
     spelled = str(tensor.dtype).removeprefix("torch.")
     if spelled not in _SPELLED:
         raise SpecError(f"{name}: got dtype {spelled}, {_READ}")
-    return ArrayCapture(Unread(tuple(tensor.shape), spelled), _SPELLED[spelled], value, name)  # type: ignore[arg-type]
+    shape: Any = Unread(tuple(tensor.shape), spelled)  # stands for an array
+    return ArrayCapture(shape, _SPELLED[spelled], value, name)
 
 
 def _storage(value: Any, name: str) -> tuple[np.ndarray, str]:

@@ -94,7 +94,7 @@ class Reading:
         found = _entries.get(self.key)
         if found is None:
             return None
-        return found.code, tuple(self.values[x] if type(x) is int else x for x in found.slots)  # type: ignore[misc]
+        return found.code, tuple(self.values[x] if type(x) is int else x for x in found.slots)  # type: ignore[misc]  # of two
 
     def keep(self, code: Code, captures: tuple[Captured, ...]) -> None:
         """Remember a traced program, unless values of arrays had a part in it: what it reads of them is no element, or

@@ -143,7 +143,8 @@ def attend(
     if scores is not None and kind != RECORDED and kind != WATCHED:
         eager.check_scores(scores)
         traced = eager.traced_on_gpu(q, k, v, request) if kind == ON_GPU else calls.traced(TENSORS, q, k, v, request)
-        if eager.is_recorded(traced.scores.scoring, scores.sinks):  # type: ignore[union-attr,arg-type]
+        found: Any = traced.scores
+        if eager.is_recorded(found.scoring, scores.sinks):  # type: ignore[union-attr]  # not traced ones
             kind = RECORDED
         else:
             request = traced

@@ -81,7 +81,7 @@ def _unwatched(q: Tensor, k: Tensor, v: Tensor, a: Arguments) -> tuple[Tensor, T
 def _scored(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Scored:
     if q.is_cpu:
         return calls.scored(TENSORS, q, k, v, request)
-    return traced_on_gpu(q, k, v, request).scores  # type: ignore[return-value]
+    return traced_on_gpu(q, k, v, request).scores  # type: ignore[return-value]  # they are traced
 
 
 # -- on a device ----------------------------------------------------------------------------------------
