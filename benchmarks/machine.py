@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import platform
+import shutil
+import tempfile
 from pathlib import Path
 
 # Workarounds for broken OpenBLAS builds that must not slow the NumPy peer down.
 DROPPED_VARIABLES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def folder_until_exit(name: str) -> Path:
+    """A new folder that is gone when the process ends."""
+    folder = tempfile.mkdtemp(prefix=f"flashtile-{name}-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def cpu_model() -> str:

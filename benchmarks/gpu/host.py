@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import os
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -101,7 +100,7 @@ def pretend() -> None:
         def out_of_memory(self) -> tuple[type[Exception], ...]:
             return (MemoryError,)
 
-    folder = Path(tempfile.mkdtemp(prefix="flashtile-driver-"))
+    folder = machine.folder_until_exit("driver")
     include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
     source, library = machine.ROOT / "tests" / "gpu" / "fake_cuda.c", folder / "libcuda.so.1"
     subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-I", include, "-o", library, source], check=True)

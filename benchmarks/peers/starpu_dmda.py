@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable
 
 import numpy as np
 
+from .. import machine
 from ..cases import Case
 from .starpu import prepare as prepare_engine
 from .starpu import refuses, versions
@@ -20,7 +20,7 @@ CALIBRATING_CALLS = 3  # a call has many tasks of a kind; StarPU wants ten measu
 def prepare(case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray, threads: int) -> tuple[Callable, Callable]:
     from flashtile import starpu
 
-    models = tempfile.mkdtemp(prefix="flashtile-models-")
+    models = str(machine.folder_until_exit("models"))  # registered before StarPU's own last steps, which save them
     starpu.init(workers=threads, scheduler="dmda", calibrate=True, models=models)
     run, to_numpy = prepare_engine(case, q, k, v, threads)
     for _ in range(CALIBRATING_CALLS):
