@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from inputs import Shape, numpy_dtype, uniform
 
+import flashtile
 from flashtile import Gradients, testing
 from flashtile.gradients import ByIdentity
 from flashtile.kernels import reference, vanilla
@@ -239,3 +240,23 @@ def test_what_gradients_are_allowed_is_small(dtype: str) -> None:
     for name, want in vars(testing.expect_gradients(*inputs, **DIFFERENTIATED)).items():
         if name in "qkv":
             assert 0 < want.allowed < 32 * testing.ulp(np.abs(want.value).max(), dtype)
+
+
+@pytest.mark.parametrize("size", [1, 3e3])
+def test_what_the_stored_output_and_lse_cost_is_allowed(dtype: str, size: float) -> None:
+    """Exact arithmetic on them passes: of a gradient that has few elements the baseline may err little by chance, and
+    where one key of each row counts, not at all in dV."""
+    shape = Shape(1, 2, 1, 40, 40, 16, 16)
+    options: dict[str, Any] = {"sinks": np.array([0.5, -0.5]), "alibi_slopes": np.array([0.1, 0.2]), "causal": True}
+    options["wrt"] = "q", "k", "v", "sinks", "alibi_slopes"
+    accumulator = np.float64 if dtype == "float64" else np.float32
+    for seed in range(20):
+        do, (q, k, v) = uniform(shape, dtype, seed=seed + 100)[0], uniform(shape, dtype, seed=seed)
+        q = (q.astype(np.float64) * size).astype(q.dtype)
+        wide = [np.asarray(x, np.float64) for x in (do, q, k, v)]
+        given = {name: x for name, x in options.items() if name != "wrt"}
+        o, lse = flashtile.attention(*wide[1:], return_lse=True, kernel="reference", **given)
+        stored = o.astype(q.dtype).astype(np.float64), lse.astype(accumulator).astype(np.float64)
+        found = flashtile.attention_backward(*wide, *stored, kernel="reference", **options)
+        kept = {name: x.astype(q.dtype) if name in "qkv" else x for name, x in vars(found).items() if x is not None}
+        testing.assert_gradients_accurate(Gradients(**kept), do, q, k, v, **options)

@@ -16,8 +16,17 @@ from flashtile.calls import Options, Request
 from flashtile.checks import integer
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.gradients import ByIdentity, Gradients, Problem
-from flashtile.kernels import reference, vanilla
-from flashtile.kernels.accuracy import FACTOR, Expected, allow, expect_values, key_orders, ulp, values_of
+from flashtile.kernels import vanilla
+from flashtile.kernels.accuracy import (
+    FACTOR,
+    Expected,
+    allow,
+    expect_values,
+    gradient_baselines,
+    key_orders,
+    ulp,
+    values_of,
+)
 from flashtile.score.keep import keep_of
 from flashtile.score.options import ScoreOptions
 from flashtile.signature import Align, Precision, Window
@@ -98,7 +107,8 @@ def expect_gradients(
     Shapes:  do as o, dlse as lse; the rest as `expect`. `wrt` as in `flashtile.attention_backward`.
     Returns: Gradients of `Expected`, None where `wrt` does not ask.
     Numerics: each by the module's rule for gradients: three times the largest error of the unfused backward, over four
-             orders of the keys, each from the output and lse of the unfused forward in that order.
+             orders of the keys, each from the output and lse of the unfused forward in that order, and of exact
+             arithmetic on the stored output and lse.
     Raises:  as `expect`.
     Source:  docs, "What flashtile computes", the accuracy rule.
     """
@@ -106,19 +116,16 @@ def expect_gradients(
     options = Options(causal, window, align, scale, precision, "auto", "auto")
     changes = ScoreOptions(**scores, keep=keep_of(dropout_p, seed))
     problem = Problem.of((q, k, v), Request(options, changes, offsets), wrt)
-    spec, dtype = problem.spec, dtype_of(problem.spec.dtype)
+    spec = problem.spec
     wide = [values_of(x)[(None,) * (4 - x.ndim)] for x in (do, q, k, v)]
     common: dict[str, Any] = {"scale": spec.scale, "band": spec.band, "offset": problem.offset}
     common["scoring"] = problem.scoring
     row = None if dlse is None else values_of(dlse)
-    exact = reference.attend(*wide[1:], dtype=reference.oracle_dtype(dtype.name), **common)
-    truth = problem.values(problem.differentiate(reference, [*wide, exact.o, exact.lse, row]))
-    narrow = [x.astype(dtype.accumulator) for x in wide]
-    baselines = []
-    for order in key_orders(spec.kv_len):
-        part = vanilla.attend(*narrow[1:], dtype=dtype.name, precision=spec.precision, order=order, **common)
-        stored = vanilla.rounded(part.o, vanilla.STORED.get(dtype.name))
-        baselines.append(problem.values(problem.differentiate(vanilla, [*narrow, stored, part.lse, row], order)))
+
+    def backward(family: Any, values: Any, o: Any, lse: Any, order: Any) -> Any:
+        return problem.values(problem.differentiate(family, [*values, o, lse, row], order))
+
+    truth, baselines, _ = gradient_baselines(spec, wide, backward, **common)
     found: dict[str, Any] = {}
     captured = []
     for (name, source, value), *others in zip(truth, *baselines, strict=True):

@@ -9,12 +9,16 @@ lse may err by one thing more. Unlike the output it repeats a score's error in f
 nothing about the rounding of one q.k, so it is given what that sum of D products costs in any order, typically:
 sqrt(D) units of roundoff of the largest scale * sum |q||k| (Higham and Mary 2019, A new approach to probabilistic
 rounding error analysis).
+
+Gradients begin with the output and lse as they are stored. What exact arithmetic makes of these, rounded once, is one
+baseline more: no backward that begins with them can be nearer, and of a gradient that has few elements (sinks, slopes)
+the orders of the keys say nothing about what a rounded output costs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,20 +109,35 @@ def expect_sums(
         named = ((n, getattr(found, n)) for n in ("q", "k", "v", "sinks") if n in wanted)
         return dict([*named, *found.arrays.items()])
 
-    exact = reference.attend(*inputs[1:], dtype=reference.oracle_dtype(dtype.name), **common)
-    truth = sums(reference, inputs, exact.o, exact.lse)
-    narrow = [x.astype(dtype.accumulator) for x in inputs]
-    baselines, parts = [], []
-    for order in key_orders(spec.kv_len):
-        part = vanilla.attend(*narrow[1:], dtype=dtype.name, precision=spec.precision, order=order, **common)
-        parts.append((vanilla.rounded(part.o, vanilla.STORED.get(dtype.name)), part.lse))
-        baselines.append(sums(vanilla, narrow, *parts[-1], order))
+    truth, baselines, (o, lse) = gradient_baselines(spec, inputs, sums, **common)
     found = {}
     for name, value in truth.items():
         own = dtype.name if name in ("q", "k", "v") else dtype_of(np.dtype(dtype.accumulator)).name
         stored = [vanilla.rounded(x[name], own) if own in vanilla.STORED else x[name] for x in baselines]
         found[name] = Expected(value, allow(value, stored, own, kind="gradient"), own)
-    return found, *parts[0]
+    return found, o, lse
+
+
+def gradient_baselines(
+    spec: AttentionSpec, inputs: Sequence[np.ndarray], backward: Callable[..., Any], **common: Any
+) -> tuple[Any, list[Any], tuple[np.ndarray, np.ndarray]]:
+    """What `backward` makes of the exact output and lse, of those of every baseline, and the first one's, as stored.
+
+    inputs: do, q, k, v, of four axes, maybe widened; backward(family, inputs, o, lse, order); common: of `attend`.
+    """
+    dtype, kept = dtype_of(spec.dtype), vanilla.STORED.get(spec.dtype)
+    exact = reference.attend(*inputs[1:], dtype=reference.oracle_dtype(dtype.name), **common)
+    truth = backward(reference, inputs, exact.o, exact.lse, None)
+    narrow = [x.astype(dtype.accumulator) for x in inputs]
+    parts, found = [], []
+    for order in key_orders(spec.kv_len):
+        part = vanilla.attend(*narrow[1:], dtype=dtype.name, precision=spec.precision, order=order, **common)
+        parts.append((vanilla.rounded(part.o, kept), part.lse))
+        found.append(backward(vanilla, narrow, *parts[-1], order))
+    with np.errstate(over="ignore"):
+        o, lse = (x.astype(dtype.accumulator) for x in (exact.o, exact.lse))
+        found.append(backward(reference, inputs, vanilla.rounded(o, kept), lse, None))
+    return truth, found, parts[0]
 
 
 def allow(exact: np.ndarray, baselines: Sequence[np.ndarray], dtype: str, *, kind: str = "output") -> float:
