@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 Script = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+@contextmanager
+def asleep() -> Iterator[None]:
+    """Idle workers of the StarPU that these tests share would take the processors from the process that a test runs."""
+    polls = runtime.running() and not runtime.current().pauses
+    if polls:
+        runtime.current().lib.ft_pause()
+    try:
+        yield
+    finally:
+        if polls:
+            runtime.current().lib.ft_resume()
+
+
 @pytest.fixture
 def script(tmp_path: Path) -> Script:
     """Runs Python text after PRELUDE in a process of its own; fails the test unless it returns `status`."""
@@ -78,7 +92,8 @@ def script(tmp_path: Path) -> Script:
     def run(body: str, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
         path = tmp_path / "script.py"
         path.write_text(PRELUDE + textwrap.dedent(body))
-        done = processes.run([sys.executable, str(path)], env={**os.environ, **environment})
+        with asleep():
+            done = processes.run([sys.executable, str(path)], env={**os.environ, **environment})
         assert done.returncode == status, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
