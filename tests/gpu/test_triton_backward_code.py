@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import re
 import sys
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,13 +12,12 @@ import pytest
 from test_triton_code import FEW_WARPS, NVIDIA, SHARED, TENSOR, TRITON, check_limits
 
 from flashtile.arrays import contiguous
+from flashtile.kernels.triton import aot, installed_version, tiles, too_old
 from flashtile.kernels.triton import backward_forms as forms
-from flashtile.kernels.triton import installed_version, tiles, too_old
 from flashtile.kernels.triton import specialisation as special
-from flashtile.kernels.triton.backward_host import ARRAY_ROWS
-from flashtile.kernels.triton.backward_tiles import ALIKE, TABLE, TIMED, Row, rows_for
+from flashtile.kernels.triton.backward_tiles import ALIKE, TABLE, TIMED, Row, of_arrays, rows_for
 from flashtile.kernels.triton.compiler import compiled
-from flashtile.kernels.triton.resources import resources_of
+from flashtile.kernels.triton.resources import Parameter, resources_of
 from flashtile.kernels.triton.specialisation import Memory, Specialisation
 from flashtile.score.keep import keep_of
 from flashtile.score.options import ScoreOptions
@@ -119,12 +117,15 @@ def test_every_other_kernel_compiles_within_the_limits(arch: str) -> None:
     spec, _ = options.scoring(AttentionSpec.of(view, view, view, align="top_left"), False, None, 0)
     rows = rows_for(arch, "bfloat16", 64)
     assert rows is not None and spec.program is not None
-    kernels = [forms.row_deltas(spec, True, MEMORY), forms.sink_sums(spec), forms.array_finish(spec), forms.clear()]
-    tile = replace(rows[0].tile, tile_q=ARRAY_ROWS)
+    kernels = [forms.row_deltas(spec, True, MEMORY), forms.sink_sums(spec), forms.clear()]
+    kernels += [forms.array_finish(spec, joins=True)]  # which has all that the other has
+    tile = of_arrays(rows[0].tile)
     kernels += [forms.array_sums(spec, tile, 0, totals=x, memory=MEMORY) for x in (False, True)]
+    kernels += [forms.array_sums(spec, tile, 0, totals=True, part=True, memory=MEMORY)]
     for what in kernels:
         meta, used = compiles(what, arch)
         assert meta.shared <= SHARED[arch] and used.registers <= 255 and meta.global_scratch_size == 0
+        assert used.parameters == tuple(Parameter(x["offset"], x["size"]) for x in aot.parameters_of(what))
     for what in (
         forms.backward_q(spec, rows[0].tile, contain=False, memory=MEMORY),
         forms.backward_kv(spec, rows[1].tile, contain=False, memory=MEMORY),

@@ -26,13 +26,14 @@ def function_source(name: str, root: Expr, slots: Sequence[Slot]) -> str:
 
 def place_source(name: str, slot: Slot, indices: Sequence[Expr], slots: Sequence[Slot]) -> str:
     """The source of a function that gives the number of an array's element at some indices, int64, rows first;
-    the nearest, where an index is out of bounds."""
+    the nearest, where an index is out of bounds. `box`: None, or what `counted` takes."""
     writer = Writer(slots)
     place = "tl.full((), 0, tl.int64)"
     for axis, index in enumerate(indices):
         length = writer.arguments.length(slot, axis)
-        place = writer.line(f"{place} * {length} + nearest({writer.write(index)}, {length})")
-    return "\n".join([f"def {name}({SIGNATURE}):", *("    " + line for line in writer.lines), f"    return {place}\n"])
+        place = writer.line(f"counted({place}, nearest({writer.write(index)}, {length}), {length}, box, {axis})")
+    signature = SIGNATURE.replace("captures", "captures, box")
+    return "\n".join([f"def {name}({signature}):", *("    " + line for line in writer.lines), f"    return {place}\n"])
 
 
 class Arguments:

@@ -21,7 +21,7 @@ from flashtile.errors import UnavailableError, wrong
 from flashtile.kernels.triton import backward_forms as forms
 from flashtile.kernels.triton import specialisation as special
 from flashtile.kernels.triton import tiles, too_old
-from flashtile.kernels.triton.backward_tiles import backward_tiles
+from flashtile.kernels.triton.backward_tiles import backward_tiles, of_arrays
 from flashtile.kernels.triton.compiler import compiled
 from flashtile.kernels.triton.host import MERGE_ROWS
 from flashtile.kernels.triton.parameters import flat_names, layout_of, size_of
@@ -45,6 +45,9 @@ GRIDS = {
     "backward_kv": "B * H_kv * key_tiles * splits; key_tiles = ceil(S_kv / keys), splits = row_parts * "
     "ceil(H / H_kv / split_heads), 1 unless partial",
     "add_parts": "B * heads * tiles; tiles = ceil(length / queries)",
+    "array_sums": "B * H * query_tiles * splits; query_tiles = ceil(S_q / queries)",
+    "array_finish": f"ceil(elements / {forms.BLOCK})",
+    "clear": f"ceil(count / {forms.BLOCK})",
     "scores": "B * H * query_tiles * key_tiles; query_tiles = ceil(S_q / queries), key_tiles = ceil(S_kv / keys)",
     "softmax": "B * H * query_tiles; query_tiles = ceil(S_q / queries)",
     "output": "B * H * query_tiles; query_tiles = ceil(S_q / queries)",
@@ -266,13 +269,15 @@ def laid_out(what: Specialisation, spec: AttentionSpec, arch: str) -> Chosen:
     Raises: UnavailableError where there are no tiles for it.
     """
     constants, found = dict(what.constants), backward_tiles(spec, arch)
-    if what.kernel in ("row_deltas", "sink_sums", "add_parts"):
+    if what.kernel in ("row_deltas", "sink_sums", "add_parts", "array_finish", "clear"):
         return Chosen(what.kernel, what, spec, Tile(forms.ROWS, forms.ROWS))
     if what.kernel != "forward" and found is None:
         raise UnavailableError(f"aot: got {what.kernel} of {tiles.kind_of(spec)}, for which {arch} has no tiles")
     by_kernel = {} if found is None else dict(zip(("backward_q", "backward_kv"), found, strict=True))
+    if found is not None:
+        by_kernel["array_sums"] = of_arrays(found[0])
     tile = by_kernel.get(what.kernel) or tiles.forward_tile(spec, arch)
-    if constants["CONTAIN"]:
+    if constants.get("CONTAIN"):
         tile = special.contained(tile)
     sized = tuple((constants | {"TILE_Q": tile.tile_q, "TILE_K": tile.tile_k}).items())
     warps, stages = tile.num_warps, tile.num_stages

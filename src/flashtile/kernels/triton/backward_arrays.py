@@ -28,7 +28,7 @@ def array_sums(
     q, k, v, do, lse, delta, largest, totals, flags,
     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, do_b, do_h, do_s, do_d,
     first, heads, group, q_len, kv_len, head_size, value_size, query_tiles, splits, split_keys, elements, terms_bits,
-    scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, captures, origin, threshold, seed,
+    scale, left, right, offset, offsets, rows, runs, rows_b, rows_h, captures, origin, threshold, seed, box,
     SCORE: tl.constexpr, MASK: tl.constexpr, GIVES: tl.constexpr, PLACE: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD: tl.constexpr, VALUE: tl.constexpr, WHOLE: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, BAND: tl.constexpr, BY_ROW: tl.constexpr, BY_KEY: tl.constexpr,
@@ -38,7 +38,8 @@ def array_sums(
 
     GIVES, PLACE: d score / d load, and which of the array's `elements` was loaded; BY_ROW and BY_KEY: whether that
     depends on the row, and on the key. Without `totals`: the largest term, as the bits of a float, joins `largest`.
-    Else terms join totals (WORDS, elements), and flags (elements,); 2^terms_bits terms at most meet in one.
+    Else terms join totals (WORDS, elements), and flags (elements,); 2^terms_bits terms at most meet in one. box: where
+    q and its kin are tiles of larger arrays, the elements that they reach, as `counted` takes it.
     """
     ACC: tl.constexpr = lse.dtype.element_ty
     item = first + tl.program_id(0)
@@ -59,7 +60,7 @@ def array_sums(
     sums = tl.zeros([TILE_Q if BY_ROW else 1, TILE_K if BY_KEY else 1], ACC)
     into = largest  # not read
     if totals is not None:
-        into = (totals, flags, tl.exp2(power_of(largest, terms_bits)), tl.exp2(_room(terms_bits)), elements)
+        into = (totals, flags, tl.exp2(power_of(largest, terms_bits)), tl.exp2(_room(terms_bits)), elements, box)
     most = over_keys(
         sums, (low, high, begin, end), table, of_rows, loads, at,
         (captures, threshold, seed, number_of_head(b, h, heads, origin), origin, into), _key_tile,
@@ -104,11 +105,14 @@ def _key_tile(
     if HOW[2] == 0:
         return tl.maximum(most, tl.abs(clean))
     else:
-        totals, flags, unit, rest_unit, elements = where[5]
-        i, j = rows[0], n0 + tl.arange(0, TILE_K)[None, :]
+        origin = where[4]
+        totals, flags, unit, rest_unit, elements, box = where[5]
+        b, h, i, j = spread(at[0]), spread(at[1]), rows[0], n0 + tl.arange(0, TILE_K)[None, :]
         if not FULL:
             j = tl.minimum(j, at[4] - 1)
-        place = over(PLACE(raw, spread(at[0]), spread(at[1]), i, j, where[0], ACC), raw)
+        if origin is not None:
+            b, h, i, j = b + origin[0], h + origin[1], i + origin[2], j + origin[3]
+        place = over(PLACE(raw, b, h, i, j, where[0], box, ACC), raw)
         if not HOW[0] and not HOW[1]:
             place = tl.max(tl.max(place, 1), 0) + tl.zeros(term.shape, tl.int64)
         elif not HOW[0]:
@@ -127,9 +131,12 @@ def _key_tile(
 
 
 @triton.jit
-def array_finish(largest, totals, flags, out, elements, terms_bits, first, WORDS: tl.constexpr, TILE_Q: tl.constexpr):
-    """Sums as floats: out (elements,)."""
-    at = (first + tl.program_id(0)).to(tl.int64) * TILE_Q + tl.arange(0, TILE_Q)
+def array_finish(
+    largest, totals, flags, out, elements, terms_bits, first,
+    WORDS: tl.constexpr, JOINS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums as floats: out (elements,), or, JOINS, added to what out holds."""
+    at = (first + tl.program_id(0)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = at < elements
     total = tl.load(totals + at, mask=there, other=0).to(tl.float64)
     if WORDS == 2:
@@ -140,11 +147,14 @@ def array_finish(largest, totals, flags, out, elements, terms_bits, first, WORDS
     total = tl.where(kinds == PLUS, float("inf"), total)
     total = tl.where(kinds == MINUS, float("-inf"), total)
     total = tl.where((kinds & NAN) != 0, float("nan"), tl.where(kinds == PLUS | MINUS, float("nan"), total))
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=there)
+    found = total.to(out.dtype.element_ty)
+    if JOINS:
+        found += tl.load(out + at, mask=there, other=0.0)
+    tl.store(out + at, found, mask=there)
 
 
 @triton.jit
-def clear(words, count, first, TILE_Q: tl.constexpr):
+def clear(words, count, first, BLOCK: tl.constexpr):
     """Zeros in `count` words of 32 bits."""
-    at = (first + tl.program_id(0)).to(tl.int64) * TILE_Q + tl.arange(0, TILE_Q)
-    tl.store(words + at, tl.zeros([TILE_Q], tl.int32), mask=at < count)
+    at = (first + tl.program_id(0)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(words + at, tl.zeros([BLOCK], tl.int32), mask=at < count)

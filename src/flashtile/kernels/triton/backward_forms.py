@@ -117,8 +117,13 @@ def backward_kv(
     return special._specialisation("backward_kv", arguments, constants, memory, tile, spec.program)
 
 
-def array_sums(spec: AttentionSpec, tile: Tile, number: int, *, totals: bool, memory: Memory) -> Specialisation:
-    """One of a program's gradients of arrays (backward_arrays.py): the largest term, or with totals their sums."""
+def array_sums(
+    spec: AttentionSpec, tile: Tile, number: int, *, totals: bool, part: bool = False, memory: Memory
+) -> Specialisation:
+    """One of a program's gradients of arrays (backward_arrays.py): the largest term, or with totals their sums.
+
+    part: as `backward_q`; the sums are those of a box of the array's elements.
+    """
     assert spec.program is not None
     gradient = spec.program.array_gradients[number]
     names = frozenset[str]().union(*(index.variables for index in gradient.index))
@@ -132,7 +137,8 @@ def array_sums(spec: AttentionSpec, tile: Tile, number: int, *, totals: bool, me
         **special._sizes("splits", "split_keys"),
         "elements": "i64" if totals else None,
         "terms_bits": "i32" if totals else None,
-        **_scores(spec),
+        **_scores(spec, part),
+        "box": ("i64",) * (2 * len(gradient.index)) if totals and part and gradient.index else None,
     }
     constants = {
         **_constants(spec, tile),
@@ -146,8 +152,8 @@ def array_sums(spec: AttentionSpec, tile: Tile, number: int, *, totals: bool, me
     return special._specialisation("array_sums", arguments, constants, memory, tile, spec.program)
 
 
-def array_finish(spec: AttentionSpec) -> Specialisation:
-    """Sums of arrays as floats."""
+def array_finish(spec: AttentionSpec, joins: bool = False) -> Specialisation:
+    """Sums of arrays as floats; joins: added to those that are there."""
     arguments: dict[str, Type | None] = {
         "largest": "*i64",
         "totals": "*i64",
@@ -157,14 +163,14 @@ def array_finish(spec: AttentionSpec) -> Specialisation:
         "terms_bits": "i32",
         **special._sizes("first"),
     }
-    constants: dict[str, Constant] = {"WORDS": words_of(spec), "TILE_Q": BLOCK}
+    constants: dict[str, Constant] = {"WORDS": words_of(spec), "JOINS": joins, "BLOCK": BLOCK}
     return special._specialisation("array_finish", arguments, constants, Memory(aligned=False), Tile(1, 1, 4, 1))
 
 
 def clear() -> Specialisation:
     """Zeros."""
     arguments: dict[str, Type | None] = {"words": "*i32", "count": "i64", "first": "i32"}
-    return special._specialisation("clear", arguments, {"TILE_Q": BLOCK}, Memory(aligned=False), Tile(1, 1, 4, 1))
+    return special._specialisation("clear", arguments, {"BLOCK": BLOCK}, Memory(aligned=False), Tile(1, 1, 4, 1))
 
 
 def _of_parts(parts: bool, sizes: Iterable[str], distances: Iterable[str]) -> dict[str, Type | None]:

@@ -14,6 +14,7 @@ from flashtile.errors import wrong
 from flashtile.kernels import Stage
 from flashtile.kernels.triton import backward_forms as forms
 from flashtile.kernels.triton import backward_parts
+from flashtile.kernels.triton.backward_tiles import of_arrays
 from flashtile.kernels.triton.device import Bound, Device, Pointer
 from flashtile.kernels.triton.host import (
     MOST_TABLES,
@@ -45,7 +46,6 @@ _AXES = "bhsd"
 _OPERANDS = ("q", "k", "v", "o", "do", "dq", "dk", "dv")
 _GRADIENTS = ("dq", "dk", "dv")
 _TIMES_FORWARD = 7, 2  # seven products where the forward has two: S and dP are formed for dQ, and again for dK and dV
-ARRAY_ROWS = 64  # most rows of a tile of those that gradients of arrays walk
 _WORD = 4  # bytes of what `clear` writes
 
 
@@ -85,7 +85,7 @@ class Backward:
     ) -> None:
         self._spec, self._arrays, self._device = spec, arrays, device
         self._tile_q, self._tile_kv = tile_q, tile_kv
-        self._tile_arrays = replace(tile_q, tile_q=min(tile_q.tile_q, ARRAY_ROWS))  # places take registers, too
+        self._tile_arrays = of_arrays(tile_q)
         self._key_tiles = -(-spec.kv_len // tile_kv.tile_k)
         heads, kv_heads = spec.batch * spec.heads, spec.batch * spec.kv_heads
         items_q, items_kv = heads * -(-spec.q_len // tile_q.tile_q), kv_heads * self._key_tiles

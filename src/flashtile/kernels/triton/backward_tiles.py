@@ -4,6 +4,7 @@ tiles.py has those of the forward. Chosen by what the compiled kernels use; spee
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from flashtile.kernels.triton.specialisation import Tile, padded
@@ -26,6 +27,8 @@ def row(
     """A row as it stands in the table; limit: of registers."""
     return Row(Tile(queries, keys, warps, stages, registers=limit), registers, spills, shared)
 
+
+ARRAY_ROWS = 64  # most rows of a tile of those that gradients of arrays walk
 
 Rows = tuple[Row | None, ...]  # for head sizes up to 64, 128 and 256; None: no tile leaves room
 
@@ -174,6 +177,11 @@ def cautious_tiles(spec: AttentionSpec) -> tuple[Tile, Tile]:
     if size <= HEADS[0]:
         return Tile(32, 32, 4, 1), Tile(32, 16, 4, 1)
     return Tile(16 if wide else 32, 16, 4, 1), Tile(16, 16, 4, 1)
+
+
+def of_arrays(tile: Tile) -> Tile:
+    """The tile of gradients of arrays, from that of dQ: places take registers, too."""
+    return replace(tile, tile_q=min(tile.tile_q, ARRAY_ROWS))
 
 
 def backward_tiles(spec: AttentionSpec, arch: str) -> tuple[Tile, Tile] | None:

@@ -96,6 +96,16 @@ def nearest(i, length):
     return tl.maximum(tl.minimum(i, length - 1), 0)
 
 
+@triton.jit
+def counted(place, at, length, box, AXIS: tl.constexpr):
+    """The number of an element along one axis more: in the whole array, or in a box of it, of which `box` has the first
+    index and the length along each axis."""
+    if box is None:
+        return place * length + at
+    else:
+        return place * box[2 * AXIS + 1] + (at - box[2 * AXIS])
+
+
 # -- calculus ----------------------------------------------------------------------------------------
 
 

@@ -41,7 +41,7 @@ def slope_function(code: Code) -> Any:
 @functools.cache
 def gradient_functions(code: Code, number: int) -> tuple[Any, Any]:
     """Of one of the code's gradients of arrays: the function that gives d score / d load in ACC, and the one that gives
-    the number of the element in a row-major array."""
+    the number of the element in a row-major array, or box of it."""
     gradient = code.array_gradients[number]
     gives = function_of("gives", gradient.value, code.slots)
     return gives, _compiled("place", place_source("place", gradient.slot, gradient.index, code.slots))
