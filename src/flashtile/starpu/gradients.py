@@ -39,7 +39,7 @@ class PendingGradients:
         try:
             session.current().door_job().wait()
         finally:
-            _forget(self._sinks)
+            _forget(self._sinks, *self._flow.boxed)
         shapes, real = self._problem.scoring.shapes(self._problem.wanted), self._flow.accumulator.numpy
         arrays = {n: np.zeros(shape, real) for n, shape in shapes.items() if 0 in shape} | self._flow.totals()
         return self._problem.gradients(Sums(None, None, None, self._sums, arrays))
@@ -114,14 +114,15 @@ def submit_backward(
     try:
         tasks = flow.submit(job, given)
     except BaseException:
-        _forget(sunk)
+        _forget(sunk, *flow.boxed)
         raise
     return PendingGradients(problem, flow, tasks, sunk, None if sums is None else sums[:, :, 0])
 
 
-def _forget(sums: TiledTensor | None) -> None:
-    if sums is not None and sums.live and not sums.runtime.over:
-        sums.unregister()
+def _forget(*sums: TiledTensor | None) -> None:
+    for x in sums:
+        if x is not None and x.live and not x.runtime.over:
+            x.unregister()
 
 
 def _flow(problem: Problem, given: dict[str, TiledTensor], offsets: Any) -> BackwardFlow:

@@ -17,6 +17,7 @@ import numpy as np
 
 from flashtile.dtypes import DTYPES
 from flashtile.engines.starpu import cuda_gradients
+from flashtile.engines.starpu.boxes import Boxes, boxes_of
 from flashtile.engines.starpu.coverage import coverage_of
 from flashtile.engines.starpu.cuda import anchor_of
 from flashtile.engines.starpu.flow import Pairs, together, touched_of
@@ -139,14 +140,32 @@ class BackwardFlow:
         alone = arrays or part is not None or spec.group > 1
         self.heads = 1 if alone else together(spec, self.coverage, heads)
         per, places = dict.fromkeys(OF_KEYS, spec.group), {name: n for n, name in enumerate(self.names)}
-        gpu: Launches | str = "gradients of arrays are summed on CPUs only"
-        if not arrays:
-            gpu = cuda_gradients.backward(runtime, spec, places, self.heads, tile_q, tile_k, scoring=scoring)
+        gpu, self.boxes = self._on_gpus(runtime, places, arrays, whole=part is None and order is None)
+        self._box_sums: list[np.ndarray] = []
+        self.boxed: list[TiledTensor] = []  # these, while tasks add to them
+        handles += len(self.boxes)
         self.program = Program(
             runtime, found.kernel, bindings, VALUES, keep, gpu, handles=handles, heads=spec.heads, per=per
         )
         self._steps = None if order is None else order(np.asarray(self.coverage.touched().any(axis=(0, 1))))
         self._plan(part)
+
+    def _on_gpus(
+        self, runtime: Runtime, places: Mapping[str, int], arrays: ArrayShapes, whole: bool
+    ) -> tuple[Launches | str, tuple[Boxes, ...]]:
+        """What a task launches on GPUs, or why there is nothing, and the boxes of arrays to which it adds."""
+        sizes, found = (self.heads, self.tile_q, self.tile_k), tuple[Boxes, ...]()
+        if arrays:
+            if not whole:
+                return "gradients of arrays are summed on CPUs where tasks are submitted part by part", ()
+            assert self.scoring is not None and self.scoring.program is not None
+            real = np.dtype(self.accumulator.numpy)
+            boxes = boxes_of(self.spec, self.scoring.program, arrays, self.tile_q, self.tile_k, real)
+            if isinstance(boxes, str):
+                return boxes, ()
+            found = boxes
+        gpu = cuda_gradients.backward(runtime, self.spec, places, *sizes, scoring=self.scoring, boxes=found)
+        return gpu, () if isinstance(gpu, str) else found
 
     def of(self, part: Part) -> BackwardFlow:
         """The tasks of a part of the tiles: with the kernels, the coverage and the sums of arrays of this one."""
@@ -172,6 +191,7 @@ class BackwardFlow:
         delta = TiledTensor((spec.batch, spec.heads, spec.q_len), self.accumulator, self.tile_q, heads=self.heads)
         sums = {name: self.sums_of(job, given[name]) for name in self.gradients}
         turns = self.turns(job)
+        self._begin_boxes(job)
         own = [delta, *(x for name, x in sums.items() if x is not given[name]), *([] if turns is None else [turns])]
         try:
             n = self.submit_deltas(job, {**given, "delta": delta})
@@ -201,6 +221,9 @@ class BackwardFlow:
             assert turns is not None
             columns.append(turns.handles[0, 0, self._turn[some]])
             modes.append("RW")
+        for box, tensor in zip(self.boxes, self.boxed, strict=True):
+            columns.append(tensor.handles[0, 0, box.number(**_places(p))])
+            modes.append("RW")
         tasks = self.tasks[some]
         tasks["turned"] = turned_of(*(given[name] for name in self.names))
         numbers = np.tile([job.runtime.constant(mode) for mode in modes], (len(tasks), 1))
@@ -213,8 +236,12 @@ class BackwardFlow:
         return bool(self.gradients) or self.arrays is not None
 
     def totals(self) -> dict[int, np.ndarray]:
-        """The gradients of captured arrays, by their slots, when the tasks are done."""
-        return {} if self.arrays is None else self.arrays.sums.totals()
+        """The gradients of captured arrays, by their slots, when the tasks are done and `boxed` is unregistered: what
+        workers of either kind have summed up."""
+        found = {} if self.arrays is None else self.arrays.sums.totals()
+        for box, memory in zip(self.boxes, self._box_sums, strict=False):  # without tasks there are none
+            found[box.slot] = (found[box.slot] + box.total(memory)).astype(memory.dtype)
+        return found
 
     def turns(self, job: Job) -> TiledTensor | None:
         """The handles that order tasks which add to the same elements of arrays; None without arrays."""
@@ -226,10 +253,19 @@ class BackwardFlow:
             return gradient
         return self._zeros(job, gradient.shape, gradient.rows, gradient.heads)
 
+    def _begin_boxes(self, job: Job) -> None:
+        """Sums of arrays on GPUs, zero, a handle each box. Who waits for the job unregisters `boxed`."""
+        for box in self.boxes if len(self.tasks) else ():
+            memory = np.zeros((1, 1, box.count * box.elements), self.accumulator.numpy)
+            self._box_sums.append(memory)
+            self.boxed.append(self._over(job, memory, box.elements))
+
     def _zeros(self, job: Job, shape: tuple[int, ...], rows: int, heads: int = 1) -> TiledTensor:
-        memory = np.zeros(shape, self.accumulator.numpy)
+        return self._over(job, np.zeros(shape, self.accumulator.numpy), rows, heads)
+
+    def _over(self, job: Job, memory: np.ndarray, rows: int, heads: int = 1) -> TiledTensor:
         job.hold(memory)  # which outlives the tensor: that is unregistered before its tasks have run
-        made = partial(TiledTensor, shape, self.accumulator, rows, heads=heads)
+        made = partial(TiledTensor, memory.shape, self.accumulator, rows, heads=heads)
         return made(address=memory.ctypes.data, strides=memory.strides, keep=memory)
 
     def _backward_tasks(self) -> np.ndarray:

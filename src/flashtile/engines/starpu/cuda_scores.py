@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from flashtile.score.options import Scoring
     from flashtile.spec import AttentionSpec
 
-HANDLES = 12  # FT_HANDLES of launch_internal.h
+HANDLES = 16  # FT_HANDLES of launch.h
 
 
 class Captured(NamedTuple):

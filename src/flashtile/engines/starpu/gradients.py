@@ -84,7 +84,7 @@ class _Call(Arrays):
                 job.wait(report, total)
             finally:
                 job.drain()
-                for tensor in tensors.values():
+                for tensor in (*tensors.values(), *flow.boxed):
                     tensor.unregister()
             for name, x in beside.items():
                 self._view(name, getattr(params, name), writable=True)[...] = x

@@ -184,7 +184,7 @@ static int fill(const ft_kernel *kernel, const ft_place *place, int64_t programs
 		case FT_APART: value = (place->address[a->index] - place->address[a->other]) / a->unit; break;
 		case FT_SIZE: value = place->sizes[a->index]; break;
 		case FT_TILES: value = tiles(place->sizes[a->index], a->unit); break;
-		case FT_SCRATCH: value = place->scratch; break;
+		case FT_SCRATCH: value = place->scratch + a->index; break;
 		case FT_PROGRAMS: value = programs; break;
 		}
 		if (value % a->multiple) {
@@ -205,7 +205,7 @@ static status launch(const ft_kernel *kernel, const ft_place *place, void *strea
 	void *parameters[] = {PARAMETERS_POINTER, block, PARAMETERS_SIZE, &size, PARAMETERS_END};
 	int64_t grid = 1;
 	for (int n = 0; n < 3; n++)
-		if (kernel->grid_size[n] >= 0) grid *= tiles(place->sizes[kernel->grid_size[n]], kernel->grid_unit[n]);
+		grid *= kernel->grid_size[n] < 0 ? kernel->grid_unit[n] : tiles(place->sizes[kernel->grid_size[n]], kernel->grid_unit[n]);
 	status s = fill(kernel, place, grid, block, detail);
 	if (s || !grid) return s;
 	if ((s = find(kernel, &f, detail))) return s;

@@ -1,10 +1,11 @@
 /* What Python sees of the launcher: machine code of GPU kernels, and where a launch finds its arguments. Read by cffi,
    beside shim.h. Knows neither StarPU nor NVIDIA's headers. */
 
-#define FT_ARGUMENTS 44
-#define FT_BLOCK 64
+#define FT_ARGUMENTS 64
+#define FT_BLOCK 128
 #define FT_SIZES 12
-#define FT_LAUNCHES 4
+#define FT_LAUNCHES 16
+#define FT_HANDLES 16
 #define FT_DETAIL 160
 
 /* Status of a launch that failed before the driver said anything, which counts from 1. */
@@ -20,7 +21,7 @@
    FT_APART    elements of `unit` bytes from handle `other` to handle `index`
    FT_SIZE     sizes[index]
    FT_TILES    tiles of `unit` that sizes[index] takes
-   FT_SCRATCH  address of the worker's scratch memory
+   FT_SCRATCH  address of the worker's scratch memory, and `index` bytes more
    FT_PROGRAMS programs of the launch's grid
    The machine code relies on the value being a multiple of `multiple`. */
 #define FT_ADDRESS 0
@@ -43,7 +44,7 @@ typedef struct {
 /* A kernel: machine code (an image for cuModuleLoadData) with the function in it, known by `id` as long as the process
    lives; threads, programs of a cluster and dynamic shared memory in bytes of a program; the block of parameters with
    every argument that does not differ. The grid is the product over all n of the tiles of grid_unit[n] that
-   sizes[grid_size[n]] takes, 1 where that is -1. */
+   sizes[grid_size[n]] takes, or grid_unit[n] itself where grid_size[n] is -1. */
 typedef struct {
 	uint64_t id;
 	uintptr_t image;
@@ -61,7 +62,7 @@ typedef struct {
    the same of its heads, for each row of the tile. */
 typedef struct {
 	int32_t which[2], launches[4];
-	int64_t dense[12], packed[12];
+	int64_t dense[FT_HANDLES], packed[FT_HANDLES];
 	const ft_kernel *kernel[4][FT_LAUNCHES];
 } ft_kernels;
 

@@ -1,8 +1,6 @@
 /* What the trampoline (shim.c) asks of the launcher (launch.c). */
 #include "launch.h"
 
-#define FT_HANDLES 12
-
 /* Where a task's data lies: address, bytes between the rows (0: adjacent) and between the heads (0: one, or as the kernel
    has it) of each handle, sizes that its launches need, and the worker's scratch memory. */
 typedef struct {

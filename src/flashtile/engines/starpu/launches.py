@@ -50,6 +50,8 @@ class Source:
 
 
 Value = int | Source
+# Of each axis (one of `sizes`, "queries" or "keys" of the kernel's tile: the unit), or (-1, how many programs).
+Grid = tuple[tuple[int, str | int], ...]
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Stage(NamedTuple):
 
     what: Specialisation
     values: Mapping[str, Value]
-    grid: tuple[tuple[int, str], ...]  # (one of `sizes`, "queries" or "keys" of the kernel's tile: the unit)
+    grid: Grid
     spec: AttentionSpec | None = None  # where no folder has it: what to compile it for
 
 
@@ -222,7 +224,7 @@ def _kernel(runtime: Runtime, stage: Stage, entry: Entry) -> tuple[Any, Any]:
     data.threads, data.cluster, data.shared, data.bytes = entry.threads, entry.cluster, entry.shared, entry.nbytes
     units = {"queries": entry.queries, "keys": entry.keys, "": 1}
     for n, (size, counted) in enumerate((*stage.grid, NO_AXIS, NO_AXIS)[:3]):
-        data.grid_size[n], data.grid_unit[n] = size, units[counted]
+        data.grid_size[n], data.grid_unit[n] = size, counted if isinstance(counted, int) else units[counted]
     block, number = bytearray(entry.nbytes), 0
     for parameter in entry.parameters:
         value = 0 if parameter.name in SCRATCH else stage.values[parameter.name]

@@ -16,7 +16,7 @@ from flashtile.kernels.triton.specialisation import Specialisation
 from flashtile.spec import AttentionSpec
 
 TILES = ("TILE_Q", "TILE_K")  # constants that are the folder's own choice
-BLOCK_BYTES = 512  # FT_BLOCK of launch.h
+BLOCK_BYTES = 1024  # FT_BLOCK of launch.h
 SCRATCH = ("global_scratch", "profile_scratch")  # NULL: kernels that want them are refused
 
 

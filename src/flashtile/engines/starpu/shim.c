@@ -505,8 +505,8 @@ void ft_run_cuda(ft_job *job, ft_codelet *codelet, const ft_task *task, int n, c
 		struct starpu_matrix_interface matrix;
 		struct starpu_block_interface block;
 		struct starpu_variable_interface variable;
-	} interfaces[FT_BUFFERS + 1] = {0};
-	void *buffers[FT_BUFFERS + 1];
+	} interfaces[FT_HANDLES + 1] = {0};
+	void *buffers[FT_HANDLES + 1];
 	argument a = {*task, job, NULL, codelet, n};
 	for (int h = 0; h < n; h++) {
 		buffers[h] = &interfaces[h];
