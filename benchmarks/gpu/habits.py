@@ -16,12 +16,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import host, stand_ins
 from .steps import out_of_time
+
+if TYPE_CHECKING:
+    from flashtile.kernels.triton.aot import Chosen
 
 Habit = Callable[[], "str | None"]
 HABITS: dict[str, Habit] = {}
@@ -273,10 +276,9 @@ def lent() -> str | None:
 @habit("StarPU's CUDA workers")
 def cuda_workers() -> str | None:
     """Attention and its gradients by tasks of kernels compiled ahead of time, where a StarPU with CUDA is."""
-    import flashtile
     from flashtile import starpu
     from flashtile.engines.starpu import unavailable
-    from flashtile.testing import assert_gradients_accurate
+    from flashtile.kernels.triton import aot
 
     if (reason := unavailable()) is not None:
         raise ImportError(reason)
@@ -286,33 +288,40 @@ def cuda_workers() -> str | None:
     if not has_some:
         raise ImportError("this StarPU has no CUDA workers")
     with tempfile.TemporaryDirectory() as folder:
-        compile_for_tasks(Path(folder))
-        starpu.init(workers=1, cuda_kernels=folder)
-        starpu.restrict("cuda")
-        rng = np.random.default_rng(0)
-        do, q, k, v = (rng.standard_normal((1, 4, 1500, 64)).astype("float32") for _ in range(4))
-        o, lse = flashtile.attention(q, k, v, causal=True, engine="starpu", return_lse=True)
-        found = flashtile.attention_backward(do, q, k, v, o, lse, causal=True, engine="starpu")
-        starpu.shutdown()
-    assert_gradients_accurate(found, do, q, k, v, causal=True)
-    import torch
-
-    return _held(*map(torch.from_numpy, (o, lse, q, k, v)), causal=True)
-
-
-def compile_for_tasks(folder: Path, arch: str = "") -> None:
-    """The kernels of those tasks, for the device at hand."""
-    from flashtile.kernels.triton import aot
-
-    if not arch:
         import torch
 
         arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
+        for _ in aot.build(Path(folder), arch, kernels_of_tasks(arch)):
+            pass
+        starpu.init(workers=1, cuda_kernels=folder)
+        starpu.restrict("cuda")
+        wrong = by_tasks(1500)
+        starpu.shutdown()
+    return wrong
+
+
+def by_tasks(rows: int) -> str | None:
+    """Attention and its gradients by StarPU's tasks, held to the accuracy rule."""
+    import torch
+
+    import flashtile
+    from flashtile.testing import assert_gradients_accurate
+
+    rng = np.random.default_rng(0)
+    do, q, k, v = (rng.standard_normal((1, 4, rows, 64)).astype("float32") for _ in range(4))
+    o, lse = flashtile.attention(q, k, v, causal=True, engine="starpu", return_lse=True)
+    found = flashtile.attention_backward(do, q, k, v, o, lse, causal=True, engine="starpu")
+    assert_gradients_accurate(found, do, q, k, v, causal=True)
+    return _held(*map(torch.from_numpy, (o, lse, q, k, v)), causal=True)
+
+
+def kernels_of_tasks(arch: str) -> Iterator[Chosen]:
+    """Those that `by_tasks` launches."""
+    from flashtile.kernels.triton import aot
+
     states = ["partial", "carried"]
     chosen = aot.choose(arch, ["float32"], [64], kernels=["forward", "backward"], states=states, bands=["causal"])
-    wanted = (one for one in chosen if not one.name.startswith(("add_parts", "backward")) or "carried" in one.name)
-    for _ in aot.build(folder, arch, wanted):
-        pass
+    return (one for one in chosen if not one.name.startswith(("add_parts", "backward")) or "carried" in one.name)
 
 
 @habit("the kernel in Gluon", anywhere=True)  # the last: its groups of warps might wait for each other for ever

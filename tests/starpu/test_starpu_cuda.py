@@ -350,3 +350,40 @@ def test_what_the_launches_compute(script: Script, driver: Path, folder: Path, t
         TRITON_INTERPRET="1",
         PYTHONPATH=searched(HERE, HERE.parent),
     )
+
+
+def test_the_run_on_hardware_compiles_what_its_tasks_launch(script: Script, driver: Path, tmp_path: Path) -> None:
+    """A folder of the kernels that it compiles ahead, and of no others; what they compute, too."""
+    script(
+        """
+        from pathlib import Path
+        import fake_gpu, interpreted_gpu
+        from benchmarks.gpu import habits
+        from flashtile.engines.starpu import engine, manifest
+        from flashtile.kernels.triton.specialisation import Tile
+
+        ahead = {manifest.key_of(one.specialisation) for one in habits.kernels_of_tasks(fake_gpu.ARCH)}
+
+        class Folder(interpreted_gpu.Anything):
+            def find(self, what):
+                return super().find(what) if manifest.key_of(what) in ahead else None
+
+            def compiled(self, what, spec):
+                return None
+
+        folder, log, driver = (Path(os.environ[name]) for name in ("KERNELS", "LOG", "DRIVER"))
+        starpu.init(workers=1)
+        fake_gpu.use_driver(driver)
+        engine.TILE_Q, engine.TILE_K = (64,), 64
+        with interpreted_gpu.working(folder, log, Folder(folder, Tile(64, 64))) as worker:
+            wrong = habits.by_tasks(100)
+        assert wrong is None, wrong
+        ran = {name.split("-")[0] for name in worker.ran}
+        assert ran == {"forward", "row_deltas", "backward_q", "backward_kv"}, ran
+        """,
+        KERNELS=str(tmp_path / "made"),
+        LOG=str(tmp_path / "log"),
+        DRIVER=str(driver),
+        TRITON_INTERPRET="1",
+        PYTHONPATH=searched(HERE, HERE.parent, HERE.parent.parent),
+    )

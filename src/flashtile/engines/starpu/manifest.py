@@ -86,8 +86,7 @@ class Kernels:
 
     def find(self, what: Specialisation) -> Entry | None:
         """The kernel of a specialisation, with tiles and warps of the folder's choice; None if it is not there."""
-        rows = [(row["name"], row["type"], row.get("multiple_of", 1)) for row in parameters_of(what)]
-        return self._entries.get(_key(what.kernel, dict(what.constants), rows, program_of(what)))
+        return self._entries.get(key_of(what))
 
     def compiled(self, what: Specialisation, spec: AttentionSpec) -> Entry | None:
         """A kernel of the kind that no folder has: compiled now, or found where another process has kept it; None
@@ -120,6 +119,12 @@ class Kernels:
             ),
             refusal=f"kernel {row['name']} wants {', '.join(wants)}, which tasks do not give" if wants else None,
         )
+
+
+def key_of(what: Specialisation) -> str:
+    """By which a folder's kernels are found."""
+    rows = [(row["name"], row["type"], row.get("multiple_of", 1)) for row in parameters_of(what)]
+    return _key(what.kernel, dict(what.constants), rows, program_of(what))
 
 
 def _key_of(row: dict[str, Any]) -> str:
