@@ -11,23 +11,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any
 
 from flashtile import xla
 from flashtile.llvm.blocks import ALIGNMENT, WORD, Block, integers, pointers
 from flashtile.llvm.ir import Function, Module, Value
 from flashtile.llvm.routines import Routine
+from flashtile.xla_frame import CONTEXT, buffer_addresses, context, element_count, field
 
 EXPORTS = ("handle", "context")
-# Tables, as words. shapes: of each buffer its rank, bytes and lengths; results: the first of a result. places: (offset,
-# buffer or -1, within it or the memory) of what is stored. steps: (function, offset of its parameters, items). areas:
-# of each item of the kernel as many (buffer or -1, within it or memory, rows, bytes, stride).
-CONTEXT = Block(
-    pointers("other memory threads allocate release init_lock init_signal lock unlock wait wake end_lock end_signal"),
-    pointers("shapes shape_of_result places steps areas"),
-    # bytes: of memory; room: what follows it; most: threads of a call.
-    integers("arguments buffers bytes room scratch most place_count step_count area_count kernel at_states at_memory"),
-)
 # The memory of a call. users: who may still come; then a lock, a signal, the addresses of the buffers, and of each step
 # which item is next and how many are done.
 _JOB = Block(pointers("block"), integers("members users failed"))
@@ -42,14 +33,9 @@ def text(arch: str) -> str:
     leave = _leave(module)
     work = _work(module, _take(module), _await(module, arch), _freshen(module))
     member = _member(module, work, leave)
-    attempt = _attempt(module, _gather(module), member, work, leave)
-    _handle(module, _count(module), attempt)
+    attempt = _attempt(module, buffer_addresses(module), member, work, leave)
+    _handle(module, element_count(module), attempt)
     return f"@context = global [{len(CONTEXT.types)} x i64] zeroinitializer\n{module.text()}\n"
-
-
-def _context(f: Function, *names: str) -> list[Value]:
-    base = Value(f, "ptr", "@context")
-    return [CONTEXT.read(f, base, name) for name in names]
 
 
 def _null(f: Function) -> Value:
@@ -59,18 +45,6 @@ def _null(f: Function) -> Value:
 def _invoke(f: Function, returns: str, function: Value, *arguments: Value) -> Value:
     """A call by address."""
     return f.emit(returns, f"call {returns} {function.ref}({', '.join(map(str, arguments))})")
-
-
-def _field(f: Function, base: Value, struct_type: Any, path: str, type_: str) -> Value:
-    return f.load(type_, base + _offset(struct_type, path))
-
-
-def _offset(struct_type: Any, path: str) -> int:
-    place = 0
-    for step in path.split("."):
-        place += getattr(struct_type, step).offset
-        struct_type = dict(struct_type._fields_)[step]
-    return place
 
 
 def _atomic_add(f: Function, at: Value, n: Value) -> Value:
@@ -84,88 +58,6 @@ def _atomic(f: Function, at: Value) -> Value:
 
 def _word(f: Function, job: Value, name: str) -> Value:
     return job + WORD * _JOB.index[name]
-
-
-# -- the buffers of a call ---------------------------------------------------------------------------
-
-
-def _buffer(f: Function, frame: Value, number: Value) -> Value:
-    (arguments,) = _context(f, "arguments")
-    given = number < arguments
-    lists = [_field(f, frame, xla.CallFrame, name, "ptr") for name in ("args.args", "rets.rets")]
-    index = f.select(given, number, number - arguments)
-    return f.load("ptr", f.select(given, *lists) + index * WORD)
-
-
-def _mapped(f: Function, frame: Value) -> tuple[Value, Value]:
-    """How many axes stand in front of those that were expected, and their lengths, by the first result."""
-    arguments, shape = _context(f, "arguments", "shape_of_result")
-    result = _buffer(f, frame, arguments)
-    extra = _field(f, result, xla.Buffer, "rank", "i64") - f.load("i64", shape)
-    return extra, _field(f, result, xla.Buffer, "dims", "ptr")
-
-
-def _count(module: Module) -> Routine:
-    """The number of elements of the axes in front, 1 if there are none; -1 for buffers that do not fit."""
-    f = Routine(module, "count", "i64", frame="ptr")
-    (frame,) = f.parameters
-    buffers, shapes = _context(f, "buffers", "shapes")
-    extra, lengths = _mapped(f, frame)
-    zero = f.const("i64", 0)
-
-    def fits(number: Value, carry: list[Value]) -> list[Value]:
-        good, shape = carry
-        buffer = _buffer(f, frame, number)
-        rank, dims = (_field(f, buffer, xla.Buffer, *x) for x in (("rank", "i64"), ("dims", "ptr")))
-        expected = f.load("i64", shape)
-        good = good & rank.eq(expected + extra)
-        behind, own = dims + extra * WORD, shape + 2 * WORD
-
-        def same(axis: Value, found: list[Value]) -> list[Value]:
-            return [found[0] & f.load("i64", behind + axis * WORD).eq(f.load("i64", own + axis * WORD))]
-
-        def spread(axis: Value, found: list[Value]) -> list[Value]:
-            n = f.load("i64", dims + axis * WORD)
-            return [found[0] & (n.eq(1) | n.eq(f.load("i64", lengths + axis * WORD)))]
-
-        (good,) = f.fold(0, f.select(good, expected, zero), 1, [good], same)
-        (good,) = f.fold(0, f.select(good, extra, zero), 1, [good], spread)
-        return [good, own + expected * WORD]
-
-    good, _ = f.fold(0, buffers, 1, [extra >= 0, shapes], fits)
-    axes = f.select(good, extra, zero)
-    (count,) = f.fold(0, axes, 1, [f.const("i64", 1)], lambda n, c: [c[0] * f.load("i64", lengths + n * WORD)])
-    f.ret(f.select(good, count, f.const("i64", -1)))
-    return f
-
-
-def _gather(module: Module) -> Routine:
-    """Where the buffers of an element of the axes in front begin: those of length 1 have one for all."""
-    f = Routine(module, "gather", frame="ptr", element="i64", data="ptr")
-    frame, element, data = f.parameters
-    buffers, shapes = _context(f, "buffers", "shapes")
-    extra, lengths = _mapped(f, frame)
-
-    def store(number: Value, carry: list[Value]) -> list[Value]:
-        (shape,) = carry
-        buffer = _buffer(f, frame, number)
-        dims = _field(f, buffer, xla.Buffer, "dims", "ptr")
-
-        def step(n: Value, carry: list[Value]) -> list[Value]:
-            left, stride, offset = carry
-            axis = (extra - 1 - n) * WORD
-            own, length = f.load("i64", dims + axis), f.load("i64", lengths + axis)
-            moved = offset + left % length * stride
-            return [left // length, stride * own, f.select(own > 1, moved, offset)]
-
-        size = f.load("i64", shape + WORD)
-        _, _, offset = f.fold(0, extra, 1, [element, size, f.const("i64", 0)], step)
-        f.store(_field(f, buffer, xla.Buffer, "data", "i64") + offset, data + number * WORD)
-        return [shape + (f.load("i64", shape) + 2) * WORD]
-
-    f.fold(0, buffers, 1, [shapes], store)
-    f.ret()
-    return f
 
 
 # -- the steps of a call -----------------------------------------------------------------------------
@@ -207,7 +99,7 @@ def _await(module: Module, arch: str) -> Routine:
 
     f.repeat([f.const("i64", 0)], lambda c: (_atomic(f, done) < items) & (c[0] < _SPINS), spin)
     with f.when(_atomic(f, done) < items):
-        lock, unlock, wait = _context(f, "lock", "unlock", "wait")
+        lock, unlock, wait = context(f, "lock", "unlock", "wait")
         own = job + _LOCK
         _invoke(f, "i32", lock, own)
 
@@ -226,7 +118,7 @@ def _work(module: Module, take: Routine, wait: Routine, freshen: Routine) -> Rou
     f = Routine(module, "work", job="ptr", scratch="ptr")
     job, _ = f.parameters
     end = f.emit("ptr", "alloca i64")
-    step_count, at_states = _context(f, "step_count", "at_states")
+    step_count, at_states = context(f, "step_count", "at_states")
     with f.range(0, step_count) as n:
         state = job + at_states + n * STATE
         items = _take_part(f, n, state, end, take, freshen)
@@ -238,7 +130,7 @@ def _work(module: Module, take: Routine, wait: Routine, freshen: Routine) -> Rou
 def _take_part(f: Routine, n: Value, state: Value, end_at: Value, take: Routine, freshen: Routine) -> Value:
     """Compute items of step n as long as some are left; how many there are in all."""
     job, scratch = f.parameters
-    steps, kernel, at_memory = _context(f, "steps", "kernel", "at_memory")
+    steps, kernel, at_memory = context(f, "steps", "kernel", "at_memory")
     function, offset, items = (
         f.load(t, steps + n * (3 * WORD) + k * WORD) for k, t in enumerate(("ptr", "i64", "i64"))
     )
@@ -255,7 +147,7 @@ def _take_part(f: Routine, n: Value, state: Value, end_at: Value, take: Routine,
                 f.put(f"store atomic i64 1, ptr {failed.ref} release, align 8")
         ready = _atomic_add(f, state + WORD, end - begin) + (end - begin)
         with f.when(ready.eq(items) & (members > 1)):
-            lock, unlock, wake = _context(f, "lock", "unlock", "wake")
+            lock, unlock, wake = context(f, "lock", "unlock", "wake")
             _invoke(f, "i32", lock, job + _LOCK)
             _invoke(f, "i32", wake, job + _SIGNAL)
             _invoke(f, "i32", unlock, job + _LOCK)
@@ -269,7 +161,7 @@ def _freshen(module: Module) -> Routine:
     """Zeros where an item of the kernel adds to."""
     f = Routine(module, "freshen", job="ptr", item="i64")
     job, item = f.parameters
-    areas, count, at_memory = _context(f, "areas", "area_count", "at_memory")
+    areas, count, at_memory = context(f, "areas", "area_count", "at_memory")
     with f.range(0, count) as n:
         row = areas + (item * count + n) * (5 * WORD)
         number, offset, rows, size, stride = (f.load("i64", row + k * WORD) for k in range(5))
@@ -299,7 +191,7 @@ def _member(module: Module, work: Routine, leave: Routine) -> Routine:
     """What a thread of XLA's runs."""
     f = Routine(module, "member", job="ptr")
     (job,) = f.parameters
-    allocate, release, scratch = _context(f, "allocate", "release", "scratch")
+    allocate, release, scratch = context(f, "allocate", "release", "scratch")
     block = _invoke(f, "ptr", allocate, scratch + ALIGNMENT)
     with f.when(f.is_null(block).eq(0)):
         work(f, job=job, scratch=_aligned(f, block))
@@ -319,7 +211,7 @@ def _leave(module: Module) -> Routine:
     f = Routine(module, "leave", job="ptr")
     (job,) = f.parameters
     with f.when(_atomic_add(f, _word(f, job, "users"), f.const("i64", -1)).eq(1)):
-        end_lock, end_signal, release = _context(f, "end_lock", "end_signal", "release")
+        end_lock, end_signal, release = context(f, "end_lock", "end_signal", "release")
         with f.when(_JOB.read(f, job, "members") > 1):
             _invoke(f, "i32", end_signal, job + _SIGNAL)
             _invoke(f, "i32", end_lock, job + _LOCK)
@@ -330,8 +222,8 @@ def _leave(module: Module) -> Routine:
 
 def _ask(f: Function, frame: Value, job: Value, members: Value, member: Routine, args: Value) -> None:
     """Ask XLA for the other members."""
-    api, ctx = (_field(f, frame, xla.CallFrame, name, "ptr") for name in ("api", "ctx"))
-    schedule = _field(f, api, xla.Api, "XLA_FFI_ThreadPool_Schedule", "ptr")
+    api, ctx = (field(f, frame, xla.CallFrame, name, "ptr") for name in ("api", "ctx"))
+    schedule = field(f, api, xla.Api, "XLA_FFI_ThreadPool_Schedule", "ptr")
     given = xla.ThreadPool_Schedule_Args
     f.store(f.const("i64", ctypes.sizeof(given)), args)
     task = Value(f, "ptr", f"@{member.name}")
@@ -341,7 +233,7 @@ def _ask(f: Function, frame: Value, job: Value, members: Value, member: Routine,
         error = _invoke(f, "ptr", schedule, args)
         with f.when(f.is_null(error).eq(0)):  # there is no pool
             _atomic_add(f, _word(f, job, "users"), f.const("i64", -1))
-            destroy = _field(f, api, xla.Api, "XLA_FFI_Error_Destroy", "ptr")
+            destroy = field(f, api, xla.Api, "XLA_FFI_Error_Destroy", "ptr")
             said = xla.Error_Destroy_Args
             f.store(f.const("i64", ctypes.sizeof(said)), args)
             f.store(error, args + said.error.offset)
@@ -362,9 +254,9 @@ def _attempt(module: Module, gather: Routine, member: Routine, work: Routine, le
 
     def run() -> Value:
         job = _aligned(f, block)
-        api = _field(f, frame, xla.CallFrame, "api", "ptr")
+        api = field(f, frame, xla.CallFrame, "api", "ptr")
         # An older XLA may know no pool.
-        known = _field(f, api, xla.Api, "struct_size", "i64") >= ctypes.sizeof(xla.Api)
+        known = field(f, api, xla.Api, "struct_size", "i64") >= ctypes.sizeof(xla.Api)
         one = f.const("i64", 1)
         members = f.select(known, f.maximum(f.minimum(f.load("i64", c.threads), c.most), one), one)
         _memset(f, job, c.at_memory)
@@ -395,11 +287,11 @@ def _attempt(module: Module, gather: Routine, member: Routine, work: Routine, le
 def _handle(module: Module, count: Routine, attempt: Routine) -> None:
     f = Routine(module, "handle", "ptr", exported=True, frame="ptr")
     (frame,) = f.parameters
-    other, arguments, buffers = _context(f, "other", "arguments", "buffers")
-    good = f.is_null(_field(f, frame, xla.CallFrame, "extension_start", "ptr"))
-    good = good & _field(f, frame, xla.CallFrame, "stage", "i32").eq(xla.STAGE_EXECUTE)
-    good = good & _field(f, frame, xla.CallFrame, "args.size", "i64").eq(arguments)
-    good = good & _field(f, frame, xla.CallFrame, "rets.size", "i64").eq(buffers - arguments)
+    other, arguments, buffers = context(f, "other", "arguments", "buffers")
+    good = f.is_null(field(f, frame, xla.CallFrame, "extension_start", "ptr"))
+    good = good & field(f, frame, xla.CallFrame, "stage", "i32").eq(xla.STAGE_EXECUTE)
+    good = good & field(f, frame, xla.CallFrame, "args.size", "i64").eq(arguments)
+    good = good & field(f, frame, xla.CallFrame, "rets.size", "i64").eq(buffers - arguments)
     elements = f.value_when(good, lambda: count(f, frame=frame), f.const("i64", -1))
 
     def run(element: Value, carry: list[Value]) -> list[Value]:

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from flashtile import threads, xla, xla_call
+from flashtile import threads, xla, xla_call, xla_frame
 from flashtile.engines import Native
 from flashtile.kernels import Area, Inside, Template
 from flashtile.llvm import jit
@@ -94,7 +94,7 @@ def handler(native: Native | None, template: Template | None, buffers: Buffers, 
         "at_states": at_states,
         "at_memory": at_memory,
     }
-    packed = xla_call.CONTEXT.pack(words)
+    packed = xla_frame.CONTEXT.pack(words)
     ctypes.memmove(library.address("context"), packed, len(packed))
     function = xla.Handler(library.address("handle"))
     function.keep = library, kept, template, other  # type: ignore[attr-defined]
