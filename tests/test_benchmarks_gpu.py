@@ -7,7 +7,9 @@ import dataclasses
 import importlib.util
 import json
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 torch = pytest.importorskip("torch")
 from benchmarks import report  # noqa: E402
 from benchmarks.gpu import __main__ as command_line  # noqa: E402
-from benchmarks.gpu import checks, habits, peers, steps, timing  # noqa: E402
+from benchmarks.gpu import checks, habits, peers, stand_ins, steps, timing  # noqa: E402
 from flashtile.kernels.triton import gluon, release  # noqa: E402
 
 IN_GLUON = "the kernel in Gluon"
@@ -43,31 +45,60 @@ def test_the_dry_run_goes_all_the_way(tmp_path: Path) -> None:
     looked = {row["check"]: row["verdict"] for row in _rows(tmp_path / "habits.csv")}
     here = habits.ANYWHERE - ({IN_GLUON} if (release() or (0,)) < gluon.NEEDS else set())
     assert {name for name, verdict in looked.items() if verdict == "ok"} == here and len(looked) - len(here) < 5
-    timed = _rows(tmp_path / "gpu.csv")
-    assert len(timed) == len(timing.cases(["bf16"], dry=True)) * len(peers.PEERS)
+    rows, cases = _rows(tmp_path / "gpu.csv"), timing.cases(["bf16"], dry=True)
+    graphs = {row["case"]: row["status"] for row in rows if row["peer"] == "flashtile, graph"}
+    assert graphs == {case.name: "timed" for case in cases if case.direction == "forward"}
+    timed = [row for row in rows if not row["peer"].endswith(", graph")]
+    assert len(timed) == len(cases) * len(peers.PEERS)
     assert {row["status"] for row in timed if row["peer"] == "flashtile"} == {"timed"}
     assert {row["status"] for row in timed if row["peer"] == "triton_vanilla"} == {"timed", "refused"}, "no backward"
     assert {row["why"] for row in timed if row["peer"] == "cudnn"} == {"no cuDNN here"}
 
 
-def test_a_step_that_fails_or_takes_too_long_stops_no_other(tmp_path: Path) -> None:
+def test_a_step_that_fails_or_takes_too_long_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock of the test's own, but for the one step that is to be ended: what it started would sleep for an hour,
     and would hold its output open, as the workers of a pool do."""
+    monkeypatch.setattr(steps, "GRACE", 1.0)
     moment = [0.0]
     steps_run = steps.Run(tmp_path, 100, clock=lambda: moment[0])
     steps_run.step(steps.Step("broken", 50, ("-c", "print('half'); raise SystemExit(3)")))
     family = "import subprocess as s, sys; s.run([sys.executable, '-c', 'import time; time.sleep(3600)'])"
     steps_run.step(steps.Step("endless", 1, ("-c", "print('begun', flush=True);" + family)))
+    last = "\ntry: time.sleep(3600)\nexcept KeyboardInterrupt: print('what was found')"
+    steps_run.step(steps.Step("long", 2, ("-c", "import time" + last)))
     steps_run.step(steps.Step("beside", 50, ("-c", family), beside=True))
     steps_run.step(steps.Step("right", 50, ("-c", "print('whole')")))
     moment[0] = 99.5
     steps_run.step(steps.Step("late", 50, ("-c", "print('never')")))
     steps_run.end()
-    assert steps_run.failed == ["broken", "endless", "late"]
+    assert steps_run.failed == ["broken"] and steps_run.late == ["endless", "long", "late"]
     summary = (tmp_path / "summary.txt").read_text()
     assert "== broken: 3" in summary and "   half" in summary and "== endless: out of time" in summary
-    assert "   begun" in summary
+    assert "begun" in (tmp_path / "log.txt").read_text() and "   what was found" in summary
     assert "== right: ok" in summary and "== late: no time left" in summary and "never" not in summary
+
+
+def test_a_check_that_does_not_end_leaves_the_others_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes, one of which has written a row and sleeps: no time is left for it."""
+    told = "check,dtype,verdict,why\\nsmall,float16,ok,1 s\\n"
+    body = (
+        "import pathlib, sys, time; number = sys.argv[-2];"
+        f"pathlib.Path({str(tmp_path)!r}, f'checks-{{number}}.csv').write_text('{told}');"
+        "time.sleep(3600 * int(number))"
+    )
+    honest = subprocess.Popen
+
+    def instead(command: list[str], **options: Any) -> Any:
+        return honest([sys.executable, "-c", body, *command], **options)
+
+    monkeypatch.setattr(command_line.subprocess, "Popen", instead)
+    monkeypatch.setattr(command_line.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(command_line, "heading", lambda dry: [])
+    monkeypatch.setattr(command_line, "SLACK", 3)
+    monkeypatch.setenv("UNTIL", str(time.time()))
+    assert command_line.step_checks(command_line.parse(["--output", str(tmp_path)])) == 0
+    found = [(row["check"], row["verdict"]) for row in _rows(tmp_path / "checks.csv")]
+    assert found == [("small", "ok"), ("process 1", "not run"), ("small", "ok")]
 
 
 def test_a_habit_that_breaks_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +193,9 @@ def test_a_wrong_peer_is_not_timed() -> None:
         raise peers.Refused("not here")
 
     case = timing.cases(["bf16"], dry=True)[0]
-    result = timing.measure(case, (peers.torch_sdpa, wrong, absent), "cpu")
+    with stand_ins.installed():
+        result = timing.measure(case, (peers.torch_sdpa, wrong, absent), "cpu")
+    result.measurements.remove(next(m for m in result.measurements if m.peer == "torch_sdpa, graph"))
     assert [m.status for m in result.measurements] == ["timed", "failed", "refused"]
     assert "wrong result" in result.measurements[1].why and not result.measurements[1].seconds
     assert len(report.refusals([result])) == 2

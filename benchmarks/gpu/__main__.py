@@ -38,6 +38,7 @@ COLUMNS = ("check", "dtype", "verdict", "why")
 STEPS = ("versions", "precompile", "checks", "habits", "timing", "sanitizer")
 SECONDS = {"versions": 75, "precompile": 400, "checks": 165, "habits": 60, "timing": 160, "sanitizer": 60}
 BUDGET = 470  # seconds of all of it
+SLACK = 12  # seconds that a check may go on when time is up
 CHECKERS = 10  # processes that compile and check side by side, where there are CPUs for them
 # JAX would take three quarters of the device's memory at its first array, beside what torch holds.
 QUIET = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
@@ -80,7 +81,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.step:
         if options.step in JUDGING:
             take_the_table()
-        return int(globals()[f"step_{options.step}"](options))
+        try:
+            return int(globals()[f"step_{options.step}"](options))
+        except KeyboardInterrupt:
+            return 130  # what it has said so far is what counts, not where it was
     if not options.dry:
         import torch
 
@@ -101,8 +105,12 @@ def main(arguments: list[str] | None = None) -> int:
             run.step(Step(name, seconds, command, environment, beside=name == "precompile" and not options.dry))
     finally:
         run.end()
-    run.say(f"failed: {', '.join(run.failed)}" if run.failed else "everything of flashtile's is right")
-    return int(bool(run.failed))
+    for what, names in (("failed", run.failed), ("out of time", run.late)):
+        if names:
+            run.say(f"{what}: {', '.join(names)}")
+    if not run.failed:
+        run.say("everything of flashtile's is right" + ", as far as time allowed" * bool(run.late))
+    return int(bool(run.failed or run.late))
 
 
 def step_versions(options: argparse.Namespace) -> int:
@@ -145,14 +153,27 @@ def step_checks(options: argparse.Namespace) -> int:
     workers = [subprocess.Popen([*command, "--share", str(n), str(shares)], env=environment) for n in range(shares)]
     rows = []
     for n, worker in enumerate(workers):
-        code, part = worker.wait(), options.output / f"checks-{n}.csv"
-        if code not in (0, 1) or not part.exists():
+        code, part = _end_of(worker), options.output / f"checks-{n}.csv"
+        if code is None:
+            rows.append(dict(zip(COLUMNS, (f"process {n}", "", "not run", "the rest, out of time"), strict=True)))
+        elif code not in (0, 1) or not part.exists():
             rows.append(dict(zip(COLUMNS, (f"process {n}", "", "WRONG", f"ended with {code}"), strict=True)))
         if part.exists():
             with part.open() as file:
                 rows += csv.DictReader(file)
             part.unlink()
     return _summary(options, "checks", rows)
+
+
+def _end_of(worker: subprocess.Popen[bytes]) -> int | None:
+    """Its status; None if it was stopped some seconds after it should have begun nothing more."""
+    left = float(os.environ.get("UNTIL", "inf")) + SLACK - time.time()
+    try:
+        return worker.wait(None if left == float("inf") else max(left, 0.1))
+    except subprocess.TimeoutExpired:
+        worker.kill()
+        worker.wait()
+        return None
 
 
 def _share_of_checks(options: argparse.Namespace) -> int:

@@ -1,11 +1,13 @@
 """What of torch.cuda a dry run stands in for, so that the same lines run on Triton's interpreter: streams, which order
-nothing since everything waits there, and graphs, which hold back the launches of a capture and make them at a replay.
+nothing since everything waits there, events, by the host's clock, and graphs, which hold back the launches of a capture
+and make them at a replay.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -16,6 +18,21 @@ class Stream:
 
     def synchronize(self) -> None:
         pass
+
+
+class Event:
+    """A moment in a stream, by the host's clock."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.timing, self.at = enable_timing, 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: Event) -> float:
+        """Milliseconds."""
+        assert self.timing and end.timing
+        return 1e3 * (end.at - self.at)
 
 
 class Graph:
@@ -55,6 +72,7 @@ def installed() -> Iterator[None]:
 
     names: dict[str, Any] = {
         "Stream": Stream,
+        "Event": Event,
         "stream": contextlib.nullcontext,
         "synchronize": lambda: None,
         "set_sync_debug_mode": lambda mode: None,

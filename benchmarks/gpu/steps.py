@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+OUT_OF_TIME = "out of time"
 TAIL = 12  # lines of a step's output that the summary keeps
+GRACE = 6.0  # seconds in which a step that is out of time may write down what it has found
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Run:
         self._ends = clock() + budget
         self._beside: list[tuple[Step, subprocess.Popen[str]]] = []
         self.failed: list[str] = []
+        self.late: list[str] = []  # out of time, by no fault of what was looked at
         for name in ("log.txt", "summary.txt"):
             (folder / name).write_text("")
 
@@ -48,9 +51,9 @@ class Run:
         most = min(step.seconds, self._ends - self._clock())
         if most < 1:
             self.say(f"== {step.name}: no time left")
-            self.failed.append(step.name)
+            self.late.append(step.name)
             return
-        environment = {**os.environ, **step.environment, "UNTIL": str(time.time() + 0.9 * most)}
+        environment = {**os.environ, **step.environment, "UNTIL": str(time.time() + 0.85 * most)}
         command = [sys.executable, *step.command]
         if step.beside:
             self._beside.append((step, _start(command, environment)))
@@ -58,10 +61,10 @@ class Run:
         began = self._clock()
         process = _start(command, environment)
         try:
-            output, _ = process.communicate(timeout=most)
+            output, _ = process.communicate(timeout=max(most - GRACE, most / 2))
             code = str(process.returncode)
         except subprocess.TimeoutExpired:
-            code, output = "out of time", _stop(process)
+            code, output = OUT_OF_TIME, _stop(process, GRACE)
         except BaseException:  # Ctrl-C reaches no other group
             _stop(process)
             raise
@@ -81,7 +84,9 @@ class Run:
         self.say(f"== {step.name}: {'ok' if code == '0' else code}, {seconds:.0f} s of {most:.0f}")
         for line in output.splitlines()[-TAIL:]:
             self.say("   " + line[:220])
-        if code != "0":
+        if code == OUT_OF_TIME:
+            self.late.append(step.name)
+        elif code != "0":
             self.failed.append(step.name)
 
 
@@ -96,9 +101,13 @@ def _start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Po
     return subprocess.Popen(command, env=environment, text=True, stdout=out, stderr=err, start_new_session=True)
 
 
-def _stop(process: subprocess.Popen[str]) -> str:
-    """End a process and those that it started, which would keep the device busy, and hold what it writes to open: then
-    no one could read it to the end. Returns what it said."""
+def _stop(process: subprocess.Popen[str], grace: float = 0) -> str:
+    """End a process, by Ctrl-C if it has some seconds' grace, and those that it started, which would keep the device
+    busy, and hold what it writes to open: then no one could read it to the end. Returns what it said."""
+    if grace:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=grace)
     with contextlib.suppress(ProcessLookupError):  # all of them have ended
         os.killpg(process.pid, signal.SIGKILL)
     return process.communicate()[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from ..cases import Case
 from ..data import make_inputs, sampled
 from ..driver import CaseResult, Measurement
 from . import peers as known
+from . import stand_ins
 from .steps import out_of_time
 
 TOKENS = 16384  # in a batch, whatever its length
@@ -24,6 +26,8 @@ FIRST_LENGTHS = (4096, 16384)
 DECODE = (8192, 65536)  # keys
 GRADIENTS = (1024, 4096, 8192)  # of longer ones the reference on the host takes a minute
 MILLISECONDS = 200  # of repetitions, for each peer and case
+MOST_CALLS = 1000
+LARGEST_CACHE = 256 << 20  # bytes, more than any device's
 
 
 def cases(dtypes: Iterable[str], dry: bool) -> list[Case]:
@@ -80,11 +84,15 @@ def to_device(x: np.ndarray, device: str) -> Any:
 
 def measure(case: Case, peers: Sequence[Any], device: str) -> CaseResult:
     """Check each peer on sampled rows, then time it."""
-    arrays = make_inputs(case)
-    rows = check.sample_rows(case)
-    reference, rounded = (check.expected_rows(case, arrays, rows, rounded=r) for r in (False, True))
-    allowed = check.allowed_error(case, reference, rounded)
-    tensors = [to_device(x, device) for x in arrays]
+    try:
+        arrays = make_inputs(case)
+        rows = check.sample_rows(case)
+        reference, rounded = (check.expected_rows(case, arrays, rows, rounded=r) for r in (False, True))
+        allowed = check.allowed_error(case, reference, rounded)
+        tensors = [to_device(x, device) for x in arrays]
+    except Exception as error:  # want of memory, such as another's: the next case goes on
+        why = f"inputs: {_said(error)}"
+        return CaseResult(case, [Measurement(case, p.__name__, 1, status="failed", why=why) for p in peers], [])
     found = []
     for peer in peers:
         m = Measurement(case, peer.__name__, 1, allowed=float(allowed.max()))
@@ -108,39 +116,59 @@ def measure(case: Case, peers: Sequence[Any], device: str) -> CaseResult:
         except known.Refused as refusal:
             m.status, m.why = "refused", str(refusal)
         except Exception as error:  # a peer may fail in any way; the others go on
-            m.status, m.why = "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            m.status, m.why = "failed", _said(error)
     return CaseResult(case, found, [])
 
 
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def timed(run: known.Run, device: str) -> list[float]:
-    """Seconds of repeated calls, by the device's own clock, with a cold second-level cache."""
-    if device == "cpu":
-        began = time.perf_counter()
-        run()
-        return [time.perf_counter() - began]
-    from triton.testing import do_bench
+    """Seconds of repeated calls, by the device's own clock, with a cold second-level cache.
 
-    return [ms / 1e3 for ms in do_bench(run, warmup=MILLISECONDS // 4, rep=MILLISECONDS, return_mode="all")]
-
-
-def graphed(case: Case, peer: str, run: known.Run, device: str, calls: int = 4) -> list[Measurement]:
-    """The same calls without their cost on the host: captured in a CUDA graph, where the peer can be."""
-    if device == "cpu":
-        return []
+    By events alone: what measures for others (triton.testing) compiles a launcher, and wants a C compiler.
+    """
     import torch
 
+    other = torch.empty(LARGEST_CACHE if device == "cuda" else 1, dtype=torch.int8, device=device)
+    milliseconds = MILLISECONDS if device == "cuda" else 0
+    again = int(milliseconds / 1e3 / max(_spent(run, other, 1)[0], 1e-6))
+    _spent(run, other, min(again, MOST_CALLS) // 4)
+    return _spent(run, other, max(min(again, MOST_CALLS), 1))
+
+
+def _spent(run: known.Run, other: Any, calls: int) -> list[float]:
+    """Seconds of each of some calls. other: memory that takes the place of all others in the cache between them."""
+    import torch
+
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    for begin, end in events:
+        other.zero_()
+        begin.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) / 1e3 for begin, end in events]
+
+
+def graphed(case: Case, peer: str, run: known.Run, device: str) -> list[Measurement]:
+    """The same calls without their cost on the host: captured in a CUDA graph, where the peer can be."""
+    import torch
+
+    calls = 4 if device == "cuda" else 1
     m = Measurement(case, f"{peer}, graph", 1)
     try:
         run()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for _ in range(calls):
-                run()
+            results = [run() for _ in range(calls)]  # which a stand-in's replay writes to
         m.seconds = [seconds / calls for seconds in timed(graph.replay, device)]
+        del results
     except Exception as error:  # not everything can be captured
         torch.cuda.synchronize()
-        m.status, m.why = "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        m.status, m.why = "failed", _said(error)
     return [m]
 
 
@@ -174,23 +202,31 @@ def draw(path: Path, results: Sequence[CaseResult], lines: Sequence[str]) -> Non
     pyplot.close(figure)
 
 
+def _tell(result: CaseResult, results: list[CaseResult]) -> None:
+    """Print a case's line, and enter it."""
+    case = result.case
+    results.append(result)
+    unit = 1 if case.reads else 1e3
+    cells = (
+        f"{m.peer} {m.rate / unit:.1f}" if m.status == "timed" else f"{m.peer} {m.status}" for m in result.measurements
+    )
+    print(f"{case.name:20} {'GB/s' if case.reads else 'TFLOP/s'}: {', '.join(cells)}", flush=True)
+
+
 def run(dtypes: Sequence[str], names: Sequence[str], dry: bool, output: Path, lines: Sequence[str]) -> int:
     """Print, write and draw every case; how many of flashtile's own answers were wrong."""
     chosen = [peer for peer in known.PEERS if peer.__name__ in names]
     results: list[CaseResult] = []
-    for case in cases(dtypes, dry):
-        if out_of_time():
-            print(f"{case.name}: out of time", flush=True)
-            continue
-        result = measure(case, chosen, "cpu" if dry else "cuda")
-        results.append(result)
-        unit = 1 if case.reads else 1e3
-        cells = (
-            f"{m.peer} {m.rate / unit:.1f}" if m.status == "timed" else f"{m.peer} {m.status}"
-            for m in result.measurements
-        )
-        print(f"{case.name:20} {'GB/s' if case.reads else 'TFLOP/s'}: {', '.join(cells)}", flush=True)
-        report.write_measurements(output / "gpu.csv", results, lines)  # what is there if the time ends
+    try:
+        with stand_ins.installed() if dry else contextlib.nullcontext():
+            for case in cases(dtypes, dry):
+                if out_of_time():
+                    print(f"{case.name}: out of time", flush=True)
+                    continue
+                _tell(measure(case, chosen, "cpu" if dry else "cuda"), results)
+                report.write_measurements(output / "gpu.csv", results, lines)  # what is there if the time ends
+    except KeyboardInterrupt:
+        print("out of time", flush=True)
     print(*report.refusals(results), sep="\n")
     try:
         draw(output / "gpu.png", [r for r in results if not (r.case.reads or r.case.option or r.case.window)], lines)
