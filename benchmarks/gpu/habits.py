@@ -16,15 +16,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from . import host, stand_ins
+from . import host, stand_ins, tasks
 from .steps import out_of_time
-
-if TYPE_CHECKING:
-    from flashtile.kernels.triton.aot import Chosen
 
 Habit = Callable[[], "str | None"]
 HABITS: dict[str, Habit] = {}
@@ -114,15 +111,26 @@ def ordered() -> str | None:
 
 @habit("a CUDA graph, replayed with other contents", anywhere=True)
 def graph() -> str | None:
+    return _replayed(causal=True)
+
+
+@habit("a CUDA graph of a call with tables", anywhere=True)
+def graph_with_tables() -> str | None:
+    """Documents, and the tiles that they hide, are copied from the host: neither is on the capture's stream yet."""
+    ids = np.arange(513) // 100
+    return _replayed(mask=lambda b, h, i, j: ids[i] == ids[j])
+
+
+def _replayed(**options: Any) -> str | None:
     import torch
 
     q = _random(1, 2, 40, 64) if dry else _random(2, 4, 513, 64)
-    want, x = _attend(q, q, q, causal=True), torch.zeros_like(q)
-    _attend(x, x, x, causal=True)
+    want, x = _attend(q, q, q, **options), torch.zeros_like(q)
+    _attend(x, x, x, **options)
     torch.cuda.synchronize()
     captured = torch.cuda.CUDAGraph()
     with torch.cuda.graph(captured):
-        o = _attend(x, x, x, causal=True)
+        o = _attend(x, x, x, **options)
     x.copy_(q)
     captured.replay()
     torch.cuda.synchronize()
@@ -291,37 +299,13 @@ def cuda_workers() -> str | None:
         import torch
 
         arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
-        for _ in aot.build(Path(folder), arch, kernels_of_tasks(arch)):
+        for _ in aot.build(Path(folder), arch, tasks.kernels(arch)):
             pass
         starpu.init(workers=1, cuda_kernels=folder)
         starpu.restrict("cuda")
-        wrong = by_tasks(1500)
+        tasks.attention(1500)
         starpu.shutdown()
-    return wrong
-
-
-def by_tasks(rows: int) -> str | None:
-    """Attention and its gradients by StarPU's tasks, held to the accuracy rule."""
-    import torch
-
-    import flashtile
-    from flashtile.testing import assert_gradients_accurate
-
-    rng = np.random.default_rng(0)
-    do, q, k, v = (rng.standard_normal((1, 4, rows, 64)).astype("float32") for _ in range(4))
-    o, lse = flashtile.attention(q, k, v, causal=True, engine="starpu", return_lse=True)
-    found = flashtile.attention_backward(do, q, k, v, o, lse, causal=True, engine="starpu")
-    assert_gradients_accurate(found, do, q, k, v, causal=True)
-    return _held(*map(torch.from_numpy, (o, lse, q, k, v)), causal=True)
-
-
-def kernels_of_tasks(arch: str) -> Iterator[Chosen]:
-    """Those that `by_tasks` launches."""
-    from flashtile.kernels.triton import aot
-
-    states = ["partial", "carried"]
-    chosen = aot.choose(arch, ["float32"], [64], kernels=["forward", "backward"], states=states, bands=["causal"])
-    return (one for one in chosen if not one.name.startswith(("add_parts", "backward")) or "carried" in one.name)
+    return None
 
 
 @habit("the kernel in Gluon", anywhere=True)  # the last: its groups of warps might wait for each other for ever

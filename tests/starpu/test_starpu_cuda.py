@@ -358,11 +358,11 @@ def test_the_run_on_hardware_compiles_what_its_tasks_launch(script: Script, driv
         """
         from pathlib import Path
         import fake_gpu, interpreted_gpu
-        from benchmarks.gpu import habits
+        from benchmarks.gpu import tasks
         from flashtile.engines.starpu import engine, manifest
         from flashtile.kernels.triton.specialisation import Tile
 
-        ahead = {manifest.key_of(one.specialisation) for one in habits.kernels_of_tasks(fake_gpu.ARCH)}
+        ahead = {manifest.key_of(one.specialisation) for one in tasks.kernels(fake_gpu.ARCH)}
 
         class Folder(interpreted_gpu.Anything):
             def find(self, what):
@@ -376,8 +376,7 @@ def test_the_run_on_hardware_compiles_what_its_tasks_launch(script: Script, driv
         fake_gpu.use_driver(driver)
         engine.TILE_Q, engine.TILE_K = (64,), 64
         with interpreted_gpu.working(folder, log, Folder(folder, Tile(64, 64))) as worker:
-            wrong = habits.by_tasks(100)
-        assert wrong is None, wrong
+            tasks.attention(100)
         ran = {name.split("-")[0] for name in worker.ran}
         assert ran == {"forward", "row_deltas", "backward_q", "backward_kv"}, ran
         """,
