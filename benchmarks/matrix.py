@@ -10,7 +10,8 @@
     suites    the kernels' suites on the real machine, of every dtype, those that run at night included: the longest
 
 A step that fails does not stop the next one, but where the registers are not there, or refused, no other is begun: an
-instruction on them would end the process. What they print goes to matrix.txt in the folder of this kind of machine.
+instruction on them would end the process. What they print is added to matrix.txt in the folder of this kind of
+machine: a step that is repeated, or run alone, takes nothing from what an earlier run found.
 Elsewhere ``--dry`` goes through every step on the emulated machine, with a few tiny cases: no number means anything.
 """
 
@@ -159,7 +160,10 @@ def main(arguments: list[str] | None = None) -> int:
     steps: dict[str, Callable[[Run], Iterator[str]]] = {name: globals()[f"on_{name}"] for name in chosen}
     run.folder.mkdir(parents=True, exist_ok=True)
     failed = []
-    with (run.folder / "matrix.txt").open("w") as file:
+    with (run.folder / "matrix.txt").open("a") as file:
+        begun = f"# {run.isa}, {time.strftime('%Y-%m-%d %H:%M:%S %z')}"
+        print(begun, flush=True)
+        file.write(begun + "\n")
         for name, step in steps.items():
             for line in (f"== {name}", *_guarded(name, step, run, failed), ""):
                 print(line, flush=True)
