@@ -145,16 +145,23 @@ class _Rows:
 @contextlib.contextmanager
 def _replacing_folder(path: Path) -> Iterator[Path]:
     """As arrayfiles.replacing: a folder takes the name's place, unless the block raises. Between two changes of names
-    nothing has it, and both, whole, are beside it."""
+    nothing has it, and both, whole, are beside it; where the second change fails, the first is undone, so that nothing
+    is removed while it is the only one."""
     temporary, old = (path.with_name(f".{path.stem}.{os.getpid()}{end}{path.suffix}") for end in ("", ".old"))
     try:
         yield temporary
-        if path.exists():
-            os.replace(path, old)
-        os.replace(temporary, path)
+        try:
+            if path.exists():
+                os.replace(path, old)
+            os.replace(temporary, path)
+        except BaseException:
+            if old.exists() and not path.exists():
+                os.replace(old, path)
+            raise
     finally:
-        for left in (temporary, old):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _zarr(name: str, dtype: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from flashtile.engines.starpu.outofcore_gradients import StreamedBackward
 from flashtile.engines.starpu.outofcore_sums import Target
 from flashtile.errors import SpecError, UnavailableError
 from flashtile.gradients import ByIdentity, Gradients
+from flashtile.outputs import place_of
 
 pytestmark = pytest.mark.usefixtures("starpu")
 
@@ -357,6 +359,30 @@ def test_ctrl_c_at_the_end_of_a_wait_leaves_nothing_registered(monkeypatch: pyte
         flashtile.attention(q, k, v, memory_limit=1 << 24)
     assert len(runtime.current().handles) == before
     assert same_bits(flashtile.attention(q, k, v, memory_limit=1 << 24), want)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_array_in_storage_outlives_a_replacement_that_fails(
+    failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever change of names is interrupted."""
+    zarr = pytest.importorskip("zarr")
+    zarr.create_array(tmp_path / "o.zarr", shape=(2, 3), dtype="float32")[...] = 7
+    place, replace, done = place_of(tmp_path / "o.zarr", "out"), os.replace, []
+    assert place is not None
+
+    def interrupted(source: Path, target: Path) -> None:
+        done.append(target)
+        if len(done) == failing + 1:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with pytest.raises(KeyboardInterrupt), place.writing((2, 3), np.dtype(np.float32)) as target:
+        target[...] = 8
+        monkeypatch.setattr(os, "replace", interrupted)  # Zarr replaces files of its own until here
+    monkeypatch.undo()
+    assert (zarr.open_array(tmp_path / "o.zarr", mode="r")[...] == 7).all()
+    assert [x.name for x in tmp_path.iterdir()] == ["o.zarr"], "nothing is left beside"
 
 
 def test_nothing_but_an_array_is_replaced(tmp_path: Path) -> None:
