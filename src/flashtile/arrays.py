@@ -72,12 +72,7 @@ class View(NamedTuple):
 
     def extent(self) -> tuple[int, int]:
         """The bytes [first, last) that the array may touch, counted from its address; (0, 0) if it is empty."""
-        if 0 in self.shape:
-            return 0, 0
-        spans = [(n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True)]
-        below = sum(span for span in spans if span < 0)
-        above = sum(span for span in spans if span > 0)
-        return below, above + dtype_of(self.dtype).itemsize
+        return extent_of(self.shape, self.strides, dtype_of(self.dtype).itemsize)
 
     def may_overlap_itself(self) -> bool:
         """True if two elements may share memory. Each axis must step over everything inside it; an array that
@@ -90,6 +85,16 @@ class View(NamedTuple):
                 return True
             inside = stride * (n - 1) + inside
         return False
+
+
+def extent_of(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> tuple[int, int]:
+    """See View.extent; of elements of whatever kind."""
+    if 0 in shape:
+        return 0, 0
+    spans = [(n - 1) * stride for n, stride in zip(shape, strides, strict=True)]
+    below = sum(span for span in spans if span < 0)
+    above = sum(span for span in spans if span > 0)
+    return below, above + itemsize
 
 
 @functools.lru_cache(maxsize=256)

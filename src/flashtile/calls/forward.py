@@ -87,7 +87,7 @@ def attend(
     if lse is not None:
         lse_at = arrays.address(lse)
     if out is not None:
-        check_apart(call, o_at, q_at, k_at, v_at)
+        check_apart(call, o_at, q_at, k_at, v_at, offsets, scoring)
     if offsets is not None or scoring is not None:
         offsets_at, scoring = arrays.reach(call.spec, offsets, scoring)
     params = call.pack(q_at, k_at, v_at, o_at, lse_at, offsets_at, scoring)

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from flashtile import engines, kernels
-from flashtile.arrays import View, contiguous, view_of
+from flashtile.arrays import View, address_of, contiguous, view_of
 from flashtile.calls.request import Options, as_name
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import wrong
 from flashtile.kernels import Keys, Layout, Strides
+from flashtile.score.options import Scoring
 from flashtile.spec import AttentionSpec
 
 # A program that meets a new shape at every step, as a decoder does, must not collect calls without end.
@@ -191,13 +192,19 @@ def check_out(o: View, shape: tuple[int, ...], spec: AttentionSpec) -> View:
     return o
 
 
-def check_apart(call: Call, o: int, q: int, k: int, v: int) -> None:
-    """Raise SpecError if `out` may share memory with an input, by the bytes that each spans from its address.
+def check_apart(
+    call: Call, o: int, q: int, k: int, v: int, offsets: Any = None, scoring: Scoring | None = None
+) -> None:
+    """Raise SpecError if `out` may share memory with anything that the call reads, by the bytes that each spans from
+    its address: what is read while rows are written must still be what the caller gave.
 
     Arrays that interleave within one span count as sharing: telling them apart can take exponential time.
     """
     below, above = call.extents[0]
     first, last = o + below, o + above
-    for name, address, (below, above) in zip("qkv", (q, k, v), call.extents[1:], strict=True):
+    read = list(zip("qkv", (q, k, v), call.extents[1:], strict=True))
+    if offsets is not None:
+        read.append(("align", address_of(offsets), (0, offsets.nbytes)))
+    for name, address, (below, above) in (*read, *(() if scoring is None else scoring.spans())):
         if max(first, address + below) < min(last, address + above):
             raise wrong("out", f"an array within the memory that {name} spans", "memory of its own")

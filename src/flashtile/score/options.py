@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..arrays import extent_of
 from ..dtypes import DTYPES
 from ..errors import UnavailableError, described, wrong
 from .capture import ArrayCapture, capture, is_array
@@ -37,6 +38,17 @@ class Scoring:
     @property
     def code(self) -> Code | None:
         return None if self.program is None else self.program.code
+
+    def spans(self) -> Iterator[tuple[str, int, tuple[int, int]]]:
+        """(name, address, extent) of every array that is read where the caller has it, rather than copied."""
+        captures = () if self.program is None else self.program.captures
+        for x in (*captures, self.sinks):
+            if not isinstance(x, ArrayCapture):
+                continue
+            array, place = x.array, x.place
+            at, strides = (array.ctypes.data, array.strides) if place is None else (place.address, place.strides)
+            if at:  # else it stands for one that has no memory yet
+                yield x.name, at, extent_of(array.shape, strides, array.itemsize)
 
     def shapes(self, slots: Collection[Any]) -> dict[int, tuple[int, ...]]:
         """The shapes of the captured arrays in these slots, by their numbers; of anything else among them nothing."""
