@@ -325,6 +325,8 @@ BAD = {
     "lse": ({"lse": np.zeros((B, H, S))}, "lse: got dtype"),
     "dlse": ({"dlse": np.zeros((B, H), np.float32)}, "dlse: got shape"),
     "a name": ({"wrt": ("q", "w")}, "wrt: got 'w'"),
+    "no names": ({"wrt": 3}, "wrt: got 3"),
+    "no flag": ({"accumulate": 1}, "accumulate: got 1, expected True or False"),
     "no bias": ({"wrt": "bias"}, "wrt: got 'bias'"),
     "no capture": ({"wrt": ("captured",)}, "wrt: got 'captured'"),
     "accumulate": ({"accumulate": True}, "accumulate"),

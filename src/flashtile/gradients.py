@@ -12,8 +12,9 @@ import numpy as np
 from flashtile import engines, kernels
 from flashtile.arrays import device_of, is_lazy, is_torch, plain, view_of
 from flashtile.calls import INPUTS, NUMPY, Request, as_name, describe, run_backward
+from flashtile.checks import check_flag
 from flashtile.dtypes import DTYPES, dtype_of
-from flashtile.errors import wrong
+from flashtile.errors import described, wrong
 from flashtile.hints import check_keywords
 from flashtile.kernels.gradients import Inputs, Sums
 from flashtile.score.capture import ArrayCapture, capture
@@ -112,6 +113,7 @@ def attention_backward(
     """
     given = dict(locals())
     check_keywords(attention_backward, given.pop("unknown"))
+    check_flag("accumulate", accumulate)
     if memory_limit is not None:
         from flashtile import outofcore_gradients
 
@@ -226,8 +228,17 @@ def _check(x: Any, name: str, shape: tuple[int, ...], dtype: str) -> None:
         raise wrong(name, f"dtype {x.dtype}", dtype)
 
 
+def wrt_of(wrt: Any) -> tuple[Any, ...]:
+    """The names given as `wrt`, one or several, whatever they are. Raises: SpecError for what holds none."""
+    if isinstance(wrt, str):
+        return (wrt,)
+    if not isinstance(wrt, Iterable):
+        raise wrong("wrt", described(wrt), "names among " + ", ".join(NAMES))
+    return tuple(wrt)
+
+
 def _names(wrt: Iterable[str], given: dict[str, Any], scoring: Scoring) -> tuple[str, ...]:
-    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    names = wrt_of(wrt)
     for name in names:
         if name not in NAMES:
             raise wrong("wrt", repr(name), "names among " + ", ".join(NAMES))

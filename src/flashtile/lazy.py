@@ -17,7 +17,7 @@ from flashtile.dtypes import dtype_of
 from flashtile.engines import pick
 from flashtile.engines.dask.operands import Cut
 from flashtile.errors import UnavailableError, wrong
-from flashtile.gradients import ByIdentity, Gradients, Problem, check_rows, slots_of
+from flashtile.gradients import ByIdentity, Gradients, Problem, check_rows, slots_of, wrt_of
 from flashtile.kernels import tile_kernels
 from flashtile.score.capture import ArrayCapture
 from flashtile.score.options import Scoring
@@ -86,7 +86,7 @@ def attention_backward(
         raise wrong("accumulate", repr(accumulate), "False: the results are Dask arrays")
     given = {"q": q, "k": k, "v": v, "do": do, "o": o, "lse": lse, "dlse": dlse}
     arrays = {name: _array(x, name) for name, x in given.items() if x is not None}
-    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    names = wrt_of(wrt)
     if "bias" in names and is_dask(keywords["bias"]):
         raise UnavailableError("wrt: got 'bias' with a bias that is a Dask array, expected a NumPy array")
     call = _Call.of(arrays, keywords)

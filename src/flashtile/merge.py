@@ -11,7 +11,7 @@ import numpy as np
 
 from flashtile.arrays import is_torch, plain
 from flashtile.dtypes import dtype_of
-from flashtile.errors import wrong
+from flashtile.errors import described, wrong
 
 
 def merge(o_lse_pairs: Iterable[tuple[Any, Any]]) -> tuple[Any, Any]:
@@ -104,6 +104,8 @@ def _merge(xp: Any, pairs: list[tuple[Any, Any]], highest: Any) -> tuple[Any, An
 
 
 def _validated(o_lse_pairs: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    if not isinstance(o_lse_pairs, Iterable):
+        raise wrong("o_lse_pairs", described(o_lse_pairs), "an iterable of pairs (o, lse)")
     pairs = []
     for n, pair in enumerate(o_lse_pairs):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:

@@ -30,7 +30,7 @@ from flashtile.engines.starpu_mpi.gradients import CollectiveBackward
 from flashtile.engines.starpu_mpi.heads import Heads
 from flashtile.engines.starpu_mpi.parts import ZIGZAG, rows_of, tiles_of
 from flashtile.errors import UnavailableError, wrong
-from flashtile.gradients import Gradients, Problem, slots_of
+from flashtile.gradients import Gradients, Problem, slots_of, wrt_of
 from flashtile.hints import check_keywords
 from flashtile.kernels.gradients import Sums
 from flashtile.score.keep import keep_of
@@ -190,7 +190,7 @@ def attention_backward(
     part = _rows_of_bias(mine, bias)
     bias = bias if part is None else part.whole
     heads = None if exchange == 1 else _heads(comm, cut, whole, part, exchange)
-    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    names = wrt_of(wrt)
     plans: list[tuple[CollectiveBackward, Problem, dict[str, np.ndarray]]] = []
 
     def plan() -> dict[str, str]:

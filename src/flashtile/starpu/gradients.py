@@ -16,7 +16,7 @@ from flashtile.engines.starpu.backward import BackwardFlow
 from flashtile.engines.starpu.matching import check_gradients, check_heads
 from flashtile.engines.starpu.tiles import TiledTensor
 from flashtile.errors import UnavailableError, wrong
-from flashtile.gradients import Gradients, Problem
+from flashtile.gradients import Gradients, Problem, wrt_of
 from flashtile.kernels.gradients import Sums
 from flashtile.score.keep import keep_of
 from flashtile.signature import Align, Precision, Window
@@ -89,7 +89,7 @@ def submit_backward(
     for name, x in given.items():
         if not isinstance(x, TiledTensor):
             raise wrong(name, f"a {type(x).__name__}", "a registered tensor")
-    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    names = wrt_of(wrt)
     for name in names:
         if name not in OTHERS:
             raise wrong("wrt", repr(name), "names among " + ", ".join(OTHERS) + ": q, k and v by their tensors")
