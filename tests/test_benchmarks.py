@@ -107,7 +107,8 @@ def test_dry_run_writes_the_documented_columns(tmp_path, monkeypatch, capsys):
     title, *columns = (tmp_path / "forward.txt").read_text().splitlines()
     assert "Zen 4" in title and [line.split()[0] for line in columns] == ["tiny", "tiny"]
     stored = kinds.read(tmp_path / "forward-zen4.csv")
-    assert [row["value"] for row in stored] == [f"{float(row['value']):.4g}" for row in verdicts]
+    # Both are rounded from the same number, targets.csv to more digits: rounding those again may end one unit away.
+    assert [float(row["value"]) for row in stored] == pytest.approx([float(row["value"]) for row in verdicts], rel=1e-3)
     assert machine.core_name() in (tmp_path / "peers.csv").read_text().splitlines()[0]
     assert "tiny" in capsys.readouterr().out
 
