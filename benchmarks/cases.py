@@ -25,8 +25,8 @@ class Case:
     at this position, 0 for no limit; it implies causal. `option` names what else changes the scores (options.py),
     `layout` how q, k and v lie in memory (layouts.py; of flashtile's own arrays only).
 
-    Targets are those of a two-core Zen 4: `ratio` is the time of the best peer, or of `rival`, over flashtile's; where
-    there is a `base`, another case's name, flashtile's rate over its rate on the same inputs there. `percent` is
+    Targets are those of two cores of Zen 4 or 5: `ratio` is the time of the best peer, or of `rival`, over flashtile's;
+    where there is a `base`, another case's name, flashtile's rate over its rate on the same inputs there. `percent` is
     flashtile's share of what `unit` names: the dot-product peak of one core in a dtype, or the "read" bandwidth.
     `scaling` is what two threads are to gain over one. `amx`, `amx_percent` and `intel` are the same targets on other
     kinds of machines (kinds.py); `only` names the one kind that runs the case unasked. `direction` says whether the

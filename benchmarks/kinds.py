@@ -53,9 +53,11 @@ class Kind:
         return case.only in ("", self.name)
 
 
-# The first that fits. Gradients have one ratio for all of Intel's, which was set for the vector kernels.
+# The first that fits. Zen 5 has twice the multiply-adds a cycle, and the targets of Zen 4 all the same: they are ratios
+# and shares of its own peak. Gradients have one ratio for all of Intel's, which was set for the vector kernels.
 KINDS = (
     Kind("Zen 4", ("znver4",), "ratio", "percent"),
+    Kind("Zen 5", ("znver5",), "ratio", "percent", folder="zen-5"),
     Kind("Intel AMX", ("sapphirerapids",), "amx", "amx_percent", ("amx-tile", "amx-bf16"), "intel-amx"),
     Kind(
         "Intel AVX-512",

@@ -103,6 +103,7 @@ def test_what_other_kinds_are_held_to() -> None:
     ("core", "features", "name"),
     [
         ("znver4", {"avx512bf16"}, "Zen 4"),
+        ("znver5", {"avx512bf16"}, "Zen 5"),
         ("sapphirerapids", {"amx-tile", "amx-bf16"}, "Intel AMX"),
         ("rocketlake", {"amx-tile", "amx-bf16", "avx512f"}, "Intel AMX"),  # Granite Rapids, as a virtual machine has it
         ("icelake-server", {"avx512f"}, "Intel AVX-512"),

@@ -36,8 +36,8 @@ CPU architecture: 8
 CPU part	: {}
 """
 PROCESSORS = {
-    "Zen 4": (("AuthenticAMD", 25, 17), "AMD Zen 4 and 5", PAIRS),
-    "Zen 5": (("AuthenticAMD", 26, 2), "AMD Zen 4 and 5", PAIRS),
+    "Zen 4": (("AuthenticAMD", 25, 17), "AMD Zen 4", PAIRS),
+    "Zen 5": (("AuthenticAMD", 26, 2), "AMD Zen 5", PAIRS),
     "a later one of AMD's": (("AuthenticAMD", 27, 1), "unknown, AMD's", PAIRS),
     "Sapphire Rapids": (("GenuineIntel", 6, 143), "Intel Sapphire, Emerald and Granite Rapids", FMA),
     "Granite Rapids": (("GenuineIntel", 6, 173), "Intel Sapphire, Emerald and Granite Rapids", FMA),

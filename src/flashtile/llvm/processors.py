@@ -42,9 +42,8 @@ class Processor:
 _ARMS = {SQUARES.name: 2.8, PAIRS.name: 1.6}
 _MODELLED = "by LLVM's model of the core, not measured"
 TABLE = (
-    Processor(
-        "AMD Zen 4 and 5", "AuthenticAMD", (25, 26), rates={PAIRS.name: 2.0}, measured="228 over 114 GFLOP/s a core"
-    ),
+    Processor("AMD Zen 4", "AuthenticAMD", (25,), rates={PAIRS.name: 2.0}, measured="228 over 114 GFLOP/s a core"),
+    Processor("AMD Zen 5", "AuthenticAMD", (26,), rates={PAIRS.name: 1.85}, measured="486 over 263 GFLOP/s a core"),
     Processor(
         "Intel Sapphire, Emerald and Granite Rapids",
         "GenuineIntel",
