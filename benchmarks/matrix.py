@@ -9,16 +9,19 @@
     starpu    the StarPU engine beside the direct one, in bf16
     suites    the kernels' suites on the real machine, of every dtype, those that run at night included: the longest
 
-A step that fails does not stop the next one, but where the registers are not there, or refused, no other is begun: an
-instruction on them would end the process. What they print is added to matrix.txt in the folder of this kind of
-machine: a step that is repeated, or run alone, takes nothing from what an earlier run found.
+Each of several steps is a process of its own: one that fails, ends by a signal or takes longer than ``--limit`` seconds
+does not stop the next one. But where the registers are not there, or refused, no other is begun: an instruction on them
+would end any process. What they print is added to matrix.txt in the folder of this kind of machine: a step that is
+repeated, or run alone, takes nothing from what an earlier run found.
 Elsewhere ``--dry`` goes through every step on the emulated machine, with a few tiny cases: no number means anything.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -31,6 +34,7 @@ from flashtile.llvm import machines
 from . import kinds, machine, variants
 
 STEPS = ("machine", "bits", "compile", "overlap", "vectors", "table", "starpu", "suites")
+PROGRAM = (sys.executable, "-m", "benchmarks.matrix")
 COMPILE_TARGET = 0.7  # seconds of a kernel, with an empty cache
 TILES = ("tests/llvm/test_amx.py", "tests/llvm/test_products.py", "tests/cpu/test_cpu_tiles.py")
 BITS = (*TILES, "tests/cpu/test_cpu_tiles_backward.py")
@@ -150,41 +154,71 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--limit", type=float, default=3600, help="seconds that one of several steps may take")
     parser.add_argument("--dry", action="store_true", help="on the emulated machine, a little of each step")
     parser.add_argument("--output", type=Path, default=machine.ROOT / "docs" / "benchmarks")
     options = parser.parse_args(arguments)
     run = Run("amx_emulated" if options.dry else "amx", options.dry, options.threads, options.output)
     os.environ.pop("FLASHTILE_ISA", None)
     reason = machines.unavailable(machines.known()[run.isa])  # asks for permission, whichever steps there are
-    chosen = ("machine",) if reason else options.steps
-    steps: dict[str, Callable[[Run], Iterator[str]]] = {name: globals()[f"on_{name}"] for name in chosen}
+    steps = ("machine",) if reason else options.steps
     run.folder.mkdir(parents=True, exist_ok=True)
-    failed = []
-    with (run.folder / "matrix.txt").open("a") as file:
-        begun = f"# {run.isa}, {time.strftime('%Y-%m-%d %H:%M:%S %z')}"
-        print(begun, flush=True)
-        file.write(begun + "\n")
-        for name, step in steps.items():
-            for line in (f"== {name}", *_guarded(name, step, run, failed), ""):
-                print(line, flush=True)
-                file.write(line + "\n")
-                file.flush()
+    if len(steps) == 1:
+        failed = steps if not _here(steps[0], run) else ()
+    else:
+        failed = tuple(name for name in steps if not _apart(name, run, options.limit))
     if reason:
         print(f"nothing else was begun: {reason}; --dry goes through every step without it")
-    print(f"failed: {', '.join(failed)}" if failed else "no step failed")
+    if len(options.steps) > 1:
+        print(f"failed: {', '.join(failed)}" if failed else "no step failed")
     return int(bool(failed))
 
 
-def _guarded(name: str, step: Callable[[Run], Iterator[str]], run: Run, failed: list[str]) -> Iterator[str]:
+def _here(name: str, run: Run) -> bool:
+    """A step in this process, printed and added to the file; whether it went well."""
+    step: Callable[[Run], Iterator[str]] = globals()[f"on_{name}"]
+    well = True
+    begun = (f"# {run.isa}, {time.strftime('%Y-%m-%d %H:%M:%S %z')}", f"== {name}")
+    for line in itertools.chain(begun, _guarded(step, run), [""]):
+        well = well and not line.startswith("FAILED")
+        _say(line, run)
+    return well
+
+
+def _guarded(step: Callable[[Run], Iterator[str]], run: Run) -> Iterator[str]:
     """A step's lines; what it raises is a line as well."""
     try:
-        for line in step(run):
-            if line.startswith("FAILED"):
-                failed.append(name)
-            yield line
-    except Exception as error:  # the next step is to run whatever this one does
-        failed.append(name)
+        yield from step(run)
+    except Exception as error:
         yield f"FAILED: {type(error).__name__}: {error}"
+
+
+def _apart(name: str, run: Run, limit: float) -> bool:
+    """A step in a process of its own, and all that it starts in its group; whether it went well."""
+    dry = ("--dry",) if run.dry else ()
+    where = ("--threads", str(run.threads), "--output", str(run.output.absolute()))
+    with subprocess.Popen(
+        [*PROGRAM, "--steps", name, *dry, *where],
+        cwd=machine.ROOT,
+        start_new_session=True,
+    ) as process:
+        try:
+            status = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            _say(f"FAILED: {name}: stopped after {limit:g} seconds", run)
+            return False
+        finally:
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    if status < 0:
+        _say(f"FAILED: {name}: ended by {signal.Signals(-status).name}", run)
+    return status == 0
+
+
+def _say(line: str, run: Run) -> None:
+    print(line, flush=True)
+    with (run.folder / "matrix.txt").open("a") as file:
+        file.write(line + "\n")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
+import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,24 +42,94 @@ def _vectors_between(code: str) -> list[int]:
     return [len(re.findall(r"^\tv\w+\s.*%zmm", piece, re.M)) for piece in pieces]
 
 
-def test_a_step_that_fails_stops_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def broken(run: matrix.Run) -> Iterator[str]:
-        yield "begun"
-        raise OSError("no such machine")
+# The command, but for steps that end in every way that a step may: one that goes well last.
+STEPS_THAT_FAIL = """
+import os, signal, subprocess, sys, time
+from benchmarks import matrix
 
-    monkeypatch.setattr(matrix, "on_overlap", broken)
-    assert matrix.main(["--dry", "--steps", "overlap", "machine", "--threads", "1", "--output", str(tmp_path)]) == 1
-    said = capsys.readouterr().out
-    assert "begun\nFAILED: OSError: no such machine" in said and "== machine" in said and "failed: overlap" in said
-    assert "bfloat16" in said, "the products that are chosen"
+def on_bits(run):
+    yield "begun"
+    raise OSError("no such machine")
+
+def on_compile(run):
+    yield "begun"
+    os.kill(os.getpid(), signal.SIGILL)
+
+def on_overlap(run):
+    yield from matrix.command(run, "-c", "import sys; print('begun'); sys.exit(3)")
+
+def on_vectors(run):
+    subprocess.Popen([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)"])
+    yield "begun"
+    time.sleep(600)
+
+for step in (on_bits, on_compile, on_overlap, on_vectors):
+    setattr(matrix, step.__name__, step)
+sys.exit(matrix.main())
+"""
+
+
+def test_a_step_that_fails_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    steps = ("bits", "compile", "overlap", "machine")
+    said, written = run_steps_that_fail(steps, tmp_path, monkeypatch, capfd)
+    assert "begun\nFAILED: OSError: no such machine" in said
+    assert "begun\nFAILED: compile: ended by SIGILL" in said
+    assert re.search(r"begun\nFAILED: -c .* ended with status 3", said)
+    assert "== machine" in said and "bfloat16" in said, "the products that are chosen"
+    assert said.endswith("failed: bits, compile, overlap\n")
+    assert all(f"== {name}" in written for name in steps)
+    assert sum(line.startswith("FAILED: ") for line in written.splitlines()) == 3
+
+
+def test_a_step_that_does_not_end_is_stopped_with_all_that_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said, written = run_steps_that_fail(("vectors", "bits"), tmp_path, monkeypatch, capfd, "--limit", "10")
+    assert "FAILED: vectors: stopped after 10 seconds" in said and "FAILED: vectors: stopped" in written
+    assert "FAILED: OSError: no such machine" in said, "the next step"
+    (child,) = re.findall(r"^(\d+)$", said, re.M)
+    with pytest.raises(ProcessLookupError):
+        while not _ended(int(child)):
+            time.sleep(0.1)
+
+
+def run_steps_that_fail(
+    steps: tuple[str, ...],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    *arguments: str,
+) -> tuple[str, str]:
+    """What was printed, and what the file holds."""
+    script = folder / "steps.py"
+    script.write_text(STEPS_THAT_FAIL)
+    monkeypatch.setattr(matrix, "PROGRAM", (sys.executable, str(script)))
+    monkeypatch.setenv("PYTHONPATH", str(machine.ROOT))
+    asked = ["--dry", "--steps", *steps, "--threads", "1", "--output", str(folder), *arguments]
+    assert matrix.main(asked) == 1
+    (written,) = folder.rglob("matrix.txt")
+    return capfd.readouterr().out, written.read_text()
+
+
+def _ended(process: int) -> bool:
+    """Raises where there is none; a killed one whom nobody has waited for yet is no more than its name."""
+    os.kill(process, 0)
+    if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+        raise ProcessLookupError
+    return False
+
+
+def test_a_step_alone_adds_to_what_others_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--dry", "--steps", "machine", "--threads", "1", "--output", str(tmp_path)]
+    assert matrix.main(asked) == 0
     (written,) = tmp_path.rglob("matrix.txt")
     first = written.read_text()
-    assert first in said
-    matrix.main(["--dry", "--steps", "overlap", "--threads", "1", "--output", str(tmp_path)])
+    assert first == capsys.readouterr().out
+    assert matrix.main(asked) == 0
     added = written.read_text().removeprefix(first)
-    assert added and added in capsys.readouterr().out, "a run keeps what those before it found"
+    assert added and added == capsys.readouterr().out
 
 
 def test_where_the_registers_are_refused_no_step_would_meet_them(
