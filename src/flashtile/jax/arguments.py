@@ -14,8 +14,8 @@ from flashtile.checks import integer
 from flashtile.errors import SpecError, described, wrong
 from flashtile.jax.call import LEARNED, READ
 from flashtile.score.capture import capture
-from flashtile.score.frozen import parse
 from flashtile.score.mask import as_score
+from flashtile.score.texts import parse
 
 
 def inputs_of(given: dict[str, Any]) -> tuple[list[Any], bool]:

@@ -10,6 +10,7 @@ from .capture import Access, ArrayCapture, ScalarCapture, Slot
 from .derivative import ArrayGradient, array_gradients, derivative
 from .expr import Expr, node, postorder, rewrite
 from .operations import variable
+from .texts import parse
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,6 @@ class Code:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """By its text, from which another process reads the very expressions."""
-        from .frozen import code_of
-
         return code_of, (self.structure, self.slots)
 
     @cached_property
@@ -68,6 +67,15 @@ class Code:
         read = (x.data for x in postorder([self.mask] if self.mask is not None else []))
         slots = (data.source if isinstance(data, Access) else data for data in read)
         return frozenset(slot.number for slot in slots if isinstance(slot, Slot))
+
+
+def code_of(structure: str, slots: tuple[Slot, ...]) -> Code:
+    """The code of this structure, as `Code.structure` has it. Raises: SpecError for another text."""
+    roots: dict[str, Expr] = {}
+    for part in filter(None, structure.split(" | ")):
+        kind, root, _ = parse(part)
+        roots[kind] = root
+    return Code(structure, roots.get("score"), roots.get("mask"), slots)
 
 
 def is_dense(x: Expr) -> bool:

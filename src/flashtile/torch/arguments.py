@@ -10,11 +10,12 @@ import torch
 
 from flashtile.calls import Options, Request
 from flashtile.score.capture import capture, is_array
-from flashtile.score.frozen import freeze, parse, thaw
+from flashtile.score.frozen import freeze, thaw
 from flashtile.score.keep import Keep, keep_of
 from flashtile.score.mask import as_mask, as_score
 from flashtile.score.options import ScoreOptions
 from flashtile.score.softcap import check_cap, is_off
+from flashtile.score.texts import parse
 from flashtile.spec import PER_BATCH
 
 Tensor = torch.Tensor

@@ -45,7 +45,8 @@ from flashtile.llvm.blocks import WORD, strides_of
 from flashtile.llvm.products import FMA
 
 if TYPE_CHECKING:
-    from flashtile.kernels.cpu.parts import Decode, InParts
+    from flashtile.kernels.cpu.decode import Decode
+    from flashtile.kernels.cpu.parts import InParts
     from flashtile.llvm.jit import Library
     from flashtile.llvm.processors import Choice
     from flashtile.plan import Plan
@@ -194,7 +195,7 @@ def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> CompiledKernel:
     choosing = _choosing(spec)
     decodes_from = _decodes_from(spec.q_len, *choosing)
     if spec.kv_len >= decodes_from:
-        from flashtile.kernels.cpu.parts import Decode
+        from flashtile.kernels.cpu.decode import Decode
 
         return Decode(_decode_config(*choosing), spec, plan, layout, decodes_from)
     c = _configured(*choosing, _ANYWHERE)
