@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -320,40 +317,3 @@ def test_what_cannot_be_recorded_is_refused() -> None:
     with pytest.raises(UnavailableError, match="^is_grads_batched: got True"):
         o = attention(q, k, v)
         torch.autograd.grad(o, q, torch.ones(3, *o.shape, dtype=o.dtype), is_grads_batched=True)
-
-
-WORKER = """
-import sys, torch, flashtile.torch
-from torch.nn.parallel import DistributedDataParallel
-rank, store = int(sys.argv[1]), sys.argv[2]
-torch.distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
-
-class Layer(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.proj, self.table = torch.nn.Linear(8, 24), torch.nn.Parameter(torch.randn(2, 6))
-    def forward(self, x):
-        q, k, v = self.proj(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
-        return flashtile.torch.attention(q, k, v, score_mod=lambda s, b, h, i, j: s + self.table[h, j])
-
-layer = Layer()
-x = torch.randn(2, 1, 6, 8, generator=torch.Generator().manual_seed(1))
-both = [torch.autograd.grad(layer(part).square().sum(), layer.parameters()) for part in x]
-parallel = DistributedDataParallel(layer)
-parallel(x[rank]).square().sum().backward()
-for p, *parts in zip(layer.parameters(), *both):
-    torch.testing.assert_close(p.grad, sum(parts) / 2)
-torch.distributed.destroy_process_group()
-"""
-
-
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
-def test_a_step_of_distributed_data_parallel(tmp_path: Path) -> None:
-    arguments = [sys.executable, "-c", WORKER]
-    workers = [
-        subprocess.Popen([*arguments, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    errors = [worker.communicate()[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
