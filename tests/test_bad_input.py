@@ -51,9 +51,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"v": a(*SHAPE, name="object")}, "v: got dtype object, expected one of"),
     ({"q": a(*SHAPE, name=">f4")}, r"q: got dtype float32 in foreign byte order \(>f4\), expected this machine's"),
     # kind of array
-    ({"q": a(*SHAPE).tolist()}, "q: got a builtins.list, expected a NumPy array or a torch tensor"),
-    ({"k": None}, "k: got a builtins.NoneType, expected a NumPy array or a torch tensor"),
-    ({"v": 1.0}, "v: got a builtins.float, expected a NumPy array or a torch tensor"),
+    ({"q": a(*SHAPE).tolist()}, "q: got a list, expected a NumPy array or a torch tensor"),
+    ({"k": None}, "k: got None, expected a NumPy array or a torch tensor"),
+    ({"v": 1.0}, "v: got 1.0, expected a NumPy array or a torch tensor"),
     ({"k": np.ma.masked_array(a(*SHAPE))}, "k: got a masked array, expected a plain array"),
     # options
     ({"return_lse": "no"}, "return_lse: got 'no', expected True or False"),
@@ -172,7 +172,7 @@ def bad_outs() -> list[tuple[Any, str]]:
         (a(*SHAPE, name=">f4"), "out: got dtype float32 in foreign byte order"),
         (as_strided(a(1), SHAPE, (0,) * 4), "out: got strides of .* for shape .*, expected elements that do not share"),
         (as_strided(a(999), SHAPE, (640, 160, 16, 4)), "out: got strides of .*, expected elements that do not share"),
-        (a(*SHAPE).tolist(), "out: got a builtins.list, expected a NumPy array"),
+        (a(*SHAPE).tolist(), "out: got a list, expected a NumPy array"),
         (np.ma.masked_array(a(*SHAPE)), "out: got a masked array"),
     ]
 

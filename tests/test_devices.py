@@ -257,8 +257,8 @@ def test_wrong_gradients_of_a_device(backward: HostOwner) -> None:
     o, lse = flashtile.attention(q, k, v, kernel="cpu", return_lse=True)
     x, y, z, out, row, far = (*on_device(q, k, v, o, lse), *on_device(o, device=1))
     for change, problem in (
-        ({"do": o}, "^do: got a ndarray on cpu, expected an array on cuda:0 as q"),
-        ({"do": far}, "^do: got a DeviceArray on cuda:1, expected an array on cuda:0 as q"),
+        ({"do": o}, "^do: got a numpy.ndarray on cpu, expected an array on cuda:0 as q"),
+        ({"do": far}, "^do: got a cupy.DeviceArray on cuda:1, expected an array on cuda:0 as q"),
         ({"lse": out}, "^lse: got shape "),
         ({"out": flashtile.Gradients()}, "^out: got an array to write to, expected None for arrays on a GPU"),
     ):

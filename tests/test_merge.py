@@ -124,9 +124,9 @@ def ones(*shape: int, name: str = "float32") -> np.ndarray:
     [
         ([], "o_lse_pairs: got no pair, expected at least one"),
         (3, "o_lse_pairs: got 3, expected an iterable of pairs"),
-        ([ones(2, 3)], r"o_lse_pairs\[0\]: got 'ndarray', expected a pair"),
-        ([(ones(2, 3),)], r"o_lse_pairs\[0\]: got 'tuple', expected a pair"),
-        ([([1.0], ones(1))], "o of pair 0: got a builtins.list, expected a NumPy array or a torch tensor"),
+        ([ones(2, 3)], r"o_lse_pairs\[0\]: got a ndarray, expected a pair"),
+        ([(ones(2, 3),)], r"o_lse_pairs\[0\]: got a tuple, expected a pair"),
+        ([([1.0], ones(1))], "o of pair 0: got a list, expected a NumPy array or a torch tensor"),
         ([(ones(3), ones(1))], r"o of pair 0: got shape \(3,\), expected \(B, H, S_q, D_v\)"),
         ([(ones(2, 3), ones(3))], r"lse of pair 0: got shape \(3,\), expected \(2,\)"),
         ([(ones(2, 3), ones(2)), (ones(2, 4), ones(2))], r"o of pair 1: got shape \(2, 4\), expected \(2, 3\)"),

@@ -77,7 +77,7 @@ def test_16_bit_rounding_is_bounded_by_half_an_ulp_a_tile(narrow: str) -> None:
         ({"mask": MASK.astype("float64", order="F")}, "mask: got dtype float64, expected float32"),
         ({"mask": MASK.copy("C")}, "mask: got strides"),
         ({"Q": Q.copy("C")}, "Q: got strides"),
-        ({"Q": [1]}, "Q: got a builtins.list"),
+        ({"Q": [1]}, "Q: got a list"),
         ({"A": K[:, :4]}, "A: got strides"),
         ({"A": Q}, "A: got an array within the memory that Q spans"),
         ({"dtype": "fp32_fast"}, "dtype: got 'fp32_fast', expected one of fp32, fp32_fast_tf32"),

@@ -261,7 +261,7 @@ NEGATED = torch.ones(1, 2, 4, 8, dtype=torch.complex64).conj().imag
     ("bad", "message"),
     [
         (np.ones((1, 2, 4, 8), np.float32), "got a numpy.ndarray, expected a torch.Tensor"),
-        ([1.0], "got a builtins.list, expected a torch.Tensor"),
+        ([1.0], "got a list, expected a torch.Tensor"),
         (X.to("meta"), "got a tensor on meta, expected a tensor on the CPU"),
         (X.to_sparse(), "got layout torch.sparse_coo, expected a dense tensor"),
         (X[0, 0].to_mkldnn(), "got layout torch._mkldnn, expected a dense tensor"),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flashtile.dtypes import dtype_of
-from flashtile.errors import wrong
+from flashtile.errors import owned, wrong
 
 # An ndarray object starts with its reference count and type, then the address of its data: NumPy's C API has fixed
 # that since 1.0. Reading it there takes a tenth of the time of `x.ctypes.data`, and a tiny call takes four addresses.
@@ -169,7 +169,7 @@ def plain(x: Any, argument: str) -> np.ndarray:
     Raises: SpecError for anything else, and for a masked array, whose mask would be ignored.
     """
     if not isinstance(x, np.ndarray):
-        raise wrong(argument, f"a {type(x).__module__}.{type(x).__qualname__}", "a NumPy array or a torch tensor")
+        raise wrong(argument, owned(x), "a NumPy array or a torch tensor")
     if isinstance(x, np.ma.MaskedArray):
         raise wrong(argument, "a masked array", "a plain array (fill it; masked elements are not skipped)")
     return np.asarray(x)

@@ -12,7 +12,7 @@ from flashtile.calls import as_name, describe, gathered
 from flashtile.current import Here, calling
 from flashtile.devices import gradients, one_library
 from flashtile.dtypes import DTYPES, dtype_of
-from flashtile.errors import wrong
+from flashtile.errors import owned, wrong
 from flashtile.gradients import ByIdentity, Gradients, Problem, array_sum
 from flashtile.kernels.gradients import Sums
 from flashtile.owners import Owner, borrow, give_back, hold, library_of, owner_of
@@ -65,7 +65,7 @@ def attention_backward(
 def _checked(owner: Owner, library: str, problem: Problem, name: str, x: Any, q: Any, v: Any) -> Any:
     """An array beside q, k and v, as the owner's; lse and dlse row-major. Raises: SpecError."""
     if library_of(x) != library or device_of(x) != problem.spec.device:
-        raise wrong(name, f"a {type(x).__name__} on {device_of(x)}", f"an array on {problem.spec.device} as q")
+        raise wrong(name, f"{owned(x)} on {device_of(x)}", f"an array on {problem.spec.device} as q")
     found = borrow(owner, x)
     view, row = owner.view(found), name in ("lse", "dlse")
     shape = tuple(q.shape[:-1]) + (() if row else tuple(v.shape[-1:]))

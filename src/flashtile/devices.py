@@ -20,7 +20,7 @@ from flashtile.calls.backward import Memory
 from flashtile.checks import check_flag
 from flashtile.current import Here, calling
 from flashtile.dtypes import DTYPES
-from flashtile.errors import wrong
+from flashtile.errors import owned, wrong
 from flashtile.kernels import Family
 from flashtile.kernels.gradients import Sums
 from flashtile.owners import LENDERS, Owner, borrow, give_back, hold, library_of, owner_of
@@ -164,9 +164,10 @@ def one_library(q: Any, k: Any, v: Any, out: Any) -> str:
     """The library that all arrays come from. Raises: SpecError."""
     library = library_of(q)
     for name, x in (("k", k), ("v", v), ("out", out)):
-        if x is not None and type(x) is not type(q) and library_of(x) != library:
-            got, expected = (f"a {type(y).__module__}.{type(y).__qualname__}" for y in (x, q))
-            raise wrong(name, f"{got} on {device_of(x)}", f"{expected} on {device_of(q)} as q")
+        if (x is None and name == "out") or type(x) is type(q) or library_of(x) == library:
+            continue
+        got = f"{owned(x)} on {device_of(x)}" if is_array(x) else owned(x)
+        raise wrong(name, got, f"{owned(q)} on {device_of(q)} as q")
     if out is not None and library in LENDERS:
         raise wrong("out", f"an array of {LENDERS[library]}, whose arrays are not written to", "None")
     return library

@@ -57,8 +57,7 @@ def dtype_of(dtype: object, argument: str = "dtype") -> DType:
         pass
     if isinstance(dtype, np.dtype):
         name = dtype.name
-        if not dtype.isnative:
-            raise wrong(argument, f"dtype {name} in foreign byte order ({dtype.str})", "this machine's byte order")
+        check_byte_order(dtype, argument)
     elif isinstance(dtype, type):
         name = dtype.__name__  # np.float32, ml_dtypes.bfloat16
     else:
@@ -69,6 +68,13 @@ def dtype_of(dtype: object, argument: str = "dtype") -> DType:
         raise wrong(argument, f"dtype {name}", "one of " + ", ".join(DTYPES) + hint)
     _seen[dtype] = row
     return row
+
+
+def check_byte_order(dtype: np.dtype, argument: str) -> None:
+    """Raise SpecError for numbers that this machine cannot read where they lie, as big-endian files hold them."""
+    if not dtype.isnative:
+        got = f"dtype {dtype.name} in foreign byte order ({dtype.str})"
+        raise wrong(argument, got, "this machine's byte order: x.astype(x.dtype.newbyteorder('='))")
 
 
 def widen_bits(bits: np.ndarray) -> np.ndarray:

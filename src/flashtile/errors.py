@@ -36,3 +36,9 @@ def described(value: object) -> str:
     if value is None or isinstance(value, (bool, numbers.Number, str)):
         return reprlib.repr(value)
     return f"a {type(value).__name__}"
+
+
+def owned(value: object) -> str:
+    """As `described`, the kind by its full name: of arrays it matters whose they are."""
+    kind = type(value)
+    return described(value) if kind.__module__ == "builtins" else f"a {kind.__module__}.{kind.__qualname__}"

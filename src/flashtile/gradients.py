@@ -277,12 +277,12 @@ def check_out(out: Any, accumulate: bool, problem: Problem, inputs: Sequence[Any
             raise wrong("accumulate", "True without out", "out=, a Gradients to add to")
         return
     if not isinstance(out, Gradients):
-        raise wrong("out", f"a {type(out).__name__}", "a flashtile.Gradients")
+        raise wrong("out", described(out), "a flashtile.Gradients")
     seen = _memory(problem, inputs)
     for name, source in problem.sources:
         target = _target(out, name, source)
         if not isinstance(target, np.ndarray):
-            raise wrong(f"out.{name}", f"a {type(target).__name__}", "a NumPy array, since wrt asks for it")
+            raise wrong(f"out.{name}", described(target), "a NumPy array, since wrt asks for it")
         if target.shape != source.shape or target.dtype != source.dtype:
             raise wrong(f"out.{name}", f"{target.dtype} of shape {target.shape}", f"{source.dtype} of {source.shape}")
         if not target.flags.writeable:

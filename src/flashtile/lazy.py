@@ -16,7 +16,7 @@ from flashtile.checks import check_flag
 from flashtile.dtypes import dtype_of
 from flashtile.engines import pick
 from flashtile.engines.dask.operands import Cut
-from flashtile.errors import UnavailableError, wrong
+from flashtile.errors import UnavailableError, described, owned, wrong
 from flashtile.gradients import ByIdentity, Gradients, Problem, check_rows, slots_of, wrt_of
 from flashtile.kernels import tile_kernels
 from flashtile.score.capture import ArrayCapture
@@ -85,7 +85,7 @@ def attention_backward(
     if accumulate is not False:
         raise wrong("accumulate", repr(accumulate), "False: the results are Dask arrays")
     given = {"q": q, "k": k, "v": v, "do": do, "o": o, "lse": lse, "dlse": dlse}
-    arrays = {name: _array(x, name) for name, x in given.items() if x is not None}
+    arrays = {name: _array(x, name) for name, x in given.items() if x is not None or name != "dlse"}
     names = wrt_of(wrt)
     if "bias" in names and is_dask(keywords["bias"]):
         raise UnavailableError("wrt: got 'bias' with a bias that is a Dask array, expected a NumPy array")
@@ -240,10 +240,10 @@ def _check(progress: Any, out: Any, keywords: dict[str, Any]) -> None:
     if progress is not None and progress is not False:
         raise wrong("progress", repr(progress), "None: the result is computed later (see dask.diagnostics.ProgressBar)")
     if out is not None:
-        raise wrong("out", f"a {type(out).__name__}", "None: the result is a Dask array (store it with to_zarr)")
+        raise wrong("out", described(out), "None: the result is a Dask array (store it with to_zarr)")
     for name in ("mask", "alibi_slopes", "sinks", "align"):
         if is_lazy(x := keywords[name]):
-            raise wrong(name, f"a {type(x).__module__}.{type(x).__name__}", "NumPy's, which decide what is read")
+            raise wrong(name, owned(x), "NumPy's, which decide what is read")
 
 
 def _check_sizes(spec: AttentionSpec) -> None:

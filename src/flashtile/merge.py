@@ -109,7 +109,7 @@ def _validated(o_lse_pairs: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
     pairs = []
     for n, pair in enumerate(o_lse_pairs):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise wrong(f"o_lse_pairs[{n}]", repr(type(pair).__name__), "a pair (o, lse)")
+            raise wrong(f"o_lse_pairs[{n}]", described(pair), "a pair (o, lse)")
         names = (f"o of pair {n}", f"lse of pair {n}")
         o, lse = (x if is_torch(x) else plain(x, name) for x, name in zip(pair, names, strict=True))
         pairs.append((o, lse))

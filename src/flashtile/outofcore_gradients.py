@@ -49,7 +49,7 @@ def attention_backward(
     """
     limit = limit_of(memory_limit, keywords["engine"])
     given = dict(zip(INPUTS, (do, q, k, v, o, lse, dlse), strict=True))
-    arrays = {name: readable(x, name) for name, x in given.items() if x is not None}
+    arrays = {name: readable(x, name) for name, x in given.items() if x is not None or name != "dlse"}
     views = tuple(described(arrays[name]) for name in "qkv")
     request = describe(views[0], *gathered(**keywords | {"engine": "starpu"}))
     problem = Problem.of(views, request, wrt)

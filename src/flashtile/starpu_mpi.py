@@ -29,7 +29,7 @@ from flashtile.engines.starpu_mpi.collective import Collective, Cut, agree, iden
 from flashtile.engines.starpu_mpi.gradients import CollectiveBackward
 from flashtile.engines.starpu_mpi.heads import Heads
 from flashtile.engines.starpu_mpi.parts import ZIGZAG, rows_of, tiles_of
-from flashtile.errors import UnavailableError, wrong
+from flashtile.errors import UnavailableError, described, wrong
 from flashtile.gradients import Gradients, Problem, slots_of, wrt_of
 from flashtile.hints import check_keywords
 from flashtile.kernels.gradients import Sums
@@ -276,7 +276,7 @@ def _communicator(comm: Any) -> Any:
     if comm is None:
         return MPI.COMM_WORLD
     if not isinstance(comm, MPI.Intracomm):
-        raise wrong("comm", f"a {type(comm).__name__}", "an intracommunicator of mpi4py, or None")
+        raise wrong("comm", described(comm), "an intracommunicator of mpi4py, or None")
     return comm
 
 

@@ -62,7 +62,7 @@ class Options(NamedTuple):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Any:
-    _check_ranks(4, "(B, S, H, D)", q=q, k=k, v=v)
+    check_ranks(4, "(B, S, H, D)", q=q, k=k, v=v)
     options.check()
     o, lse = _call(
         *(x.transpose(1, 2) for x in (q, k, v)),
@@ -82,7 +82,7 @@ Lengths = tuple[str, Any, Any]  # the name of cumulative lengths, they themselve
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, rows: Lengths, keys: Lengths, options: Options) -> Any:
     """Sequences one after the other: as one, with a mask, or with dropout as a batch."""
-    _check_ranks(3, "(total, H, D)", q=q, k=k, v=v)
+    check_ranks(3, "(total, H, D)", q=q, k=k, v=v)
     options.check()
     try:
         seen = score.varlen(rows[1], keys[1], options.causal, options.window_size)
@@ -197,7 +197,8 @@ def _spell(error: FlashtileError, names: dict[str, str]) -> None:
     error.args = (names.get(argument, argument) + colon + rest,)
 
 
-def _check_ranks(rank: int, layout: str, **tensors: Any) -> None:
+def check_ranks(rank: int, layout: str, **tensors: Any) -> None:
+    """Raise SpecError unless each is a tensor of so many axes."""
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise wrong(name, described(x), f"a torch tensor {layout}")
@@ -208,7 +209,7 @@ def _check_ranks(rank: int, layout: str, **tensors: Any) -> None:
 def parts_of(name: str, packed: Any, rank: int, parts: int) -> tuple[Any, ...]:
     """q, k, v or k, v of one tensor, which has an axis of them before the heads."""
     layout = f"({'B, S' if rank == 5 else 'total'}, {parts}, H, D)"
-    _check_ranks(rank, layout, **{name: packed})
+    check_ranks(rank, layout, **{name: packed})
     if packed.shape[-3] != parts:
         raise wrong(name, f"shape {tuple(packed.shape)}", layout)
     return packed.unbind(-3)

@@ -11,6 +11,7 @@ import numpy as np
 
 from flashtile import score
 from flashtile.checks import integer
+from flashtile.dtypes import check_byte_order
 from flashtile.errors import SpecError, described, wrong
 from flashtile.jax.call import LEARNED, READ
 from flashtile.score.capture import capture
@@ -57,6 +58,8 @@ class Rule(NamedTuple):
 
 
 def _array(name: str, x: Any, ranks: tuple[int, ...]) -> Any:
+    if isinstance(x, np.ndarray):
+        check_byte_order(x.dtype, name)
     try:
         found = jnp.asarray(x)
     except (TypeError, ValueError) as cause:

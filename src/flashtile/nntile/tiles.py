@@ -13,7 +13,7 @@ import numpy as np
 from flashtile.arrays import address_of, plain
 from flashtile.checks import integer
 from flashtile.dtypes import DTYPES, DType, dtype_of
-from flashtile.errors import wrong
+from flashtile.errors import described, wrong
 from flashtile.plan.coverage import visible_pairs
 from flashtile.spec import LARGEST_POSITION, AttentionSpec
 
@@ -167,7 +167,7 @@ def check_tiles(given: dict[str, Any], written: Collection[str]) -> None:
     """Raise SpecError unless all are tiles, those that are written writable."""
     for name, tile in given.items():
         if not isinstance(tile, Tile):
-            raise wrong(name, f"a {type(tile).__name__}", "a tile: nntile.register, nntile.empty or nntile.wrap")
+            raise wrong(name, described(tile), "a tile: nntile.register, nntile.empty or nntile.wrap")
         tile.tensor.check()
         if name in written and not tile.tensor.writable:
             raise wrong(name, "a read-only array", "a writable one")

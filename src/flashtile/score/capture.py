@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..arrays import device_of
-from ..errors import SpecError, described
+from ..dtypes import check_byte_order
+from ..errors import SpecError, described, owned
 from .expr import INT_MAX, INT_MIN
 
 # Element -> type in the language, by NumPy's code; bf16 stands apart.
@@ -216,6 +217,7 @@ def _storage(value: Any, name: str) -> tuple[np.ndarray, str]:
         raw = np.asarray(value)
     except Exception as e:
         raise SpecError(f"{name}: got {described(value)}, expected an array in CPU memory") from e
+    check_byte_order(raw.dtype, name)
     if raw.dtype.kind == "V" and raw.dtype.name == "bfloat16":
         return raw.view(np.uint16), "bf16"
     return raw, _element(raw.dtype, name)
@@ -271,7 +273,7 @@ def _on_device(value: Any, name: str, device: str) -> ArrayCapture:
         address, strides = value.data_ptr(), tuple(size * n for n in value.stride())
         spelled = str(value.dtype).removeprefix("torch.")
     else:
-        got = f"a {type(value).__module__}.{type(value).__qualname__} on {device}"
+        got = f"{owned(value)} on {device}"
         raise SpecError(f"{name}: got {got}, expected a torch or CuPy array there, or one in CPU memory")
     if spelled == "bfloat16":
         dtype: np.dtype[Any] = np.dtype(np.uint16)
@@ -287,7 +289,8 @@ def _on_device(value: Any, name: str, device: str) -> ArrayCapture:
 
 
 def _element(dtype: np.dtype, name: str) -> str:
+    check_byte_order(dtype, name)
     found = _ELEMENTS.get(dtype.str[1:])
-    if found is None or not dtype.isnative:
+    if found is None:
         raise SpecError(f"{name}: got dtype {dtype}, {_READ}")
     return found[0]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..errors import described, wrong
 from .bounds import Bounds
 from .code import is_dense
 from .expr import Expr
@@ -82,6 +83,8 @@ def coverage(program: Program, tile_q: int, tile_k: int, float_type: object = np
     float_type is the accumulator's type, in which the kernel evaluates the mask.
     A tile that is called PARTIAL may be whole or hidden (intervals are cautious); EMPTY and FULL are certain.
     """
+    if not isinstance(program, Program):
+        raise wrong("program", described(program), "a flashtile.score.Program")
     s_q, s_kv = program.shape[2:]
     used = program.mask.variables if program.mask is not None else frozenset()
     shape = _shape(program.shape, used, tile_q, tile_k)

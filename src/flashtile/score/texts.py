@@ -19,6 +19,8 @@ _SLOT = re.compile(r"#(\d+) (\w+)(?: rank (\d+))?(?: clamp ([ny]*))?")
 @functools.lru_cache(maxsize=256)
 def parse(text: str) -> tuple[str, Expr, tuple[Slot, ...]]:
     """("score" or "mask", its expression, its slots in order) of a text that `freeze` wrote. Raises: SpecError."""
+    if not isinstance(text, str):
+        raise _unreadable(text, "")
     kind, colon, body = text.partition(": ")
     *lines, result = body.split("; ")
     if kind not in ("score", "mask") or not colon or not result.startswith("return "):
@@ -55,5 +57,5 @@ def _data(data: str, slots: dict[int, Slot], text: str) -> Slot | Access:
     return slot if found[4] is None else Access(slot, tuple(c == "y" for c in found[4]))
 
 
-def _unreadable(part: str, text: str) -> SpecError:
+def _unreadable(part: object, text: str) -> SpecError:
     return SpecError(f"text: got {described(part)}, expected a text that flashtile.score.freeze wrote")

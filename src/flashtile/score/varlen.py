@@ -108,7 +108,8 @@ def _boundaries(value: Any, name: str) -> np.ndarray:
     except Exception as cause:
         raise wrong(name, described(value), expected) from cause
     if found.dtype.kind not in "iu" or found.ndim != 1 or not found.size:
-        raise wrong(name, f"{found.dtype} of shape {found.shape}", expected)
+        got = described(value) if found.dtype.kind == "O" else f"{found.dtype} of shape {found.shape}"
+        raise wrong(name, got, expected)
     if found[0] != 0:
         raise wrong(name, f"{found[0]} first", expected)
     if (falls := np.flatnonzero(found[1:] < found[:-1])).size:

@@ -36,7 +36,7 @@ from flashtile.engines.starpu.records import TaskRecord
 from flashtile.engines.starpu.runtime import schedulers, shutdown
 from flashtile.engines.starpu.tiles import Tile, TiledTensor, can_group, can_tile
 from flashtile.engines.starpu.vanilla import VanillaFlow
-from flashtile.errors import UnavailableError, wrong
+from flashtile.errors import UnavailableError, described, wrong
 from flashtile.score.keep import keep_of
 from flashtile.signature import Align, Precision, Window
 from flashtile.starpu.gradients import PendingGradients, submit_backward
@@ -273,7 +273,7 @@ def submit_forward(
     kind = Tile if single else TiledTensor
     for name, x in zip(NAMES, given, strict=True):
         if not isinstance(x, kind):
-            raise wrong(name, f"a {type(x).__name__}", "a tile as q" if single else "a registered tensor")
+            raise wrong(name, described(x), "a tile as q" if single else "a registered tensor")
     tensors = [x.tensor for x in given] if single else list(given)
     if not single and not (carry is last is None):
         raise wrong("carry" if carry is not None else "last", "a value with whole tensors", "None: it is for tiles")

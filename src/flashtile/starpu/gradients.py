@@ -15,7 +15,7 @@ from flashtile.engines.starpu import runtime, session
 from flashtile.engines.starpu.backward import BackwardFlow
 from flashtile.engines.starpu.matching import check_gradients, check_heads
 from flashtile.engines.starpu.tiles import TiledTensor
-from flashtile.errors import UnavailableError, wrong
+from flashtile.errors import UnavailableError, described, wrong
 from flashtile.gradients import Gradients, Problem, wrt_of
 from flashtile.kernels.gradients import Sums
 from flashtile.score.keep import keep_of
@@ -88,7 +88,7 @@ def submit_backward(
     given |= {n: x for n, x in (("dlse", dlse), ("dq", dq), ("dk", dk), ("dv", dv)) if x is not None}
     for name, x in given.items():
         if not isinstance(x, TiledTensor):
-            raise wrong(name, f"a {type(x).__name__}", "a registered tensor")
+            raise wrong(name, described(x), "a registered tensor")
     names = wrt_of(wrt)
     for name in names:
         if name not in OTHERS:
@@ -98,8 +98,8 @@ def submit_backward(
     check_gradients(given)
     scores = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed)
     request = describe(q, scores, (causal, window, align, scale, precision, "cpu", "starpu"))
-    described = tuple(SimpleNamespace(shape=x.shape, dtype=x.dtype.name) for x in (q, k, v))
-    problem = Problem.of(described, request, names)  # type: ignore[arg-type]  # three of them
+    views = tuple(SimpleNamespace(shape=x.shape, dtype=x.dtype.name) for x in (q, k, v))
+    problem = Problem.of(views, request, names)  # type: ignore[arg-type]  # three of them
     if problem.spec.empty:
         raise UnavailableError(f"submit_backward: got q {q.shape} and k {k.shape}, expected rows and keys")
     flow = _flow(problem, given, request.offsets)

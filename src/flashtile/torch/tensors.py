@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from flashtile.errors import UnavailableError, wrong
+from flashtile.errors import UnavailableError, owned, wrong
 
 Tensor = torch.Tensor
 # What to give instead of tensors whose elements alone do not say what they mean, by the name of the class.
@@ -101,10 +101,7 @@ def check_tensors(**tensors: Tensor) -> None:
     """Raise unless each is a plain dense tensor, on the CPU or on a GPU, there without a tangent."""
     for name, x in tensors.items():
         if type(x) is not Tensor and type(x) is not torch.nn.Parameter and not is_stand_in(x):
-            got = f"a {type(x).__module__}.{type(x).__qualname__}"
-            raise wrong(
-                name, got, _PLAIN.get(type(x).__name__, "a torch.Tensor itself: what a subclass means is unknown")
-            )
+            raise wrong(name, owned(x), _expected(x))
         if not (x.is_cpu or x.is_cuda):
             raise wrong(name, f"a tensor on {x.device}", "a tensor on the CPU or a GPU of CUDA or ROCm")
         if x.layout is not torch.strided:
@@ -118,6 +115,13 @@ def check_tensors(**tensors: Tensor) -> None:
                 f"{name}: got a tensor on {x.device} with a tangent, expected one without: forward mode is not "
                 "available there yet"
             )
+
+
+def _expected(x: object) -> str:
+    """What to give instead of something that is no tensor proper."""
+    if not isinstance(x, Tensor):
+        return "a torch.Tensor"
+    return _PLAIN.get(type(x).__name__, "a torch.Tensor itself: what a subclass means is unknown")
 
 
 def has_tangent(x: Any) -> bool:

@@ -59,18 +59,21 @@ def varlen_attn(
     Source:   PyTorch 2.13, torch.nn.attention.varlen.
     """
     from flashtile.flash_attn import flash_attn_varlen_func
+    from flashtile.flash_attn.attend import check_ranks
 
     check_flag("enable_gqa", enable_gqa)
     if num_splits is not None:
         raise wrong("num_splits", described(num_splits), "None: how keys are split follows from shapes")
     paged = block_table is not None
+    if paged and seqused_k is None:
+        raise wrong("seqused_k", "None with a block_table", "how many keys of each sequence are there")
+    check_ranks(3, "(total, H, D)", query=query)
+    check_ranks(*((4, "(pages, page size, H, D)") if paged else (3, "(total, H, D)")), key=key, value=value)
     if seqused_k is not None:
         key, value, cu_seq_k = _used(key, value, cu_seq_k, seqused_k, block_table)
-    elif paged:
-        raise wrong("seqused_k", "None with a block_table", "how many keys of each sequence are there")
     elif cu_seq_k is None:
         raise wrong("cu_seq_k", "None", "where the keys of each sequence begin, or seqused_k and block_table")
-    if not enable_gqa and query.ndim == key.ndim == 3 and query.shape[1] != key.shape[1]:
+    if not enable_gqa and query.shape[1] != key.shape[1]:
         raise wrong("key", f"{key.shape[1]} heads beside {query.shape[1]}", "as many as query, or enable_gqa=True")
     given = query, key, value, cu_seq_q, cu_seq_k, max_q, max_k
     try:
@@ -84,25 +87,36 @@ def varlen_attn(
     return (o, lse.mT.contiguous()) if return_aux is not None and return_aux.lse else o
 
 
+def _integers(name: str, x: Any) -> np.ndarray:
+    """Integers of a tensor, or of what NumPy makes an array of, on the host. Raises: SpecError for anything else."""
+    try:
+        found = np.asarray(x.cpu() if isinstance(x, Tensor) else x)
+    except Exception as cause:
+        raise wrong(name, described(x), "a tensor of integers") from cause
+    if found.dtype.kind not in "iu":
+        raise wrong(name, described(x) if found.ndim == 0 else f"dtype {found.dtype}", "a tensor of integers")
+    return found
+
+
 def _used(
     key: Tensor, value: Tensor, cu_seq_k: Tensor | None, seqused_k: Tensor, block_table: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The keys that are used, one sequence after the other, their values, and where each sequence begins."""
-    used = np.asarray(seqused_k.cpu())
+    used = _integers("seqused_k", seqused_k)
     sequences = used.shape[0] if used.ndim == 1 else -1
     if block_table is not None:
         size = key.shape[1]
         key, value = key.flatten(0, 1), value.flatten(0, 1)
-        pages = np.asarray(block_table.cpu())
+        pages = _integers("block_table", block_table)
         inside = pages.size == 0 or 0 <= pages.min() <= pages.max() < len(key) // size
         if pages.ndim != 2 or pages.shape[0] != sequences or not inside:
             raise wrong("block_table", f"shape {pages.shape}", f"pages of key for each of {sequences} sequences")
         places = [(row[:, None] * size + np.arange(size)).ravel() for row in pages]
     else:
-        bounds = np.asarray(cu_seq_k.cpu() if cu_seq_k is not None else [])
+        bounds = _integers("cu_seq_k", cu_seq_k)
         places = [np.arange(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
     room = np.array([len(x) for x in places])
-    if used.dtype.kind not in "iu" or sequences != len(places) or (used < 0).any() or (used > room).any():
+    if sequences != len(places) or (used < 0).any() or (used > room).any():
         expected = f"({len(places)},) integers, at most {room.tolist()}"
         raise wrong("seqused_k", f"{used.dtype} of shape {used.shape}", expected)
     at = torch.from_numpy(np.concatenate([x[:n] for x, n in zip(places, used, strict=True)]).astype(np.int64))
