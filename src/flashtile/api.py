@@ -97,9 +97,11 @@ def attention(
                         a mask of `flashtile.score`, composed with & | ~; or a function (b, h, i, j) -> bool.
               bias      a float array that broadcasts to (B, H, S_q, S_kv), added to the scores; -inf hides.
               score_mod a function (s, b, h, i, j) -> a new score, s being scaled and capped.
-              softcap   scores become softcap * tanh(score / softcap); None or 0 is off.
-              alibi_slopes  (H,) or (B, H): scores lose slope * abs(i + offset - j).
+              softcap   scores become softcap * tanh(score / softcap), finite; None or 0 is off.
+              alibi_slopes  (H,) or (B, H): scores lose slope * abs(i + offset - j). An infinite or NaN slope makes rows
+                        of its head NaN, but for +inf at distances above 0, which hides.
               sinks     (H,) or (B, H): a logit a head that joins the denominator only; of any float dtype, as slopes.
+                        -inf is none; +inf and NaN make the rows of their head NaN.
               dropout_p the share of the weights that is dropped after the softmax, in [0, 1), rounded to 2^-16; those
                         kept are divided by 1 - dropout_p. lse is without it.
               seed      an integer in [0, 2^64) that decides, with b, h, i and j alone, which weights are dropped

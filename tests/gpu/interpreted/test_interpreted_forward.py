@@ -43,6 +43,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 0.5, "causal": True, "align": 0},
     "sinks": {"sinks": SINKS},
     "far sinks": {"sinks": np.array([75.0, 95.0], np.float32)},
+    "sinks that are no numbers": {"sinks": np.array([[np.nan, np.inf], [-np.inf, 0.5]], np.float32)},
+    "slopes that are no numbers": {"alibi_slopes": np.array([[np.nan, np.inf], [-np.inf, 0.5]]), "align": 30},
     "sinks of each batch": {"sinks": np.stack([SINKS, -SINKS[::-1]]), "causal": True, "align": -10},
     "bias": {"bias": BIAS, "causal": True, "align": 19},
     "bias that hides": {"bias": HIDING},
