@@ -1,10 +1,11 @@
-"""What scripts/environment.sh decides by the machine that it finds."""
+"""What scripts/environment.sh decides by the machine that it finds, and how scripts/steps.sh tells what failed."""
 
 from __future__ import annotations
 
 import http.server
 import os
 import shutil
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 from processes import run
 
 ENVIRONMENT = Path(__file__).resolve().parents[1] / "scripts" / "environment.sh"
+STEPS = ENVIRONMENT.with_name("steps.sh")
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 
 
@@ -56,3 +58,34 @@ def test_with_a_gpu_torch_is_the_one_of_the_usual_index(tmp_path: Path, index: s
 def test_an_index_that_does_not_answer_is_not_asked(tmp_path: Path, index: str) -> None:
     assert options_of_pip(tmp_path, f"{index}/elsewhere") == ""
     assert options_of_pip(tmp_path, "http://127.0.0.1:1") == ""
+
+
+def in_steps(program: str) -> subprocess.CompletedProcess[str]:
+    """What a script does that sources both."""
+    return run(["bash", "-c", f"source {ENVIRONMENT}; source {STEPS}; {program}"])
+
+
+def test_a_step_that_fails_stops_no_other_and_is_named_at_the_end() -> None:
+    done = in_steps("both() { false; echo after; return 3; }; step one false; step two both; step three true; verdict")
+    assert done.returncode == 1 and "after" in done.stdout
+    table = [line.split() for line in done.stdout.split("== steps\n")[1].splitlines()]
+    states = [(words[0], words[-1]) for words in table[:-1]]
+    assert states == [("one", "FAILED"), ("two", "FAILED"), ("three", "passed")]
+    assert table[-1] == ["FAILED:", "one", "two"]
+
+
+def test_steps_that_pass_say_so() -> None:
+    done = in_steps("step one true; verdict")
+    assert done.returncode == 0 and "All checks passed" in done.stdout.splitlines()[-1]
+
+
+def test_a_triton_that_cannot_be_installed_is_not_tested_as_another(tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    program = f"bin={tmp_path}; step other with_triton 3.6 {tmp_path}/folder touch {ran}; verdict"
+    assert "FAILED: other" in in_steps(program).stdout and not ran.exists()
+
+
+def test_a_command_gets_the_triton_of_the_folder_first(tmp_path: Path) -> None:
+    (tmp_path / "triton").mkdir()
+    done = in_steps(f"PYTHONPATH=/before; with_triton 3.6 {tmp_path} printenv PYTHONPATH; echo $PYTHONPATH")
+    assert done.stdout.split() == [f"{tmp_path}:/before", "/before"]
