@@ -10,7 +10,7 @@ import pytest
 
 import flashtile
 from flashtile import hints
-from flashtile.errors import KeywordError, SpecError
+from flashtile.errors import KeywordError, SpecError, rename
 
 pytestmark = pytest.mark.core
 
@@ -87,3 +87,16 @@ def test_every_hint_names_keywords_that_exist() -> None:
     assert {keyword for meant in hints._FOREIGN.values() for keyword in meant} <= own
     unanswered = [name for name, meant in hints._FOREIGN.items() if not own & {*meant}]
     assert not unanswered
+
+
+def test_an_error_is_told_in_the_names_of_another_signature() -> None:
+    names = {"q": "query", "mask": "attn_mask", "cu_seqlens_k": "cu_seq_k"}
+    for message, told in (
+        ("q: got q of (S_q, D), expected (S_q, 8)", "query: got query of (S_q, D), expected (S_q, 8)"),
+        ("mask: got a mask, expected q's shape", "attn_mask: got a mask, expected query's shape"),
+        ("scale: got 2, below the longest of cu_seqlens_k", "scale: got 2, below the longest of cu_seq_k"),
+        ("nothing before a colon of q", "nothing before a colon of q"),
+    ):
+        error = SpecError(message)
+        rename(error, names)
+        assert str(error) == told

@@ -81,8 +81,12 @@ def test_what_is_refused() -> None:
         ("value: got sequences of other lengths", (x, x, other), {}),
         ("key: got 2 heads beside 4", (x, fewer, fewer), {}),
         ("is_causal: got sequences that have not as many keys", (x, other, other), {"is_causal": True}),
+        ("scale: got 'wide'", (x, x, x), {"scale": "wide"}),  # by the names of this signature
+        ("sinks: got", (x, x, x), {"sinks": torch.zeros(3)}),
+        ("window: got", (x, x, x), {"window": (1, 2, 3)}),
+        ("softcap: got", (x, x, x), {"softcap": -1.0}),
     ):
-        with pytest.raises(SpecError, match=message):
+        with pytest.raises(SpecError, match="^" + message):
             sdpa(*arguments, **options)
 
 

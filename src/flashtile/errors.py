@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numbers
+import re
 import reprlib
+from collections.abc import Mapping
 
 
 class FlashtileError(Exception):
@@ -42,3 +44,13 @@ def owned(value: object) -> str:
     """As `described`, the kind by its full name: of arrays it matters whose they are."""
     kind = type(value)
     return described(value) if kind.__module__ == "builtins" else f"a {kind.__module__}.{kind.__qualname__}"
+
+
+def rename(error: FlashtileError, names: Mapping[str, str]) -> None:
+    """Call the arguments in an error's message what another signature calls them: the one that it begins with, and in
+    the rest those whose names are no words of English."""
+    argument, colon, rest = str(error).partition(":")
+    argument = names.get(argument, argument)
+    for name in (name for name in names if len(name) == 1 or "_" in name):
+        rest = re.sub(rf"\b{name}\b", names[name], rest)
+    error.args = (argument + colon + rest,)

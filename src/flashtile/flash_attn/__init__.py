@@ -16,6 +16,7 @@ from flashtile.errors import UnavailableError
 from flashtile.flash_attn.attend import Options, Window, attend, attend_packed, parts_of
 from flashtile.flash_attn.combine import flash_attn_combine
 from flashtile.flash_attn.install import install, uninstall
+from flashtile.torch.packed import Lengths
 
 __all__ = [
     "flash_attn_combine",
@@ -151,7 +152,10 @@ def flash_attn_varlen_func(
     if block_table is not None:
         raise UnavailableError("block_table: got pages, expected None, and keys one after the other")
     given = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
-    lengths = ("cu_seqlens_q", cu_seqlens_q, max_seqlen_q), ("cu_seqlens_k", cu_seqlens_k, max_seqlen_k)
+    lengths = (
+        Lengths(cu_seqlens_q, max_seqlen_q, "cu_seqlens_q", "max_seqlen_q"),
+        Lengths(cu_seqlens_k, max_seqlen_k, "cu_seqlens_k", "max_seqlen_k"),
+    )
     return attend_packed(q, k, v, *lengths, Options(*given, learnable_sink, score_mod, mask_mod, return_lse))
 
 
@@ -170,7 +174,7 @@ def flash_attn_varlen_qkvpacked_func(
 ) -> Any:
     """`flash_attn_varlen_func` of q, k, v in one tensor, (total, 3, H, D), read in place."""
     given = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
-    lengths = "cu_seqlens", cu_seqlens, max_seqlen
+    lengths = Lengths(cu_seqlens, max_seqlen, "cu_seqlens", "max_seqlen")
     q, k, v = parts_of("qkv", qkv, 4, 3)
     return attend_packed(q, k, v, lengths, lengths, Options(*given))
 
@@ -193,7 +197,10 @@ def flash_attn_varlen_kvpacked_func(
 ) -> Any:
     """`flash_attn_varlen_func` of q (total_q, H, D) and of k, v in one tensor, (total_k, 2, H_kv, D), read in place."""
     given = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
-    lengths = ("cu_seqlens_q", cu_seqlens_q, max_seqlen_q), ("cu_seqlens_k", cu_seqlens_k, max_seqlen_k)
+    lengths = (
+        Lengths(cu_seqlens_q, max_seqlen_q, "cu_seqlens_q", "max_seqlen_q"),
+        Lengths(cu_seqlens_k, max_seqlen_k, "cu_seqlens_k", "max_seqlen_k"),
+    )
     k, v = parts_of("kv", kv, 4, 2)
     return attend_packed(q, k, v, *lengths, Options(*given))
 

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import jax
 
 from flashtile.checks import check_flag
-from flashtile.errors import SpecError, UnavailableError, described
+from flashtile.errors import SpecError, UnavailableError, described, rename
 from flashtile.hints import check_keywords
-from flashtile.jax.arguments import Rule, broadcast, inputs_of, lengths, number, sinks_of, spell, window_of
+from flashtile.jax.arguments import SPELLINGS, Rule, broadcast, inputs_of, lengths, number, sinks_of, window_of
 from flashtile.jax.call import FORWARD, DescribedCall
 from flashtile.jax.native import target_of
 from flashtile.jax.run import attend, kinds_of, register
@@ -93,7 +93,7 @@ def dot_product_attention(
     try:
         call.check(q, k, v, shape)
     except SpecError as e:
-        spell(e)
+        rename(e, SPELLINGS)
         raise
     operands = q, k, v, *others.values()
     register()

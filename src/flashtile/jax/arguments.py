@@ -12,7 +12,7 @@ import numpy as np
 from flashtile import score
 from flashtile.checks import integer
 from flashtile.dtypes import check_byte_order
-from flashtile.errors import SpecError, described, wrong
+from flashtile.errors import described, wrong
 from flashtile.jax.call import LEARNED, READ
 from flashtile.score.capture import capture
 from flashtile.score.mask import as_score
@@ -124,12 +124,4 @@ def window_of(size: Any) -> tuple[int, int] | None:
     return int(sides[0]), int(sides[1])
 
 
-_SPELLINGS = {"q": "query", "k": "key", "v": "value", "causal": "is_causal", "window": "local_window_size"}
-
-
-def spell(error: SpecError) -> None:
-    """Call the argument that a message begins with what this signature calls it."""
-    argument, colon, rest = str(error).partition(":")
-    for ours, theirs in (("as in q", "as in query"), ("as in k", "as in key"), ("q's", "query's")):
-        rest = rest.replace(ours, theirs)
-    error.args = (_SPELLINGS.get(argument, argument) + colon + rest,)
+SPELLINGS = {"q": "query", "k": "key", "v": "value", "causal": "is_causal", "window": "local_window_size"}

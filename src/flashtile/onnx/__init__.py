@@ -14,7 +14,7 @@ from onnx.reference.op_run import OpRun
 
 from flashtile import api, score
 from flashtile.dtypes import DTYPES, dtype_of
-from flashtile.errors import FlashtileError, described, wrong
+from flashtile.errors import FlashtileError, described, rename, wrong
 from flashtile.onnx.export import translations
 
 __all__ = ["Attention", "attention", "translations"]
@@ -82,8 +82,7 @@ def attention(
     try:
         o = _attend(q, k[:, :, :keys], v[:, :, :keys], Q.ndim == 3, wide, options)
     except FlashtileError as e:
-        argument, colon, rest = str(e).partition(":")
-        e.args = (_SPELLINGS.get(argument, argument) + colon + rest,)
+        rename(e, _SPELLINGS)
         raise
     if mode is None:
         return Outputs(o, k, v, None)

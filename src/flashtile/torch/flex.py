@@ -11,9 +11,9 @@ import torch
 
 from flashtile import score
 from flashtile.checks import check_flag
-from flashtile.errors import FlashtileError, UnavailableError, described, wrong
+from flashtile.errors import FlashtileError, UnavailableError, described, rename, wrong
 from flashtile.torch.attend import attention
-from flashtile.torch.sdpa import spell
+from flashtile.torch.sdpa import SPELLINGS
 from flashtile.torch.tensors import compiling
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def flex_attention(
     try:
         o, lse = attention(query, key, value, score_mod=score_mod, mask=mask, scale=scale, return_lse=True)
     except FlashtileError as e:
-        spell(e)
+        rename(e, SPELLINGS)
         raise
     if return_aux is not None:
         from torch.nn.attention.flex_attention import AuxOutput

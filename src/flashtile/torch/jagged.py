@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from flashtile.errors import wrong
+from flashtile.torch import packed
 from flashtile.torch.dispatch import outside_of_graphs
+from flashtile.torch.packed import Lengths
 from flashtile.torch.tensors import is_jagged
 
 Tensor = torch.Tensor
@@ -21,8 +23,6 @@ def attention(query: Any, key: Any, value: Any, **options: Any) -> Any:
     Raises: SpecError for other tensors beside them, attn_mask, and is_causal or window of sequences that have not as
             many keys as rows: torch's own kernels do not agree on where those are anchored.
     """
-    from flashtile.flash_attn.attend import Options, attend_packed
-
     given = {"query": query, "key": key, "value": value}
     q, k, v = (_values(name, x) for name, x in given.items())
     if options.pop("attn_mask") is not None:
@@ -38,21 +38,8 @@ def attention(query: Any, key: Any, value: Any, **options: Any) -> Any:
         name = "is_causal" if is_causal else "window"
         raise wrong(name, "sequences that have not as many keys as rows", "as many, or varlen_attn")
     return_lse = options.pop("return_lse")
-    sides = (-1, -1) if window is None else tuple(-1 if x is None else x for x in window)
-    asked = Options(
-        dropout_p=options["dropout_p"],
-        softmax_scale=options["scale"],
-        causal=is_causal,
-        window_size=sides,  # type: ignore[arg-type]
-        softcap=options["softcap"] or 0.0,
-        alibi_slopes=options["alibi_slopes"],
-        deterministic=False,
-        return_attn_probs=False,
-        learnable_sink=options["sinks"],
-        return_lse=True,
-    )
-    bounds = ("query", rows, _longest(rows)), ("key", keys, _longest(keys))
-    o, lse = attend_packed(q, k, v, *bounds, asked)
+    lengths = Lengths(rows, _longest(rows), "query", "query"), Lengths(keys, _longest(keys), "key", "key")
+    o, lse = packed.attend(q, k, v, *lengths, causal=is_causal, window=window, **options)
     o = torch.nested.nested_tensor_from_jagged(o, rows).transpose(1, 2)
     return (o, torch.nested.nested_tensor_from_jagged(lse.T, rows).transpose(1, 2)) if return_lse else o
 

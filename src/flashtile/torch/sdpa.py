@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any, NoReturn
 
 import torch
 
 from flashtile.calls import describe
 from flashtile.checks import check_flag
-from flashtile.errors import FlashtileError, wrong
+from flashtile.errors import FlashtileError, rename, wrong
 from flashtile.hints import check_keywords
 from flashtile.signature import Window
 from flashtile.torch.attend import attend, drawn
@@ -27,7 +26,7 @@ from flashtile.torch.tensors import (
 
 Tensor = torch.Tensor
 # The same argument here and in torch's signature, where a message begins with it and where it is mentioned.
-_SPELLINGS = {
+SPELLINGS = {
     "q": "query",
     "k": "key",
     "v": "value",
@@ -35,7 +34,6 @@ _SPELLINGS = {
     "bias": "attn_mask",
     "causal": "is_causal",
 }
-_MENTIONED = re.compile(r"\b([qkv])\b")
 
 
 def scaled_dot_product_attention(
@@ -82,7 +80,11 @@ def scaled_dot_product_attention(
 
         same: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa, "sinks": sinks}
         same |= {"window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "return_lse": return_lse}
-        return jagged.attention(query, key, value, attn_mask=attn_mask, is_causal=is_causal, **same)
+        try:
+            return jagged.attention(query, key, value, attn_mask=attn_mask, is_causal=is_causal, **same)
+        except FlashtileError as e:
+            rename(e, SPELLINGS)
+            raise
     kind, keep = OTHER, None
     if not (in_graph := compiling()):
         keep = None if type(dropout_p) is float and dropout_p == 0 else drawn(dropout_p)
@@ -113,7 +115,7 @@ def scaled_dot_product_attention(
     try:
         result = attend(kind, query, key, value, describe(query, scores, options), return_lse)
     except FlashtileError as e:
-        spell(e)
+        rename(e, SPELLINGS)
         raise
     return result if axes is None else _reshaped(result, axes, return_lse)
 
@@ -212,10 +214,3 @@ def number(name: str, value: Any) -> Any:
     if value.requires_grad and torch.is_grad_enabled():
         raise wrong(name, "a tensor that requires grad", "a number: no gradient is computed for it")
     return value.item()
-
-
-def spell(error: FlashtileError) -> None:
-    """Call the arguments in an error's message what torch's signature calls them."""
-    argument, colon, rest = str(error).partition(":")
-    message = _SPELLINGS.get(argument, argument) + colon + rest
-    error.args = (_MENTIONED.sub(lambda found: _SPELLINGS[found[1]], message),)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from flashtile.errors import UnavailableError, owned, wrong
+from flashtile.errors import UnavailableError, described, owned, wrong
 
 Tensor = torch.Tensor
 # What to give instead of tensors whose elements alone do not say what they mean, by the name of the class.
@@ -147,3 +147,12 @@ def _is_cast(x: Any, lower: dict[str, torch.dtype]) -> bool:
         and x.is_floating_point()
         and x.dtype not in (torch.float64, lower[x.device.type])
     )
+
+
+def check_ranks(rank: int, layout: str, **tensors: Any) -> None:
+    """Raise SpecError unless each is a tensor of so many axes."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise wrong(name, described(x), f"a torch tensor {layout}")
+        if x.ndim != rank:
+            raise wrong(name, f"shape {tuple(x.shape)}", layout)

@@ -8,23 +8,17 @@ import numpy as np
 import torch
 
 from flashtile.checks import check_flag
-from flashtile.errors import FlashtileError, described, wrong
+from flashtile.errors import FlashtileError, described, rename, wrong
+from flashtile.torch import packed
+from flashtile.torch.packed import Lengths
+from flashtile.torch.tensors import check_ranks
 
 if TYPE_CHECKING:
     from torch.nn.attention.varlen import AuxRequest
 
 Tensor = torch.Tensor
-# The same argument in flash-attn's signature and in torch's.
-_SPELLINGS = {
-    "q": "query",
-    "k": "key",
-    "v": "value",
-    "cu_seqlens_q": "cu_seq_q",
-    "cu_seqlens_k": "cu_seq_k",
-    "max_seqlen_q": "max_q",
-    "max_seqlen_k": "max_k",
-    "softmax_scale": "scale",
-}
+# The same argument in flashtile's signature and in torch's.
+_SPELLINGS = {"q": "query", "k": "key", "v": "value", "window": "window_size"}
 
 
 def varlen_attn(
@@ -58,9 +52,6 @@ def varlen_attn(
               sequence, more keys used than there are, and for num_splits: how keys are split follows from shapes here.
     Source:   PyTorch 2.13, torch.nn.attention.varlen.
     """
-    from flashtile.flash_attn import flash_attn_varlen_func
-    from flashtile.flash_attn.attend import check_ranks
-
     check_flag("enable_gqa", enable_gqa)
     if num_splits is not None:
         raise wrong("num_splits", described(num_splits), "None: how keys are split follows from shapes")
@@ -75,14 +66,11 @@ def varlen_attn(
         raise wrong("cu_seq_k", "None", "where the keys of each sequence begin, or seqused_k and block_table")
     if not enable_gqa and query.shape[1] != key.shape[1]:
         raise wrong("key", f"{key.shape[1]} heads beside {query.shape[1]}", "as many as query, or enable_gqa=True")
-    given = query, key, value, cu_seq_q, cu_seq_k, max_q, max_k
+    lengths = Lengths(cu_seq_q, max_q, "cu_seq_q", "max_q"), Lengths(cu_seq_k, max_k, "cu_seq_k", "max_k")
     try:
-        o, lse, _ = flash_attn_varlen_func(*given, softmax_scale=scale, window_size=window_size, return_attn_probs=True)
+        o, lse = packed.attend(query, key, value, *lengths, window=window_size, scale=scale)
     except FlashtileError as e:
-        argument, colon, rest = str(e).partition(":")
-        for ours, theirs in _SPELLINGS.items():
-            rest = rest.replace(ours, theirs) if "_" in ours else rest
-        e.args = (_SPELLINGS.get(argument, argument) + colon + rest,)
+        rename(e, _SPELLINGS)
         raise
     return (o, lse.mT.contiguous()) if return_aux is not None and return_aux.lse else o
 
