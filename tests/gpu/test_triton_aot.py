@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_triton_code import TRITON
 
 from flashtile import cli
 from flashtile.errors import FlashtileError
-from flashtile.kernels.triton import aot, tiles
+from flashtile.kernels.triton import aot, installed_version, tiles
 from flashtile.kernels.triton.resources import Parameter, of_cubin
 from flashtile.kernels.triton.specialisation import padded
+
+PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"
 
 
 def made(folder: Path, *arguments: str) -> dict[str, Any]:
@@ -126,3 +129,15 @@ def test_the_command_prints_what_kernels_use(tmp_path: Path, capsys: pytest.Capt
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "sm_80" and len(printed) == 1 + len(manifest["kernels"]) == 2
     assert "merge-float64-d64-finished" in printed[1] and "registers" in printed[1] and "0 spills" in printed[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not str(installed_version()).startswith(TRITON), reason="the page shows what that one compiles")
+def test_the_documentation_shows_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made(tmp_path, "--arch", "sm_80", "--dtype", "bfloat16", "--head-size", "64", "--band", "band")
+    name = "forward-bfloat16-d64-band-finished"
+    printed, shown = (
+        [line.split() for line in text.splitlines() if line.split()[:1] == [name]]
+        for text in (capsys.readouterr().out, PAGE.read_text())
+    )
+    assert len(shown) == 1 and shown == printed

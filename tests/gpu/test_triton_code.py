@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -188,6 +189,20 @@ def test_tiles_cut_out_by_descriptors_use_what_the_table_says(
     for memory in (special.Memory(aligned=False), special.Memory(contiguous=False)):
         assert not dict(special.forward(spec, row.tile, memory=memory).constants)["DESCRIBED"]
     assert not dict(special.forward(spec, row.tile, contain=True).constants)["DESCRIBED"]
+
+
+@SLOW
+@pytest.mark.skipif(not str(installed_version()).startswith(TRITON), reason="the page says what that one compiles")
+def test_the_documentation_says_what_descriptors_save() -> None:
+    view = contiguous((1, 1, 1, 64), "bfloat16")
+    spec = AttentionSpec.of(view, view, view, causal=True)
+    described, plain = (tiles.forward_tile(spec, "sm_90", described=x) for x in (True, False))
+    assert replace(described, described=False) == plain
+    page = " ".join((Path(__file__).parents[2] / "docs" / "gpu.md").read_text().split())
+    said = re.search(r"sm_90, bf16, causal: (\d+) registers where plain loads take (\d+) at D = 64", page)
+    assert said is not None
+    used = [resources_of(compiled(special.forward(spec, tile), "sm_90")).registers for tile in (described, plain)]
+    assert used == [int(said[1]), int(said[2])]
 
 
 def test_only_arrays_of_16_bits_are_cut_out_by_descriptors() -> None:
