@@ -149,6 +149,15 @@ def test_an_option_that_equals_a_right_one_is_no_right_one(right: dict[str, Any]
         flashtile.attention(a(*SHAPE), a(*SHAPE), a(*SHAPE), **equal)
 
 
+@pytest.mark.parametrize("name", ["kernel", "engine"])
+@pytest.mark.parametrize("beside", [{"mask": a(5, 5, name=bool)}, {"softcap": 2.0}, {"sinks": a(4)}])
+def test_a_name_that_cannot_be_a_key_is_no_name(name: str, beside: dict[str, Any]) -> None:
+    """Options that change scores are remembered apart from the rest, and before a kernel is picked."""
+    for value in (["auto"], a(3), bytearray(4), None):
+        with pytest.raises(SpecError, match=f"^{name}: got .* expected a name"):
+            flashtile.attention(a(*SHAPE), a(*SHAPE), a(*SHAPE), **beside, **{name: value})
+
+
 @pytest.mark.parametrize("rule", [{"causal": True}, {"window": (1, 1)}])
 @pytest.mark.parametrize("kv_len", [4, 6, 0])
 def test_ambiguous_alignment(rule: dict[str, Any], kv_len: int) -> None:

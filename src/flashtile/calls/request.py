@@ -24,7 +24,10 @@ class Options(NamedTuple):
     engine: Any = "auto"
 
     def spec(self, q: Any, k: Any, v: Any, positional: bool = False) -> AttentionSpec:
-        """Validate the options against q, k and v (anything with `shape` and `dtype`); see AttentionSpec.of."""
+        """Validate the options against q, k and v (anything with `shape` and `dtype`); see AttentionSpec.of. Kernel and
+        engine are picked later; here they must be names, since the options are part of keys."""
+        as_name("kernel", self.kernel)
+        as_name("engine", self.engine)
         return AttentionSpec.of(
             q,
             k,
