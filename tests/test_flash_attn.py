@@ -238,6 +238,9 @@ WRONG: dict[str, Any] = {
     "cu_seqlens_k: got 2 boundaries, expected 3 as in cu_seqlens_q": lambda: varlen(cu_k=integers(0, 6)),
     "cu_seqlens_q: got float32 of shape": lambda: varlen(CU.float()),
     "max_seqlen_k: got 3, expected an integer, at least 4, the longest of cu_seqlens_k": lambda: varlen(max_k=3),
+    "dropout_p: got array.*, expected a real number": lambda: varlen(dropout_p=np.zeros(2)),
+    r"mask_mod: got .*\(b, i, j\), expected a function of 4 arguments": lambda: varlen(mask_mod=lambda b, i, j: i > j),
+    r"score_mod: got .*\(s, h\), expected a function of 5 arguments": lambda: varlen(score_mod=lambda s, h: s),
     "max_seqlen: got 2.5, expected an integer": lambda: flash_attn.flash_attn_varlen_qkvpacked_func(
         torch.ones(6, 3, 2, 8), CU, 2.5
     ),
@@ -354,6 +357,12 @@ def test_parts_combine(packed: bool) -> None:
 def test_parts_that_do_not_combine(arguments: tuple[Any, ...], named: str) -> None:
     with pytest.raises(SpecError, match=rf"^{named}: got .* expected "):
         flash_attn.flash_attn_combine(*arguments)
+
+
+@pytest.mark.parametrize("flag", [1, torch.ones(2), np.ones(2)])
+def test_whether_lse_is_wanted_is_a_flag(flag: Any) -> None:
+    with pytest.raises(SpecError, match="(?s)^return_lse: got .* expected True or False"):
+        flash_attn.flash_attn_combine(torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3), return_lse=flag)
 
 
 @pytest.mark.parametrize(

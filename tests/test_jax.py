@@ -551,6 +551,7 @@ WRONG: dict[str, dict[str, Any]] = {
     r"softcap: got -1.0": {"softcap": -1.0},
     r"scale: got 'x', expected a number, known while tracing": {"scale": "x"},
     r"is_causal: got 1, expected True or False": {"is_causal": 1},
+    r"is_causal: got array.*, expected True or False": {"is_causal": np.ones(2)},
     r"return_residual: got 1, expected True or False": {"return_residual": 1},
     r"causal: got a keyword that .* does not have, did you mean is_causal=\?": {"causal": True},
     r"score_mod: got a function that returns a bool": {"score_mod": lambda s, b, h, i, j: i > j},
@@ -561,6 +562,10 @@ WRONG: dict[str, dict[str, Any]] = {
 def test_one_clear_error_while_tracing(message: str) -> None:
     with pytest.raises(SpecError, match="^" + message):
         jax.jit(lambda *x: ours(*x, **WRONG[message]))(*inputs())
+
+
+def test_a_flag_may_be_numpys() -> None:
+    assert (ours(*inputs(), is_causal=np.True_) == ours(*inputs(), is_causal=True)).all()
 
 
 def test_wrong_shapes() -> None:

@@ -325,6 +325,7 @@ def test_sdpa_shapes_that_do_not_broadcast() -> None:
         ({"enable_gqa": "no"}, "enable_gqa: got 'no', expected True or False"),
         ({"return_lse": "no"}, "return_lse: got 'no', expected True or False"),
         ({"is_causal": 1}, "is_causal: got 1, expected True or False"),
+        ({"is_causal": X, "attn_mask": X}, "(?s:is_causal: got tensor.*, expected True or False)"),
     ],
 )
 def test_sdpa_errors_speak_of_its_own_arguments(change: dict[str, Any], message: str) -> None:

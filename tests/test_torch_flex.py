@@ -206,6 +206,8 @@ def test_varlen_attn_of_pages() -> None:
         ({"seqused_k": torch.tensor([6, 1, 1])}, r"^seqused_k: got .*expected \(3,\) integers, at most \[5, 4, 7\]"),
         ({"block_table": torch.tensor([[0]])}, "^seqused_k: got None with a block_table"),
         ({"query": torch.ones(3, 4)}, "^query: got shape"),
+        ({"return_aux": True}, "^return_aux: got True, expected an AuxRequest"),
+        ({"return_aux": torch.ones(2)}, "^return_aux: got a Tensor, expected an AuxRequest"),
     ],
 )
 def test_bad_input_of_varlen(change: dict[str, Any], message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from flashtile.checks import check_flag
 from flashtile.errors import described, wrong
 from flashtile.merge import merge
 
@@ -30,6 +31,7 @@ def flash_attn_combine(
     Raises:   SpecError for other shapes and dtypes.
     Source:   flash-attn 4, cute/interface.py.
     """
+    check_flag("return_lse", return_lse)
     for name, x in (("out_partial", out_partial), ("lse_partial", lse_partial)):
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise wrong(name, described(x), "a tensor of floats")

@@ -66,6 +66,7 @@ def dot_product_attention(
     if implementation is not None:
         raise UnavailableError(f"implementation: got {described(implementation)}, expected None: that is flashtile's")
     check_flag("return_residual", return_residual)
+    check_flag("is_causal", is_causal)
     arrays, single = inputs_of({"query": query, "key": key, "value": value})
     q, k, v = arrays
     shape = q.shape[0], q.shape[2], q.shape[1], k.shape[1]
@@ -82,7 +83,7 @@ def dot_product_attention(
     sources = {"bias": bias, "sinks": sinks, **rule.sources}  # as they came: in a trace jnp has only what it follows
     call = DescribedCall(
         scale=number("scale", scale),
-        is_causal=is_causal,
+        is_causal=bool(is_causal),  # of NumPy's no text can be made
         window=window_of(local_window_size),
         softcap=number("softcap", softcap),
         score_mod=rule.text,

@@ -63,7 +63,7 @@ def _trace(function: Callable[..., Any], names: str, argument: str) -> Any:
     """What the function returns for symbols: one value, of the language or a number."""
     if not callable(function):
         raise SpecError(f"{argument}: got {described(function)}, expected a function of ({', '.join(names)})")
-    _check_arity(function, names, argument)
+    check_arity(function, names, argument)
     rebuilt = _Rebuild(argument).value(function, _name_of(function))
     result = rebuilt(*(Symbol(variable(name)) for name in names))
     if isinstance(result, (Symbol, bool, int, float, np.generic)) or getattr(result, "shape", None) == ():
@@ -100,7 +100,8 @@ def _warn_of_constant(function: Any, argument: str, result: bool) -> None:
     warnings.warn_explicit(text + "`not` are not traced, == & | ~ are", UserWarning, file, line, registry=registry)
 
 
-def _check_arity(function: Callable[..., Any], names: str, argument: str) -> None:
+def check_arity(function: Callable[..., Any], names: str, argument: str) -> None:
+    """Raise SpecError for a function that cannot be called with the arguments named, a letter each."""
     if type(function) is types.FunctionType and not vars(function):
         code = function.__code__
         if code.co_argcount == len(names) and not code.co_kwonlyargcount:  # as most are; a signature takes long to make

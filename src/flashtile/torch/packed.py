@@ -11,6 +11,8 @@ import torch
 from flashtile import score
 from flashtile.checks import integer
 from flashtile.errors import FlashtileError, described, rename, wrong
+from flashtile.score.keep import threshold_of
+from flashtile.score.trace import check_arity
 from flashtile.torch.attend import attention
 
 Tensor = torch.Tensor
@@ -56,7 +58,7 @@ def attend(
     bounds = _longest_fits(rows), _longest_fits(keys)
     slopes = _slopes_of(alibi_slopes, len(bounds[0]) - 1, q.shape[1])
     others["dropout_p"] = dropout_p
-    if dropout_p and q.shape[0]:
+    if threshold_of(dropout_p) and q.shape[0]:
         others |= {"causal": causal, "window": window, "score_mod": score_mod}
         return _as_batch(q, k, v, *bounds, slopes, mask, others)
     moved = None
@@ -79,6 +81,7 @@ def _mask_within(visible: Any, seen: score.Mask, rows: np.ndarray, keys: np.ndar
     """A mask of positions within sequences, on those that stand one after the other, and what these see at all."""
     if visible is None:
         return seen
+    check_arity(visible, "bhij", "mask")  # which what is traced in its place would pass
     (sequence, row), (_, key) = _within(rows), _within(keys)
     return seen & (lambda b, h, i, j: visible(sequence[i], h, row[i], key[j]))
 
@@ -87,6 +90,7 @@ def _score_within(change: Any, rows: np.ndarray, keys: np.ndarray) -> Any:
     """A score function of positions within sequences, on those that stand one after the other."""
     if change is None:
         return None
+    check_arity(change, "sbhij", "score_mod")
     (sequence, row), (_, key) = _within(rows), _within(keys)
     return lambda s, b, h, i, j: change(s, sequence[i], h, row[i], key[j])
 

@@ -70,11 +70,11 @@ def scaled_dot_product_attention(
     """
     if unknown:
         check_keywords(scaled_dot_product_attention, unknown)
-    if attn_mask is not None and is_causal:
-        raise wrong("attn_mask", "a mask together with is_causal=True", "one of the two, as in torch")
     if not type(is_causal) is type(enable_gqa) is type(return_lse) is bool:
         for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa), ("return_lse", return_lse)):
             check_flag(name, flag)
+    if attn_mask is not None and is_causal:
+        raise wrong("attn_mask", "a mask together with is_causal=True", "one of the two, as in torch")
     if type(query) is not Tensor and is_jagged(query):
         from flashtile.torch import jagged
 

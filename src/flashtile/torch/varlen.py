@@ -53,6 +53,11 @@ def varlen_attn(
     Source:   PyTorch 2.13, torch.nn.attention.varlen.
     """
     check_flag("enable_gqa", enable_gqa)
+    wants_lse = False
+    if return_aux is not None:
+        wants_lse = getattr(return_aux, "lse", None)
+        if type(wants_lse) is not bool:
+            raise wrong("return_aux", described(return_aux), "an AuxRequest, or None")
     if num_splits is not None:
         raise wrong("num_splits", described(num_splits), "None: how keys are split follows from shapes")
     paged = block_table is not None
@@ -72,7 +77,7 @@ def varlen_attn(
     except FlashtileError as e:
         rename(e, _SPELLINGS)
         raise
-    return (o, lse.mT.contiguous()) if return_aux is not None and return_aux.lse else o
+    return (o, lse.mT.contiguous()) if wants_lse else o
 
 
 def _integers(name: str, x: Any) -> np.ndarray:
