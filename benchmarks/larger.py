@@ -19,7 +19,7 @@ def measure(queries: int, keys: int, rounds: int) -> dict[str, float]:
     """Median seconds, each call taking turns with the other; fp32, causal from the lower right, results in files too.
     Files are written just before, so the system's cache holds them: the rate is that of the calls, not of a disk."""
     import flashtile
-    from flashtile.gradients import Gradients
+    from flashtile.gradient_problem import Gradients
 
     flashtile.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     rng = np.random.default_rng(0)

@@ -11,7 +11,7 @@ from inputs import Shape, numpy_dtype, uniform
 
 import flashtile
 from flashtile import Gradients, testing
-from flashtile.gradients import ByIdentity
+from flashtile.gradient_problem import ByIdentity
 from flashtile.kernels import reference, vanilla
 
 pytestmark = pytest.mark.core

@@ -13,7 +13,7 @@ from inputs import Shape, same_bits, uniform
 
 import flashtile
 from flashtile.errors import KernelError, SpecError, UnavailableError
-from flashtile.gradients import ByIdentity, Gradients
+from flashtile.gradient_problem import ByIdentity, Gradients
 from flashtile.testing import assert_accurate, assert_gradients_accurate, expect
 
 dask = pytest.importorskip("dask")

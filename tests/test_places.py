@@ -57,7 +57,8 @@ TABLE: dict[str, Place] = {
     "calls": Place("calls", "errors arrays spec options contract engines"),
     "doors": Place(
         "api torch transformers flash_attn onnx jax xla xla_call xla_frame xla_native devices device_gradients lazy "
-        "outofcore outofcore_gradients outputs scaling gradients merge explain plot picture starpu starpu_mpi nntile",
+        "outofcore outofcore_gradients outputs scaling gradients gradient_problem merge explain plot picture starpu "
+        "starpu_mpi nntile",
         "errors arrays llvm score spec options plan contract numpy owners engines direct starpu starpu_mpi dask calls",
     ),
     "package": Place("", "errors arrays score doors"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from processes import PATIENCE, run_together
 
-from flashtile.gradients import ByIdentity, Gradients
+from flashtile.gradient_problem import ByIdentity, Gradients
 from flashtile.testing import assert_gradients_accurate
 
 torch = pytest.importorskip("torch")

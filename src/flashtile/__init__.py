@@ -13,7 +13,8 @@ from flashtile import errors, score
 from flashtile.api import attention
 from flashtile.errors import FlashtileError, KernelError, SpecError, UnavailableError
 from flashtile.explain import Explanation, explain
-from flashtile.gradients import Gradients, attention_backward
+from flashtile.gradient_problem import Gradients
+from flashtile.gradients import attention_backward
 from flashtile.merge import merge, merge_backward
 from flashtile.threads import get_num_threads, set_num_threads
 from flashtile.version import __version__ as __version__

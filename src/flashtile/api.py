@@ -150,7 +150,9 @@ def _attend_others(q: Any, k: Any, v: Any, *, unknown: dict[str, Any], memory_li
 
         return lazy.attention(q, k, v, **keywords)
     if type(q).__module__.partition(".")[0] in ("jax", "jaxlib"):
+        import jax
+
         from flashtile import devices
 
-        return devices.attention_lent(q, k, v, **keywords)
+        return jax.device_put(attention(*devices.lent(q, k, v, keywords.pop("out")), **keywords))
     return attention(plain(q, "q"), plain(k, "k"), plain(v, "v"), **keywords)

@@ -13,7 +13,7 @@ from flashtile.current import Here, calling
 from flashtile.devices import gradients, one_library
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import owned, wrong
-from flashtile.gradients import ByIdentity, Gradients, Problem, array_sum
+from flashtile.gradient_problem import ByIdentity, Gradients, Problem, array_sum
 from flashtile.kernels.gradients import Sums
 from flashtile.owners import Owner, borrow, give_back, hold, library_of, owner_of
 from flashtile.score.capture import is_array

@@ -51,22 +51,19 @@ def attention(q: Any, k: Any, v: Any, *, return_lse: bool, progress: Any, out: A
     return results if return_lse else results[0]
 
 
-def attention_lent(q: Any, k: Any, v: Any, *, out: Any, **keywords: Any) -> Any:
-    """`flashtile.attention` of JAX's arrays on the CPU, which NumPy reads where they lie.
+def lent(q: Any, k: Any, v: Any, out: Any) -> list[np.ndarray]:
+    """JAX's arrays on the CPU, which NumPy reads where they lie.
 
-    Returns:  new arrays of JAX.
-    Raises:   as flashtile.attention; SpecError for a traced array, which has no values yet.
+    Raises:   SpecError for arrays of another library beside them, and for a traced one, which has no values yet.
     """
     import jax
-
-    from flashtile import api
 
     one_library(q, k, v, out)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if isinstance(x, jax.core.Tracer):
             expected = "one with values; inside of jit, grad and vmap call flashtile.jax.dot_product_attention"
             raise wrong(name, f"a {type(x).__name__}", expected)
-    return jax.device_put(api.attention(*map(np.asarray, (q, k, v)), **keywords))
+    return [np.asarray(x) for x in (q, k, v)]
 
 
 def attend(owner: Owner, q: Any, *call: Any, held: tuple[Any, ...] = ()) -> Any:

@@ -17,7 +17,7 @@ from flashtile.dtypes import dtype_of
 from flashtile.engines import pick
 from flashtile.engines.dask.operands import Cut
 from flashtile.errors import UnavailableError, described, owned, wrong
-from flashtile.gradients import ByIdentity, Gradients, Problem, check_rows, slots_of, wrt_of
+from flashtile.gradient_problem import ByIdentity, Gradients, Problem, check_rows, slots_of, wrt_of
 from flashtile.kernels import tile_kernels
 from flashtile.score.capture import ArrayCapture
 from flashtile.score.options import Scoring

@@ -16,7 +16,7 @@ from flashtile.engines.starpu.outofcore import Read
 from flashtile.engines.starpu.outofcore_gradients import StreamedBackward
 from flashtile.engines.starpu.outofcore_sums import Target
 from flashtile.errors import wrong
-from flashtile.gradients import Gradients, Problem, check_out, check_rows
+from flashtile.gradient_problem import Gradients, Problem, check_out, check_rows
 from flashtile.kernels.gradients import Sums
 from flashtile.outofcore import check_call, described, limit_of, readable
 from flashtile.outputs import Place, place_of, reader, writer

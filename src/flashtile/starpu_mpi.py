@@ -30,7 +30,7 @@ from flashtile.engines.starpu_mpi.gradients import CollectiveBackward
 from flashtile.engines.starpu_mpi.heads import Heads
 from flashtile.engines.starpu_mpi.parts import ZIGZAG, rows_of, tiles_of
 from flashtile.errors import UnavailableError, described, wrong
-from flashtile.gradients import Gradients, Problem, slots_of, wrt_of
+from flashtile.gradient_problem import Gradients, Problem, slots_of, wrt_of
 from flashtile.hints import check_keywords
 from flashtile.kernels.gradients import Sums
 from flashtile.score.keep import keep_of

@@ -15,7 +15,7 @@ import numpy as np
 from flashtile.calls import Options, Request
 from flashtile.checks import integer
 from flashtile.dtypes import DTYPES, dtype_of
-from flashtile.gradients import ByIdentity, Gradients, Problem
+from flashtile.gradient_problem import ByIdentity, Gradients, Problem
 from flashtile.kernels import vanilla
 from flashtile.kernels.accuracy import (
     FACTOR,

@@ -21,7 +21,7 @@ from flashtile.engines.starpu.backward import BackwardFlow
 from flashtile.engines.starpu.outofcore_gradients import StreamedBackward
 from flashtile.engines.starpu.outofcore_sums import Target
 from flashtile.errors import SpecError, UnavailableError
-from flashtile.gradients import ByIdentity, Gradients
+from flashtile.gradient_problem import ByIdentity, Gradients
 from flashtile.outputs import place_of
 
 pytestmark = pytest.mark.usefixtures("starpu")

@@ -17,7 +17,7 @@ import flashtile
 from flashtile import starpu_mpi
 from flashtile.engines.starpu_mpi import build, cpus
 from flashtile.engines.starpu_mpi.cpus import Place
-from flashtile.gradients import ByIdentity, Gradients
+from flashtile.gradient_problem import ByIdentity, Gradients
 from flashtile.testing import assert_gradients_accurate, expect
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))

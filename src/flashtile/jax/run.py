@@ -11,7 +11,8 @@ import numpy as np
 
 from flashtile import xla
 from flashtile.api import attention
-from flashtile.gradients import ByIdentity, Gradients, attention_backward
+from flashtile.gradient_problem import ByIdentity, Gradients
+from flashtile.gradients import attention_backward
 from flashtile.jax import ready
 from flashtile.jax.call import BACKWARD, FORWARD, LEARNED, DescribedCall
 from flashtile.jax.native import PYTHON, Arrays, target_of

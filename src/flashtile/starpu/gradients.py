@@ -16,7 +16,7 @@ from flashtile.engines.starpu.backward import BackwardFlow
 from flashtile.engines.starpu.matching import check_gradients, check_heads
 from flashtile.engines.starpu.tiles import TiledTensor
 from flashtile.errors import UnavailableError, described, wrong
-from flashtile.gradients import Gradients, Problem, wrt_of
+from flashtile.gradient_problem import Gradients, Problem, wrt_of
 from flashtile.kernels.gradients import Sums
 from flashtile.score.keep import keep_of
 from flashtile.signature import Align, Precision, Window

@@ -11,7 +11,7 @@ import torch
 from flashtile import kernels
 from flashtile.calls import INPUTS, run_backward
 from flashtile.dtypes import DTYPES, round_to_bf16, widen_bits
-from flashtile.gradients import array_sum, slots_of
+from flashtile.gradient_problem import array_sum, slots_of
 from flashtile.kernels import second
 from flashtile.kernels.gradients import Inputs, Sums
 from flashtile.score.capture import ArrayCapture

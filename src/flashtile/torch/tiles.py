@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.autograd.function import Function
 
-from flashtile.gradients import slots_of
+from flashtile.gradient_problem import slots_of
 from flashtile.kernels.rule import visible
 from flashtile.score.capture import ArrayCapture
 from flashtile.score.derivative import derivative

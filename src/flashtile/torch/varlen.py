@@ -53,7 +53,7 @@ def varlen_attn(
     Source:   PyTorch 2.13, torch.nn.attention.varlen.
     """
     check_flag("enable_gqa", enable_gqa)
-    wants_lse = False
+    wants_lse: Any = False
     if return_aux is not None:
         wants_lse = getattr(return_aux, "lse", None)
         if type(wants_lse) is not bool:
