@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import get_args
 
@@ -16,6 +17,17 @@ def integer(value: object) -> int | None:
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return int(value)
     return None
+
+
+def finite(value: object) -> float | None:
+    """The value as a float if it is a real number other than a bool, and float64 holds it, else None."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return None
+    try:
+        found = float(value)
+    except OverflowError:  # of an int, or a fraction
+        return None
+    return found if math.isfinite(found) else None
 
 
 def check_flag(argument: str, value: object) -> None:

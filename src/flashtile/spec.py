@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from flashtile.arrays import device_of
-from flashtile.checks import ALIGNMENTS, check_flag, integer
-from flashtile.dtypes import DType, dtype_of
+from flashtile.checks import ALIGNMENTS, check_flag, finite, integer
+from flashtile.dtypes import DTYPES, DType, dtype_of
 from flashtile.errors import wrong
 from flashtile.score.code import Code
 from flashtile.signature import Precision
@@ -156,7 +155,7 @@ class AttentionSpec:
             precision=precision_of(precision, dtype),
             band=band,
             offset=offset_of(align, positional or band is not None, q4[2], k4[2]),
-            scale=scale_of(scale, q4[3]),
+            scale=scale_of(scale, q4[3], DTYPES[dtype.accumulator]),
             device=common_device(q, k, v),
         )
 
@@ -259,13 +258,16 @@ def offset_of(align: object, needed: bool, q_len: int, kv_len: int) -> int | Non
     return integer(align) or 0
 
 
-def scale_of(scale: object, head_size: int) -> float:
-    """The factor of q.k; by default 1 / sqrt(head_size), of no elements 1."""
+def scale_of(scale: object, head_size: int, scores: DType = DTYPES["float64"]) -> float:
+    """The factor of q.k, in the dtype of scores; by default 1 / sqrt(head_size), of no elements 1."""
     if scale is None:
         return 1.0 / math.sqrt(max(head_size, 1))
-    if not isinstance(scale, numbers.Real) or isinstance(scale, bool) or not math.isfinite(scale):
+    number = finite(scale)
+    if number is None:
         raise wrong("scale", repr(scale), "a finite real number or None")
-    return float(scale)
+    if abs(number) > scores.largest:  # 0 times what becomes an infinity would be NaN
+        raise wrong("scale", repr(scale), f"a number that {scores.name} holds, in which scores are computed")
+    return number
 
 
 def precision_of(precision: object, dtype: DType) -> str:

@@ -16,7 +16,7 @@ from option_cases import EACH, SHAPE, TOGETHER, numbers
 import flashtile
 from flashtile.dtypes import DTYPES
 from flashtile.score import padding
-from flashtile.testing import Expected, expect, ulp
+from flashtile.testing import Expected, assert_gradients_accurate, expect, ulp
 
 CASES = {**TOGETHER, **EACH}
 # Each case with one dtype here, so that each dtype meets a quarter of the cases; all of them in the slow sweep.
@@ -59,6 +59,22 @@ def test_ragged_sizes(kernel: Kernel, lengths: tuple[int, int], heads: tuple[int
     want_o, want_lse = expect(*inputs, **options)
     want_o.check(o, "output")
     want_lse.check(lse, "lse")
+
+
+@pytest.mark.parametrize("element", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("cap", [1e300, 1e39, 1e-39, 1e-300])
+def test_a_cap_beyond_the_format_caps_nothing_or_everything(kernel: Kernel, element: str, cap: float) -> None:
+    """Also where a score is 0, which times an infinite cap, or its infinite inverse, would be NaN."""
+    q, k, v = uniform(Shape(1, 2, 1, 9, 40, 16, 8), element)
+    q[:, :, 3] = 0
+    o, lse = kernel(q, k, v, softcap=cap, return_lse=True)
+    plain = (q, k, v) if cap > 1 else (q * 0, k, v)
+    want_o, want_lse = expect(*plain)
+    want_o.check(o, "output")
+    want_lse.check(lse, "lse")
+    if kernel.isa is not None and cap > 1:
+        g = flashtile.attention_backward(o, q, k, v, o, lse, softcap=cap, kernel=kernel.name)
+        assert_gradients_accurate(g, o, *plain)
 
 
 @pytest.mark.parametrize("element", ["float32", "float64"])

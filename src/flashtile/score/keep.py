@@ -6,12 +6,12 @@ direction meets the same mask, and nothing of it is ever stored.
 
 from __future__ import annotations
 
-import math
 import numbers
 from dataclasses import dataclass
 
 import numpy as np
 
+from ..checks import finite
 from ..errors import wrong
 from . import philox
 
@@ -62,9 +62,8 @@ class Keep:
 def threshold_of(dropout_p: object) -> int:
     """round(dropout_p * 2^16), halves to even. Raises: SpecError unless dropout_p is in [0, 1) and so is what it
     rounds to."""
-    real = isinstance(dropout_p, numbers.Real) and not isinstance(dropout_p, (bool, np.bool_))
-    p = float(dropout_p) if real else math.nan  # type: ignore[arg-type]
-    if not (0 <= p < 1 and round(p * STEPS) < STEPS):
+    p = finite(dropout_p)
+    if p is None or not (0 <= p < 1 and round(p * STEPS) < STEPS):
         raise wrong("dropout_p", repr(dropout_p), "a real number in [0, 1), below 1 - 2^-17: it is rounded to 2^-16")
     return round(p * STEPS)
 

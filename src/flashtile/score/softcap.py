@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
+from ..checks import finite
 from ..errors import SpecError
 from .mask import Score
 
+# fp32 holds a cap between these and its inverse. Caps beyond them say the same as these of every score below 2^100 in
+# size: nothing is capped, or everything is to 2^-100 and counts as 0.
+LEAST, MOST = 2.0**-100, 2.0**120
+
 
 def softcap(cap: float) -> Score:
-    """cap * tanh(s / cap), for a finite cap > 0.
+    """cap * tanh(s / cap), for a finite cap > 0; one below 2^-100 or above 2^120 counts as this bound.
 
     Raises: SpecError for anything else.
     Source: Gemma 2, section 2.
@@ -23,10 +27,11 @@ def softcap(cap: float) -> Score:
 
 
 def check_cap(cap: Any) -> float:
-    """The cap as a float. Raises: SpecError unless it is a finite number > 0."""
-    if not _is_number(cap) or not (cap > 0 and math.isfinite(cap)):
+    """The cap as a float within the bounds. Raises: SpecError unless it is a finite number > 0."""
+    number = finite(cap) if _is_number(cap) else None
+    if number is None or number <= 0:
         raise SpecError(f"softcap: got {cap!r}, expected a finite number > 0 (None or 0: off)")
-    return float(cap)
+    return min(max(number, LEAST), MOST)
 
 
 def is_off(cap: Any) -> bool:

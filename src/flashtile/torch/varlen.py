@@ -53,11 +53,9 @@ def varlen_attn(
     Source:   PyTorch 2.13, torch.nn.attention.varlen.
     """
     check_flag("enable_gqa", enable_gqa)
-    wants_lse: Any = False
-    if return_aux is not None:
-        wants_lse = getattr(return_aux, "lse", None)
-        if type(wants_lse) is not bool:
-            raise wrong("return_aux", described(return_aux), "an AuxRequest, or None")
+    wants_lse = False if return_aux is None else getattr(return_aux, "lse", None)
+    if not isinstance(wants_lse, bool):
+        raise wrong("return_aux", described(return_aux), "an AuxRequest, or None")
     if num_splits is not None:
         raise wrong("num_splits", described(num_splits), "None: how keys are split follows from shapes")
     paged = block_table is not None
