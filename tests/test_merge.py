@@ -124,6 +124,7 @@ def ones(*shape: int, name: str = "float32") -> np.ndarray:
     [
         ([], "o_lse_pairs: got no pair, expected at least one"),
         (3, "o_lse_pairs: got 3, expected an iterable of pairs"),
+        (np.array(3), "o_lse_pairs: got a ndarray, expected an iterable of pairs"),
         ([ones(2, 3)], r"o_lse_pairs\[0\]: got a ndarray, expected a pair"),
         ([(ones(2, 3),)], r"o_lse_pairs\[0\]: got a tuple, expected a pair"),
         ([([1.0], ones(1))], "o of pair 0: got a list, expected a NumPy array or a torch tensor"),

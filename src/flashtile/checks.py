@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import get_args
+from collections.abc import Iterator
+from typing import Any, get_args
 
-from flashtile.errors import wrong
+from flashtile.errors import described, wrong
 from flashtile.signature import Alignment
 
 ALIGNMENTS: tuple[str, ...] = get_args(Alignment)
@@ -28,6 +29,14 @@ def finite(value: object) -> float | None:
     except OverflowError:  # of an int, or a fraction
         return None
     return found if math.isfinite(found) else None
+
+
+def elements(argument: str, value: Any, expected: str) -> Iterator[Any]:
+    """What the value holds, one by one. Raises: SpecError for what holds nothing, as an array without axes."""
+    try:
+        return iter(value)
+    except TypeError as cause:
+        raise wrong(argument, described(value), expected) from cause
 
 
 def check_flag(argument: str, value: object) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from flashtile.arrays import view_of
 from flashtile.calls import Request
+from flashtile.checks import elements
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import described, wrong
 from flashtile.kernels.gradients import Inputs, Sums
@@ -132,18 +133,14 @@ def _wide(x: np.ndarray, rank: int) -> np.ndarray:
 
 def wrt_of(wrt: Any) -> tuple[Any, ...]:
     """The names given as `wrt`, one or several, whatever they are. Raises: SpecError for what holds none."""
-    if isinstance(wrt, str):
-        return (wrt,)
-    if not isinstance(wrt, Iterable):
-        raise wrong("wrt", described(wrt), "names among " + ", ".join(NAMES))
-    return tuple(wrt)
+    return (wrt,) if isinstance(wrt, str) else tuple(elements("wrt", wrt, "names among " + ", ".join(NAMES)))
 
 
 def _names(wrt: Iterable[str], given: dict[str, Any], scoring: Scoring) -> tuple[str, ...]:
     names = wrt_of(wrt)
     for name in names:
-        if name not in NAMES:
-            raise wrong("wrt", repr(name), "names among " + ", ".join(NAMES))
+        if not isinstance(name, str) or name not in NAMES:
+            raise wrong("wrt", described(name), "names among " + ", ".join(NAMES))
         if name != "captured" and given[name] is None:
             raise wrong("wrt", f"{name!r} in a call without {name}", "names of what the call has")
         if name == "captured" and not _captured(given, scoring):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from flashtile.arrays import is_torch, plain
+from flashtile.checks import elements
 from flashtile.dtypes import dtype_of
 from flashtile.errors import described, wrong
 
@@ -104,10 +105,8 @@ def _merge(xp: Any, pairs: list[tuple[Any, Any]], highest: Any) -> tuple[Any, An
 
 
 def _validated(o_lse_pairs: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
-    if not isinstance(o_lse_pairs, Iterable):
-        raise wrong("o_lse_pairs", described(o_lse_pairs), "an iterable of pairs (o, lse)")
     pairs = []
-    for n, pair in enumerate(o_lse_pairs):
+    for n, pair in enumerate(elements("o_lse_pairs", o_lse_pairs, "an iterable of pairs (o, lse)")):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise wrong(f"o_lse_pairs[{n}]", described(pair), "a pair (o, lse)")
         names = (f"o of pair {n}", f"lse of pair {n}")

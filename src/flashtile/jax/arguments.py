@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flashtile import score
+from flashtile.arrays import is_torch
 from flashtile.checks import integer
 from flashtile.dtypes import check_byte_order
 from flashtile.errors import described, wrong
@@ -62,8 +63,12 @@ def _array(name: str, x: Any, ranks: tuple[int, ...]) -> Any:
         check_byte_order(x.dtype, name)
     try:
         found = jnp.asarray(x)
-    except (TypeError, ValueError) as cause:
+    except (TypeError, ValueError, OverflowError) as cause:
         raise wrong(name, described(x), "an array") from cause
+    except RuntimeError as cause:  # torch's, of a tensor that is not lent; JAX's own says what happened to an array
+        if is_torch(x):
+            raise wrong(name, described(x), "an array") from cause
+        raise
     if found.ndim not in ranks:
         raise wrong(name, f"shape {found.shape}", f"{' or '.join(map(str, ranks))} axes")
     return found
@@ -72,7 +77,7 @@ def _array(name: str, x: Any, ranks: tuple[int, ...]) -> Any:
 def broadcast(name: str, x: Any, shape: tuple[int, int, int, int]) -> Any:
     """A mask or a bias with four axes, as JAX asks for. Raises: SpecError."""
     found = _array(name, x, ranks=(0, 1, 2, 3, 4))
-    if (found.dtype == jnp.bool_) != (name == "mask"):
+    if not jnp.issubdtype(found.dtype, jnp.bool_ if name == "mask" else jnp.floating):
         raise wrong(name, f"dtype {found.dtype}", "bool (True = attend)" if name == "mask" else "a float dtype")
     found = found[(None,) * (4 - found.ndim)]
     if any(n not in (1, m) for n, m in zip(found.shape, shape, strict=True)):
