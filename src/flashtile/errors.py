@@ -28,9 +28,17 @@ class KernelError(FlashtileError, RuntimeError):
     """A kernel failed while it ran; the output's content is undefined. The cause is chained."""
 
 
+LONGEST = 200  # characters that a message shows of what came
+
+
 def wrong(argument: str, got: object, expected: str) -> SpecError:
-    """The error for a wrong argument, in the one wording the package uses."""
-    return SpecError(f"{argument}: got {got}, expected {expected}")
+    """The error for a wrong argument, in the one wording the package uses: what came on one line, cut where an array's
+    elements or a long list would hide what was expected."""
+    text = str(got)
+    if "\n" in text or len(text) > LONGEST:
+        text = " ".join(text.split())
+        text = text if len(text) <= LONGEST else text[:LONGEST] + "..."
+    return SpecError(f"{argument}: got {text}, expected {expected}")
 
 
 def described(value: object) -> str:

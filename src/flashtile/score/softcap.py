@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..checks import finite
-from ..errors import SpecError
+from ..errors import wrong
 from .mask import Score
 
 # fp32 holds a cap between these and its inverse. Caps beyond them say the same as these of every score below 2^100 in
@@ -30,7 +30,7 @@ def check_cap(cap: Any) -> float:
     """The cap as a float within the bounds. Raises: SpecError unless it is a finite number > 0."""
     number = finite(cap) if _is_number(cap) else None
     if number is None or number <= 0:
-        raise SpecError(f"softcap: got {cap!r}, expected a finite number > 0 (None or 0: off)")
+        raise wrong("softcap", repr(cap), "a finite number > 0 (None or 0: off)")
     return min(max(number, LEAST), MOST)
 
 

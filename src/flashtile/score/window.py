@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..checks import integer
-from ..errors import SpecError
+from ..errors import wrong
 from .causal import anchor
 from .mask import Mask
 
@@ -35,7 +35,7 @@ def sides(left: Any, right: Any) -> tuple[int | None, int | None]:
     for side, distance in (("left", left), ("right", right)):
         number = -1 if distance is None else integer(distance)
         if number is None or number < -1:
-            raise SpecError(f"window: got {side} {distance!r}, expected a distance >= 0, or None or -1 (open)")
+            raise wrong("window", f"{side} {distance!r}", "a distance >= 0, or None or -1 (open)")
         distances.append(None if number == -1 else number)
     low, high = distances
     return (None if low is None else -low), high
