@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -83,3 +83,17 @@ def whole_memory(x: np.ndarray) -> np.ndarray:
     while x.base is not None:
         x = x.base
     return x
+
+
+def read_from(memory: np.ndarray, keys: int) -> dict[str, dict[str, Any]]:
+    """Options whose arrays lie in this memory, float32 and row-major (B, H, ...), by the name that errors give them."""
+    batch, heads = memory.shape[:2]
+    floats = memory.reshape(-1)
+    row = floats[:keys]
+    return {
+        "bias": {"bias": row},
+        "mask": {"mask": floats.view(bool)[:keys]},
+        "score_mod: row": {"score_mod": lambda s, b, h, i, j: s + row[j]},
+        "alibi_slopes": {"alibi_slopes": floats[:heads], "align": 0},
+        "align": {"align": floats[: 2 * batch].view(np.int64), "causal": True},
+    }

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from inputs import read_from
 from numpy.lib.stride_tricks import as_strided
 
 import flashtile
@@ -235,27 +236,15 @@ def test_out_that_overlaps_an_input(which: str, shift: int) -> None:
     assert (room == 7).all()
 
 
-def sharing(out: np.ndarray) -> dict[str, dict[str, Any]]:
-    """Options whose arrays lie in the memory of `out`, by the name that an error gives them."""
-    floats, row = out.reshape(-1), out[:1, :1, :1, :5]
-    return {
-        "bias": {"bias": row},
-        "mask": {"mask": out.view(bool)[..., :5]},
-        "score_mod: row": {"score_mod": lambda s, b, h, i, j: s + row[0, 0, 0, j]},
-        "alibi_slopes": {"alibi_slopes": floats[:4]},
-        "align": {"align": floats[:4].view(np.int64), "causal": True},
-    }
-
-
-@pytest.mark.parametrize("name", sharing(a(*SHAPE)))
+@pytest.mark.parametrize("name", read_from(a(*SHAPE), 5))
 def test_out_that_overlaps_what_changes_scores(name: str) -> None:
     """A tile that is written would change what the next one reads."""
     out = np.zeros(SHAPE, np.float32)
     q = a(*SHAPE)
-    flashtile.attention(q, q, q, **sharing(out.copy())[name], out=out)  # the same strides, prepared and cached
+    flashtile.attention(q, q, q, **read_from(out.copy(), 5)[name], out=out)  # the same strides, prepared and cached
     out[...] = 0
     with pytest.raises(SpecError, match=f"^out: got an array within the memory that {name} spans"):
-        flashtile.attention(q, q, q, **sharing(out)[name], out=out)
+        flashtile.attention(q, q, q, **read_from(out, 5)[name], out=out)
     assert not out.any()
 
 

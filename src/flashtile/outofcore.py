@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from flashtile.arrays import is_dask, is_stored, is_torch, plain, view_of
+from flashtile.arrays import address_of, is_dask, is_stored, is_torch, plain, view_of
 from flashtile.calls import describe, family_of, gathered
 from flashtile.calls.prepared import check_out
 from flashtile.checks import check_flag, integer
@@ -20,6 +20,7 @@ from flashtile.engines.starpu.outofcore import Streamed
 from flashtile.errors import UnavailableError, wrong
 from flashtile.outputs import place_of, reader, writer
 from flashtile.progress import reporter
+from flashtile.score.options import read_beside
 from flashtile.spec import AttentionSpec
 
 
@@ -52,7 +53,7 @@ def attention(
     check_call(spec, keywords["kernel"])
     shape, report = views[0].shape[:-1] + views[2].shape[-1:], reporter(progress)
     real = DTYPES[DTYPES[spec.dtype].accumulator].numpy
-    with _target(out, shape, views[0].dtype, spec, arrays) as (target, result):
+    with _target(out, shape, views[0].dtype, spec, arrays, tuple(read_beside(scoring, offsets))) as (target, result):
         lse = np.empty(shape[:-1], real)
         results = lse.nbytes + (target.nbytes if out is None else 0)
         call = _streamed(spec, limit, results, offsets, scoring)
@@ -106,9 +107,14 @@ def check_call(spec: AttentionSpec, kernel: Any, direction: str = "forward") -> 
 
 @contextlib.contextmanager
 def _target(
-    out: Any, shape: tuple[int, ...], dtype: np.dtype, spec: AttentionSpec, inputs: list[Any]
+    out: Any,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    spec: AttentionSpec,
+    inputs: list[Any],
+    beside: Sequence[tuple[str, int, int]],
 ) -> Iterator[tuple[Any, Callable[[], Any]]]:
-    """(where o goes, what gives the result once it is there)."""
+    """(where o goes, what gives the result once it is there); beside: as of `read_beside`."""
     place = place_of(out, "out")
     if place is not None:
         place.check(shape, dtype, inputs)
@@ -124,5 +130,9 @@ def _target(
         raise wrong("out", "a read-only array", "a writable one")
     for name, x in zip("qkv", inputs, strict=True):
         if isinstance(x, np.ndarray) and np.may_share_memory(out, x):
+            raise wrong("out", f"an array within the memory that {name} spans", "memory of its own")
+    first, last = (address_of(out) + end for end in view_of(out).extent())
+    for name, begin, end in beside:
+        if max(first, begin) < min(last, end):
             raise wrong("out", f"an array within the memory that {name} spans", "memory of its own")
     yield out, lambda: out

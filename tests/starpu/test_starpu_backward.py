@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inputs import Shape, numpy_dtype, placed, same_bits, uniform
+from inputs import Shape, numpy_dtype, placed, read_from, same_bits, uniform
 
 import flashtile
 from flashtile.calls import clear_cache, prepared
@@ -396,6 +396,16 @@ def test_errors_of_the_door(starpu: Any) -> None:
             starpu.submit_backward(**{**tensors, **changed})
     starpu.wait()
     for tensor in (*tensors.values(), *more.values()):
+        tensor.unregister()
+
+
+@pytest.mark.parametrize("which", ["dq", "dk", "dv"])
+@pytest.mark.parametrize("name", read_from(np.zeros((1, 2, 96), np.float32), 96))
+def test_gradients_in_the_memory_of_what_changes_scores(starpu: Any, name: str, which: str) -> None:
+    _, tensors = registered(Shape(1, 2, 2, 96, 96, 8, 8), "float32", 96, 96)
+    with pytest.raises(SpecError, match=f"^{which}: got an array within the memory that {name} spans"):
+        starpu.submit_backward(**tensors, **read_from(tensors[which]._keep, 96)[name])
+    for tensor in tensors.values():
         tensor.unregister()
 
 

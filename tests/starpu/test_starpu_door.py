@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from inputs import Shape, numpy_dtype, same_bits, uniform
+from inputs import Shape, numpy_dtype, read_from, same_bits, uniform
 from processes import run
 
 import flashtile
@@ -282,6 +282,20 @@ def test_misfits_are_one_clear_error_each(starpu: Any) -> None:
     starpu.submit_forward(*given.tensors)
     starpu.wait()
     given.check()
+
+
+@pytest.mark.parametrize("which", ["o", "lse"])
+@pytest.mark.parametrize("name", read_from(np.zeros((1, 2, 96), np.float32), 96))
+def test_outputs_in_the_memory_of_what_changes_scores(starpu: Any, name: str, which: str) -> None:
+    """Tasks would read what other tasks write: of whole tensors, and of tiles."""
+    arrays = [np.zeros((1, 2, 96, 8)[: 3 + (n < 4)], np.float32) for n in range(5)]
+    given = [starpu.register(x, 96) for x in arrays]
+    options = read_from(arrays[("q", "k", "v", "o", "lse").index(which)], 96)[name]
+    for call in given, [x[0, 1, 0] for x in given]:
+        with pytest.raises(SpecError, match=f"^{which}: got an array within the memory that {name} spans"):
+            starpu.submit_forward(*call, **options)
+    for x in given:
+        x.unregister()
 
 
 PROGRAM = r"""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import processes
 import pytest
-from inputs import Shape, same_bits, uniform
+from inputs import Shape, read_from, same_bits, uniform
 
 import flashtile
 from flashtile.calls import clear_cache
@@ -494,6 +494,14 @@ def test_bad_input_is_named(name: str) -> None:
     kind, text, options = BAD[name]
     with pytest.raises(kind, match=text):
         flashtile.attention(**{"q": Q, "k": K, "v": V, "memory_limit": 1 << 24, **options})
+
+
+@pytest.mark.parametrize("name", read_from(Q, 96))
+def test_out_in_the_memory_of_what_changes_scores(name: str) -> None:
+    out = np.zeros_like(Q)
+    with pytest.raises(SpecError, match=f"^out: got an array within the memory that {name} spans"):
+        flashtile.attention(Q, K, V, **read_from(out, 96)[name], out=out, memory_limit=1 << 24)
+    assert not out.any()
 
 
 BAD_GRADIENTS: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from flashtile import engines, kernels
-from flashtile.arrays import View, address_of, contiguous, view_of
+from flashtile.arrays import View, contiguous, view_of
 from flashtile.calls.request import Options, as_name
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import wrong
 from flashtile.kernels import Keys, Layout, Strides
-from flashtile.score.options import Scoring
+from flashtile.score.options import Scoring, read_beside
 from flashtile.spec import AttentionSpec
 
 # A program that meets a new shape at every step, as a decoder does, must not collect calls without end.
@@ -202,9 +202,8 @@ def check_apart(
     """
     below, above = call.extents[0]
     first, last = o + below, o + above
-    read = list(zip("qkv", (q, k, v), call.extents[1:], strict=True))
-    if offsets is not None:
-        read.append(("align", address_of(offsets), (0, offsets.nbytes)))
-    for name, address, (below, above) in (*read, *(() if scoring is None else scoring.spans())):
-        if max(first, address + below) < min(last, address + above):
+    inputs = zip("qkv", (q, k, v), call.extents[1:], strict=True)
+    read = [(name, at + below, at + above) for name, at, (below, above) in inputs]
+    for name, begin, end in (*read, *read_beside(scoring, offsets)):
+        if max(first, begin) < min(last, end):
             raise wrong("out", f"an array within the memory that {name} spans", "memory of its own")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..arrays import extent_of
+from ..arrays import address_of, extent_of
 from ..dtypes import DTYPES
 from ..errors import UnavailableError, described, wrong
 from .capture import ArrayCapture, capture, is_array
@@ -39,8 +39,9 @@ class Scoring:
     def code(self) -> Code | None:
         return None if self.program is None else self.program.code
 
-    def spans(self) -> Iterator[tuple[str, int, tuple[int, int]]]:
-        """(name, address, extent) of every array that is read where the caller has it, rather than copied."""
+    def spans(self) -> Iterator[tuple[str, int, int]]:
+        """(name, first, last) of every array that is read where the caller has it, rather than copied: its bytes
+        [first, last)."""
         captures = () if self.program is None else self.program.captures
         for x in (*captures, self.sinks):
             if not isinstance(x, ArrayCapture):
@@ -48,7 +49,8 @@ class Scoring:
             array, place = x.array, x.place
             at, strides = (array.ctypes.data, array.strides) if place is None else (place.address, place.strides)
             if at:  # else it stands for one that has no memory yet
-                yield x.name, at, extent_of(array.shape, strides, array.itemsize)
+                below, above = extent_of(array.shape, strides, array.itemsize)
+                yield x.name, at + below, at + above
 
     def shapes(self, slots: Collection[Any]) -> dict[int, tuple[int, ...]]:
         """The shapes of the captured arrays in these slots, by their numbers; of anything else among them nothing."""
@@ -134,6 +136,14 @@ def check_device(found: ArrayCapture, device: str) -> None:
 def _near(distance: int | None) -> int | None:
     """A side of a window that reaches beyond every position is open."""
     return None if distance is None or distance > 3 * FARTHEST else distance
+
+
+def read_beside(scoring: Scoring | None, offsets: np.ndarray | None) -> Iterator[tuple[str, int, int]]:
+    """As `Scoring.spans`, of everything that a call reads beside q, k and v; offsets: those that are no number."""
+    if offsets is not None:
+        yield "align", (first := address_of(offsets)), first + offsets.nbytes
+    if scoring is not None:
+        yield from scoring.spans()
 
 
 def sinks_of(sinks: Any, spec: AttentionSpec) -> np.ndarray | ArrayCapture:

@@ -30,7 +30,7 @@ from flashtile.engines.starpu import runtime, session, states
 from flashtile.engines.starpu.codelets import LABELS
 from flashtile.engines.starpu.flow import COMMUTE, ORDERED, Flow, submit_pair
 from flashtile.engines.starpu.jobs import Job
-from flashtile.engines.starpu.matching import NAMES, check_heads, check_tensors
+from flashtile.engines.starpu.matching import NAMES, check_heads, check_read, check_tensors
 from flashtile.engines.starpu.profile import Profile
 from flashtile.engines.starpu.records import TaskRecord
 from flashtile.engines.starpu.runtime import schedulers, shutdown
@@ -343,6 +343,7 @@ def _flow(tensors: list[TiledTensor], request: Request, accumulate: str) -> Flow
     spec, scoring = request.of(q, k, v)
     if request.scores is not None or spec.offset is None:
         offsets = request.offsets if spec.offset is None else None
+        check_read(dict(zip(NAMES[3:], tensors[3:], strict=True)), scoring, offsets)
         return kind(now, spec, *tiles, offsets=offsets, scoring=scoring if request.scores else None)
     key = spec, tiles, tensors[0].heads, accumulate, request.options.kernel
     return session.current().flow(key, lambda: kind(now, spec, *tiles))

@@ -13,7 +13,7 @@ from flashtile.arrays import address_of
 from flashtile.calls import describe
 from flashtile.engines.starpu import runtime, session
 from flashtile.engines.starpu.backward import BackwardFlow
-from flashtile.engines.starpu.matching import check_gradients, check_heads
+from flashtile.engines.starpu.matching import check_gradients, check_heads, check_read
 from flashtile.engines.starpu.tiles import TiledTensor
 from flashtile.errors import UnavailableError, described, wrong
 from flashtile.gradient_problem import Gradients, Problem, wrt_of
@@ -102,7 +102,9 @@ def submit_backward(
     problem = Problem.of(views, request, names)  # type: ignore[arg-type]  # three of them
     if problem.spec.empty:
         raise UnavailableError(f"submit_backward: got q {q.shape} and k {k.shape}, expected rows and keys")
-    flow = _flow(problem, given, request.offsets)
+    offsets = request.offsets if problem.spec.offset is None else None
+    check_read({n: given[n] for n in ("dq", "dk", "dv") if n in given}, problem.scoring, offsets)
+    flow = _flow(problem, given, offsets)
     check_heads(q, flow.heads)
     job = session.current().door_job()
     sums = sunk = None
@@ -140,7 +142,7 @@ def _flow(problem: Problem, given: dict[str, TiledTensor], offsets: Any) -> Back
         *tiles,
         wanted=wanted,
         heads=heads,
-        offsets=offsets if spec.offset is None else None,
+        offsets=offsets,
         scoring=scoring,
         arrays=tuple((n, shape) for n, shape in shapes if 0 not in shape),
     )

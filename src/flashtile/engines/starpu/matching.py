@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from flashtile.dtypes import DTYPES, DType
 from flashtile.engines.starpu.tiles import TiledTensor
 from flashtile.engines.starpu.units import of_keys
 from flashtile.errors import wrong
+from flashtile.score.options import Scoring, read_beside
 
 NAMES = ("q", "k", "v", "o", "lse")
 
@@ -70,6 +73,15 @@ def check_apart(outputs: dict[str, TiledTensor], every: dict[str, TiledTensor]) 
         for other, x in every.items():
             same = x is out and name != other
             if same or (x is not out and max(x.extent[0], out.extent[0]) < min(x.extent[1], out.extent[1])):
+                raise wrong(name, f"an array within the memory that {other} spans", "memory of its own")
+
+
+def check_read(outputs: dict[str, TiledTensor], scoring: Scoring | None, offsets: np.ndarray | None) -> None:
+    """Raise SpecError for an output in the memory of what changes scores: tasks read that where the caller has it, and
+    no handle says so."""
+    for other, first, last in read_beside(scoring, offsets):
+        for name, out in outputs.items():
+            if max(first, out.extent[0]) < min(last, out.extent[1]):
                 raise wrong(name, f"an array within the memory that {other} spans", "memory of its own")
 
 
