@@ -245,6 +245,14 @@ def test_the_table_is_whole_and_fits_the_devices() -> None:
             assert row.tile.tile_q % 16 == row.tile.tile_k % 16 == 0
 
 
+def test_tiles_in_place_of_the_tables_are_others() -> None:
+    """Else the row has changed, and nobody has looked whether what stood in its place is still wanted."""
+    for (arch, kind, size), tile in tiles.DROPPING.items():
+        assert tile != tiles.TABLE[arch, kind][tiles.HEADS.index(size)].tile, (arch, kind, size)
+    for (arch, kind, size), (_, instead) in tiles.OLDER.items():
+        assert instead.tile != tiles.TABLE[arch, kind][tiles.HEADS.index(size)].tile, (arch, kind, size)
+
+
 @pytest.mark.parametrize("arch", NVIDIA)
 def test_parameters_lie_where_the_manifest_says(arch: str) -> None:
     """By the machine code: with a band, without, partial, and of the merge. A struct in C lies the same."""

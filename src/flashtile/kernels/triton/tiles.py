@@ -232,7 +232,6 @@ FALLBACK = (
 
 # Tiles in place of the rows' where drawing what dropout keeps would spill beside what they hold.
 DROPPING: dict[tuple[str, str, int], Tile] = {
-    **dict.fromkeys((("sm_80", "bfloat16", 64), ("sm_80", "float16", 64)), Tile(128, 64, 8, 2)),
     **dict.fromkeys((("sm_80", "bfloat16", 128), ("sm_80", "float16", 128)), Tile(128, 32, 8, 2)),
     ("sm_80", "float32", 64): Tile(32, 32, 8, 2),
     **dict.fromkeys((("sm_90", "bfloat16", 64), ("sm_90", "float16", 64)), Tile(128, 64, 8, 3)),
