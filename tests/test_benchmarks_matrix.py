@@ -86,8 +86,8 @@ def test_a_step_that_fails_stops_no_other(
 def test_a_step_that_does_not_end_is_stopped_with_all_that_it_began(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    said, written = run_steps_that_fail(("vectors", "bits"), tmp_path, monkeypatch, capfd, "--limit", "10")
-    assert "FAILED: vectors: stopped after 10 seconds" in said and "FAILED: vectors: stopped" in written
+    said, written = run_steps_that_fail(("vectors", "bits"), tmp_path, monkeypatch, capfd, "--limit", "15")
+    assert "FAILED: vectors: stopped after 15 seconds" in said and "FAILED: vectors: stopped" in written
     assert "FAILED: OSError: no such machine" in said, "the next step"
     (child,) = re.findall(r"^(\d+)$", said, re.M)
     with pytest.raises(ProcessLookupError):
