@@ -106,4 +106,13 @@ def _pattern(found: ArrayCapture) -> tuple[bool, ...]:
 def option_name(traced: str) -> str:
     """The value behind a capture that tracing called "option: variable": a built-in rule's array is the option."""
     option, _, variable = traced.partition(": ")
-    return option if variable in ("", "array", "slopes") else variable
+    return option if variable in _ITSELF else variable
+
+
+def argument_of(traced: str) -> str:
+    """What an error calls a capture: a built-in rule's array is the option, whether it was traced or remembered."""
+    option, _, variable = traced.partition(": ")
+    return option if variable in _ITSELF else traced
+
+
+_ITSELF = "", "array", "slopes"  # what built-in rules call the array of an option

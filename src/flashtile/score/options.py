@@ -11,6 +11,7 @@ import numpy as np
 from ..arrays import address_of, extent_of
 from ..dtypes import DTYPES
 from ..errors import UnavailableError, described, wrong
+from .builtin import argument_of
 from .capture import ArrayCapture, capture, is_array
 from .code import Code
 from .expr import FARTHEST
@@ -50,7 +51,7 @@ class Scoring:
             at, strides = (array.ctypes.data, array.strides) if place is None else (place.address, place.strides)
             if at:  # else it stands for one that has no memory yet
                 below, above = extent_of(array.shape, strides, array.itemsize)
-                yield x.name, at + below, at + above
+                yield argument_of(x.name), at + below, at + above
 
     def shapes(self, slots: Collection[Any]) -> dict[int, tuple[int, ...]]:
         """The shapes of the captured arrays in these slots, by their numbers; of anything else among them nothing."""
