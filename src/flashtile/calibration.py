@@ -18,6 +18,14 @@ from flashtile import launch
 from flashtile.dtypes import DTYPES
 from flashtile.errors import KernelError
 
+__all__ = ["Calibration", "calibrate"]
+
+
+def __dir__() -> list[str]:
+    """The public names, and not what stands beside them."""
+    return __all__
+
+
 ROUNDS = 4
 MESSAGES = 20
 BURST = 32  # messages at once

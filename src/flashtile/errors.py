@@ -7,6 +7,13 @@ import re
 import reprlib
 from collections.abc import Mapping
 
+__all__ = ["FlashtileError", "KernelError", "KeywordError", "SpecError", "UnavailableError"]
+
+
+def __dir__() -> list[str]:
+    """The public names, and not what stands beside them."""
+    return __all__
+
 
 class FlashtileError(Exception):
     """Base of every error that flashtile raises on purpose."""

@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Simulation", "plot", "simulate"]
 
+
+def __dir__() -> list[str]:
+    """The public names, and not what stands beside them."""
+    return __all__
+
+
 TILE = 960  # as flashtile.starpu_mpi's
 FREE = "latency", "message", "share", "start"  # numbers that may be 0
 TASK_SECONDS = 10e-6  # that StarPU takes for a task (docs/starpu.md)

@@ -39,6 +39,12 @@ from flashtile.spec import AttentionSpec
 
 __all__ = ["TILE", "attention", "attention_backward", "part"]
 
+
+def __dir__() -> list[str]:
+    """The public names, and not what stands beside them."""
+    return __all__
+
+
 Whole = tuple[Any, Any, Any]  # q, k and v of all ranks together: what has their shapes and dtypes
 
 TILE = 960  # rows of a tile: whole panels on every instruction set

@@ -47,6 +47,11 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    """The public names, and not what stands beside them."""
+    return __all__
+
+
 def expect(
     q: Any,
     k: Any,

@@ -21,6 +21,12 @@ from flashtile.score.mask import as_mask
 
 __all__ = ["LazyMask", "attention", "mask", "register"]
 
+
+def __dir__() -> list[str]:
+    """The public names, and not what stands beside them."""
+    return __all__
+
+
 Tensor = torch.Tensor
 Window = tuple[int | None, int | None]
 

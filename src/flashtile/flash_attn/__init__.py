@@ -31,6 +31,12 @@ __all__ = [
     "uninstall",
 ]
 
+
+def __dir__() -> list[str]:
+    """The public names, and not what stands beside them."""
+    return __all__
+
+
 Tensor = torch.Tensor
 
 

@@ -21,6 +21,11 @@ from flashtile.jax.run import attend, kinds_of, register
 __all__ = ["dot_product_attention"]
 
 
+def __dir__() -> list[str]:
+    """The public names, and not what stands beside them."""
+    return __all__
+
+
 def dot_product_attention(
     query: Any,
     key: Any,

@@ -160,7 +160,7 @@ def allow(exact: np.ndarray, baselines: Sequence[np.ndarray], dtype: str, *, kin
 
 
 def ulp(x: float, dtype: str) -> float:
-    """The distance from |x| to the next larger number of the dtype: one unit in the last place."""
+    """The distance from abs(x) to the next larger number of the dtype: one unit in the last place."""
     row = dtype_of(dtype)
     exponent = math.frexp(max(abs(float(x)), row.tiny))[1] - 1
     return row.eps * 2.0**exponent

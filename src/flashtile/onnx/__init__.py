@@ -19,6 +19,12 @@ from flashtile.onnx.export import translations
 
 __all__ = ["Attention", "attention", "translations"]
 
+
+def __dir__() -> list[str]:
+    """The public names, and not what stands beside them."""
+    return __all__
+
+
 _SCORES, _CAPPED, _BIASED, _WEIGHTS = range(4)  # qk_matmul_output_mode
 # What our signature calls otherwise, for the first word of an error's message.
 _SPELLINGS = {"q": "Q", "k": "K", "v": "V", "mask": "attn_mask", "bias": "attn_mask", "window": "left_window_size"}

@@ -44,3 +44,8 @@ __all__ = [
     "varlen",
     "window",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names, and not what stands beside them."""
+    return __all__

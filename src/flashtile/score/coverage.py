@@ -34,12 +34,17 @@ _BATCH = 1 << 17  # tiles looked at together, to bound memory
 class Coverage:
     """Runs of key tiles for each query tile.
 
-    tile_q, tile_k  tile sizes; the last tile of an axis may be ragged
-    shape           (batches, heads, query tiles, key tiles) of the map; batches and heads are 1 where the mask
-                    does not depend on them
-    indptr          (batches * heads * query tiles + 1,): the runs of row r are indptr[r] : indptr[r + 1]
-    start, stop     keys [start, stop) of each run, multiples of tile_k (stop ends at S_kv), ascending
-    kind            PARTIAL or FULL; EMPTY is absent
+    tile_q, tile_k
+        tile sizes; the last tile of an axis may be ragged
+    shape
+        (batches, heads, query tiles, key tiles) of the map; batches and heads are 1 where the mask does not depend on
+        them
+    indptr
+        (batches * heads * query tiles + 1,): the runs of row r are indptr[r] : indptr[r + 1]
+    start, stop
+        keys [start, stop) of each run, multiples of tile_k (stop ends at S_kv), ascending
+    kind
+        PARTIAL or FULL; EMPTY is absent
     """
 
     tile_q: int

@@ -65,6 +65,12 @@ __all__ = [
     "wrap",
 ]
 
+
+def __dir__() -> list[str]:
+    """The public names, and not what stands beside them."""
+    return __all__
+
+
 FLOWS = ("cpu", "vanilla")
 
 

@@ -20,4 +20,10 @@ __all__ = [
     "varlen_attn",
 ]
 
+
+def __dir__() -> list[str]:
+    """The public names, and not what stands beside them."""
+    return __all__
+
+
 team.lend()
