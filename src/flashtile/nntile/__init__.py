@@ -30,15 +30,10 @@ from flashtile.nntile.tiles import (
     STATE,
     Call,
     Tile,
-    arrays_of,
-    check_apart,
-    check_tiles,
+    call_on_arrays,
+    call_on_tiles,
     empty,
-    extents_of,
-    handles_of,
     register,
-    row_of,
-    validated,
     wrap,
 )
 from flashtile.plan import Plan
@@ -107,10 +102,7 @@ def flash_sdpa_fwd(
     True
     """
     given = {"K": K, "Q": Q, "V": V, "A": A, "logsumexp": logsumexp, **({} if mask is None else {"mask": mask})}
-    arrays = arrays_of(given, STATE)
-    described = {name: (x.shape, row_of(name, x.dtype)) for name, x in arrays.items()}
-    call = validated(described, dtype, causal, window, first_query, first_key, scale)
-    check_apart(extents_of(arrays), STATE)
+    call, arrays = call_on_arrays(given, STATE, (dtype, causal, window, first_query, first_key, scale))
     if call is not None:
         _run(call, arrays)
 
@@ -141,10 +133,7 @@ def flash_sdpa_fwd_async(
     from flashtile.engines.starpu import accumulation
 
     given = {"K": K, "Q": Q, "V": V, "A": A, "logsumexp": logsumexp, **({} if mask is None else {"mask": mask})}
-    check_tiles(given, STATE)
-    described = {name: (tile.shape, tile.dtype) for name, tile in given.items()}
-    call = validated(described, dtype, causal, window, first_query, first_key, scale)
-    handles = handles_of(given, STATE)
+    call, handles = call_on_tiles(given, STATE, (dtype, causal, window, first_query, first_key, scale))
     if call is None:
         return 0
     return accumulation.submit(call.spec, call.offset, call.mask, handles, (first_query, first_key), accumulate)

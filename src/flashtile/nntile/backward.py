@@ -15,13 +15,8 @@ from flashtile.nntile.tiles import (
     GRADIENTS,
     Call,
     Tile,
-    arrays_of,
-    check_apart,
-    check_tiles,
-    extents_of,
-    handles_of,
-    row_of,
-    validated,
+    call_on_arrays,
+    call_on_tiles,
 )
 from flashtile.plan import Plan
 from flashtile.plan.tiling import flops_of
@@ -72,10 +67,7 @@ def flash_sdpa_bwd(
     True
     """
     given = _given(K, Q, mask, logsumexp, V, A, dA, dK, dQ, dV)
-    arrays = arrays_of(given, GRADIENTS)
-    described = {name: (x.shape, row_of(name, x.dtype)) for name, x in arrays.items()}
-    call = validated(described, dtype, causal, window, first_query, first_key, scale)
-    check_apart(extents_of(arrays), GRADIENTS)
+    call, arrays = call_on_arrays(given, GRADIENTS, (dtype, causal, window, first_query, first_key, scale))
     if call is not None:
         _run(call, arrays)
 
@@ -109,10 +101,7 @@ def flash_sdpa_bwd_async(
     from flashtile.engines.starpu import accumulated_gradients
 
     given = _given(K, Q, mask, logsumexp, V, A, dA, dK, dQ, dV)
-    check_tiles(given, GRADIENTS)
-    described = {name: (tile.shape, tile.dtype) for name, tile in given.items()}
-    call = validated(described, dtype, causal, window, first_query, first_key, scale)
-    handles = handles_of(given, GRADIENTS)
+    call, handles = call_on_tiles(given, GRADIENTS, (dtype, causal, window, first_query, first_key, scale))
     if call is None:
         return 0
     narrow = tuple(n for n in GRADIENTS if given[n].dtype.name != DTYPES[call.spec.dtype].accumulator)

@@ -147,7 +147,27 @@ def validated(
     return Call(spec, offset, given["mask"][1].name if "mask" in given else None)
 
 
-def arrays_of(given: dict[str, Any], written: Collection[str]) -> dict[str, np.ndarray]:
+Asked = tuple[str | None, Any, Any, Any, Any, Any]  # dtype, causal, window, first_query, first_key, scale
+
+
+def call_on_arrays(
+    given: dict[str, Any], written: Collection[str], asked: Asked
+) -> tuple[Call | None, dict[str, np.ndarray]]:
+    """As `validated`, and the arrays, those that are written in memory of their own. Raises: SpecError."""
+    arrays = _arrays_of(given, written)
+    call = validated({name: (x.shape, row_of(name, x.dtype)) for name, x in arrays.items()}, *asked)
+    check_apart({name: (address_of(x), address_of(x) + x.nbytes) for name, x in arrays.items()}, written)
+    return call, arrays
+
+
+def call_on_tiles(given: dict[str, Any], written: Collection[str], asked: Asked) -> tuple[Call | None, dict[str, int]]:
+    """As `validated`, and the tiles' handles, those that are written in memory of their own. Raises: SpecError."""
+    _check_tiles(given, written)
+    call = validated({name: (tile.shape, tile.dtype) for name, tile in given.items()}, *asked)
+    return call, _handles_of(given, written)
+
+
+def _arrays_of(given: dict[str, Any], written: Collection[str]) -> dict[str, np.ndarray]:
     """The arrays, Fortran-ordered, those that are written writable. Raises: SpecError."""
     arrays = {name: plain(x, name) for name, x in given.items()}
     for name, x in arrays.items():
@@ -158,12 +178,7 @@ def arrays_of(given: dict[str, Any], written: Collection[str]) -> dict[str, np.n
     return arrays
 
 
-def extents_of(arrays: dict[str, np.ndarray]) -> dict[str, tuple[int, int]]:
-    """The memory that arrays span."""
-    return {name: (address_of(x), address_of(x) + x.nbytes) for name, x in arrays.items()}
-
-
-def check_tiles(given: dict[str, Any], written: Collection[str]) -> None:
+def _check_tiles(given: dict[str, Any], written: Collection[str]) -> None:
     """Raise SpecError unless all are tiles, those that are written writable."""
     for name, tile in given.items():
         if not isinstance(tile, Tile):
@@ -173,7 +188,7 @@ def check_tiles(given: dict[str, Any], written: Collection[str]) -> None:
             raise wrong(name, "a read-only array", "a writable one")
 
 
-def handles_of(given: dict[str, Tile], written: Collection[str]) -> dict[str, int]:
+def _handles_of(given: dict[str, Tile], written: Collection[str]) -> dict[str, int]:
     """The handles of tiles, those that are written on memory of their own. Raises: SpecError."""
     check_apart({name: tile.tensor.extent for name, tile in given.items()}, written)
     handles = {name: tile.tensor[0, 0, 0].address for name, tile in given.items()}
