@@ -91,6 +91,7 @@ def test_timed_rows_use_what_the_table_says(arch: str, kind: str, size: int, dir
             assert used.registers <= row.registers and used.spills <= row.spills and meta.shared <= row.shared
 
 
+SECOND_SPILLS = 4452
 SECOND = ("sm_100", "bfloat16", 64, "kv")  # of every run: what Triton 3.9 fails to compile with larger tiles
 
 
@@ -99,8 +100,13 @@ SECOND = ("sm_100", "bfloat16", 64, "kv")  # of every run: what Triton 3.9 fails
     [pytest.param(*x.values, marks=() if x.values == SECOND else pytest.mark.slow) for x in variants()],
 )
 def test_the_second_launches_load_on_every_device(arch: str, kind: str, size: int, direction: str) -> None:
+    """They may spill, as far as the GPU page says, and not before they have every register."""
     meta, used = compiles(kernel_of(arch, kind, size, direction, contain=True)[1], arch)
     check_limits(arch, meta, used)
+    if arch in NVIDIA:
+        assert not used.spills or used.registers == forms.MOST_REGISTERS
+    if str(installed_version()).startswith(TRITON):
+        assert used.spills <= SECOND_SPILLS
 
 
 @pytest.mark.parametrize("arch", [*(pytest.param(a, marks=pytest.mark.slow) for a in ("sm_80", "sm_100")), "sm_90"])
