@@ -226,6 +226,19 @@ def test_gradients_are_accurate(dropping: Kernel, name: str, element: str) -> No
 
 
 @in_each_dtype(differentiating())
+def test_gradients_of_a_row_that_is_nan(dropping: Kernel, element: str) -> None:
+    """0 times a weight that is NaN is NaN: so is dV of all keys that its row sees, kept or dropped."""
+    (q, k, v), options = inputs(element), {"causal": True, "align": 20, "dropout_p": 0.5, "seed": 4}
+    q[1, 0, 9, 3] = np.nan
+    o, lse = dropping(q, k, v, return_lse=True, **options)
+    found = flashtile.attention_backward(np.ones_like(o), q, k, v, o, lse, kernel=dropping.name, **options)
+    seen = np.arange(75) <= 29
+    np.testing.assert_array_equal(np.isnan(found.v[1, 0]).all(axis=1), seen)
+    assert np.isnan(found.v).sum() == seen.sum() * v.shape[-1]
+    assert np.isnan(found.q).any(axis=3).sum() == 1 and np.isnan(found.q[1, 0, 9]).all()
+
+
+@in_each_dtype(differentiating())
 def test_gradients_meet_an_infinite_value(dropping: Kernel, element: str) -> None:
     """What dO holds reaches dV of the keys that its row sees: infinite where kept, 0 times it, NaN, where dropped."""
     (q, k, v), dropout = inputs(element), {"dropout_p": 0.5, "seed": 4}

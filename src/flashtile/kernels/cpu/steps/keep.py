@@ -137,7 +137,8 @@ def emit_draw(module: Module, c: Config, width: int) -> Routine:
 
 def emit_drop(module: Module, c: Config, width: int) -> Routine:
     """``count`` lines of weights as differentiate.py stores them: -0 where `draw` did not keep them. The sign tells
-    what was dropped from what is hidden, which is 0 and stays so (put_back, in exchange.py)."""
+    what was dropped from what is hidden, which is 0 and stays so (put_back, in exchange.py); so does NaN, 0 times which
+    it would be."""
     f = Routine(module, f"drop_{width}", weights=Scores.of(c.weight_line), kept=Kept.of(c), count="i64", reach="i64")
     weights, kept, count, reach = f.parameters
     type_, k = vector(c.lanes, _part(c)), c.per_word
@@ -148,10 +149,15 @@ def emit_drop(module: Module, c: Config, width: int) -> Routine:
             for part in range(c.product.parts):
                 place = weights.place(line, at=at // k + part * c.held_part)
                 weight = f.load(type_, place, align=c.register // k)
-                stays = kept.load(line, at) | weight.eq(0)
+                stays = kept.load(line, at) | weight.eq(0) | _nan(weight)
                 f.store(f.select(stays, weight, nothing), place, align=c.register // k)
     f.ret()
     return f
+
+
+def _nan(weight: Value) -> Value:
+    """Of floats, or of the bits of bf16."""
+    return weight.isnan() if weight.is_float else (weight & 0x7FFF) > 0x7F80
 
 
 def _part(c: Config) -> str:
