@@ -157,17 +157,29 @@ def test_the_real_code_configures_once_and_releases_in_every_entry(storage: str,
         assert len(re.findall(r"\btilestored\b", multiply)) == 2 * registers
 
 
-@pytest.mark.parametrize(("storage", "product"), [("bfloat", TILES), ("half", TILES2)], ids=lambda x: str(x))
-def test_products_of_one_half_are_emitted_beside_weights_of_the_other(storage: str, product: Tiles) -> None:
-    """A step of depth, then its share of the weights: in the machine code either stands within the loop over the
-    depth, so that a processor that looks 500 instructions ahead has both."""
-    found = functions(jit.assembly(forward_text(Config(REAL, storage, product)), REAL))
-    for name in ("multiply_beside_2", "add_product_beside_2"):
+@pytest.mark.parametrize(
+    ("storage", "product", "names"),
+    [
+        ("bfloat", TILES, ("multiply_beside_2", "add_product_beside_2")),
+        ("half", TILES2, ("multiply_beside_2", "add_product_beside_2")),
+    ],
+    ids=["bf16", "fp16"],
+)
+@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
+def test_products_are_emitted_beside_weights_of_other_keys(
+    storage: str, product: Tiles, names: tuple[str, ...], dropout: bool
+) -> None:
+    """Four products, a term of a step of depth, then their share of the weights: in the machine code either stands
+    within the loop over the depth, so that a processor that looks 500 instructions ahead has both."""
+    c = Config(REAL, storage, product, dropout=dropout)
+    found = functions(jit.assembly(forward_text(c), REAL))
+    for name in names:
         code = "\n".join(found[name])
-        products = [place.start() for place in re.finditer(r"\btdpbf16ps\b", code)]
-        assert len(products) == 4 * len(product.terms)
-        weights = [place.start() for place in re.finditer(r"\bvscalefps\b", code)]
-        assert weights and products[-1] < weights[0] and weights[-1] < code.index("tilestored")
+        steps = code[: code.index("tilestored")].split("tdpbf16ps")
+        assert len(steps) == len(code.split("tdpbf16ps")) == 4 * len(product.terms) + 1
+        weights = [len(re.findall(r"\bvscalefps\b", x)) for x in steps]
+        # A register of words holds two lines' weights; in several parts every register has its own instructions.
+        assert weights == [0] + [0, 0, 0, 2 * (c.registers if product.parts > 1 else 1)] * len(product.terms)
         assert not [line for line in stack_traffic(found[name], found[name]) if "mm" in line]
         assert f"callq\t{name}" in "\n".join(found["panel_2"])
 

@@ -40,7 +40,7 @@ class Squares(Tiles):
         apart: tuple[Value, Value] | None = None,
         onto: bool = False,
         streamed: Literal["left", "right"] = "left",
-        beside: Callable[[Value], None] | None = None,
+        beside: Callable[[Value, int], None] | None = None,
     ) -> None:
         """As tiles do; there are no parts, and nothing can pass by a cache."""
         assert apart is None and beside is None

@@ -48,14 +48,15 @@ class Tiles(Pairs):
         apart: tuple[Value, Value] | None = None,
         onto: bool = False,
         streamed: Literal["left", "right"] = "left",
-        beside: Callable[[Value], None] | None = None,
+        beside: Callable[[Value, int], None] | None = None,
     ) -> None:
         """out[row][lane] = sum over depth of left[row][depth] * right[depth][lane]: ``rows`` rows, so many registers of
         lanes, ``depth`` words, a multiple of ``words``. ``step`` says where both operands lie from a word on, ``apart``
         how many bytes the parts of either are apart; ``onto``: what ``out`` holds is added.
 
         Of the operands the larger one, ``streamed``, is read once and then not again for long, and passes by the
-        nearest cache. ``beside`` emits what runs beside the products of a step, given its first word.
+        nearest cache. ``beside`` emits what runs beside the products of a term of a step, given the step's first word
+        and the term's number.
         """
         tiles = isa.tile_registers(f)
         assert self.rows is not None
@@ -69,7 +70,7 @@ class Tiles(Pairs):
         with f.range(0, depth, self.words) as word:
             left, right = step(word)
             held: tuple[int | None, int | None] = None, None  # the part of each operand that registers hold
-            for term in self.terms:
+            for number, term in enumerate(self.terms):
                 lefts, rights = left.at, right.at
                 if apart is not None:
                     lefts, rights = (
@@ -82,8 +83,8 @@ class Tiles(Pairs):
                 held = term
                 for n, (r, j) in enumerate(pairs):
                     tiles.dot_pairs(n, _LEFT + r, _RIGHT + j)
-            if beside is not None:
-                beside(word)
+                if beside is not None:
+                    beside(word, number)
         for n, at in enumerate(sums):
             tiles.store(n, at, out.stride)
 

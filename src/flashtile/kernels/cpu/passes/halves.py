@@ -15,7 +15,7 @@ from typing import Any
 
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.steps.band import Seen
-from flashtile.kernels.cpu.steps.beside import Share, emit_multiply_beside, emit_softmax_edge
+from flashtile.kernels.cpu.steps.beside import Share, emit_multiply_beside, emit_softmax_edge, softmax_of
 from flashtile.kernels.cpu.steps.product import apart
 from flashtile.llvm.ir import Module, Value
 from flashtile.llvm.lines import Lines, Scores, Weights, Words
@@ -98,8 +98,7 @@ class _Beside:
 
     def __init__(self, halves: Halves, f: Routine, v: SimpleNamespace, half: _Half) -> None:
         self.halves, self.f, self.half = halves, f, half
-        names = {"state": v.state, "tops": v.work.tops, "alpha": v.work.alpha, "factors": v.factors}
-        self.arguments: dict[str, Any] = {**names, "scores": half.scores}
+        self.arguments = softmax_of(halves.c, v, half.scores)
 
     def share(self, first: Value, steps: Value) -> dict[str, Any]:
         """The further arguments of a product."""

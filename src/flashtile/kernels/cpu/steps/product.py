@@ -119,7 +119,7 @@ def multiply(
     depth: Value,
     *between: Apart,
     onto: bool = False,
-    beside: Callable[[Value], None] | None = None,
+    beside: Callable[[Value, int], None] | None = None,
 ) -> None:
     """What `emit_multiply`'s functions do."""
     assert isinstance(c.product, Tiles)

@@ -112,15 +112,33 @@ class Softmax:
         f, c = self.f, self.c
 
         def one_word(first: Value, carry: list[Value]) -> list[Value]:
-            differences = [self.scores.load(first + u, at=at) - safe for u in range(c.per_word)]
-            weights = [self.weight(x, coarse=c.product.coarse) for x in differences]
-            place = self.scores.at + (first * (c.line.bytes // c.per_word) + at)
-            for n, word in enumerate(c.product.split(f, c.isa, weights, cut=True)):
-                f.store(word, place + n * c.weights_part, align=c.register)
-            return [sum(weights, carry[0])]
+            return [self._word(safe, at, first, carry[0])]
 
         (part,) = f.fold(first, stop, c.per_word, [f.const(c.vector, 0.0)], one_word)
         self.tops.store(self.tops.load(0, at=at) + part, 0, at=at)
+
+    def weigh_word(self, safe: list[Value], line: Value, begun: Lines) -> None:
+        """The lines of one word in every register, where `weigh` is cut further. ``begun``: the sums of those among its
+        SUM_LINES that were weighed before, zeros before the first."""
+        f, c = self.f, self.c
+        places = [f.const("i64", j * c.register) for j in range(len(safe))]
+        sums = [self._word(top, at, line, begun.load(0, at=at)) for top, at in zip(safe, places, strict=True)]
+        for at, part in zip(places, sums, strict=True):
+            begun.store(part, 0, at=at)
+        with f.when(((line + c.per_word) & (SUM_LINES - 1)).eq(0)):
+            for at, part in zip(places, sums, strict=True):
+                self.tops.store(self.tops.load(0, at=at) + part, 0, at=at)
+                begun.store(f.const(c.vector, 0.0), 0, at=at)
+
+    def _word(self, safe: Value, at: Value, first: Value, before: Value) -> Value:
+        """The weights of the lines of a word, and their sum after what was summed before."""
+        f, c = self.f, self.c
+        differences = [self.scores.load(first + u, at=at) - safe for u in range(c.per_word)]
+        weights = [self.weight(x, coarse=c.product.coarse) for x in differences]
+        place = self.scores.at + (first * (c.line.bytes // c.per_word) + at)
+        for n, word in enumerate(c.product.split(f, c.isa, weights, cut=True)):
+            f.store(word, place + n * c.weights_part, align=c.register)
+        return sum(weights, before)
 
     def end(self, at: Value) -> None:
         f, c, state, tops = self.f, self.c, self.state, self.tops
