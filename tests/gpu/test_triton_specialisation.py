@@ -114,10 +114,6 @@ def test_captured_values_are_passed_in_place() -> None:
     assert dict(s.signature)["captures"] == types
     at = s.names.index("captures")
     assert s.flat_types()[at : at + len(types)] == types
-    values = {name: n for n, name in enumerate(s.names)}
-    flat = s.flat_values({**values, "captures": tuple("abcdefghi")})
-    assert len(flat) == len(s.flat_types())
-    assert flat[at : at + 9] == tuple("abcdefghi") and flat[at + 9 :] == tuple(range(at + 1, len(s.names)))
 
 
 def test_padded_head_sizes() -> None:

@@ -108,11 +108,6 @@ def _choice(setting: str, dtype: str, precision: str, lands: tuple[str, ...] = _
     return processors.choose(isas.named(setting), dtype, precision, forced=bool(setting), lands=lands)
 
 
-def decodes(spec: AttentionSpec) -> bool:
-    """Whether there are so few queries that passes/decode computes them: measured; of shapes and machine only."""
-    return spec.kv_len >= _decodes_from(spec.q_len, *_choosing(spec))
-
-
 @functools.lru_cache(maxsize=256)
 def _decodes_from(q_len: int, *choosing: Any) -> float:
     """From how many keys on passes/decode is the faster one for so many queries of a head; inf: it never is."""

@@ -113,14 +113,6 @@ class Specialisation:
         """The types of what is really passed, tuples opened."""
         return tuple(t for _, types in self.signature for t in ((types,) if isinstance(types, str) else types))
 
-    def flat_values(self, values: Mapping[str, object]) -> tuple[object, ...]:
-        """The values of a launch in the order of `flat_types`."""
-        flat: list[object] = []
-        for name, types in self.signature:
-            value = values[name]
-            flat += [value] if isinstance(types, str) else value  # type: ignore[arg-type]
-        return tuple(flat)
-
 
 def padded(size: int) -> int:
     """The power of two, 16 at least, that a head size is computed as: columns beyond it are masked."""
