@@ -5,6 +5,33 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
+usage() { # usage SCRIPT: the comment that it begins with
+    sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "$1"
+}
+
+help_for() { # help_for SCRIPT OPTIONS...: print its usage and end, where an option asks for it; nothing is set up
+    local script=$1 option
+    shift
+    for option in "$@"; do
+        if [ "$option" = -h ] || [ "$option" = --help ]; then
+            usage "$script"
+            exit 0
+        fi
+    done
+}
+
+refuse() { # refuse SCRIPT MESSAGE: say what is wrong with the options, and end
+    echo "$2" >&2
+    usage "$1" >&2
+    exit 2
+}
+
+check_pytest_options() { # check_pytest_options SCRIPT PYTHON OPTIONS...: end, with the usage, where pytest does not know one
+    local script=$1 python=$2 said
+    shift 2
+    said=$("$python" -m pytest --markers "$@" 2>&1 >/dev/null) || refuse "$script" "$said" # it reads options, runs nothing
+}
+
 usable() { # usable PYTHON: is it 3.10 or newer, and can it make a virtual environment with pip in it?
     "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1
 }

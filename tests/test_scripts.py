@@ -1,9 +1,12 @@
-"""What scripts/environment.sh decides by the machine that it finds, and how scripts/steps.sh tells what failed."""
+"""What scripts/environment.sh decides by the machine that it finds, how steps.sh tells what failed, and usages."""
 
 from __future__ import annotations
 
 import http.server
+import itertools
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -89,3 +92,57 @@ def test_a_command_gets_the_triton_of_the_folder_first(tmp_path: Path) -> None:
     (tmp_path / "triton").mkdir()
     done = in_steps(f"PYTHONPATH=/before; with_triton 3.6 {tmp_path} printenv PYTHONPATH; echo $PYTHONPATH")
     assert done.stdout.split() == [f"{tmp_path}:/before", "/before"]
+
+
+SCRIPTS = ENVIRONMENT.parent
+FILES = [x for x in SCRIPTS.iterdir() if x.is_file() and x != ENVIRONMENT]
+TAKE_HELP = sorted(x.name for x in FILES if "help_for" in x.read_text())
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """The scripts in a folder that has nothing else, so that whatever they set up would show."""
+    shutil.copytree(SCRIPTS, tmp_path / "scripts")
+    return tmp_path
+
+
+@pytest.mark.parametrize("option", [["-h"], ["--help"], ["-k", "merge", "--help"]])
+@pytest.mark.parametrize("script", TAKE_HELP)
+def test_help_tells_and_does_nothing(copied: Path, script: str, option: list[str]) -> None:
+    done = run(["bash", copied / "scripts" / script, *option], cwd=copied)
+    assert done.returncode == 0 and not done.stderr
+    comment = itertools.takewhile(lambda line: line.startswith("#"), (SCRIPTS / script).read_text().splitlines()[1:])
+    assert done.stdout.splitlines() == [line[2:] for line in comment]
+    assert [x.name for x in copied.iterdir()] == ["scripts"]
+
+
+def test_usage_names_what_a_script_reads() -> None:
+    """Each variable that a script takes from outside stands in its usage."""
+    assert TAKE_HELP == ["demo", "test", "test-core"]
+    for script in TAKE_HELP:
+        text = (SCRIPTS / script).read_text()
+        for variable in set(re.findall(r"\$\{([A-Z_]+):-", text)) - {"PYTHONPATH"}:
+            assert re.search(rf"^#     {variable}\b", text, re.MULTILINE), (script, variable)
+
+
+def options_pass(*options: str) -> tuple[int, str]:
+    """How check_pytest_options ends, and what it says."""
+    program = f"source {ENVIRONMENT}; check_pytest_options {SCRIPTS / 'test'} {sys.executable} {shlex.join(options)}"
+    done = run(["bash", "-c", program])
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["-k", "merge or hints"], ["tests/test_merge.py", "-x", "-k", "x", "--lf"]])
+def test_options_of_pytest_pass(options: list[str]) -> None:
+    assert options_pass(*options) == (0, "")
+
+
+def test_options_that_pytest_does_not_know_end_in_the_usage() -> None:
+    code, said = options_pass("--halp", "-k", "merge")
+    assert code == 2 and "unrecognized arguments: --halp" in said and "TEST_WORKERS" in said
+
+
+def test_what_is_no_interpreter_ends_in_the_usage(copied: Path) -> None:
+    done = run(["bash", copied / "scripts" / "test-core", "--quick"], cwd=copied)
+    assert done.returncode == 2 and done.stderr.startswith("--quick: got no Python") and "TEST_WORKERS" in done.stderr
+    assert [x.name for x in copied.iterdir()] == ["scripts"]
