@@ -41,7 +41,10 @@ def flex_attention(
               enable_gqa alone. Key and value of one batch serve every batch of query.
     Options:  score_mod   a function (score, b, h, q_idx, kv_idx) -> score, as written for torch, or a frozen one.
               block_mask  what create_block_mask made, or a BlockMask put together by hand: rows see the keys that
-                          mask_mod shows in its partial blocks, and all keys of its full blocks.
+                          mask_mod shows in its partial blocks, and all keys of its full blocks. Outside of a graph
+                          the blocks are held against mask_mod once for each shape, and what came out is remembered as
+                          long as the object lives: after a change to its tensors, or to what its mask_mod reads, make
+                          a new BlockMask.
               return_lse  returns (o, lse) too; return_aux=AuxRequest(lse=True) returns (o, AuxOutput).
     Numerics: as flashtile.torch.attention; on the CPU, too, autograd has the gradients of query, key, value, and of the
               float tensors that score_mod captured.
