@@ -238,6 +238,28 @@ def test_the_objects_last_used_are_kept(folder: Path, monkeypatch: pytest.Monkey
     assert {p.name for p in folder.iterdir()} == {cache.path_of(n).name for n in "0345"}
 
 
+KILLED = """
+import os, signal
+from flashtile.llvm import cache
+os.rename = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+cache.fetch("key", lambda: bytes(100))
+"""
+
+
+def test_what_a_killed_process_left_goes_an_hour_later(folder: Path) -> None:
+    """Its file that was not renamed and its lock; those of processes that may be at work stay."""
+    assert subprocess.run([sys.executable, "-c", KILLED]).returncode == -signal.SIGKILL
+    left = list(folder.iterdir())
+    assert sorted(x.suffix for x in left) == [".lock", ".tmp"]
+    cache.fetch("other", lambda: OBJECT)
+    assert all(x.exists() for x in left)
+    past = time.time() - cache.ABANDONED_SECONDS - 60
+    for x in (*left, cache.path_of("other")):
+        os.utime(x, (past, past))
+    cache.fetch("another", lambda: OBJECT)
+    assert {x.name for x in folder.iterdir()} == {cache.path_of(n).name for n in ("other", "another")}
+
+
 # -- cannot be written ---------------------------------------------------------------------------------
 
 

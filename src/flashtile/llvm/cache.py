@@ -9,7 +9,8 @@ for it, on a lock that ends with its holder, and not for ever.
 Machine code that another user could have written is never run: the folder and the file are opened without
 following links, and what was opened is examined, so nothing can be swapped between the look and the read.
 A folder that is not fit is refused, with a warning; a folder that is read-only, full or missing costs time
-only.  Kept are the 512 objects last used, 20 to 60 KB each.
+only.  Kept are the 512 objects last used, 20 to 60 KB each; what killed processes were writing goes an hour later,
+when the next object is kept.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ except ImportError:  # Windows
 KEPT = 512
 PATIENCE_SECONDS = 20.0  # with another process that builds the same; kernels take up to a few
 LOOK_SECONDS = 0.01
+ABANDONED_SECONDS = 3600.0  # after which a file that is being written, or a lock, is one of a process that was killed
 GENERATORS = ("llvm", "kernels/cpu", "score")  # folders whose sources decide what is generated
 
 _MAGIC = b"flashtile object 1\n"
@@ -192,9 +194,9 @@ def _header(obj: bytes) -> bytes:
 
 
 def _prune(folder: int) -> None:
-    """Remove what was used least recently, down to the limit; files of writers that were killed go the same way."""
+    """Remove what processes that were killed left behind, and what was used least recently, down to the limit."""
     with os.scandir(folder) as entries:
-        files = [e for e in entries if e.name.endswith((".o", ".tmp", ".lock"))]
+        files = [e for e in entries if e.name.endswith((".o", ".tmp", ".lock")) and not _abandoned(e, folder)]
     most = KEPT + sum(e.name.endswith(".lock") for e in files)  # of processes at work
     if len(files) <= most:
         return
@@ -205,6 +207,17 @@ def _prune(folder: int) -> None:
     for _, name in sorted(ages)[: len(ages) - most]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=folder)
+
+
+def _abandoned(file: os.DirEntry[str], folder: int) -> bool:
+    """Whether a process was killed before it could rename or remove this file, which is then removed."""
+    if file.name.endswith(".o"):
+        return False
+    with contextlib.suppress(FileNotFoundError):  # its process has ended well
+        if time.time() - file.stat(follow_symlinks=False).st_mtime < ABANDONED_SECONDS:
+            return False
+        _remove(file.name, folder)
+    return True
 
 
 # -- who could have written it -----------------------------------------------------------------------
