@@ -24,11 +24,12 @@ verdict() { # the table, and false if a step failed
     echo "All checks passed in $SECONDS s."
 }
 
-with_triton() { # with_triton VERSION FOLDER COMMAND...: with another Triton, put into FOLDER where it is not yet
-    local version=$1 folder=$2
+with_package() { # with_package REQUIREMENT FOLDER COMMAND...: found first, in FOLDER, where it is put if it is not yet
+    local requirement=$1 folder=$2
     shift 2
-    if [ ! -d "$folder/triton" ]; then # without it COMMAND would find the environment's, and say nothing of this one
-        "$bin/python" -m pip install -q --no-compile --no-deps --target "$folder" "triton==$version.*" || return 1
+    # Without it COMMAND would find the environment's or none, and say nothing of this one.
+    if ! compgen -G "$folder/*.dist-info" >/dev/null; then
+        "$bin/python" -m pip install -q --no-compile --no-deps --target "$folder" "$requirement" || return 1
     fi
     PYTHONPATH=$folder${PYTHONPATH:+:$PYTHONPATH} "$@"
 }

@@ -82,15 +82,15 @@ def test_steps_that_pass_say_so() -> None:
     assert done.returncode == 0 and "All checks passed" in done.stdout.splitlines()[-1]
 
 
-def test_a_triton_that_cannot_be_installed_is_not_tested_as_another(tmp_path: Path) -> None:
+def test_a_package_that_cannot_be_installed_is_not_tested_as_another(tmp_path: Path) -> None:
     ran = tmp_path / "ran"
-    program = f"bin={tmp_path}; step other with_triton 3.6 {tmp_path}/folder touch {ran}; verdict"
+    program = f"bin={tmp_path}; step other with_package triton==3.6.* {tmp_path}/folder touch {ran}; verdict"
     assert "FAILED: other" in in_steps(program).stdout and not ran.exists()
 
 
-def test_a_command_gets_the_triton_of_the_folder_first(tmp_path: Path) -> None:
-    (tmp_path / "triton").mkdir()
-    done = in_steps(f"PYTHONPATH=/before; with_triton 3.6 {tmp_path} printenv PYTHONPATH; echo $PYTHONPATH")
+def test_a_command_finds_the_package_of_the_folder_first(tmp_path: Path) -> None:
+    (tmp_path / "triton-3.6.0.dist-info").mkdir()
+    done = in_steps(f"PYTHONPATH=/before; with_package triton {tmp_path} printenv PYTHONPATH; echo $PYTHONPATH")
     assert done.stdout.split() == [f"{tmp_path}:/before", "/before"]
 
 
