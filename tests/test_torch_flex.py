@@ -148,6 +148,8 @@ def test_bad_input_of_flex(change: dict[str, Any], error: Any, message: str) -> 
 
 
 ROWS, KEYS = [0, 3, 3, 10], [0, 5, 9, 16]
+USED = torch.tensor([5, 1, 2])
+PAGED = {"key": torch.ones(4, 4, 2, 8), "block_table": torch.tensor([[0, 1], [2, 3], [1, 0]]), "seqused_k": USED}
 
 
 def packed() -> list[Any]:
@@ -205,6 +207,20 @@ def test_varlen_attn_of_pages() -> None:
         ({"num_splits": 1}, "^num_splits: got 1, expected None"),
         ({"seqused_k": torch.tensor([6, 1, 1])}, r"^seqused_k: got .*expected \(3,\) integers, at most \[5, 4, 7\]"),
         ({"block_table": torch.tensor([[0]])}, "^seqused_k: got None with a block_table"),
+        ({"seqused_k": USED, "value": torch.ones(9, 2, 8)}, r"^value: got shape \(9, 2, 8\), expected \(16, \.\.\.\)"),
+        ({"seqused_k": USED, "value": torch.ones(20, 2, 8)}, r"^value: got shape \(20, 2, 8\), expected \(16, "),
+        ({"seqused_k": USED, "cu_seq_k": torch.tensor([0, 5, 9, 17])}, "^cu_seq_k: got boundaries up to 17, expected"),
+        ({"seqused_k": USED, "cu_seq_k": torch.tensor([2, 5, 9, 16])}, "^cu_seq_k: got 2 first, expected integers"),
+        ({"seqused_k": USED, "cu_seq_k": torch.tensor(16)}, "^cu_seq_k: got int64 of shape"),
+        (
+            {**PAGED, "value": torch.ones(2, 8, 2, 8)},
+            r"^value: got shape \(2, 8, 2, 8\), expected \(4, 4, \.\.\.\), as",
+        ),
+        ({**PAGED, "value": torch.ones(4, 4, 2, 8), "block_table": torch.tensor([[4], [0], [1]])}, "^block_table: got"),
+        (
+            {**PAGED, "key": torch.ones(4, 0, 2, 8), "value": torch.ones(4, 0, 2, 8)},
+            r"^seqused_k: got .*most \[0, 0, 0",
+        ),
         ({"query": torch.ones(3, 4)}, "^query: got shape"),
         ({"return_aux": True}, "^return_aux: got True, expected an AuxRequest"),
         ({"return_aux": torch.ones(2)}, "^return_aux: got a Tensor, expected an AuxRequest"),

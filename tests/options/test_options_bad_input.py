@@ -81,6 +81,7 @@ def test_wrong_options(door: Callable[..., Any], name: str) -> None:
         (([0, 3], [0, 4], True, 5), "window: got 5, expected"),
         (([0, 3], [0, 4], True, None, "left"), "align: got 'left', expected"),
         (([0, 3], [0, 4], True, None, [1, 2]), r"align: got int64 of shape \(2,\), expected"),
+        (([0, 3], [0, 4], True, None, [[1], [2, 3]]), "align: got a list, expected"),
         (([0, 3], [0, 4], True, None, 2**40), "align: got offsets from 1099511627776"),
     ],
 )

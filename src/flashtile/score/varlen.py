@@ -62,7 +62,7 @@ def varlen(
     if in_graph():
         expected = "the mask made outside of it, and given to it: boundaries are read as numbers, once"
         raise wrong("varlen", "a call in a compiled function", expected)
-    rows, keys = _boundaries(cu_seqlens_q, "cu_seqlens_q"), _boundaries(cu_seqlens_k, "cu_seqlens_k")
+    rows, keys = boundaries(cu_seqlens_q, "cu_seqlens_q"), boundaries(cu_seqlens_k, "cu_seqlens_k")
     if len(rows) != len(keys):
         raise wrong("cu_seqlens_k", f"{len(keys)} boundaries", f"{len(rows)} as in cu_seqlens_q")
     low, high = (None, None) if window is None else _sides(window)
@@ -100,7 +100,7 @@ def _spans(here: np.ndarray, there: np.ndarray, offset: np.ndarray, low: int | N
     return _Spans.of(first, past)
 
 
-def _boundaries(value: Any, name: str) -> np.ndarray:
+def boundaries(value: Any, name: str) -> np.ndarray:
     """Cumulative lengths as int64 in CPU memory, checked."""
     expected = "integers that rise from 0, one more than there are sequences"
     try:
@@ -136,11 +136,14 @@ def _offsets(align: Any, rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
         if align not in ALIGNMENTS:
             raise wrong("align", repr(align), '"bottom_right", "top_left", an integer or integers (sequences,)')
         return np.diff(keys) - np.diff(rows) if align == "bottom_right" else np.zeros(len(rows) - 1, np.int64)
-    number = integer(align)
-    found = np.asarray(align if number is None else number)
+    number, expected = integer(align), f'"bottom_right", "top_left", an integer or integers ({len(rows) - 1},)'
+    try:
+        found = np.asarray(align if number is None else number)
+    except Exception as cause:
+        raise wrong("align", described(align), expected) from cause
     if found.dtype.kind not in "iu" or found.shape not in ((), (len(rows) - 1,)):
         got = f"{align!r}" if found.ndim == 0 else f"{found.dtype} of shape {found.shape}"
-        raise wrong("align", got, f'"bottom_right", "top_left", an integer or integers ({len(rows) - 1},)')
+        raise wrong("align", got, expected)
     if found.size and not -FARTHEST <= int(found.min()) <= int(found.max()) <= FARTHEST:
         raise SpecError(f"align: got offsets from {found.min()} to {found.max()}, expected at most {FARTHEST} in size")
     return np.broadcast_to(found.astype(np.int64), len(rows) - 1)

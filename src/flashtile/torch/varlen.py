@@ -9,6 +9,7 @@ import torch
 
 from flashtile.checks import check_flag
 from flashtile.errors import FlashtileError, described, rename, wrong
+from flashtile.score.varlen import boundaries
 from flashtile.torch import packed
 from flashtile.torch.packed import Lengths
 from flashtile.torch.tensors import check_ranks
@@ -95,16 +96,21 @@ def _used(
     """The keys that are used, one sequence after the other, their values, and where each sequence begins."""
     used = _integers("seqused_k", seqused_k)
     sequences = used.shape[0] if used.ndim == 1 else -1
+    length = tuple(key.shape[:-2])  # or the number of pages, and how many keys each has
+    if tuple(value.shape[:-2]) != length:
+        raise wrong("value", f"shape {tuple(value.shape)}", f"({', '.join(map(str, length))}, ...), as key begins")
     if block_table is not None:
         size = key.shape[1]
         key, value = key.flatten(0, 1), value.flatten(0, 1)
         pages = _integers("block_table", block_table)
-        inside = pages.size == 0 or 0 <= pages.min() <= pages.max() < len(key) // size
+        inside = pages.size == 0 or 0 <= pages.min() <= pages.max() < length[0]
         if pages.ndim != 2 or pages.shape[0] != sequences or not inside:
             raise wrong("block_table", f"shape {pages.shape}", f"pages of key for each of {sequences} sequences")
         places = [(row[:, None] * size + np.arange(size)).ravel() for row in pages]
     else:
-        bounds = _integers("cu_seq_k", cu_seq_k)
+        bounds = boundaries(cu_seq_k, "cu_seq_k")
+        if bounds[-1] != len(key):
+            raise wrong("cu_seq_k", f"boundaries up to {bounds[-1]}", f"up to the length, {len(key)}")
         places = [np.arange(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
     room = np.array([len(x) for x in places])
     if sequences != len(places) or (used < 0).any() or (used > room).any():
