@@ -217,6 +217,9 @@ def integers(*values: int) -> Any:
 WRONG: dict[str, Any] = {
     r"q: got shape \(4, 2, 8\), expected \(B, S, H, D\)": lambda: flash_attn.flash_attn_func(Q[0], Q, Q),
     r"v: got a ndarray, expected a torch tensor \(B, S, H, D\)": lambda: flash_attn.flash_attn_func(Q, Q, Q.numpy()),
+    r"v: got a nested tensor, expected a plain one \(total, H, D\)": lambda: flash_attn.flash_attn_varlen_func(
+        T, T, torch.nested.nested_tensor([T[:2, 0], T[2:, 0]], layout=torch.jagged), CU, CU, 4, 4
+    ),
     r"k: got batch 2, expected 1 as in q": lambda: flash_attn.flash_attn_func(Q, Q.repeat(2, 1, 1, 1), Q),
     r"window_size: got 5, expected \(left, right\)": lambda: flash_attn.flash_attn_func(Q, Q, Q, window_size=5),
     r"window_size: got \(-3, 0\), expected a pair": lambda: flash_attn.flash_attn_func(Q, Q, Q, window_size=(-3, 0)),

@@ -150,9 +150,11 @@ def _is_cast(x: Any, lower: dict[str, torch.dtype]) -> bool:
 
 
 def check_ranks(rank: int, layout: str, **tensors: Any) -> None:
-    """Raise SpecError unless each is a tensor of so many axes."""
+    """Raise SpecError unless each is a tensor of so many axes, which a nested one is to look at alone."""
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise wrong(name, described(x), f"a torch tensor {layout}")
+        if x.is_nested:
+            raise wrong(name, "a nested tensor", f"a plain one {layout}")
         if x.ndim != rank:
             raise wrong(name, f"shape {tuple(x.shape)}", layout)
