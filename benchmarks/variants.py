@@ -5,7 +5,7 @@ can be chosen by a call. Each runs in a process of its own with an empty cache o
 held to the accuracy rule first. What wins belongs into the machine's own fields (llvm/machines) or the table of
 processors (llvm/processors.py).
 
-    tiles     halves of a block by turns, against one step of a block after the other
+    tiles     products beside weights of other keys, against one step of a block after the other
     vectors   fp32 multiply-adds: blocks whose values fit the sets of the nearest cache, tiles that need less of it
 """
 
@@ -48,8 +48,8 @@ class Group:
 
 GROUPS = {
     "tiles": Group(
-        (ml_dtypes.bfloat16, np.float16),
-        {"halves by turns": Variant(), "one after the other": Variant({"interleaved": False})},
+        (ml_dtypes.bfloat16, np.float16, np.float32),
+        {"products beside weights": Variant(), "one after the other": Variant({"interleaved": False})},
     ),
     "vectors": Group(
         (np.float32,),

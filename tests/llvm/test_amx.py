@@ -162,8 +162,9 @@ def test_the_real_code_configures_once_and_releases_in_every_entry(storage: str,
     [
         ("bfloat", TILES, ("multiply_beside_2", "add_product_beside_2")),
         ("half", TILES2, ("multiply_beside_2", "add_product_beside_2")),
+        ("float", TILES3, ("add_product_beside_2",)),
     ],
-    ids=["bf16", "fp16"],
+    ids=["bf16", "fp16", "fp32"],
 )
 @pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
 def test_products_are_emitted_beside_weights_of_other_keys(
@@ -173,11 +174,12 @@ def test_products_are_emitted_beside_weights_of_other_keys(
     within the loop over the depth, so that a processor that looks 500 instructions ahead has both."""
     c = Config(REAL, storage, product, dropout=dropout)
     found = functions(jit.assembly(forward_text(c), REAL))
+    power = r"\bvscalefps\b" if product.coarse else r"\bvpermps\b"  # of two: once a weight
     for name in names:
         code = "\n".join(found[name])
         steps = code[: code.index("tilestored")].split("tdpbf16ps")
         assert len(steps) == len(code.split("tdpbf16ps")) == 4 * len(product.terms) + 1
-        weights = [len(re.findall(r"\bvscalefps\b", x)) for x in steps]
+        weights = [len(re.findall(power, x)) for x in steps]
         # A register of words holds two lines' weights; in several parts every register has its own instructions.
         assert weights == [0] + [0, 0, 0, 2 * (c.registers if product.parts > 1 else 1)] * len(product.terms)
         assert not [line for line in stack_traffic(found[name], found[name]) if "mm" in line]

@@ -102,9 +102,9 @@ class Config:
 
     @property
     def interleaved(self) -> bool:
-        """A block is attended to in halves: the products of one run beside the weights of the other, on registers of
-        their own (passes/halves.py)."""
-        return self.tiles_add and self.product.permission is not None
+        """Products run beside weights, on registers of their own: of one half of a block beside those of the other
+        (passes/halves.py) or, in three parts, of values beside those of the next keys (passes/strips.py)."""
+        return self.lands_in_memory and self.product.permission is not None
 
     @property
     def half(self) -> int:

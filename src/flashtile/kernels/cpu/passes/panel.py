@@ -13,6 +13,7 @@ from typing import Any
 
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.passes.halves import Halves, emit_halves
+from flashtile.kernels.cpu.passes.strips import Strips
 from flashtile.kernels.cpu.scratch import Work, dense_bytes
 from flashtile.kernels.cpu.steps.accumulate import emit_accumulate, emit_accumulate_tile, emit_rescale
 from flashtile.kernels.cpu.steps.band import Seen
@@ -92,7 +93,7 @@ def _emit_panel(
     module: Module, c: Config, width: int, contain: list[Routine], dense: list[Routine], aside: list[Routine]
 ) -> Routine:
     steps = _Steps(module, c, width, dense, aside)
-    if not c.interleaved:
+    if not (c.interleaved and c.tiles_add):
         return _emit_attend(module, c, width, steps, contain, "panel")
     attend = _emit_attend(module, c, width, steps, contain, "attend")
     halves = Halves(module, c, width, steps) if width == c.registers else None
@@ -105,7 +106,7 @@ def _emit_panel(
 
 
 def _emit_attend(module: Module, c: Config, width: int, steps: _Steps, contain: list[Routine], name: str) -> Routine:
-    """The steps one after the other."""
+    """The steps one after the other; but for strips of values (strips.py)."""
     f, v = _signature(module, c, width, name)
     drawn = {"draw": v.draw.further(v.seen.some_from)} if c.dropout else {}  # from the first line on
     noted = {"tiny": v.tiny} if c.tiles_add else {}
@@ -123,9 +124,18 @@ def _emit_attend(module: Module, c: Config, width: int, steps: _Steps, contain: 
     raw = v.nonfinite.rows(v.seen.some_from, v.count)
     with f.when(broken):
         collect(f, scores=v.scores, values=raw, columns=v.columns, sums=collected, **drawn)
-    _weigh(f, steps, v, drawn)
-    with steps.values(f, v):
-        steps.add_values(f, v, v.seen, v.weights, v.whole)
+
+    def add_all() -> None:
+        _weigh(f, steps, v, drawn)
+        with steps.values(f, v):
+            steps.add_values(f, v, v.seen, v.weights, v.whole)
+
+    if c.interleaved and not c.tiles_add and width == c.registers:
+        strips = Strips(module, c, width, steps)
+        f.either(v.nonfinite.found.eq(0) & strips.several(v), lambda: strips.attend(f, v), add_all)
+        v.weights = v.work.weights
+    else:
+        add_all()
     with f.when(broken):
         add(f, sums=v.sums, collected=collected, columns=v.columns)
         for also in add_unheld:

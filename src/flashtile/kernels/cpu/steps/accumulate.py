@@ -23,13 +23,19 @@ def _kinds(c: Config) -> dict[str, Any]:
 
 
 def emit_accumulate_tile(
-    module: Module, c: Config, width: int, multiply: Routine, *, between: int | None = None
+    module: Module,
+    c: Config,
+    width: int,
+    multiply: Routine,
+    *,
+    between: int | None = None,
+    name: str = "accumulate",
 ) -> Routine:
     """The same where products land in memory: ``rows`` are transposed, a row for each column. Every register of lanes
     takes all ``count`` rows, whole tiles of them: what it does not see weighs 0. Where operands are ``coarse``, sums
     have been multiplied by alpha before (rescale), and ``multiply`` adds to them. ``between``: bytes between the parts
     of weights, if not those of the softmax."""
-    f = Routine(module, f"accumulate_{width}", **_kinds(c), landed=Lines.of(c.line), count="i64")
+    f = Routine(module, f"{name}_{width}", **_kinds(c), landed=Lines.of(c.line), count="i64")
     sums, alpha, rows, weights, landed, count = f.parameters
     if c.product.coarse:
         landed = Lines(sums.at, c.line)

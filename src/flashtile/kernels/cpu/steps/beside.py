@@ -95,6 +95,19 @@ def _by_words(
     return weigh
 
 
+def emit_weigh(module: Module, c: Config, width: int) -> Routine:
+    """The weights of the first ``lines`` lines, whole pieces, beside nothing."""
+    f = Routine(module, f"weigh_{width}", **beside_kinds(c), lines="i64")
+    *of_softmax, lines = f.parameters
+    softmax, *_ = _softmax(f, c, of_softmax)
+    with f.range(0, width * c.register, c.register) as at:
+        safe = softmax.maximum(at)
+        with f.range(0, lines, SUM_LINES) as line:
+            softmax.weigh(safe, at, line, line + SUM_LINES)
+    f.ret()
+    return f
+
+
 def emit_softmax_edge(module: Module, c: Config, width: int, *, end: bool) -> Routine:
     """What of the softmax comes before the first weight, or (``end``) after the last."""
     name = f"softmax_{'end' if end else 'begin'}_{width}"

@@ -30,7 +30,7 @@ class NonFinite(Operand):
     stride: Value
     step: Value
     size: Value
-    sums: Value  # scratch memory for what is added at the end
+    sums: Value  # scratch memory for what is added at the end; where nothing is found, it is free (strips.py)
 
     def rows(self, first: Value, count: Value) -> Rows:
         return Rows(self.at + first * self.stride, self.stride, self.step, count, self.size)
