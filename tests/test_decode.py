@@ -23,7 +23,7 @@ from flashtile.llvm import machines as isas
 from flashtile.plan import make_plan
 from flashtile.plan.tiling import ENOUGH_ITEMS, MOST_PARTS
 from flashtile.spec import AttentionSpec
-from flashtile.testing import assert_accurate
+from flashtile.testing import assert_accurate, assert_gradients_accurate
 
 pytestmark = pytest.mark.core
 
@@ -48,6 +48,17 @@ CASES = {
 EVERY = pytest.mark.parametrize(
     "isa", isas.usable(), indirect=True
 )  # those whose kernels for few queries are another's
+
+
+@EVERY
+@pytest.mark.parametrize("precision", ["bf16", "tf32", "fp16"])
+def test_gradients_of_few_queries_weigh_as_their_forward_does(isa: str, precision: str) -> None:
+    """Large scores: where the backward had them in fewer bits than the lse that it is given, weights were off by a
+    factor."""
+    q, k, v = uniform(Shape(1, 4, 2, 3, 120, 64, 24), "float32", size=5.0)
+    o, lse = flashtile.attention(q, k, v, precision=precision, return_lse=True)
+    g = flashtile.attention_backward(o, q, k, v, o, lse, precision=precision)
+    assert_gradients_accurate(g, o, q, k, v, precision=precision)
 
 
 @pytest.fixture(params=own_decoding())

@@ -91,8 +91,11 @@ def config_of(spec: AttentionSpec, *, lands: tuple[str, ...] = _ANYWHERE) -> Con
 
 
 def backward_config(spec: AttentionSpec) -> Config:
-    """That of its backward."""
-    return _configured(*_choosing(spec), _ANYWHERE)
+    """That of its backward. Of few queries, whose lse comes from passes/decode, it has the products of that: scores in
+    fewer bits would put weights off by what those lose, a factor where scores are large."""
+    choosing = _choosing(spec)
+    few = spec.precision != "ieee" and spec.kv_len >= _decodes_from(spec.q_len, *choosing)
+    return _decode_config(*choosing) if few else _configured(*choosing, _ANYWHERE)
 
 
 @functools.lru_cache(maxsize=256)
@@ -145,8 +148,10 @@ def capabilities(spec: AttentionSpec) -> Capabilities:
 @functools.lru_cache(maxsize=256)
 def _decoding(q_len: int, group: int, *choosing: Any) -> Capabilities:
     """Those of passes/decode, for so many rows."""
+    able, (_, _, precision, *_) = _capabilities(*choosing, IN_REGISTERS), choosing
     return replace(
-        _capabilities(*choosing, IN_REGISTERS),
+        able,
+        backward_product=able.backward_product if precision == "ieee" else f"{FMA.name}: as the forward of few queries",
         precisions=frozenset(("ieee",)),
         query_block=1,
         tile_q=(max(1, q_len),),

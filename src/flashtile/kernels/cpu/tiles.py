@@ -89,7 +89,7 @@ def _check_rows(c: Config, spec: AttentionSpec, tile_q: int) -> None:
 
 
 def _backward_config(spec: AttentionSpec) -> Config:
-    return replace(cpu.backward_config(spec), tile=True)
+    return replace(cpu.config_of(spec), tile=True)
 
 
 def backward(
