@@ -220,7 +220,8 @@ def test_only_arrays_of_16_bits_are_cut_out_by_descriptors() -> None:
 
 def check_limits(arch: str, meta: Any, used: Resources) -> None:
     assert meta.shared <= SHARED[arch] and used.registers <= (255 if arch in NVIDIA else 512)
-    assert used.registers >= 32, "a kernel that the assembler could not place is a trap of four registers"
+    trap = arch in NVIDIA and used.registers < 32
+    assert not trap, "a kernel that NVIDIA's assembler could not place is a trap of four registers"
     assert (meta.num_ctas, meta.global_scratch_size, meta.profile_scratch_size) == (1, 0, 0), "plain launches"
 
 
@@ -314,7 +315,8 @@ def others() -> list[Any]:
         ),
         ("bfloat16", "float64"),
     ):
-        quick = dtype == "bfloat16" and arch == "sm_90" and state != "carried"
+        often = arch == "sm_90" and state != "carried" or (arch, kernel) == ("sm_100", "output")
+        quick = dtype == "bfloat16" and often
         marks = () if quick else pytest.mark.slow
         found.append(pytest.param(arch, kernel, state, dtype, id=f"{arch}-{kernel}-{state}-{dtype}", marks=marks))
     return found
