@@ -199,3 +199,11 @@ def test_gradients_in_numpy_are_noted() -> None:
 def test_backward_is_a_flag() -> None:
     with pytest.raises(SpecError, match="^backward: got 'yes', expected True or False"):
         flashtile.explain((4, 8), backward="yes")
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_few_queries_say_that_they_multiply_in_fp32(backward: bool) -> None:
+    options: Any = {"precision": "bf16", "backward": backward, "kernel": "cpu"}
+    few, many = (flashtile.explain((n, 64), (500, 64), (500, 64), **options) for n in (1, 200))
+    assert few.product.startswith("fma: ") and "the queries are few" in few.product
+    assert "few" not in many.product

@@ -149,9 +149,11 @@ def capabilities(spec: AttentionSpec) -> Capabilities:
 def _decoding(q_len: int, group: int, *choosing: Any) -> Capabilities:
     """Those of passes/decode, for so many rows."""
     able, (_, _, precision, *_) = _capabilities(*choosing, IN_REGISTERS), choosing
+    if precision != "ieee":  # which costs few queries nothing: they wait for the memory
+        product = f"{FMA.name}: multiply-adds in fp32, whatever the precision: the queries are few"
+        able = replace(able, product=product, backward_product=product)
     return replace(
         able,
-        backward_product=able.backward_product if precision == "ieee" else f"{FMA.name}: as the forward of few queries",
         precisions=frozenset(("ieee",)),
         query_block=1,
         tile_q=(max(1, q_len),),
