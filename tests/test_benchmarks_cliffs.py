@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import benchmarks.__main__ as command
-from benchmarks import cliffs, records
+from benchmarks import cliffs, kinds, records
 from benchmarks.cases import Case
 from benchmarks.cliffs import Line, work
 from benchmarks.driver import CaseResult, Measurement
@@ -175,14 +175,14 @@ def test_the_part_checks_times_writes_and_reports(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(cliffs, "AXES", {"options": options, "layouts": layouts})
     arguments = ["--parts", "cliffs", "--threads", "1", "--peers", "flashtile", "--output", str(tmp_path)]
     assert command.main(arguments) == 0
-    _, rows = records.read(tmp_path / records.CLIFFS)
+    _, rows = records.read(kinds.folder_here(tmp_path) / records.CLIFFS)
     assert len(rows) == len(cliffs.OPTIONS) + len(LAYOUTS)
     assert {row["status"] for row in rows} == {"timed"}, [row["why"] for row in rows]
     assert all(row["samples"] == "3" and math.isfinite(float(row["median_seconds"])) for row in rows)
     said = capsys.readouterr().out
     assert f"of {len(rows)} shapes, the worst first" in said and "not measured:" not in said
-    assert "Above 1.5 times a neighbour" in (tmp_path / "table.txt").read_text()
+    assert "Above 1.5 times a neighbour" in (kinds.folder_here(tmp_path) / "table.txt").read_text()
     before = [row for row in rows if row["case"].startswith("o-")]
     assert command.main([*arguments, "--axes", "layouts"]) == 0
-    after = records.read(tmp_path / records.CLIFFS)[1]
+    after = records.read(kinds.folder_here(tmp_path) / records.CLIFFS)[1]
     assert [row for row in after if row["case"].startswith("o-")] == before
