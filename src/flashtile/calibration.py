@@ -19,12 +19,7 @@ from flashtile.dtypes import DTYPES
 from flashtile.errors import KernelError
 
 __all__ = ["Calibration", "calibrate"]
-
-
-def __dir__() -> list[str]:
-    """The public names, and not what stands beside them."""
-    return __all__
-
+__dir__ = __all__.copy  # the public names, and not what stands beside them
 
 ROUNDS = 4
 MESSAGES = 20

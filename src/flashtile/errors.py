@@ -8,11 +8,7 @@ import reprlib
 from collections.abc import Mapping
 
 __all__ = ["FlashtileError", "KernelError", "KeywordError", "SpecError", "UnavailableError"]
-
-
-def __dir__() -> list[str]:
-    """The public names, and not what stands beside them."""
-    return __all__
+__dir__ = __all__.copy  # the public names, and not what stands beside them
 
 
 class FlashtileError(Exception):

@@ -29,12 +29,7 @@ if TYPE_CHECKING:
     from flashtile.spec import AttentionSpec
 
 __all__ = ["Simulation", "plot", "simulate"]
-
-
-def __dir__() -> list[str]:
-    """The public names, and not what stands beside them."""
-    return __all__
-
+__dir__ = __all__.copy  # the public names, and not what stands beside them
 
 TILE = 960  # as flashtile.starpu_mpi's
 FREE = "latency", "message", "share", "start"  # numbers that may be 0

@@ -38,12 +38,7 @@ from flashtile.signature import Align, Precision, Window
 from flashtile.spec import AttentionSpec
 
 __all__ = ["TILE", "attention", "attention_backward", "part"]
-
-
-def __dir__() -> list[str]:
-    """The public names, and not what stands beside them."""
-    return __all__
-
+__dir__ = __all__.copy  # the public names, and not what stands beside them
 
 Whole = tuple[Any, Any, Any]  # q, k and v of all ranks together: what has their shapes and dtypes
 

@@ -45,11 +45,7 @@ __all__ = [
     "key_orders",
     "ulp",
 ]
-
-
-def __dir__() -> list[str]:
-    """The public names, and not what stands beside them."""
-    return __all__
+__dir__ = __all__.copy  # the public names, and not what stands beside them
 
 
 def expect(

@@ -20,12 +20,7 @@ from flashtile.errors import SpecError, UnavailableError, described, wrong
 from flashtile.score.mask import as_mask
 
 __all__ = ["LazyMask", "attention", "mask", "register"]
-
-
-def __dir__() -> list[str]:
-    """The public names, and not what stands beside them."""
-    return __all__
-
+__dir__ = __all__.copy  # the public names, and not what stands beside them
 
 Tensor = torch.Tensor
 Window = tuple[int | None, int | None]

@@ -30,12 +30,7 @@ __all__ = [
     "install",
     "uninstall",
 ]
-
-
-def __dir__() -> list[str]:
-    """The public names, and not what stands beside them."""
-    return __all__
-
+__dir__ = __all__.copy  # the public names, and not what stands beside them
 
 Tensor = torch.Tensor
 

@@ -19,11 +19,7 @@ from flashtile.jax.native import target_of
 from flashtile.jax.run import attend, kinds_of, register
 
 __all__ = ["dot_product_attention"]
-
-
-def __dir__() -> list[str]:
-    """The public names, and not what stands beside them."""
-    return __all__
+__dir__ = __all__.copy  # the public names, and not what stands beside them
 
 
 def dot_product_attention(

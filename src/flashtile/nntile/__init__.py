@@ -50,11 +50,7 @@ __all__ = [
     "register",
     "wrap",
 ]
-
-
-def __dir__() -> list[str]:
-    """The public names, and not what stands beside them."""
-    return __all__
+__dir__ = __all__.copy  # the public names, and not what stands beside them
 
 
 def flash_sdpa_fwd(

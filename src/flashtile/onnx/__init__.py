@@ -18,12 +18,7 @@ from flashtile.errors import FlashtileError, described, rename, wrong
 from flashtile.onnx.export import translations
 
 __all__ = ["Attention", "attention", "translations"]
-
-
-def __dir__() -> list[str]:
-    """The public names, and not what stands beside them."""
-    return __all__
-
+__dir__ = __all__.copy  # the public names, and not what stands beside them
 
 _SCORES, _CAPPED, _BIASED, _WEIGHTS = range(4)  # qk_matmul_output_mode
 # What our signature calls otherwise, for the first word of an error's message.

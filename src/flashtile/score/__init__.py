@@ -44,8 +44,4 @@ __all__ = [
     "varlen",
     "window",
 ]
-
-
-def __dir__() -> list[str]:
-    """The public names, and not what stands beside them."""
-    return __all__
+__dir__ = __all__.copy  # the public names, and not what stands beside them

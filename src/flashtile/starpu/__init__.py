@@ -64,12 +64,7 @@ __all__ = [
     "workers",
     "wrap",
 ]
-
-
-def __dir__() -> list[str]:
-    """The public names, and not what stands beside them."""
-    return __all__
-
+__dir__ = __all__.copy  # the public names, and not what stands beside them
 
 FLOWS = ("cpu", "vanilla")
 

@@ -19,11 +19,6 @@ __all__ = [
     "uninstall",
     "varlen_attn",
 ]
-
-
-def __dir__() -> list[str]:
-    """The public names, and not what stands beside them."""
-    return __all__
-
+__dir__ = __all__.copy  # the public names, and not what stands beside them
 
 team.lend()
