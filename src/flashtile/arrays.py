@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,6 +96,15 @@ def extent_of(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -
     below = sum(span for span in spans if span < 0)
     above = sum(span for span in spans if span > 0)
     return below, above + itemsize
+
+
+def check_outside(argument: str, memory: tuple[int, int], read: Iterable[tuple[str, int, int]]) -> None:
+    """Raise SpecError if an array spans bytes that are read as something else; memory: its (first, last), read: (name,
+    first, last) of each."""
+    first, last = memory
+    for name, begin, end in read:
+        if max(first, begin) < min(last, end):
+            raise wrong(argument, f"an array within the memory that {name} spans", "memory of its own")
 
 
 @functools.lru_cache(maxsize=256)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from flashtile.arrays import address_of, is_dask, is_stored, is_torch, plain, view_of
+from flashtile.arrays import address_of, check_outside, is_dask, is_stored, is_torch, plain, view_of
 from flashtile.calls import describe, family_of, gathered
 from flashtile.calls.prepared import check_out
 from flashtile.checks import check_flag, integer
@@ -131,8 +131,6 @@ def _target(
     for name, x in zip("qkv", inputs, strict=True):
         if isinstance(x, np.ndarray) and np.may_share_memory(out, x):
             raise wrong("out", f"an array within the memory that {name} spans", "memory of its own")
-    first, last = (address_of(out) + end for end in view_of(out).extent())
-    for name, begin, end in beside:
-        if max(first, begin) < min(last, end):
-            raise wrong("out", f"an array within the memory that {name} spans", "memory of its own")
+    below, above = view_of(out).extent()
+    check_outside("out", (address_of(out) + below, address_of(out) + above), beside)
     yield out, lambda: out

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from flashtile import engines, kernels
-from flashtile.arrays import View, contiguous, view_of
+from flashtile.arrays import View, check_outside, contiguous, view_of
 from flashtile.calls.request import Options, as_name
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import wrong
@@ -201,9 +201,7 @@ def check_apart(
     Arrays that interleave within one span count as sharing: telling them apart can take exponential time.
     """
     below, above = call.extents[0]
-    first, last = o + below, o + above
+    memory = o + below, o + above
     inputs = zip("qkv", (q, k, v), call.extents[1:], strict=True)
     read = [(name, at + below, at + above) for name, at, (below, above) in inputs]
-    for name, begin, end in (*read, *read_beside(scoring, offsets)):
-        if max(first, begin) < min(last, end):
-            raise wrong("out", f"an array within the memory that {name} spans", "memory of its own")
+    check_outside("out", memory, (*read, *read_beside(scoring, offsets)))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from flashtile.arrays import address_of, plain
+from flashtile.arrays import address_of, check_outside, plain
 from flashtile.checks import integer
 from flashtile.dtypes import DTYPES, DType, dtype_of
 from flashtile.errors import described, wrong
@@ -247,6 +247,4 @@ GRADIENTS = ("dK", "dQ", "dV")
 def check_apart(spans: dict[str, tuple[int, int]], written: Collection[str] = STATE) -> None:
     """What is written shares no byte with anything else."""
     for name in written:
-        for other, span in spans.items():
-            if other != name and max(span[0], spans[name][0]) < min(span[1], spans[name][1]):
-                raise wrong(name, f"an array within the memory that {other} spans", "memory of its own")
+        check_outside(name, spans[name], ((other, *span) for other, span in spans.items() if other != name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from flashtile.arrays import check_outside
 from flashtile.dtypes import DTYPES, DType
 from flashtile.engines.starpu.tiles import TiledTensor
 from flashtile.engines.starpu.units import of_keys
@@ -79,10 +80,9 @@ def check_apart(outputs: dict[str, TiledTensor], every: dict[str, TiledTensor]) 
 def check_read(outputs: dict[str, TiledTensor], scoring: Scoring | None, offsets: np.ndarray | None) -> None:
     """Raise SpecError for an output in the memory of what changes scores: tasks read that where the caller has it, and
     no handle says so."""
-    for other, first, last in read_beside(scoring, offsets):
-        for name, out in outputs.items():
-            if max(first, out.extent[0]) < min(last, out.extent[1]):
-                raise wrong(name, f"an array within the memory that {other} spans", "memory of its own")
+    read = tuple(read_beside(scoring, offsets))
+    for name, out in outputs.items():
+        check_outside(name, out.extent, read)
 
 
 def check_gradients(given: dict[str, TiledTensor]) -> None:
