@@ -205,6 +205,7 @@ def test_varlen_attn_of_pages() -> None:
         ({"max_q": 6}, "^max_q: got 6, expected an integer, at least 7"),
         ({"enable_gqa": False}, "^key: got 2 heads beside 4"),
         ({"num_splits": 1}, "^num_splits: got 1, expected None"),
+        ({"window_size": None}, r"^window_size: got None, expected \(left, right\)"),
         ({"seqused_k": torch.tensor([6, 1, 1])}, r"^seqused_k: got .*expected \(3,\) integers, at most \[5, 4, 7\]"),
         ({"block_table": torch.tensor([[0]])}, "^seqused_k: got None with a block_table"),
         ({"seqused_k": USED, "value": torch.ones(9, 2, 8)}, r"^value: got shape \(9, 2, 8\), expected \(16, \.\.\.\)"),

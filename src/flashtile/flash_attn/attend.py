@@ -11,7 +11,7 @@ import flashtile.torch
 from flashtile.checks import check_flag
 from flashtile.errors import FlashtileError, described, rename, wrong
 from flashtile.torch import packed
-from flashtile.torch.packed import Lengths
+from flashtile.torch.packed import Lengths, check_window_size
 from flashtile.torch.tensors import check_ranks
 
 Tensor = torch.Tensor
@@ -62,8 +62,7 @@ class Options(NamedTuple):
         for name in ("score_mod", "mask_mod"):
             if (function := getattr(self, name)) is not None and not callable(function):
                 raise wrong(name, described(function), "a function")
-        if not isinstance(self.window_size, (tuple, list)) or len(self.window_size) != 2:
-            raise wrong("window_size", described(self.window_size), "(left, right), -1 being open on that side")
+        check_window_size(self.window_size)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Any:

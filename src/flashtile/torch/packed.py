@@ -70,6 +70,12 @@ def attend(
     return o[0].transpose(0, 1).contiguous(), lse[0]
 
 
+def check_window_size(window_size: Any) -> None:
+    """Raise SpecError unless it is a pair, as flash-attn's and torch's signatures have it."""
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise wrong("window_size", described(window_size), "(left, right), -1 being open on that side")
+
+
 def _within(bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The number of each position's sequence, and the position within it."""
     lengths = np.diff(bounds)

@@ -11,7 +11,7 @@ from flashtile.checks import check_flag
 from flashtile.errors import FlashtileError, described, rename, wrong
 from flashtile.score.varlen import boundaries
 from flashtile.torch import packed
-from flashtile.torch.packed import Lengths
+from flashtile.torch.packed import Lengths, check_window_size
 from flashtile.torch.tensors import check_ranks
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def varlen_attn(
     Source:   PyTorch 2.13, torch.nn.attention.varlen.
     """
     check_flag("enable_gqa", enable_gqa)
+    check_window_size(window_size)
     wants_lse = False if return_aux is None else getattr(return_aux, "lse", None)
     if not isinstance(wants_lse, bool):
         raise wrong("return_aux", described(return_aux), "an AuxRequest, or None")
