@@ -292,7 +292,8 @@ class _Decode:
             self.copy_rows(f, rows=rows, out=self.at_k, width=padded)
         at, stride = f.select(packed, self.at_k, k.at), f.select(packed, padded * c.element, p.k_s)
         block, queries = Keys(at, stride, padded, self.at_mask), Panel(self.at_q, Line(c.words, 1))
-        self.score_tiles(f, queries=queries, keys=block, scores=self.scores, count=keys, rows=item.rows)
+        counts = {"count": keys, "block_keys": keys, "rows": item.rows}
+        self.score_tiles(f, queries=queries, keys=block, scores=self.scores, **counts)
 
     def _finish(self, item: _Item, split: Value) -> None:
         f, p, c = self.f, self.p, self.c

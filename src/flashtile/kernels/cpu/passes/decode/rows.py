@@ -17,6 +17,7 @@ from flashtile.llvm.lines import Rows, Words
 from flashtile.llvm.routines import Routine
 from flashtile.llvm.types import like, vector
 
+CACHE_LINE = 64  # bytes
 BITS = {"i16": "i16", "float": "i32", "double": "i64"}  # integers as wide as an element in memory
 
 
@@ -191,22 +192,22 @@ def address(pointer: Value) -> Value:
     return pointer.function.cast("ptrtoint", pointer, "i64")
 
 
-def keys_ahead(c: Config, stride: Value, count: Value) -> Value:
-    """How far ahead, in bytes, memory is told what comes, where a tile of several rows reads keys out of order.
+def bytes_ahead(c: Config, stride: Value, block_keys: Value, rows: int) -> Value:
+    """How far ahead memory is told what a tile of so many rows will read, of a block with so many keys.
 
-    For 16-bit types that is the same place in the next key block, which spans the change from K to V and back.  A block
-    with fewer keys is the last: what lies beyond may be no memory at all, and to find that out takes longer than to
-    read.
+    For 16-bit types that is the same place in the next key block, which spans the change from K to V and back, and half
+    as far where a single row reads in the order of addresses.  A block with fewer keys is the last: what lies beyond
+    may be no memory at all, and to find that out takes longer than to read.
     """
-    f = count.function
-    return f.select(count < c.key_block, f.const("i64", 0), stride * (256 // c.element))
+    f, keys = block_keys.function, (256 if rows > 1 else 128) // c.element
+    return f.select(block_keys < c.key_block, f.const("i64", 0), stride * keys)
 
 
 def prefetch(at: Value) -> None:
-    """Ask for a line of memory to be brought into the second-level cache; any address will do."""
+    """Ask for a line of memory to be brought into the nearest cache; any address will do."""
     f = at.function
-    read_it, second_level, data = (f.const("i32", n) for n in (0, 2, 1))
-    f.intrinsic("llvm.prefetch.p0", "void", [at, read_it, second_level, data])
+    read_it, nearest, data = (f.const("i32", n) for n in (0, 3, 1))
+    f.intrinsic("llvm.prefetch.p0", "void", [at, read_it, nearest, data])
 
 
 def read_slot(f: Function, c: Config, at: Value, mask: Value | None = None) -> Value:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from flashtile.kernels.cpu.config import Config
-from flashtile.kernels.cpu.passes.decode.rows import Keys, Slots, keys_ahead, prefetch, read_slot
+from flashtile.kernels.cpu.passes.decode.rows import CACHE_LINE, Keys, Slots, bytes_ahead, prefetch, read_slot
 from flashtile.llvm.ir import Function, Module, Value
 from flashtile.llvm.lines import Line, Panel, Scores
 from flashtile.llvm.routines import Routine
@@ -28,40 +28,49 @@ def accumulators(c: Config) -> int:
 
 
 def _kinds(c: Config, rows: int) -> dict[str, Any]:
-    """Queries in slots, a register of words for each row, meet ``count`` keys."""
-    scores = Scores.of(Line(c.acc, c.key_block))
-    return {"queries": Panel.of(Line(c.words, rows)), "keys": Keys.kind(), "scores": scores, "count": "i64"}
+    """Queries in slots, a register of words for each row, meet ``count`` keys of a block that has ``block_keys``."""
+    scores, counts = Scores.of(Line(c.acc, c.key_block)), {"count": "i64", "block_keys": "i64"}
+    return {"queries": Panel.of(Line(c.words, rows)), "keys": Keys.kind(), "scores": scores, **counts}
 
 
 def emit_scores(module: Module, c: Config, rows: int) -> Routine:
     """Scores of ``rows`` queries with ``count`` keys: whole tiles of them, then one by one.
 
     The keys of a tile are read abreast, a slot of each, so that a slot of the queries is loaded once for them.  A
-    single row needs no such reuse, and reads key after key: memory in the order of its addresses is foreseen by
-    hardware, better than by a program that names what it will read.
+    single row needs no such reuse, and reads key after key.
     """
     f = Routine(module, f"scores_{rows}", **_kinds(c, rows))
-    queries, keys, scores, count = f.parameters
+    queries, keys, scores, count, block_keys = f.parameters
     tile = min(KEY_TILE, accumulators(c) // rows)
     slots = Slots.of_words(c, keys.size)
-    ahead = keys_ahead(c, keys.stride, count)
+    width = slots.width * c.element
+    per_line = max(1, CACHE_LINE // width)  # slots
+    ahead = bytes_ahead(c, keys.stride, block_keys, rows)
 
     def sums(base: Sequence[Value]) -> list[Value]:
         """Partial sums of every row with the keys at these addresses."""
 
         def step(slot: Value, totals: list[Value], mask: Value | None = None) -> list[Value]:
-            at = slot * (slots.width * c.element) if mask is None else slots.last * c.element
+            at = slot * width if mask is None else slots.last * c.element
             line, totals = queries.line(slot), list(totals)
             words = [line.load(0, r) for r in range(rows)]
             for n, key in enumerate(base):
-                if rows > 1:
-                    prefetch(key + (at + ahead))
                 value = read_slot(f, c, key + at, mask)
                 for place, word in zip(range(n, len(totals), len(base)), words, strict=True):
                     totals[place] = c.product.multiply_add(f, c.isa, totals[place], value, word)
             return totals
 
-        totals = f.fold(0, slots.whole, 1, [f.const(c.vector, 0.0)] * (rows * len(base)), step)
+        def steps(slot: Value, totals: list[Value]) -> list[Value]:
+            for key in base:
+                prefetch(key + (slot * width + ahead))
+            for u in range(per_line):
+                totals = step(slot + u, totals)
+            return totals
+
+        lines = slots.whole // per_line * per_line
+        totals = f.fold(0, lines, per_line, [f.const(c.vector, 0.0)] * (rows * len(base)), steps)
+        if per_line > 1:
+            totals = f.fold(lines, slots.whole, 1, totals, step)
         return f.fold(slots.whole, slots.count, 1, totals, lambda slot, totals: step(slot, totals, keys.mask))
 
     whole = count // tile * tile
@@ -81,7 +90,7 @@ def emit_score_tiles(module: Module, c: Config) -> Routine:
     that stay in the first-level cache while all row tiles meet them."""
     tiles = {rows: emit_scores(module, c, rows) for rows in ROW_TILES}
     f = Routine(module, "score_tiles", **_kinds(c, 1), rows="i64")
-    queries, keys, scores, count, rows = f.parameters
+    queries, keys, scores, count, block_keys, rows = f.parameters
     row_bytes = Slots.of_words(c, keys.size).count * c.register
     with f.range(0, count, SCORED_KEYS) as key:
         left = f.minimum(count - key, SCORED_KEYS)
@@ -89,7 +98,7 @@ def emit_score_tiles(module: Module, c: Config) -> Routine:
         def tile(n: int, row: Value) -> None:
             here = scores.moved((row * c.key_block + key) * c.size)
             some = Panel(queries.at + row * row_bytes, Line(c.words, n))
-            tiles[n](f, queries=some, keys=keys.row(key), scores=here, count=left)
+            tiles[n](f, queries=some, keys=keys.row(key), scores=here, count=left, block_keys=block_keys)
 
         each_row_tile(f, rows, tile)
     f.ret()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flashtile.kernels.cpu.config import Config
-from flashtile.kernels.cpu.passes.decode.rows import Slots, keys_ahead, prefetch
+from flashtile.kernels.cpu.passes.decode.rows import CACHE_LINE, Slots, bytes_ahead, prefetch
 from flashtile.kernels.cpu.passes.decode.scores import ROW_TILES, accumulators, each_row_tile
 from flashtile.kernels.cpu.passes.decode.softmax import RowState, state_line
 from flashtile.kernels.cpu.steps.pack import read
@@ -17,7 +17,6 @@ from flashtile.llvm.lines import Line, Scores, Weights, Words
 from flashtile.llvm.routines import Routine
 from flashtile.llvm.types import vector
 
-CACHE_LINE = 64
 WIDEST = 8  # registers of value columns in a tile
 
 
@@ -107,14 +106,13 @@ def emit_values(module: Module, c: Config, rows: int, vectors: int, contained: R
 def _weighted_sums(f: Routine, c: Config, rows: int, vectors: int) -> list[Value]:
     """The block's sums of weights times values, row by row."""
     _, _, values, weights, _, count, _ = f.parameters
-    ahead = keys_ahead(c, values.stride, count)
+    ahead = bytes_ahead(c, values.stride, count, rows)
 
     def step(word: Value, totals: list[Value], keys: int = c.per_word) -> list[Value]:
         first = word * c.per_word
         at = [values.row(first + u).at for u in range(keys)]
-        ahead_of = at if rows > 1 else []  # a single row reads in order
         for line in range(0, vectors * c.lanes * c.element, CACHE_LINE):
-            for row in ahead_of:
+            for row in at:
                 prefetch(row + (ahead + line))
         columns = _words(f, c, at, vectors)
         factors = [f.splat(weights.load(r, word), c.lanes) for r in range(rows)]
