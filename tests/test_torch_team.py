@@ -14,6 +14,7 @@ import flashtile
 from flashtile import threads as offered
 from flashtile.engines import direct
 from flashtile.errors import KernelError
+from flashtile.kernels import NativeRun, Stage
 from flashtile.plan import Plan
 
 torch = pytest.importorskip("torch")
@@ -36,7 +37,9 @@ def team() -> Iterator[Any]:
 class Counting:
     """A native kernel that counts how often each item runs, and fails at one."""
 
-    scratch_bytes, merge_stage = 100, None
+    scratch_bytes = 100
+    merge_stage: Stage | None = None
+    run: Any
 
     def __init__(self, items: int, failing: int = -1) -> None:
         self.counts, self.failing = [0] * items, failing
@@ -50,6 +53,16 @@ class Counting:
             for item in range(begin, end):
                 self.counts[item] += 1
         return 7 * (begin <= self.failing < end)
+
+
+class CountingMerge(Counting):
+    """The same in two stages, each on a block of the parameters; it fails in the second one."""
+
+    def __init__(self, items: int, merged: int, failing: int = -1) -> None:
+        super().__init__(items)
+        self.merging = Counting(merged, failing)
+        self.run = NativeRun(self.run, 0)
+        self.merge_stage = Stage(merged, NativeRun(self.merging.run, 1), direct.SHORT_FLOPS, 64)
 
 
 def prepared(kernel: Counting, flops: int = direct.SHORT_FLOPS) -> Any:
@@ -127,6 +140,37 @@ def test_the_bits_are_those_of_the_pool(team: Any, threads: Callable[[int], None
     offered.lend(None)
     assert all(map(torch.equal, ours, results()))
     assert len(calls) == 2
+
+
+def in_parts() -> list[Any]:
+    """Of one head: its keys are computed in parts, and so is dQ."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (1, 1, 24, 64), (1, 1, 4096, 64), (1, 1, 4096, 64)
+    q, k, v = (torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes)
+    o = flashtile.torch.attention(q, k, v)
+    few = flashtile.torch.attention(q.detach()[:, :, :8], k.detach(), v.detach())
+    return [few, o.detach(), *torch.autograd.grad(o.square().sum(), (q, k, v))]
+
+
+def test_keys_in_parts_go_to_the_team(team: Any, threads: Callable[[int], None]) -> None:
+    """As those of a decoder's step, between two of torch's operators; the merge of their results is small."""
+    threads(2)
+    calls = []
+    offered.lend(lambda: lambda *given: (calls.append(given[2]), team(*given))[1])
+    ours = in_parts()
+    assert len(calls) == 3 and min(calls) > 1
+    offered.lend(None)
+    assert all(map(torch.equal, ours, in_parts()))
+
+
+def test_a_merge_that_is_not_small_goes_to_the_team(team: Any, threads: Callable[[int], None]) -> None:
+    threads(2)
+    kernel = CountingMerge(8, 10, failing=7)
+    with pytest.raises(KernelError, match=r"merging the parts of rows \[7, 8\) of 10 failed: status 7"):
+        prepared(kernel)((b"parameters", b"parameters"))
+    kernel = CountingMerge(8, 10)
+    prepared(kernel)((b"parameters", b"parameters"))
+    assert kernel.counts == [1] * 8 and kernel.merging.counts == [1] * 10
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

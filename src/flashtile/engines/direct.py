@@ -113,41 +113,56 @@ def _is_small(plan: Plan) -> bool:
 
 def prepare(plan: Plan, kernel: Runnable) -> Run:
     """Bind a compiled kernel to its plan. The result may be called from any thread, many times at once."""
-    items, scratch_bytes, run_items, merge = plan.items, kernel.scratch_bytes, kernel.run, kernel.merge_stage
-    small = _is_small(plan)
-    first = Stage(items, run_items, plan.flops, 0)
-    native = isinstance(run_items, _Native) and items > 1 and not plan.at_once
-    short = native and SMALL_FOR_TEAM < plan.flops <= SHORT_FLOPS
+    merge, scratch_bytes = kernel.merge_stage, kernel.scratch_bytes
+    items = _bound(plan, Stage(plan.items, kernel.run, plan.flops, 0), scratch_bytes, _is_small(plan))
+    if merge is None:
+        return items
+    merged = _bound(plan, merge, scratch_bytes, plan.at_once or merge.work <= SMALL_FLOPS)
+
+    def run(params: Any, report: Report | None = None) -> None:
+        items(params, report)
+        merged(params)
+
+    return run
+
+
+def _bound(plan: Plan, stage: Stage, scratch_bytes: int, small: bool) -> Run:
+    """A stage of a plan, on this thread if it is small, on another library's if it is short, or on the pool's."""
+    items, run_items = stage.items, stage.run
+    function = getattr(run_items, "function", run_items)
+    block = getattr(run_items, "block", None)
+    native = isinstance(function, _Native) and items > 1 and not plan.at_once
+    short = native and SMALL_FOR_TEAM < stage.work <= SHORT_FLOPS
 
     def run(params: Any, report: Report | None = None) -> None:
         if short and report is None and (lent := team()) is not None and (threads := get_num_threads()) > 1:
-            _give_away(lent, plan, run_items, scratch_bytes, params, min(threads, items))
+            given = params if block is None else params[block]
+            _give_away(lent, plan, stage, function, scratch_bytes, given, min(threads, items))
         elif small and report is None:
             if items:
                 scratch = _scratch(scratch_bytes)
                 try:
                     status = run_items(params, 0, items, scratch.address)
                 except Exception as cause:
-                    raise _failure(plan, 0, items, str(cause)) from cause
+                    raise _failure(plan, stage, 0, items, str(cause)) from cause
                 if status:
-                    raise _failure(plan, 0, items, f"status {status}")
+                    raise _failure(plan, stage, 0, items, f"status {status}")
         else:
-            _Job(plan, first, scratch_bytes, params).run(1 if small else get_num_threads(), report)
-        if merge is not None:
-            threads = 1 if plan.at_once or merge.work <= SMALL_FLOPS else get_num_threads()
-            _Job(plan, merge, scratch_bytes, params).run(threads, None)
+            _Job(plan, stage, scratch_bytes, params).run(1 if small else get_num_threads(), report)
 
     return run
 
 
-def _give_away(lent: Team, plan: Plan, run_items: Any, scratch_bytes: int, params: bytes | int, members: int) -> None:
-    """All items of a native kernel on the threads of another library."""
+def _give_away(
+    lent: Team, plan: Plan, stage: Stage, function: Any, scratch_bytes: int, params: bytes | int, members: int
+) -> None:
+    """All items of a native stage on the threads of another library."""
     step = -(-scratch_bytes // CACHE_LINE) * CACHE_LINE
     scratch = _scratch(step * members)
-    share = max(1, plan.items // (RANGES_PER_THREAD * members))
-    begin, status = lent(run_items, params, plan.items, share, scratch.address, step, members)
+    share = max(1, stage.items // (RANGES_PER_THREAD * members))
+    begin, status = lent(function, params, stage.items, share, scratch.address, step, members)
     if status:
-        raise _failure(plan, begin, min(begin + share, plan.items), f"status {status}")
+        raise _failure(plan, stage, begin, min(begin + share, stage.items), f"status {status}")
 
 
 class _Job:
@@ -231,15 +246,10 @@ class _Job:
         try:
             status = self.stage.run(self.params, begin, end, scratch)
         except Exception as cause:
-            error = self._failure(begin, end, str(cause))
+            error = _failure(self.plan, self.stage, begin, end, str(cause))
             error.__cause__ = cause
             return error
-        return self._failure(begin, end, f"status {status}") if status else None
-
-    def _failure(self, begin: int, end: int, what: str) -> KernelError:
-        if self.stage.workspace_bytes:
-            return KernelError(f"merging the parts of rows [{begin}, {end}) of {self.items} failed: {what}")
-        return _failure(self.plan, begin, end, what)
+        return _failure(self.plan, self.stage, begin, end, f"status {status}") if status else None
 
     def _account(self, begin: int, end: int, seconds: float, error: KernelError | None) -> None:
         self.done += end - begin
@@ -261,7 +271,9 @@ class _Job:
                 continue
 
 
-def _failure(plan: Plan, begin: int, end: int, what: str) -> KernelError:
+def _failure(plan: Plan, stage: Stage, begin: int, end: int, what: str) -> KernelError:
+    if stage.workspace_bytes:
+        return KernelError(f"merging the parts of rows [{begin}, {end}) of {stage.items} failed: {what}")
     batch, head, query_tile, _ = plan.locate(begin)
     where = f"batch {batch}, head {head}, query tile {query_tile}"
     return KernelError(f"a kernel failed in work items [{begin}, {end}) of {plan.items}, from {where}: {what}")

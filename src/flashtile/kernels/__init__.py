@@ -76,6 +76,18 @@ class Keys(NamedTuple):
     v: Strides
 
 
+@dataclass(frozen=True, slots=True)
+class NativeRun:
+    """`Runnable.run` in native code, on one of the blocks that a call's parameters are made of."""
+
+    function: Any  # of ctypes
+    block: int
+
+    def __call__(self, params: Any, begin: int, end: int, scratch: int) -> int:
+        status: int = self.function(params[self.block], begin, end, scratch)
+        return status
+
+
 class Stage(NamedTuple):
     """Work that follows the items of a plan: the merge of their partial results."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from flashtile.arrays import address_of
-from flashtile.kernels import Area, Inside, Stage, Step, Strides, Template
+from flashtile.kernels import Area, Inside, NativeRun, Stage, Step, Strides, Template
 from flashtile.kernels.cpu import backward_config, scratch
 from flashtile.kernels.cpu.array_sums import ArrayPlan, ArraySums, Items
 from flashtile.kernels.cpu.block import BACKWARD, band_of, scores_in_nats, split_scale
@@ -95,8 +95,7 @@ class Backward:
         items = Items(spec.batch, spec.kv_heads, splits)
         self._arrays = ArrayPlan(readings(c.code, c.arrays), dict(arrays), c, items)
         if splits > 1 or arrays:
-            native = self.run
-            self.run = self._arrays.run(lambda call, *items: native(call.items, *items))
+            self.run = self._arrays.run(NativeRun(self.run, Params._fields.index("items")))
         if splits > 1:
             self._split(splits)
         self.plan = _chained(self.plan, self._arrays.shared)
@@ -121,10 +120,10 @@ class Backward:
         row = spec.head_size * c.size
         rows = spec.batch * spec.heads * spec.q_len
         self._dq = (spec.heads * spec.q_len * row, spec.q_len * row, row, c.size)
-        self._add = adding = _adding(replace(c, code=None, partial=False, arrays=(), dropout=False))
+        self._add = _adding(replace(c, code=None, partial=False, arrays=(), dropout=False))
         self.merge_stage = Stage(
             items=rows,
-            run=lambda call, begin, end, scratch: adding(call.merge, begin, end, scratch),
+            run=NativeRun(self._add, Params._fields.index("merge")),
             work=rows * spec.head_size * splits,
             workspace_bytes=splits * rows * row,
         )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from flashtile.arrays import address_of
-from flashtile.kernels import Inside, Stage, Step, Strides, Template
+from flashtile.kernels import Inside, NativeRun, Stage, Step, Strides, Template
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.passes import merge
 from flashtile.kernels.cpu.passes.decode import kernel as decode
@@ -59,10 +59,8 @@ def _merge_words(c: Config, o: Strides, heads: int, q_len: int, value_size: int)
 
 
 @functools.lru_cache(maxsize=256)
-def _merge_entry(c: Config) -> tuple[Callable[..., int], Callable[[InParts, int, int, int], int]]:
-    """The native function of that merge, and the same taking a call's parameters."""
-    run = entry("merge", _merge_config(c))
-    return run, lambda call, begin, end, scratch: run(call.merge, begin, end, scratch)
+def _merge_run(c: Config) -> NativeRun:
+    return NativeRun(entry("merge", _merge_config(c)), InParts._fields.index("merge"))
 
 
 class InParts(NamedTuple):
@@ -73,9 +71,9 @@ class InParts(NamedTuple):
     workspace: np.ndarray
 
 
-def first_stage(run: Callable[..., int]) -> Callable[[InParts, int, int, int], int]:
+def first_stage(function: Callable[..., int]) -> NativeRun:
     """The native function of the items of a plan in parts, taking the call's parameters."""
-    return lambda call, begin, end, scratch: run(call.parts, begin, end, scratch)
+    return NativeRun(function, InParts._fields.index("parts"))
 
 
 class Merge:
@@ -94,10 +92,10 @@ class Merge:
         self._lse_at = plan.splits * o_split
         words = _merge_words(c, o, spec.heads, spec.q_len, spec.value_size)
         self._tail = merge.CALL.tail({**words, "splits": plan.splits, **self.steps})
-        self._native, run = _merge_entry(c)
+        self._run = _merge_run(c)
         self.stage = Stage(
             items=rows,
-            run=run,
+            run=self._run,
             work=MERGE_WORK * rows * spec.value_size * plan.splits,
             workspace_bytes=plan.splits * (o_split + lse_split),
         )
@@ -120,7 +118,7 @@ class Merge:
         own |= {"sinks": "sinks"} if sinks else {}
         places = found.places + tuple((WORD * block.index[name], x) for name, x in (("o", o), ("lse", lse)))
         places += tuple((at + WORD * merge.CALL.index[name], x) for name, x in own.items())
-        steps = (*found.steps, Step(self._native, self.stage.items, at))
+        steps = (*found.steps, Step(self._run.function, self.stage.items, at))
         return found._replace(memory=memory, places=places, steps=steps, room=self.stage.workspace_bytes)
 
 
