@@ -217,7 +217,43 @@ def call(kind: str) -> dict[str, float]:
     return take_turns(ours, other, 6)
 
 
-MEASUREMENTS: dict[str, Callable[..., dict[str, float]]] = {x.__name__: x for x in (varlen, llama_step, minilm, call)}
+def llama_token(dtype: str) -> dict[str, float]:
+    """Attention of two layers as large as Llama 3 8B's, projections included, for one token after 8,192: torch's
+    threads have just multiplied when attention begins."""
+    import torch
+
+    import flashtile.torch
+
+    heads, kv_heads, length, size = 32, 8, 8192, 128
+    kind, width = getattr(torch, dtype), heads * size
+    rows = heads, kv_heads, kv_heads, heads  # of the projections: q, k, v, o
+
+    def layer() -> list[Any]:
+        weights = [torch.randn(n * size, width, dtype=kind) / width**0.5 for n in rows]
+        return [*weights, *(torch.randn(1, kv_heads, length, size, dtype=kind) for _ in "kv")]
+
+    layers = [layer(), layer()]
+    token = torch.randn(1, 1, width, dtype=kind)
+
+    def step(attend: Callable[..., Any], layers: Sequence[Sequence[Any]], x: Any) -> Any:
+        for wq, wk, wv, wo, k, v in layers:
+            q = (x @ wq.T).view(1, 1, heads, size).transpose(1, 2)
+            for weight, cache in ((wk, k), (wv, v)):
+                cache[:, :, -1:] = (x @ weight.T).view(1, 1, kv_heads, size).transpose(1, 2)
+            x = x + attend(q, k, v, enable_gqa=True).transpose(1, 2).reshape(1, 1, width) @ wo.T
+        return x
+
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    ours = functools.partial(step, flashtile.torch.scaled_dot_product_attention, layers, token)
+    other = functools.partial(step, sdpa, layers, token)
+    with torch.no_grad():
+        check([ours()], [other()], [step(sdpa, [[x.double() for x in layer] for layer in layers], token.double())])
+        return take_turns(ours, other, 6)
+
+
+MEASUREMENTS: dict[str, Callable[..., dict[str, float]]] = {
+    x.__name__: x for x in (varlen, llama_step, llama_token, minilm, call)
+}
 
 
 def measure(name: str, *arguments: str) -> dict[str, float]:

@@ -24,6 +24,8 @@ ROWS = (
     Row(("varlen", "causal"), "varlen, 64 causal sequences, beside padded sdpa", 2.0),
     Row(("llama_step", "step"), "Llama, a training step of 4,096 tokens, beside sdpa", 1.3),
     Row(("llama_step", "attention"), "Llama, the attention of that step, beside sdpa"),
+    Row(("llama_token", "bfloat16"), "Llama 3 8B, attention of a token after 8,192, bf16, beside sdpa", 4.0),
+    Row(("llama_token", "float32"), "Llama 3 8B, attention of a token after 8,192, fp32, beside sdpa", 1.0),
     *(
         Row(("minilm", str(n), kind), f"MiniLM, {n} tokens{', padded' * (kind == 'padded')}, beside sdpa", 1.0)
         for n in (16, 64, 256)
