@@ -47,6 +47,12 @@ def emit_scores(module: Module, c: Config, rows: int) -> Routine:
     per_line = max(1, CACHE_LINE // width)  # slots
     ahead = bytes_ahead(c, keys.stride, block_keys, rows)
 
+    # Lines are asked for in the order of their addresses, not of reading: key by key, where keys adjoin.
+    abreast = tile if rows > 1 else 1
+    adjoin = keys.stride.eq(slots.whole * width)
+    apart = f.select(adjoin, f.const("i64", CACHE_LINE), keys.stride)
+    reach = f.select(adjoin, f.const("i64", width * abreast), f.const("i64", width))
+
     def sums(base: Sequence[Value]) -> list[Value]:
         """Partial sums of every row with the keys at these addresses."""
 
@@ -61,8 +67,8 @@ def emit_scores(module: Module, c: Config, rows: int) -> Routine:
             return totals
 
         def steps(slot: Value, totals: list[Value]) -> list[Value]:
-            for key in base:
-                prefetch(key + (slot * width + ahead))
+            for n in range(len(base)):
+                prefetch(base[0] + (ahead + n * apart + slot * reach))
             for u in range(per_line):
                 totals = step(slot + u, totals)
             return totals
