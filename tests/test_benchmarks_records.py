@@ -195,3 +195,35 @@ def test_how_jax_enters_is_measured() -> None:
     found = json.loads(done.stdout)
     assert found["forward"] > 0 and found["gradient"] > 0
     assert not found["python forward"] and not found["python gradient"]
+
+
+# What a row of README.md's table holds: cases by how their names begin, the forward's or the gradients'.
+SUMMARY = {
+    "dense": ("forward", ("1k64", "2k128", "4k64", "512")),
+    "causal": ("forward", ("causal-",)),
+    "a window of 512 on 8,192 rows": ("forward", ("window",)),
+    "one query on 8,192 keys": ("forward", ("decode",)),
+    "gradients": ("backward", ("1k64-b", "2k128-b", "4k64-b", "causal-", "gqa-b")),
+}
+
+
+def summary(part: str, kind: str, dtype: str, names: tuple[str, ...]) -> str:
+    """The least and the largest measured ratio to the best peer, as the table gives them."""
+    _, rows = records.read(ROOT / "docs" / "benchmarks" / f"{part}-{kind}.csv")
+    starts = tuple(f"{dtype}-{name}" for name in names)
+    mine = [row for row in rows if row["subject"].startswith(starts) and row["measure"] == "times the best peer"]
+    found = sorted({float(row["value"]) for row in mine if row["value"]})
+    told = dict.fromkeys(f"{x:.1f}" if x < 9.95 else f"{x:.0f}" for x in (found[:1] + found[-1:]))
+    return " to ".join(told)
+
+
+def test_the_readme_says_what_was_measured() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    head = lines.index("| | fp32 | bf16 | fp16 |")
+    told = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[head + 2 : head + 2 + len(SUMMARY)]]
+    for name, *cells in told:
+        part, names = SUMMARY[name]
+        for dtype, cell in zip(("f32", "bf16", "f16"), cells, strict=True):
+            kinds_of = [summary(part, kind, dtype, names) for kind in ("zen4", "zen5")]
+            assert cell == " / ".join(filter(None, kinds_of)), (name, dtype)
+    assert [name for name, *_ in told] == list(SUMMARY)
