@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -62,10 +64,10 @@ class CountingMerge(Counting):
         super().__init__(items)
         self.merging = Counting(merged, failing)
         self.run = NativeRun(self.run, 0)
-        self.merge_stage = Stage(merged, NativeRun(self.merging.run, 1), direct.SHORT_FLOPS, 64)
+        self.merge_stage = Stage(merged, NativeRun(self.merging.run, 1), direct.ROUND_FLOPS, 64)
 
 
-def prepared(kernel: Counting, flops: int = direct.SHORT_FLOPS) -> Any:
+def prepared(kernel: Counting, flops: int = direct.ROUND_FLOPS) -> Any:
     items = len(kernel.counts)
     plan = Plan(batch=1, heads=1, query_tiles=items, splits=1, tile_q=1, tile_k=1, flops=flops)
     return direct.prepare(plan, kernel)  # type: ignore[arg-type]
@@ -99,20 +101,22 @@ def test_a_status_names_the_place(team: Any, threads: Callable[[int], None]) -> 
 
 
 def test_calls_of_a_length_alone_and_with_threads_alone(team: Any, threads: Callable[[int], None]) -> None:
-    """Neither what one core does sooner, nor what a person may want to end; and none of one thread."""
+    """Neither what one core does sooner, nor what lasts so long that waiting threads do not matter; and none of one
+    thread."""
     asked = []
 
     def spy(*given: Any) -> tuple[int, int]:
-        asked.append(given[2])
+        asked.append(given[3] - given[2])
         return team(*given)
 
     offered.lend(lambda: spy)
     for n, flops, expected in (
         (2, direct.SMALL_FOR_TEAM, []),
         (2, direct.SMALL_FOR_TEAM + 1, [8]),
-        (2, direct.SHORT_FLOPS, [8]),
-        (2, direct.SHORT_FLOPS + 1, []),
-        (1, direct.SHORT_FLOPS, []),
+        (2, direct.ROUND_FLOPS, [8]),
+        (2, direct.LONG_FLOPS, [2, 6]),
+        (2, direct.LONG_FLOPS + 1, []),
+        (1, direct.ROUND_FLOPS, []),
     ):
         asked.clear()
         threads(n)
@@ -122,6 +126,44 @@ def test_calls_of_a_length_alone_and_with_threads_alone(team: Any, threads: Call
     threads(2)
     prepared(Counting(8))(b"parameters", lambda done, total: None)
     assert asked == [], "progress is reported by the pool"
+
+
+def test_rounds_end_in_time_for_an_interrupt(team: Any, threads: Callable[[int], None]) -> None:
+    """A call of 0.3 s and more is handed over in rounds, and an error in one of them ends it."""
+    threads(2)
+    rounds = []
+
+    def spy(*given: Any) -> tuple[int, int]:
+        rounds.append(tuple(given[2:4]))
+        return team(*given)
+
+    class Slow(Counting):
+        def _run(self, params: bytes, begin: int, end: int, scratch: int) -> int:
+            time.sleep(0.005 * (end - begin))
+            return super()._run(params, begin, end, scratch)
+
+    offered.lend(lambda: spy)
+    kernel = Slow(200)
+    prepared(kernel, 10 * direct.ROUND_FLOPS)(b"parameters")
+    assert kernel.counts == [1] * 200 and rounds[0] == (0, 20) and 3 <= len(rounds) <= 12
+    assert [begin for begin, _ in rounds[1:]] == [end for _, end in rounds[:-1]] and rounds[-1][1] == 200
+
+    rounds.clear()
+    failing = Slow(200, failing=25)
+    with pytest.raises(KernelError, match=r"of 200, from batch 0, head 0, query tile 2[0-5]: status 7"):
+        prepared(failing, 10 * direct.ROUND_FLOPS)(b"parameters")
+    assert len(rounds) == 2 and sum(failing.counts) < 200
+
+    def interrupted(*given: Any) -> tuple[int, int]:
+        if given[2]:
+            signal.raise_signal(signal.SIGINT)
+        return team(*given)
+
+    offered.lend(lambda: interrupted)
+    ended = Slow(200)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(ended, 10 * direct.ROUND_FLOPS)(b"parameters")
+    assert sum(ended.counts) == 20
 
 
 def results() -> list[Any]:
@@ -134,7 +176,7 @@ def results() -> list[Any]:
 def test_the_bits_are_those_of_the_pool(team: Any, threads: Callable[[int], None]) -> None:
     threads(2)
     calls = []
-    offered.lend(lambda: lambda *given: (calls.append(given[2]), team(*given))[1])
+    offered.lend(lambda: lambda *given: (calls.append(given[3]), team(*given))[1])
     ours = results()
     assert len(calls) == 2
     offered.lend(None)
@@ -156,7 +198,7 @@ def test_keys_in_parts_go_to_the_team(team: Any, threads: Callable[[int], None])
     """As those of a decoder's step, between two of torch's operators; the merge of their results is small."""
     threads(2)
     calls = []
-    offered.lend(lambda: lambda *given: (calls.append(given[2]), team(*given))[1])
+    offered.lend(lambda: lambda *given: (calls.append(given[3]), team(*given))[1])
     ours = in_parts()
     assert len(calls) == 3 and min(calls) > 1
     offered.lend(None)

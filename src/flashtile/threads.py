@@ -48,14 +48,22 @@ def address_of_number() -> int:
 
 
 class Team(Protocol):
-    """Threads of another library that stay awake, for calls that do not last."""
+    """Threads of another library that stay awake between calls."""
 
     def __call__(
-        self, function: Any, params: bytes | int, items: int, share: int, scratch: int, step: int, members: int
+        self,
+        function: Any,
+        params: bytes | int,
+        begin: int,
+        end: int,
+        share: int,
+        scratch: int,
+        step: int,
+        members: int,
     ) -> tuple[int, int]:
-        """Call function(params, begin, end, scratch of its own) on each of as many members, `share` items at a time,
-        until all are done or one fails: (from which item, its status); a status of 0 is none. params: bytes, or an
-        address. scratch: `step` bytes for each member."""
+        """Call function(params, first, beyond, scratch of its own) on each of as many members, `share` items of those
+        from begin to end at a time, until all are done or one fails: (from which item, its status); a status of 0 is
+        none. params: bytes, or an address. scratch: `step` bytes for each member."""
         ...
 
 

@@ -3,8 +3,9 @@
 Threads take ranges of work items from one counter, so that a slow core takes fewer. The calling thread takes
 part, which makes a call safe from any number of threads at once (nobody waits for a worker that never comes),
 reports progress between its ranges, and notices Ctrl-C there. A problem too small to share runs on the calling
-thread as one native call, and so does one that a device computes at once, with threads of its own. Between these two a
-call goes to the threads of another library that offers them (`threads.team`): they need not be woken.
+thread as one native call, and so does one that a device computes at once, with threads of its own. Where another
+library offers its threads (`threads.team`), all but a long call goes to those: they need not be woken, and while they
+wait for more they would share the processors with ours.
 """
 
 from __future__ import annotations
@@ -33,8 +34,12 @@ if TYPE_CHECKING:
 SMALL_FLOPS = 16_000_000
 # A team that is awake is asked in some 10 us.
 SMALL_FOR_TEAM = 4_000_000
-# What lasts no longer than a person's patience with Ctrl-C may be given away as a whole: some 0.1 s of one core.
-SHORT_FLOPS = 4_000_000_000
+# Threads that wait for more work take some 4 ms from ours: nothing in a call as long as this.
+LONG_FLOPS = 100_000_000_000
+# A team gets a call in rounds, between which Ctrl-C is noticed: the first takes some 0.1 s of a slow core, the others
+# so many seconds.
+ROUND_FLOPS = 4_000_000_000
+ROUND_SECONDS = 0.1
 RANGE_SECONDS = 0.02  # long beside the cost of a call (1 us), short beside a person's patience
 RANGES_PER_THREAD = 4  # at least, so that threads end together
 REPORT_SECONDS = 0.1
@@ -87,7 +92,7 @@ class _Binding:
 
 def _shared(splits: int, flops: int) -> tuple[int, ...]:
     """All that `prepare` goes by, of a call on any number of keys."""
-    return splits, flops > SMALL_FOR_TEAM, flops > SMALL_FLOPS, flops > SHORT_FLOPS
+    return splits, flops > SMALL_FOR_TEAM, flops > SMALL_FLOPS, flops > LONG_FLOPS
 
 
 def bind_backward(spec: AttentionSpec, layout: BackwardLayout, family: Family, arrays: ArrayShapes) -> BoundBackward:
@@ -127,15 +132,15 @@ def prepare(plan: Plan, kernel: Runnable) -> Run:
 
 
 def _bound(plan: Plan, stage: Stage, scratch_bytes: int, small: bool) -> Run:
-    """A stage of a plan, on this thread if it is small, on another library's if it is short, or on the pool's."""
+    """A stage of a plan, on this thread if it is small, on another library's where there are some, or on the pool's."""
     items, run_items = stage.items, stage.run
     function = getattr(run_items, "function", run_items)
     block = getattr(run_items, "block", None)
     native = isinstance(function, _Native) and items > 1 and not plan.at_once
-    short = native and SMALL_FOR_TEAM < stage.work <= SHORT_FLOPS
+    shared = native and SMALL_FOR_TEAM < stage.work <= LONG_FLOPS
 
     def run(params: Any, report: Report | None = None) -> None:
-        if short and report is None and (lent := team()) is not None and (threads := get_num_threads()) > 1:
+        if shared and report is None and (lent := team()) is not None and (threads := get_num_threads()) > 1:
             given = params if block is None else params[block]
             _give_away(lent, plan, stage, function, scratch_bytes, given, min(threads, items))
         elif small and report is None:
@@ -156,13 +161,19 @@ def _bound(plan: Plan, stage: Stage, scratch_bytes: int, small: bool) -> Run:
 def _give_away(
     lent: Team, plan: Plan, stage: Stage, function: Any, scratch_bytes: int, params: bytes | int, members: int
 ) -> None:
-    """All items of a native stage on the threads of another library."""
+    """All items of a native stage on the threads of another library, in rounds."""
     step = -(-scratch_bytes // CACHE_LINE) * CACHE_LINE
     scratch = _scratch(step * members)
-    share = max(1, stage.items // (RANGES_PER_THREAD * members))
-    begin, status = lent(function, params, stage.items, share, scratch.address, step, members)
-    if status:
-        raise _failure(plan, stage, begin, min(begin + share, stage.items), f"status {status}")
+    begin, count = 0, max(members, stage.items * ROUND_FLOPS // stage.work)
+    while begin < stage.items:
+        end = stage.items if begin + 2 * count > stage.items else begin + count
+        share = max(1, (end - begin) // (RANGES_PER_THREAD * members))
+        began = time.perf_counter()
+        failed, status = lent(function, params, begin, end, share, scratch.address, step, members)
+        if status:
+            raise _failure(plan, stage, failed, min(failed + share, end), f"status {status}")
+        seconds = time.perf_counter() - began
+        begin, count = end, max(members, int((end - begin) * ROUND_SECONDS / max(seconds, ROUND_SECONDS / 100)))
 
 
 class _Job:

@@ -1,7 +1,7 @@
-"""torch's own threads, for calls too short to wait for a thread that sleeps.
+"""torch's own threads, which are awake where ours would sleep.
 
-torch computes on a team of OpenMP, whose members stay awake for a while after each piece of work. Half of a short call
-is the waking of other threads, and they would share the processors with torch's, which are still awake. So a short
+torch computes on a team of OpenMP, whose members stay awake for some milliseconds after each piece of work. Half of a
+short call is the waking of other threads, and they would share the processors with torch's, which are still awake. So a
 call takes torch's team as torch does: by the compiler's own entry to it, GOMP_parallel, which runs a function on each
 member.
 """
@@ -19,9 +19,9 @@ from flashtile import threads
 from flashtile.llvm import jit
 from flashtile.llvm import machines as isas
 
-# What each member runs, and the call of a team. A job: the function of the items, its parameters, items, how many of
-# them to take at once, scratch, its bytes for each member; the next item, members so far, and of an item that failed
-# its number plus 1, times 2^32, plus its status.
+# What each member runs, and the call of a team. A job: the function of the items, its parameters, the end of the items,
+# how many of them to take at once, scratch, its bytes for each member; the next item, members so far, and of an item
+# that failed its number plus 1, times 2^32, plus its status.
 _TEXT = """
 %job = type { ptr, ptr, i64, i64, ptr, i64, i64, i64, i64 }
 
@@ -67,8 +67,8 @@ done:
   ret void
 }
 
-define i64 @team(ptr %parallel, ptr %function, ptr %params, i64 %items, i64 %share, ptr %scratch, i64 %step,
-                 i32 %threads) {
+define i64 @team(ptr %parallel, ptr %function, ptr %params, i64 %first, i64 %items, i64 %share, ptr %scratch,
+                 i64 %step, i32 %threads) {
   %job = alloca %job, align 64
   store %job zeroinitializer, ptr %job
   store ptr %function, ptr %job
@@ -82,6 +82,8 @@ define i64 @team(ptr %parallel, ptr %function, ptr %params, i64 %items, i64 %sha
   store ptr %scratch, ptr %scratch.at
   %step.at = getelementptr %job, ptr %job, i64 0, i32 5
   store i64 %step, ptr %step.at
+  %next.at = getelementptr %job, ptr %job, i64 0, i32 6
+  store i64 %first, ptr %next.at
   call void %parallel(ptr @member, ptr %job, i32 %threads, i32 0)
   %failed.at = getelementptr %job, ptr %job, i64 0, i32 8
   %failed = load i64, ptr %failed.at
@@ -97,18 +99,26 @@ class Team:
         self._parallel = parallel
         self._library = jit.load(lambda: _TEXT, f"team {_TEXT}", isas.current(), ("team",))
         pointer, word, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-        given = pointer, pointer, pointer, word, word, pointer, word, number
+        given = pointer, pointer, pointer, word, word, word, pointer, word, number
         self._run: Any = self._library.function("team", word, *given)
 
     def __call__(
-        self, function: Any, params: bytes | int, items: int, share: int, scratch: int, step: int, members: int
+        self,
+        function: Any,
+        params: bytes | int,
+        begin: int,
+        end: int,
+        share: int,
+        scratch: int,
+        step: int,
+        members: int,
     ) -> tuple[int, int]:
-        failed = self._run(self._parallel, function, params, items, share, scratch, step, members)
+        failed = self._run(self._parallel, function, params, begin, end, share, scratch, step, members)
         return (failed >> 32) - 1, failed & 0xFFFFFFFF
 
 
 def lend() -> None:
-    """Let the engine share short calls over torch's team, where torch has one that can be asked."""
+    """Let the engine share calls over torch's team, where torch has one that can be asked."""
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         parallel = ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value
