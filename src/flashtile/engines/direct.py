@@ -119,10 +119,10 @@ def _is_small(plan: Plan) -> bool:
 def prepare(plan: Plan, kernel: Runnable) -> Run:
     """Bind a compiled kernel to its plan. The result may be called from any thread, many times at once."""
     merge, scratch_bytes = kernel.merge_stage, kernel.scratch_bytes
-    items = _bound(plan, Stage(plan.items, kernel.run, plan.flops, 0), scratch_bytes, _is_small(plan))
+    items = _run_of(plan, Stage(plan.items, kernel.run, plan.flops, 0), scratch_bytes, _is_small(plan))
     if merge is None:
         return items
-    merged = _bound(plan, merge, scratch_bytes, plan.at_once or merge.work <= SMALL_FLOPS)
+    merged = _run_of(plan, merge, scratch_bytes, plan.at_once or merge.work <= SMALL_FLOPS)
 
     def run(params: Any, report: Report | None = None) -> None:
         items(params, report)
@@ -131,7 +131,7 @@ def prepare(plan: Plan, kernel: Runnable) -> Run:
     return run
 
 
-def _bound(plan: Plan, stage: Stage, scratch_bytes: int, small: bool) -> Run:
+def _run_of(plan: Plan, stage: Stage, scratch_bytes: int, small: bool) -> Run:
     """A stage of a plan, on this thread if it is small, on another library's where there are some, or on the pool's."""
     items, run_items = stage.items, stage.run
     function = getattr(run_items, "function", run_items)
