@@ -145,12 +145,12 @@ def test_rounds_end_in_time_for_an_interrupt(team: Any, threads: Callable[[int],
     offered.lend(lambda: spy)
     kernel = Slow(200)
     prepared(kernel, 10 * direct.ROUND_FLOPS)(b"parameters")
-    assert kernel.counts == [1] * 200 and rounds[0] == (0, 20) and 3 <= len(rounds) <= 12
+    assert kernel.counts == [1] * 200 and rounds[0] == (0, 20) and len(rounds) >= 3
     assert [begin for begin, _ in rounds[1:]] == [end for _, end in rounds[:-1]] and rounds[-1][1] == 200
 
     rounds.clear()
-    failing = Slow(200, failing=25)
-    with pytest.raises(KernelError, match=r"of 200, from batch 0, head 0, query tile 2[0-5]: status 7"):
+    failing = Slow(200, failing=20)
+    with pytest.raises(KernelError, match=r"of 200, from batch 0, head 0, query tile 20: status 7"):
         prepared(failing, 10 * direct.ROUND_FLOPS)(b"parameters")
     assert len(rounds) == 2 and sum(failing.counts) < 200
 
@@ -164,6 +164,19 @@ def test_rounds_end_in_time_for_an_interrupt(team: Any, threads: Callable[[int],
     with pytest.raises(KeyboardInterrupt):
         prepared(ended, 10 * direct.ROUND_FLOPS)(b"parameters")
     assert sum(ended.counts) == 20
+
+
+def test_rounds_go_by_the_keys_of_the_call(team: Any, threads: Callable[[int], None]) -> None:
+    """Not by those of an earlier one, of which it has the rest: here a hundredth as many."""
+    threads(2)
+    rounds = []
+    offered.lend(lambda: lambda *given: (rounds.append(given[3]), team(*given))[1])
+    q, k = torch.ones(1, 2, 1024, 64), torch.ones(1, 2, 24_000, 64)
+    for keys, expected in ((240, 1), (24_000, 2)):
+        rounds.clear()
+        with torch.no_grad():
+            flashtile.torch.attention(q, k[:, :, :keys], k[:, :, :keys])
+        assert len(rounds) >= expected
 
 
 def results() -> list[Any]:

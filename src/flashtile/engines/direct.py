@@ -21,7 +21,17 @@ import numpy as np
 
 from flashtile.engines import Bound, BoundBackward, Engine, Native, Run
 from flashtile.errors import KernelError
-from flashtile.kernels import ArrayShapes, BackwardLayout, CompiledKernel, Family, Keys, Layout, Runnable, Stage
+from flashtile.kernels import (
+    ArrayShapes,
+    BackwardLayout,
+    CompiledKernel,
+    Family,
+    Keys,
+    Layout,
+    NativeRun,
+    Runnable,
+    Stage,
+)
 from flashtile.plan import Plan, flops_of_pair, make_plan, parts_of, visible_pairs
 from flashtile.progress import Report
 from flashtile.spec import AttentionSpec
@@ -91,8 +101,9 @@ class _Binding:
 
 
 def _shared(splits: int, flops: int) -> tuple[int, ...]:
-    """All that `prepare` goes by, of a call on any number of keys."""
-    return splits, flops > SMALL_FOR_TEAM, flops > SMALL_FLOPS, flops > LONG_FLOPS
+    """All that `prepare` goes by, of a call on any number of keys; a first round may be twice as long as it should."""
+    rounds = LONG_FLOPS if flops > LONG_FLOPS else flops // ROUND_FLOPS
+    return splits, flops > SMALL_FOR_TEAM, flops > SMALL_FLOPS, rounds.bit_length()
 
 
 def bind_backward(spec: AttentionSpec, layout: BackwardLayout, family: Family, arrays: ArrayShapes) -> BoundBackward:
@@ -134,8 +145,7 @@ def prepare(plan: Plan, kernel: Runnable) -> Run:
 def _run_of(plan: Plan, stage: Stage, scratch_bytes: int, small: bool) -> Run:
     """A stage of a plan, on this thread if it is small, on another library's where there are some, or on the pool's."""
     items, run_items = stage.items, stage.run
-    function = getattr(run_items, "function", run_items)
-    block = getattr(run_items, "block", None)
+    function, block = (run_items.function, run_items.block) if isinstance(run_items, NativeRun) else (run_items, None)
     native = isinstance(function, _Native) and items > 1 and not plan.at_once
     shared = native and SMALL_FOR_TEAM < stage.work <= LONG_FLOPS
 
