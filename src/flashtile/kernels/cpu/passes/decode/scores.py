@@ -47,11 +47,10 @@ def emit_scores(module: Module, c: Config, rows: int) -> Routine:
     per_line = max(1, CACHE_LINE // width)  # slots
     ahead = bytes_ahead(c, keys.stride, block_keys, rows)
 
-    # Lines are asked for in the order of their addresses, not of reading: key by key, where keys adjoin.
-    abreast = tile if rows > 1 else 1
+    # Lines of a tile are asked for in the order of their addresses, not of reading: key by key, where keys adjoin.
     adjoin = keys.stride.eq(slots.whole * width)
     apart = f.select(adjoin, f.const("i64", CACHE_LINE), keys.stride)
-    reach = f.select(adjoin, f.const("i64", width * abreast), f.const("i64", width))
+    reach = f.select(adjoin, f.const("i64", width * tile), f.const("i64", width))
 
     def sums(base: Sequence[Value]) -> list[Value]:
         """Partial sums of every row with the keys at these addresses."""
@@ -68,7 +67,7 @@ def emit_scores(module: Module, c: Config, rows: int) -> Routine:
 
         def steps(slot: Value, totals: list[Value]) -> list[Value]:
             for n in range(len(base)):
-                prefetch(base[0] + (ahead + n * apart + slot * reach))
+                prefetch(base[0] + (ahead + n * apart + slot * (reach if len(base) > 1 else width)))
             for u in range(per_line):
                 totals = step(slot + u, totals)
             return totals
