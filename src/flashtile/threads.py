@@ -60,6 +60,7 @@ class Team(Protocol):
         scratch: int,
         step: int,
         members: int,
+        /,
     ) -> tuple[int, int]:
         """Call function(params, first, beyond, scratch of its own) on each of as many members, `share` items of those
         from begin to end at a time, until all are done or one fails: (from which item, its status); a status of 0 is

@@ -102,18 +102,8 @@ class Team:
         given = pointer, pointer, pointer, word, word, word, pointer, word, number
         self._run: Any = self._library.function("team", word, *given)
 
-    def __call__(
-        self,
-        function: Any,
-        params: bytes | int,
-        begin: int,
-        end: int,
-        share: int,
-        scratch: int,
-        step: int,
-        members: int,
-    ) -> tuple[int, int]:
-        failed = self._run(self._parallel, function, params, begin, end, share, scratch, step, members)
+    def __call__(self, function: Any, params: bytes | int, *numbers: int) -> tuple[int, int]:
+        failed = self._run(self._parallel, function, params, *numbers)
         return (failed >> 32) - 1, failed & 0xFFFFFFFF
 
 
