@@ -42,6 +42,7 @@ CASES = {
     "negative scale": (Shape(1, 1, 1, 2, 129, 5, 3), {"scale": -0.7}),
     "scale 0": (Shape(1, 2, 1, 2, 65, 20, 20), {"scale": 0.0}),
     "largest head": (Shape(1, 2, 1, 1, 70, 512, 511), {}),
+    "every width of a tile of values": (Shape(1, 7, 1, 1, 70, 24, 511), {}),
 }
 
 

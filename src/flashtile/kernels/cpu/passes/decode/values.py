@@ -17,7 +17,7 @@ from flashtile.llvm.lines import Line, Scores, Weights, Words
 from flashtile.llvm.routines import Routine
 from flashtile.llvm.types import vector
 
-WIDEST = 8  # registers of value columns in a tile
+WIDEST = 16  # registers of value columns in a tile; half as many of pairs, which take registers to be made in
 
 
 class Outputs(Words):
@@ -46,6 +46,12 @@ class Outputs(Words):
     def _store(self, c: Config, *numbers: Value) -> None:
         for number, place in zip(numbers, self._places, strict=True):
             self.function.store(number, place, align=c.register)
+
+
+def widths(c: Config, rows: int) -> list[int]:
+    """Registers of value columns in a tile of so many rows, the widest first: powers of two down to 1."""
+    widest = min(WIDEST // c.per_word, accumulators(c) // rows)
+    return [1 << n for n in reversed(range(widest.bit_length()))]
 
 
 def _kinds(c: Config) -> dict[str, Any]:
@@ -191,11 +197,9 @@ def emit_contained_values(module: Module, c: Config) -> Routine:
 
 def emit_value_tiles(module: Module, c: Config) -> Routine:
     """A block joins the outputs of all ``rows``, ``size`` columns each: in tiles of as many registers as accumulators
-    allow, and single registers for what is left."""
+    allow, and of half as many, and so on, for what is left: memory is read fastest where a tile has whole rows."""
     contained = emit_contained_values(module, c)
-    wide = {rows: min(WIDEST, accumulators(c) // rows) for rows in ROW_TILES}
-    sizes = {(rows, n): None for rows in ROW_TILES for n in (wide[rows], 1)}  # with few registers both are 1
-    tiles = {size: emit_values(module, c, *size, contained) for size in sizes}
+    tiles = {(n, w): emit_values(module, c, n, w, contained) for n in ROW_TILES for w in widths(c, n)}
     f = Routine(module, "value_tiles", **_kinds(c), size="i64", rows="i64")
     outputs, states, values, weights, scores, count, fresh, size, rows = f.parameters
     slots = Slots.of(size, c.lanes)
@@ -217,9 +221,11 @@ def emit_value_tiles(module: Module, c: Config) -> Routine:
                 fresh=fresh,
             )
 
-        edge = slots.whole // wide[n] * wide[n]
-        with f.range(0, edge, wide[n]) as slot:
-            tile(wide[n], slot, slot * c.lanes)
+        edge = f.const("i64", 0)
+        for wide in widths(c, n)[:-1]:
+            first, edge = edge, slots.whole // wide * wide
+            with f.range(first, edge, wide) as slot:
+                tile(wide, slot, slot * c.lanes)
         with f.range(edge, slots.count) as slot:
             tile(1, slot, f.minimum(slot * c.lanes, slots.padded - c.lanes))
 
