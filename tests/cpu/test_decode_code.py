@@ -1,16 +1,29 @@
-"""The machine code for few queries: what it keeps in registers."""
+"""The machine code for few queries: what it keeps in registers, and how it asks memory for what it will read. Neither
+changes a result, so no other test would miss it."""
 
 from __future__ import annotations
 
+import ctypes
 import re
+from dataclasses import replace
 
 import pytest
 from assembly import functions, innermost_loops, stack_traffic
 from modules import every_module
 
-from flashtile.llvm import jit
+import flashtile
+from flashtile.kernels import cpu
+from flashtile.kernels.cpu import parts
+from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.passes.decode.kernel import decode_text
+from flashtile.kernels.cpu.passes.decode.rows import bytes_ahead
+from flashtile.llvm import jit, machines, processors
+from flashtile.llvm.ir import Function, Module
+from flashtile.llvm.processors import TABLE, Ahead
 
+ISA = machines.known()["avx512"]
 MODULES = {name: at for name, at in every_module(for_tests_too=False).items() if "-decode-" in name}
+ZEN5 = next(processor.ahead for processor in TABLE if processor.name == "AMD Zen 5")
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -24,3 +37,55 @@ def test_sums_stay_in_registers(name: str) -> None:
             traffic = [line for loop in loops for line in stack_traffic(loop, lines)]
             spilled[function] = [line for line in traffic if re.search(r"[xyz]mm|\bq\d", line)]
     assert len(spilled) > 6 and not any(spilled.values()), spilled
+
+
+@pytest.mark.parametrize("storage", ["float", "half"])
+@pytest.mark.parametrize(("ahead", "locality"), [(Ahead(), "2"), (ZEN5, "3")], ids=["second cache", "nearest"])
+def test_every_line_is_asked_for(storage: str, ahead: Ahead, locality: str) -> None:
+    """Keys of a tile, one of its lines each, and of a last one alone; lines of values, of two keys a step and of a last
+    one."""
+    c = Config(ISA, storage, ahead=ahead)
+    line = 64 // (c.lanes * c.element)  # registers
+    for function, count in {"scores_4": 4 + 1, "scores_1": 8 + 1, "values_4_4": 12, "values_1_16": 48}.items():
+        expected = count if function.startswith("scores") else count // line
+        assert asked(c, function) == [locality] * expected, function
+
+
+def asked(c: Config, function: str) -> list[str]:
+    """The localities of what an emitted function asks memory for."""
+    body = re.search(rf"^define internal \w+ @{function}\(.*?^}}", decode_text(c), re.DOTALL | re.MULTILINE)
+    assert body, function
+    return re.findall(r"@llvm\.prefetch\.p0\(ptr \S+, i32 0, i32 (\d), i32 1\)", body[0])
+
+
+@pytest.mark.parametrize(
+    ("ahead", "stride", "keys", "one", "several"),
+    [
+        (Ahead(), 256, 128, 0, 128),  # one row in the order of addresses is left to the processor
+        (Ahead(), 8192, 128, 128, 128),
+        (Ahead(), 384, 128, 0, 128),  # most of each key: 256 bytes of it
+        (Ahead(), 256, 127, 0, 0),  # the last block
+        (ZEN5, 256, 128, 64, 128),
+        (ZEN5, 8192, 128, 64, 128),
+        (ZEN5, 256, 127, 0, 0),
+    ],
+)
+def test_how_far_ahead(ahead: Ahead, stride: int, keys: int, one: int, several: int) -> None:
+    """In keys of 16 bits, of which a tile reads 256 bytes each."""
+    c = Config(machines.current(), "half", ahead=ahead)
+    assert c.key_block == 128
+    for rows, expected in ((1, one), (2, several), (4, several)):
+        f = Function(Module(), "ahead", "i64", ("i64", "i64"))
+        f.ret(bytes_ahead(c, f.args[0], 256, f.args[1], rows))
+        library = jit.Library(jit.object_code(f.module.text(), c.isa), ("ahead",))
+        function = library.function("ahead", ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+        assert function(stride, keys) == expected * stride, rows
+
+
+def test_only_kernels_of_few_queries_depend_on_it() -> None:
+    """Other kernels are the same files on all processors that share a cache."""
+    c = Config(ISA, "half")
+    assert replace(c, ahead=ZEN5) != c and parts._merge_config(replace(c, ahead=ZEN5)) == parts._merge_config(c)
+    few = flashtile.explain((1, 8, 1, 64), (1, 8, 300, 64), kernel="cpu")
+    assert few.variant == "decode" and cpu.backward_config(few.spec).ahead == Ahead()
+    assert cpu._ahead_config(c).ahead == processors.here().ahead

@@ -2,7 +2,8 @@
 
 An instruction that exists may be a slow one: the dot of bf16 pairs runs at twice the rate of the fp32 multiply-add on
 AMD's processors, and below it on Intel's, where matrix registers are what bf16 is for. A kernel takes the fastest
-product that computes its dtype, and of equals the more exact.
+product that computes its dtype, and of equals the more exact. Reading ahead is such a matter, too: what one processor
+does by itself, another must be asked for.
 """
 
 from __future__ import annotations
@@ -16,10 +17,26 @@ from flashtile.llvm.products import FMA, PAIRS, SQUARES, TILES, TILES2, TILES3, 
 
 
 @dataclass(frozen=True)
+class Ahead:
+    """How a kernel asks memory, ahead of its use, for rows that it reads once.
+
+    level           the cache that they are brought into: 1, the nearest, or 2
+    streams         the processor reads ahead by itself where a kernel reads in the order of addresses, and faster
+    one, several    bytes of a column that are asked for ahead, where one query reads it and where several do
+    """
+
+    level: int = 2
+    streams: bool = True
+    one: int = 256
+    several: int = 256
+
+
+@dataclass(frozen=True)
 class Processor:
     """A family of processors, and the multiply-adds a second of its products over those of fp32 by `fma`.
 
     vendor, families, models    as /proc/cpuinfo numbers them, Arm's by implementer and part; no models: every one
+    ahead                       how memory is asked for what kernels of few queries read
     rates                       by the product's name; what is not named is not known, and not chosen. Of operands in
                                 several parts: of the kernel as a whole, since splitting takes its time, too
     measured                    where the rates are from
@@ -31,6 +48,7 @@ class Processor:
     models: tuple[int, ...] = ()
     rates: Mapping[str, float] = field(default_factory=dict)
     measured: str = ""
+    ahead: Ahead = Ahead()
 
     def rate(self, product: Product) -> float:
         """Of a product, over fp32's; 0 where it is not known."""
@@ -43,7 +61,14 @@ _ARMS = {SQUARES.name: 2.8, PAIRS.name: 1.6}
 _MODELLED = "by LLVM's model of the core, not measured"
 TABLE = (
     Processor("AMD Zen 4", "AuthenticAMD", (25,), rates={PAIRS.name: 2.0}, measured="228 over 114 GFLOP/s a core"),
-    Processor("AMD Zen 5", "AuthenticAMD", (26,), rates={PAIRS.name: 1.85}, measured="486 over 263 GFLOP/s a core"),
+    Processor(
+        "AMD Zen 5",
+        "AuthenticAMD",
+        (26,),
+        rates={PAIRS.name: 1.85},
+        measured="486 over 263 GFLOP/s a core",
+        ahead=Ahead(level=1, streams=False, one=128),
+    ),
     Processor(
         "Intel Sapphire, Emerald and Granite Rapids",
         "GenuineIntel",

@@ -199,7 +199,7 @@ def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> CompiledKernel:
     if spec.kv_len >= decodes_from:
         from flashtile.kernels.cpu.decode import Decode
 
-        return Decode(_decode_config(*choosing), spec, plan, layout, decodes_from)
+        return Decode(_ahead_config(_decode_config(*choosing)), spec, plan, layout, decodes_from)
     c = _configured(*choosing, _ANYWHERE)
     return Forward(_partial_config(c) if plan.splits > 1 else c, spec, plan, layout, decodes_from)
 
@@ -213,6 +213,11 @@ def at(kernel: Forward | Decode, keys: Keys, split_keys: int) -> Forward | Decod
 def _decode_config(*choosing: Any) -> Config:
     c = _configured(*choosing, IN_REGISTERS)
     return replace(c, product=c.product if c.storage == "bfloat" else FMA)
+
+
+@functools.lru_cache(maxsize=256)
+def _ahead_config(c: Config) -> Config:
+    return replace(c, ahead=processors.here().ahead)
 
 
 @functools.lru_cache(maxsize=256)

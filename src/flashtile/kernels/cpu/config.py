@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from flashtile.llvm.lines import Line
 from flashtile.llvm.machines import ISA
+from flashtile.llvm.processors import Ahead
 from flashtile.llvm.products import FMA, Product
 from flashtile.llvm.types import SIZES, vector
 from flashtile.score.keep import KEYS_A_CALL
@@ -28,6 +29,7 @@ class Config:
     code        the score program, if there is one
     dropout     some weights are dropped: which, the seed and the threshold of the call say
     arrays      of a backward: the slots of captured arrays whose gradients are wanted
+    ahead       of a decode: how memory is asked for keys and values
     tile        of a backward: some rows on some keys, with delta given; dQ, dK and dV are accumulators
     """
 
@@ -40,6 +42,7 @@ class Config:
     code: Code | None = None
     dropout: bool = False
     arrays: tuple[int, ...] = ()
+    ahead: Ahead = Ahead()
     tile: bool = False
 
     def __hash__(self) -> int:

@@ -18,6 +18,7 @@ from flashtile.kernels.cpu.passes.decode import kernel as decode
 from flashtile.kernels.cpu.score_values import sink_steps
 from flashtile.llvm import jit
 from flashtile.llvm.blocks import ALIGNMENT, WORD, Block
+from flashtile.llvm.processors import Ahead
 from flashtile.llvm.products import FMA
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def entry(name: str, c: Config) -> Callable[..., int]:
 @functools.lru_cache(maxsize=256)
 def _merge_config(c: Config) -> Config:
     """Of the merge of parts that were computed by another configuration."""
-    return replace(c, partial=False, product=FMA, code=None, dropout=False)
+    return replace(c, partial=False, product=FMA, code=None, dropout=False, ahead=Ahead())
 
 
 @functools.lru_cache(maxsize=256)

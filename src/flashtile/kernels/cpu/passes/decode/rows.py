@@ -192,22 +192,26 @@ def address(pointer: Value) -> Value:
     return pointer.function.cast("ptrtoint", pointer, "i64")
 
 
-def bytes_ahead(c: Config, stride: Value, block_keys: Value, rows: int) -> Value:
-    """How far ahead memory is told what a tile of so many rows will read, of a block with so many keys.
+def bytes_ahead(c: Config, stride: Value, read: Value | int, block_keys: Value, rows: int) -> Value:
+    """How far ahead memory is told what a tile of so many rows will read, of a block with so many keys: ``read`` bytes
+    of each.  Not at all where the processor sees it coming: one row reads most of what lies there, key after key.
 
-    For 16-bit types that is the same place in the next key block, which spans the change from K to V and back, and half
-    as far where a single row reads in the order of addresses.  A block with fewer keys is the last: what lies beyond
-    may be no memory at all, and to find that out takes longer than to read.
+    For 16-bit types 256 is the same place in the next key block, which spans the change from K to V and back.  A block
+    with fewer keys is the last: what lies beyond may be no memory at all, and to find that out takes longer than to
+    read.
     """
-    f, keys = block_keys.function, (256 if rows > 1 else 128) // c.element
-    return f.select(block_keys < c.key_block, f.const("i64", 0), stride * keys)
+    f, none = block_keys.function, block_keys < c.key_block
+    if rows == 1 and c.ahead.streams:
+        none = none | (stride < read * 2)
+    keys = (c.ahead.one if rows == 1 else c.ahead.several) // c.element
+    return f.select(none, f.const("i64", 0), stride * keys)
 
 
-def prefetch(at: Value) -> None:
-    """Ask for a line of memory to be brought into the nearest cache; any address will do."""
+def prefetch(c: Config, at: Value) -> None:
+    """Ask for a line of memory to be brought into a cache; any address will do."""
     f = at.function
-    read_it, nearest, data = (f.const("i32", n) for n in (0, 3, 1))
-    f.intrinsic("llvm.prefetch.p0", "void", [at, read_it, nearest, data])
+    read_it, locality, data = (f.const("i32", n) for n in (0, 4 - c.ahead.level, 1))
+    f.intrinsic("llvm.prefetch.p0", "void", [at, read_it, locality, data])
 
 
 def read_slot(f: Function, c: Config, at: Value, mask: Value | None = None) -> Value:

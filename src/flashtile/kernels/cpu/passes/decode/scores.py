@@ -45,7 +45,7 @@ def emit_scores(module: Module, c: Config, rows: int) -> Routine:
     slots = Slots.of_words(c, keys.size)
     width = slots.width * c.element
     per_line = max(1, CACHE_LINE // width)  # slots
-    ahead = bytes_ahead(c, keys.stride, block_keys, rows)
+    ahead = bytes_ahead(c, keys.stride, keys.size * c.element, block_keys, rows)
 
     # Lines of a tile are asked for in the order of their addresses, not of reading: key by key, where keys adjoin.
     adjoin = keys.stride.eq(slots.whole * width)
@@ -67,7 +67,7 @@ def emit_scores(module: Module, c: Config, rows: int) -> Routine:
 
         def steps(slot: Value, totals: list[Value]) -> list[Value]:
             for n in range(len(base)):
-                prefetch(base[0] + (ahead + n * apart + slot * (reach if len(base) > 1 else width)))
+                prefetch(c, base[0] + (ahead + n * apart + slot * (reach if len(base) > 1 else width)))
             for u in range(per_line):
                 totals = step(slot + u, totals)
             return totals

@@ -112,14 +112,14 @@ def emit_values(module: Module, c: Config, rows: int, vectors: int, contained: R
 def _weighted_sums(f: Routine, c: Config, rows: int, vectors: int) -> list[Value]:
     """The block's sums of weights times values, row by row."""
     _, _, values, weights, _, count, _ = f.parameters
-    ahead = bytes_ahead(c, values.stride, count, rows)
+    ahead = bytes_ahead(c, values.stride, vectors * c.lanes * c.element, count, rows)
 
     def step(word: Value, totals: list[Value], keys: int = c.per_word) -> list[Value]:
         first = word * c.per_word
         at = [values.row(first + u).at for u in range(keys)]
         for line in range(0, vectors * c.lanes * c.element, CACHE_LINE):
             for row in at:
-                prefetch(row + (ahead + line))
+                prefetch(c, row + (ahead + line))
         columns = _words(f, c, at, vectors)
         factors = [f.splat(weights.load(r, word), c.lanes) for r in range(rows)]
         each = ((factor, column) for factor in factors for column in columns)
