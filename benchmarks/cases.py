@@ -158,6 +158,8 @@ CASES = (
     Case("bf16-decode", "bf16", 1, 32, 32, 1, 8192, 128, ratio=4, unit="read"),
     Case("f16-decode", "f16", 1, 32, 32, 1, 8192, 128, ratio=4, unit="read"),
     Case("bf16-decode-gqa", "bf16", 4, 32, 8, 1, 8192, 128, ratio=4, percent=80, unit="read"),
+    Case("f32-decode-64", "f32", 1, 32, 32, 1, 16384, 64, percent=80, unit="read"),
+    Case("bf16-decode-64", "bf16", 1, 32, 32, 1, 16384, 64, ratio=4, percent=80, unit="read"),
 )
 
 # Options that change scores. Peers are given dense arrays where flashtile computes; in the last ones flashtile is held

@@ -202,7 +202,7 @@ SUMMARY = {
     "dense": ("forward", ("1k64", "2k128", "4k64", "512")),
     "causal": ("forward", ("causal-",)),
     "a window of 512 on 8,192 rows": ("forward", ("window",)),
-    "one query on 8,192 keys": ("forward", ("decode",)),
+    "one query on 8,192 or 16,384 keys": ("forward", ("decode",)),
     "gradients": ("backward", ("1k64-b", "2k128-b", "4k64-b", "causal-", "gqa-b")),
 }
 
