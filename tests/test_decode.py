@@ -62,6 +62,23 @@ def test_gradients_of_few_queries_weigh_as_their_forward_does(isa: str, precisio
     assert_gradients_accurate(g, o, q, k, v, precision=precision)
 
 
+@EVERY
+@pytest.mark.parametrize("storage", ["float32", "float64"])
+@pytest.mark.parametrize("sizes", [(1, 128), (3, 128), (3, 512)], ids=str)
+def test_gradients_of_few_queries_sum_scores_as_their_forward_does(
+    isa: str, storage: str, sizes: tuple[int, int]
+) -> None:
+    """Large scores: where the backward summed q.k in another order, or in one long chain, weights were off by more than
+    the rule allows."""
+    rows, depth = sizes
+    shape = Shape(1, 4, 2, rows, 200, depth, depth)
+    q, k, v = uniform(shape, storage)
+    q, do = (q * 10).astype(q.dtype), np.roll(uniform(shape, storage)[0], 1, -1)
+    o, lse = flashtile.attention(q, k, v, kernel="cpu", return_lse=True)
+    g = flashtile.attention_backward(do, q, k, v, o, lse, kernel="cpu")
+    assert_gradients_accurate(g, do, q, k, v)
+
+
 @pytest.fixture(params=own_decoding())
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Every instruction set that this machine runs and that has kernels of its own for few queries, in turn."""

@@ -10,16 +10,19 @@ from dataclasses import replace
 import pytest
 from assembly import functions, innermost_loops, stack_traffic
 from modules import every_module
+from test_spills import hot_part
 
 import flashtile
 from flashtile.kernels import cpu
 from flashtile.kernels.cpu import parts
 from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.passes.backward import backward_text
 from flashtile.kernels.cpu.passes.decode.kernel import decode_text
 from flashtile.kernels.cpu.passes.decode.rows import bytes_ahead
 from flashtile.llvm import jit, machines, processors
 from flashtile.llvm.ir import Function, Module
 from flashtile.llvm.processors import TABLE, Ahead
+from flashtile.llvm.products import known
 
 ISA = machines.known()["avx512"]
 MODULES = {name: at for name, at in every_module(for_tests_too=False).items() if "-decode-" in name}
@@ -37,6 +40,16 @@ def test_sums_stay_in_registers(name: str) -> None:
             traffic = [line for loop in loops for line in stack_traffic(loop, lines)]
             spilled[function] = [line for line in traffic if re.search(r"[xyz]mm|\bq\d", line)]
     assert len(spilled) > 6 and not any(spilled.values()), spilled
+
+
+@pytest.mark.parametrize("name", ["avx512_bf16-bfloat-pairs", "avx512-float", "avx2-float", "avx2-double"])
+def test_sums_of_their_backward_stay_in_registers(name: str) -> None:
+    machine, storage, *product = name.split("-")
+    c = Config(machines.known()[machine], storage, known()[(*product, "fma")[0]], across=True)
+    found = functions(jit.assembly(hot_part(backward_text(c), "backward"), c.isa))
+    loops = [loop for name, lines in found.items() if name.startswith("scores") for loop in innermost_loops(lines)]
+    wide = [line for loop in loops for line in loop if re.search(r"\(%rsp.*[yz]mm|[yz]mm.*\(%rsp", line)]
+    assert len(loops) > 4 and not wide
 
 
 @pytest.mark.parametrize("storage", ["float", "half"])

@@ -91,11 +91,11 @@ def config_of(spec: AttentionSpec, *, lands: tuple[str, ...] = _ANYWHERE) -> Con
 
 
 def backward_config(spec: AttentionSpec) -> Config:
-    """That of its backward. Of few queries, whose lse comes from passes/decode, it has the products of that: scores in
-    fewer bits would put weights off by what those lose, a factor where scores are large."""
+    """That of its backward. Of few queries, whose lse comes from passes/decode, it has the products of that, summed in
+    its order: a weight is off by what its two scores differ by, in fewer bits by a factor where scores are large."""
     choosing = _choosing(spec)
-    few = spec.precision != "ieee" and spec.kv_len >= _decodes_from(spec.q_len, *choosing)
-    return _decode_config(*choosing) if few else _configured(*choosing, _ANYWHERE)
+    few = spec.kv_len >= _decodes_from(spec.q_len, *choosing)
+    return _across_config(_decode_config(*choosing)) if few else _configured(*choosing, _ANYWHERE)
 
 
 @functools.lru_cache(maxsize=256)
@@ -149,11 +149,13 @@ def capabilities(spec: AttentionSpec) -> Capabilities:
 def _decoding(q_len: int, group: int, *choosing: Any) -> Capabilities:
     """Those of passes/decode, for so many rows."""
     able, (_, _, precision, *_) = _capabilities(*choosing, IN_REGISTERS), choosing
+    product = able.product
     if precision != "ieee":  # which costs few queries nothing: they wait for the memory
         product = f"{FMA.name}: multiply-adds in fp32, whatever the precision: the queries are few"
-        able = replace(able, product=product, backward_product=product)
     return replace(
         able,
+        product=product,
+        backward_product=product,
         precisions=frozenset(("ieee",)),
         query_block=1,
         tile_q=(max(1, q_len),),
@@ -213,6 +215,11 @@ def at(kernel: Forward | Decode, keys: Keys, split_keys: int) -> Forward | Decod
 def _decode_config(*choosing: Any) -> Config:
     c = _configured(*choosing, IN_REGISTERS)
     return replace(c, product=c.product if c.storage == "bfloat" else FMA)
+
+
+@functools.lru_cache(maxsize=256)
+def _across_config(c: Config) -> Config:
+    return replace(c, across=True)
 
 
 @functools.lru_cache(maxsize=256)

@@ -120,7 +120,7 @@ class Backward:
         row = spec.head_size * c.size
         rows = spec.batch * spec.heads * spec.q_len
         self._dq = (spec.heads * spec.q_len * row, spec.q_len * row, row, c.size)
-        self._add = _adding(replace(c, code=None, partial=False, arrays=(), dropout=False))
+        self._add = _adding(replace(c, code=None, partial=False, arrays=(), dropout=False, across=False))
         self.merge_stage = Stage(
             items=rows,
             run=NativeRun(self._add, Params._fields.index("merge")),

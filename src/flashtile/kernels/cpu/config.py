@@ -29,6 +29,7 @@ class Config:
     code        the score program, if there is one
     dropout     some weights are dropped: which, the seed and the threshold of the call say
     arrays      of a backward: the slots of captured arrays whose gradients are wanted
+    across      of a backward: sums over head sizes are those of passes/decode, whose lse it begins with
     ahead       of a decode: how memory is asked for keys and values
     tile        of a backward: some rows on some keys, with delta given; dQ, dK and dV are accumulators
     """
@@ -42,6 +43,7 @@ class Config:
     code: Code | None = None
     dropout: bool = False
     arrays: tuple[int, ...] = ()
+    across: bool = False
     ahead: Ahead = Ahead()
     tile: bool = False
 

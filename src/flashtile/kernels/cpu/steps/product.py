@@ -15,7 +15,7 @@ from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.scratch import Work
 from flashtile.kernels.cpu.steps.band import Band
 from flashtile.llvm.ir import Function, Module, Value
-from flashtile.llvm.lines import Lines, Panel, Words
+from flashtile.llvm.lines import Lines, Panel, Scores, Words
 from flashtile.llvm.products.tiles import Tiles
 from flashtile.llvm.routines import Operand, Routine
 
@@ -59,8 +59,12 @@ def emit_product(
     f = Routine(module, f"scores_{width}_{name}_{first}", **kinds, **edges)
     work, panel, rows, depth, line, *edge_of = f.parameters
     live = range(first, width)
-    sums = _contraction(f, c, panel, rows, depth, live)
     scores, tops, hidden = work.scores.line(line), work.tops, f.const(c.vector, -math.inf)
+    if c.across:
+        _contract_across(f, c, panel, rows, depth, live, scores)
+        sums = [scores.load(r, j) for r in range(c.rows) for j in live]
+    else:
+        sums = _contraction(f, c, panel, rows, depth, live)
     for r in range(c.rows):
         for n, j in enumerate(live):
             at = r * len(live) + n
@@ -159,3 +163,41 @@ def _contraction(f: Function, c: Config, panel: Panel, rows: Words, depth: Value
     whole = depth - depth % unroll
     sums = f.fold(0, whole, unroll, zero, steps)
     return f.fold(whole, depth, 1, sums, step)
+
+
+def _contract_across(
+    f: Function, c: Config, panel: Panel, rows: Words, depth: Value, live: range, scores: Scores
+) -> None:
+    """The same sums, stored, in the order of passes/decode, whose lanes run over the depth: a sum for each lane, of the
+    words that its slots have there, and its tree over lanes (scores.add_across).
+
+    A weight is as far off as its score is from the one that lse was made with, and of few rows nothing averages it out.
+    """
+    n, zero = c.lanes, f.const(c.vector, 0.0)
+    whole, last = depth // n * n, f.maximum(depth - n, 0)  # the word that the last slot begins with, if it is not whole
+
+    with f.range(0, c.rows) as row:
+        start = rows.row(row).at
+
+        def word(d: Value, start: Value = start) -> Value:
+            return f.load(c.word, start + d * c.size, align=1)
+
+        for j in live:
+
+            def slot(first: Value, sums: list[Value], j: int = j) -> list[Value]:
+                pairs = ((f.splat(word(first + t), n), panel.load(first + t, j)) for t in range(n))
+                return [c.product.multiply_add(f, c.isa, x, *pair) for x, pair in zip(sums, pairs, strict=True)]
+
+            def rest(t: Value, sums: list[Value], j: int = j) -> list[Value]:
+                """The sums take turns: all have had one in the end."""
+                first, *others = sums
+                counted, d = (last + t >= whole) & (last + t < depth), f.minimum(last + t, depth - 1)
+                pair = (f.select(counted, x, f.const(x.type, 0)) for x in (f.splat(word(d), n), panel.load(d, j)))
+                return [*others, c.product.multiply_add(f, c.isa, first, *pair)]
+
+            sums = f.fold(0, whole, n, [zero] * n, slot)
+            sums = f.fold(0, f.select(whole < depth, f.const("i64", n), f.const("i64", 0)), 1, sums, rest)
+            while len(sums) > 1:
+                half = len(sums) // 2
+                sums = [a + b for a, b in zip(sums[:half], sums[half:], strict=True)]
+            scores.store(sums[0], row, j)
