@@ -79,6 +79,21 @@ def test_gradients_of_few_queries_sum_scores_as_their_forward_does(
     assert_gradients_accurate(g, do, q, k, v)
 
 
+@EVERY
+@pytest.mark.parametrize("rows", [1, 70])
+def test_values_that_are_the_first_columns_of_keys(isa: str, rows: int, dtype: str) -> None:
+    """Latent attention: every head on one key head of 576, of which the first 512 are the values."""
+    options: dict[str, Any] = {"scale": 192**-0.5, "causal": True, "align": "bottom_right", "kernel": "cpu"}
+    q, k, _ = uniform(Shape(1, 4, 1, rows, 90, 576, 1), dtype)
+    v, do = k[..., :512], uniform(Shape(1, 4, 1, rows, 90, 512, 1), dtype, seed=1)[0]
+    o, lse = flashtile.attention(q, k, v, return_lse=True, **options)
+    g = flashtile.attention_backward(do, q, k, v, o, lse, **options)
+    del options["kernel"]
+    assert_accurate(o, q, k, v, **options)
+    assert_accurate(lse, q, k, v, kind="lse", **options)
+    assert_gradients_accurate(g, do, q, k, v, **options)
+
+
 @pytest.fixture(params=own_decoding())
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Every instruction set that this machine runs and that has kernels of its own for few queries, in turn."""
