@@ -58,6 +58,7 @@ WRONG = {
     "a row short": (lambda o, _: o[:, :, 1:], "got shape"),
     "an axis short": (lambda o, _: o[0], "got shape"),
     "an axis more": (lambda o, _: o[None], "got shape"),
+    "output and lse": (lambda o, _: (o, o), "got tuple, expected an array"),
     "another dtype": (lambda o, _: o.astype(np.float32 if o.dtype.name != "float32" else np.float64), "got dtype"),
 }
 
@@ -168,6 +169,14 @@ def test_overflowed_baseline_says_nothing() -> None:
 def test_ulp_is_numpys_spacing(x: float) -> None:
     for name in ("float16", "float32", "float64"):
         assert testing.ulp(float(np.dtype(name).type(x)), name) == abs(float(np.spacing(np.dtype(name).type(x))))
+
+
+def test_unknown_options_are_refused() -> None:
+    q, k, v = uniform(SHAPE, "float32")
+    with pytest.raises(flashtile.errors.KeywordError, match="softcaps: got a keyword .*, did you mean softcap="):
+        testing.assert_accurate(q, q, k, v, softcaps=3.0)
+    with pytest.raises(flashtile.errors.KeywordError, match="lse: got a keyword that expect_gradients does not have"):
+        testing.assert_gradients_accurate(flashtile.Gradients(), q, q, k, v, lse=q)
 
 
 def test_unknown_kind_is_refused() -> None:

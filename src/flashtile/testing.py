@@ -16,6 +16,7 @@ from flashtile.calls import Options, Request
 from flashtile.checks import integer
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.gradient_problem import ByIdentity, Gradients, Problem
+from flashtile.hints import check_keywords
 from flashtile.kernels import vanilla
 from flashtile.kernels.accuracy import (
     FACTOR,
@@ -60,21 +61,27 @@ def expect(
     dropout_p: float = 0.0,
     seed: int | None = None,
     precision: Precision = "ieee",
-    **scores: Any,
+    mask: Any = None,
+    bias: Any = None,
+    score_mod: Any = None,
+    softcap: Any = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    **unknown: Any,
 ) -> tuple[Expected, Expected]:
     """What `flashtile.attention` of the same arguments should return: the output, and lse.
 
-    Shapes:  as `flashtile.attention`: (B, H, S, D), (H, S, D) or (S, D); NumPy arrays or CPU torch tensors; `scores`
-             are its options mask, bias, score_mod, softcap, alibi_slopes and sinks.
+    Shapes:  as `flashtile.attention`: (B, H, S, D), (H, S, D) or (S, D); NumPy arrays or CPU torch tensors.
     Units:   lse in nats.
     Numerics: see the rule; lse is judged by the same rule, in the accumulator's dtype.
-    Raises:  SpecError as `flashtile.attention`; ValueError where the baseline overflows in every element that the
-             reference has finite, for the rule then says nothing.
+    Raises:  SpecError and KeywordError as `flashtile.attention`; ValueError where the baseline overflows in every
+             element that the reference has finite, for the rule then says nothing.
     Source:  docs, "What flashtile computes", the accuracy rule.
     """
+    check_keywords(expect, unknown)
     align, offsets = _split(align)
     options = Options(causal, window, align, scale, precision, "auto", "auto")
-    changes = ScoreOptions(**scores, keep=keep_of(dropout_p, seed))
+    changes = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed))
     spec, scoring = options.scored(changes, q, k, v, offsets)
     offset = offsets if spec.offset is None else spec.offset
     return expect_values(spec, [values_of(x) for x in (q, k, v)], offset, scoring)
@@ -101,7 +108,13 @@ def expect_gradients(
     dropout_p: float = 0.0,
     seed: int | None = None,
     precision: Precision = "ieee",
-    **scores: Any,
+    mask: Any = None,
+    bias: Any = None,
+    score_mod: Any = None,
+    softcap: Any = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    **unknown: Any,
 ) -> Gradients:
     """What the gradients of sum(do * o) + sum(dlse * lse) should be, however they are computed.
 
@@ -113,9 +126,10 @@ def expect_gradients(
     Raises:  as `expect`.
     Source:  docs, "What flashtile computes", the accuracy rule.
     """
+    check_keywords(expect_gradients, unknown)
     align, offsets = _split(align)
     options = Options(causal, window, align, scale, precision, "auto", "auto")
-    changes = ScoreOptions(**scores, keep=keep_of(dropout_p, seed))
+    changes = ScoreOptions(mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed))
     problem = Problem.of((q, k, v), Request(options, changes, offsets), wrt)
     spec = problem.spec
     wide = [values_of(x)[(None,) * (4 - x.ndim)] for x in (do, q, k, v)]

@@ -45,8 +45,11 @@ class Expected:
     dtype: str  # of the tensor under test
 
     def check(self, got: Any, name: str = "result") -> None:
-        """Raise AssertionError unless `got` has the shape, the dtype and, in every element, the value expected."""
+        """Raise AssertionError unless `got` is an array with the shape, the dtype and, in every element, the value
+        expected."""
         __tracebackhide__ = True
+        if not hasattr(got, "dtype"):  # what return_lse=True gave, say
+            raise AssertionError(f"{name}: got {type(got).__name__}, expected an array")
         if dtype_of(got.dtype).name != self.dtype:
             raise AssertionError(f"{name}: got dtype {got.dtype}, expected {self.dtype}")
         if tuple(got.shape) != self.value.shape:
