@@ -17,14 +17,19 @@ from flashtile.llvm.lines import Line, Panel, Scores
 from flashtile.llvm.routines import Routine
 from flashtile.llvm.types import lanes
 
-ROW_TILES = (4, 2, 1)
+ROW_TILES = (4, 3, 2, 1)
 KEY_TILE = 8  # keys that are scored together, at most
 SCORED_KEYS = 32  # a piece of so many keys meets every row tile before the next piece is read
 
 
 def accumulators(c: Config) -> int:
     """Registers of sums that a tile may hold: a power of two that leaves room for operands."""
-    return 1 << ((c.isa.rows * c.isa.vectors).bit_length() - 1)
+    return power_of_two(c.isa.rows * c.isa.vectors)
+
+
+def power_of_two(most: int) -> int:
+    """The largest that is no more."""
+    return 1 << (most.bit_length() - 1)
 
 
 def _kinds(c: Config, rows: int) -> dict[str, Any]:
@@ -41,7 +46,7 @@ def emit_scores(module: Module, c: Config, rows: int) -> Routine:
     """
     f = Routine(module, f"scores_{rows}", **_kinds(c, rows))
     queries, keys, scores, count, block_keys = f.parameters
-    tile = min(KEY_TILE, accumulators(c) // rows)
+    tile = min(KEY_TILE, power_of_two(accumulators(c) // rows))
     slots = Slots.of_words(c, keys.size)
     width = slots.width * c.element
     per_line = max(1, CACHE_LINE // width)  # slots
@@ -111,13 +116,14 @@ def emit_score_tiles(module: Module, c: Config) -> Routine:
 
 
 def each_row_tile(f: Function, rows: Value, tile: Callable[[int, Value], None]) -> None:
-    """tile(n, first row) over all rows: as many of the largest tiles as fit, then at most one of each other."""
+    """tile(n, first row) over all rows: as many of the largest tiles as fit, then one of those that are left."""
     largest, *smaller = ROW_TILES
-    with f.range(0, rows // largest * largest, largest) as row:
+    whole = rows // largest * largest
+    with f.range(0, whole, largest) as row:
         tile(largest, row)
     for n in smaller:
-        with f.when((rows & n).ne(0)):
-            tile(n, rows // (2 * n) * (2 * n))
+        with f.when((rows - whole).eq(n)):
+            tile(n, whole)
 
 
 def _store_sums(f: Function, c: Config, parts: Sequence[Value], keys: int, scores: Scores) -> None:
@@ -125,8 +131,11 @@ def _store_sums(f: Function, c: Config, parts: Sequence[Value], keys: int, score
     group = min(len(parts), c.lanes)
     run = min(group, keys)
     for first in range(0, len(parts), group):
-        sums = add_across(f, parts[first : first + group])
-        for n in range(0, group, run):
+        some = list(parts[first : first + group])
+        while len(some) & (len(some) - 1):  # of three rows
+            some.append(f.const(c.vector, 0.0))
+        sums = add_across(f, some)
+        for n in range(0, min(group, len(parts) - first), run):
             of_a_row = f.shuffle(sums, sums, range(n, n + run)) if run < group else sums
             f.store(of_a_row, scores.place(*divmod(first + n, keys)))
 
