@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flashtile.kernels.cpu.config import Config
@@ -87,22 +87,20 @@ def emit_values(module: Module, c: Config, rows: int, vectors: int, contained: R
                 row_outputs[r].moved(j * c.register).begin(c, totals[r * vectors + j])
 
     def contain() -> None:
-        for r in range(rows):
-            for j in range(vectors):
-                here = row_outputs[r].moved(j * c.register)
-                with f.when(fresh.ne(0)):
-                    here.begin(c, f.const(c.vector, 0.0))
-                columns = Words(values.at + j * (c.lanes * c.element), values.stride)
-                contained(
-                    f,
-                    outputs=here,
-                    states=row_states[r],
-                    values=columns,
-                    weights=weights.line(r),
-                    scores=scores.line(r),
-                    count=count,
-                    fresh=f.const("i64", 0),
-                )
+        with f.range(0, rows) as r, f.range(0, vectors) as j:
+            here = outputs.row(r).moved(j * c.register)
+            with f.when(fresh.ne(0)):
+                here.begin(c, f.const(c.vector, 0.0))
+            contained(
+                f,
+                outputs=here,
+                states=states.row(r),
+                values=Words(values.at + j * (c.lanes * c.element), values.stride),
+                weights=weights.line(r),
+                scores=scores.line(r),
+                count=count,
+                fresh=f.const("i64", 0),
+            )
 
     f.either(broken, contain, lambda: f.either(fresh.ne(0), begin, add))
     f.ret()
@@ -120,10 +118,12 @@ def _weighted_sums(f: Routine, c: Config, rows: int, vectors: int) -> list[Value
         for line in range(0, vectors * c.lanes * c.element, CACHE_LINE):
             for row in at:
                 prefetch(c, row + (ahead + line))
-        columns = _words(f, c, at, vectors)
-        factors = [f.splat(weights.load(r, word), c.lanes) for r in range(rows)]
-        each = ((factor, column) for factor in factors for column in columns)
-        return [c.product.multiply_add(f, c.isa, x, *operands) for x, operands in zip(totals, each, strict=True)]
+        factors, totals = [f.splat(weights.load(r, word), c.lanes) for r in range(rows)], list(totals)
+        for j, column in enumerate(_words(f, c, at, vectors)):
+            for r, factor in enumerate(factors):
+                n = r * vectors + j
+                totals[n] = c.product.multiply_add(f, c.isa, totals[n], factor, column)
+        return totals
 
     def steps(word: Value, totals: list[Value]) -> list[Value]:
         for u in range(c.unroll):
@@ -145,10 +145,11 @@ def _any_nonfinite(f: Function, c: Config, totals: Sequence[Value]) -> Value:
     return f.cast("bitcast", zero.isnan(), f"i{c.lanes}").ne(0)
 
 
-def _words(f: Function, c: Config, rows: Sequence[Value], vectors: int) -> list[Value]:
-    """Registers of value columns in words, of the keys at these addresses (of one, with itself)."""
-    each = c.lanes * c.element
-    return [_join(f, c, keys) for keys in [[_bits(f, c, row + j * each) for row in rows] for j in range(vectors)]]
+def _words(f: Function, c: Config, rows: Sequence[Value], vectors: int) -> Iterator[Value]:
+    """Registers of value columns in words, of the keys at these addresses (of one, with itself): each read when it is
+    asked for."""
+    for j in range(vectors):
+        yield _join(f, c, [_bits(f, c, row + j * (c.lanes * c.element)) for row in rows])
 
 
 def _bits(f: Function, c: Config, at: Value) -> Value:
