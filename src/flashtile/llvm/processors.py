@@ -22,7 +22,7 @@ class Ahead:
 
     level           the cache that they are brought into: 1, the nearest, or 2
     streams         the processor reads ahead by itself where a kernel reads in the order of addresses, and faster
-    one, several    bytes of a column that are asked for ahead, where one query reads it and where several do
+    one, several    how far ahead, where one query reads and where several do: keys times the bytes of an element
     """
 
     level: int = 2
