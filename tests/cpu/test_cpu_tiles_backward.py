@@ -301,18 +301,3 @@ def test_long_sums_keep_to_the_rule(
     do, q, k, v = (np.abs(x) for x in arrays(rows, keys, 8, 4, heads=1, dtype=number))
     assert_gradients_accurate(gradients(do, q, k, v, scale=0.25), do, q, k, v, scale=0.25)
     clear_cache()
-
-
-@pytest.mark.skipif(len(MACHINES) < 2, reason="this machine has no matrix registers of its own")
-@NUMBERS
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 5.0}], ids=["dense", "causal", "softcap"])
-def test_a_real_machine_and_the_emulated_one_give_the_same_bits(
-    options: dict[str, Any], number: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = []
-    for name in MACHINES:
-        monkeypatch.setenv("FLASHTILE_ISA", name)
-        clear_cache()
-        found.append([bits(gradients(*arrays(200, 200, d, d, dtype=number), **options)) for d in (64, 128)])
-    clear_cache()
-    assert found[0] == found[1]
