@@ -36,8 +36,8 @@ from . import kinds, machine, variants
 STEPS = ("machine", "bits", "compile", "overlap", "vectors", "table", "starpu", "suites")
 PROGRAM = (sys.executable, "-m", "benchmarks.matrix")
 COMPILE_TARGET = 0.7  # seconds of a kernel, with an empty cache
-TILES = ("tests/llvm/test_amx.py", "tests/llvm/test_products.py", "tests/cpu/test_cpu_tiles.py")
-BITS = (*TILES, "tests/cpu/test_cpu_tiles_backward.py")
+BITS = ("tests/llvm/test_amx.py", "tests/llvm/test_products.py", "tests/cpu/test_cpu_tiles.py")
+BITS = (*BITS, "tests/cpu/test_cpu_tiles_backward.py", "tests/cpu/test_cpu_tiles_bits.py")
 SUITES = ("tests/test_grid.py", "tests/test_adversarial.py", "tests/test_properties.py", "tests/test_many_keys.py")
 SUITES = (*SUITES, "tests/test_determinism.py", "tests/options", "tests/cpu", "tests/starpu/test_starpu_engine.py")
 ON_TILES = "amx and not emulated"
