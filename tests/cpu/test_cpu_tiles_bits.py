@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
+from test_cpu_tiles import KINDS
 
 import flashtile
 from flashtile.calls import clear_cache
@@ -18,19 +18,12 @@ from flashtile.llvm import machines as isas
 from flashtile.score import document
 
 pytestmark = pytest.mark.skipif("amx" not in isas.usable(), reason="this machine has no matrix registers of its own")
-BF16 = ml_dtypes.bfloat16
-KINDS: dict[str, tuple[Any, str]] = {
-    "bf16": (BF16, "ieee"),
-    "fp32 as bf16": (np.float32, "bf16"),
-    "fp16": (np.float16, "ieee"),
-    "fp32 as tf32": (np.float32, "tf32"),
-    "fp32": (np.float32, "ieee"),
-}
 # (batch, heads, heads of keys, q_len, kv_len, D, D_v), options, where what is not a number or vanishes goes.
 SHAPE = (1, 2, 1, 96, 160, 64, 64)
 CASES: dict[str, tuple[tuple[int, ...], dict[str, Any], str]] = {
     "dense": (SHAPE, {}, ""),
     "causal, D = 128": ((1, 2, 2, 200, 200, 128, 128), {"causal": True}, ""),
+    "softcap, D = 128": ((1, 2, 2, 200, 200, 128, 128), {"softcap": 5.0}, ""),
     "causal, ragged": ((2, 4, 2, 50, 131, 40, 24), {"causal": True, "align": "bottom_right"}, ""),
     "window, dropout": (SHAPE, {"window": (40, 3), "align": 20, "dropout_p": 0.2, "seed": 7}, ""),
     "mask, softcap": (SHAPE, {"mask": document(np.arange(160) // 60), "softcap": 5.0}, ""),
@@ -79,5 +72,6 @@ def test_instructions_give_the_bits_of_their_emulation(kind: str, name: str, mon
         results[isa] = [o, lse, gradients.q, gradients.k, gradients.v]
         said = flashtile.explain(q, k, v, **options)
         assert (said.isa, said.product[:5]) == (isa, "tiles")
+    clear_cache()
     for part, want, got in zip(("o", "lse", "dq", "dk", "dv"), *results.values(), strict=True):
         assert same(want, got), part
