@@ -94,6 +94,71 @@ def test_values_that_are_the_first_columns_of_keys(isa: str, rows: int, dtype: s
     assert_gradients_accurate(g, do, q, k, v, **options)
 
 
+ALIKE: dict[str, Any] = {
+    "plain": lambda n: {},
+    "the last query of a causal call": lambda n: BOTTOM_RIGHT,
+    "softcap": lambda n: {"softcap": 1.5},
+    "bias of keys": lambda n: {"bias": np.linspace(-2, 2, n, dtype=np.float32)},
+    "negative scale": lambda n: {"scale": -0.7},
+}
+APART: dict[str, Any] = {
+    "mask": lambda n: {"mask": np.arange(n) % 3 > 0},
+    "window": lambda n: {"window": (40, 0), "align": "bottom_right"},
+    "position": lambda n: {"causal": True, "align": 20},
+    "ALiBi": lambda n: {"alibi_slopes": np.linspace(0.1, 1, 64, dtype=np.float32), "align": "bottom_right"},
+    "sinks": lambda n: {"sinks": np.linspace(-1, 1, 64, dtype=np.float32)},
+    "dropout": lambda n: {"dropout_p": 0.5, "seed": 1},
+}
+
+
+def stacks(isa: str, dtype: str) -> bool:
+    """Whether 32 heads of one query are rows of the forward kernel on this instruction set."""
+    told = flashtile.explain((1, 64, 32, 64), (1, 64, 3000, 64), dtype=numpy_dtype(dtype), kernel="cpu")
+    return told.product.startswith("tiles") or (told.product.startswith("pairs") and "avx512" in isa)
+
+
+@EVERY
+@pytest.mark.parametrize("options", ALIKE.values(), ids=ALIKE)
+def test_heads_of_one_query_are_rows(isa: str, options: Callable[[int], dict[str, Any]], dtype: str) -> None:
+    """Where they are many, share keys, and nothing tells them apart: the bits of as many queries of one head, whatever
+    the strides, at every next key as in a first call."""
+    q, k, v = uniform(Shape(1, 64, 2, 1, 1100, 40, 24), dtype)
+    told = flashtile.explain(q, k, v, kernel="cpu", **options(1100))
+    assert (told.variant == "forward") == stacks(isa, dtype) == ("32 heads that share" in str(told))
+    inside = np.ascontiguousarray(q.swapaxes(1, 2)).swapaxes(1, 2)
+    for n in (89, 90, 1100):
+        keys, values, some = k[:, :, :n], v[:, :, :n], options(n)
+        found = attend(q, keys, values, **some)
+        assert same(found, attend(inside, keys, values, **some))
+        assert_accurate(found[0], q, keys, values, **some)
+        assert_accurate(found[1], q, keys, values, kind="lse", **some)
+        if stacks(isa, dtype):
+            one = {name: x for name, x in some.items() if name not in BOTTOM_RIGHT}
+            o, lse = attend(q.reshape(1, 2, 32, 40), keys, values, **one)
+            assert same(found, (o.reshape(1, 64, 1, 24), lse.reshape(1, 64, 1)))
+
+
+@EVERY
+@pytest.mark.parametrize("options", APART.values(), ids=APART)
+def test_heads_of_one_query_that_are_told_apart(isa: str, options: Callable[[int], dict[str, Any]]) -> None:
+    q, k, v = uniform(Shape(1, 64, 1, 1, 90, 24, 24), "bfloat16")
+    told = flashtile.explain(q, k, v, kernel="cpu", **options(90))
+    assert (told.variant == "decode") == (not told.spec.dropout) and told.plan.heads == 64
+    o = flashtile.attention(q, k, v, kernel="cpu", **options(90))
+    assert_accurate(o, q, k, v, **options(90))
+
+
+@EVERY
+@pytest.mark.parametrize("size", [1.0, 5.0])
+def test_gradients_of_heads_that_were_rows(isa: str, size: float, dtype: str) -> None:
+    shape = Shape(1, 64, 2, 1, 300, 40, 24)
+    q, k, v = uniform(shape, dtype, size=size)
+    do = np.ascontiguousarray(np.roll(q, 1, -1)[..., :24])
+    o, lse = flashtile.attention(q, k, v, kernel="cpu", return_lse=True)
+    g = flashtile.attention_backward(do, q, k, v, o, lse, kernel="cpu")
+    assert_gradients_accurate(g, do, q, k, v)
+
+
 @pytest.fixture(params=own_decoding())
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Every instruction set that this machine runs and that has kernels of its own for few queries, in turn."""

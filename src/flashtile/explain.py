@@ -163,10 +163,10 @@ def _explained(views: Sequence[View], request: Request, direction: str) -> Expla
     (spec, scoring), options = request.of(*views), request.options
     engine = engine_of(spec, options.engine)
     family = kernels.pick(spec, as_name("kernel", options.kernel), direction)
-    able, backward = family.capabilities(spec), direction == "backward"
-    prepared = (_prepared_backward if backward else _prepared)(spec, views, family, able)
-    plan, program = prepared.plan, scoring.program
-    coverage = coverage_of(spec, plan, offsets_of(spec, request))
+    backward = direction == "backward"
+    prepared = (_prepared_backward if backward else _prepared)(spec, views, family)
+    able, plan, program = family.capabilities(prepared.spec), prepared.plan, scoring.program
+    coverage = coverage_of(prepared.spec, plan, offsets_of(spec, request))
     if program is not None and program.mask is not None:
         coverage = count_map(program, tile_map(program, spec, plan.tile_q, plan.tile_k))
     return Explanation(
@@ -192,8 +192,10 @@ def _explained(views: Sequence[View], request: Request, direction: str) -> Expla
 
 
 class _Prepared(NamedTuple):
-    """How a kernel cuts a call, what memory it takes (as Explanation says), and on how many threads it runs."""
+    """What a kernel computes for a call, how it cuts that, what memory it takes (as Explanation says), and on how many
+    threads it runs."""
 
+    spec: AttentionSpec
     plan: Plan
     scratch_bytes: int
     workspace_bytes: int
@@ -207,16 +209,21 @@ def _flops(spec: AttentionSpec, visible: int, direction: str) -> int:
     return 2 * (keys * spec.head_size + values * spec.value_size) * visible
 
 
-def _prepared(spec: AttentionSpec, views: Sequence[View], family: Family, able: Capabilities) -> _Prepared:
-    plan = make_plan(spec, able)
+def _prepared(spec: AttentionSpec, views: Sequence[View], family: Family) -> _Prepared:
     o = contiguous(views[0].shape[:-1] + views[2].shape[-1:], spec.dtype, spec.device)
-    kernel = family.compile(spec, plan, Layout(*(x.strides4() for x in (*views, o))))
+    given, layout = spec, Layout(*(x.strides4() for x in (*views, o)))
+    spec, layout = kernels.stacked(spec, layout, family)
+    plan = make_plan(spec, family.capabilities(spec))
+    kernel = family.compile(spec, plan, layout)
     # Between a call's launches: of a merge that follows in a stage of its own, or as the kernel says.
     between = kernel.merge_stage.workspace_bytes if kernel.merge_stage else getattr(kernel, "workspace_bytes", 0)
-    return _Prepared(plan, kernel.scratch_bytes, between, get_num_threads())
+    notes = (
+        () if spec is given else (f"the {given.group} heads that share a key/value head are computed as its queries",)
+    )
+    return _Prepared(spec, plan, kernel.scratch_bytes, between, get_num_threads(), notes)
 
 
-def _prepared_backward(spec: AttentionSpec, views: Sequence[View], family: Family, able: Capabilities) -> _Prepared:
+def _prepared_backward(spec: AttentionSpec, views: Sequence[View], family: Family) -> _Prepared:
     """Of a family that compiles its backward, or that differentiates NumPy arrays, on the calling thread."""
     if family.compile_backward is not None:
         q, k, v = (x.strides4() for x in views)
@@ -224,9 +231,9 @@ def _prepared_backward(spec: AttentionSpec, views: Sequence[View], family: Famil
         fresh = (contiguous(x.shape, spec.dtype, spec.device).strides4() for x in views)
         kernel = family.compile_backward(spec, BackwardLayout(q, k, v, o, o, *fresh), ())
         between = kernel.merge_stage.workspace_bytes if kernel.merge_stage else 0
-        return _Prepared(kernel.plan, kernel.scratch_bytes, between, get_num_threads())
+        return _Prepared(spec, kernel.plan, kernel.scratch_bytes, between, get_num_threads())
     note = "these gradients are computed in NumPy, whose arrays of scores do not count as scratch"
-    return _Prepared(make_plan(spec, able), 0, 0, 1, (note,))
+    return _Prepared(spec, make_plan(spec, family.capabilities(spec)), 0, 0, 1, (note,))
 
 
 def offsets_of(spec: AttentionSpec, request: Request) -> list[int] | None:

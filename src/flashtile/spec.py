@@ -22,6 +22,9 @@ LARGEST_POSITION = 2**60
 # Stands for an integer array (B,) given as `align`: its values are run-time parameters, its presence is structure.
 PER_BATCH = type("PerBatch", (), {"__repr__": lambda self: "an integer per batch"})()
 
+# What a score program may depend on that is the same for every head and row.
+_OF_KEYS = frozenset("sbj")
+
 Shape = tuple[int, ...]
 
 
@@ -76,6 +79,19 @@ class AttentionSpec:
     def group(self) -> int:
         """Query heads that share one key/value head: head h reads key/value head h // group."""
         return self.heads // max(self.kv_heads, 1)
+
+    @property
+    def alike(self) -> bool:
+        """Whether nothing but their one query tells heads apart that share a key/value head."""
+        told = self.band or self.sinks or self.dropout
+        code = self.program
+        free = code is None or (code.mask is None and code.score is not None and code.score.variables <= _OF_KEYS)
+        return self.q_len == 1 and self.group > 1 and not told and free
+
+    @property
+    def stacked(self) -> AttentionSpec:
+        """The same call where heads are `alike`, with those that share a key/value head as the rows of one."""
+        return self.changed(heads=self.kv_heads, q_len=self.group)
 
     @property
     def empty(self) -> bool:
@@ -143,6 +159,8 @@ class AttentionSpec:
             if not holds(q4, k4, v4):
                 raise wrong(argument, got(q4, k4, v4), expected(q4, k4, v4))
         band = band_of(causal, window)
+        if band is not None and band.left is None and q4[2] == 1 and align == "bottom_right":
+            band = None  # one row at the last key sees them all, however many
         return cls(
             batch=q4[0],
             heads=q4[1],

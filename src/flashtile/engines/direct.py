@@ -31,6 +31,7 @@ from flashtile.kernels import (
     NativeRun,
     Runnable,
     Stage,
+    stacked,
 )
 from flashtile.plan import Plan, flops_of_pair, make_plan, parts_of, visible_pairs
 from flashtile.progress import Report
@@ -65,6 +66,7 @@ def unavailable() -> str | None:
 
 def bind(spec: AttentionSpec, layout: Layout, family: Family) -> Bound:
     """Plan a call, compile its kernel, and bind the two."""
+    spec, layout = stacked(spec, layout, family)
     return _Binding(spec, layout, family).bind(spec, layout)
 
 

@@ -44,6 +44,7 @@ __all__ = [
     "objection",
     "pick",
     "reserved",
+    "stacked",
     "survey",
     "tile_kernels",
 ]
@@ -64,6 +65,11 @@ class Layout:
     k: Strides
     v: Strides
     o: Strides
+
+    def stacked(self, group: int) -> Layout:
+        """That of a call whose heads, `group` to a key/value head, become rows (AttentionSpec.stacked)."""
+        q, o = ((b, h * group, h, d) for b, h, _, d in (self.q, self.o))
+        return Layout(q, self.k, self.v, o)
 
 
 class Keys(NamedTuple):
@@ -310,6 +316,12 @@ def _instead(spec: AttentionSpec, direction: str) -> str:
     """Which families can do a call that the one asked for cannot."""
     able = [repr(name) for name, family in families() if objection(family, spec.filled, direction) is None]
     return f"; {' and '.join(able)} can" if able else ""
+
+
+def stacked(spec: AttentionSpec, layout: Layout, family: Family) -> tuple[AttentionSpec, Layout]:
+    """The call that an engine has a family compute in place of this one, of the same arrays: with heads as rows, where
+    the family is faster so."""
+    return (spec.stacked, layout.stacked(spec.group)) if family.capabilities(spec).stacked else (spec, layout)
 
 
 def reserved(family: Family | str) -> str | None:

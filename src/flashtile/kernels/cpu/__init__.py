@@ -42,7 +42,7 @@ from flashtile.kernels.tiles import TileKernels
 from flashtile.llvm import machines as isas
 from flashtile.llvm import processors
 from flashtile.llvm.blocks import WORD, strides_of
-from flashtile.llvm.products import FMA
+from flashtile.llvm.products import FMA, PAIRS
 
 if TYPE_CHECKING:
     from flashtile.kernels.cpu.decode import Decode
@@ -75,6 +75,9 @@ _PACES = {
 }
 # Where products land in matrix registers nobody has measured since rows of passes/decode start faster.
 _TILED_PACES = {(64, 16): ((14, 28), 40, 120)}
+# From so many heads with one query each, they are faster as rows of forward.py, by pairs in registers of 64 bytes: 1.35
+# times at 32 and D = 128, 1.45 at 48. In fp32, which the others multiply in, there is a tenth to gain or to lose.
+_STACKED_HEADS = 32
 
 
 def unavailable() -> str | None:
@@ -94,7 +97,7 @@ def backward_config(spec: AttentionSpec) -> Config:
     """That of its backward. Of few queries, whose lse comes from passes/decode, it has the products of that, summed in
     its order: a weight is off by what its two scores differ by, in fewer bits by a factor where scores are large."""
     choosing = _choosing(spec)
-    few = spec.kv_len >= _decodes_from(spec.q_len, *choosing)
+    few = spec.kv_len >= _decodes_from(spec.q_len, *choosing) and not _stacks(spec, *choosing)
     return _across_config(_decode_config(*choosing)) if few else _configured(*choosing, _ANYWHERE)
 
 
@@ -142,11 +145,19 @@ def capabilities(spec: AttentionSpec) -> Capabilities:
     choosing = _choosing(spec)
     if spec.kv_len < _decodes_from(spec.q_len, *choosing):
         return _capabilities(*choosing, _ANYWHERE)
-    return _decoding(spec.q_len, spec.group, *choosing)
+    return _decoding(spec.q_len, spec.group, _stacks(spec, *choosing), *choosing)
+
+
+def _stacks(spec: AttentionSpec, *choosing: Any) -> bool:
+    """Whether a call is computed faster with its heads as rows, which are many, than by passes/decode."""
+    if not spec.alike or spec.kv_len >= _decodes_from(spec.group, *choosing):
+        return False
+    c = _configured(*choosing, _ANYWHERE)
+    return c.lands_in_memory or (c.product is PAIRS and c.isa.vector_bytes == 64 and spec.group >= _STACKED_HEADS)
 
 
 @functools.lru_cache(maxsize=256)
-def _decoding(q_len: int, group: int, *choosing: Any) -> Capabilities:
+def _decoding(q_len: int, group: int, stacked: bool, *choosing: Any) -> Capabilities:
     """Those of passes/decode, for so many rows."""
     able, (_, _, precision, *_) = _capabilities(*choosing, IN_REGISTERS), choosing
     product = able.product
@@ -161,6 +172,7 @@ def _decoding(q_len: int, group: int, *choosing: Any) -> Capabilities:
         tile_q=(max(1, q_len),),
         variant="decode",
         head_block=group,
+        stacked=stacked,
         part_keys=_PART_KEYS if group * q_len == 1 else _PART_KEYS // 2,
         longest_part=_LONGEST_PART,
     )
