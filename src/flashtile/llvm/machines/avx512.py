@@ -19,7 +19,7 @@ class AVX512(ISA):
         return f.intrinsic(f"llvm.x86.avx512.permvar.{kind}.{8 * self.vector_bytes}", table.type, [table, index])
 
     def fraction(self, f: Function, x: Value) -> Value:
-        return self._whole_register(f, "reduce", x, f.const("i32", 8))  # against no bits after the point, to nearest
+        return self._whole_register(f, "reduce", x, f.const("i32", 9))  # against no bits after the point, rounded down
 
     def scale(self, f: Function, x: Value, power: Value) -> Value:
         return self._whole_register(f, "scalef", x, power)

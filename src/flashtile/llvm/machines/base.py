@@ -82,11 +82,12 @@ class ISA:
         raise NotImplementedError(self.name)
 
     def fraction(self, f: Function, x: Value) -> Value:
-        """A register of floats less the nearest integers, where the machine ``scales``.  NumPy: x - rint(x)."""
+        """A register of floats less the integers below, rounded down, where the machine ``scales``.  NumPy:
+        x - floor(x), but less than 1."""
         raise NotImplementedError(self.name)
 
     def scale(self, f: Function, x: Value, power: Value) -> Value:
-        """x times 2 to the power of integers, where the machine ``scales``.  NumPy: ldexp(x, power.astype(int))."""
+        """x times 2^floor(power), where the machine ``scales``.  NumPy: ldexp(x, floor(power).astype(int))."""
         raise NotImplementedError(self.name)
 
     def dot_pairs(self, f: Function, acc: Value, a: Value, b: Value) -> Value:
