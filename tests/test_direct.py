@@ -80,6 +80,16 @@ def test_large_work_is_shared_and_small_work_is_not(threads: Callable[[int], Non
     assert alone.threads == {threading.get_ident()} and alone.calls == [(0, 60)]
 
 
+@pytest.mark.parametrize(
+    ("heads", "rows", "storage", "waiting"),
+    [(8, 1, "float32", 4), (8, 1, "float64", 8), (8, 1, "float16", 2), (16, 1, "float32", 2), (8, 4, "float32", 1)],
+)
+def test_reading_counts_where_few_rows_share_what_is_read(heads: int, rows: int, storage: str, waiting: int) -> None:
+    """A decoder's step does few operations in the time that it reads keys."""
+    plan = flashtile.explain((1, heads, rows, 64), (1, 8, 1500, 64), dtype=storage, kernel="cpu").plan
+    assert plan.waiting == waiting and plan.work == waiting * plan.flops
+
+
 def test_what_is_computed_at_once_is_one_call_on_the_calling_thread(threads: Callable[[int], None]) -> None:
     threads(3)
     reports: list[tuple[int, int]] = []

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 import flashtile
@@ -126,6 +127,27 @@ def test_calls_of_a_length_alone_and_with_threads_alone(team: Any, threads: Call
     threads(2)
     prepared(Counting(8))(b"parameters", lambda done, total: None)
     assert asked == [], "progress is reported by the pool"
+
+
+def test_steps_of_a_decoder_are_given_away_by_the_time_that_they_read(
+    team: Any, threads: Callable[[int], None]
+) -> None:
+    """At whatever number of keys: 1 MFLOP in fp32 takes as long as 4 where many queries share a key."""
+    threads(2)
+    asked = []
+
+    def spy(*given: Any) -> tuple[int, int]:
+        asked.append(given[3] - given[2])
+        return team(*given)
+
+    offered.lend(lambda: spy)
+    rng = np.random.default_rng(0)
+    q, k = (rng.standard_normal((1, 8, n, 64), dtype=np.float32) for n in (1, 700))
+    enough = direct.SMALL_FOR_TEAM // (4 * 2 * 8 * 128) + 1
+    for n, given in ((enough - 1, []), (enough, [8]), (700, [8]), (enough - 1, [])):
+        asked.clear()
+        flashtile.attention(q, k[:, :, :n], k[:, :, :n], kernel="cpu")
+        assert asked == given, n
 
 
 def test_rounds_end_in_time_for_an_interrupt(team: Any, threads: Callable[[int], None]) -> None:

@@ -76,6 +76,11 @@ class AttentionSpec:
         return self.device.partition(":")[0]
 
     @property
+    def element_bytes(self) -> int:
+        """Of Q, K and V."""
+        return DTYPES[self.dtype].itemsize
+
+    @property
     def group(self) -> int:
         """Query heads that share one key/value head: head h reads key/value head h // group."""
         return self.heads // max(self.kv_heads, 1)

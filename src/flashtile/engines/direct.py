@@ -33,7 +33,7 @@ from flashtile.kernels import (
     Stage,
     stacked,
 )
-from flashtile.plan import Plan, flops_of_pair, make_plan, parts_of, visible_pairs
+from flashtile.plan import Plan, flops_of_pair, make_plan, parts_of, visible_pairs, waiting_of
 from flashtile.progress import Report
 from flashtile.spec import AttentionSpec
 from flashtile.threads import Team, get_num_threads, team
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 # Waking a thread and waiting for it cost some 100 us, half of the time in which one core does this much.
 SMALL_FLOPS = 16_000_000
-# A team that is awake is asked in some 10 us.
+# A team that is awake is asked in some 10 us: soon enough for calls that are as long because they wait for memory, too.
 SMALL_FOR_TEAM = 4_000_000
 # Threads that wait for more work take some 4 ms from ours: nothing in a call as long as this.
 LONG_FLOPS = 100_000_000_000
@@ -75,7 +75,7 @@ class _Binding:
 
     def __init__(self, spec: AttentionSpec, layout: Layout, family: Family) -> None:
         self._spec, self._layout, self._family, self._able = spec, layout, family, family.capabilities(spec)
-        self._flops = flops_of_pair(spec) * spec.batch
+        self._flops, self._waiting = flops_of_pair(spec) * spec.batch, waiting_of(spec)
         self._bound: dict[tuple[int, ...], tuple[CompiledKernel, Run, bool]] = {}
         self._items = 0  # of whole ranges of keys
 
@@ -84,7 +84,7 @@ class _Binding:
         kernel = self._family.compile(spec, plan, layout)
         run, small = prepare(plan, kernel), _is_small(plan)
         self._items = plan.items // plan.splits
-        self._bound[_shared(plan.splits, plan.flops)] = kernel, run, small
+        self._bound[_shared(plan.splits, plan.flops, plan.waiting)] = kernel, run, small
         return Bound(kernel.pack, run, _native(small, kernel), self.at if self._family.at else None)
 
     def at(self, keys: Keys) -> Bound | None:
@@ -92,7 +92,7 @@ class _Binding:
         assert self._family.at is not None
         splits, split_keys = parts_of(self._spec, self._able, self._items, keys.kv_len)
         flops = self._flops * visible_pairs(self._spec, keys.offset, keys.kv_len)
-        found = self._bound.get(_shared(splits, flops))
+        found = self._bound.get(_shared(splits, flops, self._waiting))
         if found is None:
             spec = self._spec.changed(kv_len=keys.kv_len, offset=keys.offset)
             alike = self._family.capabilities(spec) is self._able  # families keep theirs
@@ -102,10 +102,11 @@ class _Binding:
         return None if other is None else Bound(other.pack, run, _native(small, other), self.at)
 
 
-def _shared(splits: int, flops: int) -> tuple[int, ...]:
+def _shared(splits: int, flops: int, waiting: int) -> tuple[int, ...]:
     """All that `prepare` goes by, of a call on any number of keys; a first round may be twice as long as it should."""
-    rounds = LONG_FLOPS if flops > LONG_FLOPS else flops // ROUND_FLOPS
-    return splits, flops > SMALL_FOR_TEAM, flops > SMALL_FLOPS, rounds.bit_length()
+    work = flops * waiting
+    rounds = LONG_FLOPS if work > LONG_FLOPS else work // ROUND_FLOPS
+    return splits, work > SMALL_FOR_TEAM, flops > SMALL_FLOPS, rounds.bit_length()
 
 
 def bind_backward(spec: AttentionSpec, layout: BackwardLayout, family: Family, arrays: ArrayShapes) -> BoundBackward:
@@ -132,7 +133,7 @@ def _is_small(plan: Plan) -> bool:
 def prepare(plan: Plan, kernel: Runnable) -> Run:
     """Bind a compiled kernel to its plan. The result may be called from any thread, many times at once."""
     merge, scratch_bytes = kernel.merge_stage, kernel.scratch_bytes
-    items = _run_of(plan, Stage(plan.items, kernel.run, plan.flops, 0), scratch_bytes, _is_small(plan))
+    items = _run_of(plan, Stage(plan.items, kernel.run, plan.work, 0), scratch_bytes, _is_small(plan))
     if merge is None:
         return items
     merged = _run_of(plan, merge, scratch_bytes, plan.at_once or merge.work <= SMALL_FLOPS)

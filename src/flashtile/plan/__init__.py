@@ -5,7 +5,7 @@ from __future__ import annotations
 from flashtile.plan.capabilities import Capabilities
 from flashtile.plan.coverage import Coverage, coverage_of, visible_pairs
 from flashtile.plan.items import Plan
-from flashtile.plan.tiling import flops_of_pair, make_plan, parts_of
+from flashtile.plan.tiling import flops_of_pair, make_plan, parts_of, waiting_of
 
 __all__ = [
     "Capabilities",
@@ -16,4 +16,5 @@ __all__ = [
     "make_plan",
     "parts_of",
     "visible_pairs",
+    "waiting_of",
 ]

@@ -35,6 +35,7 @@ def make_plan(spec: AttentionSpec, capabilities: Capabilities) -> Plan:
         split_keys=split_keys,
         head_block=capabilities.head_block,
         at_once=capabilities.at_once,
+        waiting=waiting_of(spec),
     )
 
 
@@ -74,6 +75,12 @@ def flops_of(spec: AttentionSpec, offsets: Iterable[int] | None = None) -> int:
     if offsets is not None:
         return flops_of_pair(spec) * sum(visible_pairs(spec, offset) for offset in offsets)
     return flops_of_pair(spec) * spec.batch * visible_pairs(spec, spec.offset)
+
+
+def waiting_of(spec: AttentionSpec) -> int:
+    """`Plan.waiting`: an element of K or V takes part in 2 operations for every row that shares it, and a core reads a
+    byte of it, from memory or the farther caches, in the time of 1 to 3."""
+    return max(1, spec.element_bytes // max(spec.group * spec.q_len, 1))
 
 
 def flops_of_pair(spec: AttentionSpec) -> int:
