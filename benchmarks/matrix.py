@@ -4,6 +4,7 @@
     bits      the tests of tiles, instruction by instruction and kernel by kernel: the real ones against the emulated
     compile   seconds that LLVM takes for each module
     overlap   what mixing products with weights gives: of a strip, and of whole kernels with and without (overlap.py)
+    few       the kernel of few queries beside that of tiles, by the number of rows: which one should be taken (few.py)
     vectors   the fp32 kernel without tiles, beside forms of it that might suit Intel's caches better (variants.py)
     table     forward, options, gradients and first calls beside their targets (python -m benchmarks)
     starpu    the StarPU engine beside the direct one, in bf16
@@ -33,7 +34,7 @@ from flashtile.llvm import machines
 
 from . import kinds, machine, variants
 
-STEPS = ("machine", "bits", "compile", "overlap", "vectors", "table", "starpu", "suites")
+STEPS = ("machine", "bits", "compile", "overlap", "few", "vectors", "table", "starpu", "suites")
 PROGRAM = (sys.executable, "-m", "benchmarks.matrix")
 COMPILE_TARGET = 0.7  # seconds of a kernel, with an empty cache
 BITS = ("tests/llvm/test_amx.py", "tests/llvm/test_products.py", "tests/cpu/test_cpu_tiles.py")
@@ -129,6 +130,10 @@ def on_overlap(run: Run) -> Iterator[str]:
     else:
         yield "strips are not measured: emulated tiles branch, and nothing can be mixed with them"
     yield from variants.run("tiles", run.isa, small=run.dry)
+
+
+def on_few(run: Run) -> Iterator[str]:
+    yield from command(run, "-m", "benchmarks.few", *(("--small",) if run.dry else ()), isa=run.isa)
 
 
 def on_vectors(run: Run) -> Iterator[str]:

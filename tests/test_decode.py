@@ -112,8 +112,8 @@ APART: dict[str, Any] = {
 
 
 def stacks(isa: str, dtype: str) -> bool:
-    """Whether 32 heads of one query are rows of the forward kernel on this instruction set."""
-    told = flashtile.explain((1, 64, 32, 64), (1, 64, 3000, 64), dtype=numpy_dtype(dtype), kernel="cpu")
+    """Whether 48 heads of one query are rows of the forward kernel on this instruction set."""
+    told = flashtile.explain((1, 64, 48, 64), (1, 64, 3000, 64), dtype=numpy_dtype(dtype), kernel="cpu")
     return told.product.startswith("tiles") or (told.product.startswith("pairs") and "avx512" in isa)
 
 
@@ -122,9 +122,9 @@ def stacks(isa: str, dtype: str) -> bool:
 def test_heads_of_one_query_are_rows(isa: str, options: Callable[[int], dict[str, Any]], dtype: str) -> None:
     """Where they are many, share keys, and nothing tells them apart: the bits of as many queries of one head, whatever
     the strides, at every next key as in a first call."""
-    q, k, v = uniform(Shape(1, 64, 2, 1, 1100, 40, 24), dtype)
+    q, k, v = uniform(Shape(1, 96, 2, 1, 1100, 40, 24), dtype)
     told = flashtile.explain(q, k, v, kernel="cpu", **options(1100))
-    assert (told.variant == "forward") == stacks(isa, dtype) == ("32 heads that share" in str(told))
+    assert (told.variant == "forward") == stacks(isa, dtype) == ("48 heads that share" in str(told))
     inside = np.ascontiguousarray(q.swapaxes(1, 2)).swapaxes(1, 2)
     for n in (89, 90, 1100):
         keys, values, some = k[:, :, :n], v[:, :, :n], options(n)
@@ -134,8 +134,8 @@ def test_heads_of_one_query_are_rows(isa: str, options: Callable[[int], dict[str
         assert_accurate(found[1], q, keys, values, kind="lse", **some)
         if stacks(isa, dtype):
             one = {name: x for name, x in some.items() if name not in BOTTOM_RIGHT}
-            o, lse = attend(q.reshape(1, 2, 32, 40), keys, values, **one)
-            assert same(found, (o.reshape(1, 64, 1, 24), lse.reshape(1, 64, 1)))
+            o, lse = attend(q.reshape(1, 2, 48, 40), keys, values, **one)
+            assert same(found, (o.reshape(1, 96, 1, 24), lse.reshape(1, 96, 1)))
 
 
 @EVERY
@@ -151,7 +151,7 @@ def test_heads_of_one_query_that_are_told_apart(isa: str, options: Callable[[int
 @EVERY
 @pytest.mark.parametrize("size", [1.0, 5.0])
 def test_gradients_of_heads_that_were_rows(isa: str, size: float, dtype: str) -> None:
-    shape = Shape(1, 64, 2, 1, 300, 40, 24)
+    shape = Shape(1, 96, 2, 1, 300, 40, 24)
     q, k, v = uniform(shape, dtype, size=size)
     do = np.ascontiguousarray(np.roll(q, 1, -1)[..., :24])
     o, lse = flashtile.attention(q, k, v, kernel="cpu", return_lse=True)
@@ -429,7 +429,7 @@ def test_explain_tells_the_kernel_and_the_parts(isa: str) -> None:
     assert (told.variant, told.isa, told.plan.head_block) == ("decode", isa, 4)
     assert f"cpu, decode, {isa}" in str(told) and "keys in 4 parts of 2048, merged in order" in str(told)
     assert told.workspace_bytes == 4 * 32 * (128 + 1) * 4
-    assert flashtile.explain((1, 32, 16, 128), (1, 8, 8192, 128), kernel="cpu").variant == "forward"
+    assert flashtile.explain((1, 32, 24, 128), (1, 8, 8192, 128), kernel="cpu").variant == "forward"
 
 
 @pytest.mark.parametrize("keys", [9, 20])

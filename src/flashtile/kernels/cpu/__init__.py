@@ -42,7 +42,7 @@ from flashtile.kernels.tiles import TileKernels
 from flashtile.llvm import machines as isas
 from flashtile.llvm import processors
 from flashtile.llvm.blocks import WORD, strides_of
-from flashtile.llvm.products import FMA, PAIRS
+from flashtile.llvm.products import FMA, PAIRS, TILES, TILES2, TILES3
 
 if TYPE_CHECKING:
     from flashtile.kernels.cpu.decode import Decode
@@ -73,11 +73,17 @@ _PACES = {
     (32, 8): ((11, 12, 16), 12, 100),
     (32, 4): ((8, 8, 10, 18, 18), 22, 70),
 }
-# Where products land in matrix registers nobody has measured since rows of passes/decode start faster.
-_TILED_PACES = {(64, 16): ((14, 28), 40, 120)}
-# From so many heads with one query each, they are faster as rows of forward.py, by pairs in registers of 64 bytes: 1.35
-# times at 32 and D = 128, 1.45 at 48. In fp32, which the others multiply in, there is a tenth to gain or to lose.
-_STACKED_HEADS = 32
+# On matrix registers, by the product; nobody has measured these. By the models of docs/adding-an-isa.md a key costs 37
+# to 46 cycles in one part, 215 to 240 in two, 290 to 350 in three, most of them for making it ready; a row here 10 to
+# 12. But in one part it is the memory that is waited for, and rows here ask it ahead.
+_TILED_PACES = {
+    TILES.name: ((14, 16), 40, 120),
+    TILES2.name: ((20, 22), 40, 120),
+    TILES3.name: ((29, 35), 40, 120),
+}
+# From so many heads with one query each, they are faster as rows of forward.py. By pairs in registers of 64 bytes 1.35
+# times at 32 and D = 128, 1.45 at 48, where in fp32 there is a tenth to gain or to lose; the others by the above.
+_STACKED_HEADS = {PAIRS.name: 32, TILES.name: 15, TILES2.name: 24, TILES3.name: 40}
 
 
 def unavailable() -> str | None:
@@ -120,12 +126,12 @@ def _decodes_from(q_len: int, *choosing: Any) -> float:
     c = _configured(*choosing, _ANYWHERE)
     if c.dropout:
         return math.inf
-    pace = (_TILED_PACES if c.lands_in_memory else _PACES).get((c.isa.vector_bytes, c.lanes))
+    pace = _TILED_PACES.get(c.product.name) if c.lands_in_memory else _PACES.get((c.isa.vector_bytes, c.lanes))
     if pace is None:
         return 0 if q_len <= _NARROW_QUERIES else math.inf
     of_registers, row_starts, starts = pace
     registers = -(-max(q_len, 1) // c.lanes)
-    if q_len > _MOST_QUERIES or (c.lands_in_memory and registers > 1):
+    if q_len > _MOST_QUERIES:
         return math.inf
     rows = of_registers[registers - 1]
     # The least n of which q_len (row_starts + n) <= starts + rows (half a tile + n).
@@ -153,7 +159,7 @@ def _stacks(spec: AttentionSpec, *choosing: Any) -> bool:
     if not spec.alike or spec.kv_len >= _decodes_from(spec.group, *choosing):
         return False
     c = _configured(*choosing, _ANYWHERE)
-    return c.lands_in_memory or (c.product is PAIRS and c.isa.vector_bytes == 64 and spec.group >= _STACKED_HEADS)
+    return c.isa.vector_bytes == 64 and spec.group >= _STACKED_HEADS.get(c.product.name, math.inf)
 
 
 @functools.lru_cache(maxsize=256)
