@@ -472,6 +472,40 @@ def test_parts_cover_the_keys(kv_len: int, heads: int, options: dict[str, Any]) 
     assert [plan.locate(n)[3] for n in range(plan.splits)] == list(range(plan.splits))
 
 
+def test_many_keys_are_read_for_many_queries_at_once() -> None:
+    """Parts of the keys make work items enough, so tiles of queries are as large as there are queries; not where keys
+    are about as many as queries, and parts would be hidden by causal."""
+
+    def cut(heads: int, q_len: int, kv_len: int) -> tuple[int, int, int]:
+        plan = flashtile.explain((1, heads, q_len, 64), (1, heads, kv_len, 64), kernel="cpu").plan
+        return plan.tile_q >= q_len, plan.query_tiles, plan.items
+
+    assert cut(8, 128, 16384) == (True, 1, ENOUGH_ITEMS)
+    whole, tiles, items = cut(8, 128, 900)
+    assert not whole and tiles > 1 and items == 8 * tiles
+    assert cut(ENOUGH_ITEMS, 128, 16384)[0]
+    assert cut(1, 300, 2000)[1] > 1
+
+
+@pytest.mark.parametrize("rows", [30, 130])
+def test_a_length_has_the_bits_of_a_first_call(rows: int) -> None:
+    """Whatever lengths came before it, with other tiles and parts."""
+    q, k, v = uniform(Shape(1, 2, 1, rows, 20_000, 16, 16), "float32")
+    lengths = [200, 900, 1100, 4200, 8300, 20_000]
+    options = {**BOTTOM_RIGHT, "kernel": "cpu"}
+
+    def at(n: int) -> bytes:
+        return flashtile.attention(q, k[:, :, :n], v[:, :, :n], **options).tobytes()
+
+    alone = []
+    for n in lengths:
+        clear_cache()
+        alone.append(at(n))
+    for order in (lengths, lengths[::-1]):
+        clear_cache()
+        assert {n: at(n) for n in order} == dict(zip(lengths, alone, strict=True))
+
+
 @EVERY
 def test_queries_that_are_few_beside_their_keys_decode(isa: str, dtype: str) -> None:
     """From some number of keys on, or never; the more queries there are, the later."""

@@ -33,7 +33,7 @@ from flashtile.kernels import (
     Stage,
     stacked,
 )
-from flashtile.plan import Plan, flops_of_pair, make_plan, parts_of, visible_pairs, waiting_of
+from flashtile.plan import Plan, cut_of, flops_of_pair, make_plan, visible_pairs, waiting_of
 from flashtile.progress import Report
 from flashtile.spec import AttentionSpec
 from flashtile.threads import Team, get_num_threads, team
@@ -77,22 +77,20 @@ class _Binding:
         self._spec, self._layout, self._family, self._able = spec, layout, family, family.capabilities(spec)
         self._flops, self._waiting = flops_of_pair(spec) * spec.batch, waiting_of(spec)
         self._bound: dict[tuple[int, ...], tuple[CompiledKernel, Run, bool]] = {}
-        self._items = 0  # of whole ranges of keys
 
     def bind(self, spec: AttentionSpec, layout: Layout) -> Bound:
         plan = make_plan(spec, self._able)
         kernel = self._family.compile(spec, plan, layout)
         run, small = prepare(plan, kernel), _is_small(plan)
-        self._items = plan.items // plan.splits
-        self._bound[_shared(plan.splits, plan.flops, plan.waiting)] = kernel, run, small
+        self._bound[_shared(plan.tile_q, plan.splits, plan.flops, plan.waiting)] = kernel, run, small
         return Bound(kernel.pack, run, _native(small, kernel), self.at if self._family.at else None)
 
     def at(self, keys: Keys) -> Bound | None:
         """See Bound.at."""
         assert self._family.at is not None
-        splits, split_keys = parts_of(self._spec, self._able, self._items, keys.kv_len)
+        tile_q, splits, split_keys = cut_of(self._spec, self._able, keys.kv_len)
         flops = self._flops * visible_pairs(self._spec, keys.offset, keys.kv_len)
-        found = self._bound.get(_shared(splits, flops, self._waiting))
+        found = self._bound.get(_shared(tile_q, splits, flops, self._waiting))
         if found is None:
             spec = self._spec.changed(kv_len=keys.kv_len, offset=keys.offset)
             alike = self._family.capabilities(spec) is self._able  # families keep theirs
@@ -102,11 +100,11 @@ class _Binding:
         return None if other is None else Bound(other.pack, run, _native(small, other), self.at)
 
 
-def _shared(splits: int, flops: int, waiting: int) -> tuple[int, ...]:
+def _shared(tile_q: int, splits: int, flops: int, waiting: int) -> tuple[int, ...]:
     """All that `prepare` goes by, of a call on any number of keys; a first round may be twice as long as it should."""
     work = flops * waiting
     rounds = LONG_FLOPS if work > LONG_FLOPS else work // ROUND_FLOPS
-    return splits, work > SMALL_FOR_TEAM, flops > SMALL_FLOPS, rounds.bit_length()
+    return tile_q, splits, work > SMALL_FOR_TEAM, flops > SMALL_FLOPS, rounds.bit_length()
 
 
 def bind_backward(spec: AttentionSpec, layout: BackwardLayout, family: Family, arrays: ArrayShapes) -> BoundBackward:

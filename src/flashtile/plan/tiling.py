@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from flashtile.plan.capabilities import Capabilities
 from flashtile.plan.coverage import visible_pairs
@@ -13,21 +14,16 @@ from flashtile.spec import AttentionSpec
 # Larger tiles of queries read K and V less often; fewer items than this would leave threads idle at the end.
 ENOUGH_ITEMS = 32
 MOST_PARTS = 128
+MANY_KEYS = 8  # times the queries
 
 
 def make_plan(spec: AttentionSpec, capabilities: Capabilities) -> Plan:
     """Choose tile sizes from the kernel's menus."""
-    heads = spec.batch * spec.heads // capabilities.head_block
-    tile_q = capabilities.tile_q[0]
-    for candidate in _up_to(capabilities.tile_q, spec.q_len):
-        if heads * -(-spec.q_len // candidate) >= ENOUGH_ITEMS:
-            tile_q = candidate
-    query_tiles = -(-spec.q_len // tile_q)
-    splits, split_keys = parts_of(spec, capabilities, heads * query_tiles, spec.kv_len)
+    tile_q, splits, split_keys = cut_of(spec, capabilities, spec.kv_len)
     return Plan(
         batch=spec.batch,
         heads=spec.heads,
-        query_tiles=query_tiles,
+        query_tiles=-(-spec.q_len // tile_q),
         splits=splits,
         tile_q=tile_q,
         tile_k=_tile_of_keys(capabilities, spec.kv_len),
@@ -39,24 +35,41 @@ def make_plan(spec: AttentionSpec, capabilities: Capabilities) -> Plan:
     )
 
 
-def parts_of(spec: AttentionSpec, capabilities: Capabilities, items: int, kv_len: int) -> tuple[int, int]:
-    """In how many parts so many keys are attended, in a call that is like `spec` but for their number, and how many
-    keys a part has; (1, 0): they are not parted. items: work items of whole ranges of keys.
+class Cut(NamedTuple):
+    """Rows of a work item; in how many parts keys are attended, and how many keys a part has: 1 and 0 where they are
+    not parted."""
 
-    They are where few items on long keys would leave threads idle, or where the kernel would not sum all accurately.
+    tile_q: int
+    splits: int = 1
+    split_keys: int = 0
+
+
+def cut_of(spec: AttentionSpec, capabilities: Capabilities, kv_len: int) -> Cut:
+    """How a call is cut that is like `spec` but for its number of keys.
+
+    Keys are parted where few items on long keys would leave threads idle, or where the kernel would not sum all
+    accurately. Where they are many beside the queries, parts are found first: K and V are then read, and made ready,
+    for more queries at once.
     """
+    heads, seen = spec.batch * spec.heads // capabilities.head_block, _keys_seen(spec, kv_len)
+    most = 1 if capabilities.part_keys is None else max(1, seen // capabilities.part_keys)
+    parts = most if seen >= MANY_KEYS * spec.q_len else 1
+    tile_q = capabilities.tile_q[0]
+    for candidate in _up_to(capabilities.tile_q, spec.q_len):
+        if heads * -(-spec.q_len // candidate) * parts >= ENOUGH_ITEMS:
+            tile_q = candidate
+    items = heads * -(-spec.q_len // tile_q)
     if capabilities.part_keys is None or items == 0:
-        return 1, 0
-    seen = _keys_seen(spec, kv_len)
-    parts = min(-(-(capabilities.enough_items or ENOUGH_ITEMS) // items), seen // capabilities.part_keys)
+        return Cut(tile_q)
+    parts = min(-(-(capabilities.enough_items or ENOUGH_ITEMS) // items), most)
     if capabilities.longest_part is not None:
         parts = max(parts, -(-seen // capabilities.longest_part))
     if parts < 2:
-        return 1, 0
+        return Cut(tile_q)
     # A window sees a few of many parts, and the merge reads all: their number is bounded.
     tile_k, keys = _tile_of_keys(capabilities, kv_len), max(-(-seen // parts), -(-kv_len // MOST_PARTS))
     split_keys = -(-keys // tile_k) * tile_k
-    return -(-kv_len // split_keys), split_keys
+    return Cut(tile_q, -(-kv_len // split_keys), split_keys)
 
 
 def _keys_seen(spec: AttentionSpec, kv_len: int) -> int:
