@@ -164,7 +164,7 @@ class AttentionSpec:
             if not holds(q4, k4, v4):
                 raise wrong(argument, got(q4, k4, v4), expected(q4, k4, v4))
         band = band_of(causal, window)
-        if band is not None and band.left is None and q4[2] == 1 and align == "bottom_right":
+        if band is not None and band.left is None and q4[2] == 1 and isinstance(align, str) and align == "bottom_right":
             band = None  # one row at the last key sees them all, however many
         return cls(
             batch=q4[0],

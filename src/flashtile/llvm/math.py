@@ -80,10 +80,10 @@ def weight(f: Function, isa: ISA, x: Value, *, coarse: bool = False) -> Value:
     Weights below 2^-100 (2^-960 in fp64) are 0.  Beside the row's largest, which is 1, they are nothing; but a
     sum of products with them can fall into the subnormal range, where some machines take a hundred times as long.
     """
-    form = _FORMATS[element(x.type)]
-    tiny = x < form.negligible
     if coarse and isa.scales and x.type == isa.vector_of("float"):
         return _adapted_weight(f, isa, x + _BEHIND)
+    form = _FORMATS[element(x.type)]
+    tiny = x < form.negligible
     if isa.permutes:
         value = _exp2_by_table(f, isa, x, 2 if coarse else form.table_degree)
     else:

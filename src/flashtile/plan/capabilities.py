@@ -23,9 +23,7 @@ class Capabilities:
     backward_product: str = ""  # the same of the backward
     variant: str = ""  # which of the family's kernels computes this spec, for explain
     head_block: int = 1  # query heads of a work item; divides spec.heads
-    stacked: bool = (
-        False  # heads are best computed as rows (AttentionSpec.stacked), a call that has capabilities of its own
-    )
+    stacked: bool = False  # AttentionSpec.stacked, whose capabilities are others, is computed faster
     part_keys: int | None = None  # fewest keys worth a work item of their own; None: keys are never split
     longest_part: int | None = None  # keys over which a work item sums accurately; None: any number
     devices: frozenset[str] = frozenset(("cpu",))  # whose memory it reads: "cpu", "cuda"

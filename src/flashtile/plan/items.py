@@ -21,9 +21,7 @@ class Plan:
     split_keys: int = 0  # keys of a part, a multiple of tile_k; split n begins at key n * split_keys. 0: not split
     head_block: int = 1  # query heads of a work item
     at_once: bool = False  # one call computes every item
-    waiting: int = (
-        1  # how many operations a core does while it does one of these: more than 1 where it waits for memory
-    )
+    waiting: int = 1  # operations in the time of one of these: more than 1 where a core waits for memory
 
     @property
     def work(self) -> int:
