@@ -5,24 +5,30 @@ from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 from assembly import functions, innermost_loops, stack_traffic
 from modules import every_module
 from test_spills import hot_part
 
 import flashtile
+from flashtile.calls import clear_cache
 from flashtile.kernels import cpu
 from flashtile.kernels.cpu import parts
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.passes.backward import backward_text
 from flashtile.kernels.cpu.passes.decode.kernel import decode_text
 from flashtile.kernels.cpu.passes.decode.rows import bytes_ahead
+from flashtile.kernels.cpu.passes.forward import forward_text
 from flashtile.llvm import jit, machines, processors
 from flashtile.llvm.ir import Function, Module
 from flashtile.llvm.processors import TABLE, Ahead
 from flashtile.llvm.products import known
+from flashtile.plan import make_plan
 
 ISA = machines.known()["avx512"]
 MODULES = {name: at for name, at in every_module(for_tests_too=False).items() if "-decode-" in name}
@@ -64,9 +70,9 @@ def test_every_line_is_asked_for(storage: str, ahead: Ahead, locality: str) -> N
         assert asked(c, function) == [locality] * expected, function
 
 
-def asked(c: Config, function: str) -> list[str]:
+def asked(c: Config, function: str, text: Callable[[Config], str] = decode_text) -> list[str]:
     """The localities of what an emitted function asks memory for."""
-    body = re.search(rf"^define internal \w+ @{function}\(.*?^}}", decode_text(c), re.DOTALL | re.MULTILINE)
+    body = re.search(rf"^define internal \w+ @{function}\(.*?^}}", text(c), re.DOTALL | re.MULTILINE)
     assert body, function
     return re.findall(r"@llvm\.prefetch\.p0\(ptr \S+, i32 0, i32 (\d), i32 1\)", body[0])
 
@@ -102,3 +108,42 @@ def test_only_kernels_of_few_queries_depend_on_it() -> None:
     few = flashtile.explain((1, 8, 1, 64), (1, 8, 300, 64), kernel="cpu")
     assert few.variant == "decode" and cpu.backward_config(few.spec).ahead == Ahead()
     assert cpu._ahead_config(c).ahead == processors.here().ahead
+
+
+def test_tiles_of_few_rows_ask_for_the_next_block() -> None:
+    """Between tiles of either product, at every width of a panel."""
+    c = Config(ISA, "float")
+    for width in range(1, c.registers + 1):
+        assert (
+            asked(replace(c, asks=True), f"panel_{width}", forward_text) == ["2"] * 4
+        )  # K at an edge or not, twice; V
+        assert not asked(c, f"panel_{width}", forward_text)
+
+
+@pytest.mark.parametrize(
+    ("q_len", "kv_len", "options", "asks"),
+    [
+        (32, 16384, {}, True),
+        (96, 16384, {"causal": True, "align": "bottom_right", "softcap": 5.0}, True),
+        (32, 1000, {}, False),  # in cache
+        (200, 16384, {}, False),  # a block is long in use
+        (32, 16384, {"mask": flashtile.score.window(100, 0), "align": 0}, False),  # most blocks are skipped
+    ],
+)
+def test_which_tiles_ask(q_len: int, kv_len: int, options: dict[str, Any], asks: bool) -> None:
+    """It changes no bit."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 2, n, 32), dtype=np.float32) for n in (q_len, kv_len, kv_len))
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLASHTILE_ISA", "avx512" if machines.unavailable(ISA) is None else "generic")
+        for least in (cpu._ASKING_BYTES, 1 << 60):
+            patch.setattr(cpu, "_ASKING_BYTES", least)
+            clear_cache()
+            found.append(flashtile.attention(q, k, v, kernel="cpu", **options).tobytes())
+            spec = flashtile.explain(q, k, v, kernel="cpu", **options).spec
+            plan = make_plan(spec, cpu.capabilities(spec))
+            c = cpu.config_of(spec)
+            assert cpu._asks(c, spec, plan) == (asks and least < 1 << 60)
+    clear_cache()
+    assert found[0] == found[1]

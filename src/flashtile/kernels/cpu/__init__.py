@@ -85,6 +85,10 @@ _TILED_PACES = {
 # times at 32 and D = 128, 1.45 at 48, where in fp32 there is a tenth to gain or to lose; the others by the above.
 _STACKED_HEADS = {PAIRS.name: 32, TILES.name: 15, TILES2.name: 24, TILES3.name: 40}
 
+# So few panels are soon done with a block of keys, and so many bytes of a head's K and V are more than most second
+# caches hold: memory is asked for the next block meanwhile.
+_ASKING_PANELS, _ASKING_BYTES = 2, 1 << 20
+
 
 def unavailable() -> str | None:
     """None: there is an instruction set for every machine. Raises: UnavailableError where FLASHTILE_ISA names none of
@@ -221,7 +225,7 @@ def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> CompiledKernel:
 
         return Decode(_ahead_config(_decode_config(*choosing)), spec, plan, layout, decodes_from)
     c = _configured(*choosing, _ANYWHERE)
-    return Forward(_partial_config(c) if plan.splits > 1 else c, spec, plan, layout, decodes_from)
+    return Forward(_planned_config(c, plan.splits > 1, _asks(c, spec, plan)), spec, plan, layout, decodes_from)
 
 
 def at(kernel: Forward | Decode, keys: Keys, split_keys: int) -> Forward | Decode | None:
@@ -246,8 +250,16 @@ def _ahead_config(c: Config) -> Config:
 
 
 @functools.lru_cache(maxsize=256)
-def _partial_config(c: Config) -> Config:
-    return replace(c, partial=True)
+def _planned_config(c: Config, partial: bool, asks: bool) -> Config:
+    return replace(c, partial=partial, asks=asks) if partial or asks else c
+
+
+def _asks(c: Config, spec: AttentionSpec, plan: Plan) -> bool:
+    """Whether memory is asked for the next block of keys: not where a mask may skip it, nor for matrix registers, where
+    nobody has measured it."""
+    panels, keys = plan.tile_q // c.panel, spec.kv_len * (spec.head_size + spec.value_size) * spec.element_bytes
+    few = plan.query_tiles == 1 and panels <= _ASKING_PANELS
+    return few and keys >= _ASKING_BYTES and not (c.masked or c.lands_in_memory)
 
 
 def compile_backward(spec: AttentionSpec, layout: BackwardLayout, arrays: ArrayShapes) -> CompiledBackward:

@@ -73,6 +73,10 @@ FRAME = Block(
 )
 
 
+# Where memory is asked for the next block: its rows of K and V, of so many bytes; count: of its keys, 0 for none.
+NEXT = Block(pointers("k v"), integers("k_s v_s k_bytes v_bytes count"))
+
+
 def band_of(spec: AttentionSpec) -> dict[str, int]:
     """A spec's band as the words of a block."""
     return {"offset": bounded(spec.offset or 0), **sides_of(spec.band)}

@@ -25,6 +25,7 @@ class Config:
     product     the micro-kernel of both products
     key_block   keys whose scores are held at a time: 128 lines of scores fit the first-level cache
     unroll      contraction steps emitted per loop iteration
+    asks        of a forward: memory is asked for the block of keys that follows
     partial     attend a part of the keys: outputs and lse in the accumulator's type, to be merged or carried on
     code        the score program, if there is one
     dropout     some weights are dropped: which, the seed and the threshold of the call say
@@ -46,6 +47,7 @@ class Config:
     across: bool = False
     ahead: Ahead = Ahead()
     tile: bool = False
+    asks: bool = False
 
     def __hash__(self) -> int:
         return self._hash

@@ -49,7 +49,7 @@ def entry(name: str, c: Config) -> Callable[..., int]:
 @functools.lru_cache(maxsize=256)
 def _merge_config(c: Config) -> Config:
     """Of the merge of parts that were computed by another configuration."""
-    return replace(c, partial=False, product=FMA, code=None, dropout=False, ahead=Ahead())
+    return replace(c, partial=False, product=FMA, code=None, dropout=False, ahead=Ahead(), asks=False)
 
 
 @functools.lru_cache(maxsize=256)

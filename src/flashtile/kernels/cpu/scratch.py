@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from flashtile.kernels.cpu.block import FRAME
+from flashtile.kernels.cpu.block import FRAME, NEXT
 from flashtile.kernels.cpu.readings import tiles
 from flashtile.kernels.cpu.steps.differentiate import TILE_ROWS, RowState, SinkSums
 from flashtile.kernels.cpu.steps.held import Held
@@ -38,6 +38,10 @@ class Work(Operand):
     @property
     def frame(self) -> Value:
         return self.at + fixed(self.c).at["frame"]
+
+    @property
+    def next(self) -> Value:
+        return self.at + fixed(self.c).at["next"]
 
     @property
     def tops(self) -> Lines:
@@ -75,6 +79,8 @@ def fixed(c: Config) -> Areas:
     areas = {"frame": FRAME.bytes, "tops": line, "alpha": line, "margin": margin, "scores": scores}
     if c.lands_in_memory:
         areas["landed"] = c.rows * line
+    if c.asks:
+        areas["next"] = NEXT.bytes
     return Areas(areas)
 
 

@@ -169,6 +169,8 @@ class _Attend:
         k, v, keys = item.k + start * p.k_s, item.v + start * p.v_s, stop - start
         k_rows, v_rows = Rows(k, p.k_s, p.k_d, keys, p.head_size), Rows(v, p.v_s, p.v_d, keys, p.value_size)
         packed_k, packed_v = Words(scratch + p.at_k, p.k_row), Words(scratch + p.at_v, p.v_row)
+        if c.asks:
+            call.note_next(item, stop)
         whole = start + (keys + (c.rows - 1)) // c.rows * c.rows
         pack_k, pack_v = p.pack_k.ne(0) | (whole > p.kv_len), p.pack_v.ne(0)
         with f.when(pack_k):

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from flashtile.kernels.cpu.block import KEEP
+from flashtile.kernels.cpu.block import KEEP, NEXT
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.scratch import Work
 from flashtile.kernels.cpu.steps.band import OPEN
@@ -163,6 +163,13 @@ class Call:
         words = seed, seed >> 32, self.keep.threshold, item.b * p.heads + item.h, item.first + panel
         low, high, threshold, head, lane = (f.cast("trunc", x, "i32") for x in words)
         return Draw(low, high, threshold, head, lane, start)
+
+    def note_next(self, item: Item, first: Value) -> None:
+        """The block that begins with this key is what memory is to be asked for (panel.ask)."""
+        f, p, c = self.f, self.p, self.c
+        rows = {"k": item.k + first * p.k_s, "v": item.v + first * p.v_s, "k_s": p.k_s, "v_s": p.v_s}
+        sizes = {"k_bytes": p.head_size * c.element, "v_bytes": p.value_size * c.element}
+        NEXT.write(f, self.work.next, **rows, **sizes, count=f.minimum(first + c.key_block, item.last_key) - first)
 
     def open_frame(self, item: Item) -> None:
         """What the score program needs of this head, for every tile."""

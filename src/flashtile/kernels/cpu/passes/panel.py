@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+from flashtile.kernels.cpu.block import NEXT
 from flashtile.kernels.cpu.config import Config
+from flashtile.kernels.cpu.passes.decode.rows import CACHE_LINE, prefetch
 from flashtile.kernels.cpu.passes.halves import Halves, emit_halves
 from flashtile.kernels.cpu.passes.strips import Strips
 from flashtile.kernels.cpu.scratch import Work, dense_bytes
@@ -84,6 +86,9 @@ class _Steps:
             first = v.values.row(word)
             extent = {"count": v.count, "reach": v.reach}
         with f.range(0, v.columns, c.rows) as column:
+            if c.asks:
+                share = (n * c.key_block // v.columns for n in (column, column + c.rows))
+                ask(f, v.work, "v", *share)
             target = v.sums.line(column)
             tile = first.row(column) if c.lands_in_memory else Words(first.at + column * c.size, first.stride)
             self.accumulate(f, sums=target, alpha=v.alpha, rows=tile, weights=weights, **extent)
@@ -198,6 +203,15 @@ def stretches_of(f: Function, c: Config, seen: Seen) -> list[tuple[Value, Value,
     return [(some_from, whole, True), (whole, until, False), (until, some_to, True)]
 
 
+def ask(f: Function, work: Work, which: str, first: Value, last: Value) -> None:
+    """Ask memory for the rows [first, last) of the next block's K or V: a few at a time, between tiles of a product.
+    Asked for in a row, all of them would be waited for."""
+    words = which, f"{which}_s", f"{which}_bytes", "count"
+    at, stride, size, count = (NEXT.read(f, work.next, name) for name in words)
+    with f.range(first, f.minimum(last, count)) as row, f.range(0, size, CACHE_LINE) as byte:
+        prefetch(work.c, at + row * stride + byte)
+
+
 class BlockScores:
     """The functions that fill the scores of a block: edge tiles, which are masked, and full ones, which are not.
 
@@ -236,6 +250,8 @@ class BlockScores:
         stretches = stretches_of(f, c, seen)
 
         def tile(row: Value, edge: bool) -> None:
+            if c.asks:
+                ask(f, work, "k", row, row + c.rows)
             arguments = {"work": work, "panel": panel, "rows": rows.row(row), "depth": depth, "line": row - some_from}
             if c.scored or edge and c.code:
                 self.raw(f, **arguments)
