@@ -207,12 +207,14 @@ def test_a_row_that_sees_nothing_has_its_sink(q_len: int, kv_len: int, dtype: st
 
 @pytest.mark.parametrize(("heads", "q_len"), [(129, 1), (43, 3), (71, 2), (100, 3), (300, 1)])
 def test_many_rows_on_one_key_head(heads: int, q_len: int, dtype: str) -> None:
-    """Rows go in groups, and have the bits that they have alone."""
+    """Rows go in groups, and have the bits that they have alone. A sink each tells heads of one query apart, which may
+    be computed as rows otherwise."""
     q, k, v = uniform(Shape(1, heads, 1, q_len, 301, 40, 24), dtype)
-    assert flashtile.explain(q, k, v, kernel="cpu").variant == "decode"
-    together = attend(q, k, v)
+    sinks = numbers(heads)
+    assert flashtile.explain(q, k, v, kernel="cpu", sinks=sinks).variant == "decode"
+    together = attend(q, k, v, sinks=sinks)
     for h in (0, heads // 2 - 1, heads // 2, heads - 1):
-        alone = attend(q[:, h : h + 1], k, v)
+        alone = attend(q[:, h : h + 1], k, v, sinks=sinks[h : h + 1])
         assert all(map(same_bits, alone, (x[:, h : h + 1] for x in together))), f"head {h}"
 
 
