@@ -1,7 +1,7 @@
 """`python -m benchmarks.few`: the kernel of few queries beside that of tiles, by the number of rows that share keys.
 
-Which one computes a call is a table (`_PACES`, `_TILED_PACES` and `_STACKED_HEADS` in kernels/cpu/__init__.py). Here
-both compute every call, with the table set aside for this process: one thread, keys in cache and from memory, results
+Which one computes a call is a table (`PACES`, `TILED_PACES` and `STACKED_HEADS` in kernels/cpu/few.py). Here both
+compute every call, with the table set aside for this process: one thread, keys in cache and from memory, results
 held to the accuracy rule first. Rows are queries of one head, as heads with one query each become where they are many.
 A line that ends with NOT THE FASTER ONE names a place where the table takes a kernel that needs over 1.15 times as
 long.

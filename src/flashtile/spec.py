@@ -86,7 +86,7 @@ class AttentionSpec:
         return self.heads // max(self.kv_heads, 1)
 
     @property
-    def alike(self) -> bool:
+    def heads_alike(self) -> bool:
         """Whether nothing but their one query tells heads apart that share a key/value head."""
         told = self.band or self.sinks or self.dropout
         code = self.program
@@ -95,7 +95,7 @@ class AttentionSpec:
 
     @property
     def stacked(self) -> AttentionSpec:
-        """The same call where heads are `alike`, with those that share a key/value head as the rows of one."""
+        """The same call where `heads_alike`, with those that share a key/value head as the rows of one."""
         return self.changed(heads=self.kv_heads, q_len=self.group)
 
     @property

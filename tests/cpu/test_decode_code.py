@@ -17,8 +17,8 @@ from test_spills import hot_part
 
 import flashtile
 from flashtile.calls import clear_cache
-from flashtile.kernels import cpu
-from flashtile.kernels.cpu import parts
+from flashtile.kernels import Layout, cpu
+from flashtile.kernels.cpu import few, parts
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.passes.backward import backward_text
 from flashtile.kernels.cpu.passes.decode.kernel import decode_text
@@ -105,8 +105,8 @@ def test_only_kernels_of_few_queries_depend_on_it() -> None:
     """Other kernels are the same files on all processors that share a cache."""
     c = Config(ISA, "half")
     assert replace(c, ahead=ZEN5) != c and parts._merge_config(replace(c, ahead=ZEN5)) == parts._merge_config(c)
-    few = flashtile.explain((1, 8, 1, 64), (1, 8, 300, 64), kernel="cpu")
-    assert few.variant == "decode" and cpu.backward_config(few.spec).ahead == Ahead()
+    told = flashtile.explain((1, 8, 1, 64), (1, 8, 300, 64), kernel="cpu")
+    assert told.variant == "decode" and cpu.backward_config(told.spec).ahead == Ahead()
     assert cpu._ahead_config(c).ahead == processors.here().ahead
 
 
@@ -137,13 +137,13 @@ def test_which_tiles_ask(q_len: int, kv_len: int, options: dict[str, Any], asks:
     found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLASHTILE_ISA", "avx512" if machines.unavailable(ISA) is None else "generic")
-        for least in (cpu._ASKING_BYTES, 1 << 60):
-            patch.setattr(cpu, "_ASKING_BYTES", least)
+        for least in (few.ASKING_BYTES, 1 << 60):
+            patch.setattr(few, "ASKING_BYTES", least)
             clear_cache()
             found.append(flashtile.attention(q, k, v, kernel="cpu", **options).tobytes())
             spec = flashtile.explain(q, k, v, kernel="cpu", **options).spec
             plan = make_plan(spec, cpu.capabilities(spec))
-            c = cpu.config_of(spec)
-            assert cpu._asks(c, spec, plan) == (asks and least < 1 << 60)
+            kernel: Any = cpu.compile(spec, plan, Layout(*(x.strides for x in (q, k, v, q))))
+            assert kernel._config.asks == (asks and least < 1 << 60)
     clear_cache()
     assert found[0] == found[1]

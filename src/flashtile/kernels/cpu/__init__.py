@@ -1,7 +1,7 @@
 """CPU kernels generated from Python as LLVM IR: exact, fused, no S x S array, no compiler on the machine.
 
 config.py    what a kernel depends on        block.py, scratch.py    its parameter blocks, its scratch memory
-backward.py  the backward kernel, bound to one spec and layout
+backward.py  the backward kernel, bound to one spec and layout      few.py    which kernel computes few queries
 passes/      kernels: forward.py (item.py, walk.py, panel.py), backward.py (visit.py), decode, merge, add_parts, unfused
 steps/       what passes are made of, in terms of lanes and rows: pack, product, band, program (frame, dense),
              softmax, keep, accumulate, spans, contain, finish; differentiate, exchange, add
@@ -33,7 +33,7 @@ from flashtile.kernels import (
     Strides,
     Template,
 )
-from flashtile.kernels.cpu import scratch
+from flashtile.kernels.cpu import few, scratch
 from flashtile.kernels.cpu.block import CALL, band_of, bounded, scores_in_nats, split_scale
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.score_values import NO_SCORES, ScoreValues, score_steps
@@ -42,7 +42,7 @@ from flashtile.kernels.tiles import TileKernels
 from flashtile.llvm import machines as isas
 from flashtile.llvm import processors
 from flashtile.llvm.blocks import WORD, strides_of
-from flashtile.llvm.products import FMA, PAIRS, TILES, TILES2, TILES3
+from flashtile.llvm.products import FMA
 
 if TYPE_CHECKING:
     from flashtile.kernels.cpu.decode import Decode
@@ -62,32 +62,6 @@ _STRIDES, _STRIDES_KV = tuple(strides_of("qkvo")), tuple(strides_of("kv"))
 _PART_KEYS = 1024  # a part of one row takes some 0.1 ms: long beside handing it out and merging it
 # Where scores rise from key block to key block, every one of them rescales the sums by a factor that was rounded.
 _LONGEST_PART = 16384
-_MOST_QUERIES = 20  # for passes/decode
-_NARROW_QUERIES = 12  # the most where nobody has measured more
-# Where it is the faster one: its time goes with the rows, that of forward.py with the registers that they fill.
-# Measured at D = 128, in keys of one row: what 1, 2, ... registers cost for each key; what a row costs before its first
-# key, and what forward.py costs, which works on whole tiles of keys, too many by half of one.
-_PACES = {
-    (64, 16): ((15, 29), 15, 150),  # by bytes and lanes of a register
-    (64, 8): ((8, 15, 22), 11, 70),
-    (32, 8): ((11, 12, 16), 12, 100),
-    (32, 4): ((8, 8, 10, 18, 18), 22, 70),
-}
-# On matrix registers, by the product; nobody has measured these. By the models of docs/adding-an-isa.md a key costs 37
-# to 46 cycles in one part, 215 to 240 in two, 290 to 350 in three, most of them for making it ready; a row here 10 to
-# 12. But in one part it is the memory that is waited for, and rows here ask it ahead.
-_TILED_PACES = {
-    TILES.name: ((14, 16), 40, 120),
-    TILES2.name: ((20, 22), 40, 120),
-    TILES3.name: ((29, 35), 40, 120),
-}
-# From so many heads with one query each, they are faster as rows of forward.py. By pairs in registers of 64 bytes 1.35
-# times at 32 and D = 128, 1.45 at 48, where in fp32 there is a tenth to gain or to lose; the others by the above.
-_STACKED_HEADS = {PAIRS.name: 32, TILES.name: 15, TILES2.name: 24, TILES3.name: 40}
-
-# So few panels are soon done with a block of keys, and so many bytes of a head's K and V are more than most second
-# caches hold: memory is asked for the next block meanwhile.
-_ASKING_PANELS, _ASKING_BYTES = 2, 1 << 20
 
 
 def unavailable() -> str | None:
@@ -107,8 +81,8 @@ def backward_config(spec: AttentionSpec) -> Config:
     """That of its backward. Of few queries, whose lse comes from passes/decode, it has the products of that, summed in
     its order: a weight is off by what its two scores differ by, in fewer bits by a factor where scores are large."""
     choosing = _choosing(spec)
-    few = spec.kv_len >= _decodes_from(spec.q_len, *choosing) and not _stacks(spec, *choosing)
-    return _across_config(_decode_config(*choosing)) if few else _configured(*choosing, _ANYWHERE)
+    decoded = spec.kv_len >= _decodes_from(spec.q_len, *choosing) and not _stacks(spec, *choosing)
+    return _across_config(_decode_config(*choosing)) if decoded else _configured(*choosing, _ANYWHERE)
 
 
 @functools.lru_cache(maxsize=256)
@@ -127,22 +101,7 @@ def _choice(setting: str, dtype: str, precision: str, lands: tuple[str, ...] = _
 @functools.lru_cache(maxsize=256)
 def _decodes_from(q_len: int, *choosing: Any) -> float:
     """From how many keys on passes/decode is the faster one for so many queries of a head; inf: it never is."""
-    c = _configured(*choosing, _ANYWHERE)
-    if c.dropout:
-        return math.inf
-    pace = _TILED_PACES.get(c.product.name) if c.lands_in_memory else _PACES.get((c.isa.vector_bytes, c.lanes))
-    if pace is None:
-        return 0 if q_len <= _NARROW_QUERIES else math.inf
-    of_registers, row_starts, starts = pace
-    registers = -(-max(q_len, 1) // c.lanes)
-    if q_len > _MOST_QUERIES:
-        return math.inf
-    rows = of_registers[registers - 1]
-    # The least n of which q_len (row_starts + n) <= starts + rows (half a tile + n).
-    behind = q_len * row_starts - starts - rows * (c.rows // 2)
-    if rows <= q_len:
-        return 0 if rows == q_len and behind <= 0 else math.inf
-    return max(0, -(-behind // (rows - q_len)))
+    return few.decodes_from(_configured(*choosing, _ANYWHERE), q_len)
 
 
 def _choosing(spec: AttentionSpec) -> tuple[Any, ...]:
@@ -160,10 +119,9 @@ def capabilities(spec: AttentionSpec) -> Capabilities:
 
 def _stacks(spec: AttentionSpec, *choosing: Any) -> bool:
     """Whether a call is computed faster with its heads as rows, which are many, than by passes/decode."""
-    if not spec.alike or spec.kv_len >= _decodes_from(spec.group, *choosing):
+    if not spec.heads_alike or spec.kv_len >= _decodes_from(spec.group, *choosing):
         return False
-    c = _configured(*choosing, _ANYWHERE)
-    return c.isa.vector_bytes == 64 and spec.group >= _STACKED_HEADS.get(c.product.name, math.inf)
+    return few.stacks(_configured(*choosing, _ANYWHERE), spec.group)
 
 
 @functools.lru_cache(maxsize=256)
@@ -225,7 +183,7 @@ def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> CompiledKernel:
 
         return Decode(_ahead_config(_decode_config(*choosing)), spec, plan, layout, decodes_from)
     c = _configured(*choosing, _ANYWHERE)
-    return Forward(_planned_config(c, plan.splits > 1, _asks(c, spec, plan)), spec, plan, layout, decodes_from)
+    return Forward(_planned_config(c, plan.splits > 1, few.asks(c, spec, plan)), spec, plan, layout, decodes_from)
 
 
 def at(kernel: Forward | Decode, keys: Keys, split_keys: int) -> Forward | Decode | None:
@@ -252,14 +210,6 @@ def _ahead_config(c: Config) -> Config:
 @functools.lru_cache(maxsize=256)
 def _planned_config(c: Config, partial: bool, asks: bool) -> Config:
     return replace(c, partial=partial, asks=asks) if partial or asks else c
-
-
-def _asks(c: Config, spec: AttentionSpec, plan: Plan) -> bool:
-    """Whether memory is asked for the next block of keys: not where a mask may skip it, nor for matrix registers, where
-    nobody has measured it."""
-    panels, keys = plan.tile_q // c.panel, spec.kv_len * (spec.head_size + spec.value_size) * spec.element_bytes
-    few = plan.query_tiles == 1 and panels <= _ASKING_PANELS
-    return few and keys >= _ASKING_BYTES and not (c.masked or c.lands_in_memory)
 
 
 def compile_backward(spec: AttentionSpec, layout: BackwardLayout, arrays: ArrayShapes) -> CompiledBackward:
