@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -189,3 +190,10 @@ def test_a_machine_is_known_by_its_core_or_what_it_has(
     monkeypatch.setattr(machine, "features", lambda: frozenset(features))
     kind = kinds.here()
     assert (kind.name if kind else None) == name
+
+
+def test_both_kernels_of_few_queries_are_timed() -> None:
+    command = [sys.executable, "-m", "benchmarks.few", "--small"]
+    done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, check=True)
+    said = done.stdout.splitlines()
+    assert len(said) == 2 and all(re.search(r"decode +\d+ us, forward +\d+ us; takes \w+", line) for line in said)
