@@ -294,6 +294,26 @@ def test_a_maximum_that_rises_a_little_from_block_to_block(isa: str, kind: str, 
     expected_lse.check(lse)
 
 
+@pytest.mark.parametrize("options", [{}, {"precision": "tf32"}], ids=str)
+def test_values_near_the_largest(isa: str, options: dict[str, Any]) -> None:
+    """A weight may be more than 1 while a maximum stays; a value of 3e38 may not be multiplied by that. Rows that do
+    not see it keep their bits, and the others' next keys count as before."""
+    number = np.float32 if options else BF16
+    q, k, v = np.zeros((1, 1, 40, 32), number), np.full((1, 1, 450, 32), 0, number), np.ones((1, 1, 450, 24), number)
+    q[..., 0], k[..., 0] = 1, -90
+    k[..., [3, 300, 400], 0] = [0, 4, 3]
+    v[..., :200, :] = np.linspace(-2, 2, 24)
+    seen = np.arange(450) != np.where(np.arange(40) % 3, 300, 301)[:, None]
+    options = {**options, "scale": 1.0, "mask": seen}
+    level = attend(q, k, v, **options)
+    v[..., 300, 5:9] = 3e38
+    o = attend(q, k, v, **options)
+    assert_accurate(o, q, k, v, **options)
+    hidden = np.arange(40) % 3 != 0
+    assert o[:, :, hidden].tobytes() == level[:, :, hidden].tobytes()
+    assert (o[:, :, ~hidden, 5:9].astype(np.float32) > 2e38).all()
+
+
 @pytest.mark.parametrize("options", [{}, {"causal": True, "align": 260}, {"dropout_p": 0.3, "seed": 1}], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_beside_weights_give_the_bits_of_one_after_the_other(isa: str, kind: str, options: Any) -> None:

@@ -27,15 +27,16 @@ from flashtile.kernels.cpu.steps.product import apart, emit_multiply, emit_produ
 from flashtile.kernels.cpu.steps.program import emit_program
 from flashtile.kernels.cpu.steps.softmax import Factors, emit_softmax
 from flashtile.kernels.cpu.steps.tiny import Tiny, emit_add_aside, emit_set_aside
-from flashtile.kernels.cpu.steps.unheld import Unheld, emit_add_unheld, emit_rescore
+from flashtile.kernels.cpu.steps.unheld import Unheld, emit_add_unheld, emit_make_room, emit_rescore
 from flashtile.llvm.ir import Function, Module, Value
-from flashtile.llvm.lines import Lines, Panel, State, Sums, Weights, Words
+from flashtile.llvm.lines import Lines, Panel, Rows, State, Sums, Weights, Words
 from flashtile.llvm.routines import Routine
 
 
 def emit_panels(module: Module, c: Config) -> list[Routine]:
     """The functions that add one block to a panel of up to 1, 2, ... registers of lanes."""
-    containment = [emit(module, c) for emit in (emit_collect, emit_add, *([emit_add_unheld] * c.lands_in_memory))]
+    of_unheld = [emit_add_unheld] * c.lands_in_memory + [emit_make_room] * c.tiles_add
+    containment = [emit(module, c) for emit in (emit_collect, emit_add, *of_unheld)]
     dense = [emit_dense(module, c, n) for n in range(len(c.code.dense_loads) if c.code else 0)]
     aside = [emit_set_aside(module, c), emit_add_aside(module, c)] if c.tiles_add else []
     return [_emit_panel(module, c, n + 1, containment, dense, aside) for n in range(c.registers)]
@@ -114,7 +115,6 @@ def _emit_attend(module: Module, c: Config, width: int, steps: _Steps, contain: 
     """The steps one after the other; but for strips of values (strips.py)."""
     f, v = _signature(module, c, width, name)
     drawn = {"draw": v.draw.further(v.seen.some_from)} if c.dropout else {}  # from the first line on
-    noted = {"tiny": v.tiny} if c.tiles_add else {}
     v.tops, v.alpha, v.scores, v.count = v.work.tops, v.work.alpha, v.work.scores, v.seen.count
     steps.lay_out(f, v, v.seen)
     steps.scores.call(f, v.work, v.panel, v.rows, v.depth, v.seen, *([v.unheld] if c.guarded else []))
@@ -123,7 +123,7 @@ def _emit_attend(module: Module, c: Config, width: int, steps: _Steps, contain: 
     v.reach = v.whole if c.lands_in_memory else v.count
     if not (c.masked or c.lands_in_memory):
         v.reach = f.cast("sext", v.seen.above, "i64") + c.lanes - v.seen.some_from
-    collect, add, *add_unheld = contain
+    collect, add, *of_unheld = contain
     broken = v.nonfinite.found.ne(0)
     collected = Sums(v.nonfinite.sums, c.line)
     raw = v.nonfinite.rows(v.seen.some_from, v.count)
@@ -143,10 +143,21 @@ def _emit_attend(module: Module, c: Config, width: int, steps: _Steps, contain: 
         add_all()
     with f.when(broken):
         add(f, sums=v.sums, collected=collected, columns=v.columns)
-        for also in add_unheld:
-            also(f, weights=v.weights, values=raw, sums=v.sums, **noted)
+        _add_unheld(f, steps, v, raw, *of_unheld)
     f.ret()
     return f
+
+
+def _add_unheld(f: Function, steps: _Steps, v: SimpleNamespace, raw: Rows, *routines: Routine) -> None:
+    """The share of values that tiles cannot hold, or of those that their sums could not."""
+    further: dict[str, Any] = {}
+    for make_room in routines[1:]:
+        make_room(f, weights=v.weights, values=raw, state=v.state, alpha=v.alpha, factors=v.factors)
+        assert steps.rescale is not None
+        steps.rescale(f, sums=v.sums, alpha=v.alpha, columns=v.columns)
+        further = {"tiny": v.tiny, "alpha": v.alpha}
+    for add in routines[:1]:
+        add(f, weights=v.weights, values=raw, sums=v.sums, **further)
 
 
 def _signature(module: Module, c: Config, width: int, name: str) -> tuple[Routine, SimpleNamespace]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,9 +23,11 @@ class Range(Operand):
 
     @classmethod
     def of_values(cls, f: Function, c: Config) -> Range:
-        """Of V. A weight may be small, and its product with a value is added to a hundred thousand others."""
+        """Of V. A weight may be small, or on tiles that add to their sums 2^RISE (softmax.py), and its product with a
+        value is added to a hundred thousand others."""
         least = 2.0**-80 if c.product.parts > 1 else 2.0**-100
-        return cls(f.const("i32", bits_of(least)), f.const("i32", LARGEST))
+        most = bits_of(2.0**90) if c.tiles_add else LARGEST
+        return cls(f.const("i32", bits_of(least)), f.const("i32", most))
 
     @classmethod
     def of_slopes(cls, f: Function, name: str) -> Range:
@@ -52,6 +55,11 @@ class Range(Operand):
         magnitude = f.bitcast(x, "i32") & 0x7FFFFFFF
         return (magnitude - least).ult(steps) | magnitude.eq(0)
 
+    def exceeded(self, x: Value) -> Value:
+        """Whether a number is finite and larger."""
+        magnitude = self.function.bitcast(x, "i32") & 0x7FFFFFFF
+        return (magnitude > self.most) & (magnitude < INFINITE)
+
     def holds_halves(self, x: Value) -> Value:
         """Of a register of bf16, where the bounds are constants: two numbers at once."""
         least, most = self.least.number, self.most.number
@@ -71,6 +79,7 @@ def bits_of(x: float) -> int:
 
 _MOST = bits_of(2.0**56)  # so that no sum of products of two overflows
 LARGEST = 0x7F7F7FFF  # beyond it a number rounded to bf16 is infinite
+INFINITE = bits_of(math.inf)
 
 
 def least_of_scores(c: Config, scale: float) -> int:

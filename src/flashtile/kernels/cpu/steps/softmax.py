@@ -16,7 +16,7 @@ from flashtile.llvm.routines import Kind, Operand, Routine
 # Weights accumulated separately before they join the lane's sum: a short chain of roundings, then another.
 SUM_LINES = 16
 # Octaves by which scores may rise above a row's maximum before it is raised, on tiles that add to their sums.
-RISE = 4.0
+RISE = 16.0
 
 
 @dataclass(frozen=True)

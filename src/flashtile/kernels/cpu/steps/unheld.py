@@ -15,9 +15,10 @@ from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.scratch import Work
 from flashtile.kernels.cpu.steps.pack import read
 from flashtile.kernels.cpu.steps.range import Range, any_lane
+from flashtile.kernels.cpu.steps.softmax import RISE, Factors
 from flashtile.kernels.cpu.steps.tiny import Tiny
-from flashtile.llvm.ir import Module, Value
-from flashtile.llvm.lines import Lines, Rows, Sums, Weights
+from flashtile.llvm.ir import Function, Module, Value
+from flashtile.llvm.lines import Lines, Rows, State, Sums, Weights
 from flashtile.llvm.routines import Operand, Routine
 from flashtile.llvm.types import vector
 
@@ -102,21 +103,19 @@ def emit_rescore(module: Module, c: Config, width: int) -> Routine:
 
 
 def emit_add_unheld(module: Module, c: Config) -> Routine:
-    """Weights times those values that are finite and not held, to the sums; for contain.py's are the rest."""
+    """Weights times those values that are finite and not held, to the sums; for contain.py's are the rest. On tiles
+    that add to their sums, weights times ``alpha`` (`emit_make_room`)."""
     kinds: dict[str, Any] = {"weights": Weights.of(c.word_line), "values": Rows.kind(), "sums": Sums.of(c.line)}
     if c.tiles_add:
-        kinds["tiny"] = Tiny.kind()
+        kinds |= {"tiny": Tiny.kind(), "alpha": Lines.of(c.line)}
     f = Routine(module, "add_unheld", **kinds)
-    weights, values, sums, *tiny = f.parameters
-    held, type_ = Range.of_values(f, c), vector(c.lanes, "i32")
+    weights, values, sums, *rest = f.parameters
+    tiny, alpha = rest[:1], rest[1:]
+    held = Range.of_values(f, c)
     with f.range(0, values.count) as row:
-        # A word holds two rows: the second one's bits are in their place, the first one's 16 further down.
-        shift = f.splat(f.select((row & 1).ne(0), f.const("i32", 0), f.const("i32", 16)), c.lanes)
-        totals = [f.const(c.vector, 0.0)] * c.registers
-        for part in reversed(range(c.product.parts)):
-            for j in range(c.registers):
-                word = weights.moved(part * c.weights_part).load(row // c.per_word, j)
-                totals[j] = f.bitcast((word << shift) & f.const(type_, -(1 << 16)), "float") + totals[j]
+        totals = _weights_of_row(f, c, weights, row)
+        for line in alpha:
+            totals = [total * line.load(0, j) for j, total in enumerate(totals)]
         with f.range(0, values.size) as column:
             value = read(f, c, values.at + (row * values.stride + column * values.step))
             unheld = f.select(held.holds(value), f.const("i1", 0), (value * 0.0).eq(0.0))
@@ -127,5 +126,53 @@ def emit_add_unheld(module: Module, c: Config) -> Routine:
                     sums.store(f.select(total.ne(0.0), new, old), column, j)
                     for noted in tiny:
                         noted.note(c, j, total.ne(0.0))
+    f.ret()
+    return f
+
+
+def _weights_of_row(f: Function, c: Config, weights: Weights, row: Value) -> list[Value]:
+    """The sums of a row's parts, as numbers."""
+    # A word holds two rows: the second one's bits are in their place, the first one's 16 further down.
+    shift = f.splat(f.select((row & 1).ne(0), f.const("i32", 0), f.const("i32", 16)), c.lanes)
+    mask, totals = f.const(vector(c.lanes, "i32"), -(1 << 16)), [f.const(c.vector, 0.0)] * c.registers
+    for part in reversed(range(c.product.parts)):
+        for j in range(c.registers):
+            word = weights.moved(part * c.weights_part).load(row // c.per_word, j)
+            totals[j] = f.bitcast((word << shift) & mask, "float") + totals[j]
+    return totals
+
+
+def emit_make_room(module: Module, c: Config) -> Routine:
+    """Before `emit_add_unheld` on tiles that add to their sums, where weights may be 2^RISE: by how much (``alpha``)
+    those of a lane that sees a value larger than what is held are to be less. Its maximum is RISE octaves more then,
+    its sum of weights less.
+
+    Where that sum is 1 at most, so is what a large value adds to.
+    """
+    kinds: dict[str, Any] = {"weights": Weights.of(c.word_line), "values": Rows.kind(), "state": State.of(c.line)}
+    f = Routine(module, "make_room", **kinds, alpha=Lines.of(c.line), factors=Factors.of(c))
+    weights, values, state, alpha, factors = f.parameters
+    held, none = Range.of_values(f, c), f.const(c.vector, 0.0)
+    alpha.fill(0.0, 1)  # for now the weights that large values meet
+    with f.range(0, values.count) as row:
+
+        def look(column: Value, found: list[Value], row: Value = row) -> list[Value]:
+            value = read(f, c, values.at + (row * values.stride + column * values.step))
+            return [found[0] | held.exceeded(value)]
+
+        (large,) = f.fold(0, values.size, 1, [f.const("i1", 0)], look)
+        with f.when(large):
+            for j, total in enumerate(_weights_of_row(f, c, weights, row)):
+                alpha.store(alpha.load(0, j) + total, 0, j)
+    # Of a scale that is nearly 0 nothing is said: scores would have to be larger than they can be to rise as far.
+    raised = f.splat(f.select(factors.high > 2.0**-96, f.const(c.acc, RISE) / factors.high, 0.0), c.lanes)
+    for j in range(c.registers):
+        old, total = state.load(0, j), state.load(1, j)
+        needs = alpha.load(0, j).ne(0.0) & (total > 1.0)
+        new = old + f.select(needs, raised, none)
+        factor = f.select(needs, factors.weights(c)(old - new), 1.0)
+        state.store(new, 0, j)
+        state.store(total * factor, 1, j)
+        alpha.store(factor, 0, j)
     f.ret()
     return f
