@@ -109,14 +109,9 @@ class Config:
 
     @property
     def interleaved(self) -> bool:
-        """Products run beside weights, on registers of their own: of one half of a block beside those of the other
-        (passes/halves.py) or, in three parts, of values beside those of the next keys (passes/strips.py)."""
+        """Products run beside weights of other keys, on registers of their own (passes/turns.py; in three parts,
+        products of values alone, passes/strips.py)."""
         return self.lands_in_memory and self.product.permission is not None
-
-    @property
-    def half(self) -> int:
-        """Keys of a half block."""
-        return self.key_block // 2
 
     @property
     def guarded(self) -> bool:

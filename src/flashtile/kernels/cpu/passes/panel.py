@@ -14,8 +14,8 @@ from typing import Any
 from flashtile.kernels.cpu.block import NEXT
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.passes.decode.rows import CACHE_LINE, prefetch
-from flashtile.kernels.cpu.passes.halves import Halves, emit_halves
 from flashtile.kernels.cpu.passes.strips import Strips
+from flashtile.kernels.cpu.passes.turns import Turns, emit_turns
 from flashtile.kernels.cpu.scratch import Work, dense_bytes
 from flashtile.kernels.cpu.steps.accumulate import emit_accumulate, emit_accumulate_tile, emit_rescale
 from flashtile.kernels.cpu.steps.band import Seen
@@ -46,8 +46,9 @@ class _Steps:
     """What a panel of one width calls for the scores, the weights and the sums."""
 
     def __init__(self, module: Module, c: Config, width: int, dense: list[Routine], aside: list[Routine]) -> None:
-        self.c, self.dense, self.aside = c, dense, aside
-        self.scores = BlockScores(module, c, width, guarded=c.guarded)
+        self.c, self.dense, self.of_tiny = c, dense, aside
+        self.by_turns = c.interleaved and c.tiles_add and width == c.registers
+        self.scores = BlockScores(module, c, width, guarded=c.guarded, without_top=self.by_turns)
         self.softmax = emit_softmax(module, c, width)
         if self.scores.multiply is None:
             self.accumulate = emit_accumulate(module, c, width)
@@ -57,23 +58,26 @@ class _Steps:
         self.rescale = emit_rescale(module, c, width) if c.tiles_add else None
         self.keep = emit_keep(module, c, width) if c.dropout else None
 
-    def lay_out(self, f: Function, v: SimpleNamespace, seen: Seen, line: int = 0) -> None:
+    def lay_out(self, f: Function, v: SimpleNamespace, seen: Seen, line: Value | int = 0) -> None:
         """Dense arrays beside scores that begin with a line."""
-        at = v.dense + line * self.c.line.bytes if line else v.dense
+        at = v.dense + line * self.c.line.bytes
         lay_out_dense(f, self.c, self.dense, v.work, at, seen, v.lanes)
 
-    @contextlib.contextmanager
-    def values(self, f: Function, v: SimpleNamespace) -> Iterator[None]:
-        """Around what adds to the sums: alpha, and on tiles what is too small for them (tiny.py)."""
+    def raise_sums(self, f: Function, v: SimpleNamespace) -> None:
+        """Times alpha, on tiles, which add to them."""
         if self.rescale is not None:
             self.rescale(f, sums=v.sums, alpha=v.alpha, columns=v.columns)
+
+    @contextlib.contextmanager
+    def aside(self, f: Function, v: SimpleNamespace) -> Iterator[None]:
+        """Around what adds to the sums, on tiles: what is too small for them (tiny.py)."""
         noted = {"tiny": v.tiny} if self.c.tiles_add else {}
         tiny_before = noted["tiny"].some(self.c) if noted else f.const("i1", 0)
-        for set_aside in self.aside[:1]:
+        for set_aside in self.of_tiny[:1]:
             with f.when(tiny_before):
                 set_aside(f, sums=v.sums, columns=v.columns, **noted)
         yield
-        for add_aside in self.aside[1:]:
+        for add_aside in self.of_tiny[1:]:
             with f.when(tiny_before):
                 add_aside(f, sums=v.sums, columns=v.columns, **noted)
 
@@ -102,12 +106,12 @@ def _emit_panel(
     if not (c.interleaved and c.tiles_add):
         return _emit_attend(module, c, width, steps, contain, "panel")
     attend = _emit_attend(module, c, width, steps, contain, "attend")
-    halves = Halves(module, c, width, steps) if width == c.registers else None
+    turns = Turns(module, c, width, steps) if steps.by_turns else None
     f, v = _signature(module, c, width, "panel")
     v.tops, v.alpha, v.scores, v.weights = v.work.tops, v.work.alpha, v.work.scores, v.work.weights
     clean = v.nonfinite.found.eq(0) & (v.unheld.found.eq(0) if c.guarded else f.const("i1", 1))
     arguments = dict(zip(attend.kinds, f.parameters, strict=True))
-    emit_halves(f, c, v, lambda seen: attend(f, **{**arguments, "seen": seen}), halves, clean)
+    emit_turns(f, c, v, lambda seen: attend(f, **{**arguments, "seen": seen}), turns, clean)
     return f
 
 
@@ -132,7 +136,8 @@ def _emit_attend(module: Module, c: Config, width: int, steps: _Steps, contain: 
 
     def add_all() -> None:
         _weigh(f, steps, v, drawn)
-        with steps.values(f, v):
+        steps.raise_sums(f, v)
+        with steps.aside(f, v):
             steps.add_values(f, v, v.seen, v.weights, v.whole)
 
     if c.interleaved and not c.tiles_add and width == c.registers:
@@ -153,8 +158,7 @@ def _add_unheld(f: Function, steps: _Steps, v: SimpleNamespace, raw: Rows, *rout
     further: dict[str, Any] = {}
     for make_room in routines[1:]:
         make_room(f, weights=v.weights, values=raw, state=v.state, alpha=v.alpha, factors=v.factors)
-        assert steps.rescale is not None
-        steps.rescale(f, sums=v.sums, alpha=v.alpha, columns=v.columns)
+        steps.raise_sums(f, v)
         further = {"tiny": v.tiny, "alpha": v.alpha}
     for add in routines[:1]:
         add(f, weights=v.weights, values=raw, sums=v.sums, **further)
@@ -231,14 +235,22 @@ class BlockScores:
     in that pass, program or not.
     """
 
-    def __init__(self, module: Module, c: Config, width: int, *, guarded: bool = False) -> None:
-        """``guarded``: what parts of products cannot hold is looked after."""
+    def __init__(
+        self, module: Module, c: Config, width: int, *, guarded: bool = False, without_top: bool = False
+    ) -> None:
+        """``guarded``: what parts of products cannot hold is looked after; ``without_top``: `passes` are also done
+        without keeping maxima."""
         self.c = c
         self.multiply = emit_multiply(module, c, width) if c.lands_in_memory else None
         self.rescore = emit_rescore(module, c, width) if guarded else None
         self.program: dict[bool, Routine] = {}
+        self.no_top: dict[bool, Routine] = {}
         if self.multiply is not None:
             self.program = {e: emit_program(module, c, width, edge=e) for e in (False, True)}
+            if without_top:
+                self.no_top = {
+                    e: emit_program(module, c, width, edge=e, top=False) for e in self.program if e or c.scored
+                }
             return
         if not c.scored:
             self.full = emit_product(module, c, width, "full")
@@ -274,34 +286,44 @@ class BlockScores:
         for first, last, edge in stretches:
             with f.range(first, last, c.rows) as row:
                 tile(row, edge)
-        self._run_program(f, work, seen, stretches)
+        self._run(f, self.program, work, seen, stretches)
 
-    def products(self, f: Function, work: Work, panel: Panel, rows: Words, depth: Value, seen: Seen) -> None:
-        """Scores that land in memory, raw."""
+    def products(
+        self, f: Function, work: Work, panel: Panel, rows: Words, depth: Value, seen: Seen, *, line: Value | int = 0
+    ) -> None:
+        """Scores that land in memory, raw, from a line on."""
         c = self.c
         assert self.multiply is not None
         with f.range(seen.some_from, seen.some_to, c.rows) as row:
-            words, out = Lines(panel.at, panel.shape), Lines(work.scores.at, c.line).line(row - seen.some_from)
+            words, out = Lines(panel.at, panel.shape), Lines(work.scores.at, c.line).line(row - seen.some_from + line)
             between = apart(c, depth * c.size, depth * c.line.bytes)
             self.multiply(f, left=rows.row(row), right=words, out=out, depth=depth, **between)
 
-    def passes(self, f: Function, work: Work, seen: Seen, *unheld: Unheld, line: int = 0) -> None:
-        """What is done to them then, where they begin with a line."""
+    def passes(
+        self, f: Function, work: Work, seen: Seen, *unheld: Unheld, line: Value | int = 0, top: bool = True
+    ) -> None:
+        """What is done to them then, where they begin with a line; without ``top`` no maximum is kept."""
         stretches = stretches_of(f, self.c, seen)
         for found in unheld:
             assert self.rescore is not None
             with f.when(found.found.ne(0)):
                 self.rescore(f, work=work, unheld=found, first=seen.some_from, last=seen.some_to)
-        self._run_program(f, work, seen, stretches, line)
+        self._run(f, self.program if top else self.no_top, work, seen, stretches, line)
 
-    def _run_program(
-        self, f: Function, work: Work, seen: Seen, stretches: list[tuple[Value, Value, bool]], line: int = 0
+    def _run(
+        self,
+        f: Function,
+        program: dict[bool, Routine],
+        work: Work,
+        seen: Seen,
+        stretches: list[tuple[Value, Value, bool]],
+        line: Value | int = 0,
     ) -> None:
-        origin = seen.some_from - line if line else seen.some_from
+        origin = seen.some_from - line
         for first, last, edge in stretches:
-            if edge in self.program:
+            if edge in program:
                 with f.when(first < last):
-                    self.program[edge](f, work=work, first=first, last=last, origin=origin, band=seen.band)
+                    program[edge](f, work=work, first=first, last=last, origin=origin, band=seen.band)
         if self.program:
             self._hide_rest(f, work.scores.line(line), seen.count)
 

@@ -27,7 +27,7 @@ class Strips:
     def __init__(self, module: Module, c: Config, width: int, steps: Any) -> None:
         self.c, self.keep = c, steps.keep
         self.keys = c.product.words * c.per_word  # of a strip; tiles of scores are whole strips
-        self.begin, self.end = (emit_softmax_edge(module, c, width, end=end) for end in (False, True))
+        self.begin, self.end = (emit_softmax_edge(module, c, width, step) for step in ("begin", "end"))
         self.weigh = emit_weigh(module, c, width)
         self.add = emit_multiply_beside(module, c, width, onto=True)
         onto = emit_multiply(module, c, width, onto=True)

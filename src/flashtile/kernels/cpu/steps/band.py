@@ -65,19 +65,13 @@ class Seen(Operand):
     def band(self) -> Band:
         return Band(self.above, self.below)
 
-    def cut(self, row: int) -> tuple[Seen, Seen]:
-        """What is seen of the rows before this one, and from it on; either may be nothing."""
+    def between(self, first: Value, last: Value) -> Seen:
+        """What is seen of the rows [first, last)."""
         f = self.function
-        ends = f.minimum(self.some_to, row), f.minimum(self.all_to, row)
-        starts = f.maximum(self.some_from, row), f.maximum(self.all_from, row)
-        return (
-            Seen(self.some_from, ends[0], self.all_from, ends[1], *self._near),
-            Seen(starts[0], self.some_to, starts[1], self.all_to, *self._near),
-        )
-
-    @property
-    def _near(self) -> tuple[Value, Value]:
-        return self.above, self.below
+        starts, ends = (self.some_from, self.all_from), (self.some_to, self.all_to)
+        some_from, all_from = (f.maximum(x, first) for x in starts)
+        some_to, all_to = (f.minimum(x, last) for x in ends)
+        return Seen(some_from, some_to, all_from, all_to, self.above, self.below)
 
     @property
     def count(self) -> Value:

@@ -8,6 +8,7 @@ by either alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from typing import Any, ClassVar
 
 from flashtile.kernels.cpu.config import Config
 from flashtile.kernels.cpu.steps.product import factor_kinds, multiply
+from flashtile.kernels.cpu.steps.range import any_lane
 from flashtile.kernels.cpu.steps.softmax import SUM_LINES, Factors, Softmax, softmax_kinds
 from flashtile.llvm.ir import Module, Value
 from flashtile.llvm.lines import Lines, Scores
@@ -108,17 +110,28 @@ def emit_weigh(module: Module, c: Config, width: int) -> Routine:
     return f
 
 
-def emit_softmax_edge(module: Module, c: Config, width: int, *, end: bool) -> Routine:
-    """What of the softmax comes before the first weight, or (``end``) after the last."""
-    name = f"softmax_{'end' if end else 'begin'}_{width}"
-    f = Routine(module, name, **beside_kinds(c))
+def emit_softmax_edge(module: Module, c: Config, width: int, step: str) -> Routine:
+    """What of the softmax comes before the first weight ("begin" or "go_on"), or after the last ("end")."""
+    f = Routine(module, f"softmax_{step}_{width}", **beside_kinds(c))
     softmax, *begun = _softmax(f, c, f.parameters)
     with f.range(0, width * c.register, c.register) as at:
-        if end:
-            softmax.end(at)
-        else:
-            softmax.begin(at)
-            for line in begun:
-                line.store(f.const(c.vector, 0.0), 0, at=at)
+        getattr(softmax, step)(at)
+        for line in begun if step != "end" else ():
+            line.store(f.const(c.vector, 0.0), 0, at=at)
     f.ret()
+    return f
+
+
+def emit_exceeded(module: Module, c: Config, width: int) -> Routine:
+    """Whether weights that went on without a maximum are of no use (Softmax.exceeded); their sums are, then, too."""
+    f = Routine(module, f"softmax_exceeded_{width}", "i1", **beside_kinds(c))
+    softmax, *_ = _softmax(f, c, f.parameters)
+
+    def look(at: Value, found: list[Value]) -> list[Value]:
+        return [found[0] | any_lane(f, softmax.exceeded(at))]
+
+    (found,) = f.fold(0, width * c.register, c.register, [f.const("i1", 0)], look)
+    with f.when(found):
+        softmax.tops.fill(-math.inf, 1)
+    f.ret(found)
     return f

@@ -24,16 +24,16 @@ from flashtile.score.emit import Emission
 from flashtile.score.expr import Expr
 
 
-def emit_program(module: Module, c: Config, width: int, *, edge: bool) -> Routine:
+def emit_program(module: Module, c: Config, width: int, *, edge: bool, top: bool = True) -> Routine:
     """The rows [first, last) go through the program, counted from the block; row ``origin`` stands on the first line of
-    the scores. An ``edge`` pass hides what the mask, or where the program has none, the band hides. It also keeps the
-    running maximum."""
+    the scores. An ``edge`` pass hides what the mask, or where the program has none, the band hides. ``top``: it also
+    keeps the running maximum."""
     kinds: dict[str, Any] = {"work": Work.of(c), "first": "i64", "last": "i64", "origin": "i64", "band": Band.kind()}
-    f = Routine(module, f"program_{width}_{'edge' if edge else 'full'}", **kinds)
+    f = Routine(module, f"program_{width}_{'edge' if edge else 'full'}{'' if top else '_no_top'}", **kinds)
     work, first, last, origin, band = f.parameters
     program: Any = Elements(f, c, Frame(work.frame), width, masked=edge and c.masked) if c.code else Identity(c)
     hidden = f.const(c.vector, -math.inf)
-    tops = [work.tops.load(0, j) for j in range(width)]
+    tops = [work.tops.load(0, j) for j in range(width)] if top else []
 
     def one_row(row: Value, tops: list[Value]) -> list[Value]:
         line = (row - origin) * c.line.bytes
@@ -47,9 +47,10 @@ def emit_program(module: Module, c: Config, width: int, *, edge: bool) -> Routin
                 value = f.select(program.sees(element, band, j, row), value, hidden)
             if edge or c.scored:
                 f.store(value, here, align=c.register)
-            return f.maximum(value, tops[j])
+            return f.maximum(value, tops[j]) if tops else value
 
-        return f.abreast(width, one_register)
+        found = f.abreast(width, one_register)
+        return found if tops else []
 
     # Where there is nothing but the maximum, it is one chain of rows, each 4 cycles after the one before: so several.
     chains = 1 if edge or c.scored else max(1, 8 // width)
@@ -58,7 +59,7 @@ def emit_program(module: Module, c: Config, width: int, *, edge: bool) -> Routin
         return [top for n in range(chains) for top in one_row(row + n, tops[n * width : (n + 1) * width])]
 
     tops = f.fold(first, last, chains, tops * chains, some_rows)
-    for j in range(width):
+    for j in range(width if top else 0):
         work.tops.store(functools.reduce(f.maximum, tops[j::width]), 0, j)
     f.ret()
     return f

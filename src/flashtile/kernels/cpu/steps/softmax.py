@@ -84,7 +84,8 @@ class Softmax:
         """The new maximum, or where there is none 0, and what older sums are to be multiplied by.
 
         On tiles that add to their sums a maximum stays where a block rises above it by no more than RISE octaves:
-        weights are then larger than 1, and the sums need no pass of their own to be multiplied by alpha.
+        weights are then larger than 1, the sums seldom need a pass of their own to be multiplied by alpha, and most
+        blocks are weighed without looking for a maximum (`go_on`).
         """
         f, c = self.f, self.c
         old = self.state.load(0, at=at)
@@ -98,6 +99,18 @@ class Softmax:
         # In memory: one more value in registers is one too many for 16.
         self.tops.store(f.const(c.vector, 0.0), 0, at=at)
         return safe
+
+    def go_on(self, at: Value) -> None:
+        """As `begin` where lanes have seen a key, if no score rises beyond RISE. `exceeded` says whether one does."""
+        f, c = self.f, self.c
+        self.alpha.store(f.const(c.vector, 1.0), 0, at=at)
+        self.tops.store(f.const(c.vector, 0.0), 0, at=at)
+
+    def exceeded(self, at: Value) -> Value:
+        """Which lanes of a block may hold such a score, by the sum of their weights: half of its weight is the bound,
+        since weights are not exact."""
+        total = self.tops.load(0, at=at)
+        return (total >= 2.0 ** (RISE - 1)) | total.isnan()
 
     def bounded(self, top: Value) -> Value:
         """A lane that has seen nothing yet has maximum -inf; 0 in its place keeps -inf - max from being NaN."""
