@@ -25,7 +25,7 @@ def test_every_contestant_is_checked_and_timed(
 def test_calls_on_files_have_the_bits_of_those_in_memory(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "LARGER", ((300, 9000),))
+    monkeypatch.setattr(command, "LARGER", ((300, 24000),))
     assert command.main(["--rounds", "1", "--threads", "1", "--parts", "files"]) == 0
     shown = capsys.readouterr().out
     assert "error" not in shown and shown.count("in memory / from files") == 2

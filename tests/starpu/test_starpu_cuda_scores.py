@@ -160,7 +160,7 @@ with interpreted_gpu.working(folder, log, kernels) as worker:
         k, v = (rng.standard_normal((2, kv_heads, 60, 16)).astype(dtype) for _ in "12")
         given = {"dlse": rng.standard_normal((2, 2, rows)).astype("float32"), **options}
         wrt = ["q", "k", "v", *(["sinks"] if "sinks" in options else [])]
-        o, lse = flashtile.attention(q, k, v, return_lse=True, **options)
+        o, lse = flashtile.attention(q, k, v, return_lse=True, kernel="reference", **options)
         found = flashtile.attention_backward(do, q, k, v, o, lse, wrt=wrt, engine="starpu", **given)
         assert_gradients_accurate(found, do, q, k, v, wrt=wrt, **given)
 ran = {name.split("-")[0] for name in worker.ran}

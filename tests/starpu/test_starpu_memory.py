@@ -140,12 +140,13 @@ def test_keys_pass_queries_that_fit_once(element: str, monkeypatch: pytest.Monke
     options: dict[str, Any] = {"window": (130, 40), "align": np.array([120, 390])}
     o, lse = flashtile.attention(*arrays, kernel="reference", return_lse=True, **options)
     given = uniform(Shape(2, 4, 2, 90, 90, 17, 17), element)[0], *arrays, o, lse
+    enough = least(lambda n: flashtile.attention_backward(*given, memory_limit=n, **options)) + 100_000
     calls: list[StreamedBackward] = []
     run = StreamedBackward.run
     monkeypatch.setattr(StreamedBackward, "run", lambda call, *given: calls.append(call) or run(call, *given))
     for accumulate in (False, True):
         found = []
-        for how in ({"engine": "starpu"}, {"memory_limit": 1 << 20}):
+        for how in ({"engine": "starpu"}, {"memory_limit": enough}):
             found.append(Gradients(*(np.full_like(x, 0.5) for x in arrays)))
             flashtile.attention_backward(*given, out=found[-1], accumulate=accumulate, **how, **options)
         assert all(same_bits(getattr(found[0], n), getattr(found[1], n)) for n in "qkv")
@@ -462,14 +463,15 @@ print(json.dumps([k.nbytes + v.nbytes, [peak, peak_backward], float(off)]))
 
 def test_the_peak_is_within_the_limit(tmp_path: Path) -> None:
     """Keys and values of four times the limit, their gradients of as much again, and more queries, or keys, than fit at
-    once: the resident memory that a call adds, as the system counts it, maps included."""
+    once: the resident memory that a call adds, as the system counts it, maps included. It is a good part of the limit,
+    too: less on matrix registers, whose scratch memory has room for more panels than these tiles have."""
     limit = 8 << 20
     done = processes.run([sys.executable, "-c", PEAK, str(tmp_path), "32768", str(limit)])
     assert done.returncode == 0, done.stderr
     keys, peaks, difference = json.loads(done.stdout)
     assert keys == 4 * limit
     for peak in peaks:
-        assert limit // 2 < peak < 1.2 * limit, f"{peak / limit:.2f} of the limit"
+        assert limit // 3 < peak < 1.2 * limit, f"{peak / limit:.2f} of the limit"
     assert difference < 1e-5
 
 

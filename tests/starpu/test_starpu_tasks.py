@@ -62,10 +62,10 @@ def test_empty_tiles_make_no_task() -> None:
 
 
 def test_empty_tiles_of_a_mask_make_no_task() -> None:
-    spec = spec_of(480, 500)
-    mask = ScoreOptions(mask=lambda b, h, i, j: (i >= 240) | (j < 200) | (j >= 400))
+    spec = spec_of(576, 500)
+    mask = ScoreOptions(mask=lambda b, h, i, j: (i >= 288) | (j < 200) | (j >= 400))
     scored, scoring = mask.scoring(spec, False, None, 0)
-    flow = flow_of(scored, 240, 100, scoring=scoring)
+    flow = flow_of(scored, 288, 100, scoring=scoring)
     assert [met(flow, i) for i in range(2)] == [[0, 4, 1], [2, 1, 0, 4, 3]]
 
 
@@ -99,14 +99,14 @@ MASKS: list[Any] = [
 def test_flops_are_exact_for_masks(mask: Any) -> None:
     """Each task's against the mask itself; equal work has one footprint, whatever is visible of it."""
     spec, scoring = ScoreOptions(mask=mask).scoring(spec_of(300, 400, heads=2), False, None, 0)
-    flow = flow_of(spec, 144, 96, scoring=scoring)
+    flow = flow_of(spec, 192, 96, scoring=scoring)
     b, h, i, j = np.ogrid[:1, :2, :300, :400]
     visible = np.broadcast_to(mask if isinstance(mask, np.ndarray) else mask(b, h, i, j), (1, 2, 300, 400))
     for task, head, qi, kj in zip(flow.tasks, flow.pairs.head, flow.pairs.query_tile, flow.pairs.key_tile, strict=True):
-        pairs = visible[0, head, qi * 144 : (qi + 1) * 144, kj * 96 : (kj + 1) * 96].sum() if kj >= 0 else 0
+        pairs = visible[0, head, qi * 192 : (qi + 1) * 192, kj * 96 : (kj + 1) * 96].sum() if kj >= 0 else 0
         assert task["flops"] == 4 * 16 * pairs
     if isinstance(mask, np.ndarray):
-        assert len(set(flow.tasks["footprint"].tolist())) == 6  # 144 or 12 rows by 96 keys, first or not, or by 16
+        assert len(set(flow.tasks["footprint"].tolist())) == 6  # 192 or 108 rows by 96 keys, first or not, or by 16
 
 
 def test_equal_costs_have_equal_footprints_and_different_costs_different_ones() -> None:
@@ -145,11 +145,11 @@ def test_equal_costs_have_equal_footprints_and_different_costs_different_ones() 
 
 
 def test_a_score_program_has_its_own_footprint() -> None:
-    spec = spec_of(480, 480)
-    plain = set(flow_of(spec, 240, 240).tasks["footprint"].tolist())
-    for options in (ScoreOptions(softcap=5.0), ScoreOptions(mask=np.tri(480, dtype=bool))):
+    spec = spec_of(384, 384)
+    plain = set(flow_of(spec, 192, 192).tasks["footprint"].tolist())
+    for options in (ScoreOptions(softcap=5.0), ScoreOptions(mask=np.tri(384, dtype=bool))):
         scored, scoring = options.scoring(spec, False, None, 0)
-        found = set(flow_of(scored, 240, 240, scoring=scoring).tasks["footprint"].tolist())
+        found = set(flow_of(scored, 192, 192, scoring=scoring).tasks["footprint"].tolist())
         assert found and found.isdisjoint(plain)
 
 
