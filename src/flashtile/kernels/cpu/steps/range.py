@@ -55,7 +55,7 @@ class Range(Operand):
         magnitude = f.bitcast(x, "i32") & 0x7FFFFFFF
         return (magnitude - least).ult(steps) | magnitude.eq(0)
 
-    def exceeded(self, x: Value) -> Value:
+    def beyond(self, x: Value) -> Value:
         """Whether a number is finite and larger."""
         magnitude = self.function.bitcast(x, "i32") & 0x7FFFFFFF
         return (magnitude > self.most) & (magnitude < INFINITE)

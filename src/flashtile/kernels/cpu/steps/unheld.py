@@ -158,7 +158,7 @@ def emit_make_room(module: Module, c: Config) -> Routine:
 
         def look(column: Value, found: list[Value], row: Value = row) -> list[Value]:
             value = read(f, c, values.at + (row * values.stride + column * values.step))
-            return [found[0] | held.exceeded(value)]
+            return [found[0] | held.beyond(value)]
 
         (large,) = f.fold(0, values.size, 1, [f.const("i1", 0)], look)
         with f.when(large):
