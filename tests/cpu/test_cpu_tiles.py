@@ -41,6 +41,13 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     clear_cache()
 
 
+def grouped(kind: str, q_len: int, kv_len: int, group: int) -> list[np.ndarray]:
+    """Queries of twice as many heads, row after row in memory, and keys and values of two."""
+    shapes = {"q": (1, q_len, 2 * group, 48), "k": (1, kv_len, 2, 48), "v": (1, kv_len, 2, 24)}
+    rng = np.random.default_rng(group)
+    return [rng.standard_normal(shape).astype(KINDS[kind][0]).swapaxes(1, 2) for shape in shapes.values()]
+
+
 def arrays(q_len: int, kv_len: int, d: int, dv: int, dtype: Any = ml_dtypes.bfloat16) -> list[np.ndarray]:
     """q, k, v of two batches, four heads on two."""
     r = np.random.default_rng(q_len)
@@ -294,6 +301,40 @@ def test_a_maximum_that_rises_a_little_from_block_to_block(isa: str, kind: str, 
     expected_o, expected_lse = expect(q, k, v, scale=1.0, precision=precision)
     expected_o.check(o)
     expected_lse.check(lse)
+
+
+SHARED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"causal": True, "align": "bottom_right"},
+    "window and sinks": {"window": (90, 30), "align": 300, "sinks": np.linspace(-2, 3, 6).astype(np.float32)},
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("q_len", "kv_len"), [(25, 700), (70, 2200)])
+def test_heads_that_share_keys_share_a_work_item(isa: str, kind: str, name: str, q_len: int, kv_len: int) -> None:
+    """With the bits of heads that have keys of their own, which are the same: in one span of keys and in several."""
+    q, k, v = grouped(kind, q_len, kv_len, group=3)
+    options = {**SHARED[name], "precision": KINDS[kind][1], "return_lse": True}
+    with np.errstate(all="ignore"):
+        assert flashtile.explain(q, k, v, kernel="cpu", **options).plan.head_block == 3
+    o, lse = attend(q, k, v, **options)
+    options.pop("return_lse")
+    assert_accurate(o, q, k, v, **options)
+    assert_accurate(lse, q, k, v, kind="lse", **options)
+    alone = attend(q, *(np.repeat(x, 3, axis=1) for x in (k, v)), return_lse=True, **options)
+    assert [x.tobytes() for x in alone] == [o.tobytes(), lse.tobytes()]
+
+
+def test_heads_that_are_told_apart_are_work_items_of_their_own(isa: str) -> None:
+    """So are those that would leave too few of them for threads."""
+    q, k, v = grouped("bf16", 64, 600, group=3)
+    slopes = np.full(6, 0.1, np.float32)
+    for told in ({"alibi_slopes": slopes, "align": 0}, {"dropout_p": 0.1, "seed": 1}, {"mask": np.ones(600, bool)}):
+        assert flashtile.explain(q, k, v, kernel="cpu", **told).plan.head_block == 1
+    assert flashtile.explain(q, k, v, kernel="cpu").plan.head_block == 3
+    assert flashtile.explain(q, k[:, :, :300], v[:, :, :300], kernel="cpu").plan.head_block == 1
 
 
 @pytest.mark.parametrize("key", [20, 140, 200, 290])

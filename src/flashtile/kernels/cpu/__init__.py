@@ -81,7 +81,7 @@ def backward_config(spec: AttentionSpec) -> Config:
     """That of its backward. Of few queries, whose lse comes from passes/decode, it has the products of that, summed in
     its order: a weight is off by what its two scores differ by, in fewer bits by a factor where scores are large."""
     choosing = _choosing(spec)
-    decoded = spec.kv_len >= _decodes_from(spec.q_len, *choosing) and not _stacks(spec, *choosing)
+    decoded = spec.kv_len >= _decodes_from(spec.q_len, spec.group, *choosing) and not _stacks(spec, *choosing)
     return _across_config(_decode_config(*choosing)) if decoded else _configured(*choosing, _ANYWHERE)
 
 
@@ -99,9 +99,10 @@ def _choice(setting: str, dtype: str, precision: str, lands: tuple[str, ...] = _
 
 
 @functools.lru_cache(maxsize=256)
-def _decodes_from(q_len: int, *choosing: Any) -> float:
-    """From how many keys on passes/decode is the faster one for so many queries of a head; inf: it never is."""
-    return few.decodes_from(_configured(*choosing, _ANYWHERE), q_len)
+def _decodes_from(q_len: int, group: int, *choosing: Any) -> float:
+    """From how many keys on passes/decode is the faster one for so many queries of each head of a group; inf: it never
+    is."""
+    return few.decodes_from(_configured(*choosing, _ANYWHERE), q_len, group)
 
 
 def _choosing(spec: AttentionSpec) -> tuple[Any, ...]:
@@ -112,14 +113,16 @@ def _choosing(spec: AttentionSpec) -> tuple[Any, ...]:
 def capabilities(spec: AttentionSpec) -> Capabilities:
     """Tile menus and features for this dtype and precision on the current instruction set."""
     choosing = _choosing(spec)
-    if spec.kv_len < _decodes_from(spec.q_len, *choosing):
-        return _capabilities(*choosing, _ANYWHERE)
-    return _decoding(spec.q_len, spec.group, _stacks(spec, *choosing), *choosing)
+    if spec.kv_len >= _decodes_from(spec.q_len, spec.group, *choosing):
+        return _decoding(spec.q_len, spec.group, _stacks(spec, *choosing), *choosing)
+    if spec.group > 1 and few.shares(config_of(spec), spec):
+        return _sharing(spec.group, *choosing)
+    return _capabilities(*choosing, _ANYWHERE)
 
 
 def _stacks(spec: AttentionSpec, *choosing: Any) -> bool:
     """Whether a call is computed faster with its heads as rows, which are many, than by passes/decode."""
-    if not spec.heads_alike or spec.kv_len >= _decodes_from(spec.group, *choosing):
+    if not spec.heads_alike or spec.kv_len >= _decodes_from(spec.group, 1, *choosing):
         return False
     return few.stacks(_configured(*choosing, _ANYWHERE), spec.group)
 
@@ -144,6 +147,14 @@ def _decoding(q_len: int, group: int, stacked: bool, *choosing: Any) -> Capabili
         part_keys=_PART_KEYS if group * q_len == 1 else _PART_KEYS // 2,
         longest_part=_LONGEST_PART,
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _sharing(group: int, *choosing: Any) -> Capabilities:
+    """Those of the forward kernel where a work item has all of so many heads, each of which has fewer rows in it."""
+    able = _capabilities(*choosing, _ANYWHERE)
+    most = max(able.tile_q[-1] // group, able.query_block)
+    return replace(able, head_block=group, tile_q=tuple(rows for rows in able.tile_q if rows <= most))
 
 
 @functools.lru_cache(maxsize=256)
@@ -177,7 +188,7 @@ def _capabilities(
 def compile(spec: AttentionSpec, plan: Plan, layout: Layout) -> CompiledKernel:
     """The kernel of this spec; machine code is shared by all specs with the same configuration."""
     choosing = _choosing(spec)
-    decodes_from = _decodes_from(spec.q_len, *choosing)
+    decodes_from = _decodes_from(spec.q_len, spec.group, *choosing)
     if spec.kv_len >= decodes_from:
         from flashtile.kernels.cpu.decode import Decode
 
@@ -255,7 +266,7 @@ class Forward:
         self._config, self._until = c, until
         self._library = library_of(c)  # keeps the code in memory
         self.run = _entry(c)
-        panels = plan.tile_q // c.panel
+        panels = plan.tile_q // c.panel * plan.head_block
         areas = scratch.sized(c, spec.head_size, spec.value_size, panels)
         self.scratch_bytes = areas.bytes
         self.merge_stage, self._merge = None, None
@@ -352,6 +363,7 @@ def _sizes(c: Config, spec: AttentionSpec, plan: Plan) -> dict[str, int]:
         "tile_q": plan.tile_q,
         "query_tiles": plan.query_tiles,
         "carry": 0,
+        "head_block": plan.head_block,
         **score_steps(c, spec),
         **band_of(spec),
         "k_row": words * c.size * c.product.parts,

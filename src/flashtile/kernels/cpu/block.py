@@ -29,6 +29,7 @@ CALL = Block(
     # least: of Q and K, the smallest magnitude that the parts of products hold (steps/range.py).
     integers("at_dense at_key_flags at_lane_flags at_wide at_tiny_lanes at_tiny least"),
     reals("sign scale c_high c_low lse_scale"),
+    integers("head_block"),  # query heads of a work item
 )
 
 BACKWARD = Block(

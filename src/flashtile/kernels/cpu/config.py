@@ -108,6 +108,12 @@ class Config:
         return self.lands_in_memory and self.product.coarse
 
     @property
+    def shares(self) -> bool:
+        """A work item has all heads that share keys and values, for which these are made ready once: where that takes
+        long beside the products, and nothing but a sink tells heads apart."""
+        return self.lands_in_memory and self.code is None and not self.dropout
+
+    @property
     def interleaved(self) -> bool:
         """Products run beside weights of other keys, on registers of their own (passes/turns.py; in three parts,
         products of values alone, passes/strips.py)."""

@@ -17,7 +17,7 @@ from flashtile.llvm.ir import Function, Value
 from flashtile.llvm.lines import Panel, Rows, Sums, Words
 
 
-@dataclass
+@dataclass(kw_only=True)
 class QueryHead(Item):
     """One query head of a work item: also dO, its dlse (null: 0), and where gradients go (null: not wanted)."""
 

@@ -1,9 +1,10 @@
 """The forward kernel: attention of query tiles to all their keys, online softmax, one pass over K and V.
 
-A work item is a tile of queries of one head. It is cut into panels, one query per lane; the item walks the key blocks
-that any of its rows sees, and each panel in turn does scores -> softmax -> outputs on the block. So K and V are
-converted (where they must be) once for all panels of the item, and a row's arithmetic depends on where its panel and
-its key blocks stand in the whole problem only: not on the tile size, not on the threads.
+A work item is a tile of queries of one head, or of each that shares its keys where making these ready takes long. It
+is cut into panels, one query per lane; the item walks the key blocks that any of its rows sees, and each panel in turn
+does scores -> softmax -> outputs on the block. So K and V are converted (where they must be) once for all panels of the
+item, and a row's arithmetic depends on where its panel and its key blocks stand in the whole problem only: not on the
+tile size, not on the threads, not on other heads.
 
 Source: Dao 2023, FlashAttention-2, section 3.1; Milakov and Gimelshein 2018 for the online softmax.
 """
@@ -84,14 +85,14 @@ class _Forward:
             call.open_frame(item)
         walk = by_segments if c.masked else by_band
         walk(call, item, _Attend(self, item))
-        self._finish(item, call.sink(item))
+        self._finish(item)
 
     def _start(self, item: Item) -> None:
         """Queries of every panel transposed; no sums yet, or those that are carried."""
         f, p, c, call = self.f, self.call.p, self.c, self.call
         call.work.tops.fill(-math.inf, 1)
-        with f.range(0, item.rows, c.panel) as panel:
-            here, rows = f.minimum(item.rows - panel, c.panel), call.query_rows(item, panel)
+        with f.range(0, item.end, c.panel) as panel:
+            rows = call.query_rows(item, panel)
             self.load_queries(f, rows=rows, words=p.key_words, out=call.queries(panel), sign=p.sign, **call.held)
             for held in call.held.values():
                 flags = call.lane_flags(panel)
@@ -106,7 +107,7 @@ class _Forward:
                 self._clear(*call.sums(panel, "lost_"))
                 if c.partial:
                     with f.when(p.carry.ne(0)):
-                        self._carry(item, panel, here, *earlier)
+                        self._carry(item, panel, *earlier)
 
     def _clear(self, state: State, sums: Sums) -> None:
         """Sums 0, maxima -inf."""
@@ -117,33 +118,35 @@ class _Forward:
             state.store(zero, 1, at=at)
         sums.fill(0.0, self.call.p.value_columns)
 
-    def _carry(self, item: Item, panel: Value, rows: Value, state: State, sums: Sums) -> None:
+    def _carry(self, item: Item, panel: Value, state: State, sums: Sums) -> None:
         """Carried outputs and lse as those of an earlier span; the span at hand begins at their maximum."""
         f, p, c, call = self.f, self.call.p, self.c, self.call
-        carried, lse = call.output(item, panel, rows), item.lse + panel * c.size
+        carried, lse = call.output(item, panel), call.lse(item, panel)
         self.load_outputs(f, rows=carried, words=p.value_size, out=sums, sign=call.share)
-        self.load_state(f, state=state, lse=lse, count=rows, nats=p.lse_scale)
+        self.load_state(f, state=state, lse=lse, count=carried.count, nats=p.lse_scale)
         now, _ = call.sums(panel)
         with f.range(0, c.line.bytes, c.register) as at:
             now.store(state.load(0, at=at), 0, at=at)
 
-    def _finish(self, item: Item, sink: Value) -> None:
+    def _finish(self, item: Item) -> None:
         f, p, c, call = self.f, self.call.p, self.c, self.call
+        sink = call.sink(item)
         with f.when(call.spans):
             self.end_span(item)
-        with f.range(0, item.rows, c.panel) as panel:
+        with f.range(0, item.end, c.panel) as panel:
+            if c.shares:
+                sink = call.sink(item, item.head(panel))
             last, earlier = call.sums(panel), call.sums(panel, "earlier_")
             state, sums = (
                 type(y)(f.select(call.spans, x.at, y.at), c.line) for x, y in zip(earlier, last, strict=True)
             )
-            out = call.output(item, panel, f.minimum(item.rows - panel, c.panel))
-            lse = call.advance(item.lse, panel)
+            out, lse = call.output(item, panel), call.lse(item, panel)
             self.finish(f, sums=sums, state=state, out=out, lse=lse, nats=p.lse_scale, sink=sink, share=call.share)
 
     def end_span(self, item: Item) -> None:
         """The sums of the span at hand into those of earlier spans."""
         f, call = self.f, self.call
-        with f.range(0, item.rows, self.c.panel) as panel:
+        with f.range(0, item.end, self.c.panel) as panel:
             self.join_span(f, **call.levels(panel), columns=call.p.value_columns, factors=call.factors)
 
 
@@ -202,7 +205,7 @@ class _Attend:
     ) -> None:
         """One panel against one key block, if it sees any of it: by the function of as many registers as it has."""
         f, call, c, p = self.call.f, self.call, self.call.c, self.call.p
-        lanes = f.minimum(self.item.rows - panel, c.panel)
+        lanes = self.item.lanes(c, panel)
         if c.code:
             call.frame.write(row=self.item.first + panel, block=start)
         state, sums = call.sums(panel)

@@ -1,4 +1,5 @@
-"""A work item of the forward kernel: a tile of queries of one head, cut into panels, and the sums of each panel."""
+"""A work item of the forward kernel: a tile of queries of one head, or of all that share its keys, cut into panels, and
+the sums of each panel."""
 
 from __future__ import annotations
 
@@ -23,7 +24,10 @@ from flashtile.score.keep import STEPS
 
 @dataclass
 class Item:
-    """Its rows from ``first`` on, K and V of its head, the keys it may look at, and where its results go."""
+    """Its rows from ``first`` on, K and V of its head, the keys it may look at, and where its results go.
+
+    Panels are numbered by rows, head after head: ``whole`` of them a head, as many as fill panels.
+    """
 
     b: Value
     h: Value
@@ -36,6 +40,25 @@ class Item:
     lse: Value
     first_key: Value
     last_key: Value
+    heads: Value | None = None  # None: it has one
+    whole: Value | None = None
+
+    @property
+    def end(self) -> Value:
+        """Where its last panel ends."""
+        return self.rows if self.heads is None or self.whole is None else self.heads * self.whole
+
+    def row(self, panel: Value) -> Value:
+        """The first row of a panel, counted from the item's."""
+        return panel if self.whole is None else panel % self.whole
+
+    def head(self, panel: Value) -> Value | int:
+        """The panel's head, counted from the item's."""
+        return 0 if self.whole is None else panel // self.whole
+
+    def lanes(self, c: Config, panel: Value) -> Value:
+        """Rows of a panel."""
+        return self.h.function.minimum(self.rows - self.row(panel), c.panel)
 
 
 class Call:
@@ -68,9 +91,12 @@ class Call:
             first_key = split * p.split_keys
             last_key = f.minimum(first_key + p.split_keys, last_key)
         head = number // p.query_tiles
+        if c.shares:
+            head = head * p.head_block
         b, h = head // p.heads, head % p.heads
         first = number % p.query_tiles * p.tile_q
         rows = f.minimum(p.q_len - first, p.tile_q)
+        several = (p.head_block, (rows + (c.panel - 1)) // c.panel * c.panel) if c.shares else ()
 
         def at(tensor: str, head: Value, row: Value | int) -> Value:
             base = getattr(p, tensor)
@@ -82,7 +108,7 @@ class Call:
         o, lse = at("o", h, first), self.advance(p.lse, head * p.q_len + first)
         if c.partial:
             o, lse = o + split * p.o_split, lse + split * p.lse_split
-        return Item(b, h, first, rows, at("q", h, first), k, v, o, lse, first_key, last_key)
+        return Item(b, h, first, rows, at("q", h, first), k, v, o, lse, first_key, last_key, *several)
 
     def advance(self, lse: Value, rows: Value) -> Value:
         """The lse of a row further on; null, if it is not wanted, stays null."""
@@ -119,8 +145,8 @@ class Call:
     def query_rows(self, item: Item, panel: Value) -> Rows:
         """The queries of a panel as they lie."""
         p = self.p
-        count = self.f.minimum(item.rows - panel, self.c.panel)
-        return Rows(item.q + panel * p.q_s, p.q_s, p.q_d, count, p.head_size)
+        at = item.q + item.head(panel) * p.q_h + item.row(panel) * p.q_s
+        return Rows(at, p.q_s, p.q_d, item.lanes(self.c, panel), p.head_size)
 
     def sums(self, panel: Value, level: str = "") -> tuple[State, Sums]:
         """State and outputs of a panel: of the span at hand; of earlier spans and of what was carried ("earlier_"); or
@@ -137,10 +163,15 @@ class Call:
             found[f"{level}state"], found[f"{level}sums"] = self.sums(panel, level)
         return found
 
-    def output(self, item: Item, panel: Value, count: Value) -> Rows:
+    def output(self, item: Item, panel: Value) -> Rows:
         """Where a panel's outputs lie."""
         p = self.p
-        return Rows(item.o + panel * p.o_s, p.o_s, p.o_d, count, p.value_size)
+        at = item.o + item.head(panel) * p.o_h + item.row(panel) * p.o_s
+        return Rows(at, p.o_s, p.o_d, item.lanes(self.c, panel), p.value_size)
+
+    def lse(self, item: Item, panel: Value) -> Value:
+        """Where its lse lies; null, if it is not wanted."""
+        return self.advance(item.lse, item.head(panel) * self.p.q_len + item.row(panel))
 
     def band(self, b: Value, row: Value) -> tuple[Value, Value]:
         """The first and the last key that a row sees."""
@@ -150,11 +181,11 @@ class Call:
         offset = f.clamp(offset, -OPEN, OPEN)
         return row + offset - p.left, row + offset + p.right
 
-    def sink(self, item: Item) -> Value:
-        """The head's sink; -inf if there is none."""
+    def sink(self, item: Item, further: Value | int = 0) -> Value:
+        """The sink of a head, so much ``further`` than the item's first; -inf if there is none."""
         f, p = self.f, self.p
         none = f.const(self.c.acc, -math.inf)
-        at = p.sinks + item.b * p.sink_b + item.h * p.sink_h
+        at = p.sinks + item.b * p.sink_b + (item.h + further) * p.sink_h
         return f.value_when(f.is_null(p.sinks).eq(0), lambda: f.load(self.c.acc, at), none)
 
     def draw(self, item: Item, panel: Value, start: Value) -> Draw:

@@ -41,9 +41,9 @@ def by_band(call: Call, item: Item, visitor: Visitor) -> None:
             visitor.end_span()
         first, last = f.maximum(begin, item.first_key), f.minimum(begin + c.key_block, stop)
         attend = visitor.block(first, last)
-        with f.range(0, item.rows, c.panel) as panel:
-            rows = f.minimum(item.rows - panel, c.panel)
-            attend(panel, _seen_by_band(call, low + panel, high + panel, rows, first, last))
+        with f.range(0, item.end, c.panel) as panel:
+            row, rows = item.row(panel), item.lanes(c, panel)
+            attend(panel, _seen_by_band(call, low + row, high + row, rows, first, last))
         visitor.end_block()
 
 
