@@ -2,7 +2,8 @@
 
 Which one computes a call is a table (`PACES`, `TILED_PACES` and `STACKED_HEADS` in kernels/cpu/few.py). Here both
 compute every call, with the table set aside for this process: one thread, keys in cache and from memory, results
-held to the accuracy rule first. Rows are queries of one head, as heads with one query each become where they are many.
+held to the accuracy rule first. Rows are queries of one head, as heads with one query each become where they are many;
+or of several heads that share keys.
 A line that ends with NOT THE FASTER ONE names a place where the table takes a kernel that needs over 1.15 times as
 long.
 """
@@ -26,11 +27,12 @@ from flashtile.kernels import cpu
 from flashtile.testing import assert_accurate
 
 DTYPES = (ml_dtypes.bfloat16, np.float16, np.float32, np.float64)
-ROWS = (4, 8, 12, 14, 16, 18, 20, 24, 28, 32, 40, 48, 64)
+# Queries of a head, by how many heads share keys.
+ROWS = {1: (4, 8, 12, 14, 16, 18, 20, 24, 28, 32, 40, 48, 64), 4: (2, 3, 5, 7, 12), 8: (2, 4, 7)}
 # Heads and keys: K and V of a megabyte or two, and of more than caches hold.
 KEYS = {"in cache": (1, 2048), "from memory": (8, 16384)}
 HEAD_SIZE = 128
-SMALL_ROWS, SMALL_KEYS = (4, 24), {"in cache": (1, 300)}
+SMALL_ROWS, SMALL_KEYS = {1: (4, 24), 4: (7,)}, {"in cache": (1, 300)}
 SLOWER = 1.15
 
 
@@ -72,9 +74,11 @@ def lines(*, small: bool = False) -> Iterator[str]:
     for dtype in DTYPES[: 1 if small else None]:
         for where, (heads, keys) in (SMALL_KEYS if small else KEYS).items():
             k, v = (random.standard_normal((1, heads, keys, HEAD_SIZE), np.float32).astype(dtype) for _ in range(2))
-            for rows in SMALL_ROWS if small else ROWS:
-                q = random.standard_normal((1, heads, rows, HEAD_SIZE), np.float32).astype(dtype)
-                yield _line(f"{np.dtype(dtype).name}, {where}, {rows} rows", q, k, v, 2 if small else 5)
+            for group, some in (SMALL_ROWS if small else ROWS).items():
+                for rows in some:
+                    q = random.standard_normal((1, group * heads, rows, HEAD_SIZE), np.float32).astype(dtype)
+                    of = f"{rows} rows" if group == 1 else f"{rows} rows of {group} heads"
+                    yield _line(f"{np.dtype(dtype).name}, {where}, {of}", q, k, v, 2 if small else 5)
 
 
 def _line(what: str, q: np.ndarray, k: np.ndarray, v: np.ndarray, least: int) -> str:
@@ -87,7 +91,7 @@ def _line(what: str, q: np.ndarray, k: np.ndarray, v: np.ndarray, least: int) ->
     slower = found[taken] / min(found.values())
     marked = f"  NOT THE FASTER ONE: {slower:.2f} times as long" if slower > SLOWER else ""
     times = ", ".join(f"{name} {1e6 * t:8.0f} us" for name, t in found.items())
-    return f"{what:36} {times}; takes {taken}{marked}"
+    return f"{what:42} {times}; takes {taken}{marked}"
 
 
 def main() -> None:

@@ -196,4 +196,4 @@ def test_both_kernels_of_few_queries_are_timed() -> None:
     command = [sys.executable, "-m", "benchmarks.few", "--small"]
     done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, check=True)
     said = done.stdout.splitlines()
-    assert len(said) == 2 and all(re.search(r"decode +\d+ us, forward +\d+ us; takes \w+", line) for line in said)
+    assert len(said) == 3 and all(re.search(r"decode +\d+ us, forward +\d+ us; takes \w+", line) for line in said)
