@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from . import driver, kinds, machine, records, report
 from .cases import AMX, Case
@@ -12,11 +13,11 @@ PEERS = ("flashtile", "torch", "jax")
 FILE = "backward.csv"
 
 
-def _case(name: str, dtype: str, heads: int, length: int, size: int, ratio: float | None, **fields: object) -> Case:
+def _case(name: str, dtype: str, heads: int, length: int, size: int, ratio: float | None, **fields: Any) -> Case:
     """One sequence of as many queries as keys; fp16 is computed in fp32, and so is held to no peak of its own."""
     kv_heads = fields.pop("kv_heads", heads)
     known = {"direction": "backward", "unit": {"f16": "f32"}.get(dtype, dtype), **fields}
-    return Case(name, dtype, 1, heads, kv_heads, length, length, size, ratio=ratio, **known)  # type: ignore[arg-type]
+    return Case(name, dtype, 1, heads, kv_heads, length, length, size, ratio=ratio, **known)
 
 
 CASES = (

@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -212,10 +213,10 @@ OPTION_CASES = (
 AMX = "Intel AMX"
 
 
-def _on_tiles(name: str, dtype: str, heads: int, length: int, size: int, amx: float | None, **fields: object) -> Case:
+def _on_tiles(name: str, dtype: str, heads: int, length: int, size: int, amx: float | None, **fields: Any) -> Case:
     """One sequence, of as many queries as keys unless they are given."""
     known = {"batch": 1, "kv_heads": heads, "queries": length, "keys": length, **fields}
-    return Case(name, dtype, heads=heads, head_size=size, amx=amx, only=AMX, **known)  # type: ignore[arg-type]
+    return Case(name, dtype, heads=heads, head_size=size, amx=amx, only=AMX, **known)
 
 
 def _options_on_tiles() -> Iterator[Case]:

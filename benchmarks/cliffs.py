@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from flashtile.llvm import machines
 
@@ -102,8 +103,8 @@ def cliffs(lines: Iterable[Line], seconds: dict[str, float], vector_bytes: int) 
 
 def _case(dtype: str = "f32", heads: int = 8, **sizes: int | str) -> Case:
     """One with a name that says all of it."""
-    whole = {"batch": 1, "kv_heads": heads, "queries": 1, "keys": 1024, "head_size": 64, **sizes}
-    case = Case("", dtype, heads=heads, **whole)  # type: ignore[arg-type]
+    whole: dict[str, Any] = {"batch": 1, "kv_heads": heads, "queries": 1, "keys": 1024, "head_size": 64, **sizes}
+    case = Case("", dtype, heads=heads, **whole)
     parts = [dtype, f"h{heads}", f"kv{case.kv_heads}", f"q{case.queries}", f"k{case.keys}", f"d{case.head_size}"]
     return replace(case, name="-".join(["cliff", *parts, *filter(None, (case.option.replace(" ", "_"), case.layout))]))
 

@@ -46,7 +46,7 @@ def forced(least: float) -> Iterator[None]:
             kept.cache_clear()
         clear_cache()
 
-    cpu._decodes_from = functools.lru_cache(lambda *_: least)  # type: ignore[assignment]
+    cpu._decodes_from = functools.lru_cache(lambda *_: least)
     forget()
     try:
         yield

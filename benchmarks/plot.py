@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .driver import CaseResult
 from .report import OWN, judge
@@ -29,7 +30,9 @@ def draw(path: Path, results: Sequence[CaseResult], peers: Sequence[str], thread
     pyplot.close(figure)
 
 
-def _draw_ratios(axes, results, peers, threads, rows) -> None:  # type: ignore[no-untyped-def]
+def _draw_ratios(
+    axes: Any, results: Sequence[CaseResult], peers: Sequence[str], threads: int, rows: dict[str, int]
+) -> None:
     for color, peer in enumerate(peer for peer in peers if not peer.startswith(OWN)):
         points = [
             (m.median / own.median, rows[r.case.name])
@@ -49,7 +52,7 @@ def _draw_ratios(axes, results, peers, threads, rows) -> None:  # type: ignore[n
     axes.grid(axis="both", linewidth=0.3)
 
 
-def _draw_shares(axes, results, threads, rows) -> None:  # type: ignore[no-untyped-def]
+def _draw_shares(axes: Any, results: Sequence[CaseResult], threads: int, rows: dict[str, int]) -> None:
     for result in results:
         for verdict in judge(result, threads):
             if verdict.measure.startswith("%") and verdict.value is not None:

@@ -95,11 +95,11 @@ class ImportClock:
     """Seconds spent in import statements, nested ones counted once."""
 
     def __init__(self) -> None:
-        import importlib._bootstrap as bootstrap
+        bootstrap: Any = importlib.import_module("importlib._bootstrap")
 
         self.seconds, self.depth = 0.0, 0
-        self._find = bootstrap._find_and_load  # type: ignore[attr-defined]
-        bootstrap._find_and_load = self  # type: ignore[attr-defined]
+        self._find = bootstrap._find_and_load
+        bootstrap._find_and_load = self
 
     def __call__(self, *arguments: Any) -> Any:
         self.depth += 1
@@ -181,7 +181,7 @@ def starpu_tiles(case_name: str) -> dict[str, float]:
     return {name: round(statistics.median(found) * 1e3, 2) for name, found in times.items()}
 
 
-def starpu_submission() -> dict[str, float]:
+def starpu_submission() -> dict[str, Any]:
     """Microseconds per task for 10,000 tasks of empty kernels on five handles each, submitted and executed."""
     import numpy as np
 
@@ -213,7 +213,7 @@ def starpu_submission() -> dict[str, float]:
     us = 1e6 / len(rows)
     return {
         "microseconds": middle * us,
-        "quartiles": (low * us, high * us),  # type: ignore[dict-item]
+        "quartiles": (low * us, high * us),
         "submission alone": statistics.median(submitting[1:]) * us,
     }
 

@@ -81,7 +81,7 @@ def apply(variant: Variant) -> None:
     if "interleaved" in variant.config:
         del Config.interleaved  # a property would come before the field
         Config.interleaved = variant.config["interleaved"]
-    Config.__init__ = changed  # type: ignore[method-assign]
+    Config.__init__ = changed  # type: ignore[method-assign]  # in its place
     known = machines.known()
     for name in (os.environ.get("FLASHTILE_ISA") or machines.current().name,):
         known[name] = replace(known[name], **variant.isa)

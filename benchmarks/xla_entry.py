@@ -71,7 +71,7 @@ class _Native:
         for n, function in enumerate(functions, start=2):
             self.words[n] = ctypes.cast(function, ctypes.c_void_p).value or 0
         self.handler = xla.Handler(library.address("enter"))
-        self.handler.keep = library, timed, self.inner  # type: ignore[attr-defined]
+        self.handler.keep = library, timed, self.inner  # type: ignore[attr-defined]  # ctypes keeps attributes
         _Native.made.append(self)
 
 
@@ -97,7 +97,7 @@ def _watch() -> list[tuple[int, int]]:
             entered[0] = 0
         run(self, *given)
 
-    xla_native.handler, xla._frame, direct._Job.run = handler, frame, job  # type: ignore[assignment]
+    xla_native.handler, xla._frame, direct._Job.run = handler, frame, job  # type: ignore[assignment]  # theirs, timed
     return found
 
 

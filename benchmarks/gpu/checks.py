@@ -62,12 +62,14 @@ def _hidden_nan(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
 
 def _rows_first(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
     """The same shapes, stored as (B, S, H, D)."""
-    return tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))  # type: ignore[return-value]
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    return q, k, v
 
 
 def _loose(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
     """Innermost strides of 2."""
-    return tuple(x.repeat_interleave(2, dim=-1)[..., ::2] for x in (q, k, v))  # type: ignore[return-value]
+    q, k, v = (x.repeat_interleave(2, dim=-1)[..., ::2] for x in (q, k, v))
+    return q, k, v
 
 
 def _always(**options: Any) -> Callable[[To, tuple[int, ...]], dict[str, Any]]:

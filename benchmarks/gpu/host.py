@@ -33,7 +33,10 @@ def measure(option: str, rounds: int = 60, repeats: int = 30) -> dict[str, float
 
     pretend()
     q, few, k = (torch.randn(shape).bfloat16() for shape in ((1, 8, 512, 64), (1, 8, 1, 64), (1, 2, 8192, 64)))
-    mask = lambda b, h, i, j: (i >= j) & (j > 5)  # noqa: E731
+
+    def mask(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return (i >= j) & (j > 5)
+
     attend = functools.partial(flashtile.torch.attention, kernel="triton")
     calls: dict[str, Callable[[], Any]] = {
         "plain": lambda: attend(q, q, q),

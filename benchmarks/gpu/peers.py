@@ -147,7 +147,11 @@ def flex_attention(case: Case, q: Any, k: Any, v: Any) -> Run:
     mask, score = _flex_mask(case, q), None
     if case.options.softcap:
         cap = case.options.softcap
-        score = lambda s, b, h, i, j: cap * torch.tanh(s / cap)  # noqa: E731
+
+        def capped(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+            return cap * torch.tanh(s / cap)
+
+        score = capped
     if mask is not None:
         mask = flex.create_block_mask(mask, None, None, case.queries, case.keys, device=q.device.type)
     shared = case.heads != case.kv_heads
