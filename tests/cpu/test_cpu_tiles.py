@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -16,6 +17,8 @@ from inputs import Shape, preset, uniform
 
 import flashtile
 from flashtile.calls import clear_cache
+from flashtile.kernels import cpu
+from flashtile.kernels.cpu.steps.softmax import Softmax
 from flashtile.llvm import machines as isas
 from flashtile.score import dropout_keep
 from flashtile.testing import assert_accurate, expect
@@ -354,6 +357,34 @@ def test_a_row_that_rises_takes_no_bit_from_the_others(isa: str, kind: str, key:
         right.check(got)
         others = np.arange(32) != 7
         assert got[:, :, others].tobytes() == before[:, :, others].tobytes()
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_blocks_after_the_first_are_weighed_without_maxima(
+    isa: str, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A kernel that never does a strip again is right where scores rise in the first block, and wrong where they rise
+    in another: so no maximum was looked for there, and it is the sum of weights that tells."""
+    dtype, precision = KINDS[kind]
+    q, k, v = arrays(32, 300, 48, 40, dtype)
+    q[..., 0], k[..., 0] = 4, 0
+    k[..., 20, 0] = 30
+    options: dict[str, Any] = {"scale": 1.0, "precision": precision}
+    right = attend(q, k, v, **options)
+    monkeypatch.setenv("FLASHTILE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(Softmax, "exceeded", lambda softmax, at: softmax.tops.load(0, at=at) < -1.0)
+    made = cpu.library_of, cpu._entry
+    for kept in made:
+        kept.cache_clear()
+    clear_cache()
+    try:
+        assert attend(q, k, v, **options).tobytes() == right.tobytes()
+        k[..., [20, 200], 0] = 0, 30
+        with pytest.raises(AssertionError):
+            assert_accurate(attend(q, k, v, **options), q, k, v, **options)
+    finally:
+        for kept in made:
+            kept.cache_clear()
 
 
 @pytest.mark.parametrize("options", [{}, {"precision": "tf32"}], ids=str)
