@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import flashtile
-from flashtile import kernels
-from flashtile.calls import Options, split_align
+from flashtile import calls, kernels
+from flashtile.calls import Options, clear_cache, split_align
 from flashtile.score.keep import keep_of
 from flashtile.score.options import ScoreOptions
 from flashtile.testing import assert_gradients_accurate
@@ -344,9 +344,46 @@ def test_bad_input_is_one_clear_error(name):
     q, k, v, do, dlse = inputs("float32")
     o, lse = flashtile.attention(q, k, v, return_lse=True)
     change, message = BAD[name]
-    arguments = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse} | change
+    arguments = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse}
+    flashtile.attention_backward(**arguments)  # what was found right is remembered; that is no excuse
     with pytest.raises(flashtile.SpecError, match=message):
-        flashtile.attention_backward(**arguments)
+        flashtile.attention_backward(**(arguments | change))
+
+
+@pytest.mark.parametrize("wrt", [("q", "k", "v"), ("k",), ("v", "q")], ids=str)
+def test_a_repeated_call_is_validated_once(wrt, monkeypatch):
+    """With options alone it goes straight to its kernel: it has the bits of the first one, and of any other way there;
+    another call does not."""
+    q, k, v, do, dlse = inputs("float32")
+    o, lse = flashtile.attention(q, k, v, return_lse=True, scale=0.3)
+    clear_cache()
+    first = flashtile.attention_backward(do, q, k, v, o, lse, wrt=wrt, scale=0.3)
+    monkeypatch.setattr(calls.backward, "_validated", None)
+    again = flashtile.attention_backward(do, q, k, v, o, lse, wrt=wrt, scale=0.3)
+    other_way = flashtile.attention_backward(do, q, k, v, o, lse, wrt=wrt, scale=0.3, dlse=np.zeros_like(dlse))
+    for name in "qkv":
+        found = [getattr(x, name) for x in (first, again, other_way)]
+        assert all(x is None for x in found) if name not in wrt else found[0].any()
+        assert name not in wrt or found[0].tobytes() == found[1].tobytes() == found[2].tobytes()
+    unlike = {"scale": 0.31}, {"causal": True}, {"wrt": ("q", "k")}, {"do": do[..., ::-1]}
+    for change in unlike:
+        arguments = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "wrt": wrt, "scale": 0.3} | change
+        with pytest.raises(TypeError, match="not callable"):
+            flashtile.attention_backward(**arguments)
+
+
+def test_arrays_are_read_as_they_lie():
+    """Strides of every kind, lse's too, give the bits of row-major arrays."""
+    q, k, v, do, _ = inputs("float32")
+    o, lse = flashtile.attention(q, k, v, return_lse=True)
+    row_major = flashtile.attention_backward(do, q, k, v, o, lse)
+    lying = [np.repeat(x, 2, axis=-1)[..., ::2] for x in (do, q, k, v, o, lse)]
+    assert not any(x.flags.c_contiguous for x in lying)
+    for _ in range(2):
+        found = flashtile.attention_backward(*lying)
+        for name in "qkv":
+            gradient = getattr(found, name)
+            assert gradient.flags.c_contiguous and gradient.tobytes() == getattr(row_major, name).tobytes()
 
 
 def test_auto_takes_a_kernel_that_has_the_direction():

@@ -147,6 +147,30 @@ def test_gradients_of_sdpa_by_the_accuracy_rule(attend: Any, storage: Any, optio
 
 
 @pytest.mark.parametrize("needed", range(1, 8))
+def test_a_call_with_options_alone_goes_straight_to_its_kernel(needed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever came from above: of any strides, negated where it is read, or for derivatives of its own. The last two
+    go the longer way, which gives the same bits."""
+    from flashtile.torch import operator
+
+    q, k, v = given = inputs(torch.float32)
+    for n, x in enumerate(given):
+        x.requires_grad_(bool(needed >> n & 1))
+    longer: list[int] = []
+    whole = operator._differentiate
+    monkeypatch.setattr(operator, "_differentiate", lambda *a: longer.append(len(wanted)) or whole(*a))
+    do = draw(B, H, S, E, seed=4, dtype=torch.float32)
+    wide, negated = do.repeat_interleave(2, -1)[..., ::2], torch.complex(do, -do).conj().imag
+    assert not wide.is_contiguous() and negated.is_neg() and torch.equal(negated, do)
+    wanted: list[Any] = []
+    for come, recorded in ((do, False), (do, False), (wide, False), (negated, False), (do, True)):
+        targets = [x for x in given if x.requires_grad]
+        wanted.append(torch.autograd.grad(attention(q, k, v, scale=0.4), targets, come, create_graph=recorded))
+    assert longer == [3, 4]
+    for gradients in wanted[1:]:
+        assert len(gradients) == needed.bit_count() and all(map(torch.equal, gradients, wanted[0]))
+
+
+@pytest.mark.parametrize("needed", range(1, 8))
 def test_only_what_is_needed_is_computed(needed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from flashtile.torch import gradients
 

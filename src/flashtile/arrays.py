@@ -140,7 +140,7 @@ def is_stored(x: object) -> bool:
 
 def is_lazy(x: object) -> bool:
     """True for either: an array whose values are not in memory yet."""
-    return is_dask(x) or is_stored(x)
+    return type(x) is not np.ndarray and (is_dask(x) or is_stored(x))
 
 
 def view_of(x: Any) -> View:

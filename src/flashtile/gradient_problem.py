@@ -12,7 +12,6 @@ import numpy as np
 from flashtile.arrays import view_of
 from flashtile.calls import Request
 from flashtile.checks import elements
-from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import described, wrong
 from flashtile.kernels.gradients import Inputs, Sums
 from flashtile.score.capture import ArrayCapture
@@ -107,23 +106,6 @@ class Problem:
         beside what is done."""
         rest = replace(self, sources=[x for x in self.sources if x[0] not in done])
         return _finish(rest, rest.values(sums), out, accumulate, dict(done))
-
-
-def check_rows(spec: AttentionSpec, rows: tuple[int, ...], size: tuple[int, ...], **given: Any) -> None:
-    """Raise SpecError unless the arrays among do, o, lse and dlse that are given have so many rows, of `size`."""
-    accumulator = dtype_of(np.dtype(DTYPES[spec.dtype].accumulator)).name
-    for name, x in given.items():
-        if name in ("do", "o"):
-            _check(x, name, rows + size, spec.dtype)
-        elif x is not None:
-            _check(x, name, rows, accumulator)
-
-
-def _check(x: Any, name: str, shape: tuple[int, ...], dtype: str) -> None:
-    if tuple(x.shape) != shape:
-        raise wrong(name, f"shape {x.shape}", f"{shape}")
-    if dtype_of(x.dtype, name).name != dtype:
-        raise wrong(name, f"dtype {x.dtype}", dtype)
 
 
 def _wide(x: np.ndarray, rank: int) -> np.ndarray:

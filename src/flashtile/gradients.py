@@ -9,10 +9,10 @@ import numpy as np
 
 from flashtile import engines, kernels
 from flashtile.arrays import device_of, is_lazy, is_torch, plain
-from flashtile.calls import INPUTS, NUMPY, as_name, describe, run_backward
+from flashtile.calls import INPUTS, NUMPY, Options, as_name, check_rows, describe, differentiate, run_backward
 from flashtile.checks import check_flag
 from flashtile.errors import wrong
-from flashtile.gradient_problem import Gradients, Problem, check_out, check_rows, target_of
+from flashtile.gradient_problem import Gradients, Problem, check_out, target_of
 from flashtile.hints import check_keywords
 from flashtile.score.capture import capture
 from flashtile.score.keep import keep_of
@@ -88,6 +88,10 @@ def attention_backward(
     scores = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed)
     options = causal, window, align, scale, precision, kernel, engine
     request = describe(q, scores, options)
+    if request.scores is request.offsets is dlse is out is None and not accumulate:
+        found = _of_qkv(do, q, k, v, o, lse, request.options, wrt)
+        if found is not None:
+            return found
     problem = Problem.of((q, k, v), request, wrt)
     inputs = _inputs(problem.spec, do, q, k, v, o, lse, dlse)
     logits = None if sinks is None else capture(sinks, "sinks").array
@@ -97,6 +101,18 @@ def attention_backward(
     if family.compile_backward is not None:
         return _run(problem, family, as_name("engine", engine), inputs, out, accumulate)
     return problem.gradients(problem.differentiate(family, inputs), out, accumulate)
+
+
+def _of_qkv(
+    do: Any, q: np.ndarray, k: np.ndarray, v: np.ndarray, o: Any, lse: Any, options: Options, wrt: Any
+) -> Gradients | None:
+    """The gradients of q, k and v alone, of a call that has options alone, which is soon done where it is small; None
+    where others are asked for, or no compiled kernel has them."""
+    if type(wrt) is not tuple or not wrt or any(x not in ("q", "k", "v") for x in wrt):
+        return None
+    inputs = _array(do, "do"), q, k, v, _array(o, "o"), np.ascontiguousarray(_array(lse, "lse"))
+    found = differentiate(NUMPY, inputs, options, ("q" in wrt, "k" in wrt, "v" in wrt))
+    return None if found is None else Gradients(*found)
 
 
 def _inputs(spec: AttentionSpec, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dlse: Any) -> tuple[Any, ...]:
@@ -122,10 +138,8 @@ def _run(
     done: dict[str, Any] = {}
     for name, source in problem.sources:
         if name in ("q", "k", "v"):
-            done[name] = np.empty(source.shape, source.dtype) if out is None else target_of(out, name, source)
-            if not accumulate:
-                # Written, not asked of the system as zeros: kernels add, and a page that is read before it is written
-                # is mapped twice, the second time with every thread stopped (a third of a call on two threads).
+            done[name] = NUMPY.zeros(source) if out is None else target_of(out, name, source)
+            if out is not None and not accumulate:
                 done[name][...] = 0
     given |= {f"d{name}": x for name, x in done.items()}
     sums = run_backward(NUMPY, problem.spec, family, engine, given, problem.offset, problem.scoring, problem.wanted)

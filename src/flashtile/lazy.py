@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flashtile.arrays import is_dask, is_lazy, is_stored, is_torch, plain
-from flashtile.calls import Request, describe, family_of, gathered
+from flashtile.calls import Request, check_rows, describe, family_of, gathered
 from flashtile.checks import check_flag
 from flashtile.dtypes import dtype_of
 from flashtile.engines import pick
 from flashtile.engines.dask.operands import Cut
 from flashtile.errors import UnavailableError, described, owned, wrong
-from flashtile.gradient_problem import ByIdentity, Gradients, Problem, check_rows, slots_of, wrt_of
+from flashtile.gradient_problem import ByIdentity, Gradients, Problem, slots_of, wrt_of
 from flashtile.kernels import tile_kernels
 from flashtile.score.capture import ArrayCapture
 from flashtile.score.options import Scoring

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from flashtile.calls import INPUTS, describe, gathered
+from flashtile.calls import INPUTS, check_rows, describe, gathered
 from flashtile.dtypes import DTYPES
 from flashtile.engines.starpu.outofcore import Read
 from flashtile.engines.starpu.outofcore_gradients import StreamedBackward
 from flashtile.engines.starpu.outofcore_sums import Target
 from flashtile.errors import wrong
-from flashtile.gradient_problem import Gradients, Problem, check_out, check_rows
+from flashtile.gradient_problem import Gradients, Problem, check_out
 from flashtile.kernels.gradients import Sums
 from flashtile.outofcore import check_call, described, limit_of, readable
 from flashtile.outputs import Place, place_of, reader, writer

@@ -8,7 +8,7 @@ backward.py  the same for gradients
 
 from __future__ import annotations
 
-from flashtile.calls.backward import INPUTS, run_backward
+from flashtile.calls.backward import INPUTS, check_rows, differentiate, run_backward
 from flashtile.calls.forward import NUMPY, Arrays, attend, scored, traced
 from flashtile.calls.prepared import (
     CACHE_ENTRIES,
@@ -37,8 +37,10 @@ __all__ = [
     "attend",
     "cache",
     "check_apart",
+    "check_rows",
     "clear_cache",
     "describe",
+    "differentiate",
     "engine_of",
     "family_of",
     "gathered",

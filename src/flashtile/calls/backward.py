@@ -1,16 +1,19 @@
-"""`run_backward`: gradients of a family that compiles its backward, of the arrays of whatever library."""
+"""`run_backward`: gradients of a family that compiles its backward, of the arrays of whatever library; `differentiate`:
+of a call with options alone, which is one lookup away from its kernel when it is repeated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from flashtile import engines, kernels
-from flashtile.arrays import address_of, view_of
-from flashtile.calls.prepared import backwards, engine_of, keep
-from flashtile.dtypes import DTYPES
+from flashtile.arrays import View, address_of, view_of
+from flashtile.calls.prepared import backwards, engine_of, family_of, find, keep, plain_backwards
+from flashtile.calls.request import Options
+from flashtile.dtypes import DTYPES, dtype_of
+from flashtile.errors import wrong
 from flashtile.kernels import ArrayShapes, BackwardLayout
 from flashtile.kernels.gradients import Sums
 from flashtile.score.options import Scoring
@@ -42,6 +45,70 @@ class Strided(Protocol):
         ...
 
 
+class Differentiable(Strided, Protocol):
+    """The same of one whose arrays lie in the host's memory; `key` and `view` as of `Arrays`."""
+
+    def key(self, q: Any, k: Any, v: Any, out: Any) -> Hashable: ...
+
+    def view(self, x: Any) -> View: ...
+
+    def zeros(self, like: Any) -> Any:
+        """A new row-major array of this one's shape and dtype."""
+        ...
+
+
+def differentiate(
+    arrays: Differentiable, inputs: Sequence[Any], options: Options, wanted: tuple[bool, bool, bool]
+) -> list[Any] | None:
+    """Gradients of q, k and v, None where one is not wanted, of a call without options that change scores or offsets of
+    batches; None if the family that computes it does not compile its backward. inputs: do, q, k, v, o, and lse, which
+    is row-major.
+
+    Raises: as `flashtile.attention_backward`.
+    """
+    do, q, k, v, o, lse = inputs
+    key = arrays.key(q, k, v, None), arrays.key(do, o, lse, None), options, wanted
+    found = find(plain_backwards, key)
+    call = None if found is not None else _validated(arrays, inputs, options)
+    if call is not None and call[1].compile_backward is None:
+        return None
+    gradients = [arrays.zeros(x) if asked else None for x, asked in zip((q, k, v), wanted, strict=True)]
+    if call is not None:
+        given = dict(zip(INPUTS, inputs, strict=False))
+        given |= {f"d{n}": x for n, x in zip("qkv", gradients, strict=True) if x is not None}
+        found = keep(plain_backwards, key, _bound(arrays, *call, options.engine, given, ()))
+    assert found is not None
+    at = arrays.address
+    dq, dk, dv = (0 if x is None else at(x) for x in gradients)
+    found.run(found.pack(at(q), at(k), at(v), at(o), at(lse), at(do), 0, dq, dk, dv, 0))
+    return gradients
+
+
+def _validated(arrays: Differentiable, inputs: Sequence[Any], options: Options) -> tuple[AttentionSpec, kernels.Family]:
+    do, q, k, v, o, lse = inputs
+    spec = options.spec(arrays.view(q), arrays.view(k), arrays.view(v))
+    check_rows(spec, tuple(q.shape[:-1]), tuple(v.shape[-1:]), do=do, o=o, lse=lse)
+    engine_of(spec, options.engine)  # unless there is none
+    return spec, family_of(spec, options.kernel, "backward")
+
+
+def check_rows(spec: AttentionSpec, rows: tuple[int, ...], size: tuple[int, ...], **given: Any) -> None:
+    """Raise SpecError unless the arrays among do, o, lse and dlse that are given have so many rows, of `size`."""
+    accumulator = dtype_of(np.dtype(DTYPES[spec.dtype].accumulator)).name
+    for name, x in given.items():
+        if name in ("do", "o"):
+            _check(x, name, rows + size, spec.dtype)
+        elif x is not None:
+            _check(x, name, rows, accumulator)
+
+
+def _check(x: Any, name: str, shape: tuple[int, ...], dtype: str) -> None:
+    if tuple(x.shape) != shape:
+        raise wrong(name, f"shape {x.shape}", f"{shape}")
+    if dtype_of(x.dtype, name).name != dtype:
+        raise wrong(name, f"dtype {x.dtype}", dtype)
+
+
 def run_backward(
     arrays: Strided,
     spec: AttentionSpec,
@@ -63,8 +130,7 @@ def run_backward(
     real = DTYPES[DTYPES[spec.dtype].accumulator].numpy
     empty = {n: np.zeros(shape, real) for n, shape in captured.items() if 0 in shape}
     shapes = tuple(sorted((n, shape) for n, shape in captured.items() if n not in empty))
-    key = spec, family.name, engine, shapes, *given, *map(arrays.strides, given.values())
-    found = backwards.get(key) or keep(backwards, key, _bind(spec, family, engine, given, shapes))
+    found = _bound(arrays, spec, family, engine, given, shapes)
     at = dict.fromkeys(_OPERANDS, 0)
     for name, x in given.items():
         at[name] = arrays.address(x)
@@ -75,6 +141,18 @@ def run_backward(
     params = found.pack(**at, offsets=offsets_at, dsinks=dsinks_at, scoring=values)
     found.run(params)
     return Sums(None, None, None, dsinks, {**empty, **found.totals(params)})
+
+
+def _bound(
+    arrays: Strided,
+    spec: AttentionSpec,
+    family: kernels.Family,
+    engine: str,
+    given: Mapping[str, Any],
+    shapes: ArrayShapes,
+) -> engines.BoundBackward:
+    key = spec, family.name, engine, shapes, *given, *map(arrays.strides, given.values())
+    return backwards.get(key) or keep(backwards, key, _bind(spec, family, engine, given, shapes))
 
 
 def _bind(

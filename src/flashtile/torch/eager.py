@@ -52,6 +52,9 @@ class _Tensors:
             found = address("q", q), address("k", k), address("v", v), address("out", o)
         return found
 
+    def zeros(self, like: Tensor) -> Tensor:
+        return torch.zeros_like(like, memory_format=torch.contiguous_format)
+
     def reach(self, spec: AttentionSpec, offsets: Any, scoring: Scoring | None) -> tuple[int, Scoring | None]:
         return calls.NUMPY.reach(spec, offsets, scoring)
 

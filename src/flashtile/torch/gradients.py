@@ -121,7 +121,7 @@ def _compiled(
     given |= {name: x.resolve_neg() for name, x in given.items() if x.is_neg()}
     given |= {name: given[name].contiguous() for name in ("lse", "dlse") if name in given}
     asked = [x for x in ("q", "k", "v") if x in wanted]
-    results = {f"d{x}": torch.zeros_like(given[x], memory_format=torch.contiguous_format) for x in asked}
+    results = {f"d{x}": TENSORS.zeros(given[x]) for x in asked}
     if spec.device_kind != "cpu":
         from flashtile import devices
 

@@ -25,7 +25,7 @@ from flashtile.torch.dispatch import LIBRARY, apply, below, is_recorded, registe
 from flashtile.torch.eager import TENSORS, attend_on_gpu, check_scores, traced_on_gpu
 from flashtile.torch.gradients import gradients
 from flashtile.torch.second import HVP, JVP
-from flashtile.torch.tensors import check_untraced, in_forward_mode, is_watched, under_autocast
+from flashtile.torch.tensors import READY, check_untraced, in_forward_mode, is_watched, kind_of, under_autocast
 
 Tensor = torch.Tensor
 
@@ -199,9 +199,14 @@ class _Alone(Function):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, _, _ = tensors = ctx.saved_tensors
-        a = plain_arguments(q, k, v, ctx.request.options)
-        return None, *_differentiate(do, None, tensors, ctx.needs_input_grad[1:], a)
+        q, k, v, o, lse = tensors = ctx.saved_tensors
+        options, needed = ctx.request.options, ctx.needs_input_grad[1:]
+        if kind_of(do, *tensors) == READY and not torch._C._functorch.is_legacy_batchedtensor(do):
+            inputs = do, q, k, v, o, lse.contiguous()
+            found = calls.differentiate(TENSORS, inputs, options, needed)
+            if found is not None:
+                return None, *found
+        return None, *_differentiate(do, None, tensors, needed, plain_arguments(q, k, v, options))
 
 
 _apply_alone = super(Function, _Alone).apply

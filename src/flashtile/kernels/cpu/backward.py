@@ -94,6 +94,7 @@ class Backward:
         splits = self.plan.splits
         items = Items(spec.batch, spec.kv_heads, splits)
         self._arrays = ArrayPlan(readings(c.code, c.arrays), dict(arrays), c, items)
+        self._no_sums = None if arrays else ArraySums(self._arrays)
         if splits > 1 or arrays:
             self.run = self._arrays.run(NativeRun(self.run, Params._fields.index("items")))
         if splits > 1:
@@ -146,7 +147,7 @@ class Backward:
     ) -> bytes | Params:
         """The parameters of one call; see engines.PackBackward."""
         scores = ScoreValues.of(scoring, self._config) if scoring else NO_SCORES
-        sums = ArraySums(self._arrays)
+        sums = self._no_sums or ArraySums(self._arrays)
         own = *scores.addresses, address_of(self._parts), address_of(sums.words), dsinks, 0
 
         def block(dq: int) -> bytes:
