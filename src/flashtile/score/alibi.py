@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import SpecError
-from .capture import capture
+from .capture import ArrayCapture, capture
 from .causal import anchor
 from .mask import Score
 
@@ -31,9 +31,11 @@ def alibi(slopes: Any) -> Score:
     return Score(build, positional=True, name="alibi_slopes", fits=lambda shape: check_slopes(slopes, shape))
 
 
-def check_slopes(slopes: Any, shape: tuple[int, int, int, int]) -> None:
-    """Raise SpecError unless there is a slope for each head of a call, (H,) or (B, H)."""
+def check_slopes(slopes: Any, shape: tuple[int, int, int, int]) -> ArrayCapture:
+    """The slopes, captured. Raises: SpecError unless there is one for each head of a call, (H,) or (B, H)."""
     batch, heads = shape[:2]
-    got = capture(slopes, "alibi_slopes").array.shape
+    found = capture(slopes, "alibi_slopes")
+    got = found.array.shape
     if got not in ((heads,), (batch, heads)):
         raise SpecError(f"alibi_slopes: got shape {got}, expected (H,) = ({heads},) or (B, H) = ({batch}, {heads})")
+    return found

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import SpecError
-from .capture import capture
+from .capture import ArrayCapture, capture
 
 
 def broadcast_reader(shape: tuple[int, ...], argument: str) -> Callable[[Any, tuple[Any, ...]], Any]:
@@ -25,8 +25,10 @@ def broadcast_reader(shape: tuple[int, ...], argument: str) -> Callable[[Any, tu
     return read
 
 
-def check_broadcast(array: Any, shape: tuple[int, int, int, int], argument: str) -> None:
-    """Raise SpecError unless the array's shape broadcasts to (B, H, S_q, S_kv)."""
-    got = capture(array, argument).array.shape
+def check_broadcast(array: Any, shape: tuple[int, int, int, int], argument: str) -> ArrayCapture:
+    """The array, captured. Raises: SpecError unless its shape broadcasts to (B, H, S_q, S_kv)."""
+    found = capture(array, argument)
+    got = found.array.shape
     if len(got) > 4 or any(n not in (1, m) for n, m in zip(got[::-1], shape[::-1], strict=False)):
         raise SpecError(f"{argument}: got shape {got}, expected one that broadcasts to (B, H, S_q, S_kv) = {shape}")
+    return found

@@ -6,10 +6,10 @@ again.  A user's function is another matter: anything that it closes over may ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from .capture import ArrayCapture, ScalarCapture, capture, is_array
+from .capture import ArrayCapture, ScalarCapture
 from .code import Code
 from .expr import Expr, check_int32, postorder
 from .softcap import check_cap, is_off
@@ -48,15 +48,17 @@ _templates: dict[Hashable, Template] = {}
 def builtin(
     shape: tuple[int, int, int, int],
     given: dict[str, Any],
+    captured: Mapping[str, ArrayCapture],
     make: Callable[[Code, tuple[Captured, ...]], T],
     trace: Callable[[], T],
 ) -> T:
-    """The program of options whose arrays are known to fit the shape, by `make`; `trace` makes it the slow way.
+    """The program of options whose arrays, `captured`, are known to fit the shape, by `make`; `trace` makes it the slow
+    way.
 
     Loads of built-in options stay inside arrays that fit, whatever the shape, so neither the shape nor a value is a
     part of the structure.
     """
-    key, values = _parts(given)
+    key, values = _parts(given, captured)
     template = _templates.get(key)
     if template is not None:
         return make(template.code, tuple(values[name] for name in template.names))
@@ -69,7 +71,7 @@ def builtin(
     return program
 
 
-def _parts(given: dict[str, Any]) -> tuple[Hashable, dict[str, Captured]]:
+def _parts(given: dict[str, Any], captured: Mapping[str, ArrayCapture]) -> tuple[Hashable, dict[str, Captured]]:
     """What the structure depends on, and the values by the names that tracing gives them."""
     values: dict[str, Captured] = {}
     low, high = (None, None) if given["window"] is None else sides(*given["window"])
@@ -84,16 +86,14 @@ def _parts(given: dict[str, Any]) -> tuple[Hashable, dict[str, Captured]]:
         if given[name] is None:
             key.append(None)
             continue
-        found = capture(given[name], name)
-        values[name] = found
+        values[name] = found = captured[name]
         key.append((found.element, len(found.array.shape) if name == "alibi_slopes" else _pattern(found)))
     for name, side in (("low", low), ("high", high)):
         if side is not None:
             values[name] = ScalarCapture(check_int32(side, "window"), "int")
     if given["causal"] or low is not None or high is not None or given["alibi_slopes"] is not None:
-        offset = given["offset"]
-        anchors = capture(offset, "align") if is_array(offset) else None
-        values["offset"] = anchors or ScalarCapture(check_int32(int(offset), "align"), "int")
+        anchors = captured.get("offset")
+        values["offset"] = anchors or ScalarCapture(check_int32(int(given["offset"]), "align"), "int")
         key.append(anchors.element if anchors else "int")
     return tuple(key), values
 

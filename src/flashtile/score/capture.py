@@ -7,6 +7,7 @@ by kernels there alone: to look at it from here would make the device and the ho
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from dataclasses import dataclass, field
@@ -175,15 +176,26 @@ def capture(value: Any, name: str = "captured array") -> ArrayCapture:
     """
     if in_graph():
         return _of_compiler(value, name)
-    if (device := device_of(value)).startswith("cuda"):
-        return _on_device(value, name, device)
-    if _is_stand_in(value):
-        return _without_memory(value, name)
-    if "jax" in sys.modules and isinstance(value, sys.modules["jax"].core.Tracer):
-        return _without_memory(value, name, TRACED)
+    if not _is_ordinary(value):
+        if (device := device_of(value)).startswith("cuda"):
+            return _on_device(value, name, device)
+        if _is_stand_in(value):
+            return _without_memory(value, name)
+        if "jax" in sys.modules and isinstance(value, sys.modules["jax"].core.Tracer):
+            return _without_memory(value, name, TRACED)
     raw, element = _storage(value, name)
     _check_integers(raw, element, name)
     return ArrayCapture(raw, element, value, name)
+
+
+def _is_ordinary(value: Any) -> bool:
+    """Whether it is an array of NumPy's or torch's own, in CPU memory, as in most calls: small ones wait for this."""
+    kind = type(value)
+    if kind is np.ndarray:
+        return True
+    if kind.__name__ != "Tensor" or kind.__module__ != "torch" or not value.is_cpu:
+        return False
+    return not sys.modules["torch"]._C._are_functorch_transforms_active()
 
 
 def _check_integers(raw: np.ndarray, element: str, name: str) -> None:
@@ -224,7 +236,7 @@ def _storage(value: Any, name: str) -> tuple[np.ndarray, str]:
 
 
 def _torch_storage(tensor: Any, name: str) -> tuple[np.ndarray, str]:
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         raise SpecError(f"{name}: got a tensor on {tensor.device}, expected one in CPU memory or on a GPU")
     tensor = tensor.detach()
     if str(tensor.dtype) == "torch.bfloat16":
@@ -288,6 +300,7 @@ def _on_device(value: Any, name: str, device: str) -> ArrayCapture:
     return ArrayCapture(shape_only, element, value, name, Place(device, address, strides))
 
 
+@functools.lru_cache(maxsize=256)
 def _element(dtype: np.dtype, name: str) -> str:
     check_byte_order(dtype, name)
     found = _ELEMENTS.get(dtype.str[1:])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from ..arrays import address_of
 from ..llvm.types import SIZES, vector
 from .capture import Access, ArrayCapture, ScalarCapture, Slot
 
@@ -75,7 +76,7 @@ class Block:
                 words.append(int(value.value) if value.type == "int" else _bits(value.value))
                 continue
             array = value.array
-            words.append(array.ctypes.data)
+            words.append(address_of(array))
             strides = array.strides if value.place is None else value.place.strides
             words += [n for axis in zip(array.shape, strides, strict=True) for n in axis]
         return np.array(words, np.int64)

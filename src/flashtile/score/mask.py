@@ -35,7 +35,7 @@ class Mask:
     build: Callable[[Any], Callable[..., Any]]
     positional: bool = False
     name: str = "mask"
-    fits: Callable[[Shape], None] = _any_shape
+    fits: Callable[[Shape], object] = _any_shape
     __array_ufunc__ = None  # array & mask is this class's &, not an & with every element
 
     def __repr__(self) -> str:
@@ -93,7 +93,7 @@ class Score:
     build: Callable[[Any], Callable[..., Any]]
     positional: bool = False
     name: str = "score_mod"
-    fits: Callable[[Shape], None] = _any_shape
+    fits: Callable[[Shape], object] = _any_shape
 
     def __repr__(self) -> str:
         return f"<score function {self.name}>"

@@ -65,7 +65,7 @@ class Program:
         Raises: SpecError for arrays whose shape or dtype does not fit, functions outside the language, and loads
                 that are certain to leave their array.
         """
-        _check_arrays(shape, alibi_slopes, bias, mask, offset)
+        captured = _captured(shape, alibi_slopes, bias, mask, offset)
         given = {
             "softcap": softcap,
             "alibi_slopes": alibi_slopes,
@@ -76,7 +76,7 @@ class Program:
             "offset": offset,
         }
         if score_mod is None and (mask is None or is_array(mask)):
-            return builtin(shape, given, partial(cls, shape), lambda: cls.traced(shape, **given))
+            return builtin(shape, given, captured, partial(cls, shape), lambda: cls.traced(shape, **given))
         reading = _reading(shape, mask, score_mod, given)
         found = None if reading is None else reading.find()
         if found is not None:
@@ -251,17 +251,23 @@ def _reading(shape: Any, mask: Any, score_mod: Any, given: dict[str, Any]) -> Re
     return Reading.of(given["offset"], rest, band, [("mask", mask), ("score_mod", score_mod)])
 
 
-def _check_arrays(shape: tuple[int, int, int, int], slopes: Any, bias: Any, mask: Any, offset: Any) -> None:
-    batch = shape[0]
+def _captured(
+    shape: tuple[int, int, int, int], slopes: Any, bias: Any, mask: Any, offset: Any
+) -> dict[str, ArrayCapture]:
+    """The arrays that were given as options, by their names. Raises: SpecError for one that does not fit."""
+    found: dict[str, ArrayCapture] = {}
     if slopes is not None:
-        check_slopes(slopes, shape)
+        found["alibi_slopes"] = check_slopes(slopes, shape)
     if bias is not None:
-        check_broadcast(bias, shape, "bias")
-    if is_array(mask):
-        check_broadcast(mask, shape, "mask")
-    if is_array(offset) and (tuple(offset.shape) != (batch,) or capture(offset, "align").type != "int"):
-        shown = f"{offset.dtype} of shape {tuple(offset.shape)}"
-        raise SpecError(f"align: got {shown}, expected integers of shape (B,) = ({batch},)")
+        found["bias"] = check_broadcast(bias, shape, "bias")
+    if mask is not None and is_array(mask):
+        found["mask"] = check_broadcast(mask, shape, "mask")
+    if type(offset) is not int and is_array(offset):
+        found["offset"] = capture(offset, "align")
+        if tuple(offset.shape) != shape[:1] or found["offset"].type != "int":
+            shown = f"{offset.dtype} of shape {tuple(offset.shape)}"
+            raise SpecError(f"align: got {shown}, expected integers of shape (B,) = ({shape[0]},)")
+    return found
 
 
 @lru_cache(maxsize=256)

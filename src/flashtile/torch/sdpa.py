@@ -137,10 +137,9 @@ def _mask_like_torch(
     if attn_mask.dtype is not torch.bool and not attn_mask.is_floating_point():
         raise wrong("attn_mask", f"dtype {attn_mask.dtype}", "torch.bool (True = attend) or a float dtype")
     full = (*(query.shape[:-2] if axes is None else (*axes, query.shape[1])), query.shape[-2], key.shape[-2])
-    try:
-        attn_mask.expand(full)
-    except RuntimeError as cause:
-        raise wrong("attn_mask", f"shape {tuple(attn_mask.shape)}", f"one that broadcasts to {tuple(full)}") from cause
+    shape = attn_mask.shape
+    if len(shape) > len(full) or any(n != m and n != 1 for n, m in zip(reversed(shape), reversed(full), strict=False)):
+        raise wrong("attn_mask", f"shape {tuple(shape)}", f"one that broadcasts to {tuple(full)}")
     if axes is not None:  # as one axis; a copy only where those that broadcast stand among others
         whole = attn_mask.reshape((1,) * (len(full) - attn_mask.ndim) + attn_mask.shape)
         last = whole.shape[-3:]
