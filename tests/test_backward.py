@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import flashtile
-from flashtile import calls, kernels
+from flashtile import calls, gradients, kernels
 from flashtile.calls import Options, clear_cache, split_align
 from flashtile.score.keep import keep_of
 from flashtile.score.options import ScoreOptions
@@ -351,25 +351,36 @@ def test_bad_input_is_one_clear_error(name):
 
 
 @pytest.mark.parametrize("wrt", [("q", "k", "v"), ("k",), ("v", "q")], ids=str)
-def test_a_repeated_call_is_validated_once(wrt, monkeypatch):
-    """With options alone it goes straight to its kernel: it has the bits of the first one, and of any other way there;
-    another call does not."""
+@pytest.mark.parametrize("name", [*OPTIONS, "dlse"])
+def test_a_repeated_call_is_validated_once(name, wrt, monkeypatch):
+    """It goes straight to its kernel, with the bits of the first one and of any other way there, and with what its
+    arrays hold now; another call does not."""
     q, k, v, do, dlse = inputs("float32")
-    o, lse = flashtile.attention(q, k, v, return_lse=True, scale=0.3)
+    options = OPTIONS.get(name, {})
+    o, lse = flashtile.attention(q, k, v, return_lse=True, **options)
+    given = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "wrt": wrt, **options}
+    given |= {"dlse": dlse} if name == "dlse" else {}
     clear_cache()
-    first = flashtile.attention_backward(do, q, k, v, o, lse, wrt=wrt, scale=0.3)
+    first = flashtile.attention_backward(**given)
+    arrays = dict(zip("qkv", (q, k, v), strict=True))
+    empty = flashtile.Gradients(**{n: np.empty_like(arrays[n]) for n in wrt})
+    with monkeypatch.context() as another_way:
+        another_way.setattr(gradients, "differentiate", None)
+        written = flashtile.attention_backward(**given, out=empty)
     monkeypatch.setattr(calls.backward, "_validated", None)
-    again = flashtile.attention_backward(do, q, k, v, o, lse, wrt=wrt, scale=0.3)
-    other_way = flashtile.attention_backward(do, q, k, v, o, lse, wrt=wrt, scale=0.3, dlse=np.zeros_like(dlse))
-    for name in "qkv":
-        found = [getattr(x, name) for x in (first, again, other_way)]
-        assert all(x is None for x in found) if name not in wrt else found[0].any()
-        assert name not in wrt or found[0].tobytes() == found[1].tobytes() == found[2].tobytes()
-    unlike = {"scale": 0.31}, {"causal": True}, {"wrt": ("q", "k")}, {"do": do[..., ::-1]}
+    again = flashtile.attention_backward(**given)
+    doubled = flashtile.attention_backward(**(given | {"do": 2 * do} | ({"dlse": 2 * dlse} if name == "dlse" else {})))
+    for n in "qkv":
+        found = [getattr(x, n) for x in (first, again, written, doubled)]
+        if n not in wrt:
+            assert all(x is None for x in found)
+            continue
+        assert found[0].any() and found[0].tobytes() == found[1].tobytes() == found[2].tobytes()
+        np.testing.assert_array_equal(found[3], 2 * found[0])
+    unlike = {"scale": 0.31}, {"kernel": "cpu"}, {"wrt": ("q", "k")}, {"do": do[..., ::-1]}
     for change in unlike:
-        arguments = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "wrt": wrt, "scale": 0.3} | change
         with pytest.raises(TypeError, match="not callable"):
-            flashtile.attention_backward(**arguments)
+            flashtile.attention_backward(**(given | change))
 
 
 def test_arrays_are_read_as_they_lie():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -185,7 +187,16 @@ def test_only_what_is_needed_is_computed(needed: int, monkeypatch: pytest.Monkey
         }
         return run(*call)
 
+    differentiate = flashtile.calls.differentiate
+
+    def noting_qkv(*call: Any) -> Any:
+        found = differentiate(*call)
+        assert [x is not None for x in found] == list(call[-1])
+        wanted.append({name for name, asked in zip("qkv", call[-1], strict=True) if asked})
+        return found
+
     monkeypatch.setattr(gradients, "run_backward", noting)
+    monkeypatch.setattr(flashtile.calls, "differentiate", noting_qkv)
     q, k, table = draw(1, 2, 4, 3), draw(1, 2, 4, 3, seed=1), draw(2, 4, seed=2)
     given = [x.requires_grad_(bool(needed >> n & 1)) for n, x in enumerate((q, k, table))]
     bias = draw(4, 4, seed=3)
@@ -281,6 +292,40 @@ def test_hooks_on_saved_tensors_and_checkpointing() -> None:
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     sizes = {(B, H, S, D), (B, KV, T, D), (B, KV, T, E), (B, H, S, E), (B, H, S), tuple(TABLE.shape), ()}  # () the seed
     assert {tuple(x) for x in packed} == sizes  # the last by square
+
+
+def read_alone() -> dict[str, Any]:
+    """Options of which no gradient is recorded."""
+    return {"mask": seen(), "bias": BIAS.clone(), "alibi_slopes": SLOPES.clone(), "sinks": SINKS.clone(), "align": 1}
+
+
+@pytest.mark.parametrize("name", ["mask", "bias", "alibi_slopes", "sinks"])
+def test_changes_of_what_is_read_alone_are_noticed(name: str) -> None:
+    options = read_alone()
+    o = attention(*inputs(), **options)
+    options[name].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        o.sum().backward()
+
+
+def test_what_is_read_alone_is_saved_as_tensors() -> None:
+    """A graph keeps nothing that hooks do not see: they may put it elsewhere and bring a copy back."""
+    options, given, packed = read_alone(), inputs(), []
+    want = torch.autograd.grad(attention(*given, **options, softcap=3.0).sum(), given)
+
+    def pack(x: Any) -> Any:
+        packed.append(tuple(x.shape))
+        return x.detach().clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x.clone()):
+        o = attention(*given, **options, softcap=3.0)
+    kept = [weakref.ref(options[name]) for name in ("mask", "bias", "alibi_slopes", "sinks")]
+    shapes = [tuple(x.shape) for x in options.values() if isinstance(x, torch.Tensor)]
+    options.clear()
+    gc.collect()
+    assert not any(x() is not None for x in kept)
+    assert sorted(packed) == sorted([*(tuple(x.shape) for x in (*given, o, o[..., 0])), *shapes])
+    assert all(map(torch.equal, torch.autograd.grad(o.sum(), given), want))
 
 
 def test_numbers_are_those_of_the_forward() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from flashtile import engines, kernels
 from flashtile.arrays import device_of, is_lazy, is_torch, plain
-from flashtile.calls import INPUTS, NUMPY, Options, as_name, check_rows, describe, differentiate, run_backward
+from flashtile.calls import INPUTS, NUMPY, Request, as_name, check_rows, describe, differentiate, run_backward, traced
 from flashtile.checks import check_flag
 from flashtile.errors import wrong
 from flashtile.gradient_problem import Gradients, Problem, check_out, target_of
@@ -88,8 +88,10 @@ def attention_backward(
     scores = mask, bias, score_mod, softcap, alibi_slopes, sinks, keep_of(dropout_p, seed)
     options = causal, window, align, scale, precision, kernel, engine
     request = describe(q, scores, options)
-    if request.scores is request.offsets is dlse is out is None and not accumulate:
-        found = _of_qkv(do, q, k, v, o, lse, request.options, wrt)
+    if out is None and not accumulate and type(wrt) is tuple and wrt and all(x in ("q", "k", "v") for x in wrt):
+        if request.scores is not None:
+            request = traced(NUMPY, q, k, v, request)
+        found = _of_qkv(do, q, k, v, o, lse, dlse, request, wrt)
         if found is not None:
             return found
     problem = Problem.of((q, k, v), request, wrt)
@@ -104,14 +106,21 @@ def attention_backward(
 
 
 def _of_qkv(
-    do: Any, q: np.ndarray, k: np.ndarray, v: np.ndarray, o: Any, lse: Any, options: Options, wrt: Any
+    do: Any,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    o: Any,
+    lse: Any,
+    dlse: Any,
+    request: Request,
+    wrt: tuple[str, ...],
 ) -> Gradients | None:
-    """The gradients of q, k and v alone, of a call that has options alone, which is soon done where it is small; None
-    where others are asked for, or no compiled kernel has them."""
-    if type(wrt) is not tuple or not wrt or any(x not in ("q", "k", "v") for x in wrt):
-        return None
-    inputs = _array(do, "do"), q, k, v, _array(o, "o"), np.ascontiguousarray(_array(lse, "lse"))
-    found = differentiate(NUMPY, inputs, options, ("q" in wrt, "k" in wrt, "v" in wrt))
+    """Gradients of q, k and v alone, soon done where a call is small; None if no compiled kernel has them."""
+    do, o, lse = _array(do, "do"), _array(o, "o"), np.ascontiguousarray(_array(lse, "lse"))
+    dlse = None if dlse is None else np.ascontiguousarray(_array(dlse, "dlse"))
+    inputs = do, q, k, v, o, lse, dlse
+    found = differentiate(NUMPY, inputs, request, ("q" in wrt, "k" in wrt, "v" in wrt))
     return None if found is None else Gradients(*found)
 
 

@@ -1,17 +1,17 @@
 """`run_backward`: gradients of a family that compiles its backward, of the arrays of whatever library; `differentiate`:
-of a call with options alone, which is one lookup away from its kernel when it is repeated."""
+those of q, k and v, of a call that is one lookup away from its kernel when it is repeated."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
 from flashtile import engines, kernels
 from flashtile.arrays import View, address_of, view_of
-from flashtile.calls.prepared import backwards, engine_of, family_of, find, keep, plain_backwards
-from flashtile.calls.request import Options
+from flashtile.calls.prepared import backwards, engine_of, family_of, find, keep, repeated_backwards
+from flashtile.calls.request import Request, Scored
 from flashtile.dtypes import DTYPES, dtype_of
 from flashtile.errors import wrong
 from flashtile.kernels import ArrayShapes, BackwardLayout
@@ -58,38 +58,45 @@ class Differentiable(Strided, Protocol):
 
 
 def differentiate(
-    arrays: Differentiable, inputs: Sequence[Any], options: Options, wanted: tuple[bool, bool, bool]
+    arrays: Differentiable, inputs: Sequence[Any], request: Request, wanted: tuple[bool, ...]
 ) -> list[Any] | None:
-    """Gradients of q, k and v, None where one is not wanted, of a call without options that change scores or offsets of
-    batches; None if the family that computes it does not compile its backward. inputs: do, q, k, v, o, and lse, which
-    is row-major.
+    """Gradients of q, k and v, None where one is not wanted, of a call whose request is traced, or has nothing that
+    changes scores; None if the family that computes it does not compile its backward. inputs: in the order of `INPUTS`,
+    of which lse and dlse are row-major, and dlse may be None.
 
     Raises: as `flashtile.attention_backward`.
     """
-    do, q, k, v, o, lse = inputs
-    key = arrays.key(q, k, v, None), arrays.key(do, o, lse, None), options, wanted
-    found = find(plain_backwards, key)
-    call = None if found is not None else _validated(arrays, inputs, options)
+    do, q, k, v, o, lse, dlse = inputs
+    options, scores, offsets, known = request
+    of_rows = arrays.key(do, o, lse, None), None if dlse is None else (dlse.shape, dlse.dtype)
+    key: tuple[Any, ...] = (known or arrays.key(q, k, v, None), of_rows, options, wanted)
+    scoring = None
+    if scores is not None:
+        spec, scoring = cast(Scored, scores)
+        key += spec.program, spec.sinks, spec.dropout
+    found = find(repeated_backwards, key)
+    call = None if found is not None else _validated(arrays, inputs, request)
     if call is not None and call[1].compile_backward is None:
         return None
     gradients = [arrays.zeros(x) if asked else None for x, asked in zip((q, k, v), wanted, strict=True)]
     if call is not None:
-        given = dict(zip(INPUTS, inputs, strict=False))
+        given = {name: x for name, x in zip(INPUTS, inputs, strict=True) if x is not None}
         given |= {f"d{n}": x for n, x in zip("qkv", gradients, strict=True) if x is not None}
-        found = keep(plain_backwards, key, _bound(arrays, *call, options.engine, given, ()))
+        found = keep(repeated_backwards, key, _bound(arrays, *call, options.engine, given, ()))
     assert found is not None
     at = arrays.address
-    dq, dk, dv = (0 if x is None else at(x) for x in gradients)
-    found.run(found.pack(at(q), at(k), at(v), at(o), at(lse), at(do), 0, dq, dk, dv, 0))
+    of_dlse, dq, dk, dv = (0 if x is None else at(x) for x in (dlse, *gradients))
+    offsets_at = 0 if offsets is None else address_of(offsets)
+    found.run(found.pack(at(q), at(k), at(v), at(o), at(lse), at(do), of_dlse, dq, dk, dv, offsets_at, scoring))
     return gradients
 
 
-def _validated(arrays: Differentiable, inputs: Sequence[Any], options: Options) -> tuple[AttentionSpec, kernels.Family]:
-    do, q, k, v, o, lse = inputs
-    spec = options.spec(arrays.view(q), arrays.view(k), arrays.view(v))
-    check_rows(spec, tuple(q.shape[:-1]), tuple(v.shape[-1:]), do=do, o=o, lse=lse)
-    engine_of(spec, options.engine)  # unless there is none
-    return spec, family_of(spec, options.kernel, "backward")
+def _validated(arrays: Differentiable, inputs: Sequence[Any], request: Request) -> tuple[AttentionSpec, kernels.Family]:
+    do, q, k, v, o, lse, dlse = inputs
+    spec, _ = request.of(arrays.view(q), arrays.view(k), arrays.view(v))
+    check_rows(spec, tuple(q.shape[:-1]), tuple(v.shape[-1:]), do=do, o=o, lse=lse, dlse=dlse)
+    engine_of(spec, request.options.engine)  # unless there is none
+    return spec, family_of(spec, request.options.kernel, "backward")
 
 
 def check_rows(spec: AttentionSpec, rows: tuple[int, ...], size: tuple[int, ...], **given: Any) -> None:

@@ -26,7 +26,7 @@ cache: dict[Hashable, Call] = {}
 specs: dict[Hashable, AttentionSpec] = {}
 _specs: dict[Hashable, AttentionSpec] = {}
 backwards: dict[Hashable, engines.BoundBackward] = {}
-plain_backwards: dict[Hashable, engines.BoundBackward] = {}  # found without validation
+repeated_backwards: dict[Hashable, engines.BoundBackward] = {}  # found without validation
 # Neither what is picked for a call nor what is compiled depends on its lengths: a decoder's next step finds both here.
 _families: dict[Hashable, kernels.Family] = {}
 _choices: dict[Hashable, _Choice] = {}
@@ -141,7 +141,7 @@ def validated(q: View, k: View, v: View, options: Options, positional: bool) -> 
 
 def clear_cache() -> None:
     """Forget every prepared call: the next one chooses its kernel anew."""
-    for kept in (cache, specs, _specs, backwards, plain_backwards, _families, _choices):
+    for kept in (cache, specs, _specs, backwards, repeated_backwards, _families, _choices):
         kept.clear()
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch.autograd import forward_ad
@@ -20,7 +21,8 @@ from torch.autograd.function import Function
 from flashtile import calls
 from flashtile.calls import Request, Scored
 from flashtile.errors import UnavailableError
-from flashtile.torch.arguments import SCHEMA, Arguments, arguments_of, plain_arguments
+from flashtile.score.options import ScoreOptions
+from flashtile.torch.arguments import SCHEMA, Arguments, arguments_of
 from flashtile.torch.dispatch import LIBRARY, apply, below, is_recorded, register, unpacked, without_tangents
 from flashtile.torch.eager import TENSORS, attend_on_gpu, check_scores, traced_on_gpu
 from flashtile.torch.gradients import gradients
@@ -61,11 +63,11 @@ def attend(
 ) -> Any:
     """o, or (o, lse), of an eager call whose gradients are recorded, or that transforms and modes of torch must see
     (`watched`): the operator, past a dispatcher that has nothing to add. Raises: as `arguments_of`."""
-    alone = request.scores is request.offsets is progress is None and not (watched or return_lse)
-    if alone and request.options.kernel == "auto" and q.is_cpu:
-        return _apply_alone(request, q, k, v)  # no transform is active
     if request.scores is not None:
         check_scores(request.scores)
+    alone = request.offsets is progress is None and not (watched or return_lse)
+    if alone and request.options.kernel == "auto" and q.is_cpu and _is_read_alone(request.scores):
+        return _apply_alone(request, q, k, v)  # no transform is active
     given = arguments_of(q, k, v, request)
     with reporting(progress):
         found = ATTENTION(q, k, v, *given) if watched else _record(_unwatched, q, k, v, given)
@@ -104,16 +106,34 @@ def _compute_backward(
 ) -> list[Tensor]:
     """Gradients of q, k, v and `Arguments.differentiable`, of those alone that are wanted."""
     a = Arguments(*rest)
+    do = torch.zeros_like(o) if do is None else do
+    found = None if any(wanted[3:]) else _of_qkv(do, dlse, (q, k, v, o, lse), a.request, wanted[:3])
+    if found is not None:
+        return [x for x in found if x is not None]
     if a.captured or not (a.sinks is a.bias is a.alibi_slopes is None):
         # A tensor that came in two places is two here, since gradients are found by identity.
         a = a.filled(a.others, [None if x is None else x.detach() for x in a.differentiable])
     request = a.request
     spec, scoring = _scored(q, k, v, request)
     family = calls.family_of(spec, a.family, "backward")
-    do = torch.zeros_like(o) if do is None else do
     inputs = do, q, k, v, o, lse, dlse
     call = family, spec, scoring, request.offset(spec)
     return gradients(*call, inputs, a.differentiable, tuple(wanted), a.engine)
+
+
+def _of_qkv(
+    do: Tensor, dlse: Tensor | None, tensors: Sequence[Tensor], request: Request, needed: Sequence[bool]
+) -> list[Tensor | None] | None:
+    """Gradients of q, k and v alone, soon done where a call is small; None where something must be looked at closely,
+    or no compiled kernel has them. tensors: q, k, v, o, lse."""
+    kind = kind_of(do, *tensors) if dlse is None else kind_of(do, dlse, *tensors)
+    if kind != READY or torch._C._functorch.is_legacy_batchedtensor(do):
+        return None
+    q, k, v, o, lse = tensors
+    if request.scores is not None:
+        request = calls.traced(TENSORS, q, k, v, request)
+    inputs = do, q, k, v, o, lse.contiguous(), None if dlse is None else dlse.contiguous()
+    return calls.differentiate(TENSORS, inputs, request, tuple(needed))
 
 
 # -- as graphs are made ----------------------------------------------------------------------------------
@@ -187,29 +207,51 @@ class _Attention(Function):
 
 
 class _Alone(Function):
-    """o alone, of a call with options alone: half of a small call is the way to it, which each further input and output
-    makes longer. Inputs: the call, q, k, v."""
+    """o alone, of a call of whose options no gradient is recorded: half of a small call is the way to it, which each
+    further input and output makes longer. Inputs: the call, q, k, v."""
 
     @staticmethod
     def forward(ctx: Any, request: Request, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         o, lse = calls.attend(TENSORS, q, k, v, request, True)
-        ctx.request = request
-        ctx.save_for_backward(q, k, v, o, lse)
+        read = _read_by(request.scores)
+        ctx.request = _reading(request, *(None for _ in read))
+        ctx.save_for_backward(q, k, v, o, lse, *read)
         return o
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, o, lse = tensors = ctx.saved_tensors
-        options, needed = ctx.request.options, ctx.needs_input_grad[1:]
-        if kind_of(do, *tensors) == READY and not torch._C._functorch.is_legacy_batchedtensor(do):
-            inputs = do, q, k, v, o, lse.contiguous()
-            found = calls.differentiate(TENSORS, inputs, options, needed)
-            if found is not None:
-                return None, *found
-        return None, *_differentiate(do, None, tensors, needed, plain_arguments(q, k, v, options))
+        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        tensors, request = saved[:5], _reading(ctx.request, *saved[5:])
+        found = _of_qkv(do, None, tensors, request, needed)
+        if found is not None:
+            return None, *found
+        q, k, v = tensors[:3]
+        return None, *_differentiate(do, None, tensors, needed, arguments_of(q, k, v, request))
 
 
 _apply_alone = super(Function, _Alone).apply
+
+
+def _is_read_alone(scores: Any) -> bool:
+    """Whether what changes scores is tensors of which no gradient is recorded, and numbers."""
+    if scores is None:
+        return True
+    tensors = all(x is None or type(x) is Tensor and not x.requires_grad for x in _read_by(scores))
+    return tensors and scores.score_mod is None
+
+
+def _read_by(scores: Any) -> tuple[Any, ...]:
+    """What may be tensors among the options that change scores, but for what functions read."""
+    return () if scores is None else (scores.mask, scores.bias, scores.alibi_slopes, scores.sinks)
+
+
+def _reading(request: Request, *read: Tensor | None) -> Request:
+    """The call with other tensors that it reads, which a graph keeps as torch's own."""
+    if not read:
+        return request
+    mask, bias, slopes, sinks = read
+    scores = cast(ScoreOptions, request.scores)
+    return request._replace(scores=replace(scores, mask=mask, bias=bias, alibi_slopes=slopes, sinks=sinks))
 
 
 def _differentiate(
