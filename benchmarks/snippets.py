@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 
-def tiny_call(door: str) -> dict[str, float]:
-    """Median microseconds of a whole call of `door`, module.function, at (1, 1, 16, 64), after the first."""
+def tiny_call(door: str, *how: str) -> dict[str, float]:
+    """Median microseconds of a whole call of `door`, module.function, at (1, 1, 16, 64), after the first. how: "mask",
+    with a boolean one; "step", a backward follows."""
     from .cases import Case
     from .data import make_inputs
 
@@ -24,14 +25,25 @@ def tiny_call(door: str) -> dict[str, float]:
 
         arrays = [torch.from_numpy(x) for x in arrays]
     module, name = door.rsplit(".", 1)
-    call = getattr(importlib.import_module(module), name)
+    attend = getattr(importlib.import_module(module), name)
+    options = {"attn_mask": torch.ones(1, 1, 16, 16, dtype=torch.bool).tril()} if "mask" in how else {}
     q, k, v = arrays
-    batches = []
-    call(q, k, v)
+
+    def step() -> None:
+        attend(q, k, v, **options).backward(k)
+        for x in given:
+            x.grad = None
+
+    def call() -> None:
+        attend(q, k, v, **options)
+
+    given = [x.requires_grad_() for x in arrays] if "step" in how else []
+    run, batches = step if given else call, []
+    run()
     for _ in range(15):
         start = time.perf_counter()
         for _ in range(2000):
-            call(q, k, v)
+            run()
         batches.append((time.perf_counter() - start) / 2000)
     return {"microseconds": statistics.median(batches) * 1e6}
 
