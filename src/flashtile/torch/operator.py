@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -63,10 +62,11 @@ def attend(
 ) -> Any:
     """o, or (o, lse), of an eager call whose gradients are recorded, or that transforms and modes of torch must see
     (`watched`): the operator, past a dispatcher that has nothing to add. Raises: as `arguments_of`."""
-    if request.scores is not None:
-        check_scores(request.scores)
+    scores = request.scores
+    if scores is not None:
+        check_scores(scores)
     alone = request.offsets is progress is None and not (watched or return_lse)
-    if alone and request.options.kernel == "auto" and q.is_cpu and _is_read_alone(request.scores):
+    if alone and request.options.kernel == "auto" and q.is_cpu and (scores is None or _is_read_alone(scores)):
         return _apply_alone(request, q, k, v)  # no transform is active
     given = arguments_of(q, k, v, request)
     with reporting(progress):
@@ -213,15 +213,20 @@ class _Alone(Function):
     @staticmethod
     def forward(ctx: Any, request: Request, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         o, lse = calls.attend(TENSORS, q, k, v, request, True)
-        read = _read_by(request.scores)
-        ctx.request = _reading(request, *(None for _ in read))
+        read: tuple[Any, ...] = ()
+        if request.scores is not None:
+            read = _read_by(request.scores)
+            request = _reading(request, None, None, None, None)
+        ctx.request = request
         ctx.save_for_backward(q, k, v, o, lse, *read)
         return o
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         saved, needed = ctx.saved_tensors, ctx.needs_input_grad[1:]
-        tensors, request = saved[:5], _reading(ctx.request, *saved[5:])
+        tensors, request = saved[:5], ctx.request
+        if request.scores is not None:
+            request = _reading(request, *saved[5:])
         found = _of_qkv(do, None, tensors, request, needed)
         if found is not None:
             return None, *found
@@ -234,24 +239,21 @@ _apply_alone = super(Function, _Alone).apply
 
 def _is_read_alone(scores: Any) -> bool:
     """Whether what changes scores is tensors of which no gradient is recorded, and numbers."""
-    if scores is None:
-        return True
     tensors = all(x is None or type(x) is Tensor and not x.requires_grad for x in _read_by(scores))
     return tensors and scores.score_mod is None
 
 
 def _read_by(scores: Any) -> tuple[Any, ...]:
     """What may be tensors among the options that change scores, but for what functions read."""
-    return () if scores is None else (scores.mask, scores.bias, scores.alibi_slopes, scores.sinks)
+    return scores.mask, scores.bias, scores.alibi_slopes, scores.sinks
 
 
-def _reading(request: Request, *read: Tensor | None) -> Request:
+def _reading(
+    request: Request, mask: Tensor | None, bias: Tensor | None, slopes: Tensor | None, sinks: Tensor | None
+) -> Request:
     """The call with other tensors that it reads, which a graph keeps as torch's own."""
-    if not read:
-        return request
-    mask, bias, slopes, sinks = read
     scores = cast(ScoreOptions, request.scores)
-    return request._replace(scores=replace(scores, mask=mask, bias=bias, alibi_slopes=slopes, sinks=sinks))
+    return request._replace(scores=ScoreOptions(mask, bias, None, scores.softcap, slopes, sinks, scores.keep))
 
 
 def _differentiate(
