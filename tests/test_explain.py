@@ -207,3 +207,13 @@ def test_few_queries_say_that_they_multiply_in_fp32(backward: bool) -> None:
     few, many = (flashtile.explain((n, 64), (500, 64), (500, 64), **options) for n in (1, 200))
     assert few.product.startswith("fma: ") and "the queries are few" in few.product
     assert "few" not in many.product
+
+
+def test_engines_with_tiles_of_their_own_are_explained() -> None:
+    pytest.importorskip("dask")
+    told = flashtile.explain((1, 8, 1000, 64), causal=True, engine="dask")
+    direct = flashtile.explain((1, 8, 1000, 64), causal=True)
+    assert (told.plan.tile_k, told.flops) == (1000, direct.flops) and told.plan.tile_q % 16 == 0
+    assert "dask, on its workers" in str(told) and "work items" not in str(told) and "work items" in str(direct)
+    with pytest.raises(UnavailableError, match="kernel: got 'vanilla' with engine 'dask'"):
+        flashtile.explain((1, 8, 1000, 64), kernel="vanilla", engine="dask")

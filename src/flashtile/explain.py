@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flashtile import kernels
+from flashtile import engines, kernels
 from flashtile.arrays import View, contiguous, device_of, is_torch, plain, view_of
 from flashtile.calls import Request, as_name, describe, engine_of
 from flashtile.checks import check_flag
@@ -20,16 +20,19 @@ from flashtile.kernels import BackwardLayout, Capabilities, Family, Layout
 from flashtile.owners import borrow, library_of, owner_of
 from flashtile.plan import Coverage, Plan, coverage_of, make_plan
 from flashtile.plan.mapped import count_map
+from flashtile.plan.tiling import flops_of
 from flashtile.score.coverage import Coverage as Map
 from flashtile.score.coverage import coverage as map_of
 from flashtile.score.expr import Expr, postorder
 from flashtile.score.keep import keep_of
+from flashtile.score.options import Scoring
 from flashtile.score.program import Program
 from flashtile.score.readable import mask_text, score_text
 from flashtile.signature import Align, Engine, Kernel, Precision, Window
 from flashtile.spec import AttentionSpec
 from flashtile.threads import get_num_threads
 
+MANY_QUERIES = 1 << 10
 _WITHOUT_EFFECT = {"return_lse", "progress", "out"}  # on what explain says
 
 
@@ -56,6 +59,7 @@ class Explanation:
     passed_over: tuple[tuple[str, str], ...]  # (kernel, why)
     notes: tuple[str, ...]
     direction: str = "forward"
+    tasks: bool = False  # whether the engine has tasks of tiles, pairs that meet, in place of the plan's work items
 
     def __str__(self) -> str:
         s, p, c = self.spec, self.plan, self.coverage
@@ -79,7 +83,8 @@ class Explanation:
                 "tiles",
                 f"{p.tile_q} queries"
                 + (f" of {p.head_block} heads" if p.head_block > 1 else "")
-                + f" x {p.tile_k} keys; {p.items} work items",
+                + f" x {p.tile_k} keys; "
+                + ("a task for each pair that meets" if self.tasks else f"{p.items} work items"),
             ),
             *(
                 [
@@ -108,6 +113,8 @@ class Explanation:
     def _threads(self) -> str:
         if self.plan.at_once:
             return f"all work items at once on {self.spec.device}"
+        if self.tasks:
+            return "on its workers"
         return f"{self.threads} thread{'s' if self.threads > 1 else ''}"
 
 
@@ -165,7 +172,11 @@ def _explained(views: Sequence[View], request: Request, direction: str) -> Expla
     family = kernels.pick(spec, as_name("kernel", options.kernel), direction)
     backward = direction == "backward"
     prepared = (_prepared_backward if backward else _prepared)(spec, views, family)
-    able, plan, program = family.capabilities(prepared.spec), prepared.plan, scoring.program
+    if engine.tiles is not None:
+        prepared = _of_tiles(spec, scoring, views, engine, family, direction)
+    # A task's kernel is that of many queries, however few there are.
+    able = family.capabilities(spec.changed(q_len=MANY_QUERIES) if engine.tiles else prepared.spec)
+    plan, program = prepared.plan, scoring.program
     coverage = coverage_of(prepared.spec, plan, offsets_of(spec, request))
     if program is not None and program.mask is not None:
         coverage = count_map(program, tile_map(program, spec, plan.tile_q, plan.tile_k))
@@ -188,6 +199,7 @@ def _explained(views: Sequence[View], request: Request, direction: str) -> Expla
         passed_over=_passed_over(spec, family.name, options.kernel, direction),
         notes=(*_notes(spec, able, program), *prepared.notes),
         direction=direction,
+        tasks=engine.tiles is not None,
     )
 
 
@@ -234,6 +246,28 @@ def _prepared_backward(spec: AttentionSpec, views: Sequence[View], family: Famil
         return _Prepared(spec, kernel.plan, kernel.scratch_bytes, between, get_num_threads())
     note = "these gradients are computed in NumPy, whose arrays of scores do not count as scratch"
     return _Prepared(spec, make_plan(spec, family.capabilities(spec)), 0, 0, 1, (note,))
+
+
+def _of_tiles(
+    spec: AttentionSpec, scoring: Scoring, views: Sequence[View], engine: engines.Engine, family: Family, direction: str
+) -> _Prepared:
+    """Of an engine whose tasks are pairs of tiles. Raises: UnavailableError for what it has no tasks for."""
+    assert engine.tiles is not None and engine.bind_backward is not None
+    q, k, v = (x.strides4() for x in views)
+    o = contiguous(views[0].shape[:-1] + views[2].shape[-1:], spec.dtype, spec.device).strides4()
+    tile_q, tile_k = engine.tiles(spec, direction)
+    tiles = max(1, -(-spec.q_len // max(1, tile_q)))
+    plan = Plan(spec.batch, spec.heads, tiles, 1, tile_q, tile_k, flops_of(spec))
+    if direction == "backward":
+        engine.bind_backward(spec, BackwardLayout(q, k, v, o, o, q, k, v), family, ())
+        kernel = kernels.tile_kernels().backward(spec, tile_q, tile_k, scoring=scoring).kernel
+    else:
+        engine.bind(spec, Layout(q, k, v, o), family)
+        if family.name != "cpu":
+            note = "each task stores the scores of its tiles, which do not count as scratch"
+            return _Prepared(spec, plan, 0, 0, get_num_threads(), (note,))
+        kernel = kernels.tile_kernels().forward(spec, tile_q, tile_k, scoring=scoring)
+    return _Prepared(spec, plan, kernel.scratch_bytes, 0, get_num_threads())
 
 
 def offsets_of(spec: AttentionSpec, request: Request) -> list[int] | None:

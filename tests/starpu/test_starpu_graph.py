@@ -116,6 +116,32 @@ def test_tiles_that_were_unregistered_depend_on_nothing(starpu: Any) -> None:
     assert all(earlier // third == later // third for earlier, later in p.dependencies)
 
 
+@pytest.mark.parametrize("q_len", [900, 5])
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True, "align": 1500}, {"mask": np.tri(900, 2300, dtype=bool)}], ids=str
+)
+def test_explain_says_which_tasks_there_will_be(starpu: Any, options: dict[str, Any], q_len: int) -> None:
+    """A task of one head for each pair of tiles that meets; forward and backward."""
+    import flashtile
+
+    if "mask" in options:
+        options = {"mask": options["mask"][-q_len:]}
+    q, k, v = np.zeros((1, 1, q_len, 48), "float32"), *np.zeros((2, 1, 1, 2300, 48), "float32")
+    o, lse = flashtile.attention(q, k, v, return_lse=True, **options)
+    for backward in (False, True):
+        told = flashtile.explain(q, k, v, engine="starpu", backward=backward, **options)
+        with starpu.profile() as p:
+            if backward:
+                flashtile.attention_backward(o, q, k, v, o, lse, engine="starpu", **options)
+            else:
+                flashtile.attention(q, k, v, engine="starpu", **options)
+        name = f"flashtile_{told.direction}_float32"
+        ran = [task for task in p.tasks if task.codelet == name]
+        assert len(ran) == told.coverage.full + told.coverage.partial
+        assert f"{told.plan.tile_q} queries x {told.plan.tile_k} keys; a task for each pair that meets" in str(told)
+        assert told.variant == told.direction and "starpu, on its workers" in str(told)
+
+
 def test_every_door_is_recorded(starpu: Any) -> None:
     """Pairs of tiles, the unfused codelets, NNTile's accumulation."""
     from flashtile import nntile

@@ -96,6 +96,8 @@ class Engine:
     bind: Callable[[AttentionSpec, Layout, Family], Bound]  # called once for a call that may be repeated many times
     # None: forward only
     bind_backward: Callable[[AttentionSpec, BackwardLayout, Family, ArrayShapes], BoundBackward] | None = None
+    # Rows of a query tile and keys of a key tile, in a direction, where tasks are pairs of them; None: work items.
+    tiles: Callable[[AttentionSpec, str], tuple[int, int]] | None = None
     remark: Callable[[], str] = rooms.no_remark  # what `flashtile doctor` says of it where it is available
 
 

@@ -35,6 +35,13 @@ def remark() -> str:
         return "Dask"
 
 
+def tiles(spec: AttentionSpec, direction: str) -> tuple[int, int]:
+    """Rows of a query tile, and keys of a key tile."""
+    from flashtile.engines.starpu.engine import tile_sizes
+
+    return tile_sizes(spec, direction)
+
+
 def bind(spec: AttentionSpec, layout: Layout, family: Family) -> Bound:
     """A call as a graph, computed when it runs."""
     from flashtile.engines.dask import engine
@@ -49,4 +56,4 @@ def bind_backward(spec: AttentionSpec, layout: BackwardLayout, family: Family, a
     return gradients.bind_backward(spec, layout, family, arrays)
 
 
-ENGINE = Engine("dask", unavailable, bind, bind_backward, remark)
+ENGINE = Engine("dask", unavailable, bind, bind_backward, tiles, remark)

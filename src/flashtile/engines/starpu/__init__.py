@@ -44,6 +44,13 @@ def remark() -> str:
     return text()
 
 
+def tiles(spec: AttentionSpec, direction: str) -> tuple[int, int]:
+    """Rows of a query tile, and keys of a key tile."""
+    from flashtile.engines.starpu.engine import tile_sizes
+
+    return tile_sizes(spec, direction)
+
+
 def bind(spec: AttentionSpec, layout: Layout, family: Family) -> Bound:
     """A call as tasks, of the fused or the unfused codelets."""
     from flashtile.engines.starpu import engine
@@ -58,4 +65,4 @@ def bind_backward(spec: AttentionSpec, layout: BackwardLayout, family: Family, a
     return gradients.bind_backward(spec, layout, family, arrays)
 
 
-ENGINE = Engine("starpu", unavailable, bind, bind_backward, remark)
+ENGINE = Engine("starpu", unavailable, bind, bind_backward, tiles, remark)
