@@ -16,6 +16,7 @@ import pytest
 
 import flashtile
 from flashtile.calls import clear_cache
+from flashtile.kernels import cpu
 from flashtile.kernels.cpu import backward
 from flashtile.llvm import machines as isas
 from flashtile.testing import assert_gradients_accurate, expect_gradients
@@ -275,6 +276,16 @@ def test_bits_do_not_depend_on_threads(isa: str, number: Any, threads: Callable[
         inputs = arrays(300, 700, 32, 32, dtype=number)
         found.append(bits(gradients(*inputs, causal=True, align=250, **options)))
     assert all(x == found[0] for x in found)
+
+
+@pytest.mark.parametrize("number", [BF16, np.float16, np.float32], ids=["bf16", "fp16", "fp32"])
+def test_scratch_grows_by_the_panels_that_there_are(isa: str, number: Any) -> None:
+    """Up to a span by what they hold for the exchange, too: an engine's tiles are a few panels."""
+    told = [flashtile.explain((1, 4, n, 64), dtype=number, backward=True, kernel="cpu") for n in (32, 512, 1024)]
+    one, sixteen, more = (x.scratch_bytes for x in told)
+    c = cpu.backward_config(told[0].spec)
+    held = 2 * c.held_part * c.product.parts
+    assert (sixteen - one) / 15 - (more - sixteen) / 16 == pytest.approx(held, rel=0.01)
 
 
 def test_gradients_add_to_what_is_there_at_any_strides(isa: str) -> None:

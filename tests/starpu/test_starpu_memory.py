@@ -464,14 +464,14 @@ print(json.dumps([k.nbytes + v.nbytes, [peak, peak_backward], float(off)]))
 def test_the_peak_is_within_the_limit(tmp_path: Path) -> None:
     """Keys and values of four times the limit, their gradients of as much again, and more queries, or keys, than fit at
     once: the resident memory that a call adds, as the system counts it, maps included. It is a good part of the limit,
-    too: less on matrix registers, whose scratch memory has room for more panels than these tiles have."""
+    too."""
     limit = 8 << 20
     done = processes.run([sys.executable, "-c", PEAK, str(tmp_path), "32768", str(limit)])
     assert done.returncode == 0, done.stderr
     keys, peaks, difference = json.loads(done.stdout)
     assert keys == 4 * limit
     for peak in peaks:
-        assert limit // 3 < peak < 1.2 * limit, f"{peak / limit:.2f} of the limit"
+        assert limit // 2 < peak < 1.2 * limit, f"{peak / limit:.2f} of the limit"
     assert difference < 1e-5
 
 

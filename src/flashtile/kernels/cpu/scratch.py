@@ -116,8 +116,8 @@ def backward(c: Config, values: Mapping[str, int], slots: int, keys: int) -> Are
         "wide_q": values["head_size"] * line if c.guarded else 0,
         "wide_do": values["value_size"] * line if c.guarded else 0,
     }
-    held = Held.areas(c).bytes if c.lands_in_memory else 0
-    rows = max(slots, PANELS) if c.lands_in_memory else slots  # those of a span stay (steps/held.py)
+    held = Held.nbytes(c, panels) if c.lands_in_memory else 0
+    rows = max(slots, min(panels, PANELS)) if c.lands_in_memory else slots  # those of a span stay (steps/held.py)
     for name, words in (("q", "key_words"), ("do", "value_words")):
         areas[name] = slots * values[words] * line * c.product.parts
         areas[f"{name}_rows"] = (rows if values[f"pack_{name}"] else 1) * pairs * values[f"{name}_row"]

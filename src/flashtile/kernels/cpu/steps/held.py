@@ -43,20 +43,29 @@ class Held(Operand):
         return c.key_block // c.rows
 
     @classmethod
-    def areas(cls, c: Config) -> Areas:
-        lines = PANELS * c.held_part * c.product.parts
+    def _lists(cls, c: Config) -> Areas:
         strips = cls.strips(c)
-        sizes = {"weights": lines, "slopes": lines, "counts": strips * WORD, "lists": strips * PANELS * ENTRY}
-        return Areas(sizes)
+        return Areas({"counts": strips * WORD, "lists": strips * PANELS * ENTRY})
+
+    @staticmethod
+    def _lines_bytes(c: Config) -> int:
+        """Of one panel's weights, or of its dS."""
+        return c.held_part * c.product.parts
+
+    @classmethod
+    def nbytes(cls, c: Config, panels: int) -> int:
+        """Of so many panels, or of a whole span, if they are more."""
+        return cls._lists(c).bytes + 2 * min(panels, PANELS) * cls._lines_bytes(c)
 
     def _area(self, name: str) -> Value:
-        return self.at + self.areas(self.c).at[name]
+        return self.at + self._lists(self.c).at[name]
 
     def lines(self, name: str, panel: Value) -> Scores:
         """The lines of a panel's "weights" or "slopes", one for each row of the block: of their largest part, each
         further one `Config.held_part` bytes on."""
-        c = self.c
-        return Scores(self._area(name) + panel * (c.held_part * c.product.parts), c.weight_line)
+        c, size = self.c, self._lines_bytes(self.c)
+        first = self._lists(c).bytes + ("weights", "slopes").index(name) * size
+        return Scores(self.at + first + panel * (2 * size), c.weight_line)
 
     def _count_at(self, strip: Value) -> Value:
         return self._area("counts") + strip * WORD
