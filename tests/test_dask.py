@@ -409,3 +409,25 @@ def test_importing_flashtile_imports_no_dask(tmp_path: Any) -> None:
 def threads() -> Iterator[None]:
     with dask.config.set(num_workers=2):
         yield
+
+
+@pytest.mark.parametrize(("batch", "q_len", "kv_len"), [(0, 5, 7), (2, 0, 7), (2, 5, 0), (2, 0, 0)])
+def test_sizes_of_0_in_memory(batch: int, q_len: int, kv_len: int) -> None:
+    """By tasks as otherwise: gradients of whatever there is, added to what is there."""
+    q, k, v = uniform(Shape(batch, 4, 2, q_len, kv_len, 8, 6), "float32")
+    table = rng.standard_normal(12).astype("float32")
+    options: dict[str, Any] = {
+        "sinks": SINKS[:4],
+        "bias": np.ones((4, 1, kv_len), "float32"),
+        "score_mod": lambda s, b, h, i, j: s + table[i + 1],
+    }
+    wrt = ("q", "k", "v", "bias", "sinks", "captured")
+    found = []
+    for engine in ("dask", "direct"):
+        o, lse = flashtile.attention(q, k, v, return_lse=True, engine=engine, **options)
+        g = flashtile.attention_backward(o, q, k, v, o, lse, wrt=wrt, engine=engine, **options)
+        assert g.captured is not None
+        found.append([o, lse, g.q, g.k, g.v, g.bias, g.sinks, g.captured[table]])
+    for x, y, like in zip(*found, (o, lse, q, k, v, options["bias"], SINKS[:4], table), strict=True):
+        assert x.shape == y.shape == like.shape and x.dtype == y.dtype == like.dtype
+        np.testing.assert_allclose(x, y, rtol=1e-5)

@@ -63,6 +63,9 @@ class _Call(Arrays):
         from flashtile.engines.dask.work_backward import BackwardWork, cast
 
         spec, real = self.spec, self.accumulator.numpy
+        if not spec.batch * spec.q_len:  # nothing to add
+            params.found = {number: np.zeros(shape, real) for number, shape in self.arrays}
+            return
         offsets = self._offsets(params.offsets)
         work = BackwardWork(spec, params.scoring, offsets, self.tile_q, self.tile_k, arrays=self.arrays)
         given = {name: self._view(name, getattr(params, name)) for name in ("q", "k", "v", "o", "do")}
