@@ -217,3 +217,16 @@ def test_engines_with_tiles_of_their_own_are_explained() -> None:
     assert "dask, on its workers" in str(told) and "work items" not in str(told) and "work items" in str(direct)
     with pytest.raises(UnavailableError, match="kernel: got 'vanilla' with engine 'dask'"):
         flashtile.explain((1, 8, 1000, 64), kernel="vanilla", engine="dask")
+
+
+@pytest.mark.parametrize("engine", ["dask", "starpu"])
+def test_gradients_in_numpy_are_explained_whatever_the_engine(engine: str) -> None:
+    """They are computed on the calling thread."""
+    try:
+        told = flashtile.explain((1, 2, 40, 8), kernel="vanilla", engine=engine, backward=True)
+    except UnavailableError as missing:
+        pytest.skip(str(missing))
+    assert told.threads == 1 and "work items" in str(told) and "computed in NumPy" in told.notes[-1]
+    q, k, v, o, do = np.ones((5, 1, 2, 40, 8), np.float32)
+    lse = np.zeros((1, 2, 40), np.float32)
+    flashtile.attention_backward(do, q, k, v, o, lse, kernel="vanilla", engine=engine)

@@ -32,7 +32,7 @@ from flashtile.signature import Align, Engine, Kernel, Precision, Window
 from flashtile.spec import AttentionSpec
 from flashtile.threads import get_num_threads
 
-MANY_QUERIES = 1 << 10
+_MANY_QUERIES = 1 << 10  # whose kernel a task has, however few its queries are
 _WITHOUT_EFFECT = {"return_lse", "progress", "out"}  # on what explain says
 
 
@@ -171,11 +171,13 @@ def _explained(views: Sequence[View], request: Request, direction: str) -> Expla
     engine = engine_of(spec, options.engine)
     family = kernels.pick(spec, as_name("kernel", options.kernel), direction)
     backward = direction == "backward"
-    prepared = (_prepared_backward if backward else _prepared)(spec, views, family)
-    if engine.tiles is not None:
+    # Gradients that are not compiled are computed on the calling thread, whatever the engine.
+    tasks = engine.tiles is not None and not (backward and family.compile_backward is None)
+    if tasks:
         prepared = _of_tiles(spec, scoring, views, engine, family, direction)
-    # A task's kernel is that of many queries, however few there are.
-    able = family.capabilities(spec.changed(q_len=MANY_QUERIES) if engine.tiles else prepared.spec)
+    else:
+        prepared = (_prepared_backward if backward else _prepared)(spec, views, family)
+    able = family.capabilities(spec.changed(q_len=_MANY_QUERIES) if tasks else prepared.spec)
     plan, program = prepared.plan, scoring.program
     coverage = coverage_of(prepared.spec, plan, offsets_of(spec, request))
     if program is not None and program.mask is not None:
@@ -199,7 +201,7 @@ def _explained(views: Sequence[View], request: Request, direction: str) -> Expla
         passed_over=_passed_over(spec, family.name, options.kernel, direction),
         notes=(*_notes(spec, able, program), *prepared.notes),
         direction=direction,
-        tasks=engine.tiles is not None,
+        tasks=tasks,
     )
 
 
