@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, Protocol, cast
 import numpy as np
 
 from flashtile import engines, kernels
-from flashtile.arrays import View, address_of, view_of
+from flashtile.arrays import address_of, view_of
+from flashtile.calls.forward import Arrays
 from flashtile.calls.prepared import backwards, engine_of, family_of, find, keep, repeated_backwards
 from flashtile.calls.request import Request, Scored
 from flashtile.dtypes import DTYPES, dtype_of
@@ -45,12 +46,8 @@ class Strided(Protocol):
         ...
 
 
-class Differentiable(Strided, Protocol):
-    """The same of one whose arrays lie in the host's memory; `key` and `view` as of `Arrays`."""
-
-    def key(self, q: Any, k: Any, v: Any, out: Any) -> Hashable: ...
-
-    def view(self, x: Any) -> View: ...
+class Differentiable(Arrays, Strided, Protocol):
+    """A library whose arrays lie in the host's memory."""
 
     def zeros(self, like: Any) -> Any:
         """A new row-major array of this one's shape and dtype."""
@@ -74,10 +71,11 @@ def differentiate(
     if scores is not None:
         spec, scoring = cast(Scored, scores)
         key += spec.program, spec.sinks, spec.dropout
-    found = find(repeated_backwards, key)
-    call = None if found is not None else _validated(arrays, inputs, request)
-    if call is not None and call[1].compile_backward is None:
-        return None
+    found, call = find(repeated_backwards, key), None
+    if found is None:
+        call = _validated(arrays, inputs, request)
+        if call[1].compile_backward is None:
+            return None
     gradients = [arrays.zeros(x) if asked else None for x, asked in zip((q, k, v), wanted, strict=True)]
     if call is not None:
         given = {name: x for name, x in zip(INPUTS, inputs, strict=True) if x is not None}
