@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 
 from flashtile.engines import Bound, BoundBackward, Engine
+from flashtile.engines.starpu import tiles
 from flashtile.kernels import ArrayShapes, BackwardLayout, Family, Layout
 from flashtile.spec import AttentionSpec
 
@@ -33,13 +34,6 @@ def remark() -> str:
         return f"Dask {version('dask')}"
     except PackageNotFoundError:
         return "Dask"
-
-
-def tiles(spec: AttentionSpec, direction: str) -> tuple[int, int]:
-    """Rows of a query tile, and keys of a key tile."""
-    from flashtile.engines.starpu.engine import tile_sizes
-
-    return tile_sizes(spec, direction)
 
 
 def bind(spec: AttentionSpec, layout: Layout, family: Family) -> Bound:
