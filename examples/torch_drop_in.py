@@ -5,6 +5,8 @@ $ python examples/torch_drop_in.py
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 import flashtile.torch
@@ -13,7 +15,7 @@ import flashtile.torch
 class SelfAttention(torch.nn.Module):
     """Causal multi-head self-attention over x (batch, rows, width), with any function that has torch's signature."""
 
-    def __init__(self, width: int, heads: int, attend) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, width: int, heads: int, attend: Callable[..., torch.Tensor]) -> None:
         super().__init__()
         self.heads, self.attend = heads, attend
         self.qkv = torch.nn.Linear(width, 3 * width)

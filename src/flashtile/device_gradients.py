@@ -46,7 +46,8 @@ def attention_backward(
     given, options = gathered(**keywords)
     request = describe(q, tuple(borrow(owner, x) if is_array(x) else x for x in given), options)
     arrays = {name: borrow(owner, x) for name, x in (("q", q), ("k", k), ("v", v))}
-    problem = Problem.of(tuple(owner.view(x) for x in arrays.values()), request, wrt)  # type: ignore[arg-type]
+    views = owner.view(arrays["q"]), owner.view(arrays["k"]), owner.view(arrays["v"])
+    problem = Problem.of(views, request, wrt)
     for name, x in (("do", do), ("o", o), ("lse", lse), ("dlse", dlse)):
         if x is not None or name != "dlse":
             arrays[name] = _checked(owner, library, problem, name, x, q, v)

@@ -86,7 +86,7 @@ class Problem:
     def differentiate(self, family: Any, inputs: Sequence[Any], order: np.ndarray | None = None) -> Sums:
         """The sums of a kernel family for do, q, k, v, o, lse, dlse, of 2 to 4 axes and any float dtype."""
         ranks = 4, 4, 4, 4, 4, 3, 3
-        wide = Inputs(*(None if x is None else _wide(x, n) for x, n in zip(inputs, ranks, strict=True)))  # type: ignore[arg-type]
+        wide = Inputs(*(None if x is None else _wide(x, n) for x, n in zip(inputs, ranks, strict=True)))  # type: ignore[arg-type]  # only dlse
         sums: Sums = family.backward(self.spec, wide, self.offset, self.scoring, self.wanted, order)
         return sums
 

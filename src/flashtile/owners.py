@@ -218,12 +218,12 @@ def owner_of(library: str) -> Owner:
     Raises: SpecError for a library that is not known, UnavailableError if JAX's arrays cannot be lent to anyone.
     """
     if library in OWNERS:
-        return _owner(OWNERS[library])  # type: ignore[arg-type]
+        return _owner(OWNERS[library])  # type: ignore[arg-type]  # types are hashable
     if library not in LENDERS:
         raise wrong("q", f"an array of {library} on a GPU", "one of torch, CuPy or JAX")
     for name, owner in OWNERS.items():
         if importlib.util.find_spec(name) is not None:
-            return _owner(owner)  # type: ignore[arg-type]
+            return _owner(owner)  # type: ignore[arg-type]  # likewise
     raise UnavailableError(f"q: got an array of {LENDERS[library]} on a GPU, expected torch or CuPy beside it")
 
 

@@ -112,7 +112,7 @@ def _checked(tile: Any) -> tuple[int, int]:
     sides = [integer(n) for n in tile] if isinstance(tile, (tuple, list)) and len(tile) == 2 else [None]
     if any(n is None or n < 1 for n in sides):
         raise wrong("tile", repr(tile), "a pair (queries, keys) of positive integers")
-    return sides[0], sides[1]  # type: ignore[return-value]
+    return sides[0], sides[1]  # type: ignore[return-value]  # neither is None
 
 
 def _draw(kinds: np.ndarray, tile: tuple[int, int], spec: AttentionSpec, which: str) -> Picture:

@@ -97,7 +97,7 @@ def handler(native: Native | None, template: Template | None, buffers: Buffers, 
     packed = xla_frame.CONTEXT.pack(words)
     ctypes.memmove(library.address("context"), packed, len(packed))
     function = xla.Handler(library.address("handle"))
-    function.keep = library, kept, template, other  # type: ignore[attr-defined]
+    function.keep = library, kept, template, other  # type: ignore[attr-defined]  # ctypes keeps attributes
     return function
 
 

@@ -45,8 +45,8 @@ def install() -> None:
         module.__spec__ = importlib.util.spec_from_loader(module.__name__, None, is_package=module is package)
         sys.modules[module.__name__] = module
     package.__path__ = []
-    package.__version__ = VERSION + _SUFFIX  # type: ignore[attr-defined]
-    package.flash_attn_interface = interface  # type: ignore[attr-defined]
+    package.__version__ = VERSION + _SUFFIX  # type: ignore[attr-defined]  # modules take any name
+    package.flash_attn_interface = interface  # type: ignore[attr-defined]  # likewise
 
 
 def uninstall() -> None:

@@ -89,7 +89,7 @@ def differentiate(
     moving = [np.zeros_like(x) if t is None else t.astype(dtype) for x, t in zip((q, k, v), tangents[:3], strict=True)]
     program = None if scoring is None else scoring.program
     slots = range(0 if program is None else len(program.captures))
-    arrays = {n: np.zeros(program.captures[n].array.shape, dtype) for n in slots if program and n in wanted}  # type: ignore[union-attr]
+    arrays = {n: np.zeros(program.captures[n].array.shape, dtype) for n in slots if program and n in wanted}  # type: ignore[union-attr]  # wanted are arrays
     dq, dk, dv = (np.zeros_like(x) if name in wanted else None for name, x in (("q", q), ("k", k), ("v", v)))
     dsinks = np.zeros((spec.batch, spec.heads), dtype) if "sinks" in wanted else None
     found = Second(np.zeros_like(o), np.zeros_like(lse), Sums(dq, dk, dv, dsinks, arrays))

@@ -100,7 +100,7 @@ class Library:
 
     def function(self, name: str, returns: object, *args: type) -> Callable[..., int]:
         """A ctypes function; calls release the GIL."""
-        return ctypes.CFUNCTYPE(returns, *args)(self._tracker[name])  # type: ignore[arg-type]
+        return ctypes.CFUNCTYPE(returns, *args)(self._tracker[name])  # type: ignore[arg-type]  # a type, or None
 
 
 def load(generate: Callable[[], str], key: str, isa: ISA, exports: tuple[str, ...]) -> Library:

@@ -101,7 +101,9 @@ class Routine(Function):
         got = argument.type if isinstance(argument, Value) else getattr(argument, "own_kind", type(argument).__name__)
         if got != kind:
             raise TypeError(f"{self.name}: {name}: got {got}, expected {kind}")
-        return [argument] if isinstance(argument, Value) else [getattr(argument, word) for word, _ in kind.words]  # type: ignore[union-attr]
+        if isinstance(argument, Value):
+            return [argument]
+        return [getattr(argument, word) for word, _ in kind.words]  # type: ignore[union-attr]  # no name of a type
 
 
 def entry(module: Module, name: str) -> Routine:

@@ -143,7 +143,7 @@ class Block:
         """Whether every index is in bounds."""
         result = at.f.const("i1", 1)
         for axis, i in enumerate(index):
-            length = self.field(at, access.source, "i32", 1 + 2 * axis)  # type: ignore[arg-type]
+            length = self.field(at, access.source, "i32", 1 + 2 * axis)  # type: ignore[arg-type]  # a Slot
             i, length = at.together([i, length])
             result, here = at.together([result, i.ult(length)])
             result = result & here

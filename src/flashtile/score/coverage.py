@@ -165,7 +165,7 @@ def _classify(program: Program, kinds: np.ndarray, tile_q: int, tile_k: int, flo
             "i": Interval(i, np.minimum(i + tile_q, s_q) - 1),
             "j": Interval(j, np.minimum(j + tile_k, s_kv) - 1),
         }
-        certain, possible, _ = Bounds(box, program.capture, float_type).run([program.mask])[0]  # type: ignore[list-item]
+        certain, possible, _ = Bounds(box, program.capture, float_type).run([program.mask])[0]  # type: ignore[list-item]  # it has one
         kinds.ravel()[chosen] = np.where(certain == 1, FULL, np.where(possible == 0, EMPTY, PARTIAL))
 
 

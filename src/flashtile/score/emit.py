@@ -76,7 +76,7 @@ class Emission:
             if self._find(x) is None:
                 args = [self._find(a) for a in x.args]
                 self._known[x] = x.operation.emit(x, self, args)
-        return self._find(root)  # type: ignore[return-value]
+        return self._find(root)  # type: ignore[return-value]  # it is known by now
 
     def vector(self, root: Expr) -> Value:
         """The expression's value in every lane."""

@@ -91,7 +91,7 @@ def join(operation: str, *texts: str) -> str:
         if isinstance(x.data, Slot):
             return node(x.operation, (), x.type, x.data.after(before))
         if isinstance(x.data, Access):
-            source = x.data.source.after(before)  # type: ignore[union-attr]
+            source = x.data.source.after(before)  # type: ignore[union-attr]  # of code: a slot
             return node(x.operation, x.args, x.type, Access(source, x.data.clamp))
         return None
 
@@ -137,7 +137,7 @@ def _bound(rule: Any) -> Expr:
         if isinstance(x.data, Slot):
             return node(x.operation, (), x.type, values[x.data])
         if isinstance(x.data, Access):
-            source = values[x.data.source]  # type: ignore[index]
+            source = values[x.data.source]  # type: ignore[index]  # of code: a slot
             assert isinstance(source, ArrayCapture)
             return node(x.operation, x.args, x.type, Access(source, (True,) * len(x.args)))
         return None

@@ -71,9 +71,9 @@ def threshold_of(dropout_p: object) -> int:
 def seed_of(seed: object) -> int:
     """A seed as an int. Raises: SpecError unless it is an integer in [0, 2^64)."""
     whole = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
-    if not (whole and 0 <= int(seed) < 1 << 64):  # type: ignore[call-overload]
+    if not (whole and 0 <= int(seed) < 1 << 64):  # type: ignore[call-overload]  # an integer, if whole
         raise wrong("seed", repr(seed), "an integer in [0, 2^64)")
-    return int(seed)  # type: ignore[call-overload]
+    return int(seed)  # type: ignore[call-overload]  # likewise
 
 
 def keep_of(dropout_p: object, seed: object) -> Keep | None:

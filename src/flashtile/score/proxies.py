@@ -110,7 +110,7 @@ class ArrayProxy:
             if not (isinstance(part, slice) and part == slice(None)):
                 bound[axis] = self._position(part, self._capture.array.shape[axis])
         if None not in bound:
-            return Symbol(load(self._capture, tuple(bound)))  # type: ignore[arg-type]
+            return Symbol(load(self._capture, tuple(bound)))  # type: ignore[arg-type]  # no None
         partial = object.__new__(ArrayProxy)
         partial.__dict__.update(self.__dict__, _array=rest, _index=tuple(bound), _symbolic=symbolic)
         return partial
@@ -251,4 +251,4 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "
     setattr(ArrayProxy, f"__r{_name}__", _reflected(_name))
 for _name in ("lt", "le", "gt", "ge", "eq", "ne", "neg", "invert", "abs"):
     setattr(ArrayProxy, f"__{_name}__", _operator(_name))
-ArrayProxy.__hash__ = None  # type: ignore[assignment]
+ArrayProxy.__hash__ = None  # type: ignore[assignment]  # as arrays have none

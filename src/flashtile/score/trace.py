@@ -209,7 +209,7 @@ class ObjectProxy:
         object.__setattr__(self, "_target", target)
         object.__setattr__(self, "_rebuild", rebuild)
 
-    @property  # type: ignore[misc]
+    @property  # type: ignore[misc]  # of its own type mypy has no property
     def __class__(self) -> type:
         """So that isinstance in the traced function says what it says of the object."""
         return type(self._target)

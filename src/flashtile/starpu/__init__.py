@@ -198,7 +198,7 @@ def empty(shape: Sequence[int], dtype: Any, rows: int, heads: int = 1) -> TiledT
     Shapes as in `register`. The contents are read by acquire, once a task or acquire(..., "W") has written
     them; unregister() drops them.
     """
-    shape = tuple(integer(n) if integer(n) is not None else -1 for n in shape)  # type: ignore[misc]
+    shape = tuple(integer(n) if integer(n) is not None else -1 for n in shape)  # type: ignore[misc]  # no None
     if len(shape) not in (3, 4) or min(shape) < 0 or 0 in shape[3:]:
         raise wrong("shape", repr(shape), "(B, H, S, D), or (B, H, S) for lse")
     return TiledTensor(shape, dtype_of(dtype), rows_of(rows), heads=heads_of(heads, shape))

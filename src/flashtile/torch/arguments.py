@@ -157,7 +157,7 @@ def arguments_of(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Arguments
         alibi_slopes=as_tensor(scores.alibi_slopes, "alibi_slopes"),
         sinks=as_tensor(scores.sinks, "sinks"),
         seed=None if keep is None else seed_tensor(keep),
-        captured=[as_tensor(x, "captured array") for rule in frozen for x in rule.arrays],  # type: ignore[misc]
+        captured=[as_tensor(x, "captured array") for rule in frozen for x in rule.arrays],  # type: ignore[misc]  # no None
         score_mod="" if score_mod is None else score_mod.text,
         mask_mod="" if mask_mod is None else mask_mod.text,
         numbers=[n for rule in frozen for n in rule.numbers],

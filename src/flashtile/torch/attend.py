@@ -118,7 +118,7 @@ def drawn(dropout_p: Any, seed: Any = None) -> Keep | None:
     if seed is None and (threshold := threshold_of(dropout_p)):
         found = draw()
         if is_watched():  # vmap says whether its samples share one; in a graph it has no value yet
-            return Keep(threshold, found)  # type: ignore[arg-type]
+            return Keep(threshold, found)  # type: ignore[arg-type]  # a tensor stands for the number
         seed = int(found)
     return keep_of(dropout_p, seed)
 

@@ -18,7 +18,7 @@ from flashtile.torch.operator import ATTENTION, draw
 try:
     from flashtile.torch import followed
 except ImportError:  # a torch whose tracer is another: functions that read values break the graph
-    followed = None  # type: ignore[assignment]
+    followed = None  # type: ignore[assignment]  # in place of the module
 
 Tensor = torch.Tensor
 

@@ -26,7 +26,7 @@ def apply(function: type[Function], *args: Any) -> Any:
     from torch._functorch.autograd_function import enable_single_level_autograd_function
 
     with enable_single_level_autograd_function():
-        return super(Function, function).apply(*args)  # type: ignore[misc]
+        return super(Function, function).apply(*args)  # type: ignore[misc]  # past its own apply
 
 
 def below(op: Any) -> Callable[..., Any]:

@@ -118,7 +118,7 @@ def _mask_of(block_mask: Any, shape: tuple[int, ...]) -> Any:
     if rule is noop_mask:
         seen = full | partial
         return None if seen.all() else _by_blocks(seen, np.zeros_like(seen), None, sizes)
-    kinds = score.coverage(score.Program.of(shape, mask=rule), rows, columns).tiles()  # type: ignore[arg-type]
+    kinds = score.coverage(score.Program.of(shape, mask=rule), rows, columns).tiles()  # type: ignore[arg-type]  # four
     hidden, whole = ~(full | partial), full
     alike = (kinds == score.EMPTY) | ~hidden, (kinds == score.FULL) | ~whole
     return rule if all(x.all() for x in alike) else _by_blocks(full, partial, rule, sizes)

@@ -117,7 +117,7 @@ class _Run:
                 break
             self._values[node] = self._input(node) if node.op == "placeholder" else self._result(node)
         takes_score = self._argument == "score_mod"
-        rule = (lambda s, b, h, i, j: result) if takes_score else (lambda b, h, i, j: result)  # noqa: E731
+        rule = (lambda s, b, h, i, j: result) if takes_score else (lambda b, h, i, j: result)  # noqa: E731  # one of two
         frozen = freeze(rule)
         return frozen.text, [self._read[id(x)] for x in frozen.arrays]
 

@@ -72,7 +72,7 @@ class Tile:
         self.shape = len(self.b), len(self.h), len(self.rows), spec.kv_len
         keys = np.arange(spec.kv_len)
         self.at = self.b[:, None, None, None], self.h[:, None, None], self.rows[:, None], keys
-        shown = visible(spec.band, tiles.offsets[self.at[0]], self.rows, keys)  # type: ignore[arg-type]
+        shown = visible(spec.band, tiles.offsets[self.at[0]], self.rows, keys)  # type: ignore[arg-type]  # one for each batch
         if self.program is not None:
             also = self.program.visible(*self.at, tiles.real)
             shown = also if shown is None else shown & also

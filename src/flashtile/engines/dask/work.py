@@ -116,7 +116,7 @@ def step(
     """
     spec = work.spec
     kernel, native = work.forward
-    q, k, v = (None if x is None else adjacent(x) for x in (q, k, v))  # type: ignore[assignment]
+    q, k, v = (None if x is None else adjacent(x) for x in (q, k, v))  # type: ignore[assignment]  # q is there
     sizes = q.shape[:3]
     if state is None:
         o, lse = np.empty((*sizes, spec.value_size), work.accumulator), np.empty(sizes, work.accumulator)

@@ -86,7 +86,7 @@ class TiledTensor:
         self.extent, self.writable = (0, 0), True  # bytes of memory that it spans, if it is not StarPU's
         if isinstance(keep, np.ndarray):
             described = view_of(keep)._replace(dtype=dtype.name)  # bfloat16 may come as its bits
-            self.extent = tuple(address + end for end in described.extent())  # type: ignore[assignment]
+            self.extent = tuple(address + end for end in described.extent())  # type: ignore[assignment]  # two
             self.writable = keep.flags.writeable and not described.may_overlap_itself()
         batch, count, length = shape[:3]
         units = (batch, count // heads) if heads <= count else (batch * count // heads, 1)

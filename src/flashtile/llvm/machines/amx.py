@@ -93,7 +93,7 @@ class _Emulated(TileRegisters):
 
     def dot_pairs(self, total: int, left: int, right: int) -> None:
         dot = next((g for g in self.f.module.functions if g.name == "tile_dot"), None) or _emit_dot(self.f.module)
-        dot(self.f, total=self._tile(total), left=self._tile(left), right=self._tile(right))  # type: ignore[operator]
+        dot(self.f, total=self._tile(total), left=self._tile(left), right=self._tile(right))  # type: ignore[operator]  # a Routine
 
 
 def _emit_dot(module: Module) -> Routine:

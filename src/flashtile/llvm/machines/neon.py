@@ -54,7 +54,7 @@ MACHINES = (
         needs=frozenset(("aarch64",)),
         fused=True,
         half=True,
-        **_REGISTERS,  # type: ignore[arg-type]
+        **_REGISTERS,  # type: ignore[arg-type]  # of several types
     ),
     _BF16(
         name="neon_bf16",
@@ -66,6 +66,6 @@ MACHINES = (
         half=True,
         bf16_dot=True,
         squares=True,
-        **_REGISTERS,  # type: ignore[arg-type]
+        **_REGISTERS,  # type: ignore[arg-type]  # of several types
     ),
 )
