@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import inspect
+import pkgutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -230,3 +233,12 @@ def test_gradients_in_numpy_are_explained_whatever_the_engine(engine: str) -> No
     q, k, v, o, do = np.ones((5, 1, 2, 40, 8), np.float32)
     lse = np.zeros((1, 2, 40), np.float32)
     flashtile.attention_backward(do, q, k, v, o, lse, kernel="vanilla", engine=engine)
+
+
+def test_every_name_of_an_engine_stays_what_it_is() -> None:
+    """No module of an engine's package takes the name of a function that its ENGINE is made of, once it is imported."""
+    for name in ("dask", "starpu"):
+        package = importlib.import_module(f"flashtile.engines.{name}")
+        modules = {x.name for x in pkgutil.iter_modules(package.__path__)}
+        functions = {x.__name__ for x in vars(package).values() if inspect.isfunction(x)}
+        assert functions and not functions & modules

@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib.util
 
 from flashtile.engines import Bound, BoundBackward, Engine
-from flashtile.engines.starpu import tiles
+from flashtile.engines.starpu import tile_sizes
 from flashtile.kernels import ArrayShapes, BackwardLayout, Family, Layout
 from flashtile.spec import AttentionSpec
 
@@ -50,4 +50,4 @@ def bind_backward(spec: AttentionSpec, layout: BackwardLayout, family: Family, a
     return gradients.bind_backward(spec, layout, family, arrays)
 
 
-ENGINE = Engine("dask", unavailable, bind, bind_backward, tiles, remark)
+ENGINE = Engine("dask", unavailable, bind, bind_backward, tile_sizes, remark)

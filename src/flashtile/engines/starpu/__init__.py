@@ -44,11 +44,11 @@ def remark() -> str:
     return text()
 
 
-def tiles(spec: AttentionSpec, direction: str) -> tuple[int, int]:
+def tile_sizes(spec: AttentionSpec, direction: str) -> tuple[int, int]:
     """Rows of a query tile, and keys of a key tile."""
-    from flashtile.engines.starpu.engine import tile_sizes
+    from flashtile.engines.starpu import engine
 
-    return tile_sizes(spec, direction)
+    return engine.tile_sizes(spec, direction)
 
 
 def bind(spec: AttentionSpec, layout: Layout, family: Family) -> Bound:
@@ -65,4 +65,4 @@ def bind_backward(spec: AttentionSpec, layout: BackwardLayout, family: Family, a
     return gradients.bind_backward(spec, layout, family, arrays)
 
 
-ENGINE = Engine("starpu", unavailable, bind, bind_backward, tiles, remark)
+ENGINE = Engine("starpu", unavailable, bind, bind_backward, tile_sizes, remark)
